@@ -1,0 +1,1 @@
+"""EasyLM: training and prompting Large Vision Models in JAX. The README's tree says what each module is for."""

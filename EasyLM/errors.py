@@ -1,0 +1,20 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """Bad input: a flag, a file, a line, a checkpoint. Its message names the thing, its value and the valid choices.
+
+    Entry points print it as one line and exit with code 2 (`flags.run`); any other exception is a fault of ours and
+    keeps its traceback.
+    """
+
+
+def choose(name: str, value: str, choices) -> str:
+    """Returns `value` if it is one of `choices`.
+
+    Raises:
+      UserError: naming the field, the value and the choices.
+    """
+    if value not in choices:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(repr(c) for c in choices)}")
+    return value

@@ -1,0 +1,1 @@
+"""Prompting a trained Large Vision Model, and measuring its answers."""

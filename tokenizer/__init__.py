@@ -1,0 +1,1 @@
+"""Images, videos and annotations to visual sentences of VQGAN tokens, and back."""
