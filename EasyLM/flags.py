@@ -1,4 +1,4 @@
-"""Settings as nested dicts of `Flag`, each leaf an absl flag `--group.name=value`, read into an `ml_collections` config.
+"""Settings as nested dicts of `Flag`: each leaf an absl flag `--group.name=value`, all read into one `ConfigDict`.
 
 Flags end at `main`: `run(main, definitions)` parses, and calls `main(config)` with values. Nothing below reads a flag.
 """
@@ -25,12 +25,12 @@ _DEFINERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A setting: its default, what it does, and for text the valid choices. `type` is needed where the default is None."""
+    """A setting: its default, what it does, for text the valid choices; `type` where the default is None."""
 
     default: Any
     help: str
     choices: tuple[str, ...] | None = None
-    type: type | None = None
+    type: "type | None" = None  # quoted: by then the name means the default
 
 
 def leaves(definitions: dict, prefix: str = "") -> dict[str, Flag]:
@@ -49,9 +49,9 @@ def defaults(definitions: dict) -> ml_collections.ConfigDict:
 def run(main, definitions: dict, argv: list[str] | None = None) -> None:
     """Defines the flags, parses `argv` (default: the command line), calls `main(config)` and exits.
 
-    A `UserError` or a missing file becomes one line on standard error and exit code 2; a misspelt or mistyped flag, which
-    absl reports with the nearest names, exit code 1. `$NAME` and `${NAME}` in a text flag stand for environment variables,
-    because job scripts quote them.
+    A `UserError` or a missing file becomes one line on standard error and exit code 2; a misspelt or mistyped flag,
+    which absl reports with the nearest names, exit code 1. `$NAME` and `${NAME}` in a text flag stand for environment
+    variables, because job scripts quote them.
     """
     for name, flag in leaves(definitions).items():
         if flag.choices:

@@ -62,7 +62,7 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
 
     parts = [part.strip() for part in text.removeprefix("!").split(",")]
     if any(":" in part for part in parts):
-        names, sizes = zip(*((part.split(":") + [""])[:2] for part in parts), strict=True)
+        names, _, sizes = zip(*(part.partition(":") for part in parts), strict=True)
         if not set(AXES) <= set(names) or len(set(names)) != len(names):
             raise fail(f"a named mesh has each of the axes {', '.join(AXES)} once (further ones may be added)")
     else:
@@ -103,10 +103,10 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def match_partition_rules(rules, tree):
-    """The partition spec of every array of a tree (arrays or their shapes), by the first rule whose pattern finds its path.
+    """The partition spec of every array (or shape) of a tree, by the first rule whose pattern finds its path.
 
-    A spec one shorter than the array has belongs to stacked layers: the layer axis is not split. Scalars are replicated,
-    as is what has no axes to split (adafactor's placeholders of shape (1,)).
+    A spec shorter than the array belongs to stacked layers: the layer axis is not split. Scalars are replicated, as is
+    what has no axes to split (adafactor's placeholders of shape (1,)).
 
     Raises:
       AssertionError: if an array matches no rule.
@@ -134,7 +134,9 @@ def shardings(mesh: Mesh, rules, tree):
         for size, axis in zip(array.shape, tuple(spec) + (None,) * (len(array.shape) - len(spec)), strict=True):
             ways = math.prod(mesh.shape[a] for a in np.atleast_1d(axis)) if axis is not None else 1
             if size % ways:
-                logging.info("an array of shape %s: %d does not divide by %s=%d, kept whole", array.shape, size, axis, ways)
+                logging.info(
+                    "an array of shape %s: %d does not divide by %s=%d, kept whole", array.shape, size, axis, ways
+                )
             fitting.append(axis if size % ways == 0 else None)
         return NamedSharding(mesh, P(*fitting))
 
