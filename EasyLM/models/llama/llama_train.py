@@ -1,0 +1,90 @@
+"""Trains a Large Vision Model: `python -m EasyLM.models.llama.llama_train --flag=value` (README, "Training")."""
+
+import dataclasses
+import logging
+from functools import partial
+
+import jax.numpy as jnp
+
+from EasyLM import data, flags, optimizers, run, sharding, text
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag
+from EasyLM.losses import cross_entropy_and_accuracy
+from EasyLM.models.llama import llama_config, llama_model
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+
+DEFINITIONS = {
+    **run.RUN_FLAGS,
+    "dtype": Flag("fp32", "Type of the computation; parameters, softmax and loss are float32.", choices=tuple(DTYPES)),
+    "load_llama_config": Flag("", "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release)."),
+    "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
+    "llama": llama_config.LLAMA_FLAGS,
+    "tokenizer": text.TOKENIZER_FLAGS,
+    "train_dataset": data.DATASET_FLAGS,
+    "eval_dataset": data.DATASET_FLAGS,
+    "optimizer": optimizers.OPTIMIZER_FLAGS,
+}
+
+
+def main(config) -> None:
+    """Trains as the flags say. All that can be checked is checked before the data is indexed and the model compiled."""
+    logging.getLogger().setLevel(logging.INFO)
+    sharding.initialize_distributed(config.jax_distributed)
+    model = llama_config.build_config(config.load_llama_config, config.llama, config.update_llama_config)
+    optimizer, learning_rate = optimizers.make_optimizer(config.optimizer)
+    tokenizer = text.load_tokenizer(config.tokenizer)
+    mesh = sharding.make_mesh(config.mesh_dim)
+    used = ["train_dataset"] + ["eval_dataset"] * (config.eval_steps > 0)
+    for name in used:
+        _check_dataset_flags(name, config[name], model, mesh)
+    run_dir = run.run_directory(config)
+    run.find_start(config, run_dir)  # complains early
+    sources = {
+        name: run.first_process_first(partial(data.make_dataset, config[name], tokenizer, model.vocab_size))
+        for name in used
+    }
+    seq_length = sources["train_dataset"].seq_length
+    problem = run.Problem(
+        init_params=partial(llama_model.init_params, model),
+        loss_fn=make_loss_fn(model, DTYPES[config.dtype], mesh),
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        partition_rules=llama_config.PARTITION_RULES,
+        settings=dataclasses.asdict(model),
+        settings_name="llama_config",
+        execution_settings=llama_config.EXECUTION_SETTINGS,
+        data=sources["train_dataset"],
+        eval_data=sources.get("eval_dataset"),
+        batch_size=data.settings(config.train_dataset).batch_size,
+        eval_batch_size=data.settings(config.eval_dataset).batch_size,
+        units_per_row=seq_length,
+        flops_per_row=seq_length * llama_config.flops_per_token(model, seq_length),
+    )
+    run.train_run(config, run_dir, mesh, problem)
+
+
+def make_loss_fn(model, dtype, mesh=None):
+    """The next-token loss of a batch of rows: `(params, batch, key) -> (loss, {"accuracy"})`; key None: no dropout."""
+
+    def loss_fn(params, batch, key):
+        logits_BTV = llama_model.apply(model, params, batch["input_tokens"], dtype=dtype, key=key, mesh=mesh)
+        loss, accuracy = cross_entropy_and_accuracy(logits_BTV, batch["target_tokens"], batch["loss_masks"])
+        return loss, {"accuracy": accuracy}
+
+    return loss_fn
+
+
+def _check_dataset_flags(name, dataset_config, model, mesh) -> None:
+    settings = data.settings(dataset_config)
+    group = f"{name}.{dataset_config.type}_dataset"
+    sharding.check_batch_size(f"{group}.batch_size", settings.batch_size, mesh)
+    if settings.seq_length > model.max_sequence_length:
+        raise UserError(
+            f"--{group}.seq_length={settings.seq_length}: longer than the model's "
+            f"max_sequence_length={model.max_sequence_length}"
+        )
+
+
+if __name__ == "__main__":
+    flags.run(main, DEFINITIONS)

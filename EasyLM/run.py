@@ -1,0 +1,243 @@
+"""A training run from flags to finished checkpoints, for any model: where it starts, what it saves, how it goes on."""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from EasyLM import checkpoint, logger, sharding, train
+from EasyLM.data import Batches, dataset_state, rows_consumed
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag
+from EasyLM.loop import LoopSettings, fit
+
+RUN_FLAGS = {
+    "seed": Flag(42, "Seed of the initial parameters and of dropout."),
+    "mesh_dim": Flag(
+        "1,-1,1", "Mesh sizes dp,fsdp,mp; -1: all devices left; or named, as dp:1,fsdp:-1,mp:2; ! splits physical axes."
+    ),
+    "total_steps": Flag(10000, "Micro-steps to train in total, those before a resume included."),
+    "load_checkpoint": Flag("", "PREFIX::FILE to start from: trainstate, trainstate_params, params, flax_params, ..."),
+    "load_dataset_state": Flag("", "dataset.json (or a release's dataset.pkl): the data goes on after its rows."),
+    "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl): checks model settings, gives the step."),
+    "log_freq": Flag(50, "Steps between logged steps."),
+    "save_model_freq": Flag(0, "Steps between checkpoints, of which the newest is kept; 0: only on a signal."),
+    "save_milestone_freq": Flag(0, "Steps between checkpoints that are kept; 0: none."),
+    "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation."),
+    "log_all_worker": Flag(False, "Every process writes its figures, not only the first."),
+    "max_nonfinite_steps": Flag(10, "Stop after so many steps in a row whose loss is not finite."),
+    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: by the device's kind."),
+    "checkpointer": checkpoint.CHECKPOINTER_FLAGS,
+    "logger": logger.LOGGER_FLAGS,
+    "jax_distributed": sharding.JAX_DISTRIBUTED_FLAGS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is trained, and on what."""
+
+    init_params: Callable  # key -> parameters
+    loss_fn: train.LossFn
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable  # opt_state -> the rate of the next update
+    partition_rules: tuple
+    settings: Mapping  # of the model: kept in the metadata, compared on resume
+    settings_name: str  # their name in the metadata
+    execution_settings: frozenset[str]  # those that change how the model is computed, not what
+    data: object  # row source
+    eval_data: object | None  # row source
+    batch_size: int
+    eval_batch_size: int
+    units_per_row: int  # tokens (or images) of a row
+    flops_per_row: float
+    unit: str = "tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins: a checkpoint to load (or ''), and the files that say position and step (or '')."""
+
+    checkpoint: str = ""
+    dataset_state: str = ""
+    metadata: str = ""
+
+
+def run_directory(config) -> str:
+    """`output_dir/experiment_id`, made if missing.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    path = os.path.join(config.logger.output_dir, logger.experiment_id(config.logger))
+    try:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        raise UserError(
+            f"--logger.output_dir={config.logger.output_dir}: cannot write {path} ({error.strerror})"
+        ) from None
+    return path
+
+
+def find_start(config, run_dir: str) -> Start:
+    """Where this run begins. A run directory that holds a checkpoint is resumed from it.
+
+    `--load_checkpoint` begins a new run; repeated on a run that has its own checkpoints (a requeued job) it is history,
+    unless it names one of the run's own files, as to go back to a milestone.
+
+    Raises:
+      UserError: if the run directory holds a run that began elsewhere.
+    """
+    given = Start(config.load_checkpoint, config.load_dataset_state, config.load_metadata)
+    own = checkpoint.newest(run_dir)
+    path = config.load_checkpoint.partition("::")[2]
+    if own is None or (path and os.path.realpath(path).startswith(os.path.realpath(run_dir) + os.sep)):
+        if path and own is not None:
+            directory = os.path.dirname(os.path.realpath(path))
+            beside = {name: os.path.join(directory, f"{name}.json") for name in ("dataset", "metadata")}
+            return Start(
+                given.checkpoint, given.dataset_state or beside["dataset"], given.metadata or beside["metadata"]
+            )
+        return given
+    began_with = checkpoint.load_metadata(own.metadata)["flags"]["load_checkpoint"]
+    if given.checkpoint not in ("", began_with):
+        raise UserError(
+            f"--load_checkpoint={given.checkpoint}: {run_dir} already holds a run that began with {began_with!r}; "
+            "give another --logger.experiment_id, or leave --load_checkpoint out to resume that run"
+        )
+    logging.info("resuming this run from %s", own.spec)
+    return Start(own.spec, own.dataset_state, own.metadata)
+
+
+def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
+    """Trains a problem as the flags say; saves, logs, and on a signal says how to resume."""
+    start = find_start(config, run_dir)
+    metadata = checkpoint.load_metadata(start.metadata) if start.metadata else {}
+    _check_settings(problem, start, metadata)
+    position = _position(problem, start)
+    state, state_shardings = _first_state(config, mesh, problem, start, metadata)
+
+    batches = Batches(problem.data, problem.batch_size, sharding.batch_sharding(mesh), position)
+    flags = config.to_dict()
+    figures = logger.Logger(config.logger, run_dir, flags, config.log_all_worker)
+    saver = checkpoint.Checkpointer(run_dir, config.checkpointer)
+    settings = LoopSettings(
+        total_steps=config.total_steps,
+        log_freq=config.log_freq,
+        save_model_freq=config.save_model_freq,
+        save_milestone_freq=config.save_milestone_freq,
+        max_nonfinite_steps=config.max_nonfinite_steps,
+        units_per_step=problem.batch_size * problem.units_per_row,
+        flops_per_step=problem.batch_size * problem.flops_per_row,
+        peak_tflops=config.peak_tflops,
+        run_dir=run_dir,
+        unit=problem.unit,
+    )
+
+    def save(state, step, position, milestone):
+        facts = {problem.settings_name: dict(problem.settings), "mesh": dict(mesh.shape)}
+        saver.save(
+            state,
+            step,
+            dataset_state(problem.data, position),
+            checkpoint.make_metadata(step, flags, **facts),
+            milestone=milestone,
+        )
+
+    def log(row):
+        rows = position + (row["step"] + 1 - first_step) * problem.batch_size
+        figures.log(row | problem.data.metrics(rows))
+
+    first_step = int(state.step)
+    try:
+        step = _compiled_step(config, mesh, problem, state, state_shardings)
+        evaluate = partial(_evaluate, config, mesh, problem) if config.eval_steps else None
+        state, finished = fit(state, step, batches, settings, log=log, save=save, evaluate=evaluate)
+    finally:
+        batches.close()
+        saver.wait()
+        figures.close()
+    if jax.process_index() == 0:
+        print(
+            f"{'finished' if finished else 'stopped'} after step {int(state.step)} of {config.total_steps}: {run_dir}"
+        )
+        if not finished:
+            again = f"--logger.output_dir={config.logger.output_dir} --logger.experiment_id={os.path.basename(run_dir)}"
+            print(f"to resume, run the same command with {again}")
+
+
+def _check_settings(problem: Problem, start: Start, metadata: Mapping) -> None:
+    saved = metadata.get(problem.settings_name)
+    if not saved or not (start.checkpoint.startswith("trainstate::") or start.metadata):
+        return
+    differences = [
+        f"{name}={value!r} (saved: {saved[name]!r})"
+        for name, value in problem.settings.items()
+        if name in saved and name not in problem.execution_settings and saved[name] != value
+    ]
+    if differences:
+        raise UserError(f"{start.metadata}: the checkpoint's model has other settings: {', '.join(differences)}")
+
+
+def _position(problem: Problem, start: Start) -> int:
+    if not start.dataset_state:
+        return 0
+    return rows_consumed(checkpoint.load_dataset_state(start.dataset_state), problem.data)
+
+
+def _first_state(config, mesh, problem, start: Start, metadata: Mapping):
+    """The state to begin with, on the mesh, and its shardings."""
+    shapes = train.state_shapes(problem.init_params, problem.optimizer)
+    places = sharding.shardings(mesh, problem.partition_rules, shapes)
+    if not start.checkpoint:
+        return train.init_state(problem.init_params, problem.optimizer, config.seed, places), places
+    target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
+    if start.checkpoint.startswith("trainstate::"):
+        return checkpoint.load(start.checkpoint, target), places
+    params = checkpoint.load(start.checkpoint, target.params)
+    return train.state_from_params(params, problem.optimizer, int(metadata.get("step", 0)), places), places
+
+
+def _compiled_step(config, mesh, problem, state, state_shardings):
+    """The train step, compiled before the first batch is asked for, so that its time is known."""
+    step = train.make_train_step(problem.loss_fn, problem.optimizer, problem.learning_rate, config.seed)
+    row = problem.data.rows(0, 1)
+    places = sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((problem.batch_size, *array.shape[1:]), array.dtype, sharding=places)
+        for name, array in row.items()
+    }
+    begin = time.perf_counter()
+    compiled = train.jit_train_step(step, state_shardings, mesh).lower(state, batch).compile()
+    logging.info("compiled the train step in %.1f s", time.perf_counter() - begin)
+    return compiled
+
+
+def _evaluate(config, mesh, problem, params) -> dict:
+    """Means over the first `eval_steps` batches of the evaluation data: the same ones every time."""
+    step = jax.jit(train.make_eval_step(problem.loss_fn))
+    batches = Batches(problem.eval_data, problem.eval_batch_size, sharding.batch_sharding(mesh), 0)
+    try:
+        rows = [step(params, next(batches)) for _ in range(config.eval_steps)]
+    finally:
+        batches.close()
+    rows = jax.device_get(rows)
+    return {f"eval_{name}": np.mean([row[name] for row in rows]) for name in rows[0]}
+
+
+def first_process_first(make: Callable):
+    """`make()` on process 0, then on the others: what it leaves on a shared disk (an index) is made once."""
+    made = make() if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("first_process_first")
+    return make() if made is None else made

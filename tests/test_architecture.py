@@ -1,0 +1,76 @@
+"""The layout is a test: a module imports only from the tiers below its own, and heavy packages only inside functions."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Each tier may import what stands above it in this list. Entry points come last: nothing imports them.
+TIERS = [
+    {"EasyLM.vocab", "EasyLM.errors"},
+    {"EasyLM.flags", "EasyLM.losses"},
+]
+LAZY = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", "av", "gradio", "fastapi", "uvicorn"}
+LAZY |= {"skimage", "sklearn", "wandb"}
+
+
+def modules():
+    """Every module of the three packages by its dotted name."""
+    found = {}
+    for package in ("EasyLM", "tokenizer", "evaluation"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if not name.endswith("__init__"):
+                found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path, top_level_only=False):
+    """The modules that a file imports, as dotted names of modules, not of what is taken from them."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (name if name in MODULES else node.module for name in names)
+
+
+def test_every_module_has_its_tier():
+    listed = [name for tier in TIERS for name in tier]
+    assert sorted(listed) == sorted(MODULES), "add new modules to TIERS (and to the README's tree)"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_downwards(name):
+    height = {module: i for i, tier in enumerate(TIERS) for module in tier}
+    for imported in imports(MODULES[name]):
+        if imported in MODULES:
+            assert height[imported] < height[name], f"{name} imports {imported}, which is not below it"
+
+
+def test_packages_know_only_those_below():
+    below = {"EasyLM": {"EasyLM"}, "tokenizer": {"EasyLM", "tokenizer"}, "evaluation": set(MODULES)}
+    for name, path in MODULES.items():
+        package = name.split(".")[0]
+        for imported in set(imports(path)) & set(MODULES):
+            assert imported.split(".")[0] in below[package] or imported in below[package], f"{name} imports {imported}"
+            assert package != "tokenizer" or not imported.startswith("EasyLM.models"), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_optional_packages_are_imported_where_needed(name):
+    heavy = {module.split(".")[0] for module in imports(MODULES[name], top_level_only=True)} & LAZY
+    assert not heavy, f"{name} imports {heavy} at its top"
+
+
+def test_entry_points_are_imported_by_nobody():
+    entry_points = {name for name, path in MODULES.items() if '__name__ == "__main__"' in path.read_text()}
+    for name, path in MODULES.items():
+        assert not entry_points & set(imports(path)), f"{name} imports an entry point"
