@@ -82,10 +82,13 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
     return dict(zip(names, sizes, strict=True))
 
 
-def make_mesh(mesh_dim: str) -> Mesh:
-    """The mesh of `--mesh_dim` over all devices. A leading `!` lets one physical axis be split over two mesh axes."""
-    shape = parse_mesh_dim(mesh_dim, jax.device_count())
-    devices = mesh_utils.create_device_mesh(tuple(shape.values()), allow_split_physical_axes=mesh_dim.startswith("!"))
+def make_mesh(mesh_dim: str, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `--mesh_dim` over all devices, or those given. A leading `!` lets a physical axis be split over two."""
+    devices = devices or jax.devices()
+    shape = parse_mesh_dim(mesh_dim, len(devices))
+    devices = mesh_utils.create_device_mesh(
+        tuple(shape.values()), devices, allow_split_physical_axes=mesh_dim.startswith("!")
+    )
     # Auto: the compiler propagates shardings. Explicit, JAX's default, would ask for one at every gather.
     return Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 

@@ -1,0 +1,87 @@
+"""A run that was stopped and resumed equals, bit for bit, the run that never was."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from tiny_run import MODEL_FIGURES, finish, metrics, start, train
+
+from EasyLM import streaming
+
+STEPS = 14
+# 24 sentences of 768 to 1500 tokens are about 212 rows of 128: at 18 rows a step an epoch ends within the run.
+VARIANTS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bf16"},
+    "accumulation": {"optimizer.accumulate_gradient_steps": 3},
+    "palm": {"optimizer.type": "palm", "optimizer.palm_optimizer.lr_warmup_steps": 5},
+    "shuffled epochs": {"train_dataset.json_dataset.shuffle_seed": 7, "train_dataset.json_dataset.batch_size": 24},
+    "epochs": {"train_dataset.json_dataset.batch_size": 24},
+    "dropout": {"llama.resid_pdrop": 0.1, "llama.fcm_max_ratio": 0.3},
+}
+
+
+def final_state(run_dir) -> dict:
+    return {key: np.asarray(value) for key, value in streaming.read(run_dir / "streaming_train_state")}
+
+
+def assert_same_run(run, reference):
+    assert metrics(run, *MODEL_FIGURES) == metrics(reference, *MODEL_FIGURES)
+    state, expected = final_state(run), final_state(reference)
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert state[key].dtype == value.dtype
+        assert state[key].tobytes() == value.tobytes(), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_is_bit_equal(tmp_path, variant):
+    settings = {name.replace(".", "__"): value for name, value in VARIANTS[variant].items()}
+    settings |= {"save_model_freq": 100}
+    reference = train(tmp_path / "reference", total_steps=STEPS, **settings)
+    run = None
+    for stop in (4, 9, STEPS):  # 4 is in the middle of an accumulation cycle of 3
+        run = train(tmp_path / "resumed", total_steps=stop, **settings)
+    assert_same_run(run, reference)
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_of_saving_loses_nothing(tmp_path):
+    settings = {"total_steps": STEPS, "save_model_freq": 1, "mesh_dim": "1,1,1"}
+    reference = tmp_path / "reference" / "run"
+    finish(start(tmp_path / "reference", devices=1, **settings))
+    run = tmp_path / "killed" / "run"
+    for delay in (0.0, 0.01, 0.03):
+        process = start(tmp_path / "killed", devices=1, **settings)
+        newest = os.path.realpath(run / "latest")
+        deadline = time.monotonic() + 120
+        while os.path.realpath(run / "latest") == newest and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert final_state(run), "the newest checkpoint is readable after a kill"
+    finish(start(tmp_path / "killed", devices=1, **settings))
+    assert_same_run(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, number):
+    settings = {"total_steps": 4000, "mesh_dim": "1,1,1"}
+    process = start(tmp_path, devices=1, **settings)
+    path = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = finish(process)
+    assert "to resume" in said and "--logger.experiment_id=run" in said
+    done = max(metrics(tmp_path / "run", "loss")) + 1
+    assert int(final_state(tmp_path / "run")[("step",)]) == done
+    said = finish(start(tmp_path, devices=1, **settings | {"total_steps": done + 2}))
+    assert f"finished after step {done + 2}" in said
+    assert sorted(metrics(tmp_path / "run", "loss")) == list(range(done + 2))
