@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The whole test: lint, layout, fast and slow tests on 8 virtual CPU devices, then the commands of the documents on small
+# sizes. Installs what it needs into .venv (or $VENV). About 30 minutes on two cores; `scripts/test.sh fast` takes 3.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh dev,text
+. "${VENV:-.venv}/bin/activate"
+ruff check .
+ruff format --check .
+if [ "${1:-all}" = fast ]; then
+    exec python -m pytest -q -m "not slow"
+fi
+# Pinned: a plain `torch` brings gigabytes of CUDA. Needed only to read .bin weights and to check exports.
+python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5"
+python -m pytest -q -m "not slow"
+python -m pytest -q -m slow
+QUICKSTART_STEPS=20 bash scripts/quickstart.sh "$(mktemp -d)"
