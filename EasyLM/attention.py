@@ -36,9 +36,13 @@ class Pattern:
 
     valid_BS: jax.Array | None = None  # noqa: N815
     forget_key: jax.Array | None = None
-    dropout_key: jax.Array | None = None
     forget_ratios: tuple[float, float] = (0.0, 0.0)
+    dropout_key: jax.Array | None = None
     dropout_rate: float = 0.0
+
+    def with_dropout(self, key: jax.Array | None, rate: float) -> "Pattern":
+        """The same pattern with dropout, if there is a key and a rate."""
+        return self if key is None or rate == 0 else dataclasses.replace(self, dropout_key=key, dropout_rate=rate)
 
     def sees_BTS(self, batch: int, t_T: jax.Array, s_S: jax.Array) -> jax.Array:
         """Whether queries at positions `t_T` see keys at positions `s_S`; the batch dimension may be 1."""
