@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def final_state(run_dir) -> dict:
-    return {key: np.asarray(value) for key, value in streaming.read(run_dir / "streaming_train_state")}
+    return {entry.key: entry.read() for entry in streaming.read_streaming(run_dir / "streaming_train_state")}
 
 
 def assert_same_run(run, reference):

@@ -1,0 +1,53 @@
+"""Reads the pickles of older runs, which hold settings, without running anything that a pickle may name."""
+
+import io
+import pickle
+
+from EasyLM.errors import UserError
+
+
+class _Settings:
+    """Stands in for ml_collections' ConfigDict and FieldReference: it takes their attributes and does nothing."""
+
+
+_ALLOWED = {
+    ("ml_collections.config_dict.config_dict", "ConfigDict"): _Settings,
+    ("ml_collections.config_dict.config_dict", "FieldReference"): _Settings,
+    **{("builtins", kind.__name__): kind for kind in (bool, float, int, str)},  # field types, as values
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in _ALLOWED:
+            raise _RefusedError(f"{module}.{name}")
+        return _ALLOWED[module, name]
+
+
+class _RefusedError(Exception):
+    pass
+
+
+def loads(data: bytes, path: str):
+    """The content of a pickle as plain dicts, lists, tuples and values; a ConfigDict is a dict, a reference its value.
+
+    Raises:
+      UserError: naming the file, and what it must not name: anything but ConfigDict, FieldReference and plain types.
+    """
+    try:
+        return _plain(_Unpickler(io.BytesIO(data)).load())
+    except _RefusedError as error:
+        raise UserError(f"{path}: refused: the pickle names {error}, and only settings are read from pickles") from None
+    except Exception as error:  # a broken pickle may raise nearly anything
+        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+
+
+def _plain(value):
+    if isinstance(value, _Settings):
+        attributes = vars(value)
+        return _plain(attributes["_fields"] if "_fields" in attributes else attributes["_value"])
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
