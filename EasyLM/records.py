@@ -3,14 +3,14 @@
 The only reader and writer of a record. `EasyLM.fields` says which parts of a record become tokens.
 """
 
-import os
+import functools
 from collections.abc import Iterator
 
-import fsspec
 import numpy as np
 import orjson
 import pybase64
 
+from EasyLM import files
 from EasyLM.errors import UserError
 
 TOKENS_KEY = "tokens"
@@ -21,23 +21,23 @@ class RecordError(ValueError):
     """Why a line is no record. Whoever knows the line's address turns it into a UserError `file:line: reason`."""
 
 
-def open_binary(path: str):
-    """Opens a local or remote (fsspec: gs://, s3://, hf://) file for reading bytes."""
-    return fsspec.open(path, "rb").open() if "://" in path else open(os.fspath(path), "rb")
+@functools.lru_cache
+def token_type(dtype: str) -> np.dtype:
+    """The little-endian item type of that name."""
+    return np.dtype(dtype).newbyteorder("<")
 
 
 def encode_tokens(tokens, dtype: str = TOKEN_DTYPE) -> str:
     """Base64 of the ids [n] as little-endian integers. Ids that `dtype` cannot hold are our fault, not the user's."""
     ids = np.asarray(tokens)
-    little = np.dtype(dtype).newbyteorder("<")
     assert ids.ndim == 1 and (ids.size == 0 or np.can_cast(ids.dtype, np.int64)), f"no ids: {ids.dtype} {ids.shape}"
-    narrow = ids.astype(little)
+    narrow = ids.astype(token_type(dtype))
     assert np.array_equal(narrow, ids), f"an id does not fit into {dtype}"
     return pybase64.b64encode_as_string(narrow.tobytes())
 
 
 def decode_tokens(text, key: str = TOKENS_KEY, dtype: str = TOKEN_DTYPE) -> np.ndarray:
-    """The ids [n] of a base64 field, read-only, of the given item type.
+    """The ids [n] of a base64 field as a read-only array of the given item type.
 
     Raises:
       RecordError: if it is not base64 text, or its length is not a multiple of the item size.
@@ -48,7 +48,7 @@ def decode_tokens(text, key: str = TOKENS_KEY, dtype: str = TOKEN_DTYPE) -> np.n
         raw = pybase64.b64decode(text, validate=True)
     except ValueError as error:
         raise RecordError(f"field {key!r} is not base64 ({error})") from None
-    item = np.dtype(dtype).newbyteorder("<")
+    item = token_type(dtype)
     if len(raw) % item.itemsize:
         raise RecordError(
             f"field {key!r} has {len(raw)} bytes, not a multiple of {item.itemsize} (item type {item.name})"
@@ -93,7 +93,7 @@ def read_records(path: str, vocab_size: int) -> Iterator[tuple[np.ndarray, dict]
     Raises:
       UserError: addressed `file:line`, for a line that is no record.
     """
-    with open_binary(path) as lines:
+    with files.open_binary(path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
