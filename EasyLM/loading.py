@@ -85,7 +85,7 @@ def load(spec: str, target=None, prefixes: Mapping[str, Callable[[str], list[Ent
         target = stacking.shapes_in_memory(entries.values())
     leaves = stacking.leaves(target)
     _match_accumulation(spec, entries, leaves)
-    _check(spec, entries, leaves)
+    check(spec, entries, leaves)
     return jax.tree.unflatten(jax.tree.structure(target), _arrays(entries, leaves))
 
 
@@ -148,7 +148,8 @@ def _zeros(key, shape, dtype) -> Entry:
     return Entry(key, shape, dtype, lambda out: out.fill(0))
 
 
-def _check(spec: str, entries: Mapping, leaves: list[stacking.Leaf]) -> None:
+def check(spec: str, entries: Mapping[tuple[str, ...], Entry], leaves: list[stacking.Leaf]) -> None:
+    """Raises UserError, naming names and shapes, unless the entries are what the leaves are made of."""
     wanted = {key: leaf for leaf in leaves for key in leaf.file_keys}
     reasons = [
         f"{word} {_listed(keys)}"

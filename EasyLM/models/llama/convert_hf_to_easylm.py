@@ -1,0 +1,77 @@
+"""Imports a Hugging Face LLaMA: `python -m EasyLM.models.llama.convert_hf_to_easylm --hf_model=DIR --output_file=FILE`.
+
+Reads safetensors, or torch's `.bin` (that needs torch). One tensor is in memory at a time. The model's settings are
+written beside the file as `metadata.json`, from where training, export and evaluation read them.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from EasyLM import checkpoint, flags, streaming
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag
+from EasyLM.models.llama import hf_files, hf_layout
+
+DEFINITIONS = {
+    "hf_model": Flag("", "Directory of the Hugging Face model: config.json and weights."),
+    "output_file": Flag("", "File to write; it is loaded as params::FILE, or flax_params::FILE if not streaming."),
+    "streaming": Flag(True, "Write a streaming checkpoint; else plain flax msgpack."),
+}
+
+
+def main(config) -> None:
+    """Imports as the flags say. The output appears when it is whole."""
+    for name in ("hf_model", "output_file"):
+        if not config[name]:
+            raise UserError(f"--{name} is needed")
+    directory = os.path.dirname(os.path.abspath(config.output_file))
+    metadata = os.path.join(directory, "metadata.json")
+    for path in (config.output_file, metadata):
+        if os.path.exists(path):
+            raise UserError(f"--output_file={config.output_file}: {path} exists; name a file in a directory of its own")
+    model, entries = hf_layout.read_model(config.hf_model)
+    facts = checkpoint.make_metadata(0, config.to_dict(), llama_config=dataclasses.asdict(model))
+
+    def write_weights(file):
+        with tqdm(total=len(entries), desc="importing", unit="tensor") as bar:
+            write(file, [hf_files.counted(entry, bar) for entry in entries], config.streaming)
+
+    os.makedirs(directory, exist_ok=True)
+    _write_whole(config.output_file, write_weights)
+    _write_whole(metadata, lambda file: file.write(json.dumps(facts, indent=2).encode()))
+    prefix = "params" if config.streaming else "flax_params"
+    print(f"imported; load it as {prefix}::{config.output_file}")
+
+
+def write(file, entries, as_stream: bool) -> None:
+    """Writes parameters as the release does: their paths begin below `params`."""
+    entries = (dataclasses.replace(entry, key=entry.key[1:]) for entry in entries)
+    if as_stream:
+        for entry in entries:
+            streaming.write_entry(file, entry.key, entry.read())
+    else:
+        streaming.write_flax(file, entries)
+
+
+def _write_whole(path: str, write_to: Callable) -> None:
+    """Writes a file under a temporary name, and renames it when it is whole."""
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--output_file={path}: could not be written ({error.strerror})") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+if __name__ == "__main__":
+    flags.run(main, DEFINITIONS)

@@ -1,0 +1,137 @@
+"""Weight files of Hugging Face models, tensor by tensor: safetensors written and read, torch's `.bin` read."""
+
+import functools
+import glob
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from EasyLM import streaming
+from EasyLM.errors import UserError
+from EasyLM.streaming import Entry
+
+MAX_SHARD_BYTES = 5 * 10**9
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+
+
+def write_safetensors(directory: str, tensors: list[Entry]) -> None:
+    """Writes tensors, in order, to shards of at most 5 GB (or one tensor), with an index if there are several.
+
+    One tensor is in memory at a time.
+    """
+    shards = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(map(_num_bytes, shards[-1])) + _num_bytes(tensor) > MAX_SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {tensor.key[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": sum(map(_num_bytes, tensors))}, "weight_map": weight_map}
+        with open(os.path.join(directory, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
+            json.dump(index, file, indent=2)
+    for name, shard in zip(names, shards, strict=True):
+        with open(os.path.join(directory, name), "wb") as file:
+            _write_shard(file, shard)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _write_shard(file, tensors: Iterable[Entry]) -> None:
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        end = offset + _num_bytes(tensor)
+        header[tensor.key[0]] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % 8)  # tensors begin at a multiple of 8, as readers like
+    file.write(len(data).to_bytes(8, "little") + data)
+    for tensor in tensors:
+        file.write(streaming.bytes_of(tensor.read()))
+
+
+def _num_bytes(tensor: Entry) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def read_weights(directory: str) -> list[Entry]:
+    """The tensors of a model directory, none of them read yet; a key has one part, the tensor's name.
+
+    Raises:
+      UserError: naming the file, if there are no weights, or a file is broken or missing.
+    """
+    for stem, read in (("model*.safetensors", _read_safetensors), ("pytorch_model*.bin", _read_torch)):
+        paths = sorted(glob.glob(os.path.join(glob.escape(directory), stem)))
+        for index in glob.glob(os.path.join(glob.escape(directory), f"{stem}.index.json")):
+            with open(index, encoding="utf-8") as file:
+                names = set(json.load(file)["weight_map"].values())
+            paths = [os.path.join(directory, name) for name in sorted(names)]
+        if paths:
+            return [tensor for path in paths for tensor in read(path)]
+    raise UserError(f"{directory}: no weights: neither model*.safetensors nor pytorch_model*.bin")
+
+
+def _read_safetensors(path: str) -> list[Entry]:
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        tensors = []
+        for name, facts in header.items():
+            begin, end = facts["data_offsets"]
+            shape, dtype = tuple(facts["shape"]), np.dtype(_DTYPES[facts["dtype"]])
+            if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
+                raise ValueError(f"{name}: {end - begin} bytes of {size} do not make {shape} of {dtype}")
+            read = functools.partial(streaming.read_pieces, path, ((8 + length + begin, end - begin),))
+            tensors.append(Entry((name,), shape, dtype, read))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({type(error).__name__}: {error})") from None
+    return tensors
+
+
+def _read_torch(path: str) -> list[Entry]:
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds, with advice that is not for our users
+        raise UserError(f"{path}: not a readable file of torch weights ({str(error).splitlines()[0]})") from None
+
+    def read(tensor, out):
+        raw = tensor.contiguous().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        np.copyto(out, raw.numpy().view(out.dtype))
+
+    return [
+        Entry((name,), tuple(tensor.shape), np.dtype(str(tensor.dtype).split(".")[1]), functools.partial(read, tensor))
+        for name, tensor in state.items()
+    ]
+
+
+def counted(tensor: Entry, bar) -> Entry:
+    """The same, and a progress bar moves when it is read."""
+
+    def read_into(out):
+        tensor.read_into(out)
+        bar.update()
+
+    return Entry(tensor.key, tensor.shape, tensor.dtype, read_into)
+
+
+def holds_model(directory: str) -> str | None:
+    """The name of a file that makes a directory a model's, or None."""
+    pattern = re.compile(r"config\.json|.*\.safetensors|pytorch_model.*\.bin")
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    return next((name for name in sorted(names) if pattern.fullmatch(name)), None)
