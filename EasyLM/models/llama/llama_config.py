@@ -2,12 +2,12 @@
 
 import ast
 import dataclasses
-import json
 from collections.abc import Mapping
 
 import jax
 from jax.sharding import PartitionSpec as P
 
+from EasyLM.checkpoint import load_metadata
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.vocab import BOS, EOS, PAD, VOCAB_SIZE
@@ -128,6 +128,10 @@ class LLaMAConfig:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(LLaMAConfig)}
+# How the model is computed, not what: these may differ between a run and its continuation.
+EXECUTION_SETTINGS = frozenset(
+    name for name in FIELDS if name.startswith(("remat_", "scan_")) or name == "attention_implementation"
+)
 
 LLAMA_FLAGS = {
     name: Flag(
@@ -185,16 +189,7 @@ def load_config(spec: str) -> LLaMAConfig:
     if not separator:
         return PRESETS[choose("load_llama_config", spec, (*PRESETS, "json::PATH", "pickle::PATH"))]
     choose("load_llama_config", f"{kind}::", ("json::", "pickle::"))
-    if kind == "pickle":
-        from EasyLM.checkpoint import load_metadata_pickle
-
-        return config_from_dict(load_metadata_pickle(path), path)
-    with open(path, encoding="utf-8") as file:
-        try:
-            values = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-    return config_from_dict(values, path)
+    return config_from_dict(load_metadata(path), path)
 
 
 def config_from_dict(values: Mapping, source: str) -> LLaMAConfig:
