@@ -101,27 +101,25 @@ def find_start(config, run_dir: str) -> Start:
     given = Start(config.load_checkpoint, config.load_dataset_state, config.load_metadata)
     own = checkpoint.newest(run_dir)
     path = config.load_checkpoint.partition("::")[2]
-    if own is None or (path and os.path.realpath(path).startswith(os.path.realpath(run_dir) + os.sep)):
-        if path and own is not None:
-            directory = os.path.dirname(os.path.realpath(path))
-            beside = {name: os.path.join(directory, f"{name}.json") for name in ("dataset", "metadata")}
-            return Start(
-                given.checkpoint, given.dataset_state or beside["dataset"], given.metadata or beside["metadata"]
-            )
+    if own is None:
         return given
+    if path and os.path.realpath(path).startswith(os.path.realpath(run_dir) + os.sep):
+        dataset_state, metadata = (checkpoint.beside(path, name) for name in ("dataset", "metadata"))
+        return Start(given.checkpoint, given.dataset_state or dataset_state, given.metadata or metadata)
     began_with = checkpoint.load_metadata(own.metadata)["flags"]["load_checkpoint"]
     if given.checkpoint not in ("", began_with):
         raise UserError(
             f"--load_checkpoint={given.checkpoint}: {run_dir} already holds a run that began with {began_with!r}; "
             "give another --logger.experiment_id, or leave --load_checkpoint out to resume that run"
         )
-    logging.info("resuming this run from %s", own.spec)
     return Start(own.spec, own.dataset_state, own.metadata)
 
 
 def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
     """Trains a problem as the flags say; saves, logs, and on a signal says how to resume."""
     start = find_start(config, run_dir)
+    if start.checkpoint:
+        logging.info("starting from %s", start.checkpoint)
     metadata = checkpoint.load_metadata(start.metadata) if start.metadata else {}
     _check_settings(problem, start, metadata)
     position = _position(problem, start)
@@ -160,6 +158,7 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
 
     first_step = int(state.step)
     try:
+        saver.prepare(state)
         step = _compiled_step(config, mesh, problem, state, state_shardings)
         evaluate = partial(_evaluate, config, mesh, problem) if config.eval_steps else None
         state, finished = fit(state, step, batches, settings, log=log, save=save, evaluate=evaluate)

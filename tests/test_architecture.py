@@ -1,4 +1,4 @@
-"""The layout is a test: a module imports only from the tiers below its own, and heavy packages only inside functions."""
+"""The layout is a test: a module imports only from tiers below its own, and heavy packages only inside functions."""
 
 import ast
 import pathlib

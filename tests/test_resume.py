@@ -4,7 +4,6 @@ import os
 import signal
 import time
 
-import numpy as np
 import pytest
 from tiny_run import MODEL_FIGURES, finish, metrics, start, train
 

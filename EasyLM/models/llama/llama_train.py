@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from EasyLM import data, flags, optimizers, run, sharding, text
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.losses import cross_entropy_and_accuracy
 from EasyLM.models.llama import llama_config, llama_model
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -47,7 +46,7 @@ def main(config) -> None:
     seq_length = sources["train_dataset"].seq_length
     problem = run.Problem(
         init_params=partial(llama_model.init_params, model),
-        loss_fn=make_loss_fn(model, DTYPES[config.dtype], mesh),
+        loss_fn=llama_model.make_loss_fn(model, DTYPES[config.dtype], mesh),
         optimizer=optimizer,
         learning_rate=learning_rate,
         partition_rules=llama_config.PARTITION_RULES,
@@ -62,17 +61,6 @@ def main(config) -> None:
         flops_per_row=seq_length * llama_config.flops_per_token(model, seq_length),
     )
     run.train_run(config, run_dir, mesh, problem)
-
-
-def make_loss_fn(model, dtype, mesh=None):
-    """The next-token loss of a batch of rows: `(params, batch, key) -> (loss, {"accuracy"})`; key None: no dropout."""
-
-    def loss_fn(params, batch, key):
-        logits_BTV = llama_model.apply(model, params, batch["input_tokens"], dtype=dtype, key=key, mesh=mesh)
-        loss, accuracy = cross_entropy_and_accuracy(logits_BTV, batch["target_tokens"], batch["loss_masks"])
-        return loss, {"accuracy": accuracy}
-
-    return loss_fn
 
 
 def _check_dataset_flags(name, dataset_config, model, mesh) -> None:
