@@ -1,0 +1,57 @@
+"""Photographs that scikit-image and scikit-learn carry in their wheels: real pictures without a download."""
+
+import functools
+import importlib.util
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from EasyLM.errors import UserError
+
+# (package, path in it). A held-out photograph is in no training set, so figures on it are of a picture never seen.
+TRAINING = (
+    ("skimage", "data/astronaut.png"),
+    ("skimage", "data/chelsea.png"),
+    ("skimage", "data/rocket.jpg"),
+    ("skimage", "data/hubble_deep_field.jpg"),
+    ("skimage", "data/retina.jpg"),
+    ("skimage", "data/ihc.png"),
+    ("skimage", "data/motorcycle_left.png"),
+    ("skimage", "data/camera.png"),
+    ("skimage", "data/brick.png"),
+    ("skimage", "data/coins.png"),
+    ("sklearn", "datasets/images/china.jpg"),
+)
+HELD_OUT = (("skimage", "data/coffee.png"), ("sklearn", "datasets/images/flower.jpg"))
+
+
+def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
+    """A square of a photograph, at least a third of its shorter side, perhaps mirrored: uint8 [size,size,3].
+
+    Raises:
+      UserError: if scikit-image or scikit-learn is not installed.
+    """
+    rng = np.random.default_rng([seed, 11])
+    names = HELD_OUT if held_out else TRAINING
+    photograph = _open(*names[rng.integers(len(names))])
+    shorter = min(photograph.size)
+    side = int(rng.uniform(max(size, shorter / 3), shorter))
+    left, top = (int(rng.integers(extent - side + 1)) for extent in photograph.size)
+    square = photograph.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    pixels = np.asarray(square)
+    return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels.copy()
+
+
+def gray(pixels: np.ndarray) -> np.ndarray:
+    """Luminance by the weights of ITU-R BT.601, in all three channels: uint8 [...,3]."""
+    light = pixels @ np.array([0.2989, 0.5870, 0.1140])
+    return np.repeat(np.round(light).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+@functools.cache
+def _open(package: str, path: str) -> Image.Image:
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise UserError(f"the photographs of {package} need it installed: pip install scikit-image scikit-learn")
+    return Image.open(pathlib.Path(found.origin).parent / path).convert("RGB")

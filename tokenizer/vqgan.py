@@ -1,0 +1,313 @@
+"""The VQGAN that turns a picture into codes and codes into a picture, in the layout of open-muse's `taming` models.
+
+Names of modules equal the names in the files (`encoder.down.0.block.1.conv1`), so weights.py needs no table.
+Shapes: B images, H W pixels, h w codes of a side (H / 2^(levels - 1)), N = h w codes row by row, C channels, Z length of
+a code's vector, K codes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from EasyLM.errors import UserError
+from EasyLM.vocab import CODEBOOK_SIZE
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGANConfig:
+    """Settings under open-muse's names; the defaults are the released tokenizer's. Checked here, once.
+
+    `dropout` and `commitment_cost` describe how a model was trained; they change no picture. `norm_groups` is ours: with
+    32 groups of 32 channels, group normalization takes each channel's mean away, and with it a picture's overall colour,
+    so a narrow model wants fewer. Files written by others lack it and have 32.
+
+    Raises:
+      UserError: naming field, value and rule.
+    """
+
+    resolution: int = 256
+    num_channels: int = 3
+    hidden_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = ()
+    no_attn_mid_block: bool = True
+    z_channels: int = 64
+    num_embeddings: int = CODEBOOK_SIZE
+    quantized_embed_dim: int = 64
+    dropout: float = 0.0
+    resample_with_conv: bool = True
+    commitment_cost: float = 0.25
+    norm_groups: int = 32
+
+    def __post_init__(self):
+        for name in ("channel_mult", "attn_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("resolution", "hidden_channels", "num_res_blocks", "z_channels", "quantized_embed_dim", "norm_groups"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(self.num_channels == 3, "num_channels", self.num_channels, "pictures are RGB, 3 channels")
+        _require(len(self.channel_mult) >= 1 and min(self.channel_mult) >= 1, "channel_mult", self.channel_mult, "needs numbers >= 1")
+        _require(
+            1 <= self.num_embeddings <= CODEBOOK_SIZE,
+            "num_embeddings",
+            self.num_embeddings,
+            f"must be 1..{CODEBOOK_SIZE}: ids from {CODEBOOK_SIZE} on are special",
+        )
+        factor = 2 ** (len(self.channel_mult) - 1)
+        _require(
+            self.resolution % factor == 0,
+            "resolution",
+            self.resolution,
+            f"must be divisible by {factor}, 2^(levels - 1) for channel_mult={self.channel_mult}",
+        )
+        for mult in self.channel_mult:
+            channels = self.hidden_channels * mult
+            _require(
+                channels % self.norm_groups == 0,
+                "hidden_channels",
+                self.hidden_channels,
+                f"times channel_mult gives {channels}, which norm_groups={self.norm_groups} does not divide",
+            )
+
+    @property
+    def side(self) -> int:
+        """Codes along a side of a picture."""
+        return self.resolution // 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.side**2
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "config") -> "VQGANConfig":
+        """Reads a config.json; keys that start with `_` are the writer's notes.
+
+        Raises:
+          UserError: naming the unknown key and the valid ones, or what the checks find; `source` is the file's name.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        unknown = sorted(values.keys() - fields)
+        if unknown:
+            raise UserError(f"{source}: unknown key {unknown[0]!r}: valid are {', '.join(sorted(fields))}")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        except TypeError as error:
+            raise UserError(f"{source}: a value has the wrong type ({error})") from error
+
+
+def _require(holds: bool, name: str, value, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{name}={value!r}: {rule}")
+
+
+class VQGAN(nnx.Module):
+    """Encoder, codebook and decoder. Parameters are float32; `dtype` is the type of the computation.
+
+    float32 means float32: on accelerators the convolutions ask for full precision, since a code near a boundary flips.
+    """
+
+    def __init__(self, config: VQGANConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        kit = _Kit(config, dtype, rngs)
+        self.encoder = Encoder(config, kit)
+        self.decoder = Decoder(config, kit)
+        self.quantize = Codebook(config, rngs)
+        self.quant_conv = kit.conv(config.z_channels, config.quantized_embed_dim, 1)
+        self.post_quant_conv = kit.conv(config.quantized_embed_dim, config.z_channels, 1)
+
+    def encode(self, pixels_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Pixels in [0, 1] -> (vectors before quantization [B,h,w,Z], codes [B,N] int32, row by row)."""
+        hidden_BhwZ = self.quant_conv(self.encoder(pixels_BHWC))
+        return hidden_BhwZ, self.quantize.nearest(hidden_BhwZ)
+
+    def decode(self, codes_BN: jax.Array) -> jax.Array:
+        """Codes -> float32 pixels [B,H,W,3], not clamped: a picture wants clip(0, 1)."""
+        side = self.config.side
+        vectors_BNZ = self.quantize(codes_BN)
+        return self.draw(vectors_BNZ.reshape(len(codes_BN), side, side, -1))
+
+    def draw(self, vectors_BhwZ: jax.Array) -> jax.Array:
+        """Vectors of the codebook's space -> float32 pixels [B,H,W,3]."""
+        return self.decoder(self.post_quant_conv(vectors_BhwZ)).astype(jnp.float32)
+
+
+class Codebook(nnx.Module):
+    def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
+        bound = 1.0 / config.num_embeddings
+        shape = (config.num_embeddings, config.quantized_embed_dim)
+        init_KZ = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        self.embedding = nnx.Param(init_KZ)
+
+    def __call__(self, codes: jax.Array) -> jax.Array:
+        return self.embedding[...][codes]
+
+    def nearest(self, hidden_BhwZ: jax.Array) -> jax.Array:
+        """The code of least squared distance, in float32 whatever the model's dtype: [B,N] int32."""
+        table_KZ = self.embedding[...]
+        hidden_BNZ = hidden_BhwZ.reshape(len(hidden_BhwZ), -1, table_KZ.shape[1]).astype(jnp.float32)
+        dot_BNK = jnp.einsum("BNZ,KZ->BNK", hidden_BNZ, table_KZ, precision="highest")
+        norm_K = jnp.sum(table_KZ**2, axis=1)
+        return jnp.argmin(norm_K[None, None, :] - 2 * dot_BNK, axis=-1).astype(jnp.int32)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VQGANConfig, kit: "_Kit"):
+        widths = [config.hidden_channels * mult for mult in config.channel_mult]
+        self.conv_in = kit.conv(config.num_channels, config.hidden_channels, 3)
+        self.down = nnx.List()
+        width = config.hidden_channels
+        for level, out in enumerate(widths):
+            resample = Downsample(config, out, kit) if level < len(widths) - 1 else None
+            self.down.append(Level(config, kit, level, width, out, config.num_res_blocks, downsample=resample))
+            width = out
+        self.mid = Middle(config, width, kit)
+        self.norm_out = kit.norm(width)
+        self.conv_out = kit.conv(width, config.z_channels, 3)
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        x = self.conv_in(x_BHWC)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(nnx.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """`up` is numbered like the encoder's levels, 0 the finest, and runs from the last to the first."""
+
+    def __init__(self, config: VQGANConfig, kit: "_Kit"):
+        widths = [config.hidden_channels * mult for mult in config.channel_mult]
+        self.conv_in = kit.conv(config.z_channels, widths[-1], 3)
+        self.mid = Middle(config, widths[-1], kit)
+        self.up = nnx.List()
+        for level, out in enumerate(widths):
+            width = widths[min(level + 1, len(widths) - 1)]
+            resample = Upsample(config, out, kit) if level > 0 else None
+            self.up.append(Level(config, kit, level, width, out, config.num_res_blocks + 1, upsample=resample))
+        self.norm_out = kit.norm(widths[0])
+        self.conv_out = kit.conv(widths[0], config.num_channels, 3)
+
+    def __call__(self, z_BhwC: jax.Array) -> jax.Array:
+        x = self.mid(self.conv_in(z_BhwC))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(nnx.silu(self.norm_out(x)))
+
+
+class Level(nnx.Module):
+    """Residual blocks of one resolution, each followed by attention where the config asks, then a change of size."""
+
+    def __init__(self, config, kit, level, width, out, num_blocks, downsample=None, upsample=None):
+        attends = config.resolution // 2**level in config.attn_resolutions
+        self.block = nnx.List([ResnetBlock(width if i == 0 else out, out, kit) for i in range(num_blocks)])
+        self.attn = nnx.List([AttnBlock(out, kit) for _ in range(num_blocks if attends else 0)])
+        if downsample is not None:
+            self.downsample = downsample
+        if upsample is not None:
+            self.upsample = upsample
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[i](x) if len(self.attn) > 1 else x  # open-muse leaves a single one out, so its weights want that
+        resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
+        return resample(x) if resample else x
+
+
+class Middle(nnx.Module):
+    def __init__(self, config: VQGANConfig, width: int, kit: "_Kit"):
+        self.block_1 = ResnetBlock(width, width, kit)
+        if not config.no_attn_mid_block:
+            self.attn_1 = AttnBlock(width, kit)
+        self.block_2 = ResnetBlock(width, width, kit)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.block_1(x)
+        if hasattr(self, "attn_1"):
+            x = self.attn_1(x)
+        return self.block_2(x)
+
+
+class ResnetBlock(nnx.Module):
+    def __init__(self, width: int, out: int, kit: "_Kit"):
+        self.norm1 = kit.norm(width)
+        self.conv1 = kit.conv(width, out, 3)
+        self.norm2 = kit.norm(out)
+        self.conv2 = kit.conv(out, out, 3)
+        if width != out:
+            self.nin_shortcut = kit.conv(width, out, 1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv1(nnx.silu(self.norm1(x)))
+        y = self.conv2(nnx.silu(self.norm2(y)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + y
+
+
+class AttnBlock(nnx.Module):
+    """One head of full attention over the positions of a picture."""
+
+    def __init__(self, width: int, kit: "_Kit"):
+        self.norm = kit.norm(width)
+        self.q, self.k, self.v, self.proj_out = (kit.conv(width, width, 1) for _ in range(4))
+
+    def __call__(self, x_BhwC: jax.Array) -> jax.Array:
+        B, h, w, C = x_BhwC.shape
+        y_BhwC = self.norm(x_BhwC)
+        q_BNC, k_BNC, v_BNC = (layer(y_BhwC).reshape(B, h * w, C) for layer in (self.q, self.k, self.v))
+        scores_BNM = jnp.einsum("BNC,BMC->BNM", q_BNC, k_BNC, precision=self.q.precision) * C**-0.5
+        weights_BNM = jax.nn.softmax(scores_BNM.astype(jnp.float32), axis=-1).astype(v_BNC.dtype)
+        mixed_BNC = jnp.einsum("BNM,BMC->BNC", weights_BNM, v_BNC, precision=self.q.precision)
+        return x_BhwC + self.proj_out(mixed_BNC.reshape(B, h, w, C))
+
+
+class Downsample(nnx.Module):
+    def __init__(self, config: VQGANConfig, width: int, kit: "_Kit"):
+        if config.resample_with_conv:
+            self.conv = kit.conv(width, width, 3, strides=2, padding=((0, 1), (0, 1)))  # right and bottom, as in taming
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x) if hasattr(self, "conv") else nnx.avg_pool(x, (2, 2), (2, 2))
+
+
+class Upsample(nnx.Module):
+    def __init__(self, config: VQGANConfig, width: int, kit: "_Kit"):
+        if config.resample_with_conv:
+            self.conv = kit.conv(width, width, 3)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # nearest
+        return self.conv(x) if hasattr(self, "conv") else x
+
+
+class _Kit:
+    """Makes the two layers that everything here is built of, with the config's type, precision and groups."""
+
+    def __init__(self, config: VQGANConfig, dtype, rngs: nnx.Rngs):
+        self.dtype, self.rngs, self.groups = dtype, rngs, config.norm_groups
+        self.precision = "highest" if dtype == jnp.float32 else None
+
+    def conv(self, width: int, out: int, size: int, strides: int = 1, padding="SAME") -> nnx.Conv:
+        return nnx.Conv(
+            width,
+            out,
+            (size, size),
+            strides=strides,
+            padding=padding,
+            dtype=self.dtype,
+            precision=self.precision,
+            rngs=self.rngs,
+        )
+
+    def norm(self, width: int) -> nnx.GroupNorm:
+        return nnx.GroupNorm(
+            width,
+            num_groups=self.groups,
+            epsilon=1e-6,
+            use_fast_variance=False,
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )

@@ -1,0 +1,133 @@
+"""A VQGAN's directory: config.json and weights under open-muse's names, as they come and as we write them.
+
+A name is the path of the module with dots, its last part `weight` or `bias`; a convolution is [out, in, height, width] in
+the file and [height, width, in, out] here.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from EasyLM.errors import UserError
+from tokenizer.vqgan import VQGAN, VQGANConfig
+
+_LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight", "bias": "bias"}
+
+
+def load(directory: str, dtype=jnp.float32) -> VQGAN:
+    """Reads a VQGAN: config.json with pytorch_model.bin (needs torch) or *.safetensors. Parameters become float32.
+
+    Raises:
+      UserError: naming the directory or file and what is missing, unexpected or of another shape.
+    """
+    config = read_config(directory)
+    abstract = nnx.eval_shape(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    source, found = _read_tensors(directory)
+    wanted = {file_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or unexpected:
+        raise UserError(f"{source}: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}")
+    flat = []
+    for name, (path, leaf) in wanted.items():
+        shape = _file_shape(leaf.get_value().shape)
+        if found[name].shape != shape:
+            raise UserError(f"{source}: {name} has shape {found[name].shape}, config.json makes it {shape}")
+        flat.append((path, leaf.replace(jnp.asarray(_from_file(found[name].astype(np.float32))))))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def save(model: VQGAN, directory: str, dtype=np.float32) -> None:
+    """Writes config.json and model.safetensors (tensors in `dtype`), each under a temporary name first."""
+    from safetensors.numpy import save_file
+
+    os.makedirs(directory, exist_ok=True)
+    flat = nnx.to_flat_state(nnx.state(model))
+    tensors = {file_name(path): _to_file(np.asarray(leaf.get_value()).astype(dtype)) for path, leaf in flat}
+    target = pathlib.Path(directory)
+    save_file(tensors, target / "model.safetensors.tmp")
+    os.replace(target / "model.safetensors.tmp", target / "model.safetensors")
+    config = dataclasses.asdict(model.config)
+    if config["norm_groups"] == 32:  # what open-muse has always had; its readers do not know the key
+        del config["norm_groups"]
+    (target / "config.json.tmp").write_text(json.dumps({"_class_name": "VQGANModel", **config}, indent=2) + "\n")
+    os.replace(target / "config.json.tmp", target / "config.json")
+
+
+def read_config(directory: str) -> VQGANConfig:
+    """The settings of the VQGAN in `directory`, without its weights.
+
+    Raises:
+      UserError: naming the path.
+    """
+    path = pathlib.Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--vqgan={directory}: no config.json there; a VQGAN is a directory with config.json and weights")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold an object of settings")
+    return VQGANConfig.from_dict(values, str(path))
+
+
+def file_name(path: tuple) -> str:
+    """Where a parameter stands in the module -> its name in a file, e.g. `decoder.up.0.block.1.norm1.weight`."""
+    return ".".join([*map(str, path[:-1]), _LEAF_NAMES[path[-1]]])
+
+
+def _read_tensors(directory: str) -> tuple[str, dict[str, np.ndarray]]:
+    root = pathlib.Path(directory)
+    shards = sorted(root.glob("*.safetensors"))
+    if shards:
+        return f"{root}/*.safetensors", _read_safetensors(shards)
+    path = root / "pytorch_model.bin"
+    if not path.is_file():
+        raise UserError(f"--vqgan={directory}: no weights there: pytorch_model.bin or *.safetensors")
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs torch: pip install torch") from error
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no one class for a file that is cut short, foreign, or names other objects
+        raise UserError(f"{path}: not a file of tensors ({type(error).__name__})") from error
+    return str(path), {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def _read_safetensors(shards) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.flax import load_file  # knows bfloat16, which numpy's own does not
+
+    tensors = {}
+    for shard in shards:
+        try:
+            with jax.default_device(jax.devices("cpu")[0]):
+                tensors |= {name: np.asarray(value) for name, value in load_file(shard).items()}
+        except SafetensorError as error:
+            raise UserError(f"{shard}: not a safetensors file ({error})") from error
+    return tensors
+
+
+def _file_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape
+
+
+def _to_file(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
+
+
+def _from_file(array: np.ndarray) -> np.ndarray:
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "none"
