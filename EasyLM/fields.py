@@ -99,6 +99,11 @@ class RecordProcessor:
         return ids[0] if len(ids) == 1 and self.parts[ids[0]].kind == "ids" else None
 
     @property
+    def all_in_loss(self) -> bool:
+        """Whether every token of every record counts in the loss."""
+        return bool(self.parts) and all(part.mask == 1 for part in self.parts)
+
+    @property
     def needs_text(self) -> bool:
         """Whether records hold text to tokenize (with `fields_from_example` and a text tokenizer: they may)."""
         return any(part.kind == "text" for part in self.parts) or (not self.parts and self.tokenizer is not None)
@@ -106,7 +111,7 @@ class RecordProcessor:
     def identity(self) -> dict:
         """All that the ids of a record depend on, as JSON values."""
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tokenizer"}
-        facts["parts"] = [list(dataclasses.astuple(part)) for part in self.parts]
+        facts["parts"] = [[part.kind, list(part.keys), part.literal, part.mask] for part in self.parts]
         return facts | {"tokenizer": self.tokenizer.identity() if self.needs_text else None}
 
     def _own_parts(self, record):

@@ -72,6 +72,19 @@ def version(path: str) -> dict:
     return {"size": stat.st_size, "mark": str(stat.st_mtime_ns)}
 
 
+def check_line_begins(path: str, offset: int) -> None:
+    """Raises UserError unless a line of the file begins, or the file ends, at that byte."""
+    size = version(path)["size"]
+    if 0 < offset < size:
+        with open_binary(path) as file:
+            file.seek(offset - 1)
+            begins = file.read(1) == b"\n"
+    else:
+        begins = offset in (0, size)
+    if not begins:
+        raise UserError(f"no line of {path} ({size} bytes) begins at byte {offset}")
+
+
 def content(path: str, size: int) -> str:
     """A short digest of a file's two ends."""
     with open_binary(path) as file:

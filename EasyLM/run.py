@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from EasyLM import checkpoint, logger, sharding, train
-from EasyLM.data import Batches, dataset_state, rows_consumed
+from EasyLM.batches import Batches, dataset_state, rows_consumed
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.loop import LoopSettings, fit

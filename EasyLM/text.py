@@ -1,5 +1,6 @@
 """Text tokenizers, for records that hold text: SentencePiece `.model` files and Hugging Face `tokenizer.json` files."""
 
+import functools
 import hashlib
 import json
 import os
@@ -43,7 +44,7 @@ class TextTokenizer:
         self._after = [self.eos_token_id] if add_eos_token else []
 
     def __reduce__(self):
-        return TextTokenizer, self._settings
+        return _loaded_once, self._settings
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special ids that the settings add and no others."""
@@ -55,6 +56,12 @@ class TextTokenizer:
         with open(path, "rb") as file:
             digest = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
         return {"file": digest, "add_bos_token": add_bos, "add_eos_token": add_eos}
+
+
+@functools.lru_cache
+def _loaded_once(*settings) -> TextTokenizer:
+    """What a worker process unpickles with each piece of work."""
+    return TextTokenizer(*settings)
 
 
 def load_tokenizer(config) -> TextTokenizer | None:

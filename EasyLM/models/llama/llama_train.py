@@ -40,7 +40,7 @@ def main(config) -> None:
     run_dir = run.run_directory(config)
     run.find_start(config, run_dir)  # complains early
     sources = {
-        name: run.first_process_first(partial(data.make_dataset, config[name], tokenizer, model.vocab_size))
+        name: run.first_process_first(partial(data.make_dataset, config[name], tokenizer, model.vocab_size, name))
         for name in used
     }
     seq_length = sources["train_dataset"].seq_length
