@@ -14,8 +14,8 @@ from flax import nnx
 from tokenizer.vqgan import VQGAN, VQGANConfig
 
 DECAY = 0.99  # of a running mean, a step
-# Of the even share 1/K: a code used less than _DEAD is given a new place with the weight _FRESH. An unused code so moves
-# every 120 steps, which follows an encoder that still drifts, while a rare but useful one stays.
+# Of the even share 1/K: a code used less than _DEAD is given a new place with the weight _FRESH. An unused code so
+# moves every 120 steps, which follows an encoder that still drifts, while a rare but useful one stays.
 _DEAD, _FRESH = 0.03, 0.1
 _EMBEDDING = "quantize.embedding"
 

@@ -14,7 +14,16 @@ BACKGROUND, PALETTE = (
     {"sphere": (235, 60, 75), "box": (70, 190, 80), "cylinder": (255, 205, 45), "cone": (55, 135, 245)},
 )
 COLOURS = np.array(
-    [(214, 48, 49), (38, 166, 91), (41, 98, 255), (250, 190, 40), (155, 70, 190), (20, 185, 190), (240, 120, 40), (235, 235, 235)]
+    [
+        (214, 48, 49),
+        (38, 166, 91),
+        (41, 98, 255),
+        (250, 190, 40),
+        (155, 70, 190),
+        (20, 185, 190),
+        (240, 120, 40),
+        (235, 235, 235),
+    ]
 )
 ANNOTATIONS = ("segmentation", "depth", "normals", "edges")
 
@@ -39,9 +48,7 @@ class Solid:
     spin: float
 
     def at(self, frame: int) -> "Solid":
-        return dataclasses.replace(
-            self, place=self.place + frame * self.velocity, turn=self.turn + frame * self.spin
-        )
+        return dataclasses.replace(self, place=self.place + frame * self.velocity, turn=self.turn + frame * self.spin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +79,7 @@ def scene(seed: int, size: int) -> dict[str, np.ndarray]:
 
 
 def clip(seed: int, size: int, num_frames: int) -> list[dict[str, np.ndarray]]:
-    """`num_frames` pictures of a scene whose solids move, each as `scene` gives it; the first is `scene(seed, size)`."""
+    """`num_frames` moments of a scene whose solids move, each as `scene` gives it; the first is `scene(seed, size)`."""
     layout = arrange(np.random.default_rng([seed, 7]))
     return [draw(layout, frame, size) for frame in range(num_frames)]
 
@@ -97,14 +104,14 @@ def arrange(rng: np.random.Generator, horizon: int = 8) -> Scene:
 def _random_solid(rng: np.random.Generator, colour: np.ndarray, still: bool) -> Solid:
     shape = SHAPES[rng.integers(len(SHAPES))]
     radius = rng.uniform(0.65, 1.05)
-    height = {"sphere": 2.0, "box": 1.5, "cylinder": rng.uniform(1.5, 2.2), "cone": rng.uniform(2.0, 2.7)}[shape] * radius
+    tall = {"sphere": 2.0, "box": 1.5, "cylinder": rng.uniform(1.5, 2.2), "cone": rng.uniform(2.0, 2.7)}
     heading = rng.uniform(0, 2 * np.pi)
     speed = 0.0 if still else rng.uniform(0.12, 0.42)
     return Solid(
         shape=shape,
         place=np.array([rng.uniform(-1.7, 1.7), rng.uniform(-1.9, 1.6)]),
         radius=radius,
-        height=height,
+        height=tall[shape] * radius,
         turn=rng.uniform(0, np.pi / 2),
         colour=np.clip(colour * rng.uniform(0.85, 1.1), 0, 1),
         velocity=speed * np.array([np.cos(heading), np.sin(heading)]),
@@ -133,7 +140,7 @@ def draw(layout: Scene, frame: int, size: int) -> dict[str, np.ndarray]:
         return array.reshape(size, _RAYS, size, _RAYS, -1)[:, _RAYS // 2, :, _RAYS // 2]
 
     solid_SS = centre(hits.solid)[..., 0]
-    depth_SS = centre((hits.distance * (rays_P3 @ axes_33[2])))[..., 0]
+    depth_SS = centre(hits.distance * (rays_P3 @ axes_33[2]))[..., 0]
     normal_SS3 = centre(hits.normal @ axes_33.T)
     shade_SS1 = 255 * np.clip((_FAR - depth_SS[..., None]) / (_FAR - _NEAR), 0, 1)
     table = np.array([*(PALETTE[solid.shape] for solid in solids), BACKGROUND], np.uint8)  # index -1 is the last
@@ -225,7 +232,9 @@ def _meet_box(radius, height, origin, ray):
 
 def _meet_cylinder(radius, height, origin, ray):
     flat = np.array([1.0, 0, 1])
-    near, _ = _roots(np.sum(flat * ray * ray, -1), np.sum(flat * origin * ray, -1), np.sum(flat * origin**2, -1) - radius**2)
+    near, _ = _roots(
+        np.sum(flat * ray * ray, -1), np.sum(flat * origin * ray, -1), np.sum(flat * origin**2, -1) - radius**2
+    )
     level = origin[:, 1] + near * ray[:, 1]
     side = _first(near, (level >= 0) & (level <= height))
     lid = (height - origin[:, 1]) / ray[:, 1]
@@ -259,7 +268,7 @@ def _light(solids: list[Solid], light: np.ndarray, points_P3: np.ndarray, normal
 
 
 def _paint(layout: Scene, solids, hits: Hits, points_P3, rays_P3, light_P) -> np.ndarray:
-    """Colours [P,3] in 0..1: ambient and falling light, a highlight on solids, checks and a darker distance in the room."""
+    """Colours [P,3] in 0..1: ambient and falling light, a highlight on solids, checks on the floor."""
     room = np.where(points_P3[:, 2:3] > _WALL + 1e-6, layout.floor, layout.wall)
     if layout.checks:
         squares = (np.floor(points_P3[:, 0] / 1.4) + np.floor(points_P3[:, 2] / 1.4)) % 2

@@ -1,8 +1,8 @@
 """The VQGAN that turns a picture into codes and codes into a picture, in the layout of open-muse's `taming` models.
 
 Names of modules equal the names in the files (`encoder.down.0.block.1.conv1`), so weights.py needs no table.
-Shapes: B images, H W pixels, h w codes of a side (H / 2^(levels - 1)), N = h w codes row by row, C channels, Z length of
-a code's vector, K codes.
+Shapes: B images, H W pixels, h w codes of a side (H / 2^(levels - 1)), N = h w codes row by row, C channels, Z length
+of a code's vector, K codes.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from EasyLM.vocab import CODEBOOK_SIZE
 class VQGANConfig:
     """Settings under open-muse's names; the defaults are the released tokenizer's. Checked here, once.
 
-    `dropout` and `commitment_cost` describe how a model was trained; they change no picture. `norm_groups` is ours: with
-    32 groups of 32 channels, group normalization takes each channel's mean away, and with it a picture's overall colour,
-    so a narrow model wants fewer. Files written by others lack it and have 32.
+    `dropout` and `commitment_cost` describe how a model was trained; they change no picture. `norm_groups` is ours:
+    with 32 groups of 32 channels, group normalization takes each channel's mean away, and with it a picture's overall
+    colour, so a narrow model wants fewer. Files written by others lack it and have 32.
 
     Raises:
       UserError: naming field, value and rule.
@@ -45,31 +45,21 @@ class VQGANConfig:
     def __post_init__(self):
         for name in ("channel_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("resolution", "hidden_channels", "num_res_blocks", "z_channels", "quantized_embed_dim", "norm_groups"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(self.num_channels == 3, "num_channels", self.num_channels, "pictures are RGB, 3 channels")
-        _require(len(self.channel_mult) >= 1 and min(self.channel_mult) >= 1, "channel_mult", self.channel_mult, "needs numbers >= 1")
-        _require(
-            1 <= self.num_embeddings <= CODEBOOK_SIZE,
-            "num_embeddings",
-            self.num_embeddings,
-            f"must be 1..{CODEBOOK_SIZE}: ids from {CODEBOOK_SIZE} on are special",
-        )
-        factor = 2 ** (len(self.channel_mult) - 1)
-        _require(
-            self.resolution % factor == 0,
-            "resolution",
-            self.resolution,
-            f"must be divisible by {factor}, 2^(levels - 1) for channel_mult={self.channel_mult}",
-        )
-        for mult in self.channel_mult:
-            channels = self.hidden_channels * mult
-            _require(
-                channels % self.norm_groups == 0,
-                "hidden_channels",
-                self.hidden_channels,
-                f"times channel_mult gives {channels}, which norm_groups={self.norm_groups} does not divide",
-            )
+        counts = ["resolution", "hidden_channels", "num_res_blocks", "z_channels", "quantized_embed_dim", "norm_groups"]
+        factor = 2 ** max(len(self.channel_mult) - 1, 0)
+        widths = [self.hidden_channels * mult for mult in self.channel_mult]
+        groups = f"times channel_mult={self.channel_mult} must be divisible by norm_groups={self.norm_groups}"
+        rules = [
+            *((name, getattr(self, name) >= 1, "must be at least 1") for name in counts),
+            ("num_channels", self.num_channels == 3, "must be 3: pictures are RGB"),
+            ("channel_mult", self.channel_mult and min(self.channel_mult) >= 1, "must be one or more numbers >= 1"),
+            ("num_embeddings", 1 <= self.num_embeddings <= CODEBOOK_SIZE, f"must be 1..{CODEBOOK_SIZE}"),
+            ("resolution", self.resolution % factor == 0, f"must be divisible by {factor}, 2^(levels - 1)"),
+            ("hidden_channels", all(width % max(self.norm_groups, 1) == 0 for width in widths), groups),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise UserError(f"{name}={getattr(self, name)!r}: {rule}")
 
     @property
     def side(self) -> int:
@@ -98,11 +88,6 @@ class VQGANConfig:
             raise UserError(f"{source}: {error}") from error
         except TypeError as error:
             raise UserError(f"{source}: a value has the wrong type ({error})") from error
-
-
-def _require(holds: bool, name: str, value, rule: str) -> None:
-    if not holds:
-        raise UserError(f"{name}={value!r}: {rule}")
 
 
 class VQGAN(nnx.Module):
@@ -213,7 +198,9 @@ class Level(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, block in enumerate(self.block):
             x = block(x)
-            x = self.attn[i](x) if len(self.attn) > 1 else x  # open-muse leaves a single one out, so its weights want that
+            x = (
+                self.attn[i](x) if len(self.attn) > 1 else x
+            )  # open-muse leaves a single one out, so its weights want that
         resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
         return resample(x) if resample else x
 

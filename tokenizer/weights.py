@@ -1,7 +1,7 @@
 """A VQGAN's directory: config.json and weights under open-muse's names, as they come and as we write them.
 
-A name is the path of the module with dots, its last part `weight` or `bias`; a convolution is [out, in, height, width] in
-the file and [height, width, in, out] here.
+A name is the path of the module with dots, its last part `weight` or `bias`; a convolution is [out, in, height, width]
+in the file and [height, width, in, out] here.
 """
 
 import dataclasses
@@ -68,7 +68,9 @@ def read_config(directory: str) -> VQGANConfig:
     """
     path = pathlib.Path(directory) / "config.json"
     if not path.is_file():
-        raise UserError(f"--vqgan={directory}: no config.json there; a VQGAN is a directory with config.json and weights")
+        raise UserError(
+            f"--vqgan={directory}: no config.json there; a VQGAN is a directory with config.json and weights"
+        )
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
