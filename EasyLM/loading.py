@@ -11,6 +11,7 @@ import numpy as np
 
 from EasyLM import stacking, streaming
 from EasyLM.errors import UserError, choose
+from EasyLM.files import is_remote
 from EasyLM.streaming import Entry
 
 _THREADS = 2  # arrays read side by side; more hold more host memory and read no faster
@@ -95,7 +96,7 @@ def open_checkpoint(spec: str, prefixes: Mapping[str, Callable[[str], list[Entry
     if not separator:
         raise UserError(f"checkpoint {spec!r}: say what it is, PREFIX::PATH, with one of {', '.join(prefixes)}")
     choose(f"checkpoint {spec!r}: prefix", prefix, prefixes)
-    if not streaming.is_remote(path):
+    if not is_remote(path):
         kind, fits = ("directory", os.path.isdir) if prefix in _DIRECTORIES else ("file", os.path.isfile)
         if not os.path.exists(path):
             raise UserError(f"checkpoint {spec!r}: there is no {path}")

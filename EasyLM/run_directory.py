@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 
 import fsspec
 
-from EasyLM import streaming
 from EasyLM.errors import UserError
+from EasyLM.files import is_remote
 
 CHECKPOINTS, LATEST, TEMPORARY = "checkpoints", "latest", ".tmp-"
 DATASET, METADATA = "dataset.json", "metadata.json"
@@ -44,17 +44,17 @@ class Saved:
 
 def newest(run_dir: str) -> Saved | None:
     """The newest whole checkpoint of a run directory, or None. Its files stay until the run has saved again."""
-    return open_run_directory(run_dir).newest() if streaming.is_remote(run_dir) or os.path.isdir(run_dir) else None
+    return open_run_directory(run_dir).newest() if is_remote(run_dir) or os.path.isdir(run_dir) else None
 
 
 def open_run_directory(path: str):
     """The run directory at `path`: with links, or without where a remote or mounted store has none."""
-    return PlainDirectory(path) if streaming.is_remote(path) else LinkedDirectory(path)
+    return PlainDirectory(path) if is_remote(path) else LinkedDirectory(path)
 
 
 def beside(checkpoint_path: str, name: str) -> str | None:
     """The `metadata` or `dataset` file that belongs to a checkpoint file: JSON, or a release's pickle; else None."""
-    if streaming.is_remote(checkpoint_path):
+    if is_remote(checkpoint_path):
         directory, base = checkpoint_path.rsplit("/", 1)
         exists = fsspec.url_to_fs(directory)[0].exists
     else:

@@ -20,6 +20,7 @@ import msgpack
 import numpy as np
 
 from EasyLM.errors import UserError
+from EasyLM.files import is_remote
 
 MAX_CHUNK_BYTES = 2**30  # flax.serialization.MAX_CHUNK_SIZE: a larger array is written in chunks
 _CHUNKED = "__msgpack_chunked_array__"
@@ -55,13 +56,9 @@ class Entry:
         return array
 
 
-def is_remote(path: str) -> bool:
-    return "://" in str(path)
-
-
 def open_binary(path: str, mode: str, **options):
     """Opens a local file, or a remote one through fsspec. Local reads go straight into the caller's buffer."""
-    if is_remote(path):
+    if is_remote(os.fspath(path)):
         return fsspec.open(path, mode, **options).open()
     return open(path, mode, buffering=0 if mode == "rb" else 1 << 16)
 
@@ -126,7 +123,7 @@ class _HeaderReader:
 
     def __init__(self, path: str):
         self.path, self.offset, self.where = path, 0, "start"
-        if is_remote(path):
+        if is_remote(os.fspath(path)):
             self._file = open_binary(path, "rb", block_size=1 << 16)  # small reads, far apart
             self.size = self._file.size
         else:

@@ -471,7 +471,7 @@ def test_other_failures_are_not_hidden(tmp_path, monkeypatch):
     saver.wait()
 
 
-def test_a_remote_run_directory():
+def test_a_remote_run_directory(monkeypatch):
     run_dir = "memory://bucket/run"
     saver = checkpoint.Checkpointer(run_dir, settings())
     assert checkpoint.newest(run_dir) is None
@@ -483,8 +483,13 @@ def test_a_remote_run_directory():
     assert steps == ["step_00000002", "step_00000004"]
     path = f"{run_dir}/checkpoints/step_00000002/streaming_train_state"
     assert checkpoint.load_metadata(checkpoint.beside(path, "metadata"))["step"] == 2
-    files.rm("/bucket/run/checkpoints/step_00000004/metadata.json")  # as if the run had died before it
-    assert contents(run_dir) == (2, 2, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
+        with pytest.raises(UserError, match="was not saved"):
+            save(saver, 5)
+    assert contents(run_dir) == (4, 4, 4)
+    save(saver, 6)
+    assert contents(run_dir) == (6, 6, 6)
 
 
 def test_metadata(tmp_path, golden):
