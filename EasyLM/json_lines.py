@@ -148,7 +148,7 @@ class _File:
             body = end - tail - (begin := begin + head)
             low, high = max(start - begin, 0), min(stop - begin, body)
             if position >= 0 and low < high:
-                last = (body * size + 2) // 3 * 4 if high == body else (high + 2) // 3 * quad
+                last = min((high + 2) // 3 * quad, (body * size + 2) // 3 * 4)
                 pieces.append((position + low // 3 * quad, position + last, low % 3, high - low, begin + low - start))
         return pieces
 

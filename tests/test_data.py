@@ -1,0 +1,533 @@
+"""Rows, batches and the data's state, against packings made here by a plain json and base64 loop."""
+
+import base64
+import json
+import os
+import shutil
+import threading
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from EasyLM import batches, data, flags, json_lines, line_index, rows
+from EasyLM.errors import UserError
+
+
+def dataset(path, seq_length=128, vocab_size=512, fields=",{tokens},", **settings):
+    """A json row source; `settings` are those of json_dataset."""
+    config = flags.defaults(data.DATASET_FLAGS)
+    config.text_processor.fields = fields
+    config.json_dataset.update(path=str(path), seq_length=seq_length, batch_size=4, **settings)
+    return data.make_dataset(config, None, vocab_size)
+
+
+def plain_stream(*paths):
+    """All tokens, by a plain loop."""
+    tokens = []
+    for path in paths:
+        with open(path) as lines:
+            for line in lines:
+                tokens += np.frombuffer(base64.b64decode(json.loads(line)["tokens"]), "<i4").tolist()
+    return np.array(tokens)
+
+
+def plain_rows(stream, seq_length, start, count, begin=0):
+    """The release's packing: the endless stream, cut into rows; targets are one further."""
+    index = begin + np.arange(start * seq_length, (start + count) * seq_length + 1)
+    tokens = stream[index % len(stream)]
+    return tokens[:-1].reshape(count, seq_length), tokens[1:].reshape(count, seq_length)
+
+
+def assert_rows(got, inputs, targets, masks=None):
+    np.testing.assert_array_equal(got["input_tokens"], inputs)
+    np.testing.assert_array_equal(got["target_tokens"], targets)
+    np.testing.assert_array_equal(got["loss_masks"], np.ones_like(inputs) if masks is None else masks)
+    assert [array.dtype for array in got.values()] == [np.int32, np.int32, np.float32]
+
+
+def base64_line(ids, template='{"tokens": "%s"}', dtype="<i4"):
+    return template % base64.b64encode(np.asarray(ids).astype(dtype).tobytes()).decode()
+
+
+@pytest.fixture
+def sentences(golden, tmp_path):
+    """The golden data set in a directory of its own, where an index may be put beside it."""
+    return shutil.copy(golden / "lvm_tiny" / "dataset.jsonl", tmp_path / "dataset.jsonl")
+
+
+@pytest.fixture(scope="module")
+def two_files(tmp_path_factory):
+    """Files with lines of many lengths (an empty sentence and single tokens among them), in several spellings."""
+    directory, rng = tmp_path_factory.mktemp("two"), np.random.default_rng(1)
+    spellings = [
+        '{"tokens": "%s"}',
+        '{"tokens":"%s"}',
+        '{"tokens": "%s", "label": "cat"}',
+        '{"other": {"tokens": "AAAA"}, "tokens" :  "%s" }\r',
+        '{"tokens": "%s"}',
+    ]
+    for name in ("b", "a"):
+        lines = []
+        for number in range(300):
+            line = base64_line(rng.integers(0, 512, rng.integers(0, 12)), spellings[number % 5])
+            lines.append(line.replace("/", r"\/") if number % 7 == 0 else line)  # as PHP writes base64
+        # No newline after the last line.
+        (directory / f"{name}.jsonl").write_text("\n\n".join(lines))
+    return directory
+
+
+class TestRows:
+    @pytest.mark.parametrize("seq_length, count", [(1, 5), (7, 40), (128, 4), (1000, 9)])
+    def test_reference_packing(self, sentences, seq_length, count):
+        source, stream = dataset(sentences, seq_length), plain_stream(sentences)
+        assert source.num_tokens == len(stream) == 25896
+        assert source.rows_per_epoch == -(-len(stream) // seq_length)
+        last = source.rows_per_epoch - count // 2 - 1
+        for start in (0, 3, last, 10**9):  # `last`: runs from the end of the file into its beginning
+            assert_rows(source.rows(start, count), *plain_rows(stream, seq_length, start, count))
+
+    def test_a_row_may_be_longer_than_the_data(self, tmp_path):
+        (tmp_path / "short.jsonl").write_text(base64_line([5, 6, 7]))
+        assert_rows(
+            dataset(tmp_path / "short.jsonl", 8).rows(1, 2),
+            [[7, 5, 6, 7, 5, 6, 7, 5], [6, 7, 5, 6, 7, 5, 6, 7]],
+            [[5, 6, 7, 5, 6, 7, 5, 6], [7, 5, 6, 7, 5, 6, 7, 5]],
+        )
+
+    @pytest.mark.parametrize("window", [1, json_lines.WINDOW_BYTES])
+    @pytest.mark.parametrize("order", ["b.jsonl a.jsonl", "a.jsonl b.jsonl", "*.jsonl"])
+    def test_several_files_in_the_order_given(self, two_files, monkeypatch, order, window):
+        monkeypatch.setattr(json_lines, "WINDOW_BYTES", window)
+        names = ["a.jsonl", "b.jsonl"] if order == "*.jsonl" else order.split()
+        without_blanks = []
+        for name in names:
+            lines = [line for line in (two_files / name).read_text().split("\n") if line]
+            (two_files / f"{name}.plain").write_text("\n".join(lines))
+            without_blanks.append(two_files / f"{name}.plain")
+        stream = plain_stream(*without_blanks)
+        source = dataset(", ".join(str(two_files / name) for name in order.split()), 33)
+        for start in range(0, 2 * source.rows_per_epoch, 5):
+            assert_rows(source.rows(start, 5), *plain_rows(stream, 33, start, 5))
+
+    @pytest.mark.parametrize(
+        "fields, head, body_mask, tail",
+        [
+            ("{tokens}", [], 1, []),
+            ("[{tokens}]", [], 0, []),
+            ("<|300|>,{tokens},<|301|>", [(300, 1)], 1, [(301, 1)]),
+            ("[<|300|>],[<|301|>],{tokens}", [(300, 0), (301, 0)], 1, []),
+            ("<|300|>,[{tokens}],[<|301|>],<|302|>", [(300, 1)], 0, [(301, 0), (302, 1)]),
+        ],
+    )
+    def test_fields_and_masks(self, two_files, fields, head, body_mask, tail):
+        ids, masks = [], []
+        for line in (two_files / "a.jsonl").read_text().split("\n"):
+            if line:
+                body = np.frombuffer(base64.b64decode(json.loads(line)["tokens"]), "<i4").tolist()
+                record = [*head, *((token, body_mask) for token in body), *tail]
+                ids += [token for token, _ in record]
+                masks += [mask for _, mask in record]
+        source = dataset(two_files / "a.jsonl", 9, fields=fields)
+        for start, count in ((0, 30), (source.rows_per_epoch - 3, 6)):
+            inputs, targets = plain_rows(np.array(ids), 9, start, count)
+            _, target_masks = plain_rows(np.array(masks), 9, start, count)
+            assert_rows(source.rows(start, count), inputs, targets, target_masks)
+
+    def test_two_token_fields_need_no_slicing(self, tmp_path):
+        line = json.dumps({"a": base64_line([1, 2], "%s"), "b": base64_line([3], "%s")})
+        (tmp_path / "two.jsonl").write_text(f"{line}\n{line}\n")
+        got = dataset(tmp_path / "two.jsonl", 5, fields="{a},[{b}]").rows(0, 1)
+        assert_rows(got, [[1, 2, 3, 1, 2]], [[2, 3, 1, 2, 3]], [[1, 0, 1, 1, 0]])
+
+    @pytest.mark.parametrize("dtype", ["u2", "i8"])
+    def test_item_types(self, tmp_path, dtype):
+        ids = np.arange(500)
+        (tmp_path / "ids.jsonl").write_text(base64_line(ids, dtype=f"<{dtype}"))
+        config = flags.defaults(data.DATASET_FLAGS)
+        config.text_processor.update(fields="{tokens}", base64_token_dtype=dtype)
+        config.json_dataset.update(path=str(tmp_path / "ids.jsonl"), seq_length=7)
+        source = data.make_dataset(config, None, 512)
+        for start in range(0, 71, 3):
+            assert_rows(source.rows(start, 2), *plain_rows(ids, 7, start, 2))
+
+    def test_always_start_with_bos(self, sentences):
+        source = dataset(sentences, vocab_size=8292, always_start_with_bos=True)
+        inputs, targets = plain_rows(plain_stream(sentences), 128, 2, 3)
+        inputs = inputs.copy()
+        inputs[:, 0] = 8192
+        assert_rows(source.rows(2, 3), inputs, targets)
+
+    def test_start_seek_loc_and_counters(self, sentences):
+        lines = sentences.read_bytes().splitlines(keepends=True)
+        source = dataset(
+            sentences, start_seek_loc=len(lines[0] + lines[1]), example_index_at_start=50, tokens_count_at_start=7000
+        )
+        stream = plain_stream(sentences)
+        ends = np.cumsum([len(base64.b64decode(json.loads(line)["tokens"])) // 4 for line in lines])
+        begin = ends[1]
+        assert_rows(source.rows(0, 300), *plain_rows(stream, 128, 0, 300, begin))
+        assert source.metrics(10)["dataset_total_tokens"] == 7000 + 10 * 128
+        for consumed, expected in (
+            (0, 50),
+            (100, 50 - 2 + np.searchsorted(ends, begin + 100 * 128, side="right")),
+            (200, np.searchsorted(ends, begin + 200 * 128 - len(stream), side="right")),  # the second pass: from 0 on
+        ):
+            assert source.metrics(consumed)["dataset_example_index"] == expected
+
+    def test_throughput_window(self, sentences, monkeypatch):
+        clock = iter([0.0, 10.0, 11.0, 12.0])
+        monkeypatch.setattr(rows.time, "monotonic", lambda: next(clock))
+        source = dataset(sentences, throughput_average_window_size=2)  # 2 batches of 4 rows of 128 tokens
+        figures = [source.metrics(consumed) for consumed in (0, 4, 8, 12)]
+        assert figures[-1]["dataset_average_tps"] == 8 * 128 / 2
+        assert figures[-1]["dataset_accumulated_tps"] == 12 * 128 / 12
+
+    def test_reads_only_the_bytes_of_its_rows(self, sentences):
+        source = dataset(sentences)
+        source.rows(50, 4)
+        assert 513 * 16 / 3 <= source.bytes_read <= 513 * 16 / 3 + 16 * 3 + 200  # whole quads; what is between lines
+
+
+class TestShuffle:
+    @pytest.mark.parametrize("seq_length", [25896, 5000, 100])
+    def test_an_epoch_is_a_permutation_of_all_rows(self, sentences, seq_length):
+        source, stream = dataset(sentences, seq_length, shuffle_seed=3), plain_stream(sentences)
+        epoch = source.rows_per_epoch
+        inputs, targets = plain_rows(stream, seq_length, 0, epoch)
+        orders = []
+        for number in range(3):
+            order = [source.shuffled(row) for row in range(number * epoch, (number + 1) * epoch)]
+            assert sorted(order) == list(range(epoch))
+            assert_rows(source.rows(number * epoch, epoch), inputs[order], targets[order])
+            orders.append(order)
+        assert epoch < 6 or (orders[0] != orders[1] != orders[2] and orders[0] != sorted(orders[0]))
+
+    def test_the_seed_decides(self, sentences):
+        first, again, other = (dataset(sentences, shuffle_seed=seed).rows(0, 60) for seed in (3, 3, 4))
+        assert_rows(first, *(again[name] for name in ("input_tokens", "target_tokens")))
+        assert (first["input_tokens"] != other["input_tokens"]).any(axis=1).mean() > 0.9
+
+    def test_masks_follow_their_rows(self, sentences):
+        fields = "[<|300|>],{tokens}"
+        plain = dataset(sentences, 50, fields=fields).rows(0, 520)
+        source = dataset(sentences, 50, fields=fields, shuffle_seed=0)
+        got, order = source.rows(0, 100), [source.shuffled(row) for row in range(100)]
+        assert_rows(got, *(plain[name][order] for name in plain))
+        assert got["loss_masks"].min() == 0
+
+    @pytest.mark.parametrize("count", [2, 5, 64, 65, 1000])
+    def test_every_place_is_as_likely(self, count):
+        """Chi-square of the numbers that come at the first, a middle and the last place, over many seeds and epochs."""
+        draws = 20 * count
+        for place in (0, count // 2, count - 1):
+            seen = [rows.permuted(place, count, seed, epoch) for seed in range(draws // 4) for epoch in range(4)]
+            expected = len(seen) / count
+            chi_square = ((np.bincount(seen, minlength=count) - expected) ** 2 / expected).sum()
+            assert abs(chi_square - (count - 1)) < 5 * np.sqrt(2 * (count - 1))  # 5 standard deviations
+
+    def test_neighbours_are_separated(self):
+        """In a random order, the distance of rows that were neighbours averages a third of the range."""
+        order = np.array([rows.permuted(place, 5000, 7, 0) for place in range(5000)])
+        assert abs(np.abs(np.diff(order)).mean() - 5000 / 3) < 100
+        assert abs(np.corrcoef(order, np.arange(5000))[0, 1]) < 0.06
+
+    def test_huge_ranges_take_no_memory(self):
+        numbers = {rows.permuted(place, 10**12, 1, 0) for place in range(100)}
+        assert len(numbers) == 100 and max(numbers) > 10**11
+
+
+class TestIndex:
+    def test_kept_beside_the_file_and_used_again(self, sentences, monkeypatch):
+        dataset(sentences)
+        indexes = [name for name in os.listdir(sentences.parent) if name.endswith(".index")]
+        assert len(indexes) == 1 and len(os.listdir(sentences.parent)) == 2
+        monkeypatch.setattr(line_index, "scan_range", None)
+        dataset(sentences, seq_length=64)
+        with pytest.raises(TypeError):  # other settings have their own
+            dataset(sentences, fields="<|5|>,{tokens}")
+
+    def test_made_anew_when_the_file_changes(self, sentences):
+        dataset(sentences)
+        lines = sentences.read_text().splitlines(keepends=True)
+        sentences.write_text("".join(lines[:5]))
+        assert dataset(sentences).num_tokens == len(plain_stream(sentences))
+        text = "".join(lines[5:10])[: len("".join(lines[:5]))]
+        sentences.write_text(base64_line([1] * 50) + "\n" * (len("".join(lines[:5])) - len(base64_line([1] * 50))))
+        os.utime(sentences, ns=(1, 1))  # the same size, another time
+        assert text and dataset(sentences).num_tokens == 50
+
+    def test_a_damaged_index_is_replaced(self, sentences):
+        dataset(sentences)
+        (index,) = sentences.parent.glob("*.index")
+        index.write_bytes(b"half an index")
+        assert dataset(sentences).num_tokens == 25896
+
+    def test_in_the_users_cache_where_the_directory_cannot_be_written(self, sentences, tmp_path_factory, monkeypatch):
+        cache = tmp_path_factory.mktemp("cache")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        make = line_index.columns._temporary
+
+        def refused(place):
+            if place.startswith(str(sentences.parent)):
+                raise PermissionError(13, "permission denied")
+            return make(place)
+
+        monkeypatch.setattr(line_index.columns, "_temporary", refused)
+        assert dataset(sentences).num_tokens == 25896
+        assert len(list(cache.rglob("*.index"))) == 1 and os.listdir(sentences.parent) == ["dataset.jsonl"]
+
+    @pytest.mark.parametrize("block", [1, 100, 5000])
+    def test_lines_across_blocks_and_ranges(self, two_files, tmp_path, monkeypatch, block):
+        whole = dataset(two_files / "a.jsonl", 50).rows(0, 60)
+        monkeypatch.setattr(line_index, "BLOCK_BYTES", block)
+        monkeypatch.setattr(line_index, "RANGE_BYTES", 777)
+        copied = shutil.copy(two_files / "a.jsonl", tmp_path / "a.jsonl")
+        assert_rows(dataset(copied, 50).rows(0, 60), whole["input_tokens"], whole["target_tokens"])
+
+    def test_any_number_of_processes_makes_the_same_index(self, two_files, tmp_path, monkeypatch):
+        monkeypatch.setattr(line_index, "RANGE_BYTES", 1000)
+        found = []
+        for processes in (1, 2):
+            copied = shutil.copy2(two_files / "a.jsonl", tmp_path / "a.jsonl")
+            dataset(copied, tokenizer_processes=processes)
+            (index,) = tmp_path.glob("*.index")
+            found.append(index.read_bytes())
+            index.unlink()
+        assert found[0] == found[1]
+
+    def test_remote_paths(self, golden, tmp_path, monkeypatch):
+        import fsspec
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        local = golden / "lvm_tiny" / "dataset.jsonl"
+        with fsspec.open("memory://bucket/part-0.jsonl", "wb") as file:
+            file.write(local.read_bytes())
+        source = dataset("memory://bucket/*.jsonl")
+        assert_rows(source.rows(200, 5), *plain_rows(plain_stream(local), 128, 200, 5))
+        with pytest.raises(UserError, match=r"path=memory://bucket/no.jsonl: no such file"):
+            dataset("memory://bucket/no.jsonl")
+
+    def test_a_file_that_changes_while_it_is_read(self, sentences):
+        source = dataset(sentences)
+        sentences.write_text("?" * sentences.stat().st_size)
+        with pytest.raises(UserError, match=f"{sentences}: changed since it was indexed"):
+            source.rows(0, 1)
+
+
+BAD = {
+    "{tokens": r"not JSON \(",
+    "[1]": "not a JSON object",
+    '{"token": ""}': r"lacks the field 'tokens' \(fields here: token\)",
+    '{"tokens": "A"}': "field 'tokens' is not base64",
+    '{"tokens": "AAAAAAA="}': "field 'tokens' has 5 bytes, not a multiple of 4",
+    base64_line([3, 512]): r"id 512 is outside the vocabulary 0\.\.511",
+    base64_line([-1]): r"id -1 is outside the vocabulary 0\.\.511",
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("bad, processes", [*((bad, 1) for bad in BAD), ("[1]", 2)])
+    def test_the_first_bad_line_is_named(self, tmp_path, monkeypatch, bad, processes):
+        monkeypatch.setattr(line_index, "RANGE_BYTES", 100)
+        good = base64_line(range(20))
+        path = tmp_path / "bad.jsonl"
+        path.write_text("\n".join([good] * 5 + ["", bad, good, "[]", good]))
+        with pytest.raises(UserError, match=f"^{path}:7: {BAD[bad]}"):
+            dataset(path, tokenizer_processes=processes)
+        assert os.listdir(tmp_path) == ["bad.jsonl"]  # nothing half-written
+
+    def test_bad_lines_can_be_skipped_and_are_counted(self, sentences):
+        stream = plain_stream(sentences)
+        lines = sentences.read_text().splitlines()
+        bad = list(BAD)
+        sentences.write_text("\n".join(x for pair in zip(bad, lines, strict=False) for x in pair) + "\n" + lines[7])
+        source = dataset(sentences, skip_bad_lines=True)
+        count = sum(len(base64.b64decode(json.loads(line)["tokens"])) // 4 for line in lines[:8])
+        assert source.skipped_lines == source.metrics(0)["dataset_skipped_lines"] == 7
+        assert source.num_tokens == count
+        assert_rows(source.rows(0, 90), *plain_rows(stream[:count], 128, 0, 90))
+        with pytest.raises(UserError, match=f"^{sentences}:1: not JSON"):  # also from the kept index
+            dataset(sentences)
+
+    def test_another_vocabulary_finds_another_bad_line(self, sentences):
+        assert dataset(sentences, vocab_size=512).num_tokens == 25896
+        with pytest.raises(UserError, match=rf"{sentences}:1: id \d+ is outside the vocabulary 0\.\.299"):
+            dataset(sentences, vocab_size=300)
+
+    @pytest.mark.parametrize(
+        "path, said",
+        [
+            ("", r"--train_dataset.json_dataset.path is empty: give a file, a glob"),
+            ("DIR/no.jsonl", r"--train_dataset.json_dataset.path=DIR/no.jsonl: no such file"),
+            ("DIR/good.jsonl,DIR/no.jsonl", r"no such file: DIR/no.jsonl"),
+            ("DIR", r"--train_dataset.json_dataset.path=DIR: is a directory \(name files, or a glob such as DIR/\*"),
+            ("DIR/*.txt", r"--train_dataset.json_dataset.path=DIR/\*.txt: no file matches"),
+            ("DIR/empty.jsonl", r"DIR/empty.jsonl: holds no tokens \(the file is empty\)"),
+            ("DIR/blank.jsonl", r"DIR/blank.jsonl: holds no tokens"),
+        ],
+    )
+    def test_paths(self, tmp_path, path, said):
+        (tmp_path / "good.jsonl").write_text(base64_line([1]))
+        (tmp_path / "empty.jsonl").write_text("")
+        (tmp_path / "blank.jsonl").write_text("\n\n")
+        with pytest.raises(UserError, match=said.replace("DIR", str(tmp_path))):
+            dataset(path.replace("DIR", str(tmp_path)))
+
+    def test_only_bad_lines(self, tmp_path):
+        (tmp_path / "bad.jsonl").write_text("?\n?\n")
+        with pytest.raises(UserError, match=r"bad.jsonl: holds no tokens; .*bad.jsonl:1: not JSON"):
+            dataset(tmp_path / "bad.jsonl", skip_bad_lines=True)
+
+    @pytest.mark.parametrize(
+        "settings, said",
+        [
+            ({"seq_length": 0}, "--train_dataset.json_dataset.seq_length=0: must be at least 1"),
+            ({"start_seek_loc": 5}, r"start_seek_loc=5: no line of .*dataset.jsonl \(138734 bytes\) begins at byte 5"),
+            ({"start_seek_loc": -1}, "no line of"),
+            ({"start_seek_loc": 10**9}, "no line of"),
+            ({"always_start_with_bos": True}, r"always_start_with_bos: bos id 8192 is not in 0\.\.511"),
+            ({"fields": ""}, "--train_dataset.text_processor.fields: '' names no field"),
+        ],
+    )
+    def test_settings(self, sentences, settings, said):
+        with pytest.raises(UserError, match=said):
+            dataset(sentences, **settings)
+
+
+class TestState:
+    @pytest.mark.parametrize("shuffle_seed", [-1, 5])
+    def test_a_resume_at_any_row_continues_the_stream(self, sentences, shuffle_seed):
+        whole = dataset(sentences, 1000, shuffle_seed=shuffle_seed)
+        expected = whole.rows(0, 80)  # three epochs
+        for row in range(0, 79, 6):
+            state = json.loads(json.dumps(batches.dataset_state(whole, row)))
+            again = dataset(sentences, 1000, shuffle_seed=shuffle_seed)
+            start = batches.rows_consumed(state, again)
+            assert start == row
+            assert_rows(again.rows(start, 80 - row), *(array[row:] for array in expected.values()))
+
+    def test_the_files_may_have_moved(self, sentences):
+        state = batches.dataset_state(dataset(sentences), 5)
+        moved = sentences.parent / "elsewhere.jsonl"
+        shutil.move(sentences, moved)
+        assert batches.rows_consumed(state, dataset(moved)) == 5
+
+    def test_rows_of_another_length_continue_where_they_can(self, sentences):
+        state = batches.dataset_state(dataset(sentences, 128), 6)
+        assert batches.rows_consumed(state, dataset(sentences, 256)) == 3
+        with pytest.raises(UserError, match=r"after token 768 .* rows of 128; no row of seq_length=100"):
+            batches.rows_consumed(state, dataset(sentences, 100))
+        shuffled = batches.dataset_state(dataset(sentences, 128, shuffle_seed=1), 6)
+        with pytest.raises(UserError, match="no row of seq_length=256, shuffle_seed=1"):
+            batches.rows_consumed(shuffled, dataset(sentences, 256, shuffle_seed=1))
+
+    @pytest.mark.parametrize(
+        "changes, said",
+        [
+            ({"shuffle_seed": 2}, "shuffle_seed changed"),
+            ({"fields": "<|3|>,{tokens}"}, "processing changed"),
+            ({"start_seek_loc": 5300}, "first_token changed"),
+        ],
+    )
+    def test_another_stream_is_refused(self, sentences, changes, said):
+        state = batches.dataset_state(dataset(sentences), 6)
+        if "start_seek_loc" in changes:
+            changes = {"start_seek_loc": sentences.read_bytes().index(b"\n") + 1}
+        with pytest.raises(UserError, match=said):
+            batches.rows_consumed(state, dataset(sentences, **changes))
+
+    def test_other_data_is_refused(self, sentences):
+        state = batches.dataset_state(dataset(sentences), 6)
+        first, second, *others = sentences.read_text().splitlines(keepends=True)
+        sentences.write_text("".join([second, first, *others]))
+        with pytest.raises(UserError, match="files changed"):
+            batches.rows_consumed(state, dataset(sentences))
+
+    def test_states_of_the_release(self, sentences):
+        source = dataset(sentences)
+        state = {"config": {"seq_length": 128, "tokens_count_at_start": 0}, "index": 7, "total_tokens": 7680}
+        assert batches.rows_consumed(state, source) == 60
+        state["config"]["tokens_count_at_start"] = 128
+        assert batches.rows_consumed(state, source) == 59
+        assert batches.rows_consumed({"total_tokens": 256}, source) == 2
+        with pytest.raises(UserError, match=r"after token 100 .* no row of seq_length=128"):
+            batches.rows_consumed({"total_tokens": 100}, source)
+        with pytest.raises(UserError, match="shuffle_seed=4"):
+            batches.rows_consumed(state, dataset(sentences, shuffle_seed=4))
+
+
+class Counting:
+    """A row source whose rows hold their number; notes what it was asked for."""
+
+    def __init__(self, fails_at=10**9):
+        self.asked, self._fails_at = [], fails_at
+
+    def rows(self, start, count):
+        self.asked.append((start, count))
+        if start >= self._fails_at:
+            raise UserError("the disk is gone")
+        return {"images": np.arange(start, start + count)[:, None, None] + np.zeros((1, 2, 3))}
+
+
+def mesh(shape, devices=None):
+    return Mesh(np.array(devices or jax.devices()).reshape(shape), ("dp", "fsdp", "mp"))
+
+
+class TestBatches:
+    @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 2, 4), (2, 2, 2), (1, 1, 8)])
+    def test_global_batches_in_order(self, shape):
+        source = Counting()
+        sharding = NamedSharding(mesh(shape), P(("dp", "fsdp")))
+        made = batches.Batches(source, 16, sharding, start_row=3)
+        try:
+            for number in range(4):
+                assert made.position == 3 + 16 * number
+                batch = next(made)["images"]
+                np.testing.assert_array_equal(batch[:, 1, 2], np.arange(3 + 16 * number, 19 + 16 * number))
+                assert batch.sharding == sharding
+            assert made.wait_seconds >= 0
+        finally:
+            made.close()
+
+    def test_tokens_may_be_sharded_along_the_sequence(self, sentences):
+        source = dataset(sentences)
+        made = batches.Batches(source, 4, NamedSharding(mesh((2, 2, 2)), P("dp", "mp")), 9)
+        assert_rows(next(made), *plain_rows(plain_stream(sentences), 128, 9, 4))
+        made.close()
+
+    def test_a_process_reads_only_its_rows(self, monkeypatch):
+        devices = jax.devices()
+        sharding = NamedSharding(mesh((4, 1, 2), devices), P(("dp", "fsdp")))
+        assert batches._local_runs(16, sharding) == [(0, 16)]
+        everywhere = NamedSharding.addressable_devices_indices_map
+
+        def of_two_hosts(self, shape):  # this process has the devices of dp 0 and 2
+            return {device: index for device, index in everywhere(self, shape).items() if device.id in (0, 1, 4, 5)}
+
+        monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", of_two_hosts)
+        assert batches._local_runs(16, sharding) == [(0, 4), (8, 12)]
+
+    def test_two_batches_ahead_and_no_more(self):
+        source = Counting()
+        made = batches.Batches(source, 8, NamedSharding(mesh((8, 1, 1)), P("dp")))
+        next(made)
+        for _ in range(200):
+            if len(source.asked) == 4:
+                break
+            threading.Event().wait(0.01)
+        assert source.asked == [(0, 8), (8, 8), (16, 8), (24, 8)]  # one yielded, two ready, one waiting for room
+        assert made.position == 8
+        made.close()
+        assert not made._thread.is_alive()
+
+    def test_errors_reach_the_consumer(self):
+        made = batches.Batches(Counting(fails_at=8), 8, NamedSharding(mesh((8, 1, 1)), P("dp")))
+        next(made)
+        for _ in range(2):
+            with pytest.raises(UserError, match="the disk is gone"):
+                next(made)
+        assert made.position == 8
+        made.close()
