@@ -1,7 +1,9 @@
-"""What a VQGAN learns from: the loss of a batch, the codebook's running means, and the optimizer of both.
+"""What a VQGAN learns from: the loss of a batch, the running means beside the network, and the optimizer of them all.
 
-Trained parameters are two flat dicts: `model`, the network by dotted path, and `codebook`, the running means that the
-codes follow from. Shapes: B images, H W pixels, M = B h w vectors, Z their length, K codes.
+The parameters are three flat dicts: `model`, the network by dotted path; `average`, its running mean, which is what is
+evaluated and kept in the end; and `codebook`, the running means that the codes follow from. Gradient descent at rate
+1 - d on half the squared distance to x is a running mean of x with decay d: so one optimizer moves all three.
+Shapes: B images, H W pixels, M = B h w vectors, Z their length, K codes.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,8 @@ def init_params(config: VQGANConfig, key: jax.Array) -> dict:
     """Fresh parameters. No code has been used yet, so the first step places them all on vectors of its batch."""
     network = parameters(VQGAN(config, rngs=nnx.Rngs(params=key)))
     empty_KZ = jnp.zeros_like(network.pop(_EMBEDDING))
-    return {"model": network, "codebook": {"share": jnp.zeros(len(empty_KZ)), "sum": empty_KZ}}
+    codebook = {"share": jnp.zeros(len(empty_KZ)), "sum": empty_KZ}
+    return {"model": network, "average": jax.tree.map(jnp.copy, network), "codebook": codebook}
 
 
 def parameters(model: VQGAN) -> dict[str, jax.Array]:
@@ -32,10 +35,10 @@ def parameters(model: VQGAN) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-def make_model(config: VQGANConfig, params: dict, dtype=jnp.float32) -> VQGAN:
-    """The model of trained parameters, its codes computed from the running means."""
+def make_model(config: VQGANConfig, params: dict, which: str = "average", dtype=jnp.float32) -> VQGAN:
+    """The model of trained parameters, its codes computed from the running means. `which`: average or model."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    arrays = {**params["model"], _EMBEDDING: codes_of(params["codebook"])}
+    arrays = {**params[which], _EMBEDDING: codes_of(params["codebook"])}
     flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
@@ -51,12 +54,13 @@ def make_loss(config: VQGANConfig, dtype=jnp.float32, gradient_weight: float = 1
     Reconstruction is the mean absolute and squared error of pixels, and `gradient_weight` times the absolute error of
     their differences to the neighbours at three scales, which is what keeps outlines sharp. The encoder is drawn to
     its codes with `commitment_cost` (VQ-VAE, arXiv 1711.00937, equation 3) and receives the decoder's gradient as if
-    there were no quantization. The codebook learns by running means (there, appendix A.1).
+    there were no quantization. The codebook learns by running means (there, appendix A.1). A key of None means
+    evaluation: of the averaged network.
     """
 
     def loss_fn(params, batch, key):
         pixels_BHWC = batch["pixels"]
-        model = make_model(config, params, dtype)
+        model = make_model(config, params, "average" if key is None else "model", dtype)
         hidden_BhwZ, codes_BN = model.encode(pixels_BHWC)
         hidden_BhwZ = hidden_BhwZ.astype(jnp.float32)
         # Before any code has a place the vectors pass as they are: a decoder fed one constant has no finite gradient.
@@ -77,7 +81,12 @@ def make_loss(config: VQGANConfig, dtype=jnp.float32, gradient_weight: float = 1
         figures = terms | {"psnr": -10 * jnp.log10(terms["squared"]), **code_figures(codes_BN, config.num_embeddings)}
         loss = sum(terms.values())
         if key is not None:
-            loss += codebook_step(params["codebook"], jax.lax.stop_gradient(hidden_BhwZ), codes_BN, key)
+            hidden_MZ = jax.lax.stop_gradient(hidden_BhwZ).reshape(-1, hidden_BhwZ.shape[-1])
+            targets = {
+                "codebook": codebook_targets(params["codebook"], hidden_MZ, codes_BN.reshape(-1), key),
+                "average": params["model"],
+            }
+            loss += pull({name: params[name] for name in targets}, targets)
         return loss, figures
 
     return loss_fn
@@ -99,26 +108,30 @@ def code_figures(codes_BN: jax.Array, num_codes: int) -> dict[str, jax.Array]:
     return {"codes_used": jnp.mean(share_K > 0), "code_perplexity": jnp.exp(entropy)}
 
 
-def codebook_step(codebook: dict, hidden_BhwZ: jax.Array, codes_BN: jax.Array, key: jax.Array) -> jax.Array:
-    """A term of value 0 whose gradient, followed at rate 1 - DECAY, moves the running means to this batch.
+def pull(means, targets) -> jax.Array:
+    """A term of value 0 whose gradient is `means - targets`: half their squared distance, less its value."""
+    pairs = zip(jax.tree.leaves(means), jax.tree.leaves(jax.lax.stop_gradient(targets)), strict=True)
+    distance = sum(0.5 * jnp.sum((mean - target) ** 2) for mean, target in pairs)
+    return distance - jax.lax.stop_gradient(distance)
 
-    Gradient descent on half the squared distance to x is a running mean of x; so the codebook needs no step of its own.
+
+def codebook_targets(codebook: dict, hidden_MZ: jax.Array, codes_M: jax.Array, key: jax.Array) -> dict:
+    """Where the codebook's running means are drawn: to the share of each code in the batch, and the sum of its vectors.
+
     Codes that are hardly used are moved at once onto random vectors of the batch (as in Jukebox, arXiv 2005.00341).
     """
     share_K, sum_KZ = codebook["share"], codebook["sum"]
-    num_codes, width = sum_KZ.shape
-    hidden_MZ = hidden_BhwZ.reshape(-1, width)
-    chosen_MK = jax.nn.one_hot(codes_BN.reshape(-1), num_codes)
+    num_codes = len(share_K)
+    chosen_MK = jax.nn.one_hot(codes_M, num_codes)
     new_share_K = jnp.mean(chosen_MK, axis=0)
     new_sum_KZ = jnp.einsum("MK,MZ->KZ", chosen_MK, hidden_MZ, precision="highest") / len(hidden_MZ)
     picked_KZ = hidden_MZ[jax.random.randint(key, (num_codes,), 0, len(hidden_MZ))]
     dead_K = DECAY * share_K + (1 - DECAY) * new_share_K < _DEAD / num_codes
     fresh = _FRESH / num_codes
-    share_target_K = jnp.where(dead_K, _reach(share_K, fresh), new_share_K)
-    sum_target_KZ = jnp.where(dead_K[:, None], _reach(sum_KZ, fresh * picked_KZ), new_sum_KZ)
-    targets = jax.lax.stop_gradient((share_target_K, sum_target_KZ))
-    distance = sum(0.5 * jnp.sum((mean - target) ** 2) for mean, target in zip((share_K, sum_KZ), targets))
-    return distance - jax.lax.stop_gradient(distance)
+    return {
+        "share": jnp.where(dead_K, _reach(share_K, fresh), new_share_K),
+        "sum": jnp.where(dead_K[:, None], _reach(sum_KZ, fresh * picked_KZ), new_sum_KZ),
+    }
 
 
 def _reach(mean: jax.Array, goal) -> jax.Array:
@@ -127,30 +140,17 @@ def _reach(mean: jax.Array, goal) -> jax.Array:
 
 
 def make_optimizer(rate: optax.Schedule, weight_decay: float, clip_gradient: float, average_decay: float):
-    """adamw for the network, whose running average is kept beside it; plain descent for the codebook's means."""
+    """adamw for the network, plain descent for what is a running mean; and its rate as a function of its state."""
     network = optax.chain(
         optax.clip_by_global_norm(clip_gradient),
         optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=weight_decay),
-        running_average(average_decay),
     )
-    labels = {"model": "model", "codebook": "codebook"}
-    return optax.multi_transform({"model": network, "codebook": optax.sgd(1 - DECAY)}, labels)
+    transforms = {"model": network, "codebook": optax.sgd(1 - DECAY), "average": optax.sgd(1 - average_decay)}
 
+    def is_schedule(state):
+        return isinstance(state, optax.ScaleByScheduleState)
 
-def running_average(decay: float) -> optax.GradientTransformation:
-    """Keeps a running average of the parameters, in a dict `{"average": parameters, "count": updates}`.
+    def learning_rate(opt_state):
+        return rate(next(s.count for s in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(s)))
 
-    Early on it is the plain mean: the decay grows as (1 + count) / (10 + count) up to `decay`.
-    """
-
-    def init(params):
-        return {"average": jax.tree.map(jnp.array, params), "count": jnp.zeros((), jnp.int32)}
-
-    def update(updates, state, params):
-        count = state["count"] + 1
-        keep = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
-        new = optax.apply_updates(params, updates)
-        average = jax.tree.map(lambda a, b: keep * a + (1 - keep) * b, state["average"], new)
-        return updates, {"average": average, "count": count}
-
-    return optax.GradientTransformation(init, update)
+    return optax.multi_transform(transforms, {name: name for name in transforms}), learning_rate

@@ -1,0 +1,176 @@
+"""Trains a tokenizer: `python -m tokenizer.train_vqgan --input_dirs=D1,D2 --resolution=64 ...` (DATASET.md).
+
+The run directory is that of any training run here (metrics.jsonl, checkpoints, resumes by itself); at the end it holds
+`vqgan/`, the averaged model as a folder for --vqgan, and `reconstructions.png`, pictures above what the codes keep.
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+from EasyLM import checkpoint, flags, loading, run, sharding
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag
+from EasyLM.rows import permuted
+from tokenizer import images, objective, weights
+from tokenizer.codec import DTYPES, Codec
+from tokenizer.vqgan import VQGANConfig
+
+_MODEL_FLAGS = {
+    "resolution": Flag(64, "Side of a picture in pixels."),
+    "hidden_channels": Flag(16, "Channels of the finest level."),
+    "channel_mult": Flag("1,2,4,6", "Channels of each level, in multiples; each further level halves the side."),
+    "num_res_blocks": Flag(1, "Residual blocks of a level in the encoder; the decoder has one more."),
+    "attn_resolutions": Flag("", "Comma list of the sides at which attention follows each residual block."),
+    "no_attn_mid_block": Flag(True, "No attention at the coarsest level."),
+    "z_channels": Flag(32, "Channels between the network and the codes' projection."),
+    "num_embeddings": Flag(512, "Codes."),
+    "quantized_embed_dim": Flag(8, "Length of a code's vector."),
+    "resample_with_conv": Flag(False, "Change the side by convolutions; else by mean and by repetition."),
+    "commitment_cost": Flag(0.25, "Weight of the pull of the encoder towards its codes."),
+    "norm_groups": Flag(4, "Groups of the group normalization (32 in open-muse)."),
+}
+DEFINITIONS = {
+    **run.RUN_FLAGS,
+    "total_steps": Flag(3000, "Steps to train in total, those before a resume included."),
+    "save_model_freq": Flag(500, "Steps between checkpoints; must be positive, for the model comes from the last one."),
+    "checkpointer": {**checkpoint.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
+    "dtype": Flag("fp32", "Type of the computation; parameters and losses are float32.", choices=tuple(DTYPES)),
+    "input_dirs": Flag("", "Comma list of folders of pictures, those below them included."),
+    "eval_dirs": Flag("", "Comma list of folders of held-out pictures, for --eval_steps and reconstructions.png."),
+    "batch_size": Flag(8, "Pictures of a step, over all devices."),
+    "lr": Flag(2e-3, "Largest learning rate; a cosine takes it to a hundredth at total_steps."),
+    "lr_warmup_steps": Flag(100, "Steps of linear warm-up."),
+    "weight_decay": Flag(1e-4, "Decoupled weight decay."),
+    "clip_gradient": Flag(1.0, "The network's gradient is scaled down to at most this norm."),
+    "average_decay": Flag(0.995, "A step, of the running mean of the network that is kept in the end."),
+    "gradient_weight": Flag(0.5, "Weight of the error in neighbouring pixels' differences: sharp outlines."),
+    "vqgan": _MODEL_FLAGS,
+}
+
+
+class PictureRows:
+    """Row source of pictures, `{"pixels": [n,H,W,3]}` float32 in [0, 1], all files in a new order each epoch.
+
+    A broken file ends the run with its path: `rows` raises UserError.
+    """
+
+    def __init__(self, directories: str, flag: str, size: int, seed: int):
+        names = [name for name in directories.split(",") if name]
+        if not names:
+            raise UserError(f"--{flag} is missing: a comma list of folders of pictures")
+        self._paths = [path for name in names for path in images.find(name, flag)]
+        self._size, self._seed = size, seed
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        self.identity = {"seed": seed, "pictures": len(self._paths), "directories": names}
+
+    def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Rows start..start+count-1."""
+        total = len(self._paths)
+        order = [permuted(row % total, total, self._seed, row // total) for row in range(start, start + count)]
+        pictures = self._pool.map(lambda i: images.load(self._paths[i], self._size), order)
+        return {"pixels": np.stack(list(pictures))}
+
+    def metrics(self, rows_consumed: int) -> dict[str, float]:
+        """How often all pictures were seen."""
+        return {"dataset_epoch": rows_consumed / len(self._paths)}
+
+
+def main(config) -> None:
+    """Trains as the flags say, then writes the model and the picture."""
+    logging.getLogger().setLevel(logging.INFO)
+    sharding.initialize_distributed(config.jax_distributed)
+    settings = model_config(config.vqgan)
+    _check(config)
+    mesh = sharding.make_mesh(config.mesh_dim)
+    sharding.check_batch_size("batch_size", config.batch_size, mesh)
+    run_dir = run.run_directory(config)
+    data = PictureRows(config.input_dirs, "input_dirs", settings.resolution, config.seed)
+    held_out = config.eval_steps or config.eval_dirs
+    eval_data = PictureRows(config.eval_dirs, "eval_dirs", settings.resolution, 0) if held_out else None
+    run.train_run(config, run_dir, mesh, make_problem(config, settings, data, eval_data))
+    if jax.process_index() == 0:
+        export(run_dir, settings)
+        draw_reconstructions(run_dir, eval_data or data)
+
+
+def _check(config) -> None:
+    for name in ("save_model_freq", "batch_size", "lr_warmup_steps"):
+        if config[name] < 1:
+            raise UserError(f"--{name}={config[name]}: must be at least 1")
+    if config.total_steps <= config.lr_warmup_steps:
+        raise UserError(
+            f"--total_steps={config.total_steps}: must be more than lr_warmup_steps={config.lr_warmup_steps}"
+        )
+    if not config.checkpointer.save_optimizer_state:
+        raise UserError("--checkpointer.save_optimizer_state=False: this trainer keeps whole states only")
+
+
+def model_config(values) -> VQGANConfig:
+    """The VQGAN of the flags `vqgan.*`.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    lists = {}
+    for name in ("channel_mult", "attn_resolutions"):
+        try:
+            lists[name] = tuple(int(part) for part in values[name].split(",") if part)
+        except ValueError:
+            raise UserError(f"--vqgan.{name}={values[name]}: give a comma list of integers, as 1,2,4") from None
+    try:
+        return VQGANConfig(**{**values.to_dict(), **lists})
+    except UserError as error:
+        raise UserError(f"--vqgan.{error}") from None
+
+
+def make_problem(config, settings: VQGANConfig, data, eval_data) -> run.Problem:
+    """The training problem for the loop that all models here share."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.lr, config.lr_warmup_steps, config.total_steps, config.lr / 100
+    )
+    optimizer, learning_rate = objective.make_optimizer(
+        rate, config.weight_decay, config.clip_gradient, config.average_decay
+    )
+    return run.Problem(
+        init_params=partial(objective.init_params, settings),
+        loss_fn=objective.make_loss(settings, DTYPES[config.dtype], config.gradient_weight),
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        partition_rules=((".*", P()),),
+        settings=dataclasses.asdict(settings),
+        settings_name="vqgan_config",
+        free_settings=frozenset({"commitment_cost"}),
+        data=data,
+        eval_data=eval_data,
+        batch_size=config.batch_size,
+        eval_batch_size=config.batch_size,
+        units_per_row=1,
+        flops_per_row=0.0,
+        unit="images",
+    )
+
+
+def export(run_dir: str, settings: VQGANConfig) -> None:
+    """Writes the averaged model of the newest checkpoint to `run_dir/vqgan`, in float16."""
+    state = loading.load(checkpoint.newest(run_dir).spec)
+    weights.save(objective.make_model(settings, state["params"]), os.path.join(run_dir, "vqgan"), np.float16)
+
+
+def draw_reconstructions(run_dir: str, data: PictureRows, count: int = 12) -> None:
+    """Writes `reconstructions.png`: rows of pictures, each above what its codes keep of it."""
+    codec = Codec(os.path.join(run_dir, "vqgan"))
+    pixels = data.rows(0, 3 * count)["pixels"].reshape(3, count, codec.config.resolution, -1, 3)
+    rows = [part for row in pixels for part in (row, codec.decode(codec.encode(row)))]
+    images.save(os.path.join(run_dir, "reconstructions.png"), images.grid(images.to_uint8(np.concatenate(rows)), count))
+
+
+if __name__ == "__main__":
+    flags.run(main, DEFINITIONS)
