@@ -87,6 +87,8 @@ def huggingface_examples(config, name: str):
         if not found:
             raise UserError(f"--{name}.path={path}: holds no saved dataset, and no .jsonl or .txt file")
         return FileExamples(found)
+    if os.path.isabs(path) and not saved:
+        raise UserError(f"--{name}.path={path}: no such file or directory")
     try:
         import datasets
 
