@@ -1,16 +1,12 @@
 """Checkpoints of a run: saved in the background, loaded by prefix, with the facts beside them.
 
 The parts: `streaming` is the byte format, `stacking` the names of layers, `loading` reads `PREFIX::PATH`,
-`run_directory` places files so that a kill loses nothing. Here they come together.
+`run_directory` places files so that a kill loses nothing, `metadata` is what lies beside. Here they come together.
 """
 
 import functools
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import subprocess
 import threading
 from collections.abc import Mapping
 
@@ -20,10 +16,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import restricted_pickle, run_directory, stacking, streaming
+from EasyLM import run_directory, stacking, streaming
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.loading import PREFIXES, load, open_checkpoint
+from EasyLM.metadata import load_dataset_state, load_metadata, make_metadata
 from EasyLM.run_directory import Saved, beside, newest
 
 __all__ = [
@@ -60,44 +57,6 @@ CHECKPOINTER_FLAGS = {
     ),
     "save_optimizer_state": Flag(False, "Save the whole train state, to resume from; else the parameters alone."),
 }
-
-
-def load_metadata(path: str) -> dict:
-    """The metadata of a run: JSON, or a pickle of a run of the LVM release, read without running anything.
-
-    Raises:
-      UserError: if the file is neither, or its pickle names anything but settings.
-    """
-    with streaming.open_binary(path, "rb") as file:
-        data = file.read()
-    if data[:1] != b"{":
-        return restricted_pickle.loads(data, path)
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-
-
-load_dataset_state = load_metadata  # the same two formats
-
-
-def make_metadata(step: int, flags: Mapping, **facts) -> dict:
-    """What is saved beside a checkpoint: step, flags, the caller's facts (model, mesh), versions, git revision."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    versions["python"] = platform.python_version()
-    return {"step": step, "flags": dict(flags), **facts, "versions": versions, "git_revision": _git_revision()}
-
-
-@functools.cache
-def _git_revision() -> str | None:
-    """The commit of this code, with `+changes` if files differ from it; None outside a git checkout."""
-    git = ["git", "-C", os.path.dirname(__file__)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}+changes" if changed else head
 
 
 class Checkpointer:

@@ -12,7 +12,7 @@ import numpy as np
 from EasyLM import stacking, streaming
 from EasyLM.errors import UserError, choose
 from EasyLM.files import is_remote
-from EasyLM.streaming import Entry
+from EasyLM.msgpack_arrays import Entry
 
 _THREADS = 2  # arrays read side by side; more hold more host memory and read no faster
 _NAMES_IN_ERROR = 6

@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from EasyLM import streaming
+from EasyLM import msgpack_arrays, streaming
 from EasyLM.errors import UserError
 
 STREAMING = ["init/streaming_train_state", "step15/streaming_train_state", "final/streaming_train_state"]
@@ -45,7 +45,7 @@ def test_entries_equal_flax(tmp_path, dtype, shape):
 @pytest.mark.parametrize("limit", [8, 60, 100])
 def test_large_arrays_are_chunked_as_flax_does(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", limit)
-    monkeypatch.setattr(streaming, "MAX_CHUNK_BYTES", limit)
+    monkeypatch.setattr(msgpack_arrays, "MAX_CHUNK_BYTES", limit)
     arrays = {"a": np.arange(5 * 7, dtype=np.float32).reshape(5, 7), "b": np.ones(3, ml_dtypes.bfloat16)}
     stream, plain = tmp_path / "stream", tmp_path / "plain"
     stream.write_bytes(b"".join(msgpack.packb(((k,), flax.serialization.to_bytes(v))) for k, v in arrays.items()))

@@ -14,7 +14,7 @@ from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_from_dict
-from EasyLM.streaming import Entry
+from EasyLM.msgpack_arrays import Entry
 
 DEFINITIONS = {
     "load_checkpoint": Flag("", "PREFIX::FILE of the parameters: trainstate_params, params, flax_params, ..."),

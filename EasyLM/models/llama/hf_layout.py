@@ -15,7 +15,7 @@ from EasyLM import loading, stacking
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig, config_from_dict
-from EasyLM.streaming import Entry
+from EasyLM.msgpack_arrays import Entry
 
 _IN_LAYER = {
     "attention/wq/kernel": "self_attn.q_proj",
