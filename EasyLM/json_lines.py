@@ -115,22 +115,17 @@ class _File:
         positions, ends = self._positions[first : last + 1].tolist(), self._ends[first : last + 1].tolist()
         begins = [int(self._ends[first - 1]) if first else 0, *ends[:-1]]
         try:
-            self._decode(self._pieces(start, stop, positions, begins, ends), ids)
-            for line, (position, begin, end) in enumerate(zip(positions, begins, ends, strict=True), start=first):
+            if masks is None and not self._head and not self._tail and min(positions) >= 0:
+                self._decode(positions, [end - begin for begin, end in zip(begins, ends)], start - begins[0], ids)
+                return
+            for line, (position, begin, end) in enumerate(zip(positions, begins, ends), start=first):
                 low, high = max(start, begin), min(stop, end)
+                share = slice(low - start, high - start)
+                line_masks = None if masks is None else masks[share]
                 if position < 0:
-                    line_ids, line_masks = self._parsed(line)
-                    ids[low - start : high - start] = line_ids[low - begin : high - begin]
-                    if masks is not None:
-                        masks[low - start : high - start] = line_masks[low - begin : high - begin]
-                    continue
-                if masks is not None:
-                    masks[low - start : high - start] = self._body_mask
-                for token, part in self._literals(begin, end):
-                    if start <= token < stop:
-                        ids[token - start] = part.literal
-                        if masks is not None:
-                            masks[token - start] = part.mask
+                    self._copy_parsed(line, low - begin, ids[share], line_masks)
+                else:
+                    self._copy_cut(position, end - begin, low - begin, ids[share], line_masks)
         except ValueError as error:
             raise UserError(f"{self._path}: changed since it was indexed, at token {start} ({error})") from None
 
@@ -140,33 +135,48 @@ class _File:
         line = bisect.bisect_left(self._positions, offset, key=lambda position: max(position, -1 - position))
         return int(self._ends[line - 1]) if line else 0
 
-    def _pieces(self, start, stop, positions, begins, ends):
-        """(first byte, last byte, ids to skip of those decoded, ids to take, where to) of each body that can be cut."""
-        quad, size, head, tail = 4 * self._item.itemsize, self._item.itemsize, len(self._head), len(self._tail)
-        pieces = []
-        for position, begin, end in zip(positions, begins, ends, strict=True):
-            body = end - tail - (begin := begin + head)
-            low, high = max(start - begin, 0), min(stop - begin, body)
-            if position >= 0 and low < high:
-                last = min((high + 2) // 3 * quad, (body * size + 2) // 3 * 4)
-                pieces.append((position + low // 3 * quad, position + last, low % 3, high - low, begin + low - start))
-        return pieces
+    def _copy_parsed(self, line, skip, ids, masks):
+        """Fills ids and masks with the tokens of a line, from `skip` on, that has to be parsed."""
+        line_ids, line_masks = self._parsed(line)
+        ids[:] = line_ids[skip : skip + len(ids)]
+        if masks is not None:
+            masks[:] = line_masks[skip : skip + len(ids)]
 
-    def _literals(self, begin, end):
-        """(token, part) of each literal of a line."""
-        return chain(enumerate(self._head, start=begin), enumerate(self._tail, start=end - len(self._tail)))
+    def _copy_cut(self, position, count, skip, ids, masks):
+        """The same, for a line of `count` tokens whose body can be cut out at a byte."""
+        head, body = len(self._head), count - len(self._head) - len(self._tail)
+        low, high = max(skip - head, 0), min(skip + len(ids) - head, body)
+        if low < high:
+            self._decode([position], [body], low, ids[head + low - skip : head + high - skip])
+        if masks is not None:
+            masks[:] = self._body_mask
+        for token, part in chain(enumerate(self._head, -skip), enumerate(self._tail, head + body - skip)):
+            if 0 <= token < len(ids):
+                ids[token] = part.literal
+                if masks is not None:
+                    masks[token] = part.mask
 
-    def _decode(self, pieces, ids):
-        """Reads the bytes of the pieces, several at a time, and decodes them into ids."""
-        done = 0
-        while done < len(pieces):
-            origin = pieces[done][0]
-            many = max(bisect.bisect_right(pieces, origin + WINDOW_BYTES, key=lambda piece: piece[1]), done + 1)
-            data = memoryview(self._fetch(origin, pieces[many - 1][1]))
-            for begin, end, skip, count, at in pieces[done:many]:
-                raw = pybase64.b64decode(data[begin - origin : end - origin], validate=True)
-                ids[at : at + count] = np.frombuffer(raw, self._item)[skip : skip + count]
-            done = many
+    def _decode(self, positions, counts, skip, ids):
+        """Fills ids with those of successive bodies, which begin at these bytes and have so many ids, from `skip` on.
+
+        Only the bytes of those ids are read, of several lines at a time.
+        """
+        size = self._item.itemsize
+        spans = [(position, position + (count * size + 2) // 3 * 4) for position, count in zip(positions, counts)]
+        used = counts[-1] - (sum(counts) - skip - len(ids))  # of the last body
+        spans[-1] = (spans[-1][0], min(spans[-1][1], positions[-1] + (used + 2) // 3 * 4 * size))
+        spans[0] = (spans[0][0] + skip // 3 * 4 * size, spans[0][1])
+        skip, line, done = skip % 3, 0, 0
+        while line < len(spans):
+            origin = spans[line][0]
+            end = max(bisect.bisect_right(spans, origin + WINDOW_BYTES, lo=line, key=lambda span: span[1]), line + 1)
+            data = memoryview(self._fetch(origin, spans[end - 1][1]))
+            raw = [pybase64.b64decode(data[low - origin : high - origin], None, True) for low, high in spans[line:end]]
+            decoded = np.frombuffer(b"".join(raw), self._item)[skip : skip + len(ids) - done]
+            ids[done : done + len(decoded)] = decoded
+            skip, line, done = 0, end, done + len(decoded)
+        if done < len(ids):
+            raise ValueError(f"{len(ids) - done} ids are missing")
 
     def _parse(self, line):
         begin = -1 - int(self._positions[line])

@@ -130,7 +130,7 @@ class _Scanner:
             return False
         width, item = len(start), token_type(self._processor.dtype)
         try:
-            raw = [pybase64.b64decode(line[width:-2], validate=True) for line in lines]
+            raw = [pybase64.b64decode(line[width:-2], None, True) for line in lines]
             sizes = np.array([len(ids) for ids in raw])
             if (sizes % item.itemsize).any():
                 return False
