@@ -45,8 +45,8 @@ class Scan:
 def line_index(path: str, processor: RecordProcessor, processes: int = 1, skip_bad_lines: bool = False):
     """The `Columns` of a file: `positions` int64 [n] (see `Scan`) and `ends` int64 [n], tokens up to each line's end.
 
-    Facts: `tokens`, `size`, `content` (a digest of the file's two ends), `bad_lines`, `first_bad`. Built on first
-    use, then kept.
+    Facts: `tokens`, `size`, `content` (a digest of the file's two ends), `bad_lines`, `first_bad` (`line:
+    reason`). Built on first use, then kept.
 
     Raises:
       UserError: `file:line: reason` of the first bad line, unless those are to be skipped; or if no token is left.
@@ -56,7 +56,7 @@ def line_index(path: str, processor: RecordProcessor, processes: int = 1, skip_b
     dtypes = {"positions": "<i8", "ends": "<i8"}
     index = columns.derive(path, ".index", processor.identity(), version, dtypes, produce)
     if index.facts["bad_lines"] and not skip_bad_lines:
-        raise UserError(index.facts["first_bad"])
+        raise UserError(f"{path}:{index.facts['first_bad']}")
     return index
 
 
@@ -75,9 +75,9 @@ def _produce(path, size, processor, processes, strict, append) -> dict:
     ):
         for scan in workers.map(functools.partial(scan_range, path, processor, strict), starts, stops):
             if scan.first_bad and not first_bad:
-                first_bad = f"{path}:{lines + scan.first_bad[0]}: {scan.first_bad[1][:REASON_CHARACTERS]}"
+                first_bad = f"{lines + scan.first_bad[0]}: {scan.first_bad[1][:REASON_CHARACTERS]}"
                 if strict:
-                    raise UserError(first_bad)
+                    raise UserError(f"{path}:{first_bad}")
             for positions, counts in zip(scan.positions, scan.counts, strict=True):
                 append(positions=positions, ends=tokens + np.cumsum(counts))
                 tokens += int(counts.sum())
@@ -85,7 +85,7 @@ def _produce(path, size, processor, processes, strict, append) -> dict:
             bad_lines += scan.bad_lines
             bar.update(scan.stop - scan.start)
     if not tokens:
-        raise UserError(f"{path}: holds no tokens" + (f"; {first_bad}" if first_bad else " (the file is empty)"))
+        raise UserError(f"{path}: holds no tokens" + (f"; {path}:{first_bad}" if first_bad else " (the file is empty)"))
     if files.version(path)["size"] != size:
         raise UserError(f"{path}: changed while it was indexed; start again when nothing writes to it")
     content = files.content(path, size)
