@@ -97,7 +97,7 @@ class LLaMAConfig:
     scan_mlp_chunk_size: int = _setting(1024, "Tokens of one chunk of the feed-forward network.")
     scan_layers: bool = _setting(True, "Compile one block and loop over it; else each block is compiled by itself.")
     attention_implementation: str = _setting(
-        "auto", "auto: cudnn on a GPU in bf16 or fp16 where it applies, else xla.", ATTENTION_IMPLEMENTATIONS
+        "auto", "auto: cudnn on a GPU in bf16 or fp16, blockwise on a CPU, else xla.", ATTENTION_IMPLEMENTATIONS
     )
 
     @property
@@ -128,9 +128,11 @@ class LLaMAConfig:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(LLaMAConfig)}
-# How the model is computed, not what: these may differ between a run and its continuation.
-EXECUTION_SETTINGS = frozenset(
-    name for name in FIELDS if name.startswith(("remat_", "scan_")) or name == "attention_implementation"
+# What a resumed run may set otherwise: how the model is computed, and ids that training never looks at.
+FREE_SETTINGS = frozenset(
+    name
+    for name in FIELDS
+    if name.startswith(("remat_", "scan_")) or name.endswith("_token_id") or name == "attention_implementation"
 )
 
 LLAMA_FLAGS = {
@@ -144,28 +146,29 @@ LLAMA_FLAGS = {
 }
 
 
-def preset(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, **others) -> LLaMAConfig:
+def preset(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, remat_block=None) -> LLaMAConfig:
+    # What is cheap to compute is computed again: faster than writing and reading it, on a CPU by a tenth.
     return LLaMAConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
-        **others,
+        remat_block=remat_block or "projections_and_attention_saveable",
     )
 
 
-_LEAN = {"remat_block": "nothing_saveable"}  # from 1b on, activations of a useful batch do not fit beside the state
+_LEAN = "nothing_saveable"  # from 1b on, the activations of a useful batch do not fit beside the state
 PRESETS = {
     "vqlm_debug": preset(128, 256, 2, 4),
     "vqlm_100m": preset(640, 1664, 22, 10),
     "vqlm_300m": preset(1024, 2688, 22, 8),
     "vqlm_600m": preset(1536, 4096, 22, 16),
-    "vqlm_1b": preset(2048, 5504, 22, 16, **_LEAN),
-    "vqlm_3b": preset(3200, 8640, 26, 32, **_LEAN),
-    "vqlm_7b": preset(4096, 11008, 32, 32, **_LEAN),
-    "vqlm_13b": preset(5120, 13824, 40, 40, **_LEAN),
-    "vqlm_20b": preset(6144, 16128, 46, 48, **_LEAN),
-    "vqlm_30b": preset(6656, 17920, 60, 52, **_LEAN),
+    "vqlm_1b": preset(2048, 5504, 22, 16, _LEAN),
+    "vqlm_3b": preset(3200, 8640, 26, 32, _LEAN),
+    "vqlm_7b": preset(4096, 11008, 32, 32, _LEAN),
+    "vqlm_13b": preset(5120, 13824, 40, 40, _LEAN),
+    "vqlm_20b": preset(6144, 16128, 46, 48, _LEAN),
+    "vqlm_30b": preset(6656, 17920, 60, 52, _LEAN),
 }
 
 

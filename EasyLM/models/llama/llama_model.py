@@ -48,8 +48,8 @@ class Linear(nnx.Module):
     def __init__(self, config: LLaMAConfig, inputs: int, outputs: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs(), (inputs, outputs)))
 
-    def __call__(self, x):
-        return x @ self.kernel[...].astype(x.dtype)
+    def __call__(self, x_BTD):
+        return matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
 
 
 class Embedding(nnx.Module):
@@ -236,7 +236,7 @@ def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) 
     vocab_size = head_DV.shape[1]
     if head_DV.dtype != jnp.float32:
         head_DV = jnp.pad(head_DV, ((0, 0), (0, -vocab_size % _LANES)))
-    return _constrain((hidden_BTD @ head_DV)[..., :vocab_size], mesh, BATCH_AXES, None, "mp")
+    return _constrain(matmul(hidden_BTD, head_DV)[..., :vocab_size], mesh, BATCH_AXES, None, "mp")
 
 
 def make_loss_fn(config: LLaMAConfig, dtype, mesh: Mesh | None = None):
@@ -270,6 +270,11 @@ def rotate(x_BTHK: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack((even * cos - odd * sin, even * sin + odd * cos), -1).reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+
+
+def matmul(x_BTD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """x @ kernel over flat tokens: contracting two token axes, XLA's CPU backend copies the gradient, transposed."""
+    return (x_BTD.reshape(-1, x_BTD.shape[-1]) @ kernel_DF).reshape(*x_BTD.shape[:-1], -1)
 
 
 def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
