@@ -117,8 +117,8 @@ def _start_wandb(config, run_dir: str, run_settings: dict, process: int):
             config=run_settings,
             notes=config.notes or None,
             entity=config.entity or None,
-            anonymous=config.anonymous or None,
             settings=wandb.Settings(silent=True),
+            **({"anonymous": config.anonymous} if config.anonymous else {}),  # newer versions warn of it
         )
     except (wandb.Error, OSError) as error:
         raise UserError(

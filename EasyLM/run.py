@@ -52,7 +52,7 @@ class Problem:
     partition_rules: tuple
     settings: Mapping  # of the model: kept in the metadata, compared on resume
     settings_name: str  # their name in the metadata
-    execution_settings: frozenset[str]  # those that change how the model is computed, not what
+    free_settings: frozenset[str]  # those that a resumed run may set otherwise
     data: object  # row source
     eval_data: object | None  # row source
     batch_size: int
@@ -60,6 +60,7 @@ class Problem:
     units_per_row: int  # tokens (or images) of a row
     flops_per_row: float
     unit: str = "tokens"
+    prefixes: Mapping = dataclasses.field(default_factory=lambda: checkpoint.PREFIXES)  # of --load_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _check_settings(problem: Problem, start: Start, metadata: Mapping) -> None:
     differences = [
         f"{name}={value!r} (saved: {saved[name]!r})"
         for name, value in problem.settings.items()
-        if name in saved and name not in problem.execution_settings and saved[name] != value
+        if name in saved and name not in problem.free_settings and saved[name] != value
     ]
     if differences:
         raise UserError(f"{start.metadata}: the checkpoint's model has other settings: {', '.join(differences)}")
@@ -202,8 +203,8 @@ def _first_state(config, mesh, problem, start: Start, metadata: Mapping):
         return train.init_state(problem.init_params, problem.optimizer, config.seed, places), places
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
     if start.checkpoint.startswith("trainstate::"):
-        return checkpoint.load(start.checkpoint, target), places
-    params = checkpoint.load(start.checkpoint, target.params)
+        return checkpoint.load(start.checkpoint, target, problem.prefixes), places
+    params = checkpoint.load(start.checkpoint, target.params, problem.prefixes)
     return train.state_from_params(params, problem.optimizer, int(metadata.get("step", 0)), places), places
 
 

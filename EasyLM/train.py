@@ -65,7 +65,7 @@ def make_train_step(
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)  # a function of the step: nothing to save
         (loss, figures), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -77,7 +77,7 @@ def make_train_step(
             **figures,
             "learning_rate": learning_rate(state.opt_state),
             "gradient_norm": gradient_norm,
-            "param_norm": optax.global_norm(params),
+            "param_norm": optax.tree.norm(params),
             "finite": finite,
         }
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -45,9 +45,9 @@ WRONG = {
         {
             "load_checkpoint": f"trainstate::{STATE}",
             "load_metadata": f"{GOLDEN}/init/metadata.pkl",
-            "llama.rope_theta": 5000.0,
+            "llama.rms_norm_eps": 1e-5,
         },
-        r"rope_theta=5000.0 \(saved: 10000.0\)|other settings",
+        r"other settings: rms_norm_eps=1e-05 \(saved: 1e-06\)",
     ),
 }
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from EasyLM import data, flags, optimizers, run, sharding, text
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.models.llama import llama_config, llama_model
+from EasyLM.models.llama import hf_layout, llama_config, llama_model
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
@@ -52,13 +52,14 @@ def main(config) -> None:
         partition_rules=llama_config.PARTITION_RULES,
         settings=dataclasses.asdict(model),
         settings_name="llama_config",
-        execution_settings=llama_config.EXECUTION_SETTINGS,
+        free_settings=llama_config.FREE_SETTINGS,
         data=sources["train_dataset"],
         eval_data=sources.get("eval_dataset"),
         batch_size=data.settings(config.train_dataset).batch_size,
         eval_batch_size=data.settings(config.eval_dataset).batch_size,
         units_per_row=seq_length,
         flops_per_row=seq_length * llama_config.flops_per_token(model, seq_length),
+        prefixes=hf_layout.PREFIXES,
     )
     run.train_run(config, run_dir, mesh, problem)
 
