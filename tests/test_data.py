@@ -136,6 +136,12 @@ class TestRows:
             _, target_masks = plain_rows(np.array(masks), 9, start, count)
             assert_rows(source.rows(start, count), inputs, targets, target_masks)
 
+    def test_a_nested_field_of_the_same_name_is_another_field(self, tmp_path):
+        nested = '{"more": ' + base64_line([9]) + ", "
+        lines = [nested + base64_line([1, 2])[1:], nested + '"tokens": ""}', base64_line([3])]
+        (tmp_path / "nested.jsonl").write_text("\n".join(lines))
+        np.testing.assert_array_equal(dataset(tmp_path / "nested.jsonl", 3).rows(0, 1)["input_tokens"], [[1, 2, 3]])
+
     def test_two_token_fields_need_no_slicing(self, tmp_path):
         line = json.dumps({"a": base64_line([1, 2], "%s"), "b": base64_line([3], "%s")})
         (tmp_path / "two.jsonl").write_text(f"{line}\n{line}\n")
@@ -329,12 +335,21 @@ BAD = {
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("others", ["", ', "id": 3'])
+    @pytest.mark.parametrize("bad", list(BAD)[2:])
+    def test_among_lines_that_are_checked_together(self, tmp_path, bad, others):
+        good = base64_line(range(20), '{"tokens": "%s"' + others + "}")
+        path = tmp_path / "bad.jsonl"
+        path.write_text("\n".join([good, good, bad.replace("}", others + "}"), good]))
+        with pytest.raises(UserError, match=f"^{path}:3: {BAD[bad]}".partition(r"\(fields")[0]):
+            dataset(path)
+
     @pytest.mark.parametrize("bad, processes", [*((bad, 1) for bad in BAD), ("[1]", 2)])
     def test_the_first_bad_line_is_named(self, tmp_path, monkeypatch, bad, processes):
         monkeypatch.setattr(line_index, "RANGE_BYTES", 100)
         good = base64_line(range(20))
         path = tmp_path / "bad.jsonl"
-        path.write_text("\n".join([good] * 5 + ["", bad, good, "[]", good]))
+        path.write_text("\n".join([good, "", good, good, good, good, bad, good, "[]", good]))
         with pytest.raises(UserError, match=f"^{path}:7: {BAD[bad]}"):
             dataset(path, tokenizer_processes=processes)
         assert os.listdir(tmp_path) == ["bad.jsonl"]  # nothing half-written
@@ -491,6 +506,14 @@ class TestBatches:
             assert made.wait_seconds >= 0
         finally:
             made.close()
+
+    def test_rows_of_a_process_that_are_not_together(self, monkeypatch):
+        source = Counting()
+        monkeypatch.setattr(batches, "_local_runs", lambda size, sharding: [(0, 4), (4, 10), (10, 16)])
+        made = batches.Batches(source, 16, NamedSharding(mesh((8, 1, 1)), P("dp")))
+        np.testing.assert_array_equal(next(made)["images"][:, 0, 0], np.arange(16))
+        made.close()
+        assert source.asked[:3] == [(0, 4), (4, 6), (10, 6)]
 
     def test_tokens_may_be_sharded_along_the_sequence(self, sentences):
         source = dataset(sentences)
