@@ -1,6 +1,7 @@
 """A training run from flags to finished checkpoints, for any model: where it starts, what it saves, how it goes on."""
 
 import dataclasses
+import json
 import logging
 import os
 import time
@@ -182,7 +183,7 @@ def _check_settings(problem: Problem, start: Start, metadata: Mapping) -> None:
         return
     differences = [
         f"{name}={value!r} (saved: {saved[name]!r})"
-        for name, value in problem.settings.items()
+        for name, value in json.loads(json.dumps(dict(problem.settings))).items()  # tuples are lists there
         if name in saved and name not in problem.free_settings and saved[name] != value
     ]
     if differences:
