@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# From pictures to a picture that the model made, on a CPU, in about ten minutes after the installation:
+# photographs and rendered scenes -> visual sentences -> training -> export to Hugging Face -> few-shot prompts.
+#   bash scripts/quickstart.sh [FOLDER]     (default: runs/quickstart)
+# The model that ships with the project (made by scripts/make_demo_model.sh) goes on learning from new pictures here.
+# QUICKSTART_STEPS=20 makes it shorter (and its answers no better than the shipped model's).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+. "${VENV:-.venv}/bin/activate"
+out=${1:-runs/quickstart}
+steps=${QUICKSTART_STEPS:-150}
+scenes=$((steps * 2))
+rm -rf "$out/model"
+export WANDB_MODE=${WANDB_MODE:-disabled}
+
+echo "== 1. Pictures and visual sentences"
+bash scripts/demo_sentences.sh "$out/data" 100 "$scenes" 1
+python -m tokenizer.detokenize --input_file="$out/data/depth.jsonl" --output_dir="$out/sentences" --limit=3
+
+echo "== 2. Training goes on from the shipped model"
+files=$(ls "$out"/data/*.jsonl | paste -sd,)
+python -m EasyLM.models.llama.llama_train \
+    --load_llama_config=json::scripts/demo_model.json --load_checkpoint=huggingface::evaluation/demo_model \
+    --total_steps="$steps" --log_freq=10 --save_model_freq="$steps" \
+    --train_dataset.json_dataset.path="$files" --train_dataset.text_processor.fields='{tokens}' \
+    --train_dataset.json_dataset.seq_length=512 --train_dataset.json_dataset.batch_size=8 \
+    --train_dataset.json_dataset.shuffle_seed=0 \
+    --optimizer.adamw_optimizer.lr=3e-4 --optimizer.adamw_optimizer.end_lr=3e-5 \
+    --optimizer.adamw_optimizer.lr_warmup_steps=10 --optimizer.adamw_optimizer.lr_decay_steps="$steps" \
+    --checkpointer.float_dtype=fp32 --logger.output_dir="$out" --logger.experiment_id="run_$(date +%s)"
+run=$(ls -td "$out"/run_* | head -1)
+
+echo "== 3. Export to Hugging Face"
+python -m EasyLM.models.llama.convert_easylm_to_hf \
+    --load_checkpoint="params::$run/streaming_params" --output_dir="$out/model"
+
+echo "== 4. Prompts with scenes and photographs that no model has seen"
+held_out=$out/held_out
+python -m tokenizer.render --output_dir="$held_out" --seed=101 --size=32 --num=24 --num_photos=24 --num_clips=24 \
+    --clip_frames=8 --held_out_photos=True
+python -m evaluation.fewshot --checkpoint="$out/model" --n_shots=3 --n_queries=16 \
+    --input_dirs="$held_out/image,$held_out/image,$held_out/image,$held_out/image,$held_out/photo_gray" \
+    --target_dirs="$held_out/segmentation,$held_out/depth,$held_out/normals,$held_out/edges,$held_out/photo_color" \
+    --clip_dirs="$held_out/frames" --output_json="$out/figures.json" --output_picture="$out/answers.png"
