@@ -391,6 +391,11 @@ class TestBadInput:
         with pytest.raises(UserError, match=said.replace("DIR", str(tmp_path))):
             dataset(path.replace("DIR", str(tmp_path)))
 
+    def test_odd_lengths_that_add_up(self, tmp_path):
+        (tmp_path / "odd.jsonl").write_text('{"tokens": "AAAAAAA="}\n{"tokens": "AAAA"}\n')
+        with pytest.raises(UserError, match=r"odd.jsonl:1: field 'tokens' has 5 bytes, not a multiple of 4"):
+            dataset(tmp_path / "odd.jsonl")
+
     def test_only_bad_lines(self, tmp_path):
         (tmp_path / "bad.jsonl").write_text("?\n?\n")
         with pytest.raises(UserError, match=r"bad.jsonl: holds no tokens; .*bad.jsonl:1: not JSON"):
