@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import losses
+from EasyLM import kv_cache, losses
 from EasyLM.attention import Pattern, attention
 from EasyLM.models.llama.llama_config import REMAT_POLICIES, LLaMAConfig
 from EasyLM.sharding import BATCH_AXES
@@ -83,11 +83,17 @@ class Attention(nnx.Module):
         )
         return self.wo(out_BTHK.reshape(x_BTD.shape)), (k_BTHK, v_BTHK)
 
+    def decode(self, x_PND, context: Context, cache: kv_cache.LayerCache, index):
+        """One new token of each candidate. Returns the attention's output [P, N, D], and the cache with the token."""
+        q_PNHK, k_PNHK, v_PNHK = self.project(x_PND, context)
+        out_PNHK, cache = kv_cache.attend(cache, q_PNHK, k_PNHK, v_PNHK, context.pattern.valid_BS, index)
+        return self.wo(out_PNHK.reshape(x_PND.shape)), cache
+
     def project(self, x_BTD, context: Context):
         """Queries and keys, both rotated, and values."""
         heads = (*x_BTD.shape[:2], self.config.num_attention_heads, self.config.head_dim)
         q_BTHK, k_BTHK, v_BTHK = (
-            _constrain(w(x_BTD).reshape(heads), context.mesh, BATCH_AXES, None, "mp")
+            constrain(w(x_BTD).reshape(heads), context.mesh, BATCH_AXES, None, "mp")
             for w in (self.wq, self.wk, self.wv)
         )
         return rotate(q_BTHK, context.rope), rotate(k_BTHK, context.rope), v_BTHK
@@ -110,7 +116,7 @@ class FeedForward(nnx.Module):
         return y_CBtD.swapaxes(0, 1).reshape(x_BTD.shape)[:, :length]
 
     def _swiglu(self, x_BTD, mesh):
-        gate_BTF, up_BTF = (_constrain(w(x_BTD), mesh, BATCH_AXES, None, "mp") for w in (self.w1, self.w3))
+        gate_BTF, up_BTF = (constrain(w(x_BTD), mesh, BATCH_AXES, None, "mp") for w in (self.w1, self.w3))
         return self.w2(jax.nn.silu(gate_BTF) * up_BTF)
 
 
@@ -132,7 +138,13 @@ class Block(nnx.Module):
         added_BTD, cache = attend(x_BTD)
         x_BTD = x_BTD + dropout(added_BTD, keys[1], c.resid_pdrop)
         x_BTD = x_BTD + dropout(feed_forward(x_BTD), keys[2], c.resid_pdrop)
-        return _constrain(x_BTD, context.mesh, BATCH_AXES), cache
+        return constrain(x_BTD, context.mesh, BATCH_AXES), cache
+
+    def decode(self, x_PND, context: Context, cache: kv_cache.LayerCache, index):
+        """Returns the residual stream of one new token of each candidate, and the cache with the token."""
+        added_PND, cache = self.attention.decode(self.attention_norm(x_PND), context, cache, index)
+        x_PND = x_PND + added_PND
+        return x_PND + self.feed_forward(self.ffn_norm(x_PND), context), cache
 
 
 class Transformer(nnx.Module):
@@ -146,7 +158,7 @@ class Transformer(nnx.Module):
         """The normalised last hidden states [B, T, D]."""
         c = self.config
         keys = None if context.key is None else jax.random.split(context.key, c.num_hidden_layers + 1)
-        x_BTD = _constrain(self.wte(tokens_BT).astype(dtype), context.mesh, BATCH_AXES)
+        x_BTD = constrain(self.wte(tokens_BT).astype(dtype), context.mesh, BATCH_AXES)
         x_BTD = dropout(x_BTD, None if keys is None else keys[-1], c.embd_pdrop)
         graph, stacked = nnx.split(self.h)
 
@@ -227,7 +239,7 @@ def hidden_states(
     if position_ids_BT is None:
         position_ids_BT = positions(tokens_BT.shape[1], attention_mask_BT)
     context = Context(rotary_table(config, position_ids_BT), pattern, mesh, keys[0])
-    model = nnx.merge(_graph(config), _with_dtype(params["params"], dtype))
+    model = nnx.merge(_graph(config), with_dtype(params["params"], dtype))
     return model.transformer(tokens_BT, context, dtype), model.head_DV.astype(dtype)
 
 
@@ -236,7 +248,7 @@ def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) 
     vocab_size = head_DV.shape[1]
     if head_DV.dtype != jnp.float32:
         head_DV = jnp.pad(head_DV, ((0, 0), (0, -vocab_size % _LANES)))
-    return _constrain(matmul(hidden_BTD, head_DV)[..., :vocab_size], mesh, BATCH_AXES, None, "mp")
+    return constrain(matmul(hidden_BTD, head_DV)[..., :vocab_size], mesh, BATCH_AXES, None, "mp")
 
 
 def make_loss_fn(config: LLaMAConfig, dtype, mesh: Mesh | None = None):
@@ -291,12 +303,17 @@ def unstack(tree, num_layers: int) -> list:
     return [structure.unflatten(leaf[0] for leaf in layer) for layer in layers]
 
 
+def with_params(config: LLaMAConfig, params: dict, dtype) -> LLaMA:
+    """The model over these parameters, its kernels cast to `dtype`."""
+    return nnx.merge(_graph(config), _with_dtype(params["params"], dtype))
+
+
 @functools.lru_cache
 def _graph(config: LLaMAConfig):
     return nnx.split(nnx.eval_shape(lambda: LLaMA(config, nnx.Rngs(0))))[0]
 
 
-def _with_dtype(params: dict, dtype) -> dict:
+def with_dtype(params: dict, dtype) -> dict:
     """Kernels in the compute dtype, cast once: stacked copies and their gradients then have its size. Not so norms and
     the embedding, whose gradient adds up many rows."""
 
@@ -313,7 +330,7 @@ def _remat(function, policy: str, scanned: bool = False):
     return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)
 
 
-def _constrain(x: jax.Array, mesh: Mesh | None, *axes) -> jax.Array:
+def constrain(x: jax.Array, mesh: Mesh | None, *axes) -> jax.Array:
     """Splits the leading dimensions of x over mesh axes, where they divide."""
     if mesh is None:
         return x
