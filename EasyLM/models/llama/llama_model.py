@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import kv_cache, losses
+from EasyLM import losses
 from EasyLM.attention import Pattern, attention
 from EasyLM.models.llama.llama_config import REMAT_POLICIES, LLaMAConfig
 from EasyLM.sharding import BATCH_AXES
@@ -83,12 +83,6 @@ class Attention(nnx.Module):
         )
         return self.wo(out_BTHK.reshape(x_BTD.shape)), (k_BTHK, v_BTHK)
 
-    def decode(self, x_PND, context: Context, cache: kv_cache.LayerCache, index):
-        """One new token of each candidate. Returns the attention's output [P, N, D], and the cache with the token."""
-        q_PNHK, k_PNHK, v_PNHK = self.project(x_PND, context)
-        out_PNHK, cache = kv_cache.attend(cache, q_PNHK, k_PNHK, v_PNHK, context.pattern.valid_BS, index)
-        return self.wo(out_PNHK.reshape(x_PND.shape)), cache
-
     def project(self, x_BTD, context: Context):
         """Queries and keys, both rotated, and values."""
         heads = (*x_BTD.shape[:2], self.config.num_attention_heads, self.config.head_dim)
@@ -139,12 +133,6 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(added_BTD, keys[1], c.resid_pdrop)
         x_BTD = x_BTD + dropout(feed_forward(x_BTD), keys[2], c.resid_pdrop)
         return constrain(x_BTD, context.mesh, BATCH_AXES), cache
-
-    def decode(self, x_PND, context: Context, cache: kv_cache.LayerCache, index):
-        """Returns the residual stream of one new token of each candidate, and the cache with the token."""
-        added_PND, cache = self.attention.decode(self.attention_norm(x_PND), context, cache, index)
-        x_PND = x_PND + added_PND
-        return x_PND + self.feed_forward(self.ffn_norm(x_PND), context), cache
 
 
 class Transformer(nnx.Module):
@@ -239,7 +227,7 @@ def hidden_states(
     if position_ids_BT is None:
         position_ids_BT = positions(tokens_BT.shape[1], attention_mask_BT)
     context = Context(rotary_table(config, position_ids_BT), pattern, mesh, keys[0])
-    model = nnx.merge(_graph(config), with_dtype(params["params"], dtype))
+    model = nnx.merge(_graph(config), _with_dtype(params["params"], dtype))
     return model.transformer(tokens_BT, context, dtype), model.head_DV.astype(dtype)
 
 
@@ -313,7 +301,7 @@ def _graph(config: LLaMAConfig):
     return nnx.split(nnx.eval_shape(lambda: LLaMA(config, nnx.Rngs(0))))[0]
 
 
-def with_dtype(params: dict, dtype) -> dict:
+def _with_dtype(params: dict, dtype) -> dict:
     """Kernels in the compute dtype, cast once: stacked copies and their gradients then have its size. Not so norms and
     the embedding, whose gradient adds up many rows."""
 
