@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import pickle
 
 import jax
 import jax.numpy as jnp
@@ -314,13 +313,12 @@ class Evil:
 
 @pytest.mark.slow
 def test_a_pickle_that_runs_code_is_not_imported(golden, tmp_path, monkeypatch):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     directory = export(tiny_state(golden), tmp_path / "hf")
     os.remove(os.path.join(directory, "model.safetensors"))
     with pytest.raises(UserError, match="no weights: neither"):
         import_(directory, tmp_path / "out" / "params")
-    with open(os.path.join(directory, "pytorch_model.bin"), "wb") as file:
-        pickle.dump({"a": Evil()}, file)
+    torch.save({"a": Evil()}, os.path.join(directory, "pytorch_model.bin"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not a readable file of torch weights"):
         import_(directory, tmp_path / "out" / "params")
