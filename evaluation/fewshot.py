@@ -18,6 +18,7 @@ from tqdm import tqdm
 from EasyLM import generate, sharding
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
+from EasyLM.models.llama.llama_decode import LLaMADecoder, log_likelihoods
 from evaluation import metrics, pictures, prompts
 from evaluation.models import MODEL_FLAGS, load_model
 from tokenizer import images
@@ -58,12 +59,14 @@ def main(config) -> None:
     """Measures every task, prints a table, writes figures and sheet."""
     _check(config)
     codec = Codec(config.vqgan)
-    model, params = load_model(config.checkpoint, config.load_llama_config, sharding.make_mesh(config.mesh_dim))
+    mesh = sharding.make_mesh(config.mesh_dim)
+    sharding.check_batch_size("batch_size", config.batch_size, mesh)
+    model, params = load_model(config.checkpoint, config.load_llama_config, mesh)
     tasks = _tasks(config, codec)
     results, rows = {}, []
     for task in tasks:
-        answers = _answers(config, codec, model, params, task)
-        results[task.name] = figures(task, answers, *_likelihoods(config, codec, model, params, task), codec)
+        answers = _answers(config, codec, LLaMADecoder(model, mesh=mesh), params, task)
+        results[task.name] = figures(task, answers, *_likelihoods(config, codec, model, params, task, mesh), codec)
         rows.append((task, answers))
     _print_table(results)
     if config.output_json:
@@ -156,11 +159,11 @@ def _batches(config, task: Task, what: str):
         yield slice(start, start + config.batch_size)
 
 
-def _answers(config, codec: Codec, model, params, task: Task) -> np.ndarray:
+def _answers(config, codec: Codec, decoder: LLaMADecoder, params, task: Task) -> np.ndarray:
     """The model's pictures [Q, H, H, 3]."""
     tokens = [
         generate.generate(
-            model,
+            decoder,
             params,
             task.prompt_tokens[part],
             num_new_tokens=task.truth_tokens.shape[1],
@@ -174,12 +177,12 @@ def _answers(config, codec: Codec, model, params, task: Task) -> np.ndarray:
     return codec.decode(np.concatenate(tokens))
 
 
-def _likelihoods(config, codec: Codec, model, params, task: Task) -> tuple[np.ndarray, np.ndarray]:
+def _likelihoods(config, codec: Codec, model, params, task: Task, mesh) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihoods [Q, N] of the true answer's tokens, by the model and by the tokens' frequencies."""
     rows = np.concatenate([task.prompt_tokens, task.truth_tokens], axis=1)
     begin = task.prompt_tokens.shape[1]
     by_model = [
-        generate.log_likelihoods(model, params, rows[part], begin) for part in _batches(config, task, "measuring")
+        log_likelihoods(model, params, rows[part], begin, mesh=mesh) for part in _batches(config, task, "measuring")
     ]
     return np.concatenate(by_model), metrics.unigram_log_likelihoods(task.truth_tokens, codec.config.num_embeddings)
 

@@ -9,7 +9,37 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Each tier may import what stands above it in this list. Entry points come last: nothing imports them.
 TIERS = [
     {"EasyLM.vocab", "EasyLM.errors"},
-    {"EasyLM.flags", "EasyLM.losses"},
+    # pure functions and small parts
+    {"EasyLM.flags", "EasyLM.losses", "EasyLM.stacking", "EasyLM.columns", "EasyLM.workers"},
+    {"EasyLM.files", "EasyLM.restricted_pickle", "EasyLM.sharding", "EasyLM.attention", "EasyLM.generate"},
+    {"EasyLM.optimizers", "EasyLM.logger", "EasyLM.text", "EasyLM.msgpack_arrays", "EasyLM.records", "EasyLM.rows"},
+    {"EasyLM.fields", "EasyLM.examples", "EasyLM.batches", "EasyLM.streaming", "EasyLM.metadata"},
+    {"EasyLM.run_directory", "EasyLM.line_index", "EasyLM.token_store", "EasyLM.loading"},
+    # the two things a run rests on
+    {"EasyLM.json_lines", "EasyLM.checkpoint"},
+    {"EasyLM.data", "EasyLM.train", "EasyLM.loop"},
+    {"EasyLM.run"},
+    # the model
+    {"EasyLM.models.llama.llama_config", "EasyLM.models.llama.hf_files"},
+    {"EasyLM.models.llama.llama_model"},
+    {"EasyLM.models.llama.hf_layout", "EasyLM.models.llama.llama_decode"},
+    # pictures
+    {"tokenizer.images", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan"},
+    {"tokenizer.photos", "tokenizer.weights"},
+    {"tokenizer.codec", "tokenizer.objective"},
+    # prompts
+    {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
+    # entry points
+    {
+        "EasyLM.models.llama.llama_train",
+        "EasyLM.models.llama.convert_easylm_to_hf",
+        "EasyLM.models.llama.convert_hf_to_easylm",
+        "tokenizer.render",
+        "tokenizer.build",
+        "tokenizer.detokenize",
+        "tokenizer.train_vqgan",
+        "evaluation.fewshot",
+    },
 ]
 LAZY = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", "av", "gradio", "fastapi", "uvicorn"}
 LAZY |= {"skimage", "sklearn", "wandb"}
