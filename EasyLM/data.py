@@ -12,6 +12,13 @@ from EasyLM.rows import TokenRows
 from EasyLM.token_store import STORE_DTYPES, TokenStore
 
 TYPES = ("json", "huggingface")
+# Settings of json_dataset that hold for both types.
+PROCESSING = (
+    "tokenizer_processes",
+    "tokenizer_parallel_chunk_size",
+    "tokenizer_parallel_batch_size",
+    "throughput_average_window_size",
+)
 
 DATASET_FLAGS = {
     "type": Flag("json", "Where examples come from: JSON lines, or a Hugging Face dataset.", choices=TYPES),
@@ -64,9 +71,8 @@ def make_dataset(config, tokenizer, vocab_size: int, name: str = "train_dataset"
     """
     choose(f"--{name}.type", config.type, TYPES)
     chosen, group = settings(config), f"{name}.{config.type}_dataset"
-    for setting in ("seq_length", "batch_size"):
-        if chosen[setting] < 1:
-            raise UserError(f"--{group}.{setting}={chosen[setting]}: must be at least 1")
+    _check_positive(group, chosen, ("seq_length", "batch_size"))
+    _check_positive(f"{name}.json_dataset", config.json_dataset, PROCESSING)
     processor = make_processor(config.text_processor, vocab_size, tokenizer, f"{name}.text_processor")
     if processor.needs_text and tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -77,6 +83,12 @@ def make_dataset(config, tokenizer, vocab_size: int, name: str = "train_dataset"
     make = _json_rows if config.type == "json" else _huggingface_rows
     first_id = processor.bos if chosen.always_start_with_bos else None
     return make(chosen, config.json_dataset, processor, group, first_id)
+
+
+def _check_positive(group, config, names):
+    for name in names:
+        if config[name] < 1:
+            raise UserError(f"--{group}.{name}={config[name]}: must be at least 1")
 
 
 def _json_rows(config, _, processor, group, first_id):
@@ -102,7 +114,7 @@ def _json_rows(config, _, processor, group, first_id):
     )
 
 
-def _huggingface_rows(config, tokenizing, processor, group, first_id):
+def _huggingface_rows(config, processing, processor, group, first_id):
     choose(f"--{group}.batch_token_dtype", config.batch_token_dtype, STORE_DTYPES)
     largest = np.iinfo(config.batch_token_dtype).max
     if processor.vocab_size - 1 > largest:
@@ -111,18 +123,24 @@ def _huggingface_rows(config, tokenizing, processor, group, first_id):
             f"{processor.vocab_size}"
         )
     examples = huggingface_examples(config, group)
-    stream = _token_store(examples, processor, config.batch_token_dtype, tokenizing, skip_bad_lines=False)
-    dtype = config.batch_token_dtype
-    return TokenRows(stream, config.seq_length, config.batch_size, first_id=first_id, dtype=dtype)
+    stream = _token_store(examples, processor, config.batch_token_dtype, processing, skip_bad_lines=False)
+    return TokenRows(
+        stream,
+        config.seq_length,
+        config.batch_size,
+        first_id=first_id,
+        dtype=config.batch_token_dtype,
+        window=processing.throughput_average_window_size,
+    )
 
 
-def _token_store(examples, processor, dtype, tokenizing, skip_bad_lines):
+def _token_store(examples, processor, dtype, processing, skip_bad_lines):
     return TokenStore(
         examples,
         processor,
         dtype,
-        tokenizing.tokenizer_processes,
-        tokenizing.tokenizer_parallel_chunk_size,
-        tokenizing.tokenizer_parallel_batch_size,
+        processing.tokenizer_processes,
+        processing.tokenizer_parallel_chunk_size,
+        processing.tokenizer_parallel_batch_size,
         skip_bad_lines,
     )

@@ -405,6 +405,7 @@ class TestBadInput:
         "settings, said",
         [
             ({"seq_length": 0}, "--train_dataset.json_dataset.seq_length=0: must be at least 1"),
+            ({"tokenizer_parallel_chunk_size": 0}, "json_dataset.tokenizer_parallel_chunk_size=0: must be at least 1"),
             ({"start_seek_loc": 5}, r"start_seek_loc=5: no line of .*dataset.jsonl \(138734 bytes\) begins at byte 5"),
             ({"start_seek_loc": -1}, "no line of"),
             ({"start_seek_loc": 10**9}, "no line of"),
