@@ -20,6 +20,7 @@ from EasyLM.attention import Pattern, attention
 from EasyLM.models.llama.llama_config import REMAT_POLICIES, LLaMAConfig
 from EasyLM.sharding import BATCH_AXES
 
+_LOSS_TOKENS = 8192  # of one device, whose float32 logits exist at once: 270 MB
 _LANES = 128  # kernels want matrix dimensions that are multiples of this; 8292 is not even one of 8
 
 
@@ -227,7 +228,7 @@ def hidden_states(
     if position_ids_BT is None:
         position_ids_BT = positions(tokens_BT.shape[1], attention_mask_BT)
     context = Context(rotary_table(config, position_ids_BT), pattern, mesh, keys[0])
-    model = nnx.merge(_graph(config), _with_dtype(params["params"], dtype))
+    model = with_params(config, params, dtype)
     return model.transformer(tokens_BT, context, dtype), model.head_DV.astype(dtype)
 
 
@@ -242,9 +243,20 @@ def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) 
 def make_loss_fn(config: LLaMAConfig, dtype, mesh: Mesh | None = None):
     """`loss_fn(params, batch, key) -> (loss, {"accuracy": ...})` for batches as data rows have them."""
 
+    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
     def loss_fn(params, batch, key):
-        logits_BTV = apply(config, params, batch["input_tokens"], dtype=dtype, key=key, mesh=mesh)
-        loss, accuracy = losses.cross_entropy_and_accuracy(logits_BTV, batch["target_tokens"], batch["loss_masks"])
+        tokens_BT, targets_BT, masks_BT = batch["input_tokens"], batch["target_tokens"], batch["loss_masks"]
+        hidden_BTD, head_DV = hidden_states(config, params, tokens_BT, dtype=dtype, key=key, mesh=mesh)
+        chunk = tokens_BT.shape[1] * _LOSS_TOKENS * ways // tokens_BT.size
+        to_logits = functools.partial(logits, mesh=mesh)
+        if chunk < tokens_BT.shape[1]:
+            loss, accuracy = losses.chunked_cross_entropy_and_accuracy(
+                to_logits, hidden_BTD, head_DV, targets_BT, masks_BT, max(chunk, 1)
+            )
+        else:
+            logits_BTV = to_logits(hidden_BTD, head_DV)
+            loss, accuracy = losses.cross_entropy_and_accuracy(logits_BTV, targets_BT, masks_BT)
         return loss, {"accuracy": accuracy}
 
     return loss_fn
