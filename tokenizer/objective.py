@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from tokenizer import weights
 from tokenizer.vqgan import VQGAN, VQGANConfig
 
 DECAY = 0.99  # of a running mean, a step
@@ -32,7 +33,7 @@ def init_params(config: VQGANConfig, key: jax.Array) -> dict:
 
 def parameters(model: VQGAN) -> dict[str, jax.Array]:
     """The arrays of a model by dotted path, e.g. `encoder.down.0.block.0.conv1.kernel`."""
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in weights.flat_parameters(model)}
 
 
 def make_model(config: VQGANConfig, params: dict, which: str = "average", dtype=jnp.float32) -> VQGAN:

@@ -27,16 +27,16 @@ def load(directory: str, dtype=jnp.float32) -> VQGAN:
       UserError: naming the directory or file and what is missing, unexpected or of another shape.
     """
     config = read_config(directory)
+    source, found = _read_tensors(directory)
     abstract = nnx.eval_shape(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
-    source, found = _read_tensors(directory)
     wanted = {file_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unexpected:
         raise UserError(f"{source}: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}")
     flat = []
     for name, (path, leaf) in wanted.items():
-        shape = _file_shape(leaf.get_value().shape)
+        shape = file_shape(leaf)
         if found[name].shape != shape:
             raise UserError(f"{source}: {name} has shape {found[name].shape}, config.json makes it {shape}")
         flat.append((path, leaf.replace(jnp.asarray(_from_file(found[name].astype(np.float32))))))
@@ -48,8 +48,8 @@ def save(model: VQGAN, directory: str, dtype=np.float32) -> None:
     from safetensors.numpy import save_file
 
     os.makedirs(directory, exist_ok=True)
-    flat = nnx.to_flat_state(nnx.state(model))
-    tensors = {file_name(path): _to_file(np.asarray(leaf.get_value()).astype(dtype)) for path, leaf in flat}
+    arrays = {file_name(path): np.asarray(leaf.get_value()).astype(dtype) for path, leaf in flat_parameters(model)}
+    tensors = {name: _to_file(array) for name, array in arrays.items()}
     target = pathlib.Path(directory)
     save_file(tensors, target / "model.safetensors.tmp")
     os.replace(target / "model.safetensors.tmp", target / "model.safetensors")
@@ -85,6 +85,17 @@ def file_name(path: tuple) -> str:
     return ".".join([*map(str, path[:-1]), _LEAF_NAMES[path[-1]]])
 
 
+def file_shape(leaf) -> tuple[int, ...]:
+    """The shape that a parameter (or its abstract value) has in a file."""
+    shape = tuple(leaf.get_value().shape)
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape
+
+
+def flat_parameters(model: VQGAN) -> list[tuple[tuple, nnx.Variable]]:
+    """Every parameter of a model with its path in the module."""
+    return list(nnx.to_flat_state(nnx.state(model)))
+
+
 def _read_tensors(directory: str) -> tuple[str, dict[str, np.ndarray]]:
     root = pathlib.Path(directory)
     shards = sorted(root.glob("*.safetensors"))
@@ -116,10 +127,6 @@ def _read_safetensors(shards) -> dict[str, np.ndarray]:
         except SafetensorError as error:
             raise UserError(f"{shard}: not a safetensors file ({error})") from error
     return tensors
-
-
-def _file_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape
 
 
 def _to_file(array: np.ndarray) -> np.ndarray:

@@ -1,0 +1,106 @@
+"""Rendered scenes: the annotations say exactly what the picture shows, and all of it follows from the seed."""
+
+import numpy as np
+import pytest
+from tokenizer_kit import run_main
+
+from tokenizer import photos, render, scenes
+
+SIZE = 48
+SEEDS = range(20, 28)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return {seed: scenes.scene(seed, SIZE) for seed in SEEDS}
+
+
+def test_a_scene_has_a_picture_and_every_annotation(drawn):
+    for scene in drawn.values():
+        assert set(scene) == {"image", *scenes.ANNOTATIONS}
+        assert all(part.shape == (SIZE, SIZE, 3) and part.dtype == np.uint8 for part in scene.values())
+
+
+def test_a_seed_says_all_and_another_seed_something_else(drawn):
+    again = scenes.scene(20, SIZE)
+    assert all(np.array_equal(again[name], drawn[20][name]) for name in again)
+    assert not np.array_equal(drawn[20]["image"], drawn[21]["image"])
+
+
+def test_segmentation_has_only_the_colours_of_its_palette(drawn):
+    palette = {scenes.BACKGROUND, *scenes.PALETTE.values()}
+    seen = {tuple(colour) for scene in drawn.values() for colour in scene["segmentation"].reshape(-1, 3).tolist()}
+    assert seen <= palette
+    assert len(seen) >= 4  # several shapes among these seeds
+
+
+def test_a_solid_is_where_the_scene_without_it_is_farther(drawn):
+    """Segmentation and depth against a second rendering: of the empty room."""
+    for seed in SEEDS:
+        layout = scenes.arrange(np.random.default_rng([seed, 7]))
+        empty = scenes.draw(scenes.Scene((), layout.floor, layout.wall, layout.checks, layout.light), 0, SIZE)
+        solid = np.any(drawn[seed]["segmentation"] != np.array(scenes.BACKGROUND, np.uint8), axis=-1)
+        nearer = drawn[seed]["depth"][..., 0].astype(int) - empty["depth"][..., 0]
+        assert solid.any()
+        assert np.all(nearer[~solid] == 0)
+        assert np.all(nearer[solid] >= 0)
+        assert np.mean(nearer[solid] > 0) > 0.9  # where a solid meets the floor, the difference rounds to none
+        assert np.array_equal(drawn[seed]["normals"][~solid], empty["normals"][~solid])
+
+
+def test_edges_lie_on_boundaries_and_all_boundaries_have_them(drawn):
+    for scene in drawn.values():
+        edge = scene["edges"][..., 0] > 0
+        for axis in (0, 1):
+            names = np.any(np.diff(scene["segmentation"].astype(int), axis=axis) != 0, axis=-1)
+            one, other = (np.take(edge, range(start, SIZE - 1 + start), axis=axis) for start in (0, 1))
+            assert np.all(one[names] & other[names])
+        flat = np.ones_like(edge)  # a pixel whose four neighbours have its class and its normal is no edge
+        for axis in (0, 1):
+            for name in ("segmentation", "normals"):
+                same = np.all(np.diff(scene[name].astype(int), axis=axis) == 0, axis=-1)
+                pad = [(0, 0), (0, 0)]
+                pad[axis] = (1, 0)
+                flat &= np.pad(same, pad, constant_values=True)
+                pad[axis] = (0, 1)
+                flat &= np.pad(same, pad, constant_values=True)
+        assert not np.any(edge & flat)
+
+
+def test_normals_are_unit_vectors_towards_the_camera(drawn):
+    for scene in drawn.values():
+        vectors = scene["normals"] / 127.5 - 1
+        assert np.allclose(np.linalg.norm(vectors, axis=-1), 1, atol=0.02)
+        assert vectors[..., 2].min() > -0.35  # perspective: near the rim a little beyond the right angle
+
+
+def test_clips_begin_with_the_scene_and_move_and_solids_never_meet():
+    frames = scenes.clip(20, SIZE, 4)
+    assert np.array_equal(frames[0]["image"], scenes.scene(20, SIZE)["image"])
+    assert not np.array_equal(frames[0]["image"], frames[3]["image"])
+    for seed in range(30):
+        layout = scenes.arrange(np.random.default_rng([seed, 7]))
+        for frame in range(8):
+            solids = [solid.at(frame) for solid in layout.solids]
+            for i, one in enumerate(solids):
+                for other in solids[:i]:
+                    assert np.hypot(*(one.place - other.place)) > one.radius + other.radius
+
+
+def test_photographs_crop_to_any_size_and_held_out_ones_are_apart():
+    assert not set(photos.TRAINING) & set(photos.HELD_OUT)
+    crop = photos.crop(3, 40)
+    assert crop.shape == (40, 40, 3) and crop.std() > 5
+    assert np.array_equal(crop, photos.crop(3, 40))
+    gray = photos.gray(crop)
+    assert np.all(gray == gray[..., :1])
+    assert np.all(np.abs(gray[..., 0] - (0.2989 * crop[..., 0] + 0.587 * crop[..., 1] + 0.114 * crop[..., 2])) <= 0.5)
+
+
+def test_render_writes_matching_stems(tmp_path):
+    run_main(render, output_dir=str(tmp_path), num=2, num_photos=1, num_clips=1, clip_frames=3, size=24, workers=1)
+    for name in ("image", *scenes.ANNOTATIONS):
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["000000.png", "000001.png"]
+    for name in ("photo_gray", "photo_color"):
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["000000.png"]
+    assert len(list((tmp_path / "frames" / "000000").iterdir())) == 3

@@ -1,0 +1,140 @@
+"""Training a tokenizer through the shared loop: it learns, revives codes, resumes exactly and leaves a usable model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizer_kit import run_main, write_picture
+
+from EasyLM.errors import UserError
+from tokenizer import objective, train_vqgan, weights
+from tokenizer.codec import Codec
+from tokenizer.vqgan import VQGANConfig
+
+SMALLEST = {
+    "vqgan__resolution": 8,
+    "vqgan__hidden_channels": 4,
+    "vqgan__channel_mult": "1",
+    "vqgan__norm_groups": 2,
+    "vqgan__z_channels": 4,
+    "vqgan__quantized_embed_dim": 4,
+    "vqgan__num_embeddings": 16,
+}
+
+
+def train(folder, name, **settings):
+    """Figures of each step of a run."""
+    defaults = {"total_steps": 12, "lr_warmup_steps": 2, "log_freq": 1, "save_model_freq": 5, "batch_size": 8}
+    defaults["input_dirs"] = str(folder / "pictures")
+    run_main(
+        train_vqgan,
+        logger__output_dir=str(folder),
+        logger__experiment_id=name,
+        **{**defaults, **SMALLEST, **settings},
+    )
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(6):
+        write_picture(tmp_path / "pictures" / f"{i}.png", i, 8)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_learns_resumes_exactly_and_leaves_a_model(folder, monkeypatch):
+    whole = train(folder, "whole")
+    assert whole[11]["loss"] < 0.8 * whole[0]["loss"]
+
+    original = train_vqgan.run.fit
+
+    def stopped(state, step, batches, settings, **rest):
+        return original(state, step, batches, train_vqgan.dataclasses.replace(settings, total_steps=5), **rest)
+
+    monkeypatch.setattr(train_vqgan.run, "fit", stopped)
+    train(folder, "parts")
+    monkeypatch.undo()
+    parts = train(folder, "parts")
+    figures = ("loss", "psnr", "gradient_norm", "param_norm", "learning_rate", "code_perplexity")
+    assert [{k: whole[i][k] for k in figures} for i in range(12)] == [
+        {k: parts[i][k] for k in figures} for i in range(12)
+    ]
+    one, other = (weights.load(folder / name / "vqgan") for name in ("whole", "parts"))
+    for (path, a), (_, b) in zip(weights.flat_parameters(one), weights.flat_parameters(other), strict=True):
+        np.testing.assert_array_equal(a.get_value(), b.get_value(), err_msg=str(path))
+    pixels = np.zeros((2, 8, 8, 3), np.float32)
+    codec = Codec(str(folder / "whole" / "vqgan"))
+    assert codec.decode(codec.encode(pixels)).shape == pixels.shape
+    assert (folder / "whole" / "reconstructions.png").exists()
+
+
+def test_rows_are_a_function_of_their_number(folder):
+    source = train_vqgan.PictureRows(str(folder / "pictures"), "input_dirs", 8, seed=3)
+    rows = source.rows(0, 18)["pixels"]
+    np.testing.assert_array_equal(rows[4:9], source.rows(4, 5)["pixels"])
+    epochs = [{row.tobytes() for row in rows[start : start + 6]} for start in (0, 6, 12)]
+    assert len(epochs[0]) == 6 and epochs[0] == epochs[1] == epochs[2]
+    assert not np.array_equal(rows[:6], rows[6:12])
+
+
+def codebook(share, total):
+    return {"share": jnp.asarray(share, jnp.float32), "sum": jnp.asarray(total, jnp.float32)}
+
+
+def step(means, targets):
+    """One step of descent at the rate that makes running means."""
+    gradient = jax.grad(lambda means: objective.pull(means, targets))(means)
+    return jax.tree.map(lambda mean, g: mean - (1 - objective.DECAY) * g, means, gradient)
+
+
+def test_used_codes_follow_running_means_and_dead_ones_move_at_once():
+    vectors = jnp.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    chosen = jnp.asarray([0, 0, 0, 1])
+    before = codebook([0.5, 0.5, 0.0], [[0.5, 0.5], [2.0, 2.0], [0.0, 0.0]])
+    after = step(before, objective.codebook_targets(before, vectors, chosen, jax.random.key(0)))
+    d = objective.DECAY
+    np.testing.assert_allclose(after["share"][:2], [d * 0.5 + (1 - d) * 0.75, d * 0.5 + (1 - d) * 0.25], rtol=1e-6)
+    np.testing.assert_allclose(after["sum"][0], d * 0.5 + (1 - d) * vectors[:3].sum(0) / 4, rtol=1e-6)
+    revived = objective.codes_of(after)[2]
+    assert np.min(np.abs(vectors - revived[None, :]).sum(axis=1)) < 1e-4
+
+
+def test_the_pull_has_no_value():
+    means, targets = codebook([0.5, 0.5], np.ones((2, 3))), codebook([0.1, 0.9], np.zeros((2, 3)))
+    assert objective.pull(means, targets) == 0
+
+
+def test_the_outline_term_sees_what_the_mean_error_does_not():
+    flat = jnp.full((1, 8, 8, 3), 0.1)
+    checks = flat.at[:, ::2, ::2].multiply(-1)
+    assert objective.gradient_error(flat) == 0
+    assert objective.gradient_error(checks) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"input_dirs": ""}, "--input_dirs is missing"),
+        ({"vqgan__channel_mult": "1,x"}, "--vqgan.channel_mult=1,x"),
+        ({"vqgan__norm_groups": 3}, "--vqgan.hidden_channels=4: .*norm_groups=3"),
+        ({"total_steps": 2}, "--total_steps=2: must be more than lr_warmup_steps=2"),
+        ({"save_model_freq": 0}, "--save_model_freq=0"),
+        ({"batch_size": 3}, "--batch_size=3: must be a positive multiple of 8"),
+    ],
+)
+def test_bad_settings_are_named(folder, settings, message):
+    with pytest.raises(UserError, match=message):
+        train(folder, "bad", **settings)
+
+
+def test_models_are_made_of_average_or_network():
+    config = VQGANConfig(resolution=8, hidden_channels=4, channel_mult=(1,), norm_groups=2, num_embeddings=16)
+    shapes = jax.eval_shape(lambda: objective.init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    params["model"] = {name: array + 1 for name, array in params["model"].items()}
+    assert np.all(objective.make_model(config, params, "model").encoder.conv_in.kernel[...] == 1)
+    assert np.all(objective.make_model(config, params).encoder.conv_in.kernel[...] == 0)

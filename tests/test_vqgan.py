@@ -1,0 +1,142 @@
+"""The VQGAN: equal to open-muse's on reference data, of the released shapes, the same after saving, on any devices."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from tokenizer_kit import TINY, smooth_picture, tiny_vqgan
+
+from EasyLM.errors import UserError
+from tokenizer import weights
+from tokenizer.codec import Codec
+from tokenizer.vqgan import VQGAN, VQGANConfig
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.stack([smooth_picture(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
+
+
+def test_equals_open_muse(golden):
+    pytest.importorskip("torch")
+    model = weights.load(golden / "vqgan_small")
+    reference = np.load(golden / "vqgan_small" / "golden.npz")
+    hidden, codes = nnx.jit(lambda model, pixels: model.encode(pixels))(model, reference["pixel_values"])
+    decoded = nnx.jit(lambda model, codes: model.decode(codes))(model, reference["codes"])
+    np.testing.assert_allclose(hidden, reference["hidden"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(codes, reference["codes"])
+    np.testing.assert_allclose(decoded, reference["decoded"], rtol=0, atol=1e-3)
+
+
+def test_the_released_model_has_the_released_shapes(golden):
+    model = nnx.eval_shape(lambda: VQGAN(VQGANConfig(), rngs=nnx.Rngs(0)))
+    shapes = {weights.file_name(p): list(weights.file_shape(leaf)) for p, leaf in weights.flat_parameters(model)}
+    assert shapes == json.loads((golden / "vqgan_released_shapes.json").read_text())
+    assert VQGANConfig().tokens_per_image == 256
+
+
+def test_saving_and_loading_changes_nothing(tiny, tmp_path):
+    model = weights.load(tiny)
+    weights.save(model, tmp_path)
+    again = weights.load(tmp_path)
+    assert again.config == model.config == TINY
+    for (path, one), (_, other) in zip(weights.flat_parameters(model), weights.flat_parameters(again), strict=True):
+        np.testing.assert_array_equal(one.get_value(), other.get_value(), err_msg=str(path))
+
+
+def test_half_precision_files_load_as_float32(tiny, tmp_path):
+    weights.save(weights.load(tiny), tmp_path, np.float16)
+    assert all(array.dtype == np.float16 for array in load_file(tmp_path / "model.safetensors").values())
+    assert all(leaf.get_value().dtype == np.float32 for _, leaf in weights.flat_parameters(weights.load(tmp_path)))
+
+
+def test_codes_are_the_nearest_vectors_row_by_row(tiny, pictures):
+    model = weights.load(tiny)
+    hidden, codes = nnx.jit(lambda model, pixels: model.encode(pixels))(model, pictures[:2])
+    table = np.asarray(model.quantize.embedding[...])
+    distance = np.sum((np.asarray(hidden).reshape(2, -1, 1, table.shape[1]) - table) ** 2, axis=-1)
+    np.testing.assert_array_equal(codes, distance.argmin(-1))
+    assert codes.shape == (2, TINY.tokens_per_image)
+    assert len(np.unique(codes)) > 8
+
+
+def test_batch_size_and_devices_change_no_code(tiny, pictures):
+    assert jax.device_count() == 8
+    codec = Codec(tiny, batch_size=8)  # one picture a device; the last batch is partial
+    codes = codec.encode(pictures)
+    other = Codec(tiny, batch_size=3, devices=jax.devices()[:1])
+    np.testing.assert_array_equal(other.encode(pictures), codes)
+    # float32 rounding through twenty layers (1.3e-6 was seen); one level of 8 bits is 4e-3
+    np.testing.assert_allclose(other.decode(codes), codec.decode(codes), rtol=0, atol=1e-5)
+    assert codec.encode(pictures[:0]).shape == (0, TINY.tokens_per_image)
+
+
+@pytest.mark.slow
+def test_bf16_stays_near_float32(tiny, pictures):
+    codes = Codec(tiny).encode(pictures)
+    difference = Codec(tiny, "bf16").decode(codes) - Codec(tiny).decode(codes)
+    assert 0 < np.abs(difference).max() < 0.1
+
+
+def _drop(tensors):
+    del tensors["encoder.conv_in.bias"]
+
+
+def _add(tensors):
+    tensors["discriminator.weight"] = np.zeros(1, np.float32)
+
+
+def _reshape(tensors):
+    tensors["encoder.conv_in.bias"] = np.zeros(7, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop, r"missing keys: encoder\.conv_in\.bias"),
+        (_add, r"unexpected keys: discriminator\.weight"),
+        (_reshape, r"encoder\.conv_in\.bias has shape \(7,\)"),
+    ],
+)
+def test_wrong_weights_are_named(tiny, tmp_path, change, message):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution": 18, "channel_mult": (1, 2, 4)}, "resolution=18: must be divisible by 4"),
+        ({"num_embeddings": 8193}, r"num_embeddings=8193: must be 1\.\.8192"),
+        ({"hidden_channels": 48}, "hidden_channels=48: .*norm_groups=32"),
+        ({"colour": 1}, "unknown key 'colour'"),
+        ({"resolution": "large"}, "wrong type"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        VQGANConfig.from_dict(settings)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        weights.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        weights.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights"):
+        weights.load(tmp_path)
