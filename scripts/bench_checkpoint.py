@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from tqdm import trange
 
@@ -29,6 +30,7 @@ from EasyLM.models.llama.llama_config import PRESETS
 
 CONFIG = ml_collections.ConfigDict({"float_dtype": "", "save_optimizer_state": True})
 BLOCK = 64 << 20
+NOISE = np.random.default_rng(0).bytes(BLOCK)  # some disks are fast with zeros
 
 
 def main():
@@ -71,6 +73,7 @@ def speed(directory: str, rounds: int) -> None:
         saver.wait()
         times["save"].append(time.perf_counter() - begin)
         timed("write", write, os.path.join(directory, "plain"), os.path.getsize(path))
+        os.remove(os.path.join(directory, "plain"))
         timed("read", lambda: len(pathlib.Path(path).read_bytes()))
         timed("read blocks", read_blocks, path)
         jax.block_until_ready(timed("load", checkpoint.load, f"trainstate::{path}", target))
@@ -93,13 +96,12 @@ def make_state() -> train.TrainState:
 
 
 def write(path: str, num_bytes: int) -> None:
-    block = memoryview(bytes(BLOCK))
+    block = memoryview(NOISE)
     with open(path, "wb") as file:
         for begin in range(0, num_bytes, BLOCK):
             file.write(block[: num_bytes - begin])
         file.flush()
         os.fsync(file.fileno())
-    os.remove(path)
 
 
 def read_blocks(path: str) -> None:
