@@ -109,7 +109,7 @@ def match_partition_rules(rules, tree):
     """The partition spec of every array (or shape) of a tree, by the first rule whose pattern finds its path.
 
     A spec shorter than the array belongs to stacked layers: the layer axis is not split. Scalars are replicated, as is
-    what has no axes to split (adafactor's placeholders of shape (1,)).
+    what has no axes to split (adafactor's placeholders, of shape (1,) for each tensor).
 
     Raises:
       AssertionError: if an array matches no rule.
@@ -117,7 +117,7 @@ def match_partition_rules(rules, tree):
 
     def spec_of(path, array):
         name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-        if len(array.shape) == 0 or max(array.shape) == 1:
+        if len(array.shape) == 0 or array.shape[-1] == 1:
             return P()
         for pattern, spec in rules:
             if re.search(pattern, name):

@@ -1,0 +1,85 @@
+"""Training speed on a CPU against the machine's own float32 matmul rate: `python scripts/bench_train.py`.
+
+Times the trainer's own step of vqlm_100m, batch 1 x 1024, float32, and a large matmul before and after each step, so
+that what else the machine does falls on both. Model FLOPs as for MFU (llama_config.flops_per_token: causal attention at
+half, nothing computed twice is counted). Bounds: half of the matmul rate, 20 seconds to compile.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from EasyLM import flags, optimizers, train
+from EasyLM.flags import Flag
+from EasyLM.models.llama import llama_config, llama_model
+
+SIDE = 2048  # of the matmul: 17 GFLOP, 50 MB, at the best rate that larger ones reach
+LEAST_SHARE, MOST_COMPILE_SECONDS = 0.5, 20.0
+
+FLAGS = {
+    "load_llama_config": Flag("vqlm_100m", "The model."),
+    "update_llama_config": Flag("", "A Python dict literal of settings to change."),
+    "batch_size": Flag(1, "Rows of a step."),
+    "seq_length": Flag(1024, "Tokens of a row."),
+    "steps": Flag(5, "Steps to time, after one that is not."),
+    "optimizer": optimizers.OPTIMIZER_FLAGS,
+}
+
+
+def main(config) -> None:
+    """Compiles the step, times it, prints each figure with its bound."""
+    model = llama_config.build_config(config.load_llama_config, {}, config.update_llama_config)
+    optimizer, learning_rate = optimizers.make_optimizer(config.optimizer)
+    loss_fn = llama_model.make_loss_fn(model, jnp.float32)
+    step = jax.jit(train.make_train_step(loss_fn, optimizer, learning_rate, seed=0), donate_argnums=0)
+    params = jax.jit(lambda key: llama_model.init_params(model, key))(jax.random.key(0))
+    state = train.TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
+    shape = config.batch_size, config.seq_length
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
+    batch = {"input_tokens": tokens[0], "target_tokens": tokens[1], "loss_masks": np.ones(shape, np.float32)}
+    batch = jax.device_put(batch)
+
+    begin = time.perf_counter()
+    step = step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - begin
+    state, _ = step(state, batch)  # touches all memory for the first time
+    jax.block_until_ready(state)
+
+    square = jnp.asarray(np.random.default_rng(0).normal(size=(SIDE, SIDE)), jnp.float32)
+    matmul = jax.jit(jnp.matmul)
+    matmul(square, square).block_until_ready()
+
+    def matmul_rate():
+        begin = time.perf_counter()
+        for _ in range(4):
+            matmul(square, square).block_until_ready()
+        return 4 * 2 * SIDE**3 / (time.perf_counter() - begin)
+
+    flops = config.batch_size * config.seq_length * llama_config.flops_per_token(model, config.seq_length)
+    seconds, shares, rates = [], [], [matmul_rate()]
+    for _ in range(config.steps):
+        begin = time.perf_counter()
+        state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - begin)
+        rates.append(matmul_rate())
+        shares.append(flops / seconds[-1] / max(rates[-2:]))
+    share = statistics.median(shares)
+    print(f"step            {statistics.median(seconds):8.2f} s (best {min(seconds):.2f})")
+    print(f"tokens          {config.batch_size * config.seq_length / statistics.median(seconds):8.1f} /s")
+    print(f"model           {flops / statistics.median(seconds) / 1e9:8.1f} GFLOP/s")
+    print(f"matmul          {max(rates) / 1e9:8.1f} GFLOP/s ({SIDE} x {SIDE} float32, {min(rates) / 1e9:.1f} at worst)")
+    print(f"share of matmul {share:8.1%} (bound: at least {LEAST_SHARE:.0%}) {_verdict(share >= LEAST_SHARE)}")
+    fast = compile_seconds < MOST_COMPILE_SECONDS
+    print(f"compile         {compile_seconds:8.2f} s (bound: below {MOST_COMPILE_SECONDS:.0f} s) {_verdict(fast)}")
+
+
+def _verdict(good: bool) -> str:
+    return "ok" if good else "MISSED"
+
+
+if __name__ == "__main__":
+    flags.run(main, FLAGS)
