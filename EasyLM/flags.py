@@ -49,7 +49,7 @@ def defaults(definitions: dict) -> ml_collections.ConfigDict:
 def run(main, definitions: dict, argv: list[str] | None = None) -> None:
     """Defines the flags, parses `argv` (default: the command line), calls `main(config)` and exits.
 
-    A `UserError` or a missing file becomes one line on standard error and exit code 2; a misspelt or mistyped flag,
+    A `UserError` or `OSError` becomes one line on standard error and exit code 2; a misspelt or mistyped flag,
     which absl reports with the nearest names, exit code 1. `$NAME` and `${NAME}` in a text flag stand for environment
     variables, because job scripts quote them.
     """
@@ -64,7 +64,7 @@ def run(main, definitions: dict, argv: list[str] | None = None) -> None:
             if len(positional) > 1:
                 raise UserError(f"unexpected argument {positional[1]!r}: every setting is a flag, --name=value")
             main(_read(definitions, lambda name, flag: expand_variables(name, flags.FLAGS[name].value)))
-        except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        except (UserError, OSError) as error:  # a missing file, a full disk, a lost network
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
