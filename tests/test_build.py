@@ -179,8 +179,8 @@ def _white_under_transparency(path):
 
 
 def _sixteen_bit(path):
-    Image.fromarray(np.full((8, 8), 32896, np.uint16)).save(path)
-    return 128 / 255
+    Image.fromarray(np.full((8, 8), 200 * 257, np.uint16)).save(path)
+    return 200 / 255
 
 
 def _palette(path):
