@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import run_directory, stacking, streaming
+from EasyLM import msgpack_arrays, run_directory, stacking, streaming
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.loading import PREFIXES, load, open_checkpoint
@@ -148,7 +148,7 @@ class Checkpointer:
         shape, dtype = leaf.array.shape, leaf.array.dtype
         found = self._buffers.get(leaf.key)
         if found is None or found.shape != shape or found.dtype != dtype:
-            found = self._buffers[leaf.key] = np.empty(shape, dtype)
+            found = self._buffers[leaf.key] = msgpack_arrays.host_memory(shape, dtype)
         return found
 
     def _copy(self, leaves: list[stacking.Leaf]) -> None:

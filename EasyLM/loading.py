@@ -12,7 +12,7 @@ import numpy as np
 from EasyLM import stacking, streaming
 from EasyLM.errors import UserError, choose
 from EasyLM.files import is_remote
-from EasyLM.msgpack_arrays import Entry
+from EasyLM.msgpack_arrays import Entry, host_memory
 
 _THREADS = 2  # arrays read side by side; more hold more host memory and read no faster
 _NAMES_IN_ERROR = 6
@@ -189,9 +189,7 @@ def _arrays(entries: Mapping, leaves: list[stacking.Leaf]) -> list:
 def _read_parts(entries: Mapping, leaf: stacking.Leaf) -> dict[tuple, np.ndarray]:
     """The parts of an array that this process's devices hold, by their bounds `((start, stop), ...)`."""
     dtype = np.dtype(leaf.array.dtype)
-    parts = {
-        bounds: _aligned_empty([stop - start for start, stop in bounds], dtype) for bounds in _places(leaf).values()
-    }
+    parts = {bounds: host_memory([stop - start for start, stop in bounds], dtype) for bounds in _places(leaf).values()}
     for layer, key in enumerate(leaf.file_keys):
         entry, rows = entries[key], []  # rows: (what to fill, the bounds within this entry)
         for bounds, part in parts.items():
@@ -225,11 +223,3 @@ def _placed(leaf: stacking.Leaf, parts) -> np.ndarray | jax.Array:
         return parts[places[None]]
     arrays = [jax.device_put(parts[bounds], device) for device, bounds in places.items()]
     return jax.make_array_from_single_device_arrays(leaf.array.shape, leaf.array.sharding, arrays)
-
-
-def _aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
-    """Memory at a multiple of 64 bytes, which a CPU device takes over without a copy."""
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(num_bytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + num_bytes].view(dtype).reshape(shape)
