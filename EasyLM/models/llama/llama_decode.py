@@ -106,21 +106,26 @@ class LLaMADecoder:
         context = Context(rope, Pattern(), self.mesh)
         block_graph, norm_graph = _graphs(self.config)
         x_BCD = jnp.take(transformer["wte"]["embedding"], tokens_BC, axis=0).astype(self.dtype)
-        new_cache = []
+        new = []
         layers = zip(transformer["h"], prompt_cache["layers"], cache, strict=True)
         for layer, prompt, own in layers:  # the candidates stand where the model's tokens of a row do
             block = nnx.merge(block_graph, layer)
             q, k, v = (y.swapaxes(1, 2) for y in block.attention.project(block.attention_norm(x_BCD), context))
-            own = tuple(
-                jax.lax.dynamic_update_slice_in_dim(buffer_BHCSK, y_BHCK[:, :, :, None], slot, 3)
-                for buffer_BHCSK, y_BHCK in zip(own, (k, v), strict=True)
-            )
-            out_BHCK = _attend(q, *prompt, prompt_cache["mask_BP"], *own, slot)
+            out_BHCK = _attend(q, k, v, *prompt, prompt_cache["mask_BP"], *own, slot)
             x_BCD += block.attention.wo(out_BHCK.swapaxes(1, 2).reshape(x_BCD.shape))
             x_BCD += block.feed_forward(block.ffn_norm(x_BCD), context)
-            new_cache.append(own)
+            new.append((k, v))
         x_BCD = nnx.merge(norm_graph, transformer["ln_f"])(x_BCD)
-        return llama_model.logits(x_BCD, weights["lm_head"]["kernel"], self.mesh), new_cache
+        logits_BCV = llama_model.logits(x_BCD, weights["lm_head"]["kernel"], self.mesh)
+        # XLA writes in place only what it knows to come after every read, so the slot seems to depend on the result.
+        slot += jnp.isnan(x_BCD[0, 0, 0]).astype(jnp.int32)
+        return logits_BCV, jax.tree.map(
+            lambda old_BHCSK, new_BHCK: jax.lax.dynamic_update_slice_in_dim(
+                old_BHCSK, new_BHCK[:, :, :, None], slot, 3
+            ),
+            cache,
+            new,
+        )
 
 
 def log_likelihoods(
@@ -175,20 +180,24 @@ def _log_likelihoods(config, params, tokens_BT, from_position, mask_BT, dtype, m
     return scores.swapaxes(0, 1).reshape(batch, -1)[:, :length]
 
 
-def _attend(q_BHCK, k_BHPK, v_BHPK, mask_BP, own_k_BHCSK, own_v_BHCSK, slot):
-    """Attention of each candidate to its prompt, which the candidates share, and to its own tokens up to `slot`."""
+def _attend(q_BHCK, k_BHCK, v_BHCK, k_BHPK, v_BHPK, mask_BP, k_BHCSK, v_BHCSK, slot):
+    """Attention of each candidate's new token to its prompt, which the candidates share, to its tokens before `slot`,
+    and to itself."""
     q_BHCK = q_BHCK * q_BHCK.shape[-1] ** -0.5
     scores_BHCP = _einsum("BHCK,BHPK->BHCP", q_BHCK, k_BHPK)
     if mask_BP is not None:
         scores_BHCP = jnp.where(mask_BP[:, None, None, :] != 0, scores_BHCP, _LOWEST)
-    scores_BHCS = _einsum("BHCK,BHCSK->BHCS", q_BHCK, own_k_BHCSK)
-    written_S = jnp.arange(scores_BHCS.shape[-1]) <= slot
+    scores_BHCS = _einsum("BHCK,BHCSK->BHCS", q_BHCK, k_BHCSK)
+    written_S = jnp.arange(scores_BHCS.shape[-1]) < slot
     scores_BHCS = jnp.where(written_S[None, None, None, :], scores_BHCS, _LOWEST)
-    top_BHC1 = jnp.maximum(scores_BHCP.max(-1, keepdims=True), scores_BHCS.max(-1, keepdims=True))
-    weights_BHCP, weights_BHCS = jnp.exp(scores_BHCP - top_BHC1), jnp.exp(scores_BHCS - top_BHC1)
-    norm_BHC1 = weights_BHCP.sum(-1, keepdims=True) + weights_BHCS.sum(-1, keepdims=True)
+    score_BHC1 = (q_BHCK.astype(jnp.float32) * k_BHCK.astype(jnp.float32)).sum(-1, keepdims=True)
+    scores = scores_BHCP, scores_BHCS, score_BHC1
+    top_BHC1 = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores))
+    weights_BHCP, weights_BHCS, weight_BHC1 = (jnp.exp(x - top_BHC1) for x in scores)
+    norm_BHC1 = weights_BHCP.sum(-1, keepdims=True) + weights_BHCS.sum(-1, keepdims=True) + weight_BHC1
     out_BHCK = _einsum("BHCP,BHPK->BHCK", weights_BHCP.astype(v_BHPK.dtype), v_BHPK)
-    out_BHCK += _einsum("BHCS,BHCSK->BHCK", weights_BHCS.astype(v_BHPK.dtype), own_v_BHCSK)
+    out_BHCK += _einsum("BHCS,BHCSK->BHCK", weights_BHCS.astype(v_BHPK.dtype), v_BHCSK)
+    out_BHCK += weight_BHC1 * v_BHCK.astype(jnp.float32)
     return (out_BHCK / norm_BHC1).astype(q_BHCK.dtype)
 
 
