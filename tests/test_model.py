@@ -111,7 +111,7 @@ def test_variants_agree(reference, settings):
 
 @pytest.mark.parametrize(
     "dtype, loss_bound, gradient_bound",
-    [("bfloat16", 0.01, 0.05), pytest.param("float16", 0.002, 0.01, marks=pytest.mark.slow)],
+    [("bfloat16", 0.01, 0.05), pytest.param("float16", 0.002, 0.02, marks=pytest.mark.slow)],
 )
 def test_half_precision_stays_near(reference, dtype, loss_bound, gradient_bound):
     params, numbers = reference
