@@ -119,18 +119,6 @@ def find_start(config, run_dir: str) -> Start:
 
 def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
     """Trains a problem as the flags say; saves, logs, and on a signal says how to resume."""
-    start = find_start(config, run_dir)
-    if start.checkpoint:
-        logging.info("starting from %s", start.checkpoint)
-    metadata = checkpoint.load_metadata(start.metadata) if start.metadata else {}
-    _check_settings(problem, start, metadata)
-    position = _position(problem, start)
-    state, state_shardings = _first_state(config, mesh, problem, start, metadata)
-
-    batches = Batches(problem.data, problem.batch_size, sharding.batch_sharding(mesh), position)
-    flags = config.to_dict()
-    figures = logger.Logger(config.logger, run_dir, flags, config.log_all_worker)
-    saver = checkpoint.Checkpointer(run_dir, config.checkpointer)
     settings = LoopSettings(
         total_steps=config.total_steps,
         log_freq=config.log_freq,
@@ -143,6 +131,18 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
         run_dir=run_dir,
         unit=problem.unit,
     )
+    start = find_start(config, run_dir)
+    if start.checkpoint:
+        logging.info("starting from %s", start.checkpoint)
+    metadata = checkpoint.load_metadata(start.metadata) if start.metadata else {}
+    _check_settings(problem, start, metadata)
+    position = _position(problem, start)
+    state, state_shardings = _first_state(config, mesh, problem, start, metadata)
+
+    batches = Batches(problem.data, problem.batch_size, sharding.batch_sharding(mesh), position)
+    flags = config.to_dict()
+    figures = logger.Logger(config.logger, run_dir, flags, config.log_all_worker)
+    saver = checkpoint.Checkpointer(run_dir, config.checkpointer)
 
     def save(state, step, position, milestone):
         facts = {problem.settings_name: dict(problem.settings), "mesh": dict(mesh.shape)}

@@ -83,7 +83,7 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(mesh_dim: str, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `--mesh_dim` over all devices, or those given. A leading `!` lets a physical axis be split over two."""
+    """The mesh of `--mesh_dim` over all or given devices. A leading `!` lets a physical axis be split over two."""
     devices = devices or jax.devices()
     shape = parse_mesh_dim(mesh_dim, len(devices))
     devices = mesh_utils.create_device_mesh(

@@ -86,6 +86,7 @@ def test_bad_line_has_an_address(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_bad_lines_are_skipped_and_counted_on_request(tmp_path):
     path = tmp_path / "bad.jsonl"
     bad = [line for name, line in BAD_LINES.items() if name != "id outside"]
@@ -115,6 +116,7 @@ def test_output_that_is_a_file_is_refused(tmp_path):
         train(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_another_beginning_in_the_same_directory_is_refused(tmp_path):
     train(tmp_path, total_steps=1, save_model_freq=1)
     with pytest.raises(UserError, match="already holds a run that began with ''"):

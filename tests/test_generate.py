@@ -24,7 +24,8 @@ ALLOWED = 500
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda x: 3 * x if x.ndim == 3 else x, llama_model.init_params(CONFIG, jax.random.key(1)))
+    init = jax.jit(llama_model.init_params, static_argnums=0)
+    return jax.tree.map(lambda x: 3 * x if x.ndim == 3 else x, init(CONFIG, jax.random.key(1)))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -75,8 +76,8 @@ def test_cached_logits_are_the_full_forwards(params, dtype, tolerance):
     tokens_BT = np.stack(prompts_of(24, 24))
     tokens_BT[1] = tokens_BT[1, ::-1]
     expected_BTV = np.asarray(logits_of(params, tokens_BT))
-    weights = decoder.prepare(params, 512)
-    logits_BV, prompt_cache = decoder.prefill(params, tokens_BT[:, :16], None, 512)
+    weights = jax.jit(decoder.prepare, static_argnums=1)(params, 512)
+    logits_BV, prompt_cache = jax.jit(decoder.prefill, static_argnums=3)(params, tokens_BT[:, :16], None, 512)
     np.testing.assert_allclose(logits_BV.astype(np.float32), expected_BTV[:, 15], atol=tolerance, rtol=0)
     cache = decoder.empty_cache(2, 1, 8)
     step = jax.jit(decoder.step)
@@ -86,6 +87,7 @@ def test_cached_logits_are_the_full_forwards(params, dtype, tolerance):
         np.testing.assert_allclose(got_BV, expected_BTV[:, 16 + slot], atol=tolerance, rtol=0)
 
 
+@pytest.mark.slow
 def test_padding_and_batch_change_nothing(params):
     rows = prompts_of(9, 24)
     prompts_BP, mask_BP = left_padded(rows)

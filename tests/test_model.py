@@ -164,6 +164,7 @@ def test_noise_is_a_function_of_the_key(reference, setting):
     assert loss(0) == loss(0) != loss(1)
 
 
+@pytest.mark.slow
 def test_noise_is_the_same_in_every_variant(reference):
     noise = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_max_ratio"), 0.2)
     losses_found = [
@@ -180,6 +181,7 @@ def test_no_noise_without_a_key(reference):
     np.testing.assert_allclose(found_BTV, numbers["logits"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_share_their_gradient():
     config = changed(tie_word_embeddings=True, vocab_size=300)
     params = llama_model.init_params(config, jax.random.key(0))

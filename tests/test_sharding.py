@@ -58,6 +58,7 @@ def test_optimizer_states_lie_as_their_parameters(optimizer, accumulate):
     assert found == copies * len(expected)
 
 
+@pytest.mark.slow
 def test_initial_weights_do_not_depend_on_the_mesh():
     config = dataclasses.replace(llama_config.load_config("vqlm_debug"), vocab_size=64, num_hidden_layers=3)
 
