@@ -47,30 +47,23 @@ greedy = functools.partial(generate, temperature=0.0, allowed_ids=ALLOWED)
 drawn = functools.partial(generate, num_new_tokens=20, num_candidates=2, allowed_ids=ALLOWED, seed=3)
 
 
-def test_greedy_follows_the_trained_model(golden):
-    params = load(f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state", {"params": _shapes(CONFIG)})
-    prompt_P = np.load(golden / "lvm_tiny/golden.npz")["input_tokens"][0, :48]
-    new_N = greedy(DECODER, params, prompt_P[None], num_new_tokens=40)[0, 0]
-    np.testing.assert_array_equal(new_N, most_likely(params, prompt_P, new_N))
-
-
-def _shapes(config):
-    return jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))["params"]
-
-
-def test_greedy_over_several_sizes_of_the_cache(params, monkeypatch):
-    monkeypatch.setattr("EasyLM.generate._FIRST_SLOTS", 32)
-    (prompt_P,) = prompts_of(24)
+def test_greedy_over_several_sizes_of_the_cache(golden, monkeypatch):
+    monkeypatch.setattr("EasyLM.generate._FIRST_SLOTS", 16)
+    shapes = jax.eval_shape(lambda: llama_model.init_params(CONFIG, jax.random.key(0)))
+    params = load(f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state", shapes)
+    prompt_P = np.load(golden / "lvm_tiny/golden.npz")["input_tokens"][0, :24]
     reports = []
-    new_N = greedy(DECODER, params, prompt_P[None], num_new_tokens=74, progress=reports.append)[0, 0]
-    assert new_N.shape == (74,) and new_N.dtype == np.int32 and len(set(new_N.tolist())) > 3
+    new_N = greedy(DECODER, params, prompt_P[None], num_new_tokens=42, progress=reports.append)[0, 0]
+    assert new_N.shape == (42,) and new_N.dtype == np.int32 and len(set(new_N.tolist())) > 3
     np.testing.assert_array_equal(new_N, most_likely(params, prompt_P, new_N))
+    assert [report.shape for report in reports] == [(1, 1, n) for n in (16, 32, 42)]
     for report in reports:
         np.testing.assert_array_equal(report[0, 0], new_N[: report.shape[-1]])
-    assert [report.shape[-1] for report in reports] == [16, 32, 48, 64, 74]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-4), (jnp.bfloat16, 0.1)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(jnp.float32, 1e-4), pytest.param(jnp.bfloat16, 0.1, marks=pytest.mark.slow)]
+)
 def test_cached_logits_are_the_full_forwards(params, dtype, tolerance):
     decoder = LLaMADecoder(CONFIG, dtype)
     tokens_BT = np.stack(prompts_of(24, 24))
@@ -87,22 +80,19 @@ def test_cached_logits_are_the_full_forwards(params, dtype, tolerance):
         np.testing.assert_allclose(got_BV, expected_BTV[:, 16 + slot], atol=tolerance, rtol=0)
 
 
-@pytest.mark.slow
 def test_padding_and_batch_change_nothing(params):
     rows = prompts_of(9, 24)
     prompts_BP, mask_BP = left_padded(rows)
-    together = drawn(DECODER, params, prompts_BP, prompt_mask_BP=mask_BP)
+    together = drawn(DECODER, params, prompts_BP, prompt_mask_BP=mask_BP, num_candidates=3)
     for row, new_CN in zip(rows, together, strict=True):
-        np.testing.assert_array_equal(new_CN, drawn(DECODER, params, row[None])[0])
-    more = drawn(DECODER, params, prompts_BP[::-1], prompt_mask_BP=mask_BP[::-1], num_candidates=3)[::-1, :2]
-    np.testing.assert_array_equal(more, together)
+        np.testing.assert_array_equal(new_CN[:2], drawn(DECODER, params, row[None])[0])
     assert not np.array_equal(together[0, 0], together[0, 1]) and not np.array_equal(together[0, 0], together[1, 0])
-    assert not np.array_equal(drawn(DECODER, params, rows[0][None], seed=4)[0], together[0])
+    assert not np.array_equal(drawn(DECODER, params, rows[0][None], seed=4)[0], together[0, :2])
 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_drawn_as_often_as_the_model_says(params, place):
-    """A chi-square test of the first token, and of the second given the first."""
+    """A chi-square test of the first token, and of the second given the first; no id is above the allowed ones."""
     (prompt_P,) = prompts_of(12)
     temperature, allowed = 0.7, 12
     tokens_CN = generate(
@@ -121,7 +111,7 @@ def test_drawn_as_often_as_the_model_says(params, place):
     logits_V = logits_of(params, prompt_P[None])[0, -1, :allowed]
     expected_V = np.asarray(jax.nn.softmax(logits_V / temperature), np.float64)
     counts_V = np.bincount(tokens_CN[:, place], minlength=allowed)
-    assert len(counts_V) == allowed and counts_V.sum() > 300
+    assert len(counts_V) == allowed and counts_V.sum() > 300  # no others
     assert stats.chisquare(counts_V, expected_V / expected_V.sum() * counts_V.sum()).pvalue > 0.001
 
 
@@ -146,12 +136,6 @@ def test_only_the_most_likely_ids_are_kept(sampling, kept):
     assert set(jax.vmap(lambda key: sample(logits_V, sampling, key))(keys).tolist()) == kept
 
 
-def test_only_allowed_ids_are_drawn(params):
-    (prompt_P,) = prompts_of(8)
-    tokens = generate(DECODER, params, prompt_P[None], num_new_tokens=8, num_candidates=100, allowed_ids=5)
-    assert set(np.unique(tokens)) == {0, 1, 2, 3, 4}
-
-
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 4])  # 1 does not divide
 def test_a_mesh_gives_the_same(params, rows):
     mesh = sharding.make_mesh("2,2,2")
@@ -159,9 +143,12 @@ def test_a_mesh_gives_the_same(params, rows):
     prompts_BP = np.stack([prompts_of(8 * (rows + 1))[0][8 * row :][:8] for row in range(rows)])
     decoder = dataclasses.replace(DECODER, mesh=mesh)
     new = greedy(decoder, jax.device_put(params, places), prompts_BP, num_new_tokens=20, num_candidates=2)
-    np.testing.assert_array_equal(new, greedy(DECODER, params, prompts_BP, num_new_tokens=20, num_candidates=2))
+    for prompt_P, new_CN in zip(prompts_BP, new, strict=True):
+        for new_N in new_CN:
+            np.testing.assert_array_equal(new_N, most_likely(params, prompt_P, new_N))
 
 
+@pytest.mark.slow
 def test_a_tied_head(params):
     config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     params = {"params": {"transformer": params["params"]["transformer"]}}
