@@ -80,6 +80,7 @@ def test_cached_logits_are_the_full_forwards(params, dtype, tolerance):
         np.testing.assert_allclose(got_BV, expected_BTV[:, 16 + slot], atol=tolerance, rtol=0)
 
 
+@pytest.mark.slow
 def test_padding_and_batch_change_nothing(params):
     rows = prompts_of(9, 24)
     prompts_BP, mask_BP = left_padded(rows)
