@@ -25,7 +25,8 @@ ALLOWED = 500
 @pytest.fixture(scope="module")
 def params():
     init = jax.jit(llama_model.init_params, static_argnums=0)
-    return jax.tree.map(lambda x: 3 * x if x.ndim == 3 else x, init(CONFIG, jax.random.key(1)))
+    scales = {1: 1, 2: 5, 3: 3}  # as it is, all tokens are about as likely
+    return jax.tree.map(lambda x: scales[x.ndim] * x, init(CONFIG, jax.random.key(1)))
 
 
 @functools.partial(jax.jit, static_argnums=2)
