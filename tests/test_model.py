@@ -121,9 +121,19 @@ def test_half_precision_stays_near(reference, dtype, loss_bound, gradient_bound)
     assert relative_error(gradients, golden_gradients(numbers, params)) < gradient_bound
 
 
+@pytest.mark.parametrize("at_once", [8192, 60])  # of 256; 60 makes chunks of 30, which do not divide 128
+def test_masked_loss_is_the_release_s(reference, monkeypatch, at_once):
+    params, numbers = reference
+    monkeypatch.setattr(llama_model, "_LOSS_TOKENS", at_once)
+    batch = {name: numbers[name] for name in ("input_tokens", "target_tokens")} | {"loss_masks": numbers["loss_mask"]}
+    loss, figures = jax.jit(llama_model.make_loss_fn(TINY, jnp.float32))(params, batch, None)
+    np.testing.assert_allclose(loss, numbers["loss_masked"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(figures["accuracy"], numbers["accuracy_masked"], atol=1e-5, rtol=0)
+
+
 def test_loss_in_chunks_agrees(reference, monkeypatch):
     params, numbers = reference
-    monkeypatch.setattr(llama_model, "_LOSS_TOKENS", 60)  # of 256: chunks of 30 tokens, which do not divide 128
+    monkeypatch.setattr(llama_model, "_LOSS_TOKENS", 60)
     loss, accuracy, gradients = loss_and_gradients(TINY, params, numbers)
     np.testing.assert_allclose((loss, accuracy), (numbers["loss"], numbers["accuracy"]), atol=1e-5, rtol=0)
     assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
@@ -148,6 +158,19 @@ def test_later_tokens_change_no_earlier_logits(reference):
     before, after = apply(params, tokens_BT), apply(params, other_BT)
     np.testing.assert_array_equal(before[:, :77], after[:, :77])
     assert (before[:, 77:] != after[:, 77:]).any()
+
+
+def test_dropout_is_of_each_number():
+    x_BTD = jnp.ones((4, 50, 60))
+    found_BTD = np.asarray(llama_model.dropout(x_BTD, jax.random.key(0), 0.2))
+    assert set(np.unique(found_BTD)) == {np.float32(0), np.float32(1.25)}
+    assert abs(found_BTD.mean() - 1) < 0.02
+    assert (found_BTD[:, 0] != found_BTD[:, 1]).any() and (found_BTD[0] != found_BTD[1]).any()
+
+
+def test_padding_has_position_zero():
+    found = llama_model.positions(4, np.array([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    np.testing.assert_array_equal(found, [[0, 0, 0, 1], [0, 1, 2, 3]])
 
 
 def noisy_loss(config, reference):
