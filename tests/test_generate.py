@@ -62,14 +62,16 @@ def test_greedy_over_several_sizes_of_the_cache(golden, monkeypatch):
         np.testing.assert_array_equal(report[0, 0], new_N[: report.shape[-1]])
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(jnp.float32, 1e-4), pytest.param(jnp.bfloat16, 0.1, marks=pytest.mark.slow)]
-)
-def test_cached_logits_are_the_full_forwards(params, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+def test_cached_logits_are_the_full_forwards(params, dtype):
     decoder = LLaMADecoder(CONFIG, dtype)
     tokens_BT = np.stack(prompts_of(24, 24))
     tokens_BT[1] = tokens_BT[1, ::-1]
     expected_BTV = np.asarray(logits_of(params, tokens_BT))
+    tolerance = 1e-4
+    if dtype == jnp.bfloat16:  # as near to float32 as without a cache
+        uncached_BTV = llama_model.apply(CONFIG, params, tokens_BT, dtype=dtype).astype(jnp.float32)
+        tolerance = 1.5 * np.abs(uncached_BTV - expected_BTV).max()
     weights = jax.jit(decoder.prepare, static_argnums=1)(params, 512)
     logits_BV, prompt_cache = jax.jit(decoder.prefill, static_argnums=3)(params, tokens_BT[:, :16], None, 512)
     np.testing.assert_allclose(logits_BV.astype(np.float32), expected_BTV[:, 15], atol=tolerance, rtol=0)
