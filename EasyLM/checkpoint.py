@@ -170,7 +170,8 @@ class Checkpointer:
         replicated = NamedSharding(leaf.array.sharding.mesh, P())
         for layer in range(len(leaf.file_keys)):
             index = (layer,) if leaf.stacked else ()
-            whole = _take(replicated)(leaf.array, *index)
+            # On every process: programs of several processes on CPUs (gloo) hang if two are under way at a time.
+            whole = _take(replicated)(leaf.array, *index).block_until_ready()
             if jax.process_index() == 0:
                 np.copyto(self._buffer(leaf)[(*index, ...)], np.asarray(whole.addressable_data(0)))
 

@@ -121,7 +121,7 @@ def fit(
                     save_now(milestone=True)
                 elif _due(done, settings.save_model_freq):
                     save_now()
-                stop = votes.stop()
+                stop = votes.stop(metrics)
             if pending is not None:
                 report(bar, *pending)
         except NonFiniteLossError:
@@ -261,11 +261,15 @@ class StopVote:
         self._asked = True
         self._restore()
 
-    def stop(self) -> bool:
-        """Whether to stop now. Every process calls this once a step."""
+    def stop(self, metrics: dict) -> bool:
+        """Whether to stop now. Every process calls this once a step, with what the step returned."""
         if jax.process_count() == 1:
             return self._asked
+        if jax.default_backend() == "cpu":  # programs of several processes on CPUs (gloo) hang if two are under way
+            jax.block_until_ready(metrics)
         mine = np.full(jax.local_device_count(), self._asked, np.int32)
         vote = self._largest(multihost_utils.host_local_array_to_global_array(mine, self._mesh, P("device")))
         decided, self._previous_vote = self._previous_vote, vote
+        if jax.default_backend() == "cpu":
+            vote.block_until_ready()
         return decided is not None and bool(decided)

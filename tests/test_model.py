@@ -131,6 +131,7 @@ def test_masked_loss_is_the_release_s(reference, monkeypatch, at_once):
     np.testing.assert_allclose(figures["accuracy"], numbers["accuracy_masked"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_loss_in_chunks_agrees(reference, monkeypatch):
     params, numbers = reference
     monkeypatch.setattr(llama_model, "_LOSS_TOKENS", 60)
@@ -180,6 +181,7 @@ def noisy_loss(config, reference):
     return lambda seed: float(loss(params, batch, jax.random.key(seed))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_max_ratio"])
 def test_noise_is_a_function_of_the_key(reference, setting):
     loss = noisy_loss(changed(**{setting: 0.4}), reference)
@@ -241,7 +243,8 @@ def test_attention_kernel_is_saved_where_the_policy_says(monkeypatch, policy, ru
 
 
 def test_initial_weights():
-    params = llama_model.init_params(changed(initializer_range=0.05), jax.random.key(0))["params"]
+    config = changed(initializer_range=0.05)
+    params = jax.jit(lambda key: llama_model.init_params(config, key))(jax.random.key(0))["params"]
     blocks = params["transformer"]["h"]
     for kernel in (
         params["lm_head"]["kernel"],
