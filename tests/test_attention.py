@@ -49,8 +49,13 @@ def test_xla_is_the_definition():
 
 @pytest.mark.parametrize(
     "name, chunks",
-    [("plain", (4, 5)), ("left-padded", (64, 64)), ("dropout", (13, 13)), ("all", (4, 5))]
-    + [pytest.param("all", (5, 3), marks=pytest.mark.slow)],
+    [
+        ("plain", (4, 5)),
+        ("left-padded", (64, 64)),
+        ("dropout", (13, 13)),
+        ("all", (4, 5)),
+        pytest.param("all", (5, 3), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_blockwise_equals_xla(name, chunks):
