@@ -39,7 +39,7 @@ def _config(spec: str, load_llama_config: str) -> llama_config.LLaMAConfig:
         return llama_config.load_config(load_llama_config)
     if prefix == "huggingface":
         return llama_config.load_config(f"json::{os.path.join(path, 'config.json')}")
-    metadata = checkpoint.beside(path, "metadata")
-    if metadata is None:
+    found = llama_config.config_beside(path)
+    if found is None:
         raise UserError(f"--load_llama_config is empty, and no metadata.json lies beside {path}")
-    return llama_config.config_from_dict(checkpoint.load_metadata(metadata), metadata)
+    return found

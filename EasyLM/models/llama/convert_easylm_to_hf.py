@@ -13,7 +13,7 @@ from EasyLM import checkpoint, flags
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
-from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_from_dict
+from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_beside
 from EasyLM.msgpack_arrays import Entry
 
 DEFINITIONS = {
@@ -48,12 +48,12 @@ def _model(config) -> LLaMAConfig:
     if config.model_size:
         return PRESETS[choose("--model_size", config.model_size, PRESETS)]
     path = config.load_checkpoint.partition("::")[2]
-    metadata = checkpoint.beside(path, "metadata")
-    if metadata is None:
+    found = config_beside(path)
+    if found is None:
         raise UserError(
             f"--model_size is empty, and no metadata.json lies beside {path}: give one of {', '.join(PRESETS)}"
         )
-    return config_from_dict(checkpoint.load_metadata(metadata), metadata)
+    return found
 
 
 def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:

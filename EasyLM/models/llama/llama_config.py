@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import PartitionSpec as P
 
-from EasyLM.checkpoint import load_metadata
+from EasyLM.checkpoint import beside, load_metadata
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.vocab import BOS, EOS, PAD, VOCAB_SIZE
@@ -193,6 +193,12 @@ def load_config(spec: str) -> LLaMAConfig:
         return PRESETS[choose("load_llama_config", spec, (*PRESETS, "json::PATH", "pickle::PATH"))]
     choose("load_llama_config", f"{kind}::", ("json::", "pickle::"))
     return config_from_dict(load_metadata(path), path)
+
+
+def config_beside(path: str) -> LLaMAConfig | None:
+    """The config in the metadata beside a checkpoint file; None if there is none."""
+    metadata = beside(path, "metadata")
+    return None if metadata is None else config_from_dict(load_metadata(metadata), metadata)
 
 
 def config_from_dict(values: Mapping, source: str) -> LLaMAConfig:
