@@ -14,6 +14,7 @@ fi
 python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5"
 python -m pytest -q -m "not slow"
 python -m pytest -q -m slow
+rm -rf /tmp/lvm # where the documents' commands write
 for document in DATASET.md evaluation/EVAL.md; do
     WANDB_MODE=disabled bash scripts/run_commands.sh "$document"
 done
