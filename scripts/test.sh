@@ -5,13 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev,text
 . "${VENV:-.venv}/bin/activate"
+# Pinned: a plain `torch` brings gigabytes of CUDA. Needed only to read .bin weights and to check exports.
+python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5"
 ruff check .
 ruff format --check .
 if [ "${1:-all}" = fast ]; then
     exec python -m pytest -q -m "not slow"
 fi
-# Pinned: a plain `torch` brings gigabytes of CUDA. Needed only to read .bin weights and to check exports.
-python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5"
 python -m pytest -q -m "not slow"
 python -m pytest -q -m slow
 rm -rf /tmp/lvm # where the documents' commands write
