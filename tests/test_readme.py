@@ -46,7 +46,6 @@ def test_the_command_runs_as_written(tmp_path):
     run = tmp_path / "checkpoint" / "first" / "one"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(8))
-    assert rows[-1]["learning_rate"] == pytest.approx(
-        1.5e-4 / 8000, rel=1e-3
-    )  # float32; 4 micro-steps an update: the second one
+    # The second update of 4 micro-steps. Optax's warm-up subtracts in float32: 6e-8 of the peak is 5e-4 of this rate.
+    assert rows[-1]["learning_rate"] == pytest.approx(1.5e-4 / 8000, rel=1e-3)
     assert {path.name for path in run.iterdir()} >= {"streaming_train_state", "dataset.json", "metadata.json"}
