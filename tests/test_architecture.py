@@ -25,7 +25,7 @@ TIERS = [
     {"EasyLM.models.llama.hf_layout", "EasyLM.models.llama.llama_decode"},
     # pictures
     {"tokenizer.images", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan"},
-    {"tokenizer.photos", "tokenizer.weights"},
+    {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos"},
     {"tokenizer.codec", "tokenizer.objective"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
