@@ -47,4 +47,4 @@ class CodeCache:
 
 def _key(picture: Picture) -> int:
     """Never 0, which marks an empty place."""
-    return int.from_bytes(hashlib.blake2b(repr(picture).encode(), digest_size=8).digest()) | 1
+    return max(1, int.from_bytes(hashlib.blake2b(repr(picture).encode(), digest_size=8).digest()))
