@@ -62,7 +62,7 @@ class Reading:
 
 
 def test_a_stream_without_end_needs_bounded_memory(tmp_path):
-    codec, read, depth = FakeCodec(), Reading(), 20
+    codec, read, depth = FakeCodec(), Reading(), 40
     flow = Pipeline(read, Encoder(codec), CodeCache(16, TOKENS, str(tmp_path)), 8, depth)
     taken = 0
 
@@ -129,9 +129,7 @@ class _NoCache:
 def test_the_cache_gives_right_codes_or_none_in_a_file_of_fixed_size(tmp_path):
     room = 64
     cache = CodeCache(room, TOKENS, str(tmp_path))
-    codes = {
-        Picture(str(i), seconds=i / 7, view="hole", key=i): np.full(TOKENS, i, np.uint16) for i in range(10 * room)
-    }
+    codes = {Picture(str(i), i / 7, "hole", i): np.full(TOKENS, i, np.uint16) for i in range(10 * room)}
     kept = 0
     for i, (picture, value) in enumerate(codes.items(), start=1):
         assert cache.get(picture) is None
