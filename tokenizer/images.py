@@ -165,7 +165,7 @@ def grid(pictures: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def save(path, picture: np.ndarray) -> None:
-    """Writes bytes [height,width,3] as a picture, by a temporary name, so that nobody sees half of it."""
+    """Writes bytes [height,width,3], or gray of 8 or 16 bits, by a temporary name, so that nobody sees half of it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
