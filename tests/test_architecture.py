@@ -29,6 +29,7 @@ TIERS = [
     {"tokenizer.codec", "tokenizer.objective"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
+    {"evaluation.prompter"},
     # entry points
     {
         "EasyLM.models.llama.llama_train",
