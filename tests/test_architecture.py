@@ -14,7 +14,8 @@ TIERS = [
     {"EasyLM.files", "EasyLM.restricted_pickle", "EasyLM.sharding", "EasyLM.attention", "EasyLM.generate"},
     {"EasyLM.optimizers", "EasyLM.logger", "EasyLM.text", "EasyLM.msgpack_arrays", "EasyLM.records", "EasyLM.rows"},
     {"EasyLM.fields", "EasyLM.examples", "EasyLM.batches", "EasyLM.streaming", "EasyLM.metadata"},
-    {"EasyLM.run_directory", "EasyLM.line_index", "EasyLM.token_store", "EasyLM.loading"},
+    {"EasyLM.run_directory", "EasyLM.line_index", "EasyLM.token_store", "EasyLM.loading", "EasyLM.line_file"},
+    {"EasyLM.packed", "EasyLM.mixed_rows"},
     # the two things a run rests on
     {"EasyLM.json_lines", "EasyLM.checkpoint"},
     {"EasyLM.data", "EasyLM.train", "EasyLM.loop"},
@@ -24,9 +25,16 @@ TIERS = [
     {"EasyLM.models.llama.llama_model"},
     {"EasyLM.models.llama.hf_layout", "EasyLM.models.llama.llama_decode"},
     # pictures
-    {"tokenizer.images", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan", "tokenizer.shuffle"},
+    {
+        "tokenizer.images",
+        "tokenizer.scenes",
+        "tokenizer.sentences",
+        "tokenizer.vqgan",
+        "tokenizer.shuffle",
+        "tokenizer.problems",
+    },
     {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos"},
-    {"tokenizer.codec", "tokenizer.objective"},
+    {"tokenizer.codec", "tokenizer.objective", "tokenizer.sentence_files"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
     # entry points
@@ -37,6 +45,7 @@ TIERS = [
         "tokenizer.render",
         "tokenizer.build",
         "tokenizer.mix",
+        "tokenizer.pack",
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
         "evaluation.fewshot",
