@@ -4,8 +4,8 @@ Writes a file of random sentences, then prints one line for each figure with its
 on one core; the rate of reading rows in order, once indexed, over that of a plain loop (json.loads, base64.b64decode,
 numpy), both over the same lines in turn; the rate of rows of the same file packed (tokenizer.pack), over that of
 copying its memory-mapped ids, in turn; the rate of shuffled rows of either, for which drawing the order counts most;
-and the peak memory of a process that indexes and reads, beyond a bare Python. The shorter the lines, the more Python's own work
-a line counts, in all rates.
+and the peak memory of a process that indexes and reads, beyond a bare Python. The shorter the lines, the more Python's
+own work a line counts, in all rates.
 """
 
 import base64
