@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 TIERS = [
     {"EasyLM.vocab", "EasyLM.errors"},
     # pure functions and small parts
-    {"EasyLM.flags", "EasyLM.losses", "EasyLM.stacking", "EasyLM.columns", "EasyLM.workers"},
+    {"EasyLM.flags", "EasyLM.losses", "EasyLM.stacking", "EasyLM.columns", "EasyLM.workers", "EasyLM.mixing"},
     {"EasyLM.files", "EasyLM.restricted_pickle", "EasyLM.sharding", "EasyLM.attention", "EasyLM.generate"},
     {"EasyLM.optimizers", "EasyLM.logger", "EasyLM.text", "EasyLM.msgpack_arrays", "EasyLM.records", "EasyLM.rows"},
     {"EasyLM.fields", "EasyLM.examples", "EasyLM.batches", "EasyLM.streaming", "EasyLM.metadata"},
@@ -24,8 +24,8 @@ TIERS = [
     {"EasyLM.models.llama.llama_model"},
     {"EasyLM.models.llama.hf_layout", "EasyLM.models.llama.llama_decode"},
     # pictures
-    {"tokenizer.images", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan"},
-    {"tokenizer.photos", "tokenizer.weights"},
+    {"tokenizer.images", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan", "tokenizer.shuffle"},
+    {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos"},
     {"tokenizer.codec", "tokenizer.objective"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
@@ -37,6 +37,7 @@ TIERS = [
         "EasyLM.models.llama.convert_hf_to_easylm",
         "tokenizer.render",
         "tokenizer.build",
+        "tokenizer.mix",
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
         "evaluation.fewshot",

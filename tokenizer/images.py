@@ -28,12 +28,17 @@ def load(path, size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-            return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+            return to_pixels(_to_rgb(ImageOps.exif_transpose(image)), size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
+
+
+def to_pixels(rgb: Image.Image, size: int | None) -> np.ndarray:
+    """Pixels of an RGB image, resized to [size,size,3] (bicubic, the aspect not kept); None: at its own size."""
+    resized = rgb if size is None else rgb.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(resized, np.float32) / 255
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
