@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from EasyLM.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# What Pillow raises for a broken file, or one that is too large to be true.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")
 
 
@@ -28,12 +30,17 @@ def load(path, size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-            return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+            return to_pixels(image, size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
+
+
+def to_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """What `load` makes of an opened file. Raises one of `UNREADABLE` if it is broken."""
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
