@@ -44,14 +44,14 @@ class Prompter:
         self._decoder = llama_decode.LLaMADecoder(config, dtype, mesh)
 
     @classmethod
-    def load(cls, config) -> "Prompter":
-        """The prompter of the flags PROMPTER_FLAGS.
+    def load(cls, config, pictures_at_a_time: int = 32) -> "Prompter":
+        """The prompter of the flags PROMPTER_FLAGS; the tokenizer computes so many pictures at a time, no fewer.
 
         Raises:
           UserError: naming the flag or the file that is wrong.
         """
         mesh = sharding.make_mesh(config.mesh_dim)
-        codec = Codec(config.vqgan, config.dtype)
+        codec = Codec(config.vqgan, config.dtype, pictures_at_a_time)
         model, params = load_model(config.checkpoint, config.load_llama_config, mesh)
         return cls(codec, model, params, mesh, DTYPES[config.dtype])
 
@@ -84,7 +84,7 @@ class Prompter:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         progress: Callable[[np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """The tokens of the pictures that follow each prompt: int32 [B, C, F, N].
@@ -95,7 +95,8 @@ class Prompter:
           prompts: tokens of each prompt, [P, N]; P may differ.
           context_pictures: the window: the picture being drawn and those before it that are seen. Pictures that no
             longer fit, or that the model's longest sequence has no room for, are dropped from the front.
-          temperature, top_k, top_p, seed: see `generate.generate`.
+          temperature, top_k, top_p: see `generate.generate`.
+          seed: one for all prompts, or one for each.
           progress: called with the tokens so far, [B, C, n], every few tokens.
 
         Raises:
@@ -112,14 +113,17 @@ class Prompter:
         prompts = [np.asarray(prompt)[-(window - 1) :] for prompt in prompts]
         if not prompts or min(map(len, prompts)) == 0:
             raise UserError("a prompt without pictures: give at least one")
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        seeds = np.broadcast_to(seed, len(prompts))
         # As many pictures as the window has room for come from one cache. Prompts whose room differs are drawn apart,
         # so that what is drawn for one does not depend on the others.
         room = np.array([min(window - len(prompt), new_pictures) for prompt in prompts])
         answers = np.empty((len(prompts), candidates, new_pictures, self.tokens_per_image), np.int32)
         for count in np.unique(room):
             rows = np.flatnonzero(room == count)
-            drawn_RCFN = self._draw_tokens([prompts[row] for row in rows], count, candidates, settings, progress)
+            drawn_RCFN = self._draw_tokens(
+                [prompts[row] for row in rows], count, candidates, settings | {"seed": seeds[rows]}, progress
+            )
             answers[rows, :, :count] = drawn_RCFN
             for f in range(count, new_pictures):  # the window moves, and each candidate is a prompt of its own
                 seen = [
@@ -127,7 +131,8 @@ class Prompter:
                     for row in rows
                     for c in range(candidates)
                 ]
-                drawn = self._draw_tokens(seen, 1, 1, settings, progress)
+                each = settings | {"seed": np.repeat(seeds[rows], candidates)}
+                drawn = self._draw_tokens(seen, 1, 1, each, progress)
                 answers[rows, :, f] = drawn.reshape(len(rows), candidates, -1)
         return answers
 

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from EasyLM.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# What Pillow raises for a broken file, or one that is too large to be true.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")
 
 
@@ -28,15 +30,16 @@ def load(path, size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            return to_pixels(_to_rgb(ImageOps.exif_transpose(image)), size)
+            return to_pixels(image, size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
 
-def to_pixels(rgb: Image.Image, size: int | None) -> np.ndarray:
-    """Pixels of an RGB image, resized to [size,size,3] (bicubic, the aspect not kept); None: at its own size."""
+def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
+    """What `load` makes of an opened file; size None: [height,width,3]. Raises one of `UNREADABLE` if it is broken."""
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
     resized = rgb if size is None else rgb.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(resized, np.float32) / 255
 
