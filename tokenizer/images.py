@@ -107,6 +107,12 @@ def grid(pictures: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return canvas
 
 
+def tiled(pictures: np.ndarray) -> np.ndarray:
+    """Bytes [rows,columns,height,width,3] edge to edge: one picture, uint8 [rows*height,columns*width,3]."""
+    rows, columns, height, width, _ = pictures.shape
+    return pictures.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+
+
 def save(path, picture: np.ndarray) -> None:
     """Writes bytes [height,width,3] as a picture, by a temporary name, so that nobody sees half of it."""
     path = pathlib.Path(path)
