@@ -41,7 +41,8 @@ TIERS = [
     {"tokenizer.kinds"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
-    {"evaluation.prompter"},
+    {"evaluation.prompter", "evaluation.examples", "evaluation.clips"},
+    {"evaluation.runners"},
     # entry points
     {
         "EasyLM.models.llama.llama_train",
@@ -55,6 +56,10 @@ TIERS = [
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
         "evaluation.fewshot",
+        "evaluation.eval_perplexity",
+        "evaluation.batch_generation",
+        "evaluation.eval_video_perplexity",
+        "evaluation.generate_videos",
     },
 ]
 LAZY = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", "av", "gradio", "fastapi", "uvicorn"}
