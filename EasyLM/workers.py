@@ -38,11 +38,11 @@ class Workers:
 
     def submit(self, function, *arguments) -> Future:
         """`function` of these arguments, begun now: in this process it has ended when this returns."""
-        if self._pool is not None:
-            with _hidden_main():
-                return self._pool.submit(function, *arguments)
         future: Future = Future()
         try:
+            if self._pool is not None:
+                with _hidden_main():
+                    return self._pool.submit(function, *arguments)
             future.set_result(function(*arguments))
         except Exception as error:  # whoever asks for the result gets it
             future.set_exception(error)
