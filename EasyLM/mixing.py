@@ -11,7 +11,7 @@ def parse_numbers(name: str, text: str, count: int, kind: type = float) -> list:
     """
     try:
         numbers = [kind(part) for part in text.split(",")]
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise UserError(f"--{name}={text}: not a comma list of {'whole ' * (kind is int)}numbers") from None
     if len(numbers) != count:
         raise UserError(f"--{name}={text}: {len(numbers)} numbers for {count} inputs (a glob is one input)")

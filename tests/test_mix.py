@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ class TestErrors:
         (tmp_path / "a.jsonl").write_bytes(b"".join(broken))
         with pytest.raises(UserError, match=r"a.jsonl:5: not JSON .* \(--max_errors=0"):
             mixed(tmp_path, "a.jsonl")
-        with pytest.raises(UserError, match=r"a.jsonl:10: id 16777216 is outside .* \(--max_errors=1"):
+        with pytest.raises(UserError, match=r"a.jsonl:10: id 16777216 is outside .*, after 1 others \(--max_errors=1"):
             mixed(tmp_path, "a.jsonl", max_errors=1)
         assert not (tmp_path / "out").exists()
         assert sorted(mixed(tmp_path, "a.jsonl", max_errors=2)) == sorted(lines)
@@ -153,7 +154,7 @@ class TestErrors:
 
     def test_disk_is_checked_first(self, tmp_path, monkeypatch):
         write(tmp_path / "a.jsonl", 0, 60)
-        monkeypatch.setattr(mix.shutil, "disk_usage", lambda path: collections.namedtuple("U", "free")(1000))
+        monkeypatch.setattr(mix.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
         with pytest.raises(UserError, match=r"--output_file=.*: needs 0.02 GB of disk space, 0.00 GB are free"):
             mixed(tmp_path, "a.jsonl")
         assert not os.listdir(tmp_path / "out")

@@ -21,6 +21,7 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.vocab import VOCAB_SIZE
 from tokenizer import shuffle
+from tokenizer.problems import Problems
 
 FLAGS = {
     "inputs": Flag("", "JSONL files, also .gz and .zst: a comma list of paths and globs; a glob is one input."),
@@ -53,7 +54,7 @@ class Source:
 def main(config) -> None:
     """Mixes, and prints what went in."""
     sources = _sources(config)
-    _check_lines(sources, config)
+    _check_lines(sources, config.vocab_size, Problems(config.max_errors))
     for source, taken in zip(sources, _taken(sources, config)):
         source.taken = taken
         if taken and not source.sentences:
@@ -105,7 +106,7 @@ def _sources(config) -> list[Source]:
     return sources
 
 
-def _check_lines(sources: list[Source], config) -> None:
+def _check_lines(sources: list[Source], vocab_size: int, problems: Problems) -> None:
     """Counts sentences and bytes of each source, and notes its bad lines."""
     known = [(source, path) for source in sources for path in source.paths]
     packed = any(files.is_compressed(path) for _, path in known)
@@ -115,19 +116,13 @@ def _check_lines(sources: list[Source], config) -> None:
             for number, line in files.read_lines(path):
                 bar.update(len(line) + 1)
                 try:
-                    records.read_record(line, config.vocab_size)
+                    records.read_record(line, vocab_size)
                 except records.RecordError as reason:
+                    problems.add(f"{path}:{number}", f"{path}:{number}: {reason}")
                     source.bad.add((path, number))
-                    _name_bad_line(sources, f"{path}:{number}: {reason}", config.max_errors)
                     continue
                 source.sentences += 1
                 source.bytes += len(line) + 1
-
-
-def _name_bad_line(sources: list[Source], message: str, allowed: int) -> None:
-    if sum(len(source.bad) for source in sources) > allowed:
-        raise UserError(f"{message} (--max_errors={allowed}; a higher one leaves such lines out)")
-    tqdm.write(f"left out: {message}")
 
 
 def _taken(sources: list[Source], config) -> list[int]:
