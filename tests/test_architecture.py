@@ -26,7 +26,8 @@ TIERS = [
     # pictures
     {"tokenizer.images", "tokenizer.metrics", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan"},
     {"tokenizer.photos", "tokenizer.weights"},
-    {"tokenizer.codec", "tokenizer.objective"},
+    {"tokenizer.adversary", "tokenizer.codec", "tokenizer.lpips"},
+    {"tokenizer.objective"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
     # entry points

@@ -133,7 +133,7 @@ def test_bad_settings_are_named(folder, settings, message):
 
 def test_models_are_made_of_average_or_network():
     config = VQGANConfig(resolution=8, hidden_channels=4, channel_mult=(1,), norm_groups=2, num_embeddings=16)
-    shapes = jax.eval_shape(lambda: objective.init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: objective.Objective(config).init_params(jax.random.key(0)))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     params["model"] = {name: array + 1 for name, array in params["model"].items()}
     assert np.all(objective.make_model(config, params, "model").encoder.conv_in.kernel[...] == 1)

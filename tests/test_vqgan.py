@@ -49,7 +49,7 @@ def test_the_released_weights_load_whole(golden, monkeypatch):
     shapes = json.loads((golden / "vqgan_released_shapes.json").read_text())
     zeros = {name: np.broadcast_to(np.float16(i), shape) for i, (name, shape) in enumerate(shapes.items())}
     monkeypatch.setattr(weights, "read_config", lambda directory: VQGANConfig())
-    monkeypatch.setattr(weights, "_read_tensors", lambda directory: ("released", dict(zeros)))
+    monkeypatch.setattr(weights, "_read_directory", lambda directory: ("released", dict(zeros)))
     model = weights.load("released")
     found = {weights.file_name(p): float(leaf.get_value().ravel()[0]) for p, leaf in weights.flat_parameters(model)}
     assert found == {name: float(i) for i, name in enumerate(shapes)}  # each tensor once, where it belongs

@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import logging
 import os
-from functools import partial
 
 import jax
 import numpy as np
@@ -19,7 +18,8 @@ from EasyLM import checkpoint, flags, loading, run, sharding
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.rows import permuted
-from tokenizer import images, objective, weights
+from tokenizer import images, lpips, objective, weights
+from tokenizer.adversary import ADVERSARY_FLAGS, Adversary
 from tokenizer.codec import DTYPES, Codec
 from tokenizer.vqgan import VQGANConfig
 
@@ -51,7 +51,12 @@ DEFINITIONS = {
     "weight_decay": Flag(1e-4, "Decoupled weight decay."),
     "clip_gradient": Flag(1.0, "The network's gradient is scaled down to at most this norm."),
     "average_decay": Flag(0.995, "A step, of the running mean of the network that is kept in the end."),
-    "gradient_weight": Flag(0.5, "Weight of the error in neighbouring pixels' differences: sharp outlines."),
+    "gradient_weight": Flag(0.5, "Weight of the error in pixels' differences to neighbours; not used beside LPIPS."),
+    "perceptual": {
+        "vgg_weights": Flag("", "Local file, or two with a comma, of VGG16's and LPIPS' weights: a loss."),
+        "weight": Flag(1.0, "Weight of LPIPS."),
+    },
+    "adversary": ADVERSARY_FLAGS,
     "vqgan": _MODEL_FLAGS,
 }
 
@@ -131,17 +136,36 @@ def model_config(values) -> VQGANConfig:
         raise UserError(f"--vqgan.{error}") from None
 
 
+def make_objective(config, settings: VQGANConfig) -> objective.Objective:
+    """What the flags ask for: perceptual weights are read here.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    dtype = DTYPES[config.dtype]
+    asked = config.adversary.weight != 0
+    return objective.Objective(
+        settings,
+        dtype,
+        gradient_weight=config.gradient_weight,
+        perceptual_weight=config.perceptual.weight,
+        vgg=lpips.load(config.perceptual.vgg_weights) if config.perceptual.vgg_weights else None,
+        adversary=Adversary(**config.adversary, resolution=settings.resolution, dtype=dtype) if asked else None,
+    )
+
+
 def make_problem(config, settings: VQGANConfig, data, eval_data) -> run.Problem:
     """The training problem for the loop that all models here share."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.lr, config.lr_warmup_steps, config.total_steps, config.lr / 100
     )
-    optimizer, learning_rate = objective.make_optimizer(
+    target = make_objective(config, settings)
+    optimizer, learning_rate = target.make_optimizer(
         rate, config.weight_decay, config.clip_gradient, config.average_decay
     )
     return run.Problem(
-        init_params=partial(objective.init_params, settings),
-        loss_fn=objective.make_loss(settings, DTYPES[config.dtype], config.gradient_weight),
+        init_params=target.init_params,
+        loss_fn=target.loss,
         optimizer=optimizer,
         learning_rate=learning_rate,
         partition_rules=((".*", P()),),

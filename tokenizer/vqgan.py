@@ -182,10 +182,14 @@ class Decoder(nnx.Module):
         self.conv_out = kit.conv(widths[0], config.num_channels, 3)
 
     def __call__(self, z_BhwC: jax.Array) -> jax.Array:
+        return self.conv_out(self.features(z_BhwC))
+
+    def features(self, z_BhwC: jax.Array) -> jax.Array:
+        """What the last layer draws from [B,H,W,C]."""
         x = self.mid(self.conv_in(z_BhwC))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(nnx.silu(self.norm_out(x)))
+        return nnx.silu(self.norm_out(x))
 
 
 class Level(nnx.Module):
