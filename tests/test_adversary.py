@@ -133,15 +133,15 @@ def test_before_its_start_the_adversary_does_nothing(params, batch):
 
 
 @pytest.mark.slow
-def test_eight_devices_do_as_one(batch):
+def test_eight_devices_do_as_one(params, batch):
     optimizer, rate = BOTH.make_optimizer(optax.constant_schedule(1e-3), 1e-4, 1.0, 0.9)
     step = train.make_train_step(BOTH.loss, optimizer, rate, seed=0)
     rows = []
     for devices in (jax.devices(), jax.devices()[:1]):
         mesh = sharding.make_mesh("1,-1,1", devices)
-        shapes = train.state_shapes(BOTH.init_params, optimizer)
-        places = sharding.shardings(mesh, ((".*", jax.sharding.PartitionSpec()),), shapes)
-        state = train.init_state(BOTH.init_params, optimizer, 0, places)
+        state = train.TrainState(jnp.int32(0), params | {"clock": jnp.zeros(())}, optimizer.init(params))
+        places = sharding.shardings(mesh, ((".*", jax.sharding.PartitionSpec()),), state)
+        state = jax.device_put(jax.tree.map(jnp.copy, state), places)  # a copy: the step takes its buffers
         compiled = train.jit_train_step(step, places, mesh)
         pixels = jax.device_put(batch, sharding.batch_sharding(mesh))
         figures = []

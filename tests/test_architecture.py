@@ -39,6 +39,7 @@ TIERS = [
         "tokenizer.build",
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
+        "tokenizer.eval_vqgan",
         "evaluation.fewshot",
     },
 ]

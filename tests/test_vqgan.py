@@ -138,6 +138,21 @@ def test_batch_size_and_devices_change_no_code(tiny, pictures):
     assert codec.encode(pictures[:0]).shape == (0, TINY.tokens_per_image)
 
 
+def test_the_next_batch_is_under_way_before_a_result_is_taken(tiny, pictures):
+    codec = Codec(tiny, batch_size=8)
+    asked = []
+
+    def batches():
+        for part in (pictures[:8], pictures[8:], pictures[:3]):
+            asked.append(len(part))
+            yield part
+
+    results = codec.encode_batches(batches())
+    first = next(results)
+    assert asked == [8, 3]
+    np.testing.assert_array_equal(np.concatenate([first, *results]), codec.encode(pictures)[[*range(11), 0, 1, 2]])
+
+
 @pytest.mark.slow
 def test_bf16_stays_near_float32(tiny, pictures):
     codes = Codec(tiny).encode(pictures)
