@@ -1,34 +1,59 @@
-"""`map` over processes, for work on data files."""
+"""Work on data files in processes of their own."""
 
 import contextlib
 import multiprocessing
+import os
 import sys
+import threading
 import types
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 
 
 class Workers:
-    """A context whose `map` gives results in order: in this process, or from several.
+    """A context that runs functions in this process, or, if there are to be several, in processes of their own.
 
     What they run lies in modules that do not import JAX, so that the processes start fast.
     """
 
     def __init__(self, processes: int):
         spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
-        self._pool = ProcessPoolExecutor(processes, mp_context=spawn) if processes > 1 else None
+        self._pool = ProcessPoolExecutor(processes, spawn, _end_with_parent) if processes > 1 else None
 
     def __enter__(self):
         return self
 
     def map(self, function, *arguments, chunksize: int = 1):
+        """`function` of all arguments, which are taken at once; results in order."""
         if self._pool is None:
             return map(function, *arguments)
         with _hidden_main():
             return self._pool.map(function, *arguments, chunksize=chunksize)
 
+    def submit(self, function, *arguments) -> Future:
+        """`function` of these arguments, begun now: in this process it has ended when this returns."""
+        if self._pool is not None:
+            with _hidden_main():
+                return self._pool.submit(function, *arguments)
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+        return future
+
     def __exit__(self, *exception):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: ends it when the process that started it is gone, which a kill gives no chance to say so."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
