@@ -241,7 +241,7 @@ class ResnetBlock(nnx.Module):
             self.nin_shortcut = kit.conv(width, out, 1)
 
     def __call__(self, x: jax.Array, repeat: bool = False) -> jax.Array:
-        """With `repeat`, of `x` with every position repeated to 2 x 2; only the 3 x 3 convolutions see the difference."""
+        """With `repeat`, of `x` with every position repeated to 2 x 2: only 3 x 3 convolutions see the difference."""
         y = nnx.silu(self.norm1(x))
         y = _upsampled_conv(y, self.conv1) if repeat else self.conv1(y)
         y = self.conv2(nnx.silu(self.norm2(y)))
