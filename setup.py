@@ -33,8 +33,8 @@ setup(
         "torch": ["torch", "transformers>=5"],
         "video": ["av"],
         "text": ["datasets", "sentencepiece", "tokenizers"],
-        "serve": ["gradio", "fastapi", "uvicorn"],
+        "serve": ["gradio>=6", "fastapi", "fastapi-offline", "uvicorn", "python-multipart"],
         "quickstart": ["scikit-image", "scikit-learn"],
-        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn"],
+        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "httpx", "selenium"],
     },
 )
