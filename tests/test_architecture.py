@@ -28,7 +28,7 @@ TIERS = [
     {"tokenizer.photos", "tokenizer.weights"},
     {"tokenizer.codec", "tokenizer.objective"},
     # prompts
-    {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
+    {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models", "evaluation.examples"},
     {"evaluation.prompter", "evaluation.batching"},
     # the service and the page
     {"evaluation.partial", "evaluation.uploads"},
@@ -46,6 +46,7 @@ TIERS = [
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
         "evaluation.fewshot",
+        "evaluation.demo",
     },
 ]
 # The one entry point that joins all three packages: users know it by this name, and nothing imports it.
