@@ -52,6 +52,8 @@ class _Body:
                 408, "too_slow", f"the body did not come within {self._limits.read_seconds:g} seconds"
             ) from None
         self._count(message)
+        if message["type"] == "http.disconnect":
+            raise Refused(499, "client_left", "the client left before the end of its body")  # nobody reads it
         if self._bytes > self._limits.body_bytes:
             raise Refused(413, "body_too_large", f"a body has at most {self._limits.body_bytes} bytes")
         return message

@@ -312,31 +312,38 @@ def test_a_fault_is_answered_and_the_next_request_is_served():
     assert engine.close(SECONDS)
 
 
+def asgi(app, messages, before_leaving=lambda: None) -> list[dict]:
+    """What an application sends to a client that sends these messages, and leaves."""
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "query_string": b""}
+    sent, left = [], list(messages)
+
+    async def receive():
+        if left:
+            return left.pop(0)
+        await asyncio.to_thread(before_leaving)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), SECONDS))
+    return sent
+
+
 @pytest.mark.parametrize("output", ["json", "stream"])
 def test_nothing_is_computed_for_a_client_that_has_left(output):
     prompter = HeldPrompter()
     engine = tiny_engine(prompter)
-    app = make_app(engine, LIMITS)
     body = json.dumps({"pictures": base64_of(png(1)), "output": output}).encode()
-    headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "query_string": b""}
-
-    async def leave():
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive():
-            if messages:
-                return messages.pop()
-            await asyncio.to_thread(prompter.begun.wait, SECONDS)
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            pass
-
-        await asyncio.wait_for(app(scope, receive, send), SECONDS)
-
-    asyncio.run(leave())
+    message = {"type": "http.request", "body": body, "more_body": False}
+    asgi(make_app(engine, LIMITS), [message], lambda: prompter.begun.wait(SECONDS))
     assert engine.close(SECONDS)  # nobody let the prompter go on: it has been stopped
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault(app):
+    sent = asgi(app, [{"type": "http.request", "body": b"{", "more_body": True}])
+    assert sent[0]["status"] == 499
 
 
 def test_it_is_ready_once_it_is_warm():
@@ -425,3 +432,13 @@ async def _stopped_on_the_way(server, url):
             rest = [line async for line in lines]
         answer = json.loads(rest[rest.index("event: answer") + 1].removeprefix("data: "))
         assert np.shape(answer["pictures"]) == (16, 4)
+
+
+@pytest.mark.slow
+def test_a_crowd_of_good_and_bad_clients_loses_nothing():
+    command = [sys.executable, "scripts/load_test.py", "--seconds=5", "--clients=8", "--max_batch=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["lost"] == 0 and figures["requests"]["valid"] > 0
+    assert "Traceback" not in done.stderr
