@@ -25,16 +25,17 @@ setup(
         "tqdm",
         "orjson",  # JSON lines at 10 times the rate of json
         "pybase64",  # base64 with SIMD
+        "zstandard",  # .zst inputs
         "fsspec",  # remote paths: gs://, s3://, hf://
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "torch": ["torch", "transformers>=5"],
-        "video": ["av"],
+        "video": ["av>=16"],
         "text": ["datasets", "sentencepiece", "tokenizers"],
         "serve": ["gradio>=6", "fastapi", "fastapi-offline", "uvicorn", "python-multipart"],
         "quickstart": ["scikit-image", "scikit-learn"],
-        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "httpx", "selenium"],
+        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "av>=16", "httpx", "selenium"],
     },
 )

@@ -16,7 +16,7 @@ from PIL import Image
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from evaluation import examples, uploads
+from evaluation import demo_prompts, uploads
 from evaluation.batching import ClosedError, QueueFullError
 from evaluation.engine import ENGINE_FLAGS, Engine, Prompt, Settings
 from evaluation.uploads import Limits, Refused
@@ -34,7 +34,7 @@ FLAGS = {
 FIRST = Settings(n_candidates=4, temperature=1.0, top_p=0.9)
 MAX_CANDIDATES, MAX_FRAMES, MAX_PAIRS = 8, 8, 7
 LIMITS = Limits()
-_PLACES = [*range(0, 2 * examples.PAIRS + 1, 2), *range(1, 2 * examples.PAIRS, 2)]  # questions above answers
+_PLACES = [*range(0, 2 * demo_prompts.PAIRS + 1, 2), *range(1, 2 * demo_prompts.PAIRS, 2)]  # questions above answers
 _SHOWN = 256  # pictures are drawn at least so large, pixel by pixel
 _CSS = ".grid-wrap.fixed-height { min-height: 0 !important; }"  # galleries as high as their pictures
 _INTRODUCTION = """# Large Vision Model
@@ -84,8 +84,8 @@ def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
     import gradio
 
     most = min(MAX_PAIRS, (engine.max_pictures - 1) // 2)
-    shown = min(examples.PAIRS, most)
-    found = examples.analogies(engine.resolution)
+    shown = min(demo_prompts.PAIRS, most)
+    found = demo_prompts.analogies(engine.resolution)
     gallery = _example_gallery(_sheets(found, _PLACES, folder, "analogy"), "analogy")
     slots, columns = [], []
     with gradio.Row():
@@ -122,8 +122,8 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
     """Frames in order: the model draws the next ones."""
     import gradio
 
-    found = examples.sequences(engine.resolution)
-    gallery = _example_gallery(_sheets(found, list(range(examples.FRAMES)), folder, "sequence"), "sequence")
+    found = demo_prompts.sequences(engine.resolution)
+    gallery = _example_gallery(_sheets(found, list(range(demo_prompts.FRAMES)), folder, "sequence"), "sequence")
     frames = gradio.Gallery(
         label="Frames, in order: drop pictures here",
         type="filepath",
@@ -285,14 +285,16 @@ def _save(pictures_CF: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(file.name)
 
 
-def _files(example: examples.Example, folder: pathlib.Path, name: str) -> list[str]:
+def _files(example: demo_prompts.Example, folder: pathlib.Path, name: str) -> list[str]:
     paths = [folder / f"{name}_{i}.png" for i in range(len(example.pictures))]
     for path, picture in zip(paths, example.pictures, strict=True):
         images.save(path, _enlarged(picture))
     return [str(path) for path in paths]
 
 
-def _sheets(found: list[examples.Example], order: list[int], folder: pathlib.Path, name: str) -> list[tuple[str, str]]:
+def _sheets(
+    found: list[demo_prompts.Example], order: list[int], folder: pathlib.Path, name: str
+) -> list[tuple[str, str]]:
     """A picture of each prompt, for the gallery of examples: its pictures in two rows, in this order."""
     sheets = []
     for i, example in enumerate(found):

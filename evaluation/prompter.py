@@ -4,6 +4,7 @@ Shapes: B prompts, P pictures of a prompt, F new pictures, C candidates, N token
 Pictures are float32 in [0, 1], RGB, at the tokenizer's resolution.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -63,6 +64,11 @@ class Prompter:
     def max_pictures(self) -> int:
         """Pictures that the model's longest sequence holds."""
         return self.config.max_sequence_length // self.tokens_per_image
+
+    @property
+    def ways(self) -> int:
+        """Parts that the mesh splits a batch into. Prompts are filled up with copies to a multiple of it."""
+        return math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES)
 
     def encode(self, pictures: np.ndarray) -> np.ndarray:
         """[..., S, S, 3] -> tokens [..., N]."""
@@ -138,7 +144,8 @@ class Prompter:
 
     def _draw_tokens(self, prompts, count, candidates, settings, progress) -> np.ndarray:
         """The next `count` pictures of each prompt: [B, C, count, N]."""
-        tokens_BP, mask_BP = generate.left_padded([prompt.reshape(-1) for prompt in prompts])
+        filled = self._filled([prompt.reshape(-1) for prompt in prompts])
+        tokens_BP, mask_BP = generate.left_padded(filled)
         tokens_BCT = generate.generate(
             self._decoder,
             self._params,
@@ -147,10 +154,13 @@ class Prompter:
             num_candidates=candidates,
             allowed_ids=self.codec.config.num_embeddings,
             prompt_mask_BP=mask_BP,
-            progress=progress,
-            **settings,
-        )
+            progress=None if progress is None else lambda tokens_BCn: progress(tokens_BCn[: len(prompts)]),
+            **settings | {"seed": self._filled(list(settings["seed"]))},
+        )[: len(prompts)]
         return tokens_BCT.reshape(*tokens_BCT.shape[:2], int(count), -1)
+
+    def _filled(self, rows: list) -> list:
+        return rows + rows[-1:] * (-len(rows) % self.ways)
 
     def log_likelihoods(self, prompts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
         """log p, in nats, of each token of `targets` (tokens [F, N] each, one F for all) after its prompt: [B, F N].
@@ -162,8 +172,8 @@ class Prompter:
             np.concatenate([np.asarray(prompt).reshape(-1), np.asarray(target).reshape(-1)])
             for prompt, target in zip(prompts, targets, strict=True)
         ]
-        tokens_BT, mask_BT = generate.left_padded(rows)
+        tokens_BT, mask_BT = generate.left_padded(self._filled(rows))
         begin = tokens_BT.shape[1] - np.asarray(targets[0]).size
         return llama_decode.log_likelihoods(
             self.config, self._params, tokens_BT, begin, mask_BT=mask_BT, dtype=self._dtype, mesh=self.mesh
-        )
+        )[: len(rows)]

@@ -79,8 +79,8 @@ def _pixels(data: bytes, size: int, name: str) -> np.ndarray:
     with _open(data, name) as image:
         try:
             return images.to_pixels(image, size)
-        except images.UNREADABLE as error:
-            raise UserError(f"{name}: broken picture ({error})") from error
+        except Exception as error:
+            raise UserError(f"{name}: broken picture ({error or type(error).__name__})") from error
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -89,6 +89,6 @@ def _open(data: bytes, name: str) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise Refused(413, "too_many_pixels", f"{name}: {error}") from error
-    except images.UNREADABLE as error:
+    except Exception as error:  # on broken bytes Pillow's readers raise nearly anything
         kinds = ", ".join(FORMATS)
         raise UserError(f"{name}: not a readable picture of {len(data)} bytes; give {kinds}") from error

@@ -10,11 +10,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 TIERS = [
     {"EasyLM.vocab", "EasyLM.errors"},
     # pure functions and small parts
-    {"EasyLM.flags", "EasyLM.losses", "EasyLM.stacking", "EasyLM.columns", "EasyLM.workers"},
+    {"EasyLM.flags", "EasyLM.losses", "EasyLM.stacking", "EasyLM.columns", "EasyLM.workers", "EasyLM.mixing"},
     {"EasyLM.files", "EasyLM.restricted_pickle", "EasyLM.sharding", "EasyLM.attention", "EasyLM.generate"},
     {"EasyLM.optimizers", "EasyLM.logger", "EasyLM.text", "EasyLM.msgpack_arrays", "EasyLM.records", "EasyLM.rows"},
     {"EasyLM.fields", "EasyLM.examples", "EasyLM.batches", "EasyLM.streaming", "EasyLM.metadata"},
-    {"EasyLM.run_directory", "EasyLM.line_index", "EasyLM.token_store", "EasyLM.loading"},
+    {"EasyLM.run_directory", "EasyLM.line_index", "EasyLM.token_store", "EasyLM.loading", "EasyLM.line_file"},
+    {"EasyLM.packed", "EasyLM.mixed_rows"},
     # the two things a run rests on
     {"EasyLM.json_lines", "EasyLM.checkpoint"},
     {"EasyLM.data", "EasyLM.train", "EasyLM.loop"},
@@ -24,12 +25,24 @@ TIERS = [
     {"EasyLM.models.llama.llama_model"},
     {"EasyLM.models.llama.hf_layout", "EasyLM.models.llama.llama_decode"},
     # pictures
-    {"tokenizer.images", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan"},
-    {"tokenizer.photos", "tokenizer.weights"},
-    {"tokenizer.codec", "tokenizer.objective"},
+    {
+        "tokenizer.images",
+        "tokenizer.scenes",
+        "tokenizer.vqgan",
+        "tokenizer.problems",
+        "tokenizer.resumable",
+        "tokenizer.shuffle",
+        "tokenizer.charts",
+    },
+    {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos"},
+    {"tokenizer.codec", "tokenizer.objective", "tokenizer.pictures", "tokenizer.sentence_files"},
+    {"tokenizer.collect", "tokenizer.sentences", "tokenizer.code_cache"},
+    {"tokenizer.groups", "tokenizer.pipeline"},
+    {"tokenizer.kinds"},
     # prompts
-    {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models", "evaluation.examples"},
-    {"evaluation.prompter", "evaluation.batching"},
+    {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models", "evaluation.demo_prompts"},
+    {"evaluation.prompter", "evaluation.examples", "evaluation.clips", "evaluation.batching"},
+    {"evaluation.runners"},
     # the service and the page
     {"evaluation.partial", "evaluation.uploads"},
     {"evaluation.engine", "evaluation.guard"},
@@ -43,10 +56,17 @@ TIERS = [
         "EasyLM.models.llama.convert_hf_to_easylm",
         "tokenizer.render",
         "tokenizer.build",
+        "tokenizer.mix",
+        "tokenizer.pack",
+        "tokenizer.inspect",
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
         "evaluation.fewshot",
         "evaluation.demo",
+        "evaluation.eval_perplexity",
+        "evaluation.batch_generation",
+        "evaluation.eval_video_perplexity",
+        "evaluation.generate_videos",
     },
 ]
 # The one entry point that joins all three packages: users know it by this name, and nothing imports it.

@@ -17,7 +17,7 @@ from PIL import Image
 from serve_kit import TINY, png, tiny_engine
 
 from EasyLM.errors import UserError
-from evaluation import demo, examples
+from evaluation import demo, demo_prompts
 from evaluation.engine import Settings
 
 SECONDS = 60
@@ -65,7 +65,7 @@ def test_what_a_visitor_does_wrong_is_said(folder):
 
 
 def test_examples_are_prompts_of_one_length(monkeypatch):
-    analogies, sequences = examples.analogies(16), examples.sequences(16, count=2)
+    analogies, sequences = demo_prompts.analogies(16), demo_prompts.sequences(16, count=2)
     assert [one.name for one in analogies] == ["segmentation", "depth", "normals", "edges", "colours"]
     assert {one.pictures.shape for one in [*analogies, *sequences]} == {(7, 16, 16, 3)}
 
@@ -73,7 +73,7 @@ def test_examples_are_prompts_of_one_length(monkeypatch):
         raise UserError("not installed")
 
     monkeypatch.setattr("tokenizer.photos.crop", missing)
-    assert len(examples.analogies(8)) == 4
+    assert len(demo_prompts.analogies(8)) == 4
 
 
 @pytest.mark.slow

@@ -80,8 +80,28 @@ def scene(seed: int, size: int) -> dict[str, np.ndarray]:
 
 def clip(seed: int, size: int, num_frames: int) -> list[dict[str, np.ndarray]]:
     """`num_frames` moments of a scene whose solids move, each as `scene` gives it; the first is `scene(seed, size)`."""
-    layout = arrange(np.random.default_rng([seed, 7]))
+    layout = _layout(seed)
     return [draw(layout, frame, size) for frame in range(num_frames)]
+
+
+def shapes(seed: int) -> set[str]:
+    """The shapes that `scene(seed, size)` has."""
+    return {solid.shape for solid in _layout(seed).solids}
+
+
+def label_ids(segmentation: np.ndarray) -> np.ndarray:
+    """A segmentation picture as ids, uint8 [S,S]: 0 the background, then the shapes in the order of `SHAPES`."""
+    colours = np.array([BACKGROUND, *(PALETTE[shape] for shape in SHAPES)])
+    return np.argmax((segmentation[..., None, :] == colours).all(axis=-1), axis=-1).astype(np.uint8)
+
+
+def distances(depth: np.ndarray) -> np.ndarray:
+    """A depth picture as distances along the view, float64 [S,S], as exact as its 256 steps."""
+    return _FAR - (_FAR - _NEAR) * depth[..., 0] / 255
+
+
+def _layout(seed: int) -> Scene:
+    return arrange(np.random.default_rng([seed, 7]))
 
 
 def arrange(rng: np.random.Generator, horizon: int = 8) -> Scene:
