@@ -17,6 +17,7 @@ _TITLE = "Large Vision Model"
 _DESCRIPTION = """Prompt a Large Vision Model with pictures; it draws what follows.
 
 *An analogy*: example, answer, example, answer, ..., query. The model draws the query's answer.
+
 *A sequence*: frames in order. The model draws the next ones.
 
 Pictures come as files of a form (`curl -F pictures=@a.png -F pictures=@b.png`) or in base64 (JSON). Requests that

@@ -73,6 +73,17 @@ def test_one_too_many_is_refused_and_told_when_to_come_again():
     assert after.result(SECONDS) == "5!" and worker.batches == [[1], [3, 5]]
 
 
+def test_a_job_that_is_cancelled_while_it_waits_is_never_run():
+    worker = Worker(held=True)
+    queue = batcher(worker)
+    first = queue.submit("x", 1)
+    assert worker.begun.wait(SECONDS)
+    assert queue.submit("x", 2).cancel()
+    worker.may_go_on.set()
+    assert queue.close(SECONDS)
+    assert first.result(0) == "1!" and worker.batches == [[1]]
+
+
 def test_an_error_is_the_batchs_own():
     worker = Worker(held=True)
     queue = batcher(worker)
