@@ -27,6 +27,7 @@ TIERS = [
     # pictures
     {
         "tokenizer.images",
+        "tokenizer.metrics",
         "tokenizer.scenes",
         "tokenizer.vqgan",
         "tokenizer.problems",
@@ -35,8 +36,8 @@ TIERS = [
         "tokenizer.charts",
     },
     {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos"},
-    {"tokenizer.codec", "tokenizer.objective", "tokenizer.pictures", "tokenizer.sentence_files"},
-    {"tokenizer.collect", "tokenizer.sentences", "tokenizer.code_cache"},
+    {"tokenizer.codec", "tokenizer.adversary", "tokenizer.lpips", "tokenizer.pictures", "tokenizer.sentence_files"},
+    {"tokenizer.objective", "tokenizer.collect", "tokenizer.sentences", "tokenizer.code_cache"},
     {"tokenizer.groups", "tokenizer.pipeline"},
     {"tokenizer.kinds"},
     # prompts
@@ -61,6 +62,7 @@ TIERS = [
         "tokenizer.inspect",
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
+        "tokenizer.eval_vqgan",
         "evaluation.fewshot",
         "evaluation.demo",
         "evaluation.eval_perplexity",
