@@ -34,8 +34,8 @@ setup(
         "torch": ["torch", "transformers>=5"],
         "video": ["av>=16"],
         "text": ["datasets", "sentencepiece", "tokenizers"],
-        "serve": ["gradio", "fastapi", "uvicorn"],
+        "serve": ["gradio>=6", "fastapi", "fastapi-offline", "uvicorn", "python-multipart"],
         "quickstart": ["scikit-image", "scikit-learn"],
-        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "av>=16"],
+        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "av>=16", "httpx", "selenium"],
     },
 )
