@@ -24,7 +24,7 @@ TIERS = [
     {"EasyLM.models.llama.llama_model"},
     {"EasyLM.models.llama.hf_layout", "EasyLM.models.llama.llama_decode"},
     # pictures
-    {"tokenizer.images", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan"},
+    {"tokenizer.images", "tokenizer.metrics", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan"},
     {"tokenizer.photos", "tokenizer.weights"},
     {"tokenizer.codec", "tokenizer.objective"},
     # prompts
