@@ -31,10 +31,10 @@ setup(
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "torch": ["torch", "transformers>=5"],
-        "video": ["av"],
+        "video": ["av>=16"],
         "text": ["datasets", "sentencepiece", "tokenizers"],
         "serve": ["gradio", "fastapi", "uvicorn"],
         "quickstart": ["scikit-image", "scikit-learn"],
-        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn"],
+        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "av>=16"],
     },
 )

@@ -1,14 +1,14 @@
-"""`map` over processes, for work on data files."""
+"""Work on data files in processes of their own."""
 
 import contextlib
 import multiprocessing
 import sys
 import types
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 
 
 class Workers:
-    """A context whose `map` gives results in order: in this process, or from several.
+    """A context that runs functions in this process, or, if there are to be several, in processes of their own.
 
     What they run lies in modules that do not import JAX, so that the processes start fast.
     """
@@ -21,10 +21,23 @@ class Workers:
         return self
 
     def map(self, function, *arguments, chunksize: int = 1):
+        """`function` of all arguments, which are taken at once; results in order."""
         if self._pool is None:
             return map(function, *arguments)
         with _hidden_main():
             return self._pool.map(function, *arguments, chunksize=chunksize)
+
+    def submit(self, function, *arguments) -> Future:
+        """`function` of these arguments, begun now: in this process it has ended when this returns."""
+        if self._pool is not None:
+            with _hidden_main():
+                return self._pool.submit(function, *arguments)
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+        return future
 
     def __exit__(self, *exception):
         if self._pool is not None:

@@ -24,9 +24,12 @@ TIERS = [
     {"EasyLM.models.llama.llama_model"},
     {"EasyLM.models.llama.hf_layout", "EasyLM.models.llama.llama_decode"},
     # pictures
-    {"tokenizer.images", "tokenizer.metrics", "tokenizer.scenes", "tokenizer.sentences", "tokenizer.vqgan"},
-    {"tokenizer.photos", "tokenizer.weights"},
-    {"tokenizer.codec", "tokenizer.objective"},
+    {"tokenizer.images", "tokenizer.metrics", "tokenizer.scenes", "tokenizer.vqgan", "tokenizer.problems"},
+    {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos", "tokenizer.resumable"},
+    {"tokenizer.codec", "tokenizer.objective", "tokenizer.pictures"},
+    {"tokenizer.collect", "tokenizer.sentences", "tokenizer.code_cache"},
+    {"tokenizer.groups", "tokenizer.pipeline"},
+    {"tokenizer.kinds"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
     {"evaluation.prompter"},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizer_kit import run_main
 
-from tokenizer import photos, render, scenes
+from tokenizer import photos, pictures, render, scenes
 
 SIZE = 48
 SEEDS = range(20, 28)
@@ -92,7 +92,7 @@ def test_photographs_crop_to_any_size_and_held_out_ones_are_apart():
     crop = photos.crop(3, 40)
     assert crop.shape == (40, 40, 3) and crop.std() > 5
     assert np.array_equal(crop, photos.crop(3, 40))
-    gray = photos.gray(crop)
+    gray = pictures.gray(crop)
     assert np.all(gray == gray[..., :1])
     assert np.all(np.abs(gray[..., 0] - (0.2989 * crop[..., 0] + 0.587 * crop[..., 1] + 0.114 * crop[..., 2])) <= 0.5)
 

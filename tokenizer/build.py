@@ -2,188 +2,196 @@
 
     python -m tokenizer.build --kind=paired --input_dir=data/image --target_dir=data/depth --output_file=depth.jsonl
 
-Every picture is encoded once; then its kind's function (sentences.py) says who follows whom. Shapes: N tokens an image.
+The inputs are listed (collect.py) and grouped into examples (groups.py); each example becomes sentences (kinds.py,
+sentences.py), whose pictures are read and encoded as a stream (pipeline.py), into a file that survives its writer
+(resumable.py).
 """
 
-import collections
-import concurrent.futures
+import contextlib
+import functools
 import os
-import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable
 
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM import records
+from EasyLM import files, records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from tokenizer import images, sentences
+from EasyLM.workers import Workers
+from tokenizer import images, pictures, videos
+from tokenizer.code_cache import CodeCache
 from tokenizer.codec import CODEC_FLAGS, Codec
+from tokenizer.collect import Inputs, Side
+from tokenizer.kinds import KINDS, Kind, compose
+from tokenizer.pictures import Picture
+from tokenizer.pipeline import Encoder, Pipeline
+from tokenizer.problems import Problems
+from tokenizer.resumable import ResumableFile
 
-Paths = tuple[pathlib.Path, ...]
+_BATCHES_AHEAD = 4  # that are read while one is encoded
+_BEGIN = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}
+VERSION = 1  # of the sentences that follow from flags and inputs: a build that was stopped under another cannot go on
 
-FLAGS = {
-    "kind": Flag("images", "The sentences to make.", choices=tuple(sentences.KINDS)),
-    "input_dir": Flag("", "Folder of pictures (folders below it included); for frames: of folders, one a clip."),
-    "target_dir": Flag("", "paired: folder of the labels, matched by stem (the path without its extension)."),
-    "output_file": Flag("", "The JSONL file to write; it appears when it is whole."),
-    "n_shots": Flag(8, "paired: pairs of a sentence."),
-    "n_epochs": Flag(1, "paired, frames: how often all pairs or clips are gone through, each time in another way."),
-    "n_frames": Flag(16, "frames: pictures of a sentence."),
-    "max_stride": Flag(1, "frames: the largest random step from one frame to the next."),
+# Flags that decide the sentences; a build that was stopped goes on only with the same.
+SENTENCE_FLAGS = {
+    "kind": Flag("images", "The sentences to make.", choices=tuple(KINDS)),
+    "input_dir": Flag("", "Folder of the inputs (folders below it included)."),
+    "target_dir": Flag("", "Folder of the labels or further sequences; for multi_* several, with commas between."),
+    "n_shots": Flag(8, "Pairs, images, or classes of a sentence."),
+    "images_per_shot": Flag(1, "category: pictures of each class of a sentence."),
+    "n_epochs": Flag(1, "How often all inputs are gone through, each time in another way."),
+    "n_frames": Flag(16, "Frames of a sentence."),
+    "max_stride": Flag(1, "frames, multi_sequence, co3d: the largest random step from one frame to the next."),
+    "strides": Flag("1", "video: steps from one frame to the next, with commas between; each gives its own sentences."),
+    "hole_mask_ratio": Flag(0.5, "inpainting: probability that what is masked is one hole, not many patches."),
     "seed": Flag(0, "Of every random choice."),
-    "max_errors": Flag(0, "Skip up to so many broken or unmatched inputs, each named; one more is an error."),
-    "workers": Flag(os.cpu_count() or 1, "Threads that open pictures."),
-    **CODEC_FLAGS,
+    "shard": Flag("0/1", "i/n: make only the i-th of n parts (from 0), which stand one behind the other in the whole."),
+    "vqgan": CODEC_FLAGS["vqgan"],
+    "dtype": CODEC_FLAGS["dtype"],
 }
-
-
-class Problems:
-    """Inputs that cannot be used: named as they are met, an error once there are more than allowed."""
-
-    def __init__(self, allowed: int):
-        self.allowed, self.count = allowed, 0
-
-    def add(self, messages: list[str]) -> None:
-        """Raises UserError if these are too many; else names each on standard error."""
-        self.count += len(messages)
-        if self.count > self.allowed:
-            more = f", and {len(messages) - 3} more like it" if len(messages) > 3 else ""
-            hint = f"--max_errors={self.allowed}; a higher one skips such inputs"
-            raise UserError(f"{'; '.join(messages[:3])}{more} ({hint})")
-        for message in messages:
-            tqdm.write(f"skipped: {message}", file=sys.stderr)
+FLAGS = {
+    **SENTENCE_FLAGS,
+    "batch_size": CODEC_FLAGS["batch_size"],
+    "output_file": Flag("", "The JSONL file to write; it appears when it is whole, OUTPUT_FILE.report.json beside it."),
+    "max_errors": Flag(0, "Skip up to so many broken, unmatched or short inputs, each named; then end."),
+    "fresh": Flag(False, "Begin again, though a build was stopped here, or has ended with the same settings."),
+    "workers": Flag(os.cpu_count() or 1, "Processes that read pictures."),
+    "cache_pictures": Flag(1 << 21, "Codes kept on disk for further epochs, of so many pictures at 2 bytes a token."),
+}
 
 
 def main(config) -> None:
     """Builds the file and prints what it holds."""
-    _check(config)
-    problems = Problems(config.max_errors)
-    items = COLLECTORS[config.kind](config, problems)
+    settings = _checked(config)
+    kind, problems = KINDS[config.kind], Problems(config.max_errors)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
-    paths = sorted({path for item in items for path in item})
-    codes_by_path = encode_files(codec, paths, config, problems)
-    readable = [path for path in paths if path in codes_by_path]
-    number = {path: i for i, path in enumerate(readable)}
-    usable = [tuple(number[path] for path in item) for item in items if all(path in number for path in item)]
-    composed = sentences.KINDS[config.kind](usable, np.random.default_rng(config.seed), config)
-    count = _write(config, composed, readable, codes_by_path, codec.config.num_embeddings)
-    dropped = f", {problems.count} inputs skipped" if problems.count else ""
-    print(f"{config.output_file}: {count} sentences of {len(readable)} pictures{dropped}")
+    extensions = videos.EXTENSIONS if kind.videos else images.EXTENSIONS
+    inputs = Inputs(kind.layout, _sides(kind, config), extensions, problems)
+    group = kind.group(inputs, settings)
+    shard, shards = settings.shard
+    total = group.examples * settings.n_epochs
+    span = range(total * shard // shards, total * (shard + 1) // shards)
+    with contextlib.closing(ResumableFile(config.output_file, _identity(config, inputs), config.fresh)) as file:
+        if file.whole is not None:
+            print(f"{config.output_file} is whole already: {_told(file.whole)}")
+            return
+        sentences = functools.partial(compose, kind, group, settings)
+        report = _build(config, codec, sentences, span, file, problems)
+        if not report["sentences"] and shards == 1:
+            raise UserError(f"--input_dir={config.input_dir}: not one sentence, {len(problems)} inputs skipped")
+        file.finish(report)
+    print(f"{config.output_file}: {_told(report)}")
 
 
-def _check(config) -> None:
-    for name in ("input_dir", "output_file", *(["target_dir"] if config.kind == "paired" else [])):
+def _told(report: dict) -> str:
+    skipped = f", {len(report['skipped'])} inputs skipped" if report["skipped"] else ""
+    waited = f"; the device waited {report['device_waiting_share']:.0%} of {report['seconds']:.0f} s"
+    return f"{report['sentences']} sentences of {report['pictures']} pictures{skipped}{waited}"
+
+
+def _checked(config):
+    """A frozen copy of the settings with lists parsed. Raises UserError for the first that cannot be."""
+    kind = KINDS[config.kind]
+    for name in ("input_dir", "output_file", *(["target_dir"] if kind.targets != "none" else [])):
         if not config[name]:
             raise UserError(f"--{name} is missing: --kind={config.kind} needs it")
-    for name in ("n_shots", "n_epochs", "n_frames", "max_stride", "workers"):
-        if config[name] < 1:
-            raise UserError(f"--{name}={config[name]}: must be at least 1")
-    if os.path.isdir(config.output_file):
-        raise UserError(f"--output_file={config.output_file}: is a folder")
+    if kind.targets == "one" and "," in config.target_dir:
+        raise UserError(f"--target_dir={config.target_dir}: --kind={config.kind} takes one folder")
+    least = {"seed": 0, "max_errors": 0} | dict.fromkeys(
+        ("n_shots", "images_per_shot", "n_epochs", "n_frames", "max_stride", "workers", "cache_pictures"), 1
+    )
+    for name, value in least.items():
+        if config[name] < value:
+            raise UserError(f"--{name}={config[name]}: must be at least {value}")
+    if not 0 <= config.hole_mask_ratio <= 1:
+        raise UserError(f"--hole_mask_ratio={config.hole_mask_ratio}: must be 0..1")
+    settings = config.copy_and_resolve_references()
+    with settings.ignore_type():
+        settings.strides = _numbers("strides", config.strides, ",")
+        settings.shard = _numbers("shard", config.shard, "/")
+    if min(settings.strides) < 1:
+        raise UserError(f"--strides={config.strides}: each must be at least 1")
+    if len(settings.shard) != 2 or not 0 <= settings.shard[0] < settings.shard[1]:
+        raise UserError(f"--shard={config.shard}: must be i/n with i one of 0..n-1")
+    return settings
 
 
-def collect_pictures(config, problems: Problems) -> list[Paths]:
-    """Each picture of the folder by itself."""
-    return [(path,) for path in images.find(config.input_dir, "input_dir")]
-
-
-def collect_pairs(config, problems: Problems) -> list[Paths]:
-    """(image, label) of each stem that both folders have; the others are problems."""
-    sides = []
-    for flag in ("input_dir", "target_dir"):
-        sides.append(images.stems(images.find(config[flag], flag), config[flag], flag))
-    lone = [
-        f"{mine[stem]} has no partner in --{flag}={config[flag]}"
-        for mine, other, flag in ((sides[0], sides[1], "target_dir"), (sides[1], sides[0], "input_dir"))
-        for stem in sorted(mine.keys() - other.keys())
-    ]
-    if lone:
-        problems.add(lone)
-    return [(sides[0][stem], sides[1][stem]) for stem in sorted(sides[0].keys() & sides[1].keys())]
-
-
-def collect_clips(config, problems: Problems) -> list[Paths]:
-    """The pictures of each folder, by name order: a clip."""
-    clips: dict[pathlib.Path, list[pathlib.Path]] = {}
-    for path in images.find(config.input_dir, "input_dir"):
-        clips.setdefault(path.parent, []).append(path)
-    return [tuple(clips[folder]) for folder in sorted(clips)]
-
-
-# What each kind of sentences.KINDS is made of.
-COLLECTORS: dict[str, Callable[..., list[Paths]]] = {
-    "images": collect_pictures,
-    "paired": collect_pairs,
-    "frames": collect_clips,
-}
-
-
-def encode_files(codec: Codec, paths: list[pathlib.Path], config, problems: Problems) -> dict[pathlib.Path, np.ndarray]:
-    """Codes [N] of every readable picture (two bytes a token: a million pictures of 256 take half a gigabyte)."""
-
-    def load(path):
-        try:
-            return images.load(path, codec.config.resolution)
-        except UserError as error:
-            return error
-
-    codes: dict[pathlib.Path, np.ndarray] = {}
-    batch: list[tuple[pathlib.Path, np.ndarray]] = []
-
-    def flush():
-        pixels = np.stack([pixels for _, pixels in batch])
-        codes.update(zip((path for path, _ in batch), codec.encode(pixels).astype(np.uint16)))
-        batch.clear()
-
-    with (
-        tqdm(total=len(paths), unit="image", desc="encoding") as bar,
-        concurrent.futures.ThreadPoolExecutor(config.workers) as pool,
-    ):
-        for path, loaded in zip(paths, in_order(pool, load, paths, depth=2 * config.batch_size + config.workers)):
-            bar.update()
-            if isinstance(loaded, UserError):
-                problems.add([str(loaded)])
-                continue
-            batch.append((path, loaded))
-            if len(batch) == config.batch_size:
-                flush()
-        if batch:
-            flush()
-    if not codes:
-        raise UserError(f"--input_dir={config.input_dir}: not one readable picture")
-    return codes
-
-
-def in_order(pool, function: Callable, inputs: Iterable, depth: int) -> Iterator:
-    """`function` of each input, in order, computed by the pool at most `depth` ahead of what is taken."""
-    waiting: collections.deque = collections.deque()
-    for value in inputs:
-        waiting.append(pool.submit(function, value))
-        if len(waiting) >= depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _write(config, composed: Iterable, paths: list[pathlib.Path], codes_by_path: dict, num_codes: int) -> int:
-    temporary = f"{config.output_file}.tmp"
-    os.makedirs(os.path.dirname(config.output_file) or ".", exist_ok=True)
-    count = 0
+def _numbers(name: str, value: str, separator: str) -> tuple[int, ...]:
     try:
-        with open(temporary, "wb") as file:
-            for sentence in composed:
-                tokens = np.concatenate([codes_by_path[paths[i]] for i in sentence]).astype(np.int32)
-                records.check_ids(tokens, num_codes)
-                sources = [str(paths[i]) for i in sentence]
-                file.write(records.record_line(tokens, kind=config.kind, sources=sources))
-                count += 1
-        os.replace(temporary, config.output_file)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return count
+        return tuple(int(part) for part in value.split(separator))
+    except ValueError:
+        raise UserError(f"--{name}={value}: must be whole numbers with {separator!r} between") from None
+
+
+def _sides(kind: Kind, config) -> list[Side]:
+    if kind.folders:
+        return [Side(config.input_dir, "input_dir", folder) for folder in kind.folders]
+    targets = config.target_dir.split(",") if kind.targets != "none" else []
+    return [Side(config.input_dir, "input_dir"), *(Side(target.strip(), "target_dir") for target in targets)]
+
+
+def _identity(config, inputs: Inputs) -> dict:
+    """All that the bytes of the file follow from."""
+    names = [os.path.join(config.vqgan, name) for name in sorted(os.listdir(config.vqgan))]
+    tokenizer = [files.content(name, os.path.getsize(name)) for name in names if os.path.isfile(name)]
+    return {
+        "version": VERSION,
+        "inputs": inputs.digest,
+        "tokenizer": tokenizer,
+        **{n: config[n] for n in SENTENCE_FLAGS},
+    }
+
+
+def _build(config, codec: Codec, sentences: Callable, span: range, file: ResumableFile, problems: Problems) -> dict:
+    """Writes those sentences of the examples `span` that are not there yet; returns the report."""
+    state = file.state or {**_BEGIN, "example": span.start}
+    problems.restore(state["skipped"])
+    directory = os.path.dirname(config.output_file) or "."
+    os.makedirs(directory, exist_ok=True)
+    cache = CodeCache(config.cache_pictures, codec.config.tokens_per_image, directory)
+    begin = time.monotonic() - state["seconds"]
+    with Workers(config.workers) as workers, contextlib.closing(Encoder(codec)) as encoder, _bar(config) as bar:
+        bar.reset(len(span))
+        bar.update(state["example"] - span.start)
+        depth = _BATCHES_AHEAD * config.batch_size + 2 * config.workers
+        read = functools.partial(workers.submit, functools.partial(pictures.read, size=codec.config.resolution))
+        done = state["example"], state["number"]
+        to_come = (s for s in sentences(range(done[0], span.stop), workers, problems) if (s.example, s.number) >= done)
+        for sentence, codes in Pipeline(read, encoder, cache, config.batch_size, depth).run(to_come):
+            if isinstance(codes, dict):
+                for path, reason in codes.items():
+                    problems.add(path, reason)
+                state["sentences_left_out"] += 1
+            else:
+                file.write(_line(config.kind, sentence.pictures, codes, codec.config.num_embeddings))
+                state["sentences"] += 1
+                state["pictures"] += len(codes)
+            state |= {"example": sentence.example, "number": sentence.number + 1}
+            bar.set_postfix_str(encoder.figures(), refresh=False)
+            bar.update(sentence.example - span.start - bar.n)
+            if file.due():
+                file.mark({**state, "seconds": time.monotonic() - begin, "skipped": problems.reasons})
+        bar.update(len(span) - bar.n)
+        return {
+            **{name: state[name] for name in ("sentences", "pictures", "sentences_left_out")},
+            "skipped": [{"input": path, "reason": reason} for path, reason in sorted(problems.reasons.items())],
+            "seconds": round(time.monotonic() - begin, 1),
+            "device_waiting_share": round(encoder.waiting_share(), 3),
+        }
+
+
+def _bar(config) -> tqdm:
+    # Without a terminal, as in a job's log, one line a minute is enough.
+    return tqdm(unit="example", desc=config.kind, mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def _line(kind: str, sentence: list[Picture], codes: np.ndarray, num_codes: int) -> bytes:
+    tokens = codes.reshape(-1).astype(np.int32)
+    records.check_ids(tokens, num_codes)
+    return records.record_line(tokens, kind=kind, **pictures.facts(sentence))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 Shapes: n pictures, S the side in pixels. Pixels are float32 in [0, 1], RGB, channels last.
 """
 
+import contextlib
+import dataclasses
 import os
 import pathlib
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,11 +15,20 @@ from PIL import Image, ImageOps
 from EasyLM.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")
+SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray
 
 
 def load(path, size: int) -> np.ndarray:
-    """A picture as the tokenizer sees it: RGB, resized (bicubic, the aspect not kept) to [size,size,3] in [0, 1].
+    """A picture as the tokenizer sees it: `read`, scaled to [0, 1].
+
+    Raises:
+      UserError: naming the path, if the file is missing, broken or no picture.
+    """
+    return read(path, size).astype(np.float32) / 255
+
+
+def read(path, size: int) -> np.ndarray:
+    """A picture as bytes: RGB, resized (bicubic, the aspect not kept) to uint8 [size,size,3].
 
     The camera's rotation is applied, transparency lies over white, of an animation the first frame counts, and 16-bit
     gray is scaled from 0..65535.
@@ -26,18 +36,35 @@ def load(path, size: int) -> np.ndarray:
     Raises:
       UserError: naming the path, if the file is missing, broken or no picture.
     """
+    with opened(path) as image:
+        return _resized(_to_rgb(ImageOps.exif_transpose(image)), size)
+
+
+@contextlib.contextmanager
+def opened(path) -> Iterator[Image.Image]:
+    """The image of a file; what goes wrong with it in here becomes a UserError with its path."""
     try:
         with Image.open(path) as image:
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-            return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+            yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error})") from error
+    except (
+        Exception
+    ) as error:  # on broken bytes Pillow's decoders raise nearly anything, IndexError and struct.error too
+        raise UserError(f"{path}: not a readable picture ({error or type(error).__name__})") from error
+
+
+def to_pixels(rgb: Image.Image, size: int | None) -> np.ndarray:
+    """Pixels of an RGB image, resized to [size,size,3] (bicubic, the aspect not kept); None: at its own size."""
+    return (np.asarray(rgb) if size is None else _resized(rgb, size)).astype(np.float32) / 255
+
+
+def _resized(rgb: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT:
+    if image.mode in SIXTEEN_BIT:
         gray = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.round(np.clip(gray, 0, 255)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
@@ -55,17 +82,55 @@ def find(directory: str, flag: str) -> list[pathlib.Path]:
     Raises:
       UserError: naming the flag, if there is no such folder, or no picture in it.
     """
+    return [pathlib.Path(directory, name) for name in sorted(entry.name for entry in walk(directory, flag))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A file: its name within the folder that was walked, as `cats/0001.png`, its bytes, and when it changed."""
+
+    name: str
+    size: int
+    changed_ns: int
+
+
+def walk(directory: str, flag: str, extensions: Sequence[str] = EXTENSIONS) -> Iterator[Entry]:
+    """The files of these extensions (in any case) in a folder and those below it, in no order, listing none in memory.
+
+    Hidden files and folders are left out.
+
+    Raises:
+      UserError: naming the flag, if there is no such folder, no such file in it, or a name that is not UTF-8.
+    """
     if not os.path.isdir(directory):
         raise UserError(f"--{flag}={directory}: no such folder")
-    root = pathlib.Path(directory)
-    found = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and not _hidden(path, root)]
+    found, folders = False, [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(directory, folder)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{folder}{entry.name}/")
+                elif entry.name.lower().endswith(tuple(extensions)) and not entry.is_dir():
+                    found = True
+                    yield _entry(entry, folder, directory, flag)
     if not found:
-        raise UserError(f"--{flag}={directory}: no picture there ({', '.join(EXTENSIONS)})")
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+        raise UserError(f"--{flag}={directory}: no file of {', '.join(extensions)} there")
 
 
-def _hidden(path: pathlib.Path, root: pathlib.Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _entry(entry: os.DirEntry, folder: str, directory: str, flag: str) -> Entry:
+    name = f"{folder}{entry.name}"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--{flag}={directory}: the name {os.fsencode(name)!r} is not UTF-8; rename the file") from None
+    try:
+        stat = entry.stat()
+    except FileNotFoundError:  # a link to nothing: whoever reads it says so
+        stat = entry.stat(follow_symlinks=False)
+    return Entry(name, stat.st_size, stat.st_mtime_ns)
 
 
 def stems(paths: Sequence[pathlib.Path], directory: str, flag: str) -> dict[str, pathlib.Path]:

@@ -43,12 +43,6 @@ def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
     return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels.copy()
 
 
-def gray(pixels: np.ndarray) -> np.ndarray:
-    """Luminance by the weights of ITU-R BT.601, in all three channels: uint8 [...,3]."""
-    light = pixels @ np.array([0.2989, 0.5870, 0.1140])
-    return np.repeat(np.round(light).astype(np.uint8)[..., None], 3, axis=-1)
-
-
 @functools.cache
 def _open(package: str, path: str) -> Image.Image:
     found = importlib.util.find_spec(package)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from tokenizer import images, photos, scenes
+from tokenizer import images, photos, pictures, scenes
 
 _SEEDS = 10**6  # room between two values of --seed, so that their pictures differ
 
@@ -62,7 +62,7 @@ def _scene(index: int, *, first_seed: int, size: int, root: str) -> None:
 
 def _photo(index: int, *, held_out: bool, first_seed: int, size: int, root: str) -> None:
     colour = photos.crop(first_seed + index, size, held_out)
-    for name, picture in {"photo_color": colour, "photo_gray": photos.gray(colour)}.items():
+    for name, picture in {"photo_color": colour, "photo_gray": pictures.gray(colour)}.items():
         images.save(os.path.join(root, name, f"{index:06d}.png"), picture)
 
 

@@ -1,59 +1,100 @@
 """Which pictures follow each other in a sentence: one pure function a kind.
 
-An *item* is a tuple of pictures (here: their numbers) that stand or fall together: one picture, an image with its
-label, a clip. A kind takes the readable items and a random generator and yields sentences, each a list of pictures.
+A *row* is a tuple of pictures of one thing: an image, or an image with its annotations, in the order of the folders.
+An *item* is one row, or the rows of a clip in order of time, or of a class (collect.py). A group of rows makes an
+*example* (groups.py); a kind's function takes the rows of an example and a random generator, and yields sentences.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from EasyLM.errors import UserError
+from tokenizer.pictures import Picture
 
-Item = tuple[int, ...]
-Sentence = list[int]
-
-
-def images(items: Sequence[Item], rng: np.random.Generator, settings) -> Iterator[Sentence]:
-    """One sentence a picture, in name order."""
-    for item in items:
-        yield list(item)
+Row = tuple[Picture, ...]
+Sentence = list[Picture]
+Order = Callable[[list[Row], np.random.Generator, object], Iterator[Sentence]]
 
 
-def paired(items: Sequence[Item], rng: np.random.Generator, settings) -> Iterator[Sentence]:
-    """[image, label, image, label, ...] of `n_shots` pairs: `n_epochs` shuffles of all pairs, each cut into sentences.
-
-    What is left over at the end of a shuffle, fewer than `n_shots` pairs, is another one each time.
-    """
-    if len(items) < settings.n_shots:
-        raise UserError(f"--n_shots={settings.n_shots}: only {len(items)} pairs are there")
-    for _ in range(settings.n_epochs):
-        order = rng.permutation(len(items))
-        for start in range(0, len(items) - settings.n_shots + 1, settings.n_shots):
-            yield [picture for i in order[start : start + settings.n_shots] for picture in items[i]]
+class TooShortError(UserError):
+    """A clip that has no window. Its message lacks the name, which the caller knows."""
 
 
-def frames(items: Sequence[Item], rng: np.random.Generator, settings) -> Iterator[Sentence]:
-    """`n_frames` of a clip at a random stride of 1..`max_stride`: windows one behind the other, `n_epochs` times.
-
-    A clip takes no stride that it is too short for; one with fewer than `n_frames` gives no sentence.
-    """
-    if all(len(clip) < settings.n_frames for clip in items):
-        longest = max((len(clip) for clip in items), default=0)
-        raise UserError(f"--n_frames={settings.n_frames}: the longest clip has {longest} frames")
-    for _ in range(settings.n_epochs):
-        for clip in items:
-            if len(clip) >= settings.n_frames:
-                yield from _windows(clip, rng, settings.n_frames, settings.max_stride)
+def in_turn(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """Every picture of every row: [image, label, image, label, ...] of pairs."""
+    yield [picture for row in rows for picture in row]
 
 
-def _windows(clip: Item, rng: np.random.Generator, n_frames: int, max_stride: int) -> Iterator[Sentence]:
-    possible = (len(clip) - 1) // max(n_frames - 1, 1)
-    stride = int(rng.integers(1, min(max_stride, possible) + 1)) if n_frames > 1 else 1
+def coloured_labels(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """[image, label, ...] with the label's ids as colours of a fixed palette."""
+    yield [picture for image, label in rows for picture in (image, label._replace(view="palette"))]
+
+
+def shuffled_tasks(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """All pictures of one row after those of the other, in an order that is drawn once for the sentence."""
+    tasks = rng.permutation(len(rows[0]))
+    yield [row[task] for row in rows for task in tasks]
+
+
+def colorization(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """[gray, colour, gray, colour, ...]"""
+    yield [picture for (colour,) in rows for picture in (colour._replace(view="gray"), colour)]
+
+
+def inpainting(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """[masked, image, masked, image, ...]; masked is a hole with probability `hole_mask_ratio`, else patches."""
+    sentence = []
+    for (whole,) in rows:
+        view = "hole" if rng.random() < settings.hole_mask_ratio else "patches"
+        sentence += [whole._replace(view=view, key=int(rng.integers(2**53))), whole]
+    yield sentence
+
+
+def frames(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """`n_frames` of a clip, at one random stride of 1..`max_stride`: windows one behind the other."""
+    for window in _random_windows(rows, rng, settings):
+        yield [picture for row in window for picture in row]
+
+
+def video(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """`n_frames` of a video at each of the `strides`, in windows one behind the other; too long a stride gives none."""
+    _check_length(rows, settings.n_frames, min(settings.strides))
+    for stride in settings.strides:
+        for window in _windows(rows, rng, settings.n_frames, stride):
+            yield [picture for row in window for picture in row]
+
+
+def multi_sequence(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """Windows of aligned clips, each sequence by sequence [x1..xn, y1..yn], and interleaved [x1, y1, x2, y2, ...]."""
+    for window in _random_windows(rows, rng, settings):
+        yield [row[task] for task in range(len(window[0])) for row in window]
+        yield [picture for row in window for picture in row]
+
+
+def co3d(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[Sentence]:
+    """[image, mask, depth, image, mask, depth, ...] of windows of a sequence."""
+    for window in _random_windows(rows, rng, settings):
+        yield [p for image, mask, depth, _ in window for p in (image, mask, depth._replace(view="co3d_depth"))]
+
+
+def _random_windows(rows: list[Row], rng: np.random.Generator, settings) -> Iterator[list[Row]]:
+    """Windows at a random stride, none that the clip is too short for."""
+    _check_length(rows, settings.n_frames, 1)
+    possible = (len(rows) - 1) // max(settings.n_frames - 1, 1)
+    stride = int(rng.integers(1, max(1, min(settings.max_stride, possible)) + 1))
+    return _windows(rows, rng, settings.n_frames, stride)
+
+
+def _check_length(rows: list[Row], n_frames: int, stride: int) -> None:
+    needed = (n_frames - 1) * stride + 1
+    if len(rows) < needed:
+        raise TooShortError(f"too short: {len(rows)} frames, {needed} needed")
+
+
+def _windows(rows: list[Row], rng: np.random.Generator, n_frames: int, stride: int) -> Iterator[list[Row]]:
+    """All windows that fit behind each other; where the first begins is random, as far as that loses none."""
     span = (n_frames - 1) * stride + 1
-    first = int(rng.integers(0, (len(clip) - span) % span + 1))
-    for start in range(first, len(clip) - span + 1, span):
-        yield list(clip[start : start + span : stride])
-
-
-KINDS = {"images": images, "paired": paired, "frames": frames}
+    first = int(rng.integers(0, len(rows) % span + 1)) if len(rows) >= span else 0
+    for start in range(first, len(rows) - span + 1, span):
+        yield rows[start : start + span : stride]
