@@ -34,7 +34,7 @@ setup(
         "video": ["av>=16"],
         "text": ["datasets", "sentencepiece", "tokenizers"],
         "serve": ["gradio", "fastapi", "uvicorn"],
-        "quickstart": ["scikit-image", "scikit-learn"],
-        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "av>=16"],
+        "quickstart": ["scikit-image", "scikit-learn", "matplotlib"],
+        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "matplotlib", "av>=16"],
     },
 )

@@ -32,7 +32,8 @@ TIERS = [
     {"tokenizer.kinds"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
-    {"evaluation.prompter"},
+    {"evaluation.prompter", "evaluation.tasks", "evaluation.plots"},
+    {"evaluation.benchmarks"},
     # entry points
     {
         "EasyLM.models.llama.llama_train",
@@ -46,7 +47,7 @@ TIERS = [
     },
 ]
 LAZY = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", "av", "gradio", "fastapi", "uvicorn"}
-LAZY |= {"skimage", "sklearn", "wandb"}
+LAZY |= {"skimage", "sklearn", "wandb", "matplotlib"}
 
 
 def modules():
