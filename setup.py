@@ -25,6 +25,7 @@ setup(
         "tqdm",
         "orjson",  # JSON lines at 10 times the rate of json
         "pybase64",  # base64 with SIMD
+        "zstandard",  # .zst inputs
         "fsspec",  # remote paths: gs://, s3://, hf://
     ],
     extras_require={

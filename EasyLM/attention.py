@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from EasyLM.errors import UserError
 
 _LOWEST = -1e30  # instead of -inf, whose differences are NaN
-_CPU_CHUNK = 256  # a chunk's scores stay in the cache: 2.5 times as fast as "xla" at 1024 tokens
+_CPU_CHUNK = 128  # a chunk's scores stay in the cache: forward and backward take 0.84 of the time that 256 take
 _CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 
 

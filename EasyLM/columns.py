@@ -1,7 +1,7 @@
-"""Files that are derived from a source once and then kept: a JSON header and columns of numbers, opened memory-mapped.
+"""Files of a JSON header and columns of numbers, opened memory-mapped. Most are derived from a source and then kept.
 
-They lie beside their source if its directory can be written, else in the user's cache directory. One that was made from
-another version of its source, or with other settings, counts as missing and is replaced.
+Those lie beside their source if its directory can be written, else in the user's cache directory. One that was made
+from another version of its source, or with other settings, counts as missing and is replaced.
 """
 
 import contextlib
@@ -52,33 +52,51 @@ def derive(source: str, suffix: str, identity: dict, version: dict, dtypes: dict
         found = _load(place, expected)
         if found is not None:
             return found
-    place, (path, partial) = _first_writable(places)
+    place, temporary = _first_writable(places)
+    _write(place, temporary, dtypes, produce, {"expected": expected})
+    return _load(place, expected)
+
+
+def create(path: str, dtypes: dict[str, str], produce: Callable) -> None:
+    """Writes a file of its own, derived from nothing that is watched, under its name when it is whole; as `derive`."""
+    place = os.path.abspath(path)
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    _write(place, _temporary(place), dtypes, produce, {})
+
+
+def open_columns(path: str) -> Columns | None:
+    """The columns of a file, or None if it is none, or is cut off."""
+    return _load(path, None)
+
+
+def _write(place: str, temporary, dtypes: dict[str, str], produce: Callable, facts: dict) -> None:
+    path, partial = temporary
     try:
-        with partial, _temporary_columns(dtypes, os.path.dirname(place)) as files:
+        with partial, _temporary_columns(dtypes, os.path.dirname(path)) as files:
 
             def append(**arrays):
                 for column, array in arrays.items():
                     files[column].write(np.ascontiguousarray(array, dtypes[column]).data)
 
-            facts = {**produce(append), "expected": expected}
-            _join(partial, facts, files, dtypes)
+            _join(partial, {**produce(append), **facts}, files, dtypes)
         os.replace(path, place)
     except BaseException:
         os.unlink(path)
         raise
-    return _load(place, expected)
 
 
-def _load(path: str, expected: dict) -> Columns | None:
+def _load(path: str, expected: dict | None) -> Columns | None:
     try:
         with open(path, "rb") as file:
             facts = orjson.loads(file.read(HEADER_BYTES))
     except (OSError, orjson.JSONDecodeError):
         return None
-    if facts.get("expected") != expected:
+    if not isinstance(facts, dict) or facts.get("expected") != expected or "columns" not in facts:
         return None
     arrays = {}
     for name, (dtype, offset, length) in facts.pop("columns").items():
+        if offset + length * np.dtype(dtype).itemsize > os.path.getsize(path):
+            return None
         # An empty file cannot be mapped.
         mapped = np.memmap(path, dtype, "r", offset, (length,)) if length else np.empty(0, dtype)
         arrays[name] = mapped.view(np.ndarray)

@@ -1,13 +1,18 @@
 """From the flags of a dataset to its row source. Nothing here imports JAX."""
 
+import functools
+from fractions import Fraction
+
 import numpy as np
 
-from EasyLM import files
+from EasyLM import files, packed
 from EasyLM.errors import UserError, choose
 from EasyLM.examples import FileExamples, huggingface_examples
 from EasyLM.fields import TEXT_PROCESSOR_FLAGS, make_processor
 from EasyLM.flags import Flag
 from EasyLM.json_lines import JsonLines
+from EasyLM.mixed_rows import MixedRows, block_counts
+from EasyLM.mixing import parse_numbers
 from EasyLM.rows import TokenRows
 from EasyLM.token_store import STORE_DTYPES, TokenStore
 
@@ -24,7 +29,14 @@ DATASET_FLAGS = {
     "type": Flag("json", "Where examples come from: JSON lines, or a Hugging Face dataset.", choices=TYPES),
     "text_processor": TEXT_PROCESSOR_FLAGS,
     "json_dataset": {
-        "path": Flag("", "JSONL files, local or remote (gs://, s3://, ...): a comma list of paths and globs."),
+        "path": Flag(
+            "", "JSONL files, local or remote (gs://, s3://, ...), or packed ones: a comma list of paths and globs."
+        ),
+        "weights": Flag(
+            "",
+            "Comma list, one a part of `path`: its share of the rows; each part is gone through again and again at "
+            "its own pace. Empty: all files one after another, each row once an epoch.",
+        ),
         "seq_length": Flag(1024, "Tokens of a row."),
         "batch_size": Flag(8, "Rows of the global batch of one micro-step."),
         "always_start_with_bos": Flag(False, "Replace the first input token of each row by the bos id."),
@@ -58,8 +70,10 @@ def settings(config):
     return config[f"{config.type}_dataset"]
 
 
-def make_dataset(config, tokenizer, vocab_size: int, name: str = "train_dataset") -> TokenRows:
-    """The row source of a `DATASET_FLAGS` config. Checks all settings, then indexes or tokenizes what is not yet.
+def make_dataset(config, tokenizer, vocab_size: int, name: str = "train_dataset"):
+    """The row source of a `DATASET_FLAGS` config: `TokenRows`, or of weighted parts `MixedRows`.
+
+    Checks all settings, then indexes or tokenizes what is not yet.
 
     Args:
       tokenizer: a text tokenizer, or None.
@@ -92,7 +106,35 @@ def _check_positive(group, config, names):
 
 
 def _json_rows(config, _, processor, group, first_id):
-    paths = files.expand(f"{group}.path", config.path)
+    parts = files.expand_parts(f"{group}.path", config.path)
+    make = functools.partial(_file_rows, config, processor, group, first_id)
+    if not config.weights:
+        return make([path for _, paths in parts for path in paths], config.shuffle_seed)
+    weights = parse_numbers(f"{group}.weights", config.weights, len(parts), Fraction)
+    counts = block_counts(f"{group}.weights", weights)
+    for name in ("start_seek_loc", "example_index_at_start"):
+        if config[name]:
+            raise UserError(f"--{group}.{name}={config[name]}: has no meaning with --{group}.weights={config.weights}")
+    # Each part in an order of its own: parts of one size would else run through theirs in step.
+    seeds = [config.shuffle_seed + (i << 32) if config.shuffle_seed >= 0 else -1 for i in range(len(parts))]
+    return MixedRows(
+        [make(paths, seed) for (_, paths), seed in zip(parts, seeds)],
+        counts,
+        shuffle_seed=config.shuffle_seed,
+        token_count=config.tokens_count_at_start,
+        window=config.throughput_average_window_size,
+    )
+
+
+def _file_rows(config, processor, group, first_id, paths, shuffle_seed):
+    for path in paths:
+        if files.is_compressed(path):
+            raise UserError(
+                f"--{group}.path: {path} is compressed, and rows are read at any place of a file: unpack it, or make "
+                "one of all with tokenizer.mix or tokenizer.pack, which read it as it is"
+            )
+        if processor.needs_text and packed.is_packed(path):
+            raise UserError(f"--{group}.path: {path} is packed and holds no text")
     if processor.needs_text:
         stream = _token_store(FileExamples(paths), processor, "i4", config, config.skip_bad_lines)
     else:
@@ -105,7 +147,7 @@ def _json_rows(config, _, processor, group, first_id):
         stream,
         config.seq_length,
         config.batch_size,
-        shuffle_seed=config.shuffle_seed,
+        shuffle_seed=shuffle_seed,
         first_id=first_id,
         first_token=first_token,
         first_example=config.example_index_at_start,

@@ -1,14 +1,21 @@
 """Data files, local or remote (through fsspec: gs://, s3://, hf://): names, versions, bytes."""
 
+import contextlib
 import glob
+import gzip
 import hashlib
 import os
+import zlib
+from collections.abc import Iterator
 
 import fsspec
+import zstandard
 
 from EasyLM import columns
 from EasyLM.errors import UserError
 
+BLOCK_BYTES = 64 << 10  # of packed data, unpacked at a time
+COMPRESSED = (".gz", ".zst")
 DIGEST_BYTES = 64 << 10  # at each end of a file: tells one file from another of the same size
 
 
@@ -21,29 +28,83 @@ def open_binary(path: str):
     return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")
 
 
+def is_compressed(path: str) -> bool:
+    return path.lower().endswith(COMPRESSED)
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, line without its end) of each line that is not blank; .gz and .zst files unpacked.
+
+    Raises:
+      UserError: naming the path, if there is no such file or it cannot be unpacked.
+    """
+    version(path)
+    number = 0
+    try:
+        with contextlib.closing(open_binary(path)) as file:
+            for number, line in enumerate(_unpacked_lines(path, file), start=1):
+                if line.strip():
+                    yield number, line.rstrip(b"\r\n")
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: cannot be unpacked after line {number} ({error})") from None
+
+
+def _unpacked_lines(path: str, file) -> Iterator[bytes]:
+    if path.lower().endswith(".gz"):
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield from unpacked
+    elif path.lower().endswith(".zst"):
+        rest = b""
+        for data in _zstandard_blocks(file):
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+        yield rest
+    else:
+        yield from file
+
+
+def _zstandard_blocks(file) -> Iterator[bytes]:
+    """What is packed, frame after frame. (The package's own stream takes a file that is cut off for a whole one.)"""
+    frame = None
+    while data := file.read(BLOCK_BYTES):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("it is cut off")
+
+
 def expand(name: str, value: str) -> list[str]:
     """The files of a flag: a comma list of paths and globs. Order as given; those of one glob sorted.
 
     Raises:
       UserError: naming the flag, if nothing is named, a path is missing or a directory, or a glob matches no file.
     """
+    return [path for _, paths in expand_parts(name, value) for path in paths]
+
+
+def expand_parts(name: str, value: str) -> list[tuple[str, list[str]]]:
+    """(part, its files) of each part of a flag's comma list; else as `expand`."""
     names = [part.strip() for part in value.split(",") if part.strip()]
     if not names:
         raise UserError(f"--{name} is empty: give a file, a glob such as 'DIR/*.jsonl', or a comma list of them")
-    paths = []
+    parts = []
     for part in names:
+        found = [part]
         try:
             if any(c in part for c in "*?["):
                 found = [path for path in _glob(part) if not path.endswith(columns.SUFFIXES)]
                 if not found:
                     raise UserError("no file matches")
-                paths += found
             else:
                 version(part)
-                paths.append(part)
         except UserError as error:
             raise UserError(f"--{name}={value}: {str(error).removeprefix(part + ': ')}: {part}") from None
-    return paths
+        parts.append((part, found))
+    return parts
 
 
 def _glob(pattern: str) -> list[str]:

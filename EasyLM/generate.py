@@ -69,7 +69,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     allowed_ids: int = CODEBOOK_SIZE,
     prompt_mask_BP: np.ndarray | None = None,
     progress: Callable[[np.ndarray], None] | None = None,
@@ -83,6 +83,7 @@ def generate(
       prompts_BP: token ids; prompts of different lengths: see `left_padded`.
       temperature: 0 takes the most likely token.
       top_k, top_p: see `Sampling`; 0 and 1 turn them off.
+      seed: one for all prompts, or one for each.
       allowed_ids: only ids below this one are drawn (and below the vocabulary's end): image codes by default.
       prompt_mask_BP: 1 for a token, 0 for padding on the left; None: no padding.
       progress: called every few tokens with all tokens so far, [B, C, n].
@@ -193,11 +194,13 @@ def _smallest_kept(logits_V, sampling: Sampling):
     return jnp.where(kept_V, sorted_V, jnp.inf).min()
 
 
-def _keys(seed: int, prompts_BP: np.ndarray, mask_BP: np.ndarray | None, candidates: int) -> jax.Array:
+def _keys(seed: int | Sequence[int], prompts_BP: np.ndarray, mask_BP: np.ndarray | None, candidates: int) -> jax.Array:
     """A key for each candidate [B, C], from the seed, the prompt's tokens and the candidate's number."""
     rows = prompts_BP if mask_BP is None else [row[mask == 1] for row, mask in zip(prompts_BP, mask_BP, strict=True)]
     hashes_B = np.array([zlib.crc32(np.ascontiguousarray(row, "<i4")) for row in rows], np.uint32)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hashes_B)
+    seeds, place_B = np.unique(np.broadcast_to(seed, len(rows)), return_inverse=True)
+    keys_B = jnp.stack([jax.random.key(int(number)) for number in seeds])[place_B]
+    keys_B = jax.vmap(jax.random.fold_in)(keys_B, hashes_B)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, np.arange(candidates))
 
 

@@ -1,18 +1,17 @@
-"""JSONL files, one after another, as one stream of tokens of which any range can be read, at the cost of that range."""
+"""JSONL and packed files, one after another, as one stream of tokens: any range is read at the cost of that range."""
 
 import bisect
 import functools
 import os
 import resource
-from itertools import chain
 
 import fsspec
 import numpy as np
 import pybase64
 
-from EasyLM import files
-from EasyLM.errors import UserError
+from EasyLM import files, packed
 from EasyLM.fields import RecordProcessor
+from EasyLM.line_file import LineFile
 from EasyLM.line_index import line_index
 from EasyLM.records import parse_line, token_type
 
@@ -23,7 +22,7 @@ PARSED_LINES = 8  # kept, of those that cannot be cut out of the raw line
 
 
 class JsonLines:
-    """Tokens of JSONL files in order; also how the other source of tokens (`token_store.TokenStore`) behaves.
+    """Tokens of files in order; also how the other source of tokens (`token_store.TokenStore`) behaves.
 
     Attributes:
       num_tokens: of all files.
@@ -35,14 +34,14 @@ class JsonLines:
     def __init__(self, paths: list[str], processor: RecordProcessor, processes: int = 1, skip_bad_lines: bool = False):
         """Indexes the files, or opens their indexes (see `line_index` for `processes` and errors)."""
         _allow_open_files(2 * len(paths))  # a file and its index
-        self._files = [_File(path, line_index(path, processor, processes, skip_bad_lines), processor) for path in paths]
+        self._files = [_open(path, processor, processes, skip_bad_lines) for path in paths]
         self._first_tokens = np.cumsum([0] + [file.num_tokens for file in self._files]).tolist()
         self._first_examples = np.cumsum([0] + [file.num_examples for file in self._files]).tolist()
         self._processor = processor
         self._all_in_loss = processor.all_in_loss
         self.num_tokens = self._first_tokens[-1]
         self.num_examples = self._first_examples[-1]
-        self.bad_lines = sum(file.index.facts["bad_lines"] for file in self._files)
+        self.bad_lines = sum(file.bad_lines for file in self._files)
 
     @property
     def bytes_read(self) -> int:
@@ -77,7 +76,7 @@ class JsonLines:
     def identity(self) -> dict:
         """What the stream is made of, as JSON values: equal for equal streams, wherever the files lie."""
         return {
-            "files": [{name: file.index.facts[name] for name in ("size", "content", "tokens")} for file in self._files],
+            "files": [part for file in self._files for part in file.identity()],
             "processing": self._processor.identity(),
         }
 
@@ -85,82 +84,45 @@ class JsonLines:
         return bisect.bisect_right(self._first_tokens, token) - 1
 
 
-class _File:
-    """One file and its index.
+class JsonFile(LineFile):
+    """One JSONL file and its index.
 
-    Numbers below: a line of n tokens has a head of literals, a body of base64 ids, and a tail of literals. Three ids of
-    s bytes are 4s characters of base64, so any range of ids can be decoded without what stands before it.
+    Three ids of s bytes are 4s characters of base64, so any range of ids can be decoded without what stands before it.
     """
 
     def __init__(self, path: str, index, processor: RecordProcessor):
-        self.index, self._path, self._processor = index, path, processor
+        super().__init__(path, processor)
+        self._facts = index.facts
         self.num_tokens, self.num_examples = index.facts["tokens"], len(index.arrays["ends"])
-        self.bytes_read = 0
-        self._positions, self._ends = index.arrays["positions"], index.arrays["ends"]
+        self.bad_lines = index.facts["bad_lines"]
+        self._positions, self._all_ends = index.arrays["positions"], index.arrays["ends"]
         self._read_bytes = _byte_reader(path)
         self._parsed = functools.lru_cache(PARSED_LINES)(self._parse)
         self._item = token_type(processor.dtype)
-        body = processor.slice_part
-        self._head, self._tail, self._body_mask = (), (), 1.0
-        if body is not None:
-            self._head, self._tail = processor.parts[:body], processor.parts[body + 1 :]
-            self._body_mask = processor.parts[body].mask
 
-    def line_of(self, token: int) -> int:
-        return int(np.searchsorted(self._ends, token, side="right"))
-
-    def read(self, start: int, stop: int, ids: np.ndarray, masks: np.ndarray | None) -> None:
-        """Fills ids and masks (None where all weights are 1) with this file's tokens [start, stop)."""
-        first, last = self.line_of(start), self.line_of(stop - 1)
-        positions, ends = self._positions[first : last + 1].tolist(), self._ends[first : last + 1].tolist()
-        begins = [int(self._ends[first - 1]) if first else 0, *ends[:-1]]
-        try:
-            if masks is None and not self._head and not self._tail and min(positions) >= 0:
-                self._decode(positions, [end - begin for begin, end in zip(begins, ends)], start - begins[0], ids)
-                return
-            for line, (position, begin, end) in enumerate(zip(positions, begins, ends), start=first):
-                low, high = max(start, begin), min(stop, end)
-                share = slice(low - start, high - start)
-                line_masks = None if masks is None else masks[share]
-                if position < 0:
-                    self._copy_parsed(line, low - begin, ids[share], line_masks)
-                else:
-                    self._copy_cut(position, end - begin, low - begin, ids[share], line_masks)
-        except ValueError as error:
-            raise UserError(f"{self._path}: changed since it was indexed, at token {start} ({error})") from None
+    def identity(self) -> list[dict]:
+        """As of `LineFile`."""
+        return [{name: self._facts[name] for name in ("size", "content", "tokens")}]
 
     def token_at(self, offset: int) -> int:
-        """The first token of the line that begins at a byte offset; UserError if none does."""
-        files.check_line_begins(self._path, offset)
+        """As of `LineFile`."""
+        files.check_line_begins(self.path, offset)
         line = bisect.bisect_left(self._positions, offset, key=lambda position: max(position, -1 - position))
-        return int(self._ends[line - 1]) if line else 0
+        return int(self._all_ends[line - 1]) if line else 0
 
-    def _copy_parsed(self, line, skip, ids, masks):
-        """Fills ids and masks with the tokens of a line, from `skip` on, that has to be parsed."""
-        line_ids, line_masks = self._parsed(line)
-        ids[:] = line_ids[skip : skip + len(ids)]
-        if masks is not None:
-            masks[:] = line_masks[skip : skip + len(ids)]
+    def line_of(self, token: int) -> int:
+        """As of `LineFile`."""
+        return int(np.searchsorted(self._all_ends, token, side="right"))
 
-    def _copy_cut(self, position, count, skip, ids, masks):
-        """The same, for a line of `count` tokens whose body can be cut out at a byte."""
-        head, body = len(self._head), count - len(self._head) - len(self._tail)
-        low, high = max(skip - head, 0), min(skip + len(ids) - head, body)
-        if low < high:
-            self._decode([position], [body], low, ids[head + low - skip : head + high - skip])
-        if masks is not None:
-            masks[:] = self._body_mask
-        for token, part in chain(enumerate(self._head, -skip), enumerate(self._tail, head + body - skip)):
-            if 0 <= token < len(ids):
-                ids[token] = part.literal
-                if masks is not None:
-                    masks[token] = part.mask
+    def _ends(self, first, last):
+        return self._all_ends[first : last + 1]
 
-    def _decode(self, positions, counts, skip, ids):
-        """Fills ids with those of successive bodies, which begin at these bytes and have so many ids, from `skip` on.
+    def _cut(self, first, last):
+        return self._positions[first : last + 1] >= 0
 
-        Only the bytes of those ids are read, of several lines at a time.
-        """
+    def _copy_bodies(self, first, counts, skip, ids):
+        """Only the bytes of those ids are read, of several lines at a time."""
+        positions = self._positions[first : first + len(counts)].tolist()
         size = self._item.itemsize
         spans = [(position, position + (count * size + 2) // 3 * 4) for position, count in zip(positions, counts)]
         used = counts[-1] - (sum(counts) - skip - len(ids))  # of the last body
@@ -180,13 +142,19 @@ class _File:
 
     def _parse(self, line):
         begin = -1 - int(self._positions[line])
-        following = int(self._positions[line + 1]) if line + 1 < self.num_examples else self.index.facts["size"]
+        following = int(self._positions[line + 1]) if line + 1 < self.num_examples else self._facts["size"]
         data = self._fetch(begin, max(following, -1 - following))
         return self._processor(parse_line(data.partition(b"\n")[0]))
 
     def _fetch(self, begin, end):
         self.bytes_read += end - begin
         return self._read_bytes(begin, end)
+
+
+def _open(path: str, processor: RecordProcessor, processes: int, skip_bad_lines: bool) -> LineFile:
+    if packed.is_packed(path):
+        return packed.PackedFile(path, processor)
+    return JsonFile(path, line_index(path, processor, processes, skip_bad_lines), processor)
 
 
 def _byte_reader(path: str):

@@ -87,20 +87,22 @@ def record_line(tokens, **others) -> bytes:
     return orjson.dumps({TOKENS_KEY: encode_tokens(tokens), **others}) + b"\n"
 
 
+def read_record(line, vocab_size: int) -> tuple[np.ndarray, dict]:
+    """(ids int32 [n], the whole JSON object) of a line. Raises RecordError if it is no record of that vocabulary."""
+    record = parse_line(line)
+    ids = decode_tokens(field(record, TOKENS_KEY))
+    check_ids(ids, vocab_size)
+    return ids, record
+
+
 def read_records(path: str, vocab_size: int) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yields (ids int32 [n], the whole JSON object) of each line that is not blank.
+    """Yields `read_record` of each line that is not blank; .gz and .zst files are unpacked.
 
     Raises:
       UserError: addressed `file:line`, for a line that is no record.
     """
-    with files.open_binary(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = parse_line(line)
-                ids = decode_tokens(field(record, TOKENS_KEY))
-                check_ids(ids, vocab_size)
-            except RecordError as reason:
-                raise UserError(f"{path}:{number}: {reason}") from None
-            yield ids, record
+    for number, line in files.read_lines(path):
+        try:
+            yield read_record(line, vocab_size)
+        except RecordError as reason:
+            raise UserError(f"{path}:{number}: {reason}") from None

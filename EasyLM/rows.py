@@ -56,7 +56,7 @@ class TokenRows:
         self.skipped_lines = stream.bad_lines
         self._seed, self._first_id, self._dtype = shuffle_seed, first_id, np.dtype(dtype)
         self._first_token, self._first_example, self._token_count = first_token, first_example, token_count
-        self._throughput = _Throughput(window * batch_size)
+        self._throughput = Throughput(window * batch_size)
         self._ones = np.ones((0, seq_length), np.float32)
         self.identity = {
             "seq_length": seq_length,
@@ -145,7 +145,7 @@ def _joined(join, parts):
     return join(ids), None if masks[0] is None else join(masks)
 
 
-class _Throughput:
+class Throughput:
     """rows consumed so far -> rows per second: since the first call, and over the last `window` rows."""
 
     def __init__(self, window: int):

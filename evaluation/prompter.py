@@ -4,6 +4,7 @@ Shapes: B prompts, P pictures of a prompt, F new pictures, C candidates, N token
 Pictures are float32 in [0, 1], RGB, at the tokenizer's resolution.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -44,14 +45,14 @@ class Prompter:
         self._decoder = llama_decode.LLaMADecoder(config, dtype, mesh)
 
     @classmethod
-    def load(cls, config) -> "Prompter":
-        """The prompter of the flags PROMPTER_FLAGS.
+    def load(cls, config, pictures_at_a_time: int = 32) -> "Prompter":
+        """The prompter of the flags PROMPTER_FLAGS; the tokenizer computes so many pictures at a time, no fewer.
 
         Raises:
           UserError: naming the flag or the file that is wrong.
         """
         mesh = sharding.make_mesh(config.mesh_dim)
-        codec = Codec(config.vqgan, config.dtype)
+        codec = Codec(config.vqgan, config.dtype, pictures_at_a_time)
         model, params = load_model(config.checkpoint, config.load_llama_config, mesh)
         return cls(codec, model, params, mesh, DTYPES[config.dtype])
 
@@ -63,6 +64,11 @@ class Prompter:
     def max_pictures(self) -> int:
         """Pictures that the model's longest sequence holds."""
         return self.config.max_sequence_length // self.tokens_per_image
+
+    @property
+    def ways(self) -> int:
+        """Parts that the mesh splits a batch into. Prompts are filled up with copies to a multiple of it."""
+        return math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES)
 
     def encode(self, pictures: np.ndarray) -> np.ndarray:
         """[..., S, S, 3] -> tokens [..., N]."""
@@ -84,7 +90,7 @@ class Prompter:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         progress: Callable[[np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """The tokens of the pictures that follow each prompt: int32 [B, C, F, N].
@@ -95,7 +101,8 @@ class Prompter:
           prompts: tokens of each prompt, [P, N]; P may differ.
           context_pictures: the window: the picture being drawn and those before it that are seen. Pictures that no
             longer fit, or that the model's longest sequence has no room for, are dropped from the front.
-          temperature, top_k, top_p, seed: see `generate.generate`.
+          temperature, top_k, top_p: see `generate.generate`.
+          seed: one for all prompts, or one for each.
           progress: called with the tokens so far, [B, C, n], every few tokens.
 
         Raises:
@@ -112,14 +119,17 @@ class Prompter:
         prompts = [np.asarray(prompt)[-(window - 1) :] for prompt in prompts]
         if not prompts or min(map(len, prompts)) == 0:
             raise UserError("a prompt without pictures: give at least one")
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        seeds = np.broadcast_to(seed, len(prompts))
         # As many pictures as the window has room for come from one cache. Prompts whose room differs are drawn apart,
         # so that what is drawn for one does not depend on the others.
         room = np.array([min(window - len(prompt), new_pictures) for prompt in prompts])
         answers = np.empty((len(prompts), candidates, new_pictures, self.tokens_per_image), np.int32)
         for count in np.unique(room):
             rows = np.flatnonzero(room == count)
-            drawn_RCFN = self._draw_tokens([prompts[row] for row in rows], count, candidates, settings, progress)
+            drawn_RCFN = self._draw_tokens(
+                [prompts[row] for row in rows], count, candidates, settings | {"seed": seeds[rows]}, progress
+            )
             answers[rows, :, :count] = drawn_RCFN
             for f in range(count, new_pictures):  # the window moves, and each candidate is a prompt of its own
                 seen = [
@@ -127,13 +137,15 @@ class Prompter:
                     for row in rows
                     for c in range(candidates)
                 ]
-                drawn = self._draw_tokens(seen, 1, 1, settings, progress)
+                each = settings | {"seed": np.repeat(seeds[rows], candidates)}
+                drawn = self._draw_tokens(seen, 1, 1, each, progress)
                 answers[rows, :, f] = drawn.reshape(len(rows), candidates, -1)
         return answers
 
     def _draw_tokens(self, prompts, count, candidates, settings, progress) -> np.ndarray:
         """The next `count` pictures of each prompt: [B, C, count, N]."""
-        tokens_BP, mask_BP = generate.left_padded([prompt.reshape(-1) for prompt in prompts])
+        filled = self._filled([prompt.reshape(-1) for prompt in prompts])
+        tokens_BP, mask_BP = generate.left_padded(filled)
         tokens_BCT = generate.generate(
             self._decoder,
             self._params,
@@ -142,10 +154,13 @@ class Prompter:
             num_candidates=candidates,
             allowed_ids=self.codec.config.num_embeddings,
             prompt_mask_BP=mask_BP,
-            progress=progress,
-            **settings,
-        )
+            progress=None if progress is None else lambda tokens_BCn: progress(tokens_BCn[: len(prompts)]),
+            **settings | {"seed": self._filled(list(settings["seed"]))},
+        )[: len(prompts)]
         return tokens_BCT.reshape(*tokens_BCT.shape[:2], int(count), -1)
+
+    def _filled(self, rows: list) -> list:
+        return rows + rows[-1:] * (-len(rows) % self.ways)
 
     def log_likelihoods(self, prompts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
         """log p, in nats, of each token of `targets` (tokens [F, N] each, one F for all) after its prompt: [B, F N].
@@ -157,8 +172,8 @@ class Prompter:
             np.concatenate([np.asarray(prompt).reshape(-1), np.asarray(target).reshape(-1)])
             for prompt, target in zip(prompts, targets, strict=True)
         ]
-        tokens_BT, mask_BT = generate.left_padded(rows)
+        tokens_BT, mask_BT = generate.left_padded(self._filled(rows))
         begin = tokens_BT.shape[1] - np.asarray(targets[0]).size
         return llama_decode.log_likelihoods(
             self.config, self._params, tokens_BT, begin, mask_BT=mask_BT, dtype=self._dtype, mesh=self.mesh
-        )
+        )[: len(rows)]

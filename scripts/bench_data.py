@@ -2,8 +2,10 @@
 
 Writes a file of random sentences, then prints one line for each figure with its bound: the rate of building the index
 on one core; the rate of reading rows in order, once indexed, over that of a plain loop (json.loads, base64.b64decode,
-numpy), both over the same lines in turn; and the peak memory of a process that indexes and reads, beyond a bare Python.
-The shorter the lines, the more Python's own work a line counts, in both rates.
+numpy), both over the same lines in turn; the rate of rows of the same file packed (tokenizer.pack), over that of
+copying its memory-mapped ids, in turn; the rate of shuffled rows of either, for which drawing the order counts most;
+and the peak memory of a process that indexes and reads, beyond a bare Python. The shorter the lines, the more Python's
+own work a line counts, in all rates.
 """
 
 import base64
@@ -17,7 +19,7 @@ import time
 
 import numpy as np
 
-from EasyLM import flags, records
+from EasyLM import columns, flags, packed, records
 from EasyLM.data import DATASET_FLAGS, make_dataset
 from EasyLM.flags import Flag
 from EasyLM.vocab import CODEBOOK_SIZE, VOCAB_SIZE
@@ -52,9 +54,15 @@ def main(config) -> None:
         source = rows_of(path)
         index_rate = os.path.getsize(path) / 1e6 / (time.perf_counter() - begin)
         plain, ours = rates(path, source)
+        packed_path = os.path.join(directory, "sentences.packed")
+        packed.write(packed_path, [(path, records.read_records(path, CODEBOOK_SIZE))], keep_others=True)
+        copied, in_order = packed_rates(packed_path)
+        shuffled = {name: shuffled_rate(at) for name, at in (("JSONL", path), ("packed", packed_path))}
     met = [
         report("index", index_rate, "MB/s", at_least=300),
         report(f"rows ({ours:.0f} against {plain:.0f} million tokens/s)", ours / plain, "x a plain loop", at_least=7),
+        report(f"packed rows ({in_order:.0f} against {copied:.0f})", in_order / copied, "x a copy", at_least=0.5),
+        *(report(f"shuffled, {name}", rate, "million tokens/s", at_least=20) for name, rate in shuffled.items()),
         report("memory beyond the interpreter", memory, "MB", at_most=200),
     ]
     sys.exit(0 if all(met) else 1)
@@ -68,10 +76,10 @@ def write_sentences(path: str, size: float, tokens_per_line: int) -> None:
             file.write(records.record_line(rng.integers(0, CODEBOOK_SIZE, length)))
 
 
-def rows_of(path: str):
+def rows_of(path: str, shuffle_seed: int = -1):
     config = flags.defaults(DATASET_FLAGS)
     config.text_processor.fields = "{tokens}"
-    config.json_dataset.update(path=path, seq_length=SEQ_LENGTH, batch_size=BATCH)
+    config.json_dataset.update(path=path, seq_length=SEQ_LENGTH, batch_size=BATCH, shuffle_seed=shuffle_seed)
     return make_dataset(config, None, VOCAB_SIZE)
 
 
@@ -93,6 +101,29 @@ def rates(path: str, source) -> tuple[float, float]:
                 tokens[1] += source.rows(int(tokens[1]) // SEQ_LENGTH, BATCH)["input_tokens"].size
             seconds += middle - begin, time.perf_counter() - middle
     return tuple(tokens / seconds / 1e6)
+
+
+def shuffled_rate(path: str) -> float:
+    """Million tokens a second of the row source, in a random order."""
+    source = rows_of(path, shuffle_seed=0)
+    begin = time.perf_counter()
+    read_all(source)
+    return source.num_tokens / (time.perf_counter() - begin) / 1e6
+
+
+def packed_rates(path: str) -> tuple[float, float]:
+    """Million tokens a second of copying the mapped ids to int32, a batch at a time, and of the row source, in turn."""
+    source = rows_of(path)
+    ids = columns.open_columns(path).arrays["ids"]
+    batches = len(ids) // (BATCH * SEQ_LENGTH)
+    seconds = np.zeros(2)
+    for batch in range(batches):
+        begin = time.perf_counter()
+        ids[batch * BATCH * SEQ_LENGTH : (batch + 1) * BATCH * SEQ_LENGTH].astype(np.int32)
+        middle = time.perf_counter()
+        source.rows(batch * BATCH, BATCH)
+        seconds += middle - begin, time.perf_counter() - middle
+    return tuple(batches * BATCH * SEQ_LENGTH / seconds / 1e6)
 
 
 def memory_beyond_interpreter(path: str) -> float:

@@ -10,11 +10,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 TIERS = [
     {"EasyLM.vocab", "EasyLM.errors"},
     # pure functions and small parts
-    {"EasyLM.flags", "EasyLM.losses", "EasyLM.stacking", "EasyLM.columns", "EasyLM.workers"},
+    {"EasyLM.flags", "EasyLM.losses", "EasyLM.stacking", "EasyLM.columns", "EasyLM.workers", "EasyLM.mixing"},
     {"EasyLM.files", "EasyLM.restricted_pickle", "EasyLM.sharding", "EasyLM.attention", "EasyLM.generate"},
     {"EasyLM.optimizers", "EasyLM.logger", "EasyLM.text", "EasyLM.msgpack_arrays", "EasyLM.records", "EasyLM.rows"},
     {"EasyLM.fields", "EasyLM.examples", "EasyLM.batches", "EasyLM.streaming", "EasyLM.metadata"},
-    {"EasyLM.run_directory", "EasyLM.line_index", "EasyLM.token_store", "EasyLM.loading"},
+    {"EasyLM.run_directory", "EasyLM.line_index", "EasyLM.token_store", "EasyLM.loading", "EasyLM.line_file"},
+    {"EasyLM.packed", "EasyLM.mixed_rows"},
     # the two things a run rests on
     {"EasyLM.json_lines", "EasyLM.checkpoint"},
     {"EasyLM.data", "EasyLM.train", "EasyLM.loop"},
@@ -24,16 +25,25 @@ TIERS = [
     {"EasyLM.models.llama.llama_model"},
     {"EasyLM.models.llama.hf_layout", "EasyLM.models.llama.llama_decode"},
     # pictures
-    {"tokenizer.images", "tokenizer.metrics", "tokenizer.scenes", "tokenizer.vqgan", "tokenizer.problems"},
-    {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos", "tokenizer.resumable"},
-    {"tokenizer.codec", "tokenizer.objective", "tokenizer.pictures"},
+    {
+        "tokenizer.images",
+        "tokenizer.metrics",
+        "tokenizer.scenes",
+        "tokenizer.vqgan",
+        "tokenizer.problems",
+        "tokenizer.resumable",
+        "tokenizer.shuffle",
+        "tokenizer.charts",
+    },
+    {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos"},
+    {"tokenizer.codec", "tokenizer.objective", "tokenizer.pictures", "tokenizer.sentence_files"},
     {"tokenizer.collect", "tokenizer.sentences", "tokenizer.code_cache"},
     {"tokenizer.groups", "tokenizer.pipeline"},
     {"tokenizer.kinds"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models"},
-    {"evaluation.prompter", "evaluation.tasks", "evaluation.plots"},
-    {"evaluation.benchmarks"},
+    {"evaluation.prompter", "evaluation.tasks", "evaluation.plots", "evaluation.examples", "evaluation.clips"},
+    {"evaluation.benchmarks", "evaluation.runners"},
     # entry points
     {
         "EasyLM.models.llama.llama_train",
@@ -41,9 +51,16 @@ TIERS = [
         "EasyLM.models.llama.convert_hf_to_easylm",
         "tokenizer.render",
         "tokenizer.build",
+        "tokenizer.mix",
+        "tokenizer.pack",
+        "tokenizer.inspect",
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
         "evaluation.fewshot",
+        "evaluation.eval_perplexity",
+        "evaluation.batch_generation",
+        "evaluation.eval_video_perplexity",
+        "evaluation.generate_videos",
     },
 ]
 LAZY = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", "av", "gradio", "fastapi", "uvicorn"}

@@ -1,8 +1,10 @@
 """Rows, batches and the data's state, against packings made here by a plain json and base64 loop."""
 
 import base64
+import fractions
 import json
 import os
+import pathlib
 import shutil
 import threading
 
@@ -12,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import batches, data, flags, json_lines, line_index, rows
+from EasyLM import batches, data, flags, json_lines, line_index, packed, records, rows
 from EasyLM.errors import UserError
 
 
@@ -560,3 +562,160 @@ class TestBatches:
                 next(made)
         assert made.position == 8
         made.close()
+
+
+class TestMixedRows:
+    """Weighted parts: whose turn it is, follows from the row number; each part goes through its own epochs."""
+
+    @pytest.fixture
+    def parts(self, tmp_path):
+        """Three files, the second one of two that a glob names; every id says which part it is of."""
+        for name, part, lengths in (("a", 0, [900]), ("b1", 1, [300, 41]), ("b2", 1, [7, 120]), ("c", 2, [64] * 10)):
+            lines = [base64_line(part * 100 + np.arange(n) % 100) for n in lengths]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        return ",".join(str(tmp_path / name) for name in ("a.jsonl", "b*.jsonl", "c.jsonl"))
+
+    @pytest.mark.parametrize("seed", [-1, 0, 7])
+    @pytest.mark.parametrize("weights", ["1,1,1", "2,1,0", "0.7,0.2,0.1", "0.001,0.5,0.499", "1/3,2/3,5"])
+    def test_every_window_has_its_proportions(self, parts, weights, seed):
+        source = dataset(parts, 16, weights=weights, shuffle_seed=seed)
+        turns = source.turns(0, 20000)
+        shares = np.array([float(fractions.Fraction(weight)) for weight in weights.split(",")])
+        shares /= shares.sum()
+        had = np.stack([np.cumsum(turns == part) for part in range(3)], axis=1)
+        for length in (1, 3, 10, 100, 517, 5000):
+            counts = had[length:] - had[:-length]
+            # Up to a row, the parts' own unevenness, at each end of the window.
+            assert (np.abs(counts - length * shares) <= 2 * (1 + 3 * shares)).all()
+
+    @pytest.mark.parametrize("seed", [-1, 3])
+    def test_rows_are_those_of_the_parts_in_turn(self, parts, seed):
+        """Each part's rows come in its own order, of which none is missing or comes twice in one of its epochs."""
+        source = dataset(parts, 16, weights="3,2,1", shuffle_seed=seed)
+        got, turns = source.rows(0, 600), source.turns(0, 600)
+        for part, paths in enumerate(parts.split(",")):
+            alone = dataset(paths, 16, shuffle_seed=-1 if seed < 0 else seed + (part << 32))
+            expected = alone.rows(0, 600)
+            mine = {name: array[turns == part] for name, array in got.items()}
+            assert_rows(mine, *(array[: (turns == part).sum()] for array in expected.values()))
+        assert (got["input_tokens"] // 100 == turns[:, None]).all()
+
+    def test_the_seed_decides_the_turns(self, parts):
+        turns = [dataset(parts, 16, weights="3,2,1", shuffle_seed=seed).turns(0, 3000) for seed in (-1, 3, 3, 4)]
+        assert (turns[1] == turns[2]).all()
+        assert (turns[0] != turns[1]).any() and (turns[1] != turns[3]).any()
+        first, second = turns[1][:512], turns[1][512:1024]
+        assert (first != second).any()  # blocks differ
+        np.testing.assert_array_equal(turns[0][:512], turns[0][516:1028][:512])  # regular, with a period of 516 rows
+
+    def test_any_range_and_resume(self, parts):
+        whole = dataset(parts, 16, weights="5,2,1", shuffle_seed=1)
+        expected = whole.rows(0, 1200)
+        for start, count in ((0, 1), (511, 3), (700, 500), (1199, 1)):
+            state = json.loads(json.dumps(batches.dataset_state(whole, start)))
+            again = dataset(parts, 16, weights="5,2,1", shuffle_seed=1)
+            assert batches.rows_consumed(state, again) == start
+            assert_rows(again.rows(start, count), *(array[start : start + count] for array in expected.values()))
+
+    @pytest.mark.parametrize(
+        "changes, said",
+        [
+            ({"weights": "5,1,1"}, "weights changed"),
+            ({"shuffle_seed": 2}, "shuffle_seed, sources changed"),
+            ({"seq_length": 32}, "sources changed"),
+            ({"weights": ""}, "files, processing changed"),
+        ],
+    )
+    def test_another_mixture_is_refused(self, parts, changes, said):
+        settings = {"seq_length": 16, "weights": "5,2,1", "shuffle_seed": 1}
+        state = batches.dataset_state(dataset(parts, **settings), 6)
+        with pytest.raises(UserError, match=said):
+            batches.rows_consumed(state, dataset(parts, **(settings | changes)))
+
+    def test_masks_and_metrics(self, parts):
+        source = dataset(parts, 16, fields="[<|300|>],{tokens}", weights="1,1,2")
+        assert set(np.unique(source.rows(0, 100)["loss_masks"])) == {0, 1}
+        figures = source.metrics(400)
+        assert figures["dataset_total_tokens"] == 6400
+        sizes = [901, 472, 650]
+        for part, (rows_had, size) in enumerate(zip((100, 100, 200), sizes)):
+            assert figures[f"dataset_epoch_{part}"] == rows_had * 16 / size
+
+    @pytest.mark.parametrize(
+        "settings, said",
+        [
+            ({"weights": "1,2"}, r"--train_dataset.json_dataset.weights=1,2: 2 numbers for 3 inputs \(a glob is one"),
+            ({"weights": "1,2,x"}, "weights=1,2,x: not a comma list of numbers"),
+            ({"weights": "1,2,1/0"}, "weights=1,2,1/0: not a comma list of numbers"),
+            ({"weights": "0,0,0"}, "each must be 0 or more, one of them more than 0"),
+            ({"weights": "1,1,0.1234567"}, "exact proportions need .* rows; give fewer digits"),
+            ({"weights": "1,1,1", "start_seek_loc": 3}, "start_seek_loc=3: has no meaning with .*weights=1,1,1"),
+        ],
+    )
+    def test_settings(self, parts, settings, said):
+        with pytest.raises(UserError, match=said):
+            dataset(parts, **settings)
+
+
+class TestPacked:
+    """A packed file in place of the JSONL that it was made of: the same rows, and a run goes on from either."""
+
+    @pytest.fixture
+    def packed_files(self, two_files, tmp_path):
+        """(JSONL paths, packed path): both files in one; what the lines hold besides ids comes along."""
+        paths = [str(two_files / name) for name in ("b.jsonl", "a.jsonl")]
+        sources = [(path, records.read_records(path, 512)) for path in paths]
+        facts = packed.write(str(tmp_path / "both.packed"), sources, keep_others=True)
+        assert facts["sentences"] == 600
+        return ",".join(paths), str(tmp_path / "both.packed")
+
+    @pytest.mark.parametrize("seed", [-1, 4])
+    @pytest.mark.parametrize("fields", [",{tokens},", "[{tokens}]", "<|300|>,[{tokens}],[<|301|>],<|302|>"])
+    def test_the_same_rows(self, packed_files, fields, seed):
+        plain, one = (dataset(path, 33, fields=fields, shuffle_seed=seed) for path in packed_files)
+        assert (one.num_tokens, one.identity) == (plain.num_tokens, plain.identity)
+        for start in range(0, 2 * plain.rows_per_epoch, 7):
+            assert_rows(one.rows(start, 7), *plain.rows(start, 7).values())
+            if seed < 0:
+                examples = [source.metrics(start)["dataset_example_index"] for source in (plain, one)]
+                assert examples[0] == examples[1]
+        assert batches.rows_consumed(batches.dataset_state(plain, 5), one) == 5
+
+    @pytest.mark.parametrize("weights", ["", "2,1"])
+    def test_beside_jsonl_and_in_a_mixture(self, packed_files, two_files, tmp_path, weights):
+        more, alone = two_files / "a.jsonl", tmp_path / "a.packed"
+        packed.write(str(alone), [(str(more), records.read_records(str(more), 512))], keep_others=False)
+        first, second = (dataset(f"{path},{packed_files[1]}", 20, weights=weights) for path in (more, alone))
+        assert first.identity == second.identity
+        assert_rows(second.rows(3, 90), *first.rows(3, 90).values())
+
+    def test_reads_only_its_tokens(self, packed_files):
+        source = dataset(packed_files[1], 33)
+        source.rows(5, 2)
+        assert source.bytes_read == 2 * 67
+
+    def test_what_is_no_packed_file(self, packed_files, tmp_path):
+        data = pathlib.Path(packed_files[1]).read_bytes()
+        bad = tmp_path / "bad.packed"
+        for contents in (b"", b"{}", b"[]", base64_line([1]).encode(), data[:4096], data[:-100], data[100:]):
+            bad.write_bytes(contents)
+            with pytest.raises(UserError, match=r"bad.packed: is cut off, or not of the format"):
+                dataset(bad)
+
+    @pytest.mark.parametrize(
+        "settings, said",
+        [
+            ({"fields": "{other}"}, r"both.packed: a packed file has one field, \{tokens\}"),
+            ({"fields": "{tokens},{other}"}, "a packed file has one field"),
+            ({"vocab_size": 300}, r"both.packed: id 511 is outside the vocabulary 0\.\.299"),
+            ({"start_seek_loc": 5}, "start_seek_loc=5: .*both.packed is packed"),
+        ],
+    )
+    def test_settings(self, packed_files, settings, said):
+        with pytest.raises(UserError, match=said):
+            dataset(packed_files[1], **settings)
+
+    def test_compressed_files_are_refused(self, tmp_path):
+        (tmp_path / "a.jsonl.gz").write_bytes(b"")
+        with pytest.raises(UserError, match=r"a.jsonl.gz is compressed, .* tokenizer.mix or tokenizer.pack"):
+            dataset(tmp_path / "a.jsonl.gz")

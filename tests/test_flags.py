@@ -26,6 +26,7 @@ DATASET = {
         "batch_size": 8,
         "always_start_with_bos": False,
         "start_seek_loc": 0,
+        "weights": "",
         "example_index_at_start": 0,
         "tokens_count_at_start": 0,
         "tokenizer_processes": 1,

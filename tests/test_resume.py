@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
-from tiny_run import MODEL_FIGURES, finish, metrics, start, train
+from tiny_run import GOLDEN, MODEL_FIGURES, finish, metrics, start, train
 
-from EasyLM import streaming
+from EasyLM import packed, records, streaming
 
 STEPS = 14
 # 24 sentences of 768 to 1500 tokens are about 212 rows of 128: at 18 rows a step an epoch ends within the run.
@@ -84,3 +84,26 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, numbe
     said = finish(start(tmp_path, devices=1, **settings | {"total_steps": done + 2}))
     assert f"finished after step {done + 2}" in said
     assert sorted(metrics(tmp_path / "run", "loss")) == list(range(done + 2))
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_on_packed_or_not(tmp_path):
+    """Weighted parts, shuffled: begun on JSONL, continued with one part packed, as if never stopped."""
+    lines = (GOLDEN / "dataset.jsonl").read_bytes().splitlines(keepends=True)
+    for name, part in (("a", lines[:8]), ("b", lines[8:])):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"".join(part))
+    records_of_b = records.read_records(str(tmp_path / "b.jsonl"), 512)
+    packed.write(str(tmp_path / "b.packed"), [(str(tmp_path / "b.jsonl"), records_of_b)], keep_others=True)
+    settings = {"train_dataset__json_dataset__weights": "2,1", "train_dataset__json_dataset__shuffle_seed": 3}
+    settings |= {"save_model_freq": 100}
+    runs = {}
+    for name, paths in (("whole", ["b.jsonl"]), ("resumed", ["b.jsonl", "b.packed"])):
+        for stop, path in zip((6, STEPS)[-len(paths) :], paths):
+            path = f"{tmp_path / 'a.jsonl'},{tmp_path / path}"
+            runs[name] = train(tmp_path / name, total_steps=stop, train_dataset__json_dataset__path=path, **settings)
+    assert_same_run(runs["resumed"], runs["whole"])
+    rows = STEPS * 4
+    for part, share in enumerate((2 / 3, 1 / 3)):
+        (epochs,) = metrics(runs["whole"], f"dataset_epoch_{part}")[STEPS - 1]
+        tokens = sum(len(ids) for ids, _ in records.read_records(str(tmp_path / f"{'ab'[part]}.jsonl"), 512))
+        assert abs(epochs * tokens / 128 - rows * share) <= 2

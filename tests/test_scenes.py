@@ -135,3 +135,29 @@ def test_render_writes_matching_stems(tmp_path):
     for name in ("photo_gray", "photo_color"):
         assert [path.name for path in (tmp_path / name).iterdir()] == ["000000.png"]
     assert len(list((tmp_path / "frames" / "000000").iterdir())) == 3
+
+
+def test_render_writes_a_tree_for_every_kind_of_sentence(tmp_path):
+    settings = {"num": 4, "num_clips": 1, "clip_frames": 2, "size": 24, "workers": 1, "layouts": True}
+    run_main(render, output_dir=str(tmp_path), **settings)
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    sequence = "co3d/scene/000000"
+    assert {name for name in found if name.split("/")[0] not in ("image", *scenes.ANNOTATIONS)} == {
+        *(f"labels/{i:06d}.png" for i in range(4)),
+        *(f"classes/{shape}/{i:06d}.png" for i, shape in enumerate(scenes.SHAPES)),
+        *(f"{name}/000000/{i:03d}.png" for name in ("frames", "frames_depth") for i in range(2)),
+        *(f"{sequence}/images/frame{i:06d}.jpg" for i in (1, 2)),
+        *(f"{sequence}/{name}/frame{i:06d}.png" for name in ("masks", "depth_masks") for i in (1, 2)),
+        *(f"{sequence}/depths/frame{i:06d}.jpg.geometric.png" for i in (1, 2)),
+        "videos/000000.mp4",
+    }
+    for i in range(4):
+        drawn = scenes.scene(i, 24)["segmentation"]
+        ids = pictures.label_ids(tmp_path / "labels" / f"{i:06d}.png", 24)
+        table = np.array([scenes.BACKGROUND, *(scenes.PALETTE[shape] for shape in scenes.SHAPES)])
+        assert np.array_equal(table[ids], drawn) and ids.max() > 0
+    # Brighter where nearer, as the scene's own depth; both go from the nearest to the farthest point.
+    own = scenes.clip(0, 24, 1)[0]["depth"][..., 0].astype(float)
+    stored = pictures.co3d_depth(tmp_path / sequence / "depths" / "frame000001.jpg.geometric.png", 24)[..., 0]
+    expected = 255 * (0.2 + 0.8 * (own - own.min()) / np.ptp(own))
+    assert np.abs(stored - expected).max() < 1.5

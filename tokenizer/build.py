@@ -31,7 +31,7 @@ from tokenizer.pipeline import Encoder, Pipeline
 from tokenizer.problems import Problems
 from tokenizer.resumable import ResumableFile
 
-_BATCHES_AHEAD = 4  # that are read while one is encoded
+_BATCHES = 6  # under way at a time: up to three on the device or before it, the others being read
 _BEGIN = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}
 VERSION = 1  # of the sentences that follow from flags and inputs: a build that was stopped under another cannot go on
 
@@ -156,7 +156,7 @@ def _build(config, codec: Codec, sentences: Callable, span: range, file: Resumab
     with Workers(config.workers) as workers, contextlib.closing(Encoder(codec)) as encoder, _bar(config) as bar:
         bar.reset(len(span))
         bar.update(state["example"] - span.start)
-        depth = _BATCHES_AHEAD * config.batch_size + 2 * config.workers
+        depth = _BATCHES * config.batch_size + 2 * config.workers
         read = functools.partial(workers.submit, functools.partial(pictures.read, size=codec.config.resolution))
         done = state["example"], state["number"]
         to_come = (s for s in sentences(range(done[0], span.stop), workers, problems) if (s.example, s.number) >= done)

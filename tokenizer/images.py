@@ -24,7 +24,7 @@ def load(path, size: int) -> np.ndarray:
     Raises:
       UserError: naming the path, if the file is missing, broken or no picture.
     """
-    return read(path, size).astype(np.float32) / 255
+    return scaled(read(path, size))
 
 
 def read(path, size: int) -> np.ndarray:
@@ -37,7 +37,7 @@ def read(path, size: int) -> np.ndarray:
       UserError: naming the path, if the file is missing, broken or no picture.
     """
     with opened(path) as image:
-        return _resized(_to_rgb(ImageOps.exif_transpose(image)), size)
+        return _to_bytes(image, size)
 
 
 @contextlib.contextmanager
@@ -48,19 +48,23 @@ def opened(path) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (
-        Exception
-    ) as error:  # on broken bytes Pillow's decoders raise nearly anything, IndexError and struct.error too
+    except Exception as error:  # on broken bytes Pillow's decoders raise nearly anything, IndexError too
         raise UserError(f"{path}: not a readable picture ({error or type(error).__name__})") from error
 
 
-def to_pixels(rgb: Image.Image, size: int | None) -> np.ndarray:
-    """Pixels of an RGB image, resized to [size,size,3] (bicubic, the aspect not kept); None: at its own size."""
-    return (np.asarray(rgb) if size is None else _resized(rgb, size)).astype(np.float32) / 255
+def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
+    """What `load` makes of an opened file; size None: [height,width,3]."""
+    return scaled(_to_bytes(image, size))
 
 
-def _resized(rgb: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC))
+def scaled(pixels: np.ndarray) -> np.ndarray:
+    """Bytes as float32 in [0, 1], in one pass: astype and division take four times as long."""
+    return np.divide(pixels, np.float32(255), dtype=np.float32)
+
+
+def _to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    return np.asarray(rgb if size is None else rgb.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -164,8 +168,14 @@ def grid(pictures: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return canvas
 
 
+def tiled(pictures: np.ndarray) -> np.ndarray:
+    """Bytes [rows,columns,height,width,3] edge to edge: one picture, uint8 [rows*height,columns*width,3]."""
+    rows, columns, height, width, _ = pictures.shape
+    return pictures.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+
+
 def save(path, picture: np.ndarray) -> None:
-    """Writes bytes [height,width,3] as a picture, by a temporary name, so that nobody sees half of it."""
+    """Writes bytes [height,width,3], or gray of 8 or 16 bits, by a temporary name, so that nobody sees half of it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

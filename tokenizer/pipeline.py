@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from EasyLM.errors import UserError
-from tokenizer import pictures
+from tokenizer import images, pictures
 from tokenizer.code_cache import CodeCache
 from tokenizer.pictures import Picture
 
@@ -42,7 +42,7 @@ class Encoder:
         return self._threads.submit(self._encode, pixels_nSS3)
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        pixels = pixels.astype(np.float32) / 255
+        pixels = images.scaled(pixels)
         with self._lock:
             if not self._at_work:
                 self._idle += time.monotonic() - self._idle_since

@@ -113,8 +113,28 @@ def scene(seed: int, size: int, split: str = "scenes") -> dict[str, np.ndarray]:
 
 def clip(seed: int, size: int, num_frames: int, split: str = "scenes") -> list[dict[str, np.ndarray]]:
     """`num_frames` moments of a scene whose solids move, each as `scene` gives it; the first is `scene(seed, size)`."""
-    layout = arrange(np.random.default_rng([seed, 7]), style=SPLITS[split])
+    layout = _layout(seed, split)
     return [draw(layout, frame, size) for frame in range(num_frames)]
+
+
+def shapes(seed: int) -> set[str]:
+    """The shapes that `scene(seed, size)` has."""
+    return {solid.shape for solid in _layout(seed).solids}
+
+
+def label_ids(segmentation: np.ndarray) -> np.ndarray:
+    """A segmentation picture as ids, uint8 [S,S]: 0 the background, then the shapes in the order of `PALETTE`."""
+    colours = np.array([BACKGROUND, *PALETTE.values()])
+    return np.argmax((segmentation[..., None, :] == colours).all(axis=-1), axis=-1).astype(np.uint8)
+
+
+def distances(depth: np.ndarray) -> np.ndarray:
+    """A depth picture as distances along the view, float64 [S,S], as exact as its 256 steps."""
+    return FAR - (FAR - NEAR) * depth[..., 0] / 255
+
+
+def _layout(seed: int, split: str = "scenes") -> Scene:
+    return arrange(np.random.default_rng([seed, 7]), style=SPLITS[split])
 
 
 def arrange(rng: np.random.Generator, horizon: int = 8, style: Style = Style()) -> Scene:

@@ -1,0 +1,64 @@
+"""Continues videos: `python -m evaluation.generate_videos --checkpoint=C --input_files='D/*.mp4' --output_dir=O`.
+
+Of each clip `n_context_frames` are the prompt, and `n_new_frames` are drawn. A clip `D/a/b.mp4` has a sheet
+`O/a_b.mp4.png`, the candidates below each other, each after the prompt; their new frames lie in
+`O/a_b.mp4/CANDIDATE/000.png`, ..., and with `--fps` as videos `O/a_b.mp4/CANDIDATE.mp4`, prompt and answer.
+"""
+
+import os
+
+import numpy as np
+
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag, run
+from evaluation import clips, examples, runners
+from evaluation.prompter import PROMPTER_FLAGS
+from tokenizer import images, videos
+
+FLAGS = {
+    **PROMPTER_FLAGS,
+    **clips.CLIP_FLAGS,
+    **examples.EXAMPLE_FLAGS,
+    "output_dir": Flag("", "Folder to write into."),
+    **runners.GENERATION_FLAGS,
+    "n_context_frames": Flag(12, "Frames of the prompt."),
+    "n_new_frames": Flag(4, "Frames to draw after them."),
+    "n_candidates": Flag(8, "Different continuations of each clip."),
+    "batch_size_factor": Flag(4, "Clips at a time on each device; changes no result."),
+    "fps": Flag(0.0, "Write each continuation as a video of so many frames a second, too; 0: do not."),
+}
+
+
+def main(config) -> None:
+    """Continues every clip, prints and writes the figures."""
+    runners.check(config, "n_context_frames", "n_new_frames", "n_candidates", "batch_size_factor", "n_workers")
+    if not config.output_dir:
+        raise UserError("--output_dir is missing: the folder for the answers")
+    if config.fps < 0:
+        raise UserError(f"--fps={config.fps}: must be 0 (no videos) or above")
+    truths = config.n_new_frames if config.evaluate_mse else 0  # frames of the clip that the new ones are measured by
+
+    def load(clip, side):
+        frames = clips.load(clip, side, config.center_crop)
+        return frames[: config.n_context_frames], frames[config.n_context_frames :] if truths else None
+
+    def save(clip, prompt_PSS3, answers_CFSS3):
+        base = os.path.join(config.output_dir, clip.name.replace(os.sep, "_"))
+        rows = images.to_uint8(np.stack([np.concatenate([prompt_PSS3, answer]) for answer in answers_CFSS3]))
+        pictures = {f"{base}.png": images.tiled(rows)}
+        for candidate, row in enumerate(rows):
+            for number, frame in enumerate(row[len(prompt_PSS3) :]):
+                pictures[os.path.join(base, str(candidate), f"{number:03d}.png")] = frame
+        for path, picture in pictures.items():
+            images.save(path, picture)
+        films = [os.path.join(base, f"{candidate}.mp4") for candidate in range(len(rows))] if config.fps else []
+        for path, row in zip(films, rows, strict=False):
+            videos.write(path, row, config.fps)
+        return [*pictures, *films]
+
+    cases = clips.find_clips(config, config.n_context_frames + truths)
+    runners.draw(config, cases, load, lambda clip: None, save, config.output_dir)
+
+
+if __name__ == "__main__":
+    run(main, FLAGS)

@@ -1,0 +1,235 @@
+"""Generation speed against transformers' `generate`: `python scripts/bench_generate.py` (needs the extra `torch`).
+
+On a CPU: vqlm_100m, float32, random weights, a prompt of 1,024 tokens and 256 new ones, sampled from the image codes.
+Both sides hold the same weights (exported by this project and loaded by transformers, with its KV cache) and take
+turns, so that what else the machine does falls on both; greedy tokens are compared first. For four candidates of one
+prompt the peer is `num_return_sequences=4`, which reads the prompt for each candidate, all four in one batch; the LVM
+release calls `generate` once for each, which is four times the time of one. Bounds: 2 and 5 times the peer's speed.
+
+On a GPU: vqlm_1b and vqlm_7b, bf16, random weights, batches of 1, 16 and 64 prompts, empty (one token) and 3,840 tokens
+long. A step's limit is the time to read the weights and the filled caches once, at the rate of a large copy measured
+beside it; where torch has the GPU too, the peer is transformers with a static cache and compilation.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs room on the same GPU
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from EasyLM import flags, generate, stacking
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag
+from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_config, llama_model
+from EasyLM.models.llama.llama_decode import LLaMADecoder
+from EasyLM.msgpack_arrays import Entry
+from EasyLM.vocab import CODEBOOK_SIZE
+
+BOUNDS = {1: 2.0, 4: 5.0}  # candidates -> times the peer's speed, on a CPU
+GPU_MODELS, GPU_BATCHES, GPU_PROMPTS, GPU_SHARE = ("vqlm_1b", "vqlm_7b"), (1, 16, 64), (1, 3840), 0.7
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+FLAGS = {
+    "load_llama_config": Flag("", "Comma list of presets; empty: vqlm_100m on a CPU, vqlm_1b,vqlm_7b on a GPU."),
+    "prompt_tokens": Flag(1024, "Length of the prompt, on a CPU."),
+    "new_tokens": Flag(256, "Tokens to generate."),
+    "rounds": Flag(3, "Turns that each side takes; the median counts."),
+    "peer": Flag(True, "Measure transformers too."),
+}
+
+
+def main(config) -> None:
+    """Measures what this machine is for."""
+    gpu = jax.default_backend() == "gpu"
+    names = config.load_llama_config or (",".join(GPU_MODELS) if gpu else "vqlm_100m")
+    for name in names.split(","):
+        model = llama_config.load_config(name)
+        print(f"{name} on {jax.devices()[0].device_kind} ({len(os.sched_getaffinity(0))} cores)", flush=True)
+        (on_gpu if gpu else on_cpu)(config, model)
+
+
+def on_cpu(config, model) -> None:
+    """Both sides in turns, for each number of candidates."""
+    params = random_params(model, jnp.float32)
+    peer = Peer(model, params, jnp.float32) if config.peer else None
+    prompt_P = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, config.prompt_tokens).astype(np.int32)
+
+    def ours(candidates, new_tokens=config.new_tokens, temperature=1.0):
+        return generate.generate(
+            LLaMADecoder(model),
+            params,
+            prompt_P[None],
+            num_new_tokens=new_tokens,
+            num_candidates=candidates,
+            temperature=temperature,
+        )
+
+    if peer:
+        same = np.array_equal(ours(1, 16, 0.0)[0, 0], peer(prompt_P[None], 1, 16, temperature=0.0)[0])
+        print(f"the first 16 greedy tokens are {'the same' if same else 'NOT THE SAME'}")
+    one = None  # the peer's seconds for one candidate
+    for candidates, bound in BOUNDS.items():
+        ours(candidates)  # compiles
+        sides = {"ours": lambda c=candidates: ours(c)}
+        if peer:
+            sides["peer"] = lambda c=candidates: peer(prompt_P[None], c, config.new_tokens)
+        seconds = in_turns(sides, config.rounds)
+        prefill = in_turns({"ours": lambda c=candidates: ours(c, 1)}, config.rounds)["ours"]
+        step = (seconds["ours"] - prefill) / (config.new_tokens - 1)
+        print(
+            f"{candidates} candidate(s): {rate(candidates, config, seconds['ours'])} "
+            f"(prompt {prefill:.2f} s, then {step * 1e3:.1f} ms a step)"
+        )
+        if peer:
+            one = one or seconds["peer"]
+            ratio = seconds["peer"] / seconds["ours"]
+            print(f"    transformers: {rate(candidates, config, seconds['peer'])}")
+            print(f"    ratio {ratio:.2f} (bound: at least {bound}) {'ok' if ratio >= bound else 'MISSED'}", flush=True)
+            if candidates > 1:
+                print(
+                    f"    against {candidates} calls (the LVM release's way): {candidates * one / seconds['ours']:.2f}"
+                )
+
+
+def rate(rows: int, config, seconds: float) -> str:
+    return f"{rows * config.new_tokens / seconds:7.1f} tokens/s in {seconds:6.2f} s"
+
+
+def on_gpu(config, model) -> None:
+    """Each batch and prompt against the limit of the memory's bandwidth, and against the peer."""
+    params = random_params(model, jnp.bfloat16)
+    bandwidth = copy_rate()
+    print(f"copying: {bandwidth / 1e12:.2f} TB/s")
+    cases = [(batch, length) for length in GPU_PROMPTS for batch in GPU_BATCHES]
+    room = jax.devices()[0].memory_stats()["bytes_limit"]
+    ours = {}
+    for batch, length in cases:
+        needed = step_bytes(model, batch, length + config.new_tokens) + 2 * llama_config.num_parameters(model)
+        if needed > 0.9 * room:
+            print(f"batch {batch:2} prompt {length:4}: needs {needed / 1e9:.0f} GB, this card has {room / 1e9:.0f}")
+            continue
+        prompts_BP = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, (batch, length)).astype(np.int32)
+
+        def tokens(count, params=params, prompts_BP=prompts_BP):
+            decoder = LLaMADecoder(model, jnp.bfloat16)
+            return generate.generate(decoder, params, prompts_BP, num_new_tokens=count)
+
+        step, prefill = step_seconds(tokens, config)
+        limit = step_bytes(model, batch, length + config.new_tokens / 2) / bandwidth
+        verdict = "ok" if limit / step >= GPU_SHARE else "MISSED"
+        print(
+            f"batch {batch:2} prompt {length:4}: {batch / step:8.0f} tokens/s, {step * 1e3:6.2f} ms a step, prompt "
+            f"{prefill:.3f} s; {limit / step:.1%} of the limit (bound: {GPU_SHARE:.0%}) {verdict}",
+            flush=True,
+        )
+        ours[batch, length] = prompts_BP, step
+    if not config.peer or not _torch_has_gpu():
+        return
+    peer = Peer(model, params, jnp.bfloat16, "cuda")
+    for (batch, length), (prompts_BP, step) in ours.items():
+        peer_step, _ = step_seconds(lambda count, p=prompts_BP: peer(p, 1, count, static=True), config)
+        print(
+            f"batch {batch:2} prompt {length:4}: transformers {peer_step * 1e3:6.2f} ms a step, {peer_step / step:.2f}"
+        )
+
+
+def _torch_has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def step_seconds(tokens, config) -> tuple[float, float]:
+    """Seconds of a step and of the prompt, by what `tokens(n)` takes for n = 1 and for all."""
+    tokens(config.new_tokens), tokens(1)  # compile
+    seconds = in_turns({"all": lambda: tokens(config.new_tokens), "first": lambda: tokens(1)}, config.rounds)
+    return (seconds["all"] - seconds["first"]) / (config.new_tokens - 1), seconds["first"]
+
+
+def step_bytes(model, batch: int, length: float) -> float:
+    """What a step reads in bf16: all weights but the embedding, and keys and values of `length` tokens of each row."""
+    weights = llama_config.num_parameters(model) - model.vocab_size * model.hidden_size
+    return 2 * (weights + batch * length * 2 * model.num_hidden_layers * model.hidden_size)
+
+
+def copy_rate() -> float:
+    """Bytes per second, read and written, of a copy of 4 GB."""
+    array = jnp.zeros(2**31, jnp.bfloat16)
+    add = jax.jit(lambda x: x + 1)
+    seconds = in_turns({"copy": lambda: add(array).block_until_ready()}, 5)["copy"]
+    return 2 * array.nbytes / seconds
+
+
+def in_turns(sides: dict, rounds: int) -> dict[str, float]:
+    """Median seconds of each side's calls."""
+    seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def random_params(model, dtype) -> dict:
+    def make(key):
+        return jax.tree.map(lambda x: x.astype(dtype), llama_model.init_params(model, key))
+
+    return jax.jit(make)(jax.random.key(0))
+
+
+class Peer:
+    """transformers' LLaMA with the same weights."""
+
+    def __init__(self, model, params, dtype, device: str = "cpu"):
+        try:
+            import torch
+            import transformers
+        except ImportError:
+            raise UserError("--peer=True needs torch and transformers: pip install -e .[torch]") from None
+        transformers.logging.set_verbosity_error()
+        self._torch = torch
+        with tempfile.TemporaryDirectory() as directory:
+            output_dir = os.path.join(directory, "hf")
+            entries = [_entry(*parts) for parts in stacking.file_order(params)]
+            tensors = hf_layout.hf_tensors(model, entries, "parameters", None)
+            convert_easylm_to_hf.export(model, tensors, output_dir)
+            torch_dtype = {jnp.float32: torch.float32, jnp.bfloat16: torch.bfloat16}[dtype]
+            self._model = transformers.LlamaForCausalLM.from_pretrained(output_dir, dtype=torch_dtype).to(device).eval()
+
+    def __call__(self, prompts_BP, candidates: int, new_tokens: int, temperature: float = 1.0, static: bool = False):
+        """The new tokens of each row, as the LVM release asks for them."""
+        prompts = self._torch.tensor(np.asarray(prompts_BP), dtype=self._torch.long, device=self._model.device)
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        if static:
+            settings["cache_implementation"] = "static"
+        with self._torch.no_grad():
+            rows = self._model.generate(
+                prompts,
+                attention_mask=self._torch.ones_like(prompts),
+                max_new_tokens=new_tokens,
+                num_return_sequences=candidates,
+                suppress_tokens=list(range(CODEBOOK_SIZE, self._model.config.vocab_size)),
+                **settings,
+            )
+        return rows[:, prompts.shape[1] :].cpu().numpy()
+
+
+def _entry(key, leaf, layer) -> Entry:
+    """A tensor of the parameters as if it lay in a checkpoint file."""
+
+    def read_into(out):
+        np.copyto(out, leaf.array if layer is None else leaf.array[layer])
+
+    return Entry(key, leaf.file_shape, np.dtype(leaf.array.dtype), read_into)
+
+
+if __name__ == "__main__":
+    flags.run(main, FLAGS)

@@ -1,0 +1,87 @@
+"""Prompting against a slow reference that reads everything anew for each picture."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from prompting_kit import CONFIG, tiny_params, tiny_prompter
+
+from EasyLM.errors import UserError
+from EasyLM.models.llama import llama_model
+
+CODES, TOKENS = 32, 64
+PROMPTS = [np.random.default_rng(i).integers(0, CODES, (pictures, TOKENS)) for i, pictures in enumerate((1, 4))]
+
+
+@pytest.fixture(scope="module")
+def prompter(tmp_path_factory):
+    return tiny_prompter(tmp_path_factory.mktemp("vqgan"))
+
+
+@jax.jit
+def logits_of(tokens_BT):
+    return llama_model.apply(CONFIG, tiny_params(), tokens_BT)
+
+
+def most_likely(seen_PN, picture_N):
+    """What the full forward over the pictures that are seen finds most likely at each place of the next."""
+    row_T = np.concatenate([seen_PN.reshape(-1), picture_N])
+    padded_BT = np.zeros((1, CONFIG.max_sequence_length), np.int32)  # what comes later changes nothing before
+    padded_BT[0, : len(row_T)] = row_T
+    logits_TV = np.asarray(logits_of(padded_BT))[0, : len(row_T)]
+    return logits_TV[-TOKENS - 1 : -1, :CODES].argmax(-1)
+
+
+@pytest.mark.parametrize(
+    "mesh_dim, window",
+    [("1,1,1", 3), *(pytest.param(mesh_dim, 16, marks=pytest.mark.slow) for mesh_dim in ("2,2,2", "1,8,1"))],
+)
+def test_a_window_moves_over_the_pictures(prompter, tmp_path, mesh_dim, window):
+    if mesh_dim != "1,1,1":
+        prompter = tiny_prompter(tmp_path, mesh_dim)
+    answers = prompter.answer(PROMPTS, new_pictures=3, candidates=2, context_pictures=window, temperature=0.0)
+    assert answers.shape == (len(PROMPTS), 2, 3, TOKENS) and answers.dtype == np.int32
+    seen_pictures = min(window, 6) - 1  # the model's longest sequence holds 6
+    assert len({answer.tobytes() for answer in answers[:, 0].reshape(-1, TOKENS)}) > 3
+    for prompt_PN, answers_CFN in zip(PROMPTS, answers, strict=True):
+        for answer_FN in answers_CFN:
+            for f, picture_N in enumerate(answer_FN):
+                seen_PN = np.concatenate([prompt_PN, answer_FN[:f]])[-seen_pictures:]
+                np.testing.assert_array_equal(picture_N, most_likely(seen_PN, picture_N))
+
+
+@pytest.mark.slow
+def test_what_is_drawn_does_not_depend_on_the_batch(prompter):
+    draw = functools.partial(prompter.answer, new_pictures=2, candidates=2, context_pictures=3, seed=4)
+    together = draw(PROMPTS)
+    for number in (0, 1):
+        np.testing.assert_array_equal(draw([PROMPTS[number]])[0], together[number])
+    assert not np.array_equal(together[0, 0], together[0, 1])
+    assert not np.array_equal(draw([PROMPTS[1]], seed=5)[0], together[1])
+    assert together.min() >= 0 and together.max() < CODES
+
+
+def test_likelihoods_are_those_of_single_rows(prompter):
+    targets = [np.random.default_rng(9).integers(0, CODES, (1, TOKENS))] * len(PROMPTS)
+    got_BT = prompter.log_likelihoods(PROMPTS, targets)
+    for prompt_PN, target_FN, got_T in zip(PROMPTS, targets, got_BT, strict=True):
+        row_T = np.concatenate([prompt_PN.reshape(-1), target_FN.reshape(-1)])
+        log_p_TV = np.asarray(jax.nn.log_softmax(logits_of(row_T[None])))[0]
+        expected_T = np.take_along_axis(log_p_TV[:-1], row_T[1:, None], -1)[-TOKENS:, 0]
+        np.testing.assert_allclose(got_T, expected_T, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"context_pictures": 1}, "context_frames=1: must be at least 2"),
+        ({"new_pictures": 0}, "n_new_frames=0"),
+        ({"prompts": [np.zeros((0, TOKENS), int)]}, "a prompt without pictures"),
+        ({"prompts": []}, "a prompt without pictures"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_says_what_is_wrong(prompter, given, said):
+    with pytest.raises(UserError, match=said):
+        prompter.answer(**{"prompts": PROMPTS} | given)

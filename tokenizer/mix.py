@@ -1,0 +1,208 @@
+"""Many JSONL files into one, shuffled: `python -m tokenizer.mix --inputs=a.jsonl,'b/*.jsonl.gz' --output_file=F.jsonl`.
+
+An input is a path or a glob, whose files are one source; .gz and .zst are unpacked. The lines themselves are copied, to
+the byte. Inputs are read twice: once to check every line and count, once to mix; so nothing is written before all is
+known to be good and to fit on the disk. The order is a uniform permutation of all sentences, which depends on the
+inputs' order and content, the seed, and how much is taken, not on --memory_mb.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from EasyLM import files, mixing, records
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag, run
+from EasyLM.vocab import VOCAB_SIZE
+from tokenizer import shuffle
+from tokenizer.problems import Problems
+
+FLAGS = {
+    "inputs": Flag("", "JSONL files, also .gz and .zst: a comma list of paths and globs; a glob is one input."),
+    "output_file": Flag("", "The JSONL file to write; it appears when it is whole."),
+    "weights": Flag("", "Comma list, one an input: its share of the mixed sentences. Empty: each sentence once."),
+    "total": Flag(0, "weights: how many sentences to mix; 0: as many as no input has to repeat a sentence for."),
+    "counts": Flag("", "Comma list, one an input: how many of its sentences to take; more than it has: repeated."),
+    "seed": Flag(0, "Of the order, and of which sentences are taken."),
+    "vocab_size": Flag(VOCAB_SIZE, "Ids must be below it."),
+    "max_errors": Flag(0, "Leave out up to so many lines that are no records, each named; one more is an error."),
+    "memory_mb": Flag(512, "Megabytes of lines held at a time; the rest waits on disk, beside the output."),
+    "output_json": Flag("", "File for a report of what went in."),
+}
+_DRAWS = 4096  # random numbers drawn at a time
+_MARGIN_BYTES = 16 << 20  # of the disk, left free
+
+
+@dataclasses.dataclass
+class Source:
+    """One input: its files, and what was found in them."""
+
+    name: str
+    paths: list[str]
+    bad: set[tuple[str, int]] = dataclasses.field(default_factory=set)  # (path, line number)
+    sentences: int = 0
+    bytes: int = 0
+    taken: int = 0
+
+
+def main(config) -> None:
+    """Mixes, and prints what went in."""
+    sources = _sources(config)
+    _check_lines(sources, config.vocab_size, Problems(config.max_errors))
+    for source, taken in zip(sources, _taken(sources, config)):
+        source.taken = taken
+        if taken and not source.sentences:
+            raise UserError(f"--inputs={config.inputs}: {source.name} holds no sentence")
+    total = sum(source.taken for source in sources)
+    if not total:
+        raise UserError(f"--inputs={config.inputs}: no sentence is taken")
+    # Sentences are as long as the mean of their source, as far as is known.
+    expected = sum(source.bytes * source.taken // max(source.sentences, 1) for source in sources)
+    directory = os.path.dirname(os.path.abspath(config.output_file))
+    os.makedirs(directory, exist_ok=True)
+    _check_disk(directory, expected, config)
+    temporary = f"{config.output_file}.tmp"
+    memory = config.memory_mb * 10**6
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".mix_") as folder, open(temporary, "wb") as file:
+            lines = _keyed_lines(sources, config.seed, tqdm(total=total, unit=" sentences", desc="reading"))
+            bar = tqdm(total=total, unit=" sentences", desc="writing")
+            for line in shuffle.by_key(lines, expected, memory, folder):
+                file.write(line + b"\n")
+                bar.update()
+            bar.close()
+        os.replace(temporary, config.output_file)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    _report(sources, total, config)
+
+
+def _sources(config) -> list[Source]:
+    """The inputs. Checks all settings that can be checked without reading them."""
+    for name in ("inputs", "output_file"):
+        if not config[name]:
+            raise UserError(f"--{name} is missing")
+    for name, least in {"total": 0, "max_errors": 0, "vocab_size": 1, "memory_mb": 1}.items():
+        if config[name] < least:
+            raise UserError(f"--{name}={config[name]}: must be at least {least}")
+    if config.weights and config.counts:
+        raise UserError(f"--weights={config.weights} and --counts={config.counts}: give one of them")
+    if config.total and not config.weights:
+        raise UserError(f"--total={config.total}: goes with --weights")
+    if os.path.isdir(config.output_file) or files.is_compressed(config.output_file):
+        raise UserError(f"--output_file={config.output_file}: must be a plain file, not a folder, .gz or .zst")
+    sources = [Source(name, paths) for name, paths in files.expand_parts("inputs", config.inputs)]
+    for source in sources:
+        for path in source.paths:
+            if not files.is_remote(path) and os.path.abspath(path) == os.path.abspath(config.output_file):
+                raise UserError(f"--output_file={config.output_file}: is one of --inputs={config.inputs}")
+    return sources
+
+
+def _check_lines(sources: list[Source], vocab_size: int, problems: Problems) -> None:
+    """Counts sentences and bytes of each source, and notes its bad lines."""
+    known = [(source, path) for source in sources for path in source.paths]
+    packed = any(files.is_compressed(path) for _, path in known)
+    total = None if packed else sum(files.version(path)["size"] for _, path in known)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="checking") as bar:
+        for source, path in known:
+            for number, line in files.read_lines(path):
+                bar.update(len(line) + 1)
+                try:
+                    records.read_record(line, vocab_size)
+                except records.RecordError as reason:
+                    problems.add(f"{path}:{number}", f"{path}:{number}: {reason}")
+                    source.bad.add((path, number))
+                    continue
+                source.sentences += 1
+                source.bytes += len(line) + 1
+
+
+def _taken(sources: list[Source], config) -> list[int]:
+    """How many sentences of each source go into the mixture."""
+    if config.counts:
+        return mixing.parse_numbers("counts", config.counts, len(sources), int)
+    if not config.weights:
+        return [source.sentences for source in sources]
+    weights = mixing.parse_numbers("weights", config.weights, len(sources))
+    weighty = [(source.sentences, weight) for source, weight in zip(sources, weights) if weight]
+    total = config.total or int(min(count * sum(weights) / weight for count, weight in weighty))
+    return mixing.proportional(total, weights)
+
+
+def _check_disk(directory: str, expected: int, config) -> None:
+    """Raises UserError if the mixture, and what waits for its turn, would not fit."""
+    # Parts are removed as they are written out, so that beside the whole there is one part, at most what memory holds.
+    waiting = config.memory_mb * 10**6 if expected > config.memory_mb * 10**6 else 0
+    needed, free = expected + waiting + _MARGIN_BYTES, shutil.disk_usage(directory).free
+    if needed > free:
+        sizes = f"needs {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free"
+        raise UserError(f"--output_file={config.output_file}: {sizes}")
+
+
+def _keyed_lines(sources: list[Source], seed: int, bar) -> Iterator[tuple[int, bytes]]:
+    """(random key, line) of each sentence that is taken, as often as it is."""
+    with bar:
+        for number, source in enumerate(sources):
+            keys = _draws(np.random.default_rng([seed, number, 0]))
+            chances = _draws(np.random.default_rng([seed, number, 1]))
+            if not source.taken:
+                continue
+            copies, wanted = divmod(source.taken, source.sentences)
+            left = source.sentences
+            for line in _good_lines(source):
+                # Each of the sentences that are left is as likely to be one of those still wanted (Knuth, algorithm S).
+                chosen = next(chances) * left < wanted << shuffle.KEY_BITS
+                wanted, left = wanted - chosen, left - 1
+                for _ in range(copies + chosen):
+                    yield next(keys), line
+                    bar.update()
+            if left:
+                raise UserError(f"{source.name}: changed while it was read")
+
+
+def _good_lines(source: Source) -> Iterator[bytes]:
+    """The lines that were found good, as many as then."""
+    count = 0
+    for path in source.paths:
+        for number, line in files.read_lines(path):
+            if (path, number) not in source.bad and count < source.sentences:
+                count += 1
+                yield line
+
+
+def _draws(rng: np.random.Generator) -> Iterator[int]:
+    """Random numbers of 64 bits, without end."""
+    while True:
+        yield from rng.integers(0, 1 << shuffle.KEY_BITS, _DRAWS, np.uint64).tolist()
+
+
+def _report(sources: list[Source], total: int, config) -> None:
+    figures = [
+        {
+            "input": source.name,
+            "files": len(source.paths),
+            "sentences": source.sentences,
+            "bad_lines": len(source.bad),
+            "taken": source.taken,
+            "times": source.taken / max(source.sentences, 1),
+        }
+        for source in sources
+    ]
+    for figure in figures:
+        print("{input}: {taken} of {sentences} sentences ({times:.2f} times), {bad_lines} bad lines".format(**figure))
+    print(f"{config.output_file}: {total} sentences")
+    if config.output_json:
+        with open(config.output_json, "w") as file:
+            json.dump({"sentences": total, "seed": config.seed, "inputs": figures}, file, indent=1)
+
+
+if __name__ == "__main__":
+    run(main, FLAGS)

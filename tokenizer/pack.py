@@ -1,0 +1,102 @@
+"""JSONL to packed sentences and back: `python -m tokenizer.pack --input_files=a.jsonl --output_file=a.packed`.
+
+A packed file takes two bytes a token instead of 5.33, needs no index, and is read in place of the JSONL file by the
+trainer, `tokenizer.inspect` and `tokenizer.detokenize`. Several files become one, in the order given.
+"""
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from EasyLM import files, packed, records
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag, run
+from EasyLM.vocab import VOCAB_SIZE
+from tokenizer import sentence_files
+from tokenizer.problems import Problems
+
+FLAGS = {
+    "input_files": Flag("", "JSONL files, also .gz and .zst, or packed ones: a comma list of paths and globs."),
+    "output_file": Flag("", f"The file to write, *{packed.ENDING}; with --unpack, JSONL. It appears when it is whole."),
+    "unpack": Flag(False, "Make JSONL of packed files."),
+    "keep_others": Flag(True, "Keep what rides along with the ids (kind, sources)."),
+    "vocab_size": Flag(VOCAB_SIZE, f"Ids must be below it; at most {packed.LARGEST_ID + 1}."),
+    "max_errors": Flag(0, "Leave out up to so many lines that are no records, each named; one more is an error."),
+}
+
+
+def main(config) -> None:
+    """Packs or unpacks, and prints what the file holds."""
+    paths = _check(config)
+    _check_disk(paths, config)
+    problems = Problems(config.max_errors)
+    with tqdm(unit=" sentences", desc="unpacking" if config.unpack else "packing") as bar:
+
+        def sentences(path: str) -> Iterator:
+            for sentence in sentence_files.read(path, config.vocab_size, problems):
+                bar.update()
+                yield sentence
+
+        if config.unpack:
+            facts = _unpack(itertools.chain.from_iterable(map(sentences, paths)), config)
+        else:
+            facts = packed.write(config.output_file, ((path, sentences(path)) for path in paths), config.keep_others)
+    size = os.path.getsize(config.output_file)
+    each = f"{size / max(facts['tokens'], 1):.2f} bytes a token"
+    left_out = f", {len(problems)} bad lines left out" if len(problems) else ""
+    print(f"{config.output_file}: {facts['sentences']} sentences, {facts['tokens']} tokens, {each}{left_out}")
+
+
+def _check(config) -> list[str]:
+    if not config.output_file:
+        raise UserError("--output_file is missing")
+    if not 1 <= config.vocab_size <= packed.LARGEST_ID + 1:
+        raise UserError(f"--vocab_size={config.vocab_size}: must be 1 to {packed.LARGEST_ID + 1}, ids take two bytes")
+    if config.max_errors < 0:
+        raise UserError(f"--max_errors={config.max_errors}: must be at least 0")
+    paths = files.expand("input_files", config.input_files)
+    for path in paths:
+        if packed.is_packed(path) != config.unpack:
+            what = f"is no {packed.ENDING} file" if config.unpack else "is packed already (--unpack=True unpacks)"
+            raise UserError(f"--input_files={config.input_files}: {path} {what}")
+    if packed.is_packed(config.output_file) == config.unpack or files.is_compressed(config.output_file):
+        ending = ".jsonl" if config.unpack else packed.ENDING
+        raise UserError(f"--output_file={config.output_file}: must end in {ending}, by which it is recognised")
+    return paths
+
+
+def _check_disk(paths: list[str], config) -> None:
+    """Raises UserError if the output would not fit: a share of the input's size, or thrice that."""
+    directory = os.path.dirname(os.path.abspath(config.output_file))
+    os.makedirs(directory, exist_ok=True)
+    sizes = sum(files.version(path)["size"] for path in paths)
+    # Packing writes columns (2 of 5.33 bytes), then joins them; JSONL has 5.33 bytes for the 2 of a packed token.
+    needed, free = int(sizes * (3.0 if config.unpack else 0.8)), shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"--output_file={config.output_file}: needs about {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} "
+            "GB are free"
+        )
+
+
+def _unpack(sentences: Iterator, config) -> dict:
+    temporary = f"{config.output_file}.tmp"
+    facts = {"tokens": 0, "sentences": 0}
+    try:
+        with open(temporary, "wb") as file:
+            for ids, others in sentences:
+                file.write(records.record_line(ids, **(others if config.keep_others else {})))
+                facts["tokens"] += len(ids)
+                facts["sentences"] += 1
+        os.replace(temporary, config.output_file)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return facts
+
+
+if __name__ == "__main__":
+    run(main, FLAGS)
