@@ -218,17 +218,14 @@ def _write(config, results: dict, rows: list) -> None:
 
 def draw(rows: list[tuple[tasks.Task, int, np.ndarray]], rows_per_task: int):
     """The sheet: for each task some prompts with the model's answer, framed, and the truth."""
-    captions = [task.captions(shots) for task, shots, _ in rows]
-    longest = max(captions, key=len)
-    blank = np.ones(rows[0][2].shape[1:], np.float32)
-    drawn, names = [], []
-    for (task, shots, answers), shown in zip(rows, captions, strict=True):
+    drawn = []
+    for task, shots, answers in rows:
+        captions = [*task.captions(shots), "the model", "truth"]
+        prompts_QP, truths_Q = task.prompts.shown(shots), task.prompts.answer_Q
         for i in range(min(rows_per_task, len(answers))):
-            prompt = task.pixels[task.prompts.shown(shots)[i]]
-            truth = task.pixels[task.prompts.answer_Q[i]]
-            drawn.append([*[blank] * (len(longest) - len(shown)), *prompt, answers[i], truth])
-            names.append(task.name)
-    return pictures.sheet(drawn, [*longest, "the model", "truth"], names, size=96, framed="the model")
+            shown = [*task.pixels[prompts_QP[i]], answers[i], task.pixels[truths_Q[i]]]
+            drawn.append(pictures.Row(task.name, captions, shown))
+    return pictures.sheet(drawn, size=96, framed="the model")
 
 
 if __name__ == "__main__":

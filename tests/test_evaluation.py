@@ -119,14 +119,20 @@ def test_a_scenes_own_annotations_have_perfect_figures():
     assert found == pytest.approx({"scene_iou": 1, "depth_abs_rel": 0, "normal_degrees": 0}, abs=1e-4)
 
 
-def test_a_sheet_shows_every_picture_where_its_column_is():
-    colours = np.eye(3)
-    row = [np.broadcast_to(colour, (4, 4, 3)) for colour in colours]
-    sheet = np.asarray(pictures.sheet([row], ["a", "b", "c"], ["task"], size=20))
-    for i, colour in enumerate(colours):
-        x = pictures.GAP + i * (20 + pictures.GAP) + 10
-        y = 2 * pictures.CAPTION + 10
-        assert sheet[y, x].tolist() == (255 * colour).tolist()
+def test_a_sheet_shows_every_picture_where_it_belongs_and_shorter_rows_at_the_end():
+    colours, size = np.eye(3), 20
+    shown = [np.broadcast_to(colour, (4, 4, 3)) for colour in colours]
+    rows = [pictures.Row("one", ["a", "b", "c"], shown), pictures.Row("two", ["b", "c"], shown[:2])]
+    sheet = np.asarray(pictures.sheet(rows, size, framed="c"))
+    step = size + pictures.GAP
+    title = pictures.CAPTION + pictures.GAP
+    for row, (first, count) in enumerate([(0, 3), (1, 2)]):
+        for i in range(count):
+            left, top = pictures.MARGIN + (first + i) * step, pictures.GAP + (row + 1) * title + row * step
+            assert (sheet[top : top + size, left : left + size] == (255 * colours[i]).astype(int)).all()
+            frame = tuple(sheet[top - 2, left + size // 2])
+            assert (frame == pictures.FRAME) == (i == count - 1)
+    assert (sheet[pictures.GAP + title + step + title :, pictures.MARGIN : pictures.MARGIN + step] == 255).all()
 
 
 def settings(**values):
