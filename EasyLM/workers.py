@@ -2,7 +2,9 @@
 
 import contextlib
 import multiprocessing
+import os
 import sys
+import threading
 import types
 from concurrent.futures import Future, ProcessPoolExecutor
 
@@ -15,7 +17,7 @@ class Workers:
 
     def __init__(self, processes: int):
         spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
-        self._pool = ProcessPoolExecutor(processes, mp_context=spawn) if processes > 1 else None
+        self._pool = ProcessPoolExecutor(processes, spawn, _end_with_parent) if processes > 1 else None
 
     def __enter__(self):
         return self
@@ -42,6 +44,16 @@ class Workers:
     def __exit__(self, *exception):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: ends it when the process that started it is gone, which a kill gives no chance to say so."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def main(config) -> None:
         return [*pictures, *films]
 
     cases = clips.find_clips(config, config.n_context_frames + truths)
-    runners.draw(config, cases, load, lambda clip: None, save, config.output_dir)
+    runners.draw(config, cases, load, lambda clip: (config.n_context_frames, truths), save, config.output_dir)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import os
 
 import jax
+import jax.numpy as jnp
 
 from EasyLM import checkpoint, sharding
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.models.llama import hf_layout, llama_config
+from EasyLM.models.llama import hf_layout, llama_config, llama_model
 
 MODEL_FLAGS = {
     "checkpoint": Flag("", "The model: PREFIX::FILE, as for training, or a Hugging Face directory."),
@@ -15,8 +16,11 @@ MODEL_FLAGS = {
 }
 
 
-def load_model(spec: str, load_llama_config: str, mesh: jax.sharding.Mesh):
-    """The settings and the float32 parameters of a checkpoint, on the mesh.
+def load_model(spec: str, load_llama_config: str, mesh: jax.sharding.Mesh, dtype=jnp.float32):
+    """The settings and the parameters of a checkpoint, on the mesh.
+
+    Kernels are in `dtype`, that of the computation, so that a 7B in bf16 takes 13 GB of a device; norms and embedding,
+    which are computed with in float32 always, in float32.
 
     Raises:
       UserError: if there is no such checkpoint, or nothing says what model it is of.
@@ -27,7 +31,7 @@ def load_model(spec: str, load_llama_config: str, mesh: jax.sharding.Mesh):
         spec = f"huggingface::{spec}"
     spec = spec.replace("trainstate::", "trainstate_params::", 1) if spec.startswith("trainstate::") else spec
     config = _config(spec, load_llama_config)
-    shapes = hf_layout.parameter_shapes(config)
+    shapes = jax.eval_shape(lambda params: llama_model.with_kernels(params, dtype), hf_layout.parameter_shapes(config))
     places = sharding.shardings(mesh, llama_config.PARTITION_RULES, shapes)
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
     return config, checkpoint.load(spec, target, hf_layout.PREFIXES)

@@ -53,8 +53,9 @@ class Prompter:
         """
         mesh = sharding.make_mesh(config.mesh_dim)
         codec = Codec(config.vqgan, config.dtype, pictures_at_a_time)
-        model, params = load_model(config.checkpoint, config.load_llama_config, mesh)
-        return cls(codec, model, params, mesh, DTYPES[config.dtype])
+        dtype = DTYPES[config.dtype]
+        model, params = load_model(config.checkpoint, config.load_llama_config, mesh, dtype)
+        return cls(codec, model, params, mesh, dtype)
 
     @property
     def tokens_per_image(self) -> int:

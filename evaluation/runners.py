@@ -25,6 +25,7 @@ GENERATION_FLAGS = {
     "seed": Flag(0, "Of the sampling."),
     "evaluate_mse": Flag(False, "Measure the answers against the true pictures."),
 }
+_PICTURES = 32  # that the tokenizer takes at a time, at most
 UNFINISHED = "unfinished.jsonl"  # what a stopped run leaves behind
 
 
@@ -51,7 +52,7 @@ def measure(config, cases: Sequence[Example], load: Callable, lengths: Callable)
       UserError: naming the flag, or the example that is too long for the model or cannot be read.
     """
     results = Results(config.output_json and f"{config.output_json}.{UNFINISHED}", config)
-    prompter = Prompter.load(config)
+    prompter = _load(config, config.batch_size, cases, lengths)
     for case in cases:
         if sum(lengths(case)) > prompter.max_pictures:
             prompt, target = lengths(case)
@@ -75,7 +76,7 @@ def draw(config, cases: Sequence[Example], load: Callable, lengths: Callable, sa
     Args:
       config: values of PROMPTER_FLAGS, EXAMPLE_FLAGS, GENERATION_FLAGS and `batch_size_factor`.
       load: (example, S) -> pixels of its prompt [P,S,S,3] and of what truly follows [F,S,S,3], or None.
-      lengths: example -> whatever the shapes of what `load` gives depend on.
+      lengths: example -> (P, F), F 0 where nothing is measured.
       save: (example, prompt [P,S,S,3], answers [C,F,S,S,3]) -> the paths that it has written.
       output_dir: where they lie, for the results of a stopped run.
 
@@ -83,7 +84,7 @@ def draw(config, cases: Sequence[Example], load: Callable, lengths: Callable, sa
       UserError: naming the flag, or the example that cannot be read.
     """
     results = Results(f"{output_dir}/{UNFINISHED}", config)
-    prompter = Prompter.load(config)
+    prompter = _load(config, config.batch_size_factor, cases, lengths)
     settings = {name: config[name] for name in ("temperature", "top_k", "top_p", "seed")}
 
     def answer(batch, loaded):
@@ -108,6 +109,11 @@ def draw(config, cases: Sequence[Example], load: Callable, lengths: Callable, sa
     _each_batch(config, cases, results, prompter, size, load, lengths, answer)
     results.finish(cases, ["mse", "best_mse"] if config.evaluate_mse else [], config.output_json)
     print(f"{output_dir}: answers to {len(cases)} prompts")
+
+
+def _load(config, size: int, cases, lengths) -> Prompter:
+    """The prompter of the flags. Its tokenizer takes no more pictures at a time than a batch has."""
+    return Prompter.load(config, min(_PICTURES, size * max(max(lengths(case)) for case in cases)))
 
 
 def _each_batch(config, cases, results, prompter, size, load, lengths, work) -> None:

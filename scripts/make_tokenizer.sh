@@ -14,8 +14,11 @@ dirs=()
 for name in image segmentation depth normals edges photo_color photo_gray; do dirs+=("$out/train/$name"); done
 WANDB_MODE=${WANDB_MODE:-disabled} python -m tokenizer.train_vqgan \
     --input_dirs="$(IFS=,; echo "${dirs[*]}")" --eval_dirs="$out/held_out" \
-    --vqgan.resolution=32 --vqgan.hidden_channels=32 --vqgan.channel_mult=1,2,3 --vqgan.num_embeddings=1024 \
-    --total_steps=1800 --batch_size=16 --lr=2e-3 --log_freq=25 --save_model_freq=500 \
+    --vqgan.resolution=32 --vqgan.hidden_channels=32 --vqgan.channel_mult=1,2,3 --vqgan.num_res_blocks=1 \
+    --vqgan.num_embeddings=1024 --vqgan.z_channels=32 --vqgan.quantized_embed_dim=8 \
+    --vqgan.resample_with_conv=False --vqgan.norm_groups=4 \
+    --total_steps=1800 --batch_size=16 --lr=2e-3 --lr_warmup_steps=100 --average_decay=0.995 --log_freq=25 \
+    --save_model_freq=500 \
     --logger.output_dir="$out" --logger.experiment_id=run
 
 echo "model: $out/run/vqgan (copy it to tokenizer/pretrained); pictures: $out/run/reconstructions.png"

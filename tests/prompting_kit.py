@@ -32,6 +32,18 @@ def tiny_params():
     return jax.tree.map(lambda x: scales[x.ndim] * x, params)
 
 
+def tiny_logits(row_T: np.ndarray) -> np.ndarray:
+    """Logits [T, V] of the full forward, without a cache."""
+    padded_BT = np.zeros((1, CONFIG.max_sequence_length), np.int32)  # what comes later changes nothing before
+    padded_BT[0, : len(row_T)] = row_T
+    return np.asarray(_logits(padded_BT))[0, : len(row_T)]
+
+
+@jax.jit
+def _logits(tokens_BT):
+    return llama_model.apply(CONFIG, tiny_params(), tokens_BT)
+
+
 def tiny_prompter(directory, mesh_dim: str = "1,1,1") -> Prompter:
     """In memory, on as many devices as the mesh has, its tokenizer from a folder that is written."""
     size = math.prod(map(int, mesh_dim.split(",")))

@@ -36,8 +36,8 @@ TIERS = [
         "tokenizer.charts",
     },
     {"tokenizer.photos", "tokenizer.weights", "tokenizer.videos"},
-    {"tokenizer.codec", "tokenizer.objective", "tokenizer.pictures", "tokenizer.sentence_files"},
-    {"tokenizer.collect", "tokenizer.sentences", "tokenizer.code_cache"},
+    {"tokenizer.codec", "tokenizer.adversary", "tokenizer.lpips", "tokenizer.pictures", "tokenizer.sentence_files"},
+    {"tokenizer.objective", "tokenizer.collect", "tokenizer.sentences", "tokenizer.code_cache"},
     {"tokenizer.groups", "tokenizer.pipeline"},
     {"tokenizer.kinds"},
     # prompts
@@ -56,6 +56,7 @@ TIERS = [
         "tokenizer.inspect",
         "tokenizer.detokenize",
         "tokenizer.train_vqgan",
+        "tokenizer.eval_vqgan",
         "evaluation.fewshot",
         "evaluation.eval_perplexity",
         "evaluation.batch_generation",

@@ -453,7 +453,7 @@ def test_sigkill_at_any_time(tree, tiny, tmp_path):
                f"--vqgan={tiny}", "--workers=2", "--batch_size=4"]  # fmt: skip
     ended = subprocess.run([*command, f"--output_file={tmp_path / 'whole.jsonl'}"], check=True, capture_output=True)
     assert b"sentences" in ended.stdout
-    killed, marks, rng = 0, set(), np.random.default_rng(0)
+    killed, marks, workers, rng = 0, set(), [], np.random.default_rng(0)
     while not (tmp_path / "out.jsonl").exists():
         process = subprocess.Popen([*command, f"--output_file={tmp_path / 'out.jsonl'}"], stderr=subprocess.DEVNULL)
         progress, known = tmp_path / "out.jsonl.progress.json", len(marks)
@@ -462,12 +462,17 @@ def test_sigkill_at_any_time(tree, tiny, tmp_path):
             if progress.exists():
                 marks.add(json.loads(progress.read_text())["state"]["sentences"])
             if len(marks) > known + rng.integers(1, 8) and killed < 3:
+                workers += pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 process.send_signal(signal.SIGKILL)
                 killed += 1
                 break
         process.wait()
         assert process.returncode in (0, -signal.SIGKILL)
-    assert killed == 3
+    assert killed == 3 and len(workers) >= 3 * 2
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [worker for worker in workers if os.path.exists(f"/proc/{worker}")], "they end with whom they work for"
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

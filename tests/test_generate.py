@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from EasyLM import sharding
+from EasyLM import flags, sharding
 from EasyLM.checkpoint import load
 from EasyLM.errors import UserError
 from EasyLM.generate import Sampling, generate, left_padded, sample
-from EasyLM.models.llama import llama_model
+from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_model
 from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder, log_likelihoods
 
@@ -94,9 +94,34 @@ def test_padding_and_batch_change_nothing(params):
     assert not np.array_equal(drawn(DECODER, params, rows[0][None], seed=4)[0], together[0, :2])
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_drawn_as_often_as_the_model_says(params, place):
-    """A chi-square test of the first token, and of the second given the first; no id is above the allowed ones."""
+def kept_probabilities(logits_V, top_k=0, top_p=1.0):
+    """The distribution that is drawn from, by its definition: id by id from the likeliest on."""
+    likeliest = sorted(range(len(logits_V)), key=lambda v: -logits_V[v])
+    if top_k:
+        likeliest = likeliest[:top_k]
+    p_V = np.zeros(len(logits_V))
+    p_V[likeliest] = np.exp(logits_V[likeliest] - logits_V.max())
+    p_V /= p_V.sum()
+    kept_V = np.zeros(len(logits_V))
+    for v in likeliest:
+        if kept_V.sum() < top_p:
+            kept_V[v] = p_V[v]
+    return kept_V / kept_V.sum()
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "place, limits",
+    [
+        (0, {}),
+        (1, {"top_k": 7, "top_p": 0.8}),
+        *(pytest.param(*case, marks=slow) for case in [(1, {}), (0, {"top_k": 5}), (0, {"top_p": 0.7})]),
+    ],
+)
+def test_drawn_as_often_as_the_model_says(params, place, limits):
+    """A chi-square test of the first token, and of the second given the first; no other ids are drawn."""
     (prompt_P,) = prompts_of(12)
     temperature, allowed = 0.7, 12
     tokens_CN = generate(
@@ -108,15 +133,18 @@ def test_drawn_as_often_as_the_model_says(params, place):
         temperature=temperature,
         allowed_ids=allowed,
         seed=5,
+        **limits,
     )[0]
     if place == 1:
         commonest = np.bincount(tokens_CN[:, 0]).argmax()
         tokens_CN, prompt_P = tokens_CN[tokens_CN[:, 0] == commonest], np.append(prompt_P, commonest)
-    logits_V = logits_of(params, prompt_P[None])[0, -1, :allowed]
-    expected_V = np.asarray(jax.nn.softmax(logits_V / temperature), np.float64)
+    logits_V = np.asarray(logits_of(params, prompt_P[None])[0, -1, :allowed], np.float64)
+    expected_V = kept_probabilities(logits_V / temperature, **limits)
     counts_V = np.bincount(tokens_CN[:, place], minlength=allowed)
-    assert len(counts_V) == allowed and counts_V.sum() > 300  # no others
-    assert stats.chisquare(counts_V, expected_V / expected_V.sum() * counts_V.sum()).pvalue > 0.001
+    assert len(counts_V) == allowed and counts_V.sum() > 300
+    assert not counts_V[expected_V == 0].any() and (not limits or (expected_V == 0).any())
+    kept_V = expected_V > 0
+    assert stats.chisquare(counts_V[kept_V], expected_V[kept_V] * counts_V.sum()).pvalue > 0.001
 
 
 @pytest.mark.parametrize(
@@ -140,9 +168,15 @@ def test_only_the_most_likely_ids_are_kept(sampling, kept):
     assert set(jax.vmap(lambda key: sample(logits_V, sampling, key))(keys).tolist()) == kept
 
 
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 4])  # 1 does not divide
-def test_a_mesh_gives_the_same(params, rows):
-    mesh = sharding.make_mesh("2,2,2")
+@pytest.mark.parametrize(
+    "mesh_dim, rows",
+    [
+        ("2,2,2", 4),
+        *(pytest.param(*case, marks=slow) for case in [("2,2,2", 1), ("8,1,1", 8), ("1,4,2", 3), ("1,1,8", 2)]),
+    ],
+)
+def test_a_mesh_gives_the_same(params, mesh_dim, rows):  # rows, heads (4) and new ids (500) divide, or do not
+    mesh = sharding.make_mesh(mesh_dim)
     places = sharding.shardings(mesh, PARTITION_RULES, params)
     prompts_BP = np.stack([prompts_of(8 * (rows + 1))[0][8 * row :][:8] for row in range(rows)])
     decoder = dataclasses.replace(DECODER, mesh=mesh)
@@ -150,6 +184,45 @@ def test_a_mesh_gives_the_same(params, rows):
     for prompt_P, new_CN in zip(prompts_BP, new, strict=True):
         for new_N in new_CN:
             np.testing.assert_array_equal(new_N, most_likely(params, prompt_P, new_N))
+
+
+@pytest.mark.slow
+def test_a_mesh_draws_the_same(params):
+    prompts_BP = np.stack([prompts_of(40)[0][8 * row :][:8] for row in range(4)])
+    one = drawn(DECODER, params, prompts_BP)
+    for mesh_dim in ("8,1,1", "1,4,2"):
+        mesh = sharding.make_mesh(mesh_dim)
+        placed = jax.device_put(params, sharding.shardings(mesh, PARTITION_RULES, params))
+        np.testing.assert_array_equal(drawn(dataclasses.replace(DECODER, mesh=mesh), placed, prompts_BP), one)
+
+
+def test_candidates_share_one_prompts_cache(params):
+    read = []
+
+    class Spy(LLaMADecoder):
+        def prefill(self, params, prompts_BP, mask_BP, allowed_ids):
+            logits_BV, cache = super().prefill(params, prompts_BP, mask_BP, allowed_ids)
+            read.append([k_BHPK.shape for k_BHPK, _ in cache["layers"]])
+            return logits_BV, cache
+
+    new = generate(Spy(CONFIG), params, np.stack(prompts_of(8)), num_new_tokens=1, num_candidates=5)
+    assert new.shape == (1, 5, 1) and read == [[(1, 4, 8, 16)] * 2]
+
+
+@pytest.mark.slow
+def test_transformers_takes_the_same_tokens_from_the_exported_model(golden, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    spec = f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state"
+    config = flags.defaults(convert_easylm_to_hf.DEFINITIONS)
+    config.update(load_checkpoint=spec, output_dir=str(tmp_path / "hf"))
+    convert_easylm_to_hf.main(config)
+    model, _ = hf_layout.read_model(str(tmp_path / "hf"))
+    params = load(spec, hf_layout.parameter_shapes(model))
+    prompts_BP = np.load(golden / "lvm_tiny/golden.npz")["input_tokens"][:2, :24]
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32").eval()
+    rows = theirs.generate(torch.tensor(prompts_BP, dtype=torch.long), do_sample=False, max_new_tokens=40)
+    ours = generate(LLaMADecoder(model), params, prompts_BP, num_new_tokens=40, temperature=0.0, allowed_ids=10**6)
+    np.testing.assert_array_equal(ours[:, 0], rows[:, 24:].numpy())
 
 
 @pytest.mark.slow

@@ -3,12 +3,15 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from prompting_kit import CONFIG, tiny_params, tiny_prompter
+from prompting_kit import tiny_checkpoint, tiny_logits, tiny_params, tiny_prompter
 
+from EasyLM import sharding
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_model
+from evaluation.models import load_model
 
 CODES, TOKENS = 32, 64
 PROMPTS = [np.random.default_rng(i).integers(0, CODES, (pictures, TOKENS)) for i, pictures in enumerate((1, 4))]
@@ -19,17 +22,9 @@ def prompter(tmp_path_factory):
     return tiny_prompter(tmp_path_factory.mktemp("vqgan"))
 
 
-@jax.jit
-def logits_of(tokens_BT):
-    return llama_model.apply(CONFIG, tiny_params(), tokens_BT)
-
-
 def most_likely(seen_PN, picture_N):
     """What the full forward over the pictures that are seen finds most likely at each place of the next."""
-    row_T = np.concatenate([seen_PN.reshape(-1), picture_N])
-    padded_BT = np.zeros((1, CONFIG.max_sequence_length), np.int32)  # what comes later changes nothing before
-    padded_BT[0, : len(row_T)] = row_T
-    logits_TV = np.asarray(logits_of(padded_BT))[0, : len(row_T)]
+    logits_TV = tiny_logits(np.concatenate([seen_PN.reshape(-1), picture_N]))
     return logits_TV[-TOKENS - 1 : -1, :CODES].argmax(-1)
 
 
@@ -67,7 +62,7 @@ def test_likelihoods_are_those_of_single_rows(prompter):
     got_BT = prompter.log_likelihoods(PROMPTS, targets)
     for prompt_PN, target_FN, got_T in zip(PROMPTS, targets, got_BT, strict=True):
         row_T = np.concatenate([prompt_PN.reshape(-1), target_FN.reshape(-1)])
-        log_p_TV = np.asarray(jax.nn.log_softmax(logits_of(row_T[None])))[0]
+        log_p_TV = np.asarray(jax.nn.log_softmax(tiny_logits(row_T)))
         expected_T = np.take_along_axis(log_p_TV[:-1], row_T[1:, None], -1)[-TOKENS:, 0]
         np.testing.assert_allclose(got_T, expected_T, atol=1e-4, rtol=0)
 
@@ -85,3 +80,14 @@ def test_likelihoods_are_those_of_single_rows(prompter):
 def test_says_what_is_wrong(prompter, given, said):
     with pytest.raises(UserError, match=said):
         prompter.answer(**{"prompts": PROMPTS} | given)
+
+
+def test_kernels_are_loaded_in_the_type_of_the_computation(tmp_path):
+    flags_of = tiny_checkpoint(tmp_path)
+    mesh = sharding.make_mesh("1,1,1", jax.devices()[:1])
+    config, params = load_model(flags_of["checkpoint"], flags_of["load_llama_config"], mesh, jnp.bfloat16)
+    head, transformer = params["params"]["lm_head"], params["params"]["transformer"]
+    assert head["kernel"].dtype == transformer["h"]["attention"]["wq"]["kernel"].dtype == jnp.bfloat16
+    assert transformer["wte"]["embedding"].dtype == transformer["ln_f"]["kernel"].dtype == jnp.float32
+    apply = jax.jit(lambda params: llama_model.apply(config, params, PROMPTS[0], dtype=jnp.bfloat16))
+    np.testing.assert_array_equal(*(apply(p).astype(np.float32) for p in (params, tiny_params())))

@@ -17,6 +17,8 @@ SMALLEST = {
     "vqgan__resolution": 8,
     "vqgan__hidden_channels": 4,
     "vqgan__channel_mult": "1",
+    "vqgan__num_res_blocks": 1,
+    "vqgan__resample_with_conv": False,
     "vqgan__norm_groups": 2,
     "vqgan__z_channels": 4,
     "vqgan__quantized_embed_dim": 4,
@@ -24,10 +26,14 @@ SMALLEST = {
 }
 
 
+ADVERSARY = {"weight": 0.5, "start_step": 4, "channels": 4, "layers": 1}
+ADVERSARY = {f"adversary__{name}": value for name, value in ADVERSARY.items()}
+
+
 def train(folder, name, **settings):
     """Figures of each step of a run."""
     defaults = {"total_steps": 12, "lr_warmup_steps": 2, "log_freq": 1, "save_model_freq": 5, "batch_size": 8}
-    defaults["input_dirs"] = str(folder / "pictures")
+    defaults |= {"input_dirs": str(folder / "pictures"), "lr": 2e-3}
     run_main(
         train_vqgan,
         logger__output_dir=str(folder),
@@ -47,7 +53,7 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_learns_resumes_exactly_and_leaves_a_model(folder, monkeypatch):
-    whole = train(folder, "whole")
+    whole = train(folder, "whole", **ADVERSARY)
     assert whole[11]["loss"] < 0.8 * whole[0]["loss"]
 
     original = train_vqgan.run.fit
@@ -56,10 +62,10 @@ def test_learns_resumes_exactly_and_leaves_a_model(folder, monkeypatch):
         return original(state, step, batches, train_vqgan.dataclasses.replace(settings, total_steps=5), **rest)
 
     monkeypatch.setattr(train_vqgan.run, "fit", stopped)
-    train(folder, "parts")
+    train(folder, "parts", **ADVERSARY)
     monkeypatch.undo()
-    parts = train(folder, "parts")
-    figures = ("loss", "psnr", "gradient_norm", "param_norm", "learning_rate", "code_perplexity")
+    parts = train(folder, "parts", **ADVERSARY)
+    figures = ("loss", "psnr", "gradient_norm", "param_norm", "learning_rate", "code_perplexity", "discriminator")
     assert [{k: whole[i][k] for k in figures} for i in range(12)] == [
         {k: parts[i][k] for k in figures} for i in range(12)
     ]
@@ -119,6 +125,8 @@ def test_the_outline_term_sees_what_the_mean_error_does_not():
     ("settings", "message"),
     [
         ({"input_dirs": ""}, "--input_dirs is missing"),
+        ({"adversary__weight": 0.8}, "--adversary.layers=3: leaves no patch of 8 pixels"),
+        ({"perceptual__vgg_weights": "none.pth"}, r"--perceptual.vgg_weights=none\.pth: none\.pth: no such file"),
         ({"vqgan__channel_mult": "1,x"}, "--vqgan.channel_mult=1,x"),
         ({"vqgan__norm_groups": 3}, "--vqgan.hidden_channels=4: .*norm_groups=3"),
         ({"total_steps": 2}, "--total_steps=2: must be more than lr_warmup_steps=2"),
@@ -133,7 +141,7 @@ def test_bad_settings_are_named(folder, settings, message):
 
 def test_models_are_made_of_average_or_network():
     config = VQGANConfig(resolution=8, hidden_channels=4, channel_mult=(1,), norm_groups=2, num_embeddings=16)
-    shapes = jax.eval_shape(lambda: objective.init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: objective.Objective(config).init_params(jax.random.key(0)))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     params["model"] = {name: array + 1 for name, array in params["model"].items()}
     assert np.all(objective.make_model(config, params, "model").encoder.conv_in.kernel[...] == 1)

@@ -20,7 +20,7 @@ FILES = {
     "hevc.mov": ("libx265", STEADY, {"x265-params": "keyint=12:log-level=none", **FAST}),
     "uneven.mp4": ("libx264", UNEVEN, {"g": "20", "bf": "2"}),
     "uneven.webm": ("libvpx-vp9", UNEVEN, {"g": "20", "deadline": "realtime", "cpu-used": "8"}),
-    "hidden.webm": ("libvpx", STEADY, {"g": "30", "auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"}),
+    "vp8.webm": ("libvpx", STEADY, {"g": "30", "deadline": "realtime", "cpu-used": "8"}),
     "steady.avi": ("mpeg4", STEADY, {"g": "12"}),
     "motion.avi": ("mjpeg", STEADY, {}),
     "reordered.avi": ("libx264", STEADY, {"g": "12", "bf": "3"}),
@@ -90,6 +90,23 @@ def test_a_file_that_is_entered_behind_the_frame(made, monkeypatch):
     monkeypatch.setattr(videos, "_frames", astray)
     times = videos.timestamps(made / "b_frames.mp4")
     assert numbers(videos.read(made / "b_frames.mp4", times[[30, 31, 50, 79]])) == [30, 31, 50, 79]
+
+
+def test_packets_that_are_never_shown(made, tmp_path):
+    """VP8 encoders in two passes write frames that others are predicted from and nobody sees."""
+    with av.open(str(made / "vp8.webm")) as source, av.open(str(tmp_path / "hidden.webm"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            data, pts, base = bytes(packet), packet.pts, packet.time_base
+            packet.stream = stream
+            target.mux(packet)
+            if number == 0:  # again, with the bit cleared that shows it
+                hidden = av.Packet(bytes([data[0] & ~(1 << 4)]) + data[1:])
+                hidden.stream, hidden.time_base, hidden.pts, hidden.dts = stream, base, pts + 20, pts + 20
+                target.mux(hidden)
+    times = videos.timestamps(tmp_path / "hidden.webm")
+    np.testing.assert_array_equal(times, videos.timestamps(made / "vp8.webm"))
+    assert numbers(videos.read(tmp_path / "hidden.webm", times)) == list(range(80))
 
 
 @pytest.mark.parametrize("rotation, turns", [(90, 1), (180, 2), (-90, 3)])

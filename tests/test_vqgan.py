@@ -1,5 +1,6 @@
 """The VQGAN: equal to open-muse's on reference data, of the released shapes, the same after saving, on any devices."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tokenizer_kit import TINY, smooth_picture, tiny_vqgan
+from tokenizer_kit import TINY, random_vqgan, smooth_picture, tiny_vqgan
 
 from EasyLM.errors import UserError
 from tokenizer import weights
@@ -42,6 +43,63 @@ def test_the_released_model_has_the_released_shapes(golden):
     shapes = {weights.file_name(p): list(weights.file_shape(leaf)) for p, leaf in weights.flat_parameters(model)}
     assert shapes == json.loads((golden / "vqgan_released_shapes.json").read_text())
     assert VQGANConfig().tokens_per_image == 256
+
+
+def test_the_released_weights_load_whole(golden, monkeypatch):
+    shapes = json.loads((golden / "vqgan_released_shapes.json").read_text())
+    zeros = {name: np.broadcast_to(np.float16(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+    monkeypatch.setattr(weights, "read_config", lambda directory: VQGANConfig())
+    monkeypatch.setattr(weights, "_read_directory", lambda directory: ("released", dict(zeros)))
+    model = weights.load("released")
+    found = {weights.file_name(p): float(leaf.get_value().ravel()[0]) for p, leaf in weights.flat_parameters(model)}
+    assert found == {name: float(i) for i, name in enumerate(shapes)}  # each tensor once, where it belongs
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, dataclasses.replace(TINY, resample_with_conv=True, attn_resolutions=(8, 16), num_res_blocks=2)]
+)
+def test_our_files_are_open_muses(tmp_path, config):
+    torch = pytest.importorskip("torch")
+    from torch_vqgan import TorchVQGAN
+
+    model = random_vqgan(config)
+    weights.save(model, tmp_path)
+    peer = TorchVQGAN(weights.read_config(tmp_path)).eval()
+    peer.load_state_dict(
+        {name: torch.tensor(array) for name, array in load_file(tmp_path / "model.safetensors").items()}
+    )
+    pixels = np.random.default_rng(1).random((2, 16, 16, 3), np.float32)
+    with torch.no_grad():
+        hidden, codes = peer.encode(torch.tensor(pixels))
+        decoded = peer.decode(codes)
+    ours = nnx.jit(lambda model, pixels: model.encode(pixels))(model, pixels)
+    np.testing.assert_allclose(ours[0], hidden, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(ours[1], codes)
+    drawn = nnx.jit(lambda model, codes: model.decode(codes))(model, np.asarray(codes, np.int32))
+    np.testing.assert_allclose(drawn, decoded, rtol=0, atol=1e-5)
+    assert len(np.unique(codes)) > 2
+
+
+def test_a_torch_file_survives_the_way_through_ours(golden, tmp_path):
+    torch = pytest.importorskip("torch")
+    source = torch.load(golden / "vqgan_small" / "pytorch_model.bin", weights_only=True)
+    weights.save(weights.load(golden / "vqgan_small"), tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == source.keys()
+    for name, tensor in source.items():
+        np.testing.assert_array_equal(written[name], tensor.numpy(), err_msg=name)
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, golden / "vqgan_small"))
+    assert {name: ours[name] for name in theirs if not name.startswith("_")} == {
+        name: value for name, value in theirs.items() if not name.startswith("_")
+    }
+
+
+def test_codes_equally_near_or_not_finite_stay_in_range():
+    codebook = random_vqgan(TINY).quantize
+    codebook.embedding[...] = codebook.embedding[...].at[5].set(codebook.embedding[...][3])
+    hidden_1hwZ = codebook.embedding[...][3][None, None, None]
+    assert codebook.nearest(hidden_1hwZ) == 3
+    assert 0 <= int(codebook.nearest(hidden_1hwZ * np.nan)[0, 0]) < TINY.num_embeddings
 
 
 def test_saving_and_loading_changes_nothing(tiny, tmp_path):
@@ -78,6 +136,21 @@ def test_batch_size_and_devices_change_no_code(tiny, pictures):
     # float32 rounding through twenty layers (1.3e-6 was seen); one level of 8 bits is 4e-3
     np.testing.assert_allclose(other.decode(codes), codec.decode(codes), rtol=0, atol=1e-5)
     assert codec.encode(pictures[:0]).shape == (0, TINY.tokens_per_image)
+
+
+def test_the_next_batch_is_under_way_before_a_result_is_taken(tiny, pictures):
+    codec = Codec(tiny, batch_size=8)
+    asked = []
+
+    def batches():
+        for part in (pictures[:8], pictures[8:], pictures[:3]):
+            asked.append(len(part))
+            yield part
+
+    results = codec.encode_batches(batches())
+    first = next(results)
+    assert asked == [8, 3]
+    np.testing.assert_array_equal(np.concatenate([first, *results]), codec.encode(pictures)[[*range(11), 0, 1, 2]])
 
 
 @pytest.mark.slow

@@ -31,18 +31,24 @@ def tiny_vqgan(directory) -> str:
 
 @functools.cache
 def _tiny_model() -> VQGAN:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: VQGAN(TINY, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)  # not the model's own initializers: compiling them takes longer than all else here
+    model = random_vqgan(TINY)
+    rng = np.random.default_rng(0)
+    pixels = np.stack([smooth_picture(seed, TINY.resolution) / np.float32(255) for seed in range(8)])
+    vectors_MZ = np.asarray(nnx.jit(lambda model, pixels: model.encode(pixels)[0])(model, pixels)).reshape(-1, 4)
+    model.quantize.embedding[...] = jnp.asarray(rng.permutation(vectors_MZ)[: TINY.num_embeddings])
+    return model
+
+
+def random_vqgan(config: VQGANConfig) -> VQGAN:
+    """A model of random parameters, made without its own initializers: compiling them takes longer than a test."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
     flat = []
     for path, leaf in nnx.to_flat_state(state):
         shape = leaf.get_value().shape
         array = np.ones(shape) if path[-1] == "scale" else rng.standard_normal(shape) * np.prod(shape[:-1]) ** -0.5
         flat.append((path, leaf.replace(jnp.asarray(array, jnp.float32))))
-    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
-    pixels = np.stack([smooth_picture(seed, TINY.resolution) / np.float32(255) for seed in range(8)])
-    vectors_MZ = np.asarray(nnx.jit(lambda model, pixels: model.encode(pixels)[0])(model, pixels)).reshape(-1, 4)
-    model.quantize.embedding[...] = jnp.asarray(rng.permutation(vectors_MZ)[: TINY.num_embeddings])
-    return model
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def smooth_picture(seed: int, size: int) -> np.ndarray:

@@ -3,7 +3,9 @@
 Shapes: n pictures, S the side in pixels, N tokens an image.
 """
 
+import collections
 import os
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import jax
@@ -28,10 +30,13 @@ CODEC_FLAGS = {
 
 
 class Codec:
-    """The tokenizer of a folder, ready to use. Inputs of any length are cut into batches, the last one padded."""
+    """The tokenizer of a folder, ready to use. Inputs of any length are cut into batches, the last one padded.
+
+    The device computes a batch while the host prepares the next and takes what came of the one before.
+    """
 
     def __init__(self, directory: str = PRETRAINED, dtype: str = "fp32", batch_size: int = 32, devices=None):
-        """Loads the model of a folder onto `devices` (default: all).
+        """Loads the model of a folder onto `devices` (default: all); `batch_size` grows to a multiple of their number.
 
         Raises:
           UserError: naming what is wrong with the folder or the setting.
@@ -41,7 +46,7 @@ class Codec:
         devices = devices or jax.devices()
         mesh = jax.make_mesh((len(devices),), ("picture",), axis_types=(AxisType.Auto,), devices=devices)
         self._split, everywhere = NamedSharding(mesh, P("picture")), NamedSharding(mesh, P())
-        self._batch = -(-batch_size // len(devices)) * len(devices)
+        self.batch_size = -(-batch_size // len(devices)) * len(devices)
         model = weights.load(directory, DTYPES[dtype])
         self.config = model.config
         self._graphdef, state = nnx.split(model)
@@ -49,26 +54,55 @@ class Codec:
 
     def encode(self, pixels_nSS3: np.ndarray) -> np.ndarray:
         """Pixels in [0, 1] at the tokenizer's resolution -> codes [n,N] int32."""
-        side = self.config.resolution
-        assert pixels_nSS3.shape[1:] == (side, side, 3), pixels_nSS3.shape
-        return self._map(_encode, pixels_nSS3.astype(np.float32), (self.config.tokens_per_image,), np.int32)
+        parts = self.encode_batches(_cut(pixels_nSS3, self.batch_size))
+        return np.concatenate([np.zeros((0, self.config.tokens_per_image), np.int32), *parts])
 
     def decode(self, codes_nN: np.ndarray) -> np.ndarray:
         """Codes -> pixels [n,S,S,3] float32, clamped to [0, 1]."""
-        assert codes_nN.shape[1:] == (self.config.tokens_per_image,), codes_nN.shape
-        assert not codes_nN.size or (codes_nN.min() >= 0 and codes_nN.max() < self.config.num_embeddings)
         side = self.config.resolution
-        return np.clip(self._map(_decode, codes_nN.astype(np.int32), (side, side, 3), np.float32), 0, 1)
+        parts = self.decode_batches(_cut(codes_nN, self.batch_size))
+        return np.concatenate([np.zeros((0, side, side, 3), np.float32), *parts])
 
-    def _map(self, function, array: np.ndarray, shape: tuple[int, ...], dtype) -> np.ndarray:
-        out = np.empty((len(array), *shape), dtype)
-        for start in range(0, len(array), self._batch):
-            part = array[start : start + self._batch]
-            padded = np.zeros((self._batch, *array.shape[1:]), array.dtype)
+    def encode_batches(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Encodes an iterator of pixels [n,S,S,3], n at most `batch_size`, one array of codes [n,N] for each.
+
+        A batch is asked for, and given to the device, before the result of the one before it is waited for: so what
+        the iterator does (open files) and what the caller does with a result cost the device no time.
+        """
+        side = self.config.resolution
+        return self._map(_encode, batches, (side, side, 3), np.float32)
+
+    def decode_batches(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same for codes [n,N]: pixels [n,S,S,3]."""
+        for part in self._map(_decode, self._checked(batches), (self.config.tokens_per_image,), np.int32):
+            yield np.clip(part, 0, 1)
+
+    def _checked(self, batches):
+        for codes_nN in batches:
+            assert not codes_nN.size or (codes_nN.min() >= 0 and codes_nN.max() < self.config.num_embeddings)
+            yield codes_nN
+
+    def _map(self, function, batches, shape: tuple[int, ...], dtype) -> Iterator[np.ndarray]:
+        pending: collections.deque = collections.deque()
+        for part in batches:
+            assert part.shape[1:] == shape and len(part) <= self.batch_size, part.shape
+            padded = np.zeros((self.batch_size, *shape), dtype)
             padded[: len(part)] = part
             result = function(self._graphdef, self._state, jax.device_put(padded, self._split))
-            out[start : start + len(part)] = np.asarray(result)[: len(part)]
-        return out
+            result.copy_to_host_async()
+            pending.append((result, len(part)))
+            if len(pending) > 1:
+                yield _fetch(*pending.popleft())
+        while pending:
+            yield _fetch(*pending.popleft())
+
+
+def _cut(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (array[start : start + size] for start in range(0, len(array), size))
+
+
+def _fetch(result: jax.Array, count: int) -> np.ndarray:
+    return np.asarray(result)[:count]
 
 
 @partial(jax.jit, static_argnums=0)  # compiled once for all Codecs of one kind

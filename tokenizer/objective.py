@@ -1,19 +1,23 @@
 """What a VQGAN learns from: the loss of a batch, the running means beside the network, and the optimizer of them all.
 
-The parameters are three flat dicts: `model`, the network by dotted path; `average`, its running mean, which is what is
-evaluated and kept in the end; and `codebook`, the running means that the codes follow from. Gradient descent at rate
-1 - d on half the squared distance to x is a running mean of x with decay d: so one optimizer moves all three.
+The parameters are groups: `model`, the network as a flat dict by dotted path; `average`, its running mean, which is
+what is evaluated and kept in the end; `codebook`, the running means that the codes follow from; where asked for,
+`discriminator` and `clock` (adversary.py) and `perceptual` (lpips.py; it never moves). One scalar moves them all, each
+by its own optimizer, because its terms are kept apart by stop_gradient: gradient descent at rate 1 - d on half the
+squared distance to x is a running mean of x with decay d, and a term may have a gradient without a value (`silent`).
 Shapes: B images, H W pixels, M = B h w vectors, Z their length, K codes.
 """
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
-from tokenizer import weights
+from tokenizer import lpips, weights
+from tokenizer.adversary import TICK, Adversary, adaptive_weight
 from tokenizer.vqgan import VQGAN, VQGANConfig
 
 DECAY = 0.99  # of a running mean, a step
@@ -23,25 +27,125 @@ _DEAD, _FRESH = 0.03, 0.1
 _EMBEDDING = "quantize.embedding"
 
 
-def init_params(config: VQGANConfig, key: jax.Array) -> dict:
-    """Fresh parameters. No code has been used yet, so the first step places them all on vectors of its batch."""
-    network = parameters(VQGAN(config, rngs=nnx.Rngs(params=key)))
-    empty_KZ = jnp.zeros_like(network.pop(_EMBEDDING))
-    codebook = {"share": jnp.zeros(len(empty_KZ)), "sum": empty_KZ}
-    return {"model": network, "average": jax.tree.map(jnp.copy, network), "codebook": codebook}
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a VQGAN of `config` is trained for.
 
+    Reconstruction is the mean absolute and squared error of pixels and a perceptual term: LPIPS with the weight
+    `perceptual_weight` where `vgg` (lpips.load) is given; else a stand-in that needs no weights: `gradient_weight`
+    times the absolute error of pixels' differences to their neighbours at three scales, which keeps outlines sharp. The
+    encoder is drawn to its codes with `commitment_cost` (VQ-VAE, arXiv 1711.00937, equation 3) and receives the
+    decoder's gradient as if there were no quantization. The codebook learns by running means (there, appendix A.1).
+    With an `adversary`, from its start step on, drawn pictures are also to look real (VQGAN, arXiv 2012.09841).
+    """
 
-def parameters(model: VQGAN) -> dict[str, jax.Array]:
-    """The arrays of a model by dotted path, e.g. `encoder.down.0.block.0.conv1.kernel`."""
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in weights.flat_parameters(model)}
+    config: VQGANConfig
+    dtype: object = jnp.float32
+    gradient_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    vgg: dict[str, np.ndarray] | None = None
+    adversary: Adversary | None = None
+
+    def init_params(self, key: jax.Array) -> dict:
+        """Fresh parameters. No code has been used yet, so the first step places them all on vectors of its batch."""
+        network = weights.parameters(VQGAN(self.config, rngs=nnx.Rngs(params=key)))
+        empty_KZ = jnp.zeros_like(network.pop(_EMBEDDING))
+        codebook = {"share": jnp.zeros(len(empty_KZ)), "sum": empty_KZ}
+        params = {"model": network, "average": jax.tree.map(jnp.copy, network), "codebook": codebook}
+        if self.vgg is not None:
+            params["perceptual"] = jax.tree.map(jnp.asarray, self.vgg)
+        if self.adversary is not None:
+            params |= self.adversary.init_params(jax.random.fold_in(key, 1))
+        return params
+
+    def loss(self, params: dict, batch: dict, key: jax.Array | None) -> tuple[jax.Array, dict]:
+        """(scalar, figures) of `{"pixels": [B,H,W,3] in [0,1]}`; a key of None means evaluation, of the average.
+
+        The adversary's terms have no value, so the loss means the same before and after its start.
+        """
+        pixels_BHWC = batch["pixels"]
+        training = key is not None
+        model = make_model(self.config, params, "model" if training else "average", self.dtype)
+        hidden_BhwZ, codes_BN = model.encode(pixels_BHWC)
+        hidden_BhwZ = hidden_BhwZ.astype(jnp.float32)
+        # Before any code has a place the vectors pass as they are: a decoder fed one constant has no finite gradient.
+        placed = jnp.sum(params["codebook"]["share"]) > 0
+        chosen_BhwZ = jnp.where(placed, model.quantize(codes_BN).reshape(hidden_BhwZ.shape), hidden_BhwZ)
+        mixed_BhwZ = hidden_BhwZ + jax.lax.stop_gradient(chosen_BhwZ - hidden_BhwZ)
+        features_BHWC = model.decoder.features(model.post_quant_conv(mixed_BhwZ))
+        drawn_BHWC = model.decoder.conv_out(features_BHWC).astype(jnp.float32)
+
+        (reconstruction, figures), slope_BHWC = jax.value_and_grad(self._reconstruction, argnums=1, has_aux=True)(
+            jax.lax.stop_gradient(params.get("perceptual")), jax.lax.stop_gradient(drawn_BHWC), pixels_BHWC
+        )
+        commitment = self.config.commitment_cost * commitment_error(hidden_BhwZ, chosen_BhwZ)
+        figures |= {"commitment": commitment, **code_figures(codes_BN, self.config.num_embeddings)}
+        loss = reconstruction + commitment
+        if not training:
+            return loss, figures
+        if self.adversary is not None:
+            layer = model.decoder.conv_out, features_BHWC
+            slope_BHWC, lesson, more = self._adversarial(params, pixels_BHWC, drawn_BHWC, slope_BHWC, *layer)
+            figures |= more
+            loss += silent(lesson) - silent(params["clock"])
+        hidden_MZ = jax.lax.stop_gradient(hidden_BhwZ).reshape(-1, hidden_BhwZ.shape[-1])
+        targets = {
+            "codebook": codebook_targets(params["codebook"], hidden_MZ, codes_BN.reshape(-1), key),
+            "average": params["model"],
+        }
+        # Both losses reach the network through their slopes by drawn pixel, so that neither is computed twice.
+        loss += silent(jnp.sum(jax.lax.stop_gradient(slope_BHWC) * drawn_BHWC))
+        return loss + pull({name: params[name] for name in targets}, targets), figures
+
+    def _reconstruction(self, vgg, drawn_BHWC, pixels_BHWC):
+        error_BHWC = drawn_BHWC - pixels_BHWC
+        terms = {"absolute": jnp.mean(jnp.abs(error_BHWC)), "squared": jnp.mean(error_BHWC**2)}
+        if vgg is None:
+            terms["gradient"] = self.gradient_weight * gradient_error(error_BHWC)
+        else:
+            distance_B = lpips.distance(vgg, drawn_BHWC, pixels_BHWC, self.dtype)
+            terms["perceptual"] = self.perceptual_weight * jnp.mean(distance_B)
+        return sum(terms.values()), terms | {"psnr": -10 * jnp.log10(terms["squared"])}
+
+    def _adversarial(self, params, pixels_BHWC, drawn_BHWC, slope_BHWC, last_layer, features_BHWC):
+        """The slope by drawn pixel with the adversary's share in it, the discriminator's loss, and figures."""
+        started = self.adversary.started(params)
+        generator, adversarial_slope_BHWC = self.adversary.judge(params, drawn_BHWC)
+        adaptive = adaptive_weight(last_layer, features_BHWC, slope_BHWC, adversarial_slope_BHWC)
+        lesson, verdicts = self.adversary.lesson(params, pixels_BHWC, drawn_BHWC)
+        figures = {"generator": generator, "discriminator": lesson, "adaptive_weight": adaptive, **verdicts}
+        share = started * adaptive * self.adversary.weight
+        return slope_BHWC + share * adversarial_slope_BHWC, started * lesson, figures
+
+    def make_optimizer(self, rate: optax.Schedule, weight_decay: float, clip_gradient: float, average_decay: float):
+        """The optimizer of all groups, and its rate as a function of its state.
+
+        adamw for the network, adam for the discriminator, plain descent for what is a running mean or a count.
+        """
+        network = optax.chain(
+            optax.clip_by_global_norm(clip_gradient),
+            optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=weight_decay),
+        )
+        transforms = {"model": network, "codebook": optax.sgd(1 - DECAY), "average": optax.sgd(1 - average_decay)}
+        if self.vgg is not None:
+            transforms["perceptual"] = optax.set_to_zero()
+        if self.adversary is not None:
+            transforms["discriminator"] = optax.adam(self.adversary.lr, b1=0.5, b2=0.9)
+            transforms["clock"] = optax.sgd(TICK)
+
+        def is_schedule(state):
+            return isinstance(state, optax.ScaleByScheduleState)
+
+        def learning_rate(opt_state):
+            return rate(next(s.count for s in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(s)))
+
+        return optax.multi_transform(transforms, {name: name for name in transforms}), learning_rate
 
 
 def make_model(config: VQGANConfig, params: dict, which: str = "average", dtype=jnp.float32) -> VQGAN:
     """The model of trained parameters, its codes computed from the running means. `which`: average or model."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0))))
     arrays = {**params[which], _EMBEDDING: codes_of(params["codebook"])}
-    flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return weights.with_parameters(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)), arrays)
 
 
 def codes_of(codebook: dict) -> jax.Array:
@@ -49,48 +153,14 @@ def codes_of(codebook: dict) -> jax.Array:
     return codebook["sum"] / jnp.maximum(codebook["share"], 1e-12)[:, None]
 
 
-def make_loss(config: VQGANConfig, dtype=jnp.float32, gradient_weight: float = 1.0) -> Callable:
-    """The loss `(params, {"pixels": [B,H,W,3] in [0,1]}, key) -> (scalar, figures)`.
+def commitment_error(hidden_BhwZ: jax.Array, chosen_BhwZ: jax.Array) -> jax.Array:
+    """Mean squared distance of vectors to their codes, which get no gradient.
 
-    Reconstruction is the mean absolute and squared error of pixels, and `gradient_weight` times the absolute error of
-    their differences to the neighbours at three scales, which is what keeps outlines sharp. The encoder is drawn to
-    its codes with `commitment_cost` (VQ-VAE, arXiv 1711.00937, equation 3) and receives the decoder's gradient as if
-    there were no quantization. The codebook learns by running means (there, appendix A.1). A key of None means
-    evaluation: of the averaged network.
+    It is relative to the codes' spread, so that its weight means the same however large the vectors grow.
     """
-
-    def loss_fn(params, batch, key):
-        pixels_BHWC = batch["pixels"]
-        model = make_model(config, params, "average" if key is None else "model", dtype)
-        hidden_BhwZ, codes_BN = model.encode(pixels_BHWC)
-        hidden_BhwZ = hidden_BhwZ.astype(jnp.float32)
-        # Before any code has a place the vectors pass as they are: a decoder fed one constant has no finite gradient.
-        placed = jnp.sum(params["codebook"]["share"]) > 0
-        chosen_BhwZ = jnp.where(placed, model.quantize(codes_BN).reshape(hidden_BhwZ.shape), hidden_BhwZ)
-        drawn_BHWC = model.draw(hidden_BhwZ + jax.lax.stop_gradient(chosen_BhwZ - hidden_BhwZ))
-        error_BHWC = drawn_BHWC - pixels_BHWC
-        scale = jnp.maximum(jax.lax.stop_gradient(jnp.mean(jnp.var(chosen_BhwZ, axis=(0, 1, 2)))), 1e-3)
-        terms = {
-            "absolute": jnp.mean(jnp.abs(error_BHWC)),
-            "squared": jnp.mean(error_BHWC**2),
-            "gradient": gradient_weight * gradient_error(error_BHWC),
-            # relative to the codes' spread, so that its weight means the same however large the vectors grow
-            "commitment": config.commitment_cost
-            * jnp.mean((hidden_BhwZ - jax.lax.stop_gradient(chosen_BhwZ)) ** 2)
-            / scale,
-        }
-        figures = terms | {"psnr": -10 * jnp.log10(terms["squared"]), **code_figures(codes_BN, config.num_embeddings)}
-        loss = sum(terms.values())
-        if key is not None:
-            hidden_MZ = jax.lax.stop_gradient(hidden_BhwZ).reshape(-1, hidden_BhwZ.shape[-1])
-            targets = {
-                "codebook": codebook_targets(params["codebook"], hidden_MZ, codes_BN.reshape(-1), key),
-                "average": params["model"],
-            }
-            loss += pull({name: params[name] for name in targets}, targets)
-        return loss, figures
-
-    return loss_fn
+    chosen_BhwZ = jax.lax.stop_gradient(chosen_BhwZ)
+    scale = jnp.maximum(jnp.mean(jnp.var(chosen_BhwZ, axis=(0, 1, 2))), 1e-3)
+    return jnp.mean((hidden_BhwZ - chosen_BhwZ) ** 2) / scale
 
 
 def gradient_error(error_BHWC: jax.Array) -> jax.Array:
@@ -112,8 +182,12 @@ def code_figures(codes_BN: jax.Array, num_codes: int) -> dict[str, jax.Array]:
 def pull(means, targets) -> jax.Array:
     """A term of value 0 whose gradient is `means - targets`: half their squared distance, less its value."""
     pairs = zip(jax.tree.leaves(means), jax.tree.leaves(jax.lax.stop_gradient(targets)), strict=True)
-    distance = sum(0.5 * jnp.sum((mean - target) ** 2) for mean, target in pairs)
-    return distance - jax.lax.stop_gradient(distance)
+    return silent(sum(0.5 * jnp.sum((mean - target) ** 2) for mean, target in pairs))
+
+
+def silent(term: jax.Array) -> jax.Array:
+    """A term's gradient without its value."""
+    return term - jax.lax.stop_gradient(term)
 
 
 def codebook_targets(codebook: dict, hidden_MZ: jax.Array, codes_M: jax.Array, key: jax.Array) -> dict:
@@ -138,20 +212,3 @@ def codebook_targets(codebook: dict, hidden_MZ: jax.Array, codes_M: jax.Array, k
 def _reach(mean: jax.Array, goal) -> jax.Array:
     """The target that takes a running mean to `goal` in one step."""
     return (goal - DECAY * mean) / (1 - DECAY)
-
-
-def make_optimizer(rate: optax.Schedule, weight_decay: float, clip_gradient: float, average_decay: float):
-    """adamw for the network, plain descent for what is a running mean; and its rate as a function of its state."""
-    network = optax.chain(
-        optax.clip_by_global_norm(clip_gradient),
-        optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=weight_decay),
-    )
-    transforms = {"model": network, "codebook": optax.sgd(1 - DECAY), "average": optax.sgd(1 - average_decay)}
-
-    def is_schedule(state):
-        return isinstance(state, optax.ScaleByScheduleState)
-
-    def learning_rate(opt_state):
-        return rate(next(s.count for s in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(s)))
-
-    return optax.multi_transform(transforms, {name: name for name in transforms}), learning_rate

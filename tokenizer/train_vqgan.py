@@ -1,4 +1,4 @@
-"""Trains a tokenizer: `python -m tokenizer.train_vqgan --input_dirs=D1,D2 --resolution=64 ...` (DATASET.md).
+"""Trains a tokenizer: `python -m tokenizer.train_vqgan --input_dirs=D1,D2 --adversary.weight=0.8 ...` (DATASET.md).
 
 The run directory is that of any training run here (metrics.jsonl, checkpoints, resumes by itself); at the end it holds
 `vqgan/`, the averaged model as a folder for --vqgan, and `reconstructions.png`, pictures above what the codes keep.
@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import logging
 import os
-from functools import partial
 
 import jax
 import numpy as np
@@ -19,40 +18,55 @@ from EasyLM import checkpoint, flags, loading, run, sharding
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.rows import permuted
-from tokenizer import images, objective, weights
+from tokenizer import images, lpips, objective, weights
+from tokenizer.adversary import ADVERSARY_FLAGS, Adversary
 from tokenizer.codec import DTYPES, Codec
 from tokenizer.vqgan import VQGANConfig
 
-_MODEL_FLAGS = {
-    "resolution": Flag(64, "Side of a picture in pixels."),
-    "hidden_channels": Flag(16, "Channels of the finest level."),
-    "channel_mult": Flag("1,2,4,6", "Channels of each level, in multiples; each further level halves the side."),
-    "num_res_blocks": Flag(1, "Residual blocks of a level in the encoder; the decoder has one more."),
-    "attn_resolutions": Flag("", "Comma list of the sides at which attention follows each residual block."),
-    "no_attn_mid_block": Flag(True, "No attention at the coarsest level."),
-    "z_channels": Flag(32, "Channels between the network and the codes' projection."),
-    "num_embeddings": Flag(512, "Codes."),
-    "quantized_embed_dim": Flag(8, "Length of a code's vector."),
-    "resample_with_conv": Flag(False, "Change the side by convolutions; else by mean and by repetition."),
-    "commitment_cost": Flag(0.25, "Weight of the pull of the encoder towards its codes."),
-    "norm_groups": Flag(4, "Groups of the group normalization (32 in open-muse)."),
+_MODEL_HELP = {
+    "resolution": "Side of a picture in pixels.",
+    "hidden_channels": "Channels of the finest level.",
+    "channel_mult": "Channels of each level, in multiples; each further level halves the side.",
+    "num_res_blocks": "Residual blocks of a level in the encoder; the decoder has one more.",
+    "attn_resolutions": "Comma list of the sides at which attention follows each residual block.",
+    "no_attn_mid_block": "No attention at the coarsest level.",
+    "z_channels": "Channels between the network and the codes' projection.",
+    "num_embeddings": "Codes.",
+    "quantized_embed_dim": "Length of a code's vector.",
+    "resample_with_conv": "Change the side by convolutions; else by mean and by repetition.",
+    "commitment_cost": "Weight of the pull of the encoder towards its codes.",
+    "norm_groups": "Groups of the group normalization: 32 in open-muse, fewer for a narrow model.",
 }
+
+
+def _model_flags() -> dict[str, Flag]:
+    """The settings of a VQGAN as flags; the defaults are the released tokenizer's."""
+    defaults = dataclasses.asdict(VQGANConfig())
+    as_text = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in defaults.items()}
+    return {name: Flag(as_text[name], text) for name, text in _MODEL_HELP.items()}
+
+
 DEFINITIONS = {
     **run.RUN_FLAGS,
-    "total_steps": Flag(3000, "Steps to train in total, those before a resume included."),
-    "save_model_freq": Flag(500, "Steps between checkpoints; must be positive, for the model comes from the last one."),
+    "total_steps": Flag(250_000, "Steps to train in total, those before a resume included."),
+    "save_model_freq": Flag(1000, "Steps between checkpoints; must be positive: the model comes from the last one."),
     "checkpointer": {**checkpoint.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
     "dtype": Flag("fp32", "Type of the computation; parameters and losses are float32.", choices=tuple(DTYPES)),
     "input_dirs": Flag("", "Comma list of folders of pictures, those below them included."),
     "eval_dirs": Flag("", "Comma list of folders of held-out pictures, for --eval_steps and reconstructions.png."),
-    "batch_size": Flag(8, "Pictures of a step, over all devices."),
-    "lr": Flag(2e-3, "Largest learning rate; a cosine takes it to a hundredth at total_steps."),
-    "lr_warmup_steps": Flag(100, "Steps of linear warm-up."),
+    "batch_size": Flag(64, "Pictures of a step, over all devices."),
+    "lr": Flag(1e-4, "Largest learning rate; a cosine takes it to a hundredth at total_steps. Small models want 2e-3."),
+    "lr_warmup_steps": Flag(1000, "Steps of linear warm-up."),
     "weight_decay": Flag(1e-4, "Decoupled weight decay."),
     "clip_gradient": Flag(1.0, "The network's gradient is scaled down to at most this norm."),
-    "average_decay": Flag(0.995, "A step, of the running mean of the network that is kept in the end."),
-    "gradient_weight": Flag(0.5, "Weight of the error in neighbouring pixels' differences: sharp outlines."),
-    "vqgan": _MODEL_FLAGS,
+    "average_decay": Flag(0.999, "A step, of the running mean of the network that is kept in the end."),
+    "gradient_weight": Flag(0.5, "Weight of the error in pixels' differences to neighbours; not used beside LPIPS."),
+    "perceptual": {
+        "vgg_weights": Flag("", "Local file, or two with a comma, of VGG16's and LPIPS' weights: a loss."),
+        "weight": Flag(1.0, "Weight of LPIPS."),
+    },
+    "adversary": ADVERSARY_FLAGS,
+    "vqgan": _model_flags(),
 }
 
 
@@ -131,17 +145,36 @@ def model_config(values) -> VQGANConfig:
         raise UserError(f"--vqgan.{error}") from None
 
 
+def make_objective(config, settings: VQGANConfig) -> objective.Objective:
+    """What the flags ask for: perceptual weights are read here.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    dtype = DTYPES[config.dtype]
+    asked = config.adversary.weight != 0
+    return objective.Objective(
+        settings,
+        dtype,
+        gradient_weight=config.gradient_weight,
+        perceptual_weight=config.perceptual.weight,
+        vgg=lpips.load(config.perceptual.vgg_weights) if config.perceptual.vgg_weights else None,
+        adversary=Adversary(**config.adversary, resolution=settings.resolution, dtype=dtype) if asked else None,
+    )
+
+
 def make_problem(config, settings: VQGANConfig, data, eval_data) -> run.Problem:
     """The training problem for the loop that all models here share."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.lr, config.lr_warmup_steps, config.total_steps, config.lr / 100
     )
-    optimizer, learning_rate = objective.make_optimizer(
+    target = make_objective(config, settings)
+    optimizer, learning_rate = target.make_optimizer(
         rate, config.weight_decay, config.clip_gradient, config.average_decay
     )
     return run.Problem(
-        init_params=partial(objective.init_params, settings),
-        loss_fn=objective.make_loss(settings, DTYPES[config.dtype], config.gradient_weight),
+        init_params=target.init_params,
+        loss_fn=target.loss,
         optimizer=optimizer,
         learning_rate=learning_rate,
         partition_rules=((".*", P()),),

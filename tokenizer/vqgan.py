@@ -6,6 +6,7 @@ of a code's vector, K codes.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -134,10 +135,14 @@ class Codebook(nnx.Module):
     def nearest(self, hidden_BhwZ: jax.Array) -> jax.Array:
         """The code of least squared distance, in float32 whatever the model's dtype: [B,N] int32."""
         table_KZ = self.embedding[...]
-        hidden_BNZ = hidden_BhwZ.reshape(len(hidden_BhwZ), -1, table_KZ.shape[1]).astype(jnp.float32)
-        dot_BNK = jnp.einsum("BNZ,KZ->BNK", hidden_BNZ, table_KZ, precision="highest")
+        hidden_MZ = hidden_BhwZ.reshape(-1, table_KZ.shape[1]).astype(jnp.float32)
         norm_K = jnp.sum(table_KZ**2, axis=1)
-        return jnp.argmin(norm_K[None, None, :] - 2 * dot_BNK, axis=-1).astype(jnp.int32)
+        distance_KM = norm_K[:, None] + jnp.einsum("KZ,MZ->KM", table_KZ, -2 * hidden_MZ, precision="highest")
+        # argmin as two plain minima, the lower code where two are equally near: a third of argmin's time on a CPU
+        code_KM = jax.lax.broadcasted_iota(jnp.int32, distance_KM.shape, 0)
+        nearest_KM = distance_KM == jnp.min(distance_KM, axis=0, keepdims=True)
+        code_M = jnp.min(jnp.where(nearest_KM, code_KM, len(table_KZ) - 1), axis=0)
+        return code_M.reshape(len(hidden_BhwZ), -1)
 
 
 class Encoder(nnx.Module):
@@ -177,10 +182,14 @@ class Decoder(nnx.Module):
         self.conv_out = kit.conv(widths[0], config.num_channels, 3)
 
     def __call__(self, z_BhwC: jax.Array) -> jax.Array:
+        return self.conv_out(self.features(z_BhwC))
+
+    def features(self, z_BhwC: jax.Array) -> jax.Array:
+        """What the last layer draws from [B,H,W,C]."""
         x = self.mid(self.conv_in(z_BhwC))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(nnx.silu(self.norm_out(x)))
+        return nnx.silu(self.norm_out(x))
 
 
 class Level(nnx.Module):
@@ -257,7 +266,9 @@ class Downsample(nnx.Module):
             self.conv = kit.conv(width, width, 3, strides=2, padding=((0, 1), (0, 1)))  # right and bottom, as in taming
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x) if hasattr(self, "conv") else nnx.avg_pool(x, (2, 2), (2, 2))
+        if hasattr(self, "conv"):
+            return self.conv(x)
+        return sum(x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
 
 
 class Upsample(nnx.Module):
@@ -266,8 +277,39 @@ class Upsample(nnx.Module):
             self.conv = kit.conv(width, width, 3)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # nearest
-        return self.conv(x) if hasattr(self, "conv") else x
+        if hasattr(self, "conv"):
+            return _upsampled_conv(x, self.conv)
+        B, h, w, C = x.shape
+        return jnp.broadcast_to(x[:, :, None, :, None], (B, h, 2, w, 2, C)).reshape(B, 2 * h, 2 * w, C)  # nearest
+
+
+def _upsampled_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
+    """`conv`, 3 x 3, of `x` after every position was repeated to 2 x 2, by less than half the multiplications.
+
+    Of three neighbours of a repeated row two are the same row. So the even rows of the result are a convolution of the
+    rows before and at a position with (first, second + third) of the kernel, the odd ones of the rows at and after it
+    with (first + second, third); with columns alike.
+    """
+    B, h, w, _ = x_BhwC.shape
+    x_BhwC = x_BhwC.astype(conv.dtype)
+
+    def halves(kernel, axis):
+        first, second, third = jnp.split(kernel, 3, axis)
+        return (jnp.concatenate(pair, axis) for pair in ((first, second + third), (first + second, third)))
+
+    def convolve(kernel, odd_row, odd_column):
+        padding = ((1 - odd_row, odd_row), (1 - odd_column, odd_column))
+        layout = ("NHWC", "HWIO", "NHWC")
+        kernel = kernel.astype(conv.dtype)
+        return jax.lax.conv_general_dilated(
+            x_BhwC, kernel, (1, 1), padding, dimension_numbers=layout, precision=conv.precision
+        )
+
+    rows = [
+        jnp.stack([convolve(kernel, i, j) for j, kernel in enumerate(halves(half, 1))], axis=3)
+        for i, half in enumerate(halves(conv.kernel[...], 0))
+    ]
+    return jnp.stack(rows, axis=2).reshape(B, 2 * h, 2 * w, -1) + conv.bias[...].astype(conv.dtype)[None, None, None]
 
 
 class _Kit:
@@ -289,12 +331,34 @@ class _Kit:
             rngs=self.rngs,
         )
 
-    def norm(self, width: int) -> nnx.GroupNorm:
-        return nnx.GroupNorm(
-            width,
-            num_groups=self.groups,
-            epsilon=1e-6,
-            use_fast_variance=False,
-            dtype=self.dtype,
-            rngs=self.rngs,
-        )
+    def norm(self, width: int) -> "GroupNorm":
+        return GroupNorm(width, self.groups, self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalization (arXiv 1803.08494) over the positions and channels of each group, statistics in float32.
+
+    It comes down to x * a + b with one a and b a channel. Means over a group and their way back to its channels are
+    products with the matrix of who belongs where: that keeps all bookkeeping out of the one pass over x, which then
+    takes in the activation behind it (on a CPU this is four times as fast as flax's layer).
+    """
+
+    def __init__(self, width: int, groups: int, dtype, epsilon: float = 1e-6):
+        self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.groups, self.dtype, self.epsilon = groups, dtype, epsilon
+
+    def __call__(self, x_BhwC: jax.Array) -> jax.Array:
+        _, h, w, C = x_BhwC.shape
+        x_BhwC = x_BhwC.astype(jnp.float32)
+        member_GC = jnp.repeat(jnp.eye(self.groups), C // self.groups, axis=1)
+        share_CG = member_GC.T / (h * w * C // self.groups)
+        mean_BG = _product(jnp.sum(x_BhwC, axis=(1, 2)), share_CG)
+        centred_BhwC = x_BhwC - _product(mean_BG, member_GC)[:, None, None]
+        variance_BG = _product(jnp.sum(centred_BhwC**2, axis=(1, 2)), share_CG)
+        factor_BG = jax.lax.rsqrt(variance_BG + self.epsilon)
+        a_BC = _product(factor_BG, member_GC) * self.scale[...][None]
+        b_BC = self.bias[...][None] - _product(mean_BG, member_GC) * a_BC
+        return (x_BhwC * a_BC[:, None, None] + b_BC[:, None, None]).astype(self.dtype)
+
+
+_product = partial(jnp.matmul, precision="highest")

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def load(directory: str, dtype=jnp.float32) -> VQGAN:
       UserError: naming the directory or file and what is missing, unexpected or of another shape.
     """
     config = read_config(directory)
-    source, found = _read_tensors(directory)
+    source, found = _read_directory(directory)
     abstract = nnx.eval_shape(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     wanted = {file_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
@@ -39,7 +40,7 @@ def load(directory: str, dtype=jnp.float32) -> VQGAN:
         shape = file_shape(leaf)
         if found[name].shape != shape:
             raise UserError(f"{source}: {name} has shape {found[name].shape}, config.json makes it {shape}")
-        flat.append((path, leaf.replace(jnp.asarray(_from_file(found[name].astype(np.float32))))))
+        flat.append((path, leaf.replace(jnp.asarray(from_file(found[name].astype(np.float32))))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
@@ -49,7 +50,7 @@ def save(model: VQGAN, directory: str, dtype=np.float32) -> None:
 
     os.makedirs(directory, exist_ok=True)
     arrays = {file_name(path): np.asarray(leaf.get_value()).astype(dtype) for path, leaf in flat_parameters(model)}
-    tensors = {name: _to_file(array) for name, array in arrays.items()}
+    tensors = {name: to_file(array) for name, array in arrays.items()}
     target = pathlib.Path(directory)
     save_file(tensors, target / "model.safetensors.tmp")
     os.replace(target / "model.safetensors.tmp", target / "model.safetensors")
@@ -91,49 +92,71 @@ def file_shape(leaf) -> tuple[int, ...]:
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape
 
 
-def flat_parameters(model: VQGAN) -> list[tuple[tuple, nnx.Variable]]:
-    """Every parameter of a model with its path in the module."""
+def flat_parameters(model: nnx.Module) -> list[tuple[tuple, nnx.Variable]]:
+    """Every parameter of a module with its path."""
     return list(nnx.to_flat_state(nnx.state(model)))
 
 
-def _read_tensors(directory: str) -> tuple[str, dict[str, np.ndarray]]:
-    root = pathlib.Path(directory)
-    shards = sorted(root.glob("*.safetensors"))
-    if shards:
-        return f"{root}/*.safetensors", _read_safetensors(shards)
-    path = root / "pytorch_model.bin"
-    if not path.is_file():
-        raise UserError(f"--vqgan={directory}: no weights there: pytorch_model.bin or *.safetensors")
+def parameters(module: nnx.Module) -> dict[str, jax.Array]:
+    """The arrays of a module by dotted path, e.g. `encoder.down.0.block.0.conv1.kernel`."""
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat_parameters(module)}
+
+
+def with_parameters(make: Callable[[], nnx.Module], arrays: dict[str, jax.Array]) -> nnx.Module:
+    """The module that `make` builds, of these arrays (see `parameters`) in place of its own, which are never made."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a file: *.safetensors, or what torch saved (needs torch; weights only, never other objects).
+
+    Raises:
+      UserError: naming the file.
+    """
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         import torch
     except ImportError as error:
         raise UserError(f"{path}: reading it needs torch: pip install torch") from error
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
     except Exception as error:  # torch has no one class for a file that is cut short, foreign, or names other objects
         raise UserError(f"{path}: not a file of tensors ({type(error).__name__})") from error
-    return str(path), {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
-def _read_safetensors(shards) -> dict[str, np.ndarray]:
+def _read_directory(directory: str) -> tuple[str, dict[str, np.ndarray]]:
+    root = pathlib.Path(directory)
+    shards = sorted(root.glob("*.safetensors"))
+    path = root / "pytorch_model.bin"
+    if shards:
+        return f"{root}/*.safetensors", {name: array for shard in shards for name, array in read_tensors(shard).items()}
+    if not path.is_file():
+        raise UserError(f"--vqgan={directory}: no weights there: pytorch_model.bin or *.safetensors")
+    return str(path), read_tensors(path)
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.flax import load_file  # knows bfloat16, which numpy's own does not
 
-    tensors = {}
-    for shard in shards:
-        try:
-            with jax.default_device(jax.devices("cpu")[0]):
-                tensors |= {name: np.asarray(value) for name, value in load_file(shard).items()}
-        except SafetensorError as error:
-            raise UserError(f"{shard}: not a safetensors file ({error})") from error
-    return tensors
+    try:
+        with jax.default_device(jax.devices("cpu")[0]):
+            return {name: np.asarray(value) for name, value in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from error
 
 
-def _to_file(array: np.ndarray) -> np.ndarray:
+def to_file(array: np.ndarray) -> np.ndarray:
+    """A convolution's kernel from our order to the files'; other arrays as they are."""
     return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
 
 
-def _from_file(array: np.ndarray) -> np.ndarray:
+def from_file(array: np.ndarray) -> np.ndarray:
+    """The way back."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 

@@ -305,7 +305,7 @@ def unstack(tree, num_layers: int) -> list:
 
 def with_params(config: LLaMAConfig, params: dict, dtype) -> LLaMA:
     """The model over these parameters, its kernels cast to `dtype`."""
-    return nnx.merge(_graph(config), _with_dtype(params["params"], dtype))
+    return nnx.merge(_graph(config), with_kernels(params["params"], dtype))
 
 
 @functools.lru_cache
@@ -313,9 +313,9 @@ def _graph(config: LLaMAConfig):
     return nnx.split(nnx.eval_shape(lambda: LLaMA(config, nnx.Rngs(0))))[0]
 
 
-def _with_dtype(params: dict, dtype) -> dict:
-    """Kernels in the compute dtype, cast once: stacked copies and their gradients then have its size. Not so norms and
-    the embedding, whose gradient adds up many rows."""
+def with_kernels(params: dict, dtype) -> dict:
+    """The parameters with kernels in the compute dtype, cast once: stacked copies and their gradients then have its
+    size. Not so norms and the embedding, whose gradient adds up many rows."""
 
     def cast(path, array):
         names = {key.key for key in path}

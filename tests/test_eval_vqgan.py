@@ -1,0 +1,52 @@
+"""The figures of a tokenizer are those of its reconstructions, folder by folder."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizer_kit import TINY, run_main, tiny_vqgan, write_picture
+
+from EasyLM.errors import UserError
+from tokenizer import eval_vqgan, images, metrics
+from tokenizer.codec import Codec
+
+
+def test_figures_and_sheet_are_of_the_reconstructions(tmp_path, capsys):
+    vqgan = tiny_vqgan(tmp_path / "vqgan")
+    counts = {"one": 11, "other": 2}
+    for folder, count in counts.items():
+        for i in range(count):
+            write_picture(tmp_path / folder / f"{i:02d}.png", len(folder) + i, 16)
+    folders = [str(tmp_path / folder) for folder in counts]
+    settings = {"vqgan": vqgan, "batch_size": 8, "columns": 4, "input_dirs": ",".join(folders)}
+    run_main(eval_vqgan, **settings, output_json=f"{tmp_path}/f.json", output_picture=f"{tmp_path}/sheet.png")
+    figures = json.loads((tmp_path / "f.json").read_text())
+
+    codec, used = Codec(vqgan, batch_size=8), set()
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    for row, folder in enumerate(folders):
+        pixels = np.stack([images.load(path, 16) for path in images.find(folder, "input_dirs")])
+        codes = codec.encode(pixels)
+        drawn = codec.decode(codes)
+        used |= set(codes.ravel().tolist())
+        assert figures[folder]["pictures"] == len(pixels)
+        np.testing.assert_allclose(figures[folder]["psnr"], metrics.psnr(drawn, pixels).mean(), rtol=1e-6)
+        np.testing.assert_allclose(figures[folder]["ssim"], metrics.ssim(drawn, pixels).mean(), rtol=1e-6)
+        assert figures[folder]["codes_used"] == len(np.unique(codes)) / TINY.num_embeddings
+        assert f"PSNR {figures[folder]['psnr']:.2f} dB" in capsys.readouterr().out or row
+        np.testing.assert_array_equal(sheet[36 * row : 36 * row + 16, :16], images.to_uint8(pixels[0]))
+        np.testing.assert_array_equal(sheet[36 * row + 18 : 36 * row + 34, 18:34], images.to_uint8(drawn[1]))
+    assert figures["all"]["codes_used"] == len(used) / TINY.num_embeddings
+    assert sheet.shape == (4 * 18 - 2, 4 * 18 - 2, 3)
+
+
+def test_code_usage_counts_and_spreads():
+    assert eval_vqgan.code_usage(np.array([5, 0, 5, 0])) == {"codes_used": 0.5, "code_perplexity": pytest.approx(2)}
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="--input_dirs is missing"):
+        run_main(eval_vqgan)
+    with pytest.raises(UserError, match="--input_dirs=/nowhere: no such folder"):
+        run_main(eval_vqgan, input_dirs="/nowhere")
