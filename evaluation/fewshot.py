@@ -12,7 +12,10 @@ Shapes: Q queries, P pictures of a prompt, N tokens of an image, S the side in p
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -21,7 +24,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.generate import check_sampling
 from evaluation import benchmarks, metrics, pictures, plots, tasks
 from evaluation.prompter import PROMPTER_FLAGS, Prompter
-from tokenizer import scenes
+from tokenizer import lpips, scenes
 
 FLAGS = {
     **PROMPTER_FLAGS,
@@ -42,6 +45,7 @@ FLAGS = {
     "top_p": Flag(1.0, "Sample from the likeliest tokens whose probabilities add up to this."),
     "seed": Flag(0, "Of the examples' choice and of the sampling."),
     "batch_size": Flag(8, "Prompts at a time; changes no result."),
+    "lpips_weights": Flag("", "Comma list of files: torchvision's VGG16 and the layers of LPIPS. Adds LPIPS."),
     "output_json": Flag("", "Write the figures to this file."),
     "output_plot": Flag("", "Draw the figures over the number of shots to this PNG file."),
     "output_picture": Flag("", "Write a sheet to this PNG file: prompt, answer, truth."),
@@ -53,13 +57,14 @@ def main(config) -> None:
     """Measures every task, prints a table, writes figures, curves and sheet."""
     shots, frames = _check(config)
     sources = _sources(config, max(frames) + 1)
+    wanted = _figures(config.lpips_weights)
     prompter = Prompter.load(config)
     results, rows = {}, []
     for source in sources:
         counts = frames if source.clips else shots
         _check_length(prompter, source, max(counts))
         task = tasks.load(source, max(counts), config.n_queries, config.seed, prompter.codec.config.resolution)
-        curve, answers = measure(config, prompter, task, counts)
+        curve, answers = measure(config, prompter, task, counts, wanted)
         results[task.name] = {
             "queries": len(task.prompts.answer_Q),
             "figure": task.figure,
@@ -113,6 +118,13 @@ def _sources(config, frames: int) -> list[tasks.Source]:
     return found + (benchmarks.BENCHMARKS[config.benchmark](config, frames) if config.benchmark else [])
 
 
+def _figures(lpips_weights: str) -> dict[str, Callable]:
+    if not lpips_weights:
+        return metrics.PICTURE_FIGURES
+    params = lpips.load(lpips_weights, "lpips_weights")
+    return metrics.PICTURE_FIGURES | {"lpips": partial(jax.jit(lpips.distance), params)}
+
+
 def _check_length(prompter: Prompter, source: tasks.Source, shots: int) -> None:
     name, count = ("n_context_frames", shots + 1) if source.clips else ("n_shots", 2 * shots + 2)
     if count > prompter.max_pictures:
@@ -122,8 +134,15 @@ def _check_length(prompter: Prompter, source: tasks.Source, shots: int) -> None:
         )
 
 
-def measure(config, prompter: Prompter, task: tasks.Task, counts: list[int]) -> tuple[list[dict], np.ndarray]:
-    """The figures at each number of shots, and the pictures [Q,S,S,3] drawn at the last."""
+def measure(
+    config, prompter: Prompter, task: tasks.Task, counts: list[int], wanted: dict[str, Callable]
+) -> tuple[list[dict], np.ndarray]:
+    """The figures at each number of shots, and the pictures [Q,S,S,3] drawn at the last.
+
+    Args:
+      wanted: figures of every task, besides the one that it is judged by: (pictures, truths) -> [Q].
+    """
+    wanted = wanted | ({task.figure: metrics.FIGURES[task.figure]} if task.figure else {})
     tokens_nN = prompter.encode(task.pixels)
     truths = task.pixels[task.prompts.answer_Q]
     true_tokens_QN = tokens_nN[task.prompts.answer_Q]
@@ -140,7 +159,10 @@ def measure(config, prompter: Prompter, task: tasks.Task, counts: list[int]) -> 
                 "shots": shots,
                 "perplexity": metrics.with_standard_error(metrics.perplexity(likelihoods_QN)),
                 "unigram_perplexity": metrics.with_standard_error(metrics.perplexity(by_frequency_QN)),
-                **figures(task.figure, compared, truths),
+                **{
+                    name: {who: metrics.with_standard_error(figure(drawn, truths)) for who, drawn in compared.items()}
+                    for name, figure in wanted.items()
+                },
             }
         )
     return curve, answers
@@ -171,15 +193,6 @@ def baselines(task: tasks.Task, shots: int) -> dict[str, np.ndarray]:
         found["copy_last"] = task.pixels[annotations_QK[:, -1]]
         found["mean_annotation"] = np.stack([task.pixels[numbers].mean(axis=0) for numbers in annotations_QK])
     return found
-
-
-def figures(judged: str, compared: dict[str, np.ndarray], truths: np.ndarray) -> dict:
-    """{figure: {who answers: mean and standard error}} of every task's figures and the one that it is judged by."""
-    wanted = dict(metrics.PICTURE_FIGURES) | ({judged: metrics.FIGURES[judged]} if judged else {})
-    return {
-        name: {who: metrics.with_standard_error(figure(drawn, truths)) for who, drawn in compared.items()}
-        for name, figure in wanted.items()
-    }
 
 
 def _print_table(results: dict) -> None:
