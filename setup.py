@@ -35,7 +35,7 @@ setup(
         "video": ["av>=16"],
         "text": ["datasets", "sentencepiece", "tokenizers"],
         "serve": ["gradio>=6", "fastapi", "fastapi-offline", "uvicorn", "python-multipart"],
-        "quickstart": ["scikit-image", "scikit-learn"],
-        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "av>=16", "httpx", "selenium"],
+        "quickstart": ["scikit-image", "scikit-learn", "matplotlib"],
+        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "matplotlib", "av>=16", "httpx", "selenium"],
     },
 )

@@ -42,8 +42,8 @@ TIERS = [
     {"tokenizer.kinds"},
     # prompts
     {"evaluation.metrics", "evaluation.pictures", "evaluation.prompts", "evaluation.models", "evaluation.demo_prompts"},
-    {"evaluation.prompter", "evaluation.examples", "evaluation.clips", "evaluation.batching"},
-    {"evaluation.runners"},
+    {"evaluation.prompter", "evaluation.tasks", "evaluation.plots", "evaluation.examples", "evaluation.clips"},
+    {"evaluation.benchmarks", "evaluation.runners", "evaluation.batching"},
     # the service and the page
     {"evaluation.partial", "evaluation.uploads"},
     {"evaluation.engine", "evaluation.guard"},
@@ -74,7 +74,7 @@ TIERS = [
 # The one entry point that joins all three packages: users know it by this name, and nothing imports it.
 JOINS_ALL = "EasyLM.models.llama.llama_serve"
 LAZY = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", "av", "gradio", "fastapi", "uvicorn"}
-LAZY |= {"skimage", "sklearn", "wandb", "starlette", "fastapi_offline"}
+LAZY |= {"skimage", "sklearn", "wandb", "matplotlib", "starlette", "fastapi_offline"}
 
 
 def modules():
