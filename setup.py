@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["EasyLM*", "tokenizer*", "evaluation*"]),
+    package_data={"tokenizer": ["pretrained/*"], "evaluation": ["demo_model/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
