@@ -49,6 +49,7 @@ def test_what_is_shown_while_tokens_come(folder):
     engine.close(SECONDS)
 
 
+@pytest.mark.slow  # gradio takes seconds to import
 def test_what_a_visitor_does_wrong_is_said(folder):
     gradio = pytest.importorskip("gradio")
     engine = tiny_engine()
