@@ -33,7 +33,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
-def load(paths: str) -> dict[str, np.ndarray]:
+def load(paths: str, flag: str = "perceptual.vgg_weights") -> dict[str, np.ndarray]:
     """Reads the weights from a comma list of files (*.safetensors, or torch's); tensors of other names are left out.
 
     Returns:
@@ -46,12 +46,12 @@ def load(paths: str) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for path in map(pathlib.Path, filter(None, paths.split(","))):
         if not path.is_file():
-            raise UserError(f"--perceptual.vgg_weights={paths}: {path}: no such file")
+            raise UserError(f"--{flag}={paths}: {path}: no such file")
         tensors |= weights.read_tensors(path)
     for name, shape in shapes().items():
         if name not in tensors or tensors[name].shape != shape:
             found = f"has shape {tensors[name].shape}, not {shape}" if name in tensors else "is missing"
-            raise UserError(f"--perceptual.vgg_weights={paths}: {name} {found}: VGG16 of torchvision and LPIPS' layers")
+            raise UserError(f"--{flag}={paths}: {name} {found}: VGG16 of torchvision and LPIPS' layers")
     return {name: weights.from_file(tensors[name].astype(np.float32)) for name in shapes()}
 
 
@@ -61,7 +61,7 @@ def distance(params: dict, pictures_BHWC: jax.Array, truths_BHWC: jax.Array, dty
     total_B = jnp.zeros(len(pictures_BHWC))
     for number, features in enumerate(_features(params, both, dtype)):
         features = features.astype(jnp.float32)
-        unit = features / (jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-20) + 1e-10)
+        unit = features / (jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True)) + 1e-10)
         one_BhwC, other_BhwC = jnp.split(unit, 2)
         weight_C = params[f"lin{number}.model.1.weight"][0, 0, :, 0]
         total_B += jnp.mean((one_BhwC - other_BhwC) ** 2 @ weight_C, axis=(1, 2))
