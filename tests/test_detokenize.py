@@ -38,7 +38,8 @@ def file(tmp_path_factory):
     for number in range(9):
         ids = rng.integers(0, TINY.num_embeddings, N * (1 + number % 3))
         sources = [f"<{number}>/&{i}.png" for i in range(1 + number % 3)] if number != 3 else ["clip.mp4", "0.5 s"]
-        lines.append(records.record_line(ids, kind=KINDS[number % 3], sources=sources))
+        others = {"seconds": [0.5, 1.25]} if number == 4 else {}
+        lines.append(records.record_line(ids, kind=KINDS[number % 3], sources=sources, **others))
     path.write_bytes(b"".join(lines))
     return path
 
@@ -149,11 +150,13 @@ class Sheet(html.parser.HTMLParser):
 
 
 def test_sheet(file, tiny, codec, tmp_path):
-    assert draw(file, tiny, tmp_path, sentences="1,3", format="html") == ["sentences.html"]
+    assert draw(file, tiny, tmp_path, sentences="1,3-4", format="html") == ["sentences.html"]
     sheet = Sheet((tmp_path / "sentences.html").read_text())
     first, third = pictures(file, codec, 1), pictures(file, codec, 3)
     expected = ["sentence 1 · frames", first[0], "<1>/&0.png", first[1], "<1>/&1.png"]
-    expected += ["sentence 3 · paired", "clip.mp4, 0.5 s", third[0]]
+    expected += ["sentence 3 · paired", "clip.mp4, 0.5 s", third[0], "sentence 4 · frames"]
+    fourth = pictures(file, codec, 4)
+    expected += [fourth[0], "<4>/&0.png, 0.5 s", fourth[1], "<4>/&1.png, 1.25 s"]
     assert len(sheet.found) == len(expected) and not sheet.outside
     for got, wanted in zip(sheet.found, expected):
         np.testing.assert_array_equal(got, wanted)

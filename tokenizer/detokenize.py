@@ -167,6 +167,9 @@ def section(number: int, pictures: np.ndarray, record: dict) -> str:
     """A sentence's part of the sheet: its kind, and each picture with its source."""
     kind, sources = record.get("kind", ""), record.get("sources", [])
     sources = [str(source) for source in sources] if isinstance(sources, list) else [str(sources)]
+    seconds = record.get("seconds", [])
+    if isinstance(seconds, list) and len(seconds) == len(sources):
+        sources = [f"{source}, {second} s" for source, second in zip(sources, seconds)]  # frames of videos
     # A source a picture is its caption; any other number of them stands above.
     one_each = len(sources) == len(pictures)
     title = " &middot; ".join(html.escape(str(part)) for part in (f"sentence {number}", kind) if part != "")
