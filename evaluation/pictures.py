@@ -1,36 +1,56 @@
 """Sheets of pictures with captions, for people to look at."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-GAP, CAPTION = 4, 18  # pixels between pictures; height of a line of text
+GAP, CAPTION, MARGIN = 4, 20, 116  # pixels between pictures; height of a line of text; width of the names
 PAPER, INK, FRAME = (255, 255, 255), (40, 40, 40), (216, 60, 40)
 
 
-def sheet(
-    rows: list[list[np.ndarray]], columns: list[str], names: list[str], size: int, framed: str = ""
-) -> Image.Image:
-    """Rows of pictures under column captions, a name above each row; columns captioned `framed` get a coloured frame.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Pictures [H,W,3] in [0, 1] side by side, with a name and a caption for each."""
 
-    Pictures are [H, W, 3] in [0, 1] and drawn `size` pixels wide, enlarged pixel by pixel so that nothing is hidden.
+    name: str
+    captions: Sequence[str]
+    pictures: Sequence[np.ndarray]
+
+
+def sheet(rows: Sequence[Row], size: int, framed: str = "") -> Image.Image:
+    """Rows below each other, their ends aligned; a picture captioned `framed` gets a coloured frame.
+
+    A row's name and captions are written where they differ from those of the row above. Pictures are drawn `size`
+    pixels wide, enlarged pixel by pixel so that nothing is hidden.
     """
-    assert all(len(row) == len(columns) for row in rows) and len(names) == len(rows)
-    font = ImageFont.load_default(size=13)
-    step = size + GAP
-    height = CAPTION + len(rows) * (step + CAPTION)
-    paper = Image.new("RGB", (len(columns) * step + GAP, height + GAP), PAPER)
+    font = ImageFont.load_default(size=14)
+    step, columns = size + GAP, max(len(row.pictures) for row in rows)
+    titled = [i == 0 or _title(row) != _title(rows[i - 1]) for i, row in enumerate(rows)]
+    height = len(rows) * step + sum(titled) * (CAPTION + GAP) + GAP
+    paper = Image.new("RGB", (MARGIN + columns * step + GAP, height), PAPER)
     draw = ImageDraw.Draw(paper)
-    for x, caption in enumerate(columns):
-        draw.text((GAP + x * step + size // 2, CAPTION // 2), caption, INK, font, anchor="mm")
-    for y, (row, name) in enumerate(zip(rows, names, strict=True)):
-        top = CAPTION + y * (step + CAPTION)
-        draw.text((GAP, top + CAPTION // 2), name, INK, font, anchor="lm")
-        for x, picture in enumerate(row):
-            left = GAP + x * step
-            if columns[x] == framed:
-                draw.rectangle((left - 3, top + CAPTION - 3, left + size + 2, top + CAPTION + size + 2), FRAME)
-            paper.paste(_image(picture, size), (left, top + CAPTION))
+    top = GAP
+    for row, new in zip(rows, titled, strict=True):
+        assert len(row.captions) == len(row.pictures)
+        top += (CAPTION + GAP) * new
+        if new:
+            draw.text((GAP, top + size // 2), row.name, INK, font, anchor="lm")
+        left = MARGIN + (columns - len(row.pictures)) * step
+        for caption, picture in zip(row.captions, row.pictures, strict=True):
+            if new:
+                draw.text((left + size // 2, top - CAPTION // 2), caption, INK, font, anchor="mm")
+            if caption == framed:
+                draw.rectangle((left - 3, top - 3, left + size + 2, top + size + 2), FRAME)
+            paper.paste(_image(picture, size), (left, top))
+            left += step
+        top += step
     return paper
+
+
+def _title(row: Row) -> tuple:
+    return row.name, *row.captions
 
 
 def _image(picture: np.ndarray, size: int) -> Image.Image:

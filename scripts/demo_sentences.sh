@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
-# Pictures and visual sentences for the demonstration model: photographs that scikit-image and scikit-learn carry, and
-# rendered scenes with exact annotations. Every sentence is 8 pictures of 64 tokens: one row of 512.
-#   bash scripts/demo_sentences.sh FOLDER SEED SCENES EPOCHS    -> FOLDER/pictures/..., FOLDER/*.jsonl
+# Pictures and visual sentences for the demonstration models: rendered scenes with exact annotations, in part also seen
+# through a hole, photographs that scikit-image and scikit-learn carry, and clips. Every sentence is 8 pictures of 64
+# tokens: one row of 512.
+#   bash scripts/demo_sentences.sh FOLDER SEED SCENES EPOCHS PHOTOS CLIPS    -> FOLDER/pictures/..., FOLDER/*.jsonl
 set -euo pipefail
-out=$1 seed=$2 scenes=$3 epochs=$4
+out=$1 seed=$2 scenes=$3 epochs=$4 photos=$5 clips=$6
 pictures=$out/pictures
 
 python -m tokenizer.render --output_dir="$pictures" --seed="$seed" --size=32 \
-    --num="$scenes" --num_photos="$scenes" --num_clips=$((scenes / 5)) --clip_frames=8
+    --num="$scenes" --num_photos="$photos" --num_clips="$clips" --clip_frames=8
 
-pairs() { # INPUT TARGET
-    python -m tokenizer.build --kind=paired --input_dir="$pictures/$1" --target_dir="$pictures/$2" \
-        --output_file="$out/$2.jsonl" --n_shots=4 --n_epochs="$epochs" --seed="$seed" --batch_size=64
+build() { # NAME KIND FLAGS...
+    python -m tokenizer.build --kind="$2" --output_file="$out/$1.jsonl" --seed="$seed" --batch_size=64 "${@:3}"
 }
-for annotation in segmentation depth normals edges; do
-    pairs image "$annotation"
-done
-pairs photo_gray photo_color
-python -m tokenizer.build --kind=frames --input_dir="$pictures/frames" \
-    --output_file="$out/frames.jsonl" --n_frames=8 --n_epochs="$epochs" --seed="$seed" --batch_size=64
+if [ "$scenes" -gt 0 ]; then
+    for annotation in segmentation depth normals edges; do
+        build "$annotation" paired --input_dir="$pictures/image" --target_dir="$pictures/$annotation" \
+            --n_shots=4 --n_epochs="$epochs"
+    done
+    build inpainting inpainting --input_dir="$pictures/image" --n_shots=4 --n_epochs=2
+fi
+if [ "$photos" -gt 0 ]; then
+    build photo_color paired --input_dir="$pictures/photo_gray" --target_dir="$pictures/photo_color" --n_shots=4 --n_epochs=2
+fi
+if [ "$clips" -gt 0 ]; then
+    build frames frames --input_dir="$pictures/frames" --n_frames=8 --n_epochs=5
+fi

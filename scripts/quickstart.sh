@@ -15,7 +15,7 @@ rm -rf "$out/model"
 export WANDB_MODE=${WANDB_MODE:-disabled}
 
 echo "== 1. Pictures and visual sentences"
-bash scripts/demo_sentences.sh "$out/data" 100 "$scenes" 1
+bash scripts/demo_sentences.sh "$out/data" 100 "$scenes" 1 "$scenes" $((scenes / 5))
 python -m tokenizer.detokenize --input_file="$out/data/depth.jsonl" --output_dir="$out/sentences" --limit=3
 
 echo "== 2. Training goes on from the shipped model"
@@ -26,7 +26,7 @@ python -m EasyLM.models.llama.llama_train \
     --train_dataset.json_dataset.path="$files" --train_dataset.text_processor.fields='{tokens}' \
     --train_dataset.json_dataset.seq_length=512 --train_dataset.json_dataset.batch_size=8 \
     --train_dataset.json_dataset.shuffle_seed=0 \
-    --optimizer.adamw_optimizer.lr=3e-4 --optimizer.adamw_optimizer.end_lr=3e-5 \
+    --optimizer.adamw_optimizer.lr=1e-4 --optimizer.adamw_optimizer.end_lr=1e-5 \
     --optimizer.adamw_optimizer.lr_warmup_steps=10 --optimizer.adamw_optimizer.lr_decay_steps="$steps" \
     --checkpointer.float_dtype=fp32 --logger.output_dir="$out" --logger.experiment_id="run_$(date +%s)"
 run=$(ls -td "$out"/run_* | head -1)
@@ -39,7 +39,8 @@ echo "== 4. Prompts with scenes and photographs that no model has seen"
 held_out=$out/held_out
 python -m tokenizer.render --output_dir="$held_out" --seed=101 --size=32 --num=24 --num_photos=24 --num_clips=24 \
     --clip_frames=8 --held_out_photos=True
-python -m evaluation.fewshot --checkpoint="$out/model" --n_shots=3 --n_queries=16 \
+python -m evaluation.fewshot --checkpoint="$out/model" --n_shots=0,1,3 --n_queries=16 \
     --input_dirs="$held_out/image,$held_out/image,$held_out/image,$held_out/image,$held_out/photo_gray" \
     --target_dirs="$held_out/segmentation,$held_out/depth,$held_out/normals,$held_out/edges,$held_out/photo_color" \
-    --clip_dirs="$held_out/frames" --output_json="$out/figures.json" --output_picture="$out/answers.png"
+    --figures=scene_iou,depth_abs_rel,normal_degrees,edge_f_score, --clip_dirs="$held_out/frames" \
+    --output_json="$out/figures.json" --output_plot="$out/curves.png" --output_picture="$out/answers.png"

@@ -1,4 +1,4 @@
-"""Prompts and figures of the few-shot evaluation, against definitions written out here."""
+"""Figures and prompts of the few-shot evaluation, against definitions written out here and against scikit-learn."""
 
 import json
 import math
@@ -6,26 +6,41 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from prompting_kit import tiny_prompter
+from tokenizer_kit import TINY, write_picture
 
 from EasyLM import flags
 from EasyLM.errors import UserError
-from evaluation import fewshot, metrics, pictures, prompts
+from evaluation import fewshot, metrics, pictures, prompts, tasks
+from tokenizer import images, scenes
 
 RNG = np.random.default_rng(0)
 
 
-def test_an_analogy_is_pair_after_pair_then_the_query():
-    inputs, targets = np.array([[1, 2], [5, 6]]), np.array([[3, 4], [7, 8]])
-    assert prompts.analogy(inputs, targets, np.array([9, 0])).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
-    assert prompts.sequence(inputs).tolist() == [1, 2, 5, 6]
+def test_an_analogy_is_pair_after_pair_then_the_query_and_its_answer_is_the_querys():
+    found = prompts.analogies(["a"] * 4, [1, 3], shots=2, seed=0)
+    for row, query, answer in zip(found.shown(2), (1, 3), found.answer_Q, strict=True):
+        inputs, targets = row[:-1:2], row[1:-1:2]
+        assert (targets == inputs + 1).all() and (inputs % 2 == 0).all()
+        assert query not in inputs // 2 and len(set(inputs)) == 2
+        assert row[-1] == 2 * query and answer == 2 * query + 1
+    assert found.shown(0).tolist() == [[2], [6]]
 
 
-def test_shots_are_others_and_fewer_shots_are_the_last_of_more():
-    for query in range(6):
-        many, few = prompts.supports(6, 5, query, seed=1), prompts.supports(6, 2, query, seed=1)
-        assert sorted([*many, query]) == list(range(6))
-        assert many[-2:].tolist() == few.tolist()
-    assert prompts.supports(100, 5, 0, seed=1).tolist() != prompts.supports(100, 5, 0, seed=2).tolist()
+def test_fewer_shots_are_the_last_of_more():
+    found = prompts.analogies(["a"] * 9, range(9), shots=4, seed=1)
+    assert found.shown(2).tolist() == found.shown(4)[:, 4:].tolist()
+    clips = prompts.sequences(3, 5)
+    assert clips.shown(4)[1].tolist() == [5, 6, 7, 8] and clips.answer_Q.tolist() == [4, 9, 14]
+    assert clips.shown(2)[1].tolist() == [7, 8]
+
+
+def test_shots_are_of_the_querys_group_and_a_seed_says_which():
+    groups = ["cat", "dog"] * 5
+    found = prompts.analogies(groups, range(10), shots=3, seed=1)
+    for query, row in enumerate(found.shown(3)):
+        assert {groups[picture // 2] for picture in row} == {groups[query]}
+    assert found.shown(3).tolist() != prompts.analogies(groups, range(10), 3, seed=2).shown(3).tolist()
 
 
 def test_unigram_leaves_the_example_itself_out():
@@ -44,19 +59,85 @@ def test_perplexity_and_error():
     assert metrics.with_standard_error(np.array([1.0, 3.0])) == {"mean": 2.0, "standard_error": pytest.approx(1.0)}
 
 
-def test_a_sheet_shows_every_picture_where_its_column_is():
-    colours = np.eye(3)
-    row = [np.broadcast_to(colour, (4, 4, 3)) for colour in colours]
-    sheet = np.asarray(pictures.sheet([row], ["a", "b", "c"], ["task"], size=20))
-    for i, colour in enumerate(colours):
-        x = pictures.GAP + i * (20 + pictures.GAP) + 10
-        y = 2 * pictures.CAPTION + 10
-        assert sheet[y, x].tolist() == (255 * colour).tolist()
+PALETTE = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
-def settings(tmp_path, **values):
+def test_iou_is_that_of_scikit_learn_even_where_colours_are_a_little_off():
+    from sklearn.metrics import jaccard_score
+
+    drawn, true = RNG.integers(0, 4, (2, 6, 8, 8))
+    colours = np.array(PALETTE) / 255
+    noise = RNG.uniform(-0.2, 0.2, (6, 8, 8, 3))
+    found = metrics.mean_iou(np.clip(colours[drawn] + noise, 0, 1), colours[true], PALETTE)
+    for value, one, other in zip(found, true.reshape(6, -1), drawn.reshape(6, -1), strict=True):
+        assert value == pytest.approx(jaccard_score(one, other, average="macro", labels=[1, 2, 3]))
+
+
+def test_iou_counts_the_truths_classes_and_not_the_background():
+    half = np.zeros((1, 2, 2), int)
+    half[0, 0] = 1
+    full, empty, other = np.ones_like(half), np.zeros_like(half), 2 * half
+    colours = np.array(PALETTE) / 255
+
+    def iou(drawn, true):
+        return metrics.mean_iou(colours[drawn], colours[true], PALETTE).tolist()
+
+    assert iou(half, half) == [1] and iou(full, half) == [0.5] and iou(other, half) == [0]
+    assert iou(empty, empty) == [1] and iou(half, empty) == [0] and iou(empty, half) == [0]
+
+
+def test_edges_below_64_pixels_are_scored_pixel_by_pixel_and_larger_ones_within_reach():
+    from sklearn.metrics import f1_score
+
+    drawn, true = RNG.random((2, 3, 32, 32)) > 0.7
+    found = metrics.edge_f_score(*(np.repeat(x[..., None], 3, -1).astype(float) for x in (drawn, true)))
+    for value, one, other in zip(found, true, drawn, strict=True):
+        assert value == pytest.approx(f1_score(one.ravel(), other.ravel()))
+    line = np.zeros((256, 256, 3))
+    line[100] = 1
+    shifted = [metrics.edge_f_score(np.roll(line, by, 0)[None], line[None])[0] for by in (0, 3, 4)]
+    assert shifted == pytest.approx([1, 1, 0], abs=1e-9)
+
+
+def test_depth_is_read_back_from_brightness():
+    near, far = 2.0, 10.0
+    true, drawn = np.full((1, 4, 4, 3), 0.5), np.full((1, 4, 4, 3), 0.25)  # 6 and 8 units away
+    assert metrics.depth_abs_rel(drawn, true, near, far) == pytest.approx([2 / 6])
+
+
+def test_normals_are_compared_by_their_angle_whatever_their_length():
+    angle = np.radians(37)
+    true = np.broadcast_to(np.array([0.0, 0, 1]), (1, 4, 4, 3))
+    drawn = 0.8 * np.broadcast_to(np.array([np.sin(angle), 0, np.cos(angle)]), (1, 4, 4, 3))
+    assert metrics.normal_degrees((drawn + 1) / 2, (true + 1) / 2) == pytest.approx([37])
+
+
+def test_a_scenes_own_annotations_have_perfect_figures():
+    scene = {name: part[None] / 255 for name, part in scenes.scene(3, 48).items()}
+    figures = {"segmentation": "scene_iou", "depth": "depth_abs_rel", "normals": "normal_degrees"}
+    found = {name: metrics.FIGURES[name](scene[part], scene[part])[0] for part, name in figures.items()}
+    assert found == pytest.approx({"scene_iou": 1, "depth_abs_rel": 0, "normal_degrees": 0}, abs=1e-4)
+
+
+def test_a_sheet_shows_every_picture_where_it_belongs_and_shorter_rows_at_the_end():
+    colours, size = np.eye(3), 20
+    shown = [np.broadcast_to(colour, (4, 4, 3)) for colour in colours]
+    rows = [pictures.Row("one", ["a", "b", "c"], shown), pictures.Row("two", ["b", "c"], shown[:2])]
+    sheet = np.asarray(pictures.sheet(rows, size, framed="c"))
+    step = size + pictures.GAP
+    title = pictures.CAPTION + pictures.GAP
+    for row, (first, count) in enumerate([(0, 3), (1, 2)]):
+        for i in range(count):
+            left, top = pictures.MARGIN + (first + i) * step, pictures.GAP + (row + 1) * title + row * step
+            assert (sheet[top : top + size, left : left + size] == (255 * colours[i]).astype(int)).all()
+            frame = tuple(sheet[top - 2, left + size // 2])
+            assert (frame == pictures.FRAME) == (i == count - 1)
+    assert (sheet[pictures.GAP + title + step + title :, pictures.MARGIN : pictures.MARGIN + step] == 255).all()
+
+
+def settings(**values):
     config = flags.defaults(fewshot.FLAGS)
-    config.update({"checkpoint": "evaluation/demo_model", "batch_size": 8, **values})
+    config.update({"batch_size": 8, **values})
     return config
 
 
@@ -65,34 +146,89 @@ def settings(tmp_path, **values):
     [
         ({}, "no task"),
         ({"input_dirs": "a,b", "target_dirs": "c"}, "--target_dirs has 1 folders, --input_dirs 2"),
-        ({"clip_dirs": "a", "n_shots": 0}, "--n_shots=0: must be at least 1"),
+        ({"clip_dirs": "a", "n_context_frames": "0,2"}, "--n_context_frames=0,2: must be at least 1"),
+        ({"clip_dirs": "a", "n_shots": "few"}, "--n_shots=few: must be a comma list of integers"),
+        ({"input_dirs": "a", "target_dirs": "b", "figures": "iou"}, "--figures='iou': choose one of 'scene_iou'"),
+        ({"benchmark": "rendered", "tasks": "depht"}, "--tasks='depht': choose one of 'segmentation', 'depth'"),
+        ({"benchmark": "pascal_detection", "data_dir": "/none", "fold": 4}, "--fold=4: must be 0..3"),
     ],
 )
-def test_wrong_settings_are_named(tmp_path, values, said):
+def test_wrong_settings_are_named(values, said):
     with pytest.raises(UserError, match=said):
-        fewshot.main(settings(tmp_path, **values))
+        fewshot.main(settings(**values))
 
 
-@pytest.mark.slow
-def test_the_shipped_model_answers_from_folders(tmp_path):
-    for folder in ("image", "half"):
-        (tmp_path / folder).mkdir()
+@pytest.fixture(scope="module")
+def prompter(tmp_path_factory):
+    return tiny_prompter(tmp_path_factory.mktemp("vqgan"))
+
+
+def folders(root, count: int = 5) -> tasks.Source:
+    for i in range(count):
+        write_picture(root / "image" / f"{i}.png", seed=i)
+        write_picture(root / "other" / f"{i}.png", seed=100 + i)
+    return tasks.folder_pairs(str(root / "image"), str(root / "other"), "")
+
+
+def test_a_task_reads_each_picture_where_its_prompts_say_it_is(tmp_path):
+    source, size = folders(tmp_path), TINY.resolution
+    task = tasks.load(source, shots=2, queries=3, seed=0, side=size)
+    by_pixels = {images.load(path, size).tobytes(): path for path in tmp_path.rglob("*.png")}
+    for row, answer in zip(task.prompts.shown(2), task.prompts.answer_Q, strict=True):
+        paths = [by_pixels[task.pixels[number].tobytes()] for number in (*row, answer)]
+        assert [path.parent.name for path in paths] == ["image", "other"] * 3
+        assert all(one.stem == other.stem for one, other in zip(paths[::2], paths[1::2], strict=True))
+        assert len({path.stem for path in paths}) == 3
+
+
+def test_too_few_examples_are_an_error_with_the_tasks_name(tmp_path):
+    with pytest.raises(UserError, match="other: 2 examples, too few for n_shots=2"):
+        tasks.load(folders(tmp_path, 2), shots=2, queries=3, seed=0, side=8)
+
+
+def leaves(tree, path="") -> dict[str, float]:
+    """The numbers of nested dicts, by path."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {key: value for name, branch in tree.items() for key, value in leaves(branch, f"{path}/{name}").items()}
+
+
+def test_a_curve_is_what_each_number_of_shots_gives_by_itself(tmp_path, prompter, monkeypatch, capsys):
+    """Figures, plot and sheet, of folders and of clips; and one number of shots alone gives the same."""
+    monkeypatch.setattr(fewshot.Prompter, "load", lambda config: prompter)
+    folders(tmp_path)
     for i in range(4):
-        pixels = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "image" / f"{i}.png")
-        Image.fromarray(pixels // 2).save(tmp_path / "half" / f"{i}.png")
-    fewshot.main(
-        settings(
-            tmp_path,
-            n_shots=2,
-            n_queries=3,
-            input_dirs=str(tmp_path / "image"),
-            target_dirs=str(tmp_path / "half"),
-            output_json=str(tmp_path / "out" / "figures.json"),
-            output_picture=str(tmp_path / "out" / "sheet.png"),
-        )
-    )
-    result = json.loads((tmp_path / "out" / "figures.json").read_text())["tasks"]["half"]
-    assert result["queries"] == 3
-    assert result["perplexity"]["mean"] > 1 and 0 < result["mse"]["mean"] < 1
-    assert Image.open(tmp_path / "out" / "sheet.png").width > 7 * 96
+        for frame in range(3):
+            write_picture(tmp_path / "clips" / str(i) / f"{frame}.png", seed=50 * i + frame)
+    where = {"input_dirs": f"{tmp_path}/image", "target_dirs": f"{tmp_path}/other", "clip_dirs": f"{tmp_path}/clips"}
+    outputs = {f"output_{name}": f"{tmp_path}/out/{name}.{end}" for name, end in
+               (("json", "json"), ("plot", "png"), ("picture", "png"))}  # fmt: skip
+    fewshot.main(settings(**where, **outputs, n_shots="0,2", n_queries=3, batch_size=4))
+    curves = json.loads((tmp_path / "out" / "json.json").read_text())["tasks"]
+    assert [point["shots"] for point in curves["other"]["curve"]] == [0, 2]
+    assert [point["shots"] for point in curves["clips"]["curve"]] == [1, 2]
+    assert "other" in capsys.readouterr().out
+    for name in ("plot", "picture"):
+        assert Image.open(tmp_path / "out" / f"{name}.png").width > 300
+
+    fewshot.main(settings(**where, n_shots="2", n_queries=3, batch_size=4, output_json=f"{tmp_path}/one.json"))
+    alone = json.loads((tmp_path / "one.json").read_text())["tasks"]
+    for task in ("other", "clips"):
+        one, many = (leaves(x[task]["curve"][-1]) for x in (alone, curves))
+        assert one == pytest.approx(many, rel=1e-4) and len(one) > 20
+
+
+def test_baselines_are_the_pictures_that_they_are_named_after(tmp_path):
+    task = tasks.load(folders(tmp_path), shots=2, queries=3, seed=0, side=TINY.resolution)
+    found = fewshot.baselines(task, 2)
+    first, last, query = task.pixels[task.prompts.shown(2)[:, [1, 3, 4]]].swapaxes(0, 1)
+    assert np.array_equal(found["copy_query"], query) and np.array_equal(found["copy_last"], last)
+    assert np.allclose(found["mean_annotation"], (first + last) / 2)
+    assert set(fewshot.baselines(task, 0)) == {"copy_query"}
+
+
+def test_a_prompt_longer_than_the_model_is_refused(tmp_path, prompter, monkeypatch):
+    monkeypatch.setattr(fewshot.Prompter, "load", lambda config: prompter)
+    folders(tmp_path)
+    with pytest.raises(UserError, match=r"--n_shots=3: with the answer 8 pictures; the model's longest .* holds 6"):
+        fewshot.main(settings(input_dirs=f"{tmp_path}/image", target_dirs=f"{tmp_path}/other", n_shots="3"))

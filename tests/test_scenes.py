@@ -87,6 +87,37 @@ def test_clips_begin_with_the_scene_and_move_and_solids_never_meet():
                     assert np.hypot(*(one.place - other.place)) > one.radius + other.radius
 
 
+def test_splits_hold_what_no_training_scene_has():
+    def solids(split):
+        layouts = (scenes.arrange(np.random.default_rng([seed, 7]), style=scenes.SPLITS[split]) for seed in range(40))
+        return [solid for layout in layouts for solid in layout.solids], [*layouts]
+
+    assert {solid.shape for solid in solids("scenes")[0]} == set(scenes.SHAPES)
+    assert {solid.shape for solid in solids("shapes")[0]} == set(scenes.NEW_SHAPES)
+    for one in scenes.NEW_COLOURS:  # a training colour varies by 0.85 to 1.1 in brightness: none meets a new one
+        unit = one / np.linalg.norm(one)
+        factors = scenes.COLOURS @ unit
+        assert np.linalg.norm(scenes.COLOURS - factors[:, None] * unit, axis=-1).min() > 10
+    brightest = scenes.SPLITS["backgrounds"].brightness[1] * (1 - scenes.SPLITS["backgrounds"].tint[0])
+    assert brightest < scenes.SPLITS["scenes"].brightness[0] * (1 - scenes.SPLITS["scenes"].tint[1])
+
+
+@pytest.mark.parametrize("shape", [*scenes.SHAPES, *scenes.NEW_SHAPES])
+def test_every_solid_is_met_on_its_surface_by_a_ray_at_right_side(shape):
+    """A fan of rays: each hit lies within the solid's box, its normal is a unit vector that faces the ray."""
+    solid = scenes.Solid(shape, np.zeros(2), 0.8, 1.6, 0.3, np.ones(3), np.zeros(2), 0.0)
+    rays = np.random.default_rng(0).normal(0, 0.12, (400, 3)) + np.array([0, -0.35, -1.0])
+    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
+    hits = scenes.trace([solid], np.broadcast_to(np.array([0.0, 2.2, 4.0]), rays.shape), rays)
+    met = hits.solid == 0
+    points = np.array([0.0, 2.2, 4.0]) + hits.distance[met, None] * rays[met]
+    assert 100 < met.sum() < 400
+    assert np.all(np.hypot(points[:, 0], points[:, 2]) < 0.8 * np.sqrt(2)) and np.all(points[:, 1] > -1e-6)
+    assert np.all(points[:, 1] < 1.6 + 1e-6)
+    assert np.allclose(np.linalg.norm(hits.normal[met], axis=-1), 1)
+    assert np.all(np.sum(hits.normal[met] * rays[met], axis=-1) < 1e-6)
+
+
 def test_photographs_crop_to_any_size_and_held_out_ones_are_apart():
     assert not set(photos.TRAINING) & set(photos.HELD_OUT)
     crop = photos.crop(3, 40)

@@ -33,7 +33,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
-def load(paths: str) -> dict[str, np.ndarray]:
+def load(paths: str, flag: str = "perceptual.vgg_weights") -> dict[str, np.ndarray]:
     """Reads the weights from a comma list of files (*.safetensors, or torch's); tensors of other names are left out.
 
     Returns:
@@ -46,12 +46,12 @@ def load(paths: str) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for path in map(pathlib.Path, filter(None, paths.split(","))):
         if not path.is_file():
-            raise UserError(f"--perceptual.vgg_weights={paths}: {path}: no such file")
+            raise UserError(f"--{flag}={paths}: {path}: no such file")
         tensors |= weights.read_tensors(path)
     for name, shape in shapes().items():
         if name not in tensors or tensors[name].shape != shape:
             found = f"has shape {tensors[name].shape}, not {shape}" if name in tensors else "is missing"
-            raise UserError(f"--perceptual.vgg_weights={paths}: {name} {found}: VGG16 of torchvision and LPIPS' layers")
+            raise UserError(f"--{flag}={paths}: {name} {found}: VGG16 of torchvision and LPIPS' layers")
     return {name: weights.from_file(tensors[name].astype(np.float32)) for name in shapes()}
 
 

@@ -138,14 +138,18 @@ def _nearest(values: np.ndarray, size: int) -> np.ndarray:
     return values[rows[:, None], columns]
 
 
-def _hole(path, size: int, key: int) -> np.ndarray:
-    """A black square, 10 to 50 percent of the side, anywhere."""
-    rng = np.random.default_rng(key)
+def with_hole(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pixels [size,size,3] with a black square, 10 to 50 percent of the side, anywhere."""
+    size = len(pixels)
     side = max(1, round(rng.uniform(*HOLE) * size))
     top, left = rng.integers(0, size - side + 1, 2)
-    pixels = images.read(path, size).copy()
+    pixels = pixels.copy()
     pixels[top : top + side, left : left + side] = 0
     return pixels
+
+
+def _hole(path, size: int, key: int) -> np.ndarray:
+    return with_hole(images.read(path, size), np.random.default_rng(key))
 
 
 def _patches(path, size: int, key: int) -> np.ndarray:

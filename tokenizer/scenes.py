@@ -9,9 +9,17 @@ import dataclasses
 import numpy as np
 
 SHAPES = ("sphere", "box", "cylinder", "cone")
+NEW_SHAPES = ("pyramid", "egg")
 BACKGROUND, PALETTE = (
     (28, 26, 60),
-    {"sphere": (235, 60, 75), "box": (70, 190, 80), "cylinder": (255, 205, 45), "cone": (55, 135, 245)},
+    {
+        "sphere": (235, 60, 75),
+        "box": (70, 190, 80),
+        "cylinder": (255, 205, 45),
+        "cone": (55, 135, 245),
+        "pyramid": (175, 70, 205),
+        "egg": (120, 230, 235),
+    },
 )
 COLOURS = np.array(
     [
@@ -25,12 +33,13 @@ COLOURS = np.array(
         (235, 235, 235),
     ]
 )
+NEW_COLOURS = np.array([(120, 20, 60), (150, 220, 60), (250, 130, 170), (70, 70, 75)])
 ANNOTATIONS = ("segmentation", "depth", "normals", "edges")
 
 _RAYS = 3
 _EYE, _TARGET, _FIELD = np.array([0.0, 3.6, 6.4]), np.array([0.0, 0.55, -0.35]), np.deg2rad(19.5)
 _WALL = -3.6
-_NEAR, _FAR = 3.6, 11.2  # white and black of a depth picture, in units along the view
+NEAR, FAR = 3.6, 11.2  # white and black of a depth picture, in units along the view
 _CREASE = np.cos(np.deg2rad(40))
 
 
@@ -69,18 +78,42 @@ class Hits:
     normal: np.ndarray
 
 
-def scene(seed: int, size: int) -> dict[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What scenes are made of: the defaults are those of training.
+
+    Attributes:
+      brightness: of floor and wall, the range.
+      tint: how much of a channel floor and wall lack, the range.
+    """
+
+    shapes: tuple[str, ...] = SHAPES
+    colours: np.ndarray = dataclasses.field(default_factory=lambda: COLOURS)
+    brightness: tuple[float, float] = (0.75, 1.0)
+    tint: tuple[float, float] = (0.0, 0.35)
+
+
+# Kinds of scenes by what no training scene has. With the default, only the seed tells scenes apart.
+SPLITS = {
+    "scenes": Style(),
+    "colours": Style(colours=NEW_COLOURS),
+    "backgrounds": Style(brightness=(0.35, 0.65), tint=(0.35, 0.8)),
+    "shapes": Style(shapes=NEW_SHAPES),
+}
+
+
+def scene(seed: int, size: int, split: str = "scenes") -> dict[str, np.ndarray]:
     """One picture and its annotations: `image` and each of `ANNOTATIONS`, uint8 [size,size,3].
 
     segmentation has exactly the colours of `PALETTE` and `BACKGROUND`; depth is brighter where nearer; normals are
     (n + 1) / 2 in the camera's axes; edges are white where a neighbouring pixel shows another thing or another face.
     """
-    return clip(seed, size, 1)[0]
+    return clip(seed, size, 1, split)[0]
 
 
-def clip(seed: int, size: int, num_frames: int) -> list[dict[str, np.ndarray]]:
+def clip(seed: int, size: int, num_frames: int, split: str = "scenes") -> list[dict[str, np.ndarray]]:
     """`num_frames` moments of a scene whose solids move, each as `scene` gives it; the first is `scene(seed, size)`."""
-    layout = _layout(seed)
+    layout = _layout(seed, split)
     return [draw(layout, frame, size) for frame in range(num_frames)]
 
 
@@ -90,41 +123,42 @@ def shapes(seed: int) -> set[str]:
 
 
 def label_ids(segmentation: np.ndarray) -> np.ndarray:
-    """A segmentation picture as ids, uint8 [S,S]: 0 the background, then the shapes in the order of `SHAPES`."""
-    colours = np.array([BACKGROUND, *(PALETTE[shape] for shape in SHAPES)])
+    """A segmentation picture as ids, uint8 [S,S]: 0 the background, then the shapes in the order of `PALETTE`."""
+    colours = np.array([BACKGROUND, *PALETTE.values()])
     return np.argmax((segmentation[..., None, :] == colours).all(axis=-1), axis=-1).astype(np.uint8)
 
 
 def distances(depth: np.ndarray) -> np.ndarray:
     """A depth picture as distances along the view, float64 [S,S], as exact as its 256 steps."""
-    return _FAR - (_FAR - _NEAR) * depth[..., 0] / 255
+    return FAR - (FAR - NEAR) * depth[..., 0] / 255
 
 
-def _layout(seed: int) -> Scene:
-    return arrange(np.random.default_rng([seed, 7]))
+def _layout(seed: int, split: str = "scenes") -> Scene:
+    return arrange(np.random.default_rng([seed, 7]), style=SPLITS[split])
 
 
-def arrange(rng: np.random.Generator, horizon: int = 8) -> Scene:
+def arrange(rng: np.random.Generator, horizon: int = 8, style: Style = Style()) -> Scene:
     """Places one to four solids that do not meet, nor leave the floor, within `horizon` frames."""
     solids = []
     wanted = rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15])
-    hues = rng.permutation(len(COLOURS))
+    hues = rng.permutation(len(style.colours))
     for attempt in range(60):
         if len(solids) == wanted:
             break
-        solid = _random_solid(rng, COLOURS[hues[len(solids)]] / 255, still=attempt > 30)
+        solid = _random_solid(rng, style.shapes, style.colours[hues[len(solids)]] / 255, still=attempt > 30)
         if all(_apart(solid.at(frame), [other.at(frame) for other in solids]) for frame in range(horizon)):
             solids.append(solid)
-    tint = rng.uniform(0.75, 1.0, (2, 1)) * (1 - rng.uniform(0, 0.35, (2, 3)))
+    tint = rng.uniform(*style.brightness, (2, 1)) * (1 - rng.uniform(*style.tint, (2, 3)))
     azimuth = rng.uniform(-0.9, 0.9)
     light = np.array([np.sin(azimuth), 1.35, np.cos(azimuth)])
     return Scene(tuple(solids), tint[0], tint[1], bool(rng.random() < 0.2), light / np.linalg.norm(light))
 
 
-def _random_solid(rng: np.random.Generator, colour: np.ndarray, still: bool) -> Solid:
-    shape = SHAPES[rng.integers(len(SHAPES))]
+def _random_solid(rng: np.random.Generator, shapes: tuple[str, ...], colour: np.ndarray, still: bool) -> Solid:
+    shape = shapes[rng.integers(len(shapes))]
     radius = rng.uniform(0.65, 1.05)
     tall = {"sphere": 2.0, "box": 1.5, "cylinder": rng.uniform(1.5, 2.2), "cone": rng.uniform(2.0, 2.7)}
+    tall |= {"pyramid": 1.9, "egg": 2.8}
     heading = rng.uniform(0, 2 * np.pi)
     speed = 0.0 if still else rng.uniform(0.12, 0.42)
     return Solid(
@@ -162,7 +196,7 @@ def draw(layout: Scene, frame: int, size: int) -> dict[str, np.ndarray]:
     solid_SS = centre(hits.solid)[..., 0]
     depth_SS = centre(hits.distance * (rays_P3 @ axes_33[2]))[..., 0]
     normal_SS3 = centre(hits.normal @ axes_33.T)
-    shade_SS1 = 255 * np.clip((_FAR - depth_SS[..., None]) / (_FAR - _NEAR), 0, 1)
+    shade_SS1 = 255 * np.clip((FAR - depth_SS[..., None]) / (FAR - NEAR), 0, 1)
     table = np.array([*(PALETTE[solid.shape] for solid in solids), BACKGROUND], np.uint8)  # index -1 is the last
     facing_SS3 = normal_SS3 * np.array([1, 1, -1])  # blue grows towards the viewer
     return {
@@ -277,7 +311,35 @@ def _meet_cone(radius, height, origin, ray):
     return distance, outward / np.maximum(np.linalg.norm(outward, axis=-1, keepdims=True), 1e-9)
 
 
-_MEET = {"sphere": _meet_sphere, "box": _meet_box, "cylinder": _meet_cylinder, "cone": _meet_cone}
+def _meet_pyramid(radius, height, origin, ray):
+    half = radius * 0.9
+    sides_43 = np.array([(height, half, 0), (-height, half, 0), (0, half, height), (0, half, -height)])
+    sides_43 = sides_43 / np.hypot(height, half)
+    towards = ray @ sides_43.T
+    reach = (half * height / np.hypot(height, half) - origin @ sides_43.T) / towards
+    entry, floor = np.where(towards < 0, reach, -np.inf), -origin[:, 1] / ray[:, 1]
+    near = entry.max(axis=-1)
+    far = np.minimum(np.where(towards > 0, reach, np.inf).min(axis=-1), np.where(ray[:, 1] < 0, floor, np.inf))
+    return _first(near, near < far), sides_43[entry.argmax(axis=-1)]
+
+
+def _meet_egg(radius, height, origin, ray):
+    axes = np.array([radius, height / 2, radius])
+    origin, ray = (origin - np.array([0, height / 2, 0])) / axes, ray / axes
+    near, _ = _roots(np.sum(ray * ray, -1), np.sum(origin * ray, -1), np.sum(origin * origin, -1) - 1)
+    distance = _first(near, np.isfinite(near))
+    outward = (origin + np.where(np.isfinite(distance), distance, 0)[:, None] * ray) / axes
+    return distance, outward / np.linalg.norm(outward, axis=-1, keepdims=True)
+
+
+_MEET = {
+    "sphere": _meet_sphere,
+    "box": _meet_box,
+    "cylinder": _meet_cylinder,
+    "cone": _meet_cone,
+    "pyramid": _meet_pyramid,
+    "egg": _meet_egg,
+}
 
 
 def _light(solids: list[Solid], light: np.ndarray, points_P3: np.ndarray, normal_P3: np.ndarray) -> np.ndarray:
