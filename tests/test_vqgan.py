@@ -56,7 +56,12 @@ def test_the_released_weights_load_whole(golden, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "config", [TINY, dataclasses.replace(TINY, resample_with_conv=True, attn_resolutions=(8, 16), num_res_blocks=2)]
+    "config",
+    [
+        TINY,
+        dataclasses.replace(TINY, attn_resolutions=(8, 16), num_res_blocks=2),
+        dataclasses.replace(TINY, resample_with_conv=True, attn_resolutions=(8, 16), num_res_blocks=2),
+    ],
 )
 def test_our_files_are_open_muses(tmp_path, config):
     torch = pytest.importorskip("torch")

@@ -152,17 +152,18 @@ class Encoder(nnx.Module):
         self.down = nnx.List()
         width = config.hidden_channels
         for level, out in enumerate(widths):
-            resample = Downsample(config, out, kit) if level < len(widths) - 1 else None
+            resample = Downsample(out, kit) if level < len(widths) - 1 and config.resample_with_conv else None
             self.down.append(Level(config, kit, level, width, out, config.num_res_blocks, downsample=resample))
             width = out
         self.mid = Middle(config, width, kit)
         self.norm_out = kit.norm(width)
         self.conv_out = kit.conv(width, config.z_channels, 3)
+        self.pools = not config.resample_with_conv  # a level, but for the last, then ends in means
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         x = self.conv_in(x_BHWC)
-        for level in self.down:
-            x = level(x)
+        for i, level in enumerate(self.down):
+            x = level(x, pool=self.pools and i < len(self.down) - 1)
         return self.conv_out(nnx.silu(self.norm_out(self.mid(x))))
 
 
@@ -196,7 +197,7 @@ class Decoder(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks of one resolution, each followed by attention where the config asks, then a change of size.
 
-    With `repeat` the input's positions are repeated to 2 x 2 first.
+    With `repeat` the input's positions are repeated to 2 x 2 first; with `pool` the output is means of 2 x 2.
     """
 
     def __init__(self, config, kit, level, width, out, num_blocks, downsample=None, upsample=None):
@@ -208,11 +209,14 @@ class Level(nnx.Module):
         if upsample is not None:
             self.upsample = upsample
 
-    def __call__(self, x: jax.Array, repeat: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, repeat: bool = False, pool: bool = False) -> jax.Array:
+        attends = len(self.attn) > 1  # open-muse leaves a single one out, so its weights want that
         for i, block in enumerate(self.block):
-            x = block(x, repeat=repeat and i == 0)
-            if len(self.attn) > 1:  # open-muse leaves a single one out, so its weights want that
-                x = self.attn[i](x)
+            pool_in_block = pool and not attends and i == len(self.block) - 1
+            x = block(x, repeat=repeat and i == 0, pool=pool_in_block)
+            x = self.attn[i](x) if attends else x
+        if pool and attends:
+            return _pooled(x)
         resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
         return resample(x) if resample else x
 
@@ -240,11 +244,16 @@ class ResnetBlock(nnx.Module):
         if width != out:
             self.nin_shortcut = kit.conv(width, out, 1)
 
-    def __call__(self, x: jax.Array, repeat: bool = False) -> jax.Array:
-        """With `repeat`, of `x` with every position repeated to 2 x 2: only 3 x 3 convolutions see the difference."""
+    def __call__(self, x: jax.Array, repeat: bool = False, pool: bool = False) -> jax.Array:
+        """With `repeat`, of `x` with every position repeated to 2 x 2; with `pool`, means of 2 x 2 positions of that.
+
+        Only the 3 x 3 convolutions see the difference; all else is done where there are fewer positions.
+        """
         y = nnx.silu(self.norm1(x))
         y = _upsampled_conv(y, self.conv1) if repeat else self.conv1(y)
-        y = self.conv2(nnx.silu(self.norm2(y)))
+        y = nnx.silu(self.norm2(y))
+        y = _pooled_conv(y, self.conv2) if pool else self.conv2(y)
+        x = _pooled(x) if pool else x
         x = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return (_repeated(x) if repeat else x) + y
 
@@ -267,14 +276,11 @@ class AttnBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    def __init__(self, config: VQGANConfig, width: int, kit: "_Kit"):
-        if config.resample_with_conv:
-            self.conv = kit.conv(width, width, 3, strides=2, padding=((0, 1), (0, 1)))  # right and bottom, as in taming
+    def __init__(self, width: int, kit: "_Kit"):
+        self.conv = kit.conv(width, width, 3, strides=2, padding=((0, 1), (0, 1)))  # right and bottom, as in taming
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if hasattr(self, "conv"):
-            return self.conv(x)
-        return sum(x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+        return self.conv(x)
 
 
 class Upsample(nnx.Module):
@@ -291,6 +297,19 @@ def _repeated(x_BhwC: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x_BhwC[:, :, None, :, None], (B, h, 2, w, 2, C)).reshape(B, 2 * h, 2 * w, C)
 
 
+def _pooled(x_BHWC: jax.Array) -> jax.Array:
+    """Means of 2 x 2 positions."""
+    return sum(x_BHWC[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+
+
+def _pooled_conv(x_BHWC: jax.Array, conv: nnx.Conv) -> jax.Array:
+    """`_pooled` of `conv`, 3 x 3: one convolution of stride 2 by the mean of the kernel at its four places in 4 x 4."""
+    places = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
+    kernel = sum(jnp.pad(conv.kernel[...], place) for place in places) / 4
+    y = _convolve(x_BHWC, kernel, conv, 2, ((1, 1), (1, 1)))
+    return y + conv.bias[...].astype(conv.dtype)[None, None, None]
+
+
 def _upsampled_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
     """`conv`, 3 x 3, of `x` after every position was repeated to 2 x 2, by less than half the multiplications.
 
@@ -299,25 +318,29 @@ def _upsampled_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
     with (first + second, third); with columns alike.
     """
     B, h, w, _ = x_BhwC.shape
-    x_BhwC = x_BhwC.astype(conv.dtype)
 
     def halves(kernel, axis):
         first, second, third = jnp.split(kernel, 3, axis)
         return (jnp.concatenate(pair, axis) for pair in ((first, second + third), (first + second, third)))
 
     def convolve(kernel, odd_row, odd_column):
-        padding = ((1 - odd_row, odd_row), (1 - odd_column, odd_column))
-        layout = ("NHWC", "HWIO", "NHWC")
-        kernel = kernel.astype(conv.dtype)
-        return jax.lax.conv_general_dilated(
-            x_BhwC, kernel, (1, 1), padding, dimension_numbers=layout, precision=conv.precision
-        )
+        return _convolve(x_BhwC, kernel, conv, 1, ((1 - odd_row, odd_row), (1 - odd_column, odd_column)))
 
     rows = [
         jnp.stack([convolve(kernel, i, j) for j, kernel in enumerate(halves(half, 1))], axis=3)
         for i, half in enumerate(halves(conv.kernel[...], 0))
     ]
     return jnp.stack(rows, axis=2).reshape(B, 2 * h, 2 * w, -1) + conv.bias[...].astype(conv.dtype)[None, None, None]
+
+
+def _convolve(x_BHWC: jax.Array, kernel, conv: nnx.Conv, stride: int, padding) -> jax.Array:
+    """A convolution by another kernel, in the type and precision of `conv`, without its bias."""
+    x_BHWC, kernel = x_BHWC.astype(conv.dtype), kernel.astype(conv.dtype)
+    layout = ("NHWC", "HWIO", "NHWC")
+    strides = (stride, stride)
+    return jax.lax.conv_general_dilated(
+        x_BHWC, kernel, strides, padding, dimension_numbers=layout, precision=conv.precision
+    )
 
 
 class _Kit:
