@@ -3,7 +3,6 @@
 Shapes: n pictures, S the side in pixels, N tokens an image.
 """
 
-import collections
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -12,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from tokenizer import weights
+from tokenizer.spread import Spread
 
 PRETRAINED = os.path.join(os.path.dirname(__file__), "pretrained")  # the small tokenizer that comes with the package
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
@@ -41,26 +38,22 @@ class Codec:
         Raises:
           UserError: naming what is wrong with the folder or the setting.
         """
-        if batch_size < 1:
-            raise UserError(f"--batch_size={batch_size}: must be at least 1")
-        devices = devices or jax.devices()
-        mesh = jax.make_mesh((len(devices),), ("picture",), axis_types=(AxisType.Auto,), devices=devices)
-        self._split, everywhere = NamedSharding(mesh, P("picture")), NamedSharding(mesh, P())
-        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+        self._spread = Spread(batch_size, devices)
+        self.batch_size = self._spread.batch_size
         model = weights.load(directory, DTYPES[dtype])
         self.config = model.config
         self._graphdef, state = nnx.split(model)
-        self._state = jax.device_put(state, everywhere)
+        self._state = self._spread.copied(state)
 
     def encode(self, pixels_nSS3: np.ndarray) -> np.ndarray:
         """Pixels in [0, 1] at the tokenizer's resolution -> codes [n,N] int32."""
-        parts = self.encode_batches(_cut(pixels_nSS3, self.batch_size))
+        parts = self.encode_batches(self._spread.cut(pixels_nSS3))
         return np.concatenate([np.zeros((0, self.config.tokens_per_image), np.int32), *parts])
 
     def decode(self, codes_nN: np.ndarray) -> np.ndarray:
         """Codes -> pixels [n,S,S,3] float32, clamped to [0, 1]."""
         side = self.config.resolution
-        parts = self.decode_batches(_cut(codes_nN, self.batch_size))
+        parts = self.decode_batches(self._spread.cut(codes_nN))
         return np.concatenate([np.zeros((0, side, side, 3), np.float32), *parts])
 
     def encode_batches(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -83,26 +76,7 @@ class Codec:
             yield codes_nN
 
     def _map(self, function, batches, shape: tuple[int, ...], dtype) -> Iterator[np.ndarray]:
-        pending: collections.deque = collections.deque()
-        for part in batches:
-            assert part.shape[1:] == shape and len(part) <= self.batch_size, part.shape
-            padded = np.zeros((self.batch_size, *shape), dtype)
-            padded[: len(part)] = part
-            result = function(self._graphdef, self._state, jax.device_put(padded, self._split))
-            result.copy_to_host_async()
-            pending.append((result, len(part)))
-            if len(pending) > 1:
-                yield _fetch(*pending.popleft())
-        while pending:
-            yield _fetch(*pending.popleft())
-
-
-def _cut(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (array[start : start + size] for start in range(0, len(array), size))
-
-
-def _fetch(result: jax.Array, count: int) -> np.ndarray:
-    return np.asarray(result)[:count]
+        return self._spread.map(partial(function, self._graphdef, self._state), batches, shape, dtype)
 
 
 @partial(jax.jit, static_argnums=0)  # compiled once for all Codecs of one kind
