@@ -49,5 +49,26 @@ def test_frechet_distance_is_that_of_the_matrix_root():
     root = sqrtm(covariances[0] @ covariances[1]).real
     expected = np.sum((one.mean(0) - other.mean(0)) ** 2) + np.trace(covariances[0] + covariances[1] - 2 * root)
     assert expected > 1
+    one, other = gaussian(one), gaussian(other)
     np.testing.assert_allclose(metrics.frechet_distance(one, other), expected, rtol=1e-8)
     np.testing.assert_allclose(metrics.frechet_distance(one, one), 0, atol=1e-9)
+
+
+def gaussian(features, *cuts: int) -> metrics.Gaussian:
+    """Of features that come in parts, cut at these rows."""
+    found = metrics.Gaussian()
+    for part in np.split(features, cuts):
+        found.add(part)
+    return found
+
+
+def test_a_gaussian_of_parts_is_that_of_the_whole():
+    """Also where the mean is large beside the deviation, in float32, and where the gaussians of two sets are joined."""
+    features = (np.random.default_rng(0).normal(size=(40, 5)) * [1, 2, 3, 4, 5] + 1e4).astype(np.float32)
+    joined = gaussian(features[:17], 1, 9)
+    joined.join(gaussian(features[17:], 11))
+    for found in (gaussian(features), gaussian(features, 1, 2, 30), joined):
+        assert found.count == 40
+        np.testing.assert_allclose(found.mean_D, features.mean(axis=0, dtype=np.float64), rtol=1e-12)
+        np.testing.assert_allclose(found.covariance_DD, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9)
+    assert not gaussian(features[:1]).covariance_DD.any()

@@ -48,18 +48,46 @@ def _blur(x_BHWC: np.ndarray) -> np.ndarray:
     return sum(weight * rows[:, :, i : i + width] for i, weight in enumerate(weights))
 
 
-def frechet_distance(features_ND: np.ndarray, others_MD: np.ndarray) -> float:
+class Gaussian:
+    """Mean and covariance of features that come in parts, in the memory of one part and of D x D numbers.
+
+    Parts are joined by their means and scatters (Chan, Golub and LeVeque 1979), so that nothing cancels.
+    """
+
+    def __init__(self):
+        """Of no features yet: the first ones say how long they are."""
+        self.count, self.mean_D, self._scatter_DD = 0, np.zeros(()), np.zeros(())
+
+    def add(self, features_ND: np.ndarray) -> None:
+        """Takes N features in."""
+        part, features_ND = Gaussian(), np.asarray(features_ND, np.float64)
+        part.count, part.mean_D = len(features_ND), features_ND.mean(axis=0)
+        part._scatter_DD = (features_ND - part.mean_D).T @ (features_ND - part.mean_D)
+        self.join(part)
+
+    def join(self, other: "Gaussian") -> None:
+        """Takes in all features of another."""
+        count, apart_D = self.count + other.count, other.mean_D - self.mean_D
+        between_DD = np.multiply.outer(apart_D, apart_D) * (self.count * other.count / count)
+        self._scatter_DD = self._scatter_DD + other._scatter_DD + between_DD
+        self.mean_D = self.mean_D + apart_D * (other.count / count)
+        self.count = count
+
+    @property
+    def covariance_DD(self) -> np.ndarray:
+        """Without bias; 0 of a single feature."""
+        return self._scatter_DD / max(self.count - 1, 1)
+
+
+def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """Distance between the gaussians of two sets of features (FID, arXiv 1706.08500, equation 6).
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2). The last trace is the sum of the roots of the eigenvalues of
     S1^1/2 S2 S1^1/2, which is symmetric, so that no complex root appears.
     """
-    mean_D, other_mean_D = features_ND.mean(axis=0, dtype=np.float64), others_MD.mean(axis=0, dtype=np.float64)
-    covariance_DD, other_DD = (
-        np.atleast_2d(np.cov(x, rowvar=False, dtype=np.float64)) for x in (features_ND, others_MD)
-    )
+    covariance_DD, other_DD = one.covariance_DD, other.covariance_DD
     values_D, vectors_DD = np.linalg.eigh(covariance_DD)
     root_DD = (vectors_DD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DD.T
     mixed_D = np.linalg.eigvalsh(root_DD @ other_DD @ root_DD)
     traces = np.trace(covariance_DD) + np.trace(other_DD) - 2 * np.sqrt(np.maximum(mixed_D, 0)).sum()
-    return float(np.square(mean_D - other_mean_D).sum() + traces)
+    return float(np.square(one.mean_D - other.mean_D).sum() + traces)

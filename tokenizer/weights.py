@@ -32,14 +32,9 @@ def load(directory: str, dtype=jnp.float32) -> VQGAN:
     abstract = nnx.eval_shape(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     wanted = {file_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
-    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing or unexpected:
-        raise UserError(f"{source}: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}")
+    check_tensors(source, found, {name: file_shape(leaf) for name, (_, leaf) in wanted.items()}, "config.json")
     flat = []
     for name, (path, leaf) in wanted.items():
-        shape = file_shape(leaf)
-        if found[name].shape != shape:
-            raise UserError(f"{source}: {name} has shape {found[name].shape}, config.json makes it {shape}")
         flat.append((path, leaf.replace(jnp.asarray(from_file(found[name].astype(np.float32))))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
@@ -126,6 +121,20 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         return {name: tensor.float().numpy() for name, tensor in tensors.items()}
     except Exception as error:  # torch has no one class for a file that is cut short, foreign, or names other objects
         raise UserError(f"{path}: not a file of tensors ({type(error).__name__})") from error
+
+
+def check_tensors(source: str, tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], by: str) -> None:
+    """Sees that the tensors of a file are those of `shapes`, which follow from what `by` names.
+
+    Raises:
+      UserError: naming the file and what is missing, unexpected or of another shape.
+    """
+    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unexpected:
+        raise UserError(f"{source}: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise UserError(f"{source}: {name} has shape {tensors[name].shape}, {by} makes it {shape}")
 
 
 def _read_directory(directory: str) -> tuple[str, dict[str, np.ndarray]]:
