@@ -24,7 +24,8 @@ from EasyLM.flags import Flag, run
 from EasyLM.generate import check_sampling
 from evaluation import benchmarks, metrics, pictures, plots, tasks
 from evaluation.prompter import PROMPTER_FLAGS, Prompter
-from tokenizer import lpips, scenes
+from tokenizer import inception, lpips, scenes
+from tokenizer.metrics import Gaussian, frechet_distance
 
 FLAGS = {
     **PROMPTER_FLAGS,
@@ -46,6 +47,7 @@ FLAGS = {
     "seed": Flag(0, "Of the examples' choice and of the sampling."),
     "batch_size": Flag(8, "Prompts at a time; changes no result."),
     "lpips_weights": Flag("", "Comma list of files: torchvision's VGG16 and the layers of LPIPS. Adds LPIPS."),
+    "inception_weights": Flag("", "File of pytorch-fid's InceptionV3. Adds FID, of all answers to a task together."),
     "output_json": Flag("", "Write the figures to this file."),
     "output_plot": Flag("", "Draw the figures over the number of shots to this PNG file."),
     "output_picture": Flag("", "Write a sheet to this PNG file: prompt, answer, truth."),
@@ -58,13 +60,14 @@ def main(config) -> None:
     shots, frames = _check(config)
     sources = _sources(config, max(frames) + 1)
     wanted = _figures(config.lpips_weights)
+    network = inception.Inception(config.inception_weights, config.batch_size) if config.inception_weights else None
     prompter = Prompter.load(config)
     results, rows = {}, []
     for source in sources:
         counts = frames if source.clips else shots
         _check_length(prompter, source, max(counts))
         task = tasks.load(source, max(counts), config.n_queries, config.seed, prompter.codec.config.resolution)
-        curve, answers = measure(config, prompter, task, counts, wanted)
+        curve, answers = measure(config, prompter, task, counts, wanted, network)
         results[task.name] = {
             "queries": len(task.prompts.answer_Q),
             "figure": task.figure,
@@ -135,18 +138,26 @@ def _check_length(prompter: Prompter, source: tasks.Source, shots: int) -> None:
 
 
 def measure(
-    config, prompter: Prompter, task: tasks.Task, counts: list[int], wanted: dict[str, Callable]
+    config,
+    prompter: Prompter,
+    task: tasks.Task,
+    counts: list[int],
+    wanted: dict[str, Callable],
+    network: inception.Inception | None,
 ) -> tuple[list[dict], np.ndarray]:
     """The figures at each number of shots, and the pictures [Q,S,S,3] drawn at the last.
 
     Args:
       wanted: figures of every task, besides the one that it is judged by: (pictures, truths) -> [Q].
+      network: what FID is measured by, where it is asked for.
     """
     wanted = wanted | ({task.figure: metrics.FIGURES[task.figure]} if task.figure else {})
     tokens_nN = prompter.encode(task.pixels)
     truths = task.pixels[task.prompts.answer_Q]
     true_tokens_QN = tokens_nN[task.prompts.answer_Q]
     through_tokenizer = prompter.draw(true_tokens_QN)
+    if network:
+        inception.warn_of_few(task.name, len(truths))
     by_frequency_QN = metrics.unigram_log_likelihoods(true_tokens_QN, prompter.codec.config.num_embeddings)
     curve = []
     for shots in counts:
@@ -163,6 +174,7 @@ def measure(
                     name: {who: metrics.with_standard_error(figure(drawn, truths)) for who, drawn in compared.items()}
                     for name, figure in wanted.items()
                 },
+                **({"fid": fids(network, compared, truths)} if network else {}),
             }
         )
     return curve, answers
@@ -183,6 +195,12 @@ def _answers(config, prompter: Prompter, prompts_QPN, true_tokens_QN, what: str)
         drawn.append(answers_BCFN[:, 0, 0])
         likelihoods.append(prompter.log_likelihoods(prompts_QPN[part], true_tokens_QN[part]))
     return np.concatenate(drawn), np.concatenate(likelihoods)
+
+
+def fids(network: inception.Inception, compared: dict[str, np.ndarray], truths: np.ndarray) -> dict[str, float]:
+    """FID of each one's answers against the truths, both [Q,S,S,3]."""
+    true = Gaussian.of(network(truths))
+    return {who: frechet_distance(Gaussian.of(network(drawn)), true) for who, drawn in compared.items()}
 
 
 def baselines(task: tasks.Task, shots: int) -> dict[str, np.ndarray]:

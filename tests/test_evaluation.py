@@ -12,7 +12,8 @@ from tokenizer_kit import TINY, write_picture
 from EasyLM import flags
 from EasyLM.errors import UserError
 from evaluation import fewshot, metrics, pictures, prompts, tasks
-from tokenizer import images, scenes
+from tokenizer import images, inception, scenes
+from tokenizer.metrics import Gaussian, frechet_distance
 
 RNG = np.random.default_rng(0)
 
@@ -216,6 +217,27 @@ def test_a_curve_is_what_each_number_of_shots_gives_by_itself(tmp_path, prompter
     for task in ("other", "clips"):
         one, many = (leaves(x[task]["curve"][-1]) for x in (alone, curves))
         assert one == pytest.approx(many, rel=1e-4) and len(one) > 20
+
+
+def test_fid_is_of_all_answers_against_all_truths(tmp_path, prompter, monkeypatch, caplog):
+    weights = RNG.normal(size=(3 * TINY.resolution**2, 4))
+
+    def features(pixels):  # tests/test_inception.py has the network
+        return pixels.reshape(len(pixels), -1) @ weights
+
+    monkeypatch.setattr(fewshot.Prompter, "load", lambda config: prompter)
+    monkeypatch.setattr(inception, "Inception", lambda path, batch_size: {"weights.pth": features}[path])
+    task = tasks.load(folders(tmp_path), shots=2, queries=3, seed=0, side=TINY.resolution)
+    where = {"input_dirs": f"{tmp_path}/image", "target_dirs": f"{tmp_path}/other", "output_json": f"{tmp_path}/f.json"}
+    fewshot.main(settings(**where, n_shots="2", n_queries=3, batch_size=4, inception_weights="weights.pth"))
+    point = json.loads((tmp_path / "f.json").read_text())["tasks"]["other"]["curve"][0]
+    assert point["fid"].keys() == point["mse"].keys()
+    queries, truths = task.pixels[task.prompts.query_Qq[:, -1]], task.pixels[task.prompts.answer_Q]
+    kept = prompter.draw(prompter.encode(truths))
+    for who, drawn in {"copy_query": queries, "tokenizer": kept}.items():
+        expected = frechet_distance(Gaussian.of(features(drawn)), Gaussian.of(features(truths)))
+        assert expected > 0.1 and point["fid"][who] == pytest.approx(expected, rel=1e-4)
+    assert "other: FID of 3 pictures, fewer than the 2048" in caplog.text
 
 
 def test_baselines_are_the_pictures_that_they_are_named_after(tmp_path):

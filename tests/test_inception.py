@@ -1,11 +1,16 @@
 """Features for FID are those of torch: pytorch-fid's InceptionV3, written out here, with random weights."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tokenizer_kit import run_main, tiny_vqgan, write_picture
 
 from EasyLM.errors import UserError
-from tokenizer import inception
+from tokenizer import eval_vqgan, images, inception
+from tokenizer.codec import Codec
+from tokenizer.metrics import Gaussian, frechet_distance
 
 DIVISOR = 8
 
@@ -144,3 +149,35 @@ def test_wrong_files_are_named(narrow, tmp_path):
     save_file({**tensors, "Conv2d_1a_3x3.bn.bias": np.zeros(5, np.float32)}, path)
     with pytest.raises(UserError, match=r"Conv2d_1a_3x3\.bn\.bias has shape \(5,\), FID's InceptionV3 makes it \(4,\)"):
         inception.load(path)
+
+
+@pytest.fixture
+def network(narrow, tmp_path):
+    """A file of weights, and the network that it holds."""
+    path = f"{tmp_path}/inception.safetensors"
+    save_file(random_tensors(), path)
+    return path, inception.Inception(path, batch_size=8)
+
+
+def fid(network, one, other) -> float:
+    return frechet_distance(Gaussian.of(network(one)), Gaussian.of(network(other)))
+
+
+def test_rfid_is_of_what_a_tokenizer_keeps_of_each_folder_and_of_all(network, tmp_path, capsys, caplog):
+    path, network = network
+    for folder, count in {"one": 11, "other": 4}.items():
+        for i in range(count):
+            write_picture(tmp_path / folder / f"{i:02d}.png", len(folder) + i, 16)
+    vqgan, folders = tiny_vqgan(tmp_path / "vqgan"), [f"{tmp_path}/one", f"{tmp_path}/other"]
+    settings = {"vqgan": vqgan, "batch_size": 8, "inception_weights": path, "output_json": f"{tmp_path}/f.json"}
+    run_main(eval_vqgan, **settings, input_dirs=",".join(folders))
+    figures = json.loads((tmp_path / "f.json").read_text())
+
+    parts = [np.stack([images.load(file, 16) for file in images.find(folder, "")]) for folder in folders]
+    for name, pixels in zip([*folders, "all"], [*parts, np.concatenate(parts)], strict=True):
+        codec = Codec(vqgan, batch_size=8)
+        expected = fid(network, pixels, codec.decode(codec.encode(pixels)))
+        assert expected > 1e-3
+        np.testing.assert_allclose(figures[name]["rfid"], expected, rtol=1e-4)
+        assert f"rFID {figures[name]['rfid']:.2f}" in capsys.readouterr().out or name != folders[0]
+        assert f"{name}: FID of {len(pixels)} pictures, fewer than the 2048" in caplog.text

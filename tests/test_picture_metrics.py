@@ -58,7 +58,7 @@ def gaussian(features, *cuts: int) -> metrics.Gaussian:
     """Of features that come in parts, cut at these rows."""
     found = metrics.Gaussian()
     for part in np.split(features, cuts):
-        found.add(part)
+        found.join(metrics.Gaussian.of(part))
     return found
 
 

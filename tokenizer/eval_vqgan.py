@@ -1,6 +1,7 @@
 """What a tokenizer keeps of pictures: `python -m tokenizer.eval_vqgan --vqgan=DIR --input_dirs=D1,D2`.
 
-Prints, for each folder, PSNR and SSIM (means over its pictures) and how its pictures use the codebook; with
+Prints, for each folder, PSNR and SSIM (means over its pictures) and how its pictures use the codebook, with
+`--inception_weights` also rFID, the distance between the features of pictures and of what their codes keep; with
 `--output_json` the same as JSON, with `--output_picture` a sheet of pictures, each above what its codes keep of it.
 """
 
@@ -13,12 +14,13 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from tokenizer import images, metrics
+from tokenizer import images, inception, metrics
 from tokenizer.codec import CODEC_FLAGS, Codec
 
 FLAGS = {
     "input_dirs": Flag("", "Comma list of folders of pictures, those below them included."),
     "limit": Flag(0, "Take only the first so many pictures of each folder; 0: all."),
+    "inception_weights": Flag("", "File of pytorch-fid's InceptionV3. Adds rFID."),
     "output_json": Flag("", "File for the figures."),
     "output_picture": Flag("", "PNG file for a row of each folder's first pictures above what the codes keep of them."),
     "columns": Flag(12, "Pictures of a row there."),
@@ -35,25 +37,36 @@ def main(config) -> None:
         if config[name] < least:
             raise UserError(f"--{name}={config[name]}: must be at least {least}")
     files = [images.find(folder, "input_dirs")[: config.limit or None] for folder in folders]
+    network = inception.Inception(config.inception_weights, config.batch_size) if config.inception_weights else None
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
     figures, used, rows = {}, np.zeros(codec.config.num_embeddings, np.int64), []
+    sides = metrics.Gaussian(), metrics.Gaussian()
     for folder, paths in zip(folders, files, strict=True):
-        figures[folder], counts_K, row = measure(codec, paths, config)
+        figures[folder], counts_K, row, parts = measure(codec, network, paths, config)
         used += counts_K
         rows += row
+        if network:
+            figures[folder]["rfid"] = rfid(folder, *parts)
+            for side, part in zip(sides, parts, strict=True):
+                side.join(part)
         print(_line(folder, figures[folder]))
-    figures["all"] = {"pictures": sum(map(len, files)), **code_usage(used)}
-    usage = figures["all"]
-    print(f"all: {usage['codes_used']:.1%} of {len(used)} codes used, perplexity {usage['code_perplexity']:.0f}")
+    usage = figures["all"] = {"pictures": sum(map(len, files)), **code_usage(used)}
+    if network:
+        usage["rfid"] = rfid("all", *sides)
+    shares = f"{usage['codes_used']:.1%} of {len(used)} codes used, perplexity {usage['code_perplexity']:.0f}"
+    print(f"all: {shares}{_rfid_words(usage)}")
     if config.output_json:
         _write_json(config.output_json, figures)
     if config.output_picture:
         images.save(config.output_picture, images.grid(np.concatenate(rows), config.columns))
 
 
-def measure(codec: Codec, paths, config) -> tuple[dict, np.ndarray, list]:
-    """(figures of the pictures, how often each code was chosen [K], the sheet's two rows of bytes)."""
-    values, rows = {"psnr": [], "ssim": []}, []
+def measure(codec: Codec, network: inception.Inception | None, paths, config) -> tuple[dict, np.ndarray, list, tuple]:
+    """(figures of the pictures, how often each code was chosen [K], the sheet's two rows of bytes, gaussians).
+
+    The gaussians are of the features of the pictures and of what is kept of them, or empty without a network.
+    """
+    values, rows, sides = {"psnr": [], "ssim": []}, [], (metrics.Gaussian(), metrics.Gaussian())
     counts_K = np.zeros(codec.config.num_embeddings, np.int64)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), unit="image") as bar:
         for start in range(0, len(paths), config.batch_size):
@@ -64,12 +77,21 @@ def measure(codec: Codec, paths, config) -> tuple[dict, np.ndarray, list]:
             counts_K += np.bincount(codes.ravel(), minlength=len(counts_K))
             values["psnr"].append(metrics.psnr(drawn, pixels))
             values["ssim"].append(metrics.ssim(drawn, pixels))
+            if network:
+                for side, shown in zip(sides, (pixels, drawn), strict=True):
+                    side.join(metrics.Gaussian.of(network(shown)))
             if start < config.columns:
                 rows.append((pixels, drawn))
             bar.update(len(part))
     means = {name: float(np.concatenate(parts).mean()) for name, parts in values.items()}
     sheet = [images.to_uint8(_filled(np.concatenate(side), config.columns)) for side in zip(*rows)]
-    return {"pictures": len(paths), **means, **code_usage(counts_K)}, counts_K, sheet
+    return {"pictures": len(paths), **means, **code_usage(counts_K)}, counts_K, sheet, sides
+
+
+def rfid(what: str, pictures: metrics.Gaussian, kept: metrics.Gaussian) -> float:
+    """FID of what is kept of pictures against the pictures themselves; a warning where they are too few."""
+    inception.warn_of_few(what, pictures.count)
+    return metrics.frechet_distance(pictures, kept)
 
 
 def code_usage(counts_K: np.ndarray) -> dict[str, float]:
@@ -88,8 +110,12 @@ def _filled(pixels_nSS3: np.ndarray, count: int) -> np.ndarray:
 def _line(folder: str, figures: dict) -> str:
     return (
         f"{folder}: {figures['pictures']} pictures, PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}, "
-        f"codes used {figures['codes_used']:.1%}, perplexity {figures['code_perplexity']:.0f}"
+        f"codes used {figures['codes_used']:.1%}, perplexity {figures['code_perplexity']:.0f}{_rfid_words(figures)}"
     )
+
+
+def _rfid_words(figures: dict) -> str:
+    return f", rFID {figures['rfid']:.2f}" if "rfid" in figures else ""
 
 
 def _write_json(path: str, figures: dict) -> None:

@@ -58,15 +58,16 @@ class Gaussian:
         """Of no features yet: the first ones say how long they are."""
         self.count, self.mean_D, self._scatter_DD = 0, np.zeros(()), np.zeros(())
 
-    def add(self, features_ND: np.ndarray) -> None:
-        """Takes N features in."""
-        part, features_ND = Gaussian(), np.asarray(features_ND, np.float64)
-        part.count, part.mean_D = len(features_ND), features_ND.mean(axis=0)
-        part._scatter_DD = (features_ND - part.mean_D).T @ (features_ND - part.mean_D)
-        self.join(part)
+    @classmethod
+    def of(cls, features_ND: np.ndarray) -> "Gaussian":
+        """Of these N features, N > 0."""
+        found, features_ND = cls(), np.asarray(features_ND, np.float64)
+        found.count, found.mean_D = len(features_ND), features_ND.mean(axis=0)
+        found._scatter_DD = (features_ND - found.mean_D).T @ (features_ND - found.mean_D)
+        return found
 
     def join(self, other: "Gaussian") -> None:
-        """Takes in all features of another."""
+        """Takes in all features of another, which has some."""
         count, apart_D = self.count + other.count, other.mean_D - self.mean_D
         between_DD = np.multiply.outer(apart_D, apart_D) * (self.count * other.count / count)
         self._scatter_DD = self._scatter_DD + other._scatter_DD + between_DD
