@@ -22,7 +22,8 @@ from tokenizer.spread import Spread
 
 SIDE = 299  # pixels that the network takes
 LENGTH = 2048  # of a picture's features
-_EPSILON, _NORM = 1e-3, ("weight", "bias", "running_mean", "running_var")  # of the batch normalization
+_NORM = ("weight", "bias", "running_mean", "running_var")  # of the batch normalization, as in the files
+_EPSILON = 1e-3  # of the same
 
 
 class Conv(NamedTuple):
@@ -123,13 +124,11 @@ class Inception:
 def warn_of_few(what: str, count: int) -> None:
     """Says so where a FID is of fewer pictures than a gaussian of `LENGTH` dimensions needs."""
     if count < LENGTH:
-        logging.warning(
-            "%s: FID of %d pictures, fewer than the %d dimensions of its features: a figure without meaning",
-            *(what, count, LENGTH),
-        )
+        few = f"FID of {count} pictures, fewer than the {LENGTH} dimensions of its features"
+        logging.warning("%s: %s: a figure without meaning", what, few)
 
 
-def load(path: str, flag: str = "inception_weights") -> dict[str, np.ndarray]:
+def load(path: str) -> dict[str, np.ndarray]:
     """Reads a file (*.safetensors, or torch's); the classifier and what else pooled features do not need is left out.
 
     Returns:
@@ -140,13 +139,13 @@ def load(path: str, flag: str = "inception_weights") -> dict[str, np.ndarray]:
         another shape.
     """
     if not pathlib.Path(path).is_file():
-        raise UserError(f"--{flag}={path}: no such file")
+        raise UserError(f"--inception_weights={path}: no such file")
     tensors = {
         name: array.astype(np.float64)
         for name, array in weights.read_tensors(pathlib.Path(path)).items()
         if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(".num_batches_tracked")
     }
-    weights.check_tensors(f"--{flag}={path}", tensors, shapes(), "FID's InceptionV3")
+    weights.check_tensors(f"--inception_weights={path}", tensors, shapes(), "FID's InceptionV3")
     params = {}
     for name in [name.removesuffix(".conv.weight") for name in tensors if name.endswith(".conv.weight")]:
         gain, bias, mean, variance = (tensors[f"{name}.bn.{leaf}"] for leaf in _NORM)
