@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["EasyLM*", "tokenizer*", "evaluation*"]),
+    package_data={"tokenizer": ["pretrained/*"], "evaluation": ["demo_model/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -34,8 +35,8 @@ setup(
         "torch": ["torch", "transformers>=5"],
         "video": ["av>=16"],
         "text": ["datasets", "sentencepiece", "tokenizers"],
-        "serve": ["gradio", "fastapi", "uvicorn"],
+        "serve": ["gradio>=6", "fastapi", "fastapi-offline", "uvicorn", "python-multipart"],
         "quickstart": ["scikit-image", "scikit-learn", "matplotlib"],
-        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "matplotlib", "av>=16"],
+        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "matplotlib", "av>=16", "httpx", "selenium"],
     },
 )

@@ -93,13 +93,16 @@ def _load(path: str, expected: dict | None) -> Columns | None:
         return None
     if not isinstance(facts, dict) or facts.get("expected") != expected or "columns" not in facts:
         return None
-    arrays = {}
-    for name, (dtype, offset, length) in facts.pop("columns").items():
-        if offset + length * np.dtype(dtype).itemsize > os.path.getsize(path):
-            return None
-        # An empty file cannot be mapped.
-        mapped = np.memmap(path, dtype, "r", offset, (length,)) if length else np.empty(0, dtype)
-        arrays[name] = mapped.view(np.ndarray)
+    arrays, size = {}, os.path.getsize(path)
+    try:
+        for name, (dtype, offset, length) in facts.pop("columns").items():
+            if offset + length * np.dtype(dtype).itemsize > size:
+                return None
+            # An empty file cannot be mapped.
+            mapped = np.memmap(path, dtype, "r", offset, (length,)) if length else np.empty(0, dtype)
+            arrays[name] = mapped.view(np.ndarray)
+    except (AttributeError, TypeError, ValueError, OverflowError):  # a damaged header
+        return None
     return Columns(facts, arrays)
 
 

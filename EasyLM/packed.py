@@ -80,7 +80,11 @@ def read(path: str, vocab_size: int) -> Iterator[tuple[np.ndarray, dict]]:
     begin = other_begin = 0
     for end, other_end in zip(arrays["ends"], arrays["other_ends"]):
         text = arrays["others"][other_begin:other_end].tobytes()
-        yield arrays["ids"][begin:end], orjson.loads(text) if text else {}
+        try:
+            others = orjson.loads(text) if text else {}
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{path}: is damaged, at byte {other_begin} of what rides along ({error})") from None
+        yield arrays["ids"][begin:end], others
         begin, other_begin = end, other_end
 
 
@@ -89,11 +93,22 @@ def _opened(path: str, vocab_size: int) -> columns.Columns:
         raise UserError(f"{path}: a packed file is mapped into memory and has to be local: copy it here")
     files.version(path)
     found = columns.open_columns(path)
-    if found is None or found.facts.get("format") != FORMAT:
+    if found is None or not _is_whole(found):
         raise UserError(f"{path}: is cut off, or not of the format {FORMAT!r}: write it with tokenizer.pack")
     if found.facts["largest_id"] >= vocab_size:
         raise UserError(f"{path}: id {found.facts['largest_id']} is outside the vocabulary 0..{vocab_size - 1}")
     return found
+
+
+def _is_whole(found: columns.Columns) -> bool:
+    """Whether the columns are those of a packed file and fit together."""
+    if found.facts.get("format") != FORMAT or found.arrays.keys() != DTYPES.keys():
+        return False
+    if not isinstance(found.facts.get("largest_id"), int):
+        return False
+    ids, ends, others, other_ends, _ = (found.arrays[name] for name in DTYPES)
+    lasts = [int(column[-1]) if len(column) else 0 for column in (ends, other_ends)]
+    return len(ends) == len(other_ends) and lasts == [len(ids), len(others)]
 
 
 class PackedFile(LineFile):

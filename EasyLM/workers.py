@@ -7,6 +7,13 @@ import sys
 import threading
 import types
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from EasyLM.errors import UserError
+
+
+class WorkerDiedError(UserError):
+    """A worker process ended before its work: the machine killed it, or a library crashed."""
 
 
 class Workers:
@@ -31,11 +38,11 @@ class Workers:
 
     def submit(self, function, *arguments) -> Future:
         """`function` of these arguments, begun now: in this process it has ended when this returns."""
-        if self._pool is not None:
-            with _hidden_main():
-                return self._pool.submit(function, *arguments)
         future: Future = Future()
         try:
+            if self._pool is not None:
+                with _hidden_main():
+                    return self._pool.submit(function, *arguments)
             future.set_result(function(*arguments))
         except Exception as error:  # whoever asks for the result gets it
             future.set_exception(error)
@@ -44,6 +51,20 @@ class Workers:
     def __exit__(self, *exception):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def result(future: Future, subject: str):
+    """What became of a submitted function that is at work on `subject`.
+
+    Raises:
+      WorkerDiedError: naming the subject; else what the function raised.
+    """
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise WorkerDiedError(
+            f"a worker process died at or near {subject} (out of memory?); --workers=1 has none"
+        ) from None
 
 
 def _end_with_parent() -> None:

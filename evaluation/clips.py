@@ -11,6 +11,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
@@ -26,6 +27,7 @@ CLIP_FLAGS = {
     ),
     "center_crop": Flag(1.0, "Cut this share of width and height out of the middle."),
     "shuffle": Flag(False, "Take the clips in another order (a function of the seed): matters with --max_examples."),
+    "skip_short_clips": Flag(False, "Leave out clips that have too few frames, and say how many."),
     "seed": Flag(0, "Of all that is random."),
 }
 
@@ -58,7 +60,13 @@ def find_clips(config, count: int) -> list[Clip]:
         paths = [paths[i] for i in np.random.default_rng(config.seed).permutation(len(paths))]
     paths = paths[: config.max_examples or None]
     with ThreadPoolExecutor(config.n_workers) as pool:  # the frames of a video are known only when it has been read
-        return list(pool.map(lambda path: _clip(config, path, os.path.relpath(path, root), count), paths))
+        found = pool.map(lambda path: _clip(config, path, os.path.relpath(path, root), count), paths)
+        chosen = [clip for clip in tqdm(found, total=len(paths), desc="looking", unit="clip") if clip is not None]
+    if len(chosen) < len(paths):
+        print(f"{len(paths) - len(chosen)} of {len(paths)} clips have fewer than {count} frames and are left out")
+    if not chosen:
+        raise UserError(f"no clip has {count} frames")
+    return chosen
 
 
 def _matching(config) -> tuple[list[str], str]:
@@ -100,14 +108,16 @@ def _what(config) -> str:
     return f"video file ({', '.join(videos.EXTENSIONS)}; folders of frames need --frame_input)"
 
 
-def _clip(config, path: str, name: str, count: int) -> Clip:
+def _clip(config, path: str, name: str, count: int) -> Clip | None:
     if config.frame_input:
         frames = [os.path.join(path, f) for f in os.listdir(path) if f.lower().endswith(images.EXTENSIONS)]
         frames = sorted((f for f in frames if not os.path.basename(f).startswith(".")), key=_natural)
     else:
         frames = videos.timestamps(path).tolist()
+    if len(frames) < count and config.skip_short_clips:
+        return None
     if len(frames) < count:
-        raise UserError(f"{path}: {len(frames)} frames, {count} are needed")
+        raise UserError(f"{path}: {len(frames)} frames, {count} are needed (--skip_short_clips leaves it out)")
     stride = min(config.stride, (len(frames) - 1) // max(count - 1, 1))
     starts = len(frames) - (count - 1) * stride
     rng = np.random.default_rng([config.seed, zlib.crc32(name.encode())])

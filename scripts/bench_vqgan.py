@@ -1,41 +1,104 @@
-"""Speed and held-out quality of a tokenizer: `python scripts/bench_vqgan.py [--vqgan=DIR]`; under a minute on a CPU.
+"""Speed of the tokenizer against torch with the same weights: `python scripts/bench_vqgan.py`; a minute on a CPU.
 
-Prints images/s of encoding and decoding, the share of the codebook in use, and PSNR in dB (mean over pictures) for
-scenes, each annotation, and photographs, all of seeds and photographs that no training set has.
+Both models (torch's is torch_vqgan.py) run in this process, on as many threads, in turns: the released layout with
+random weights on small pictures, and the shipped tokenizer. The ratio is the median over turns of torch's time to ours,
+so that what else the machine does falls on both. Bound: at least 1. Results are compared first: a fast wrong answer
+counts for nothing. On an accelerator it prints our rates alone (`--resolution=256 --batch_size=64 --dtype=bf16`).
 """
 
+import dataclasses
+import os
 import time
 
+import jax
 import numpy as np
+from flax import nnx
 
 from EasyLM.flags import Flag, run
-from tokenizer import photos, scenes
-from tokenizer.codec import CODEC_FLAGS, Codec
+from tokenizer import codec, weights
+from tokenizer.vqgan import VQGAN, VQGANConfig
 
-FLAGS = {"num": Flag(64, "Pictures of each sort."), **CODEC_FLAGS}
-_FIRST_SEED = 900 * 10**6  # beyond the seeds of tokenizer.render that the recipes use
+LEAST_RATIO = 1.0
+FLAGS = {
+    "resolution": Flag(64, "Side of the pictures for the released layout."),
+    "batch_size": Flag(4, "Pictures of that size at a time; the shipped tokenizer takes as many pixels."),
+    "turns": Flag(15, "Times that each runs, after one that does not count."),
+    "dtype": Flag("fp32", "Type of our computation.", choices=tuple(codec.DTYPES)),
+}
 
 
 def main(config) -> None:
     """Measures and prints."""
-    codec = Codec(config.vqgan, config.dtype, config.batch_size)
-    size = codec.config.resolution
-    sets = {"photographs": [photos.crop(i, size, held_out=True) for i in range(config.num)]}
-    for i in range(config.num):
-        for name, picture in scenes.scene(_FIRST_SEED + i, size).items():
-            sets.setdefault(name, []).append(picture)
-    used = set()
-    for name, pictures in sets.items():
-        pixels = np.stack(pictures) / np.float32(255)
-        codes = codec.encode(pixels)
-        used |= set(codes.ravel().tolist())
-        error = np.mean((codec.decode(codes) - pixels) ** 2, axis=(1, 2, 3))
-        print(f"{name:>13}: {np.mean(-10 * np.log10(error + 1e-10)):.2f} dB")
-    print(f"codes in use: {len(used)} of {codec.config.num_embeddings}")
-    for name, function, inputs in (("encode", codec.encode, pixels), ("decode", codec.decode, codes)):
-        begin = time.perf_counter()
-        function(inputs)  # compiled above
-        print(f"{name}: {len(inputs) / (time.perf_counter() - begin):.1f} images/s")
+    dtype = codec.DTYPES[config.dtype]
+    released = random_model(dataclasses.replace(VQGANConfig(), resolution=config.resolution), dtype)
+    shipped = weights.load(codec.PRETRAINED, dtype)
+    batch_of_shipped = config.batch_size * config.resolution**2 // shipped.config.resolution**2
+    for name, model, batch in (("released", released, config.batch_size), ("shipped", shipped, batch_of_shipped)):
+        compare(name, model, batch, config.turns)
+
+
+def random_model(config: VQGANConfig, dtype) -> VQGAN:
+    """The released weights are not here; random ones take the same time."""
+    rng = np.random.default_rng(0)
+    shapes = weights.parameters(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))
+    arrays = {name: rng.normal(size=s.shape, scale=np.prod(s.shape[:-1]) ** -0.5) for name, s in shapes.items()}
+    arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    return weights.with_parameters(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)), arrays)
+
+
+def compare(name: str, model: VQGAN, batch: int, turns: int) -> None:
+    """Prints both rates of encoding and decoding, and their ratio."""
+    side = model.config.resolution
+    pixels = np.random.default_rng(1).random((batch, side, side, 3), np.float32)
+    graphdef, state = nnx.split(model)
+    encode = jax.jit(lambda state, pixels: nnx.merge(graphdef, state).encode(pixels)[1])
+    decode = jax.jit(lambda state, codes: nnx.merge(graphdef, state).decode(codes))
+    state = jax.device_put(state)
+    codes = encode(state, pixels)
+    ours = {"encode": lambda: encode(state, pixels), "decode": lambda: decode(state, codes)}
+    peers = torch_peer(model, pixels, np.asarray(codes)) if jax.default_backend() == "cpu" else {}
+    for task, function in ours.items():
+        print(f"{name} {side}x{side} {task}: ", end="", flush=True)
+        peer = peers.get(task)
+        seconds, peer_seconds = in_turns(function, peer, turns)
+        print(f"{batch / np.median(seconds):.1f} images/s", end="")
+        if peer is not None:
+            difference = np.abs(np.asarray(function(), np.float64) - peer().numpy()).max()
+            ratio = np.median(np.array(peer_seconds) / seconds)
+            verdict = "ok" if ratio >= LEAST_RATIO else "MISSED"
+            print(
+                f", torch {batch / np.median(peer_seconds):.1f}; ratio {ratio:.3f} (bound: at least {LEAST_RATIO:.0f}) "
+                f"{verdict}; largest difference {difference:.1e}",
+                end="",
+            )
+        print()
+
+
+def torch_peer(model: VQGAN, pixels: np.ndarray, codes: np.ndarray) -> dict:
+    """The same two tasks in torch, with the same weights and as many threads."""
+    import torch
+    from torch_vqgan import TorchVQGAN
+
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    peer = TorchVQGAN(model.config).eval()
+    arrays = {weights.file_name(path): np.asarray(leaf.get_value()) for path, leaf in weights.flat_parameters(model)}
+    peer.load_state_dict({name: torch.tensor(weights.to_file(array)) for name, array in arrays.items()})
+    pixels, codes = torch.tensor(pixels), torch.tensor(codes, dtype=torch.long)
+    return {"encode": lambda: peer.encode(pixels)[1], "decode": lambda: peer.decode(codes)}
+
+
+def in_turns(function, peer, turns: int) -> tuple[list, list]:
+    """Seconds of each turn of ours and of the peer's (or none)."""
+    times = [], []
+    for turn in range(turns + 1):
+        for seconds, run_it in zip(times, (function, peer)):
+            if run_it is not None:
+                begin = time.perf_counter()
+                jax.block_until_ready(run_it())
+                if turn:  # the first is a warm-up
+                    seconds.append(time.perf_counter() - begin)
+    return times
 
 
 if __name__ == "__main__":

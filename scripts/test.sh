@@ -3,7 +3,7 @@
 # sizes. Installs what it needs into .venv (or $VENV). About 30 minutes on two cores; `scripts/test.sh fast` takes 3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh dev,text
+bash scripts/setup.sh dev,text,serve
 . "${VENV:-.venv}/bin/activate"
 # Pinned: a plain `torch` brings gigabytes of CUDA. Needed only to read .bin weights and to check exports.
 python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5"
@@ -13,6 +13,10 @@ if [ "${1:-all}" = fast ]; then
     exec python -m pytest -q -m "not slow"
 fi
 python -m pytest -q -m "not slow"
+# The page is tried in a browser where one can be had; elsewhere its test says why it is skipped.
+if ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null || true
+fi
 python -m pytest -q -m slow
 rm -rf /tmp/lvm # where the documents' commands write
 for document in DATASET.md evaluation/EVAL.md; do

@@ -1,6 +1,7 @@
 """The adversary: pix2pix' discriminator, VQGAN's adaptive weight, two players that keep apart."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +50,15 @@ def params(batch):
     return params | {"codebook": {"share": share, "sum": hidden_MZ[::64] / 8}, "clock": jnp.float32(3 * TICK)}
 
 
+@functools.cache
+def compiled(target):
+    return jax.jit(jax.value_and_grad(target.loss, has_aux=True))
+
+
 def gradient(target, params, batch):
     names = ("model", "average", "codebook", *(("discriminator", "clock") if target.adversary else ()))
     own = {name: params[name] for name in names}
-    (loss, figures), gradients = jax.jit(jax.value_and_grad(target.loss, has_aux=True))(own, batch, KEY)
+    (loss, figures), gradients = compiled(target)(own, batch, KEY)
     return loss, figures, gradients
 
 
@@ -142,11 +148,11 @@ def test_eight_devices_do_as_one(params, batch):
         state = train.TrainState(jnp.int32(0), params | {"clock": jnp.zeros(())}, optimizer.init(params))
         places = sharding.shardings(mesh, ((".*", jax.sharding.PartitionSpec()),), state)
         state = jax.device_put(jax.tree.map(jnp.copy, state), places)  # a copy: the step takes its buffers
-        compiled = train.jit_train_step(step, places, mesh)
+        jitted = train.jit_train_step(step, places, mesh)
         pixels = jax.device_put(batch, sharding.batch_sharding(mesh))
         figures = []
         for _ in range(6):
-            state, metrics = compiled(state, pixels)
+            state, metrics = jitted(state, pixels)
             figures.append(jax.device_get(metrics))
         rows.append(figures)
         assert state.params["clock"] == 6 * TICK

@@ -18,7 +18,7 @@ from tokenizer_kit import TINY, run_main, smooth_picture, tiny_vqgan, write_pict
 
 from EasyLM import records
 from EasyLM.errors import UserError
-from tokenizer import build, detokenize, images, pictures, resumable, videos
+from tokenizer import build, images, pictures, resumable, videos
 from tokenizer.codec import Codec
 from tokenizer.kinds import KINDS
 
@@ -564,16 +564,3 @@ def test_bad_settings_are_named(tree, tiny, tmp_path, kind, settings, message):
     with pytest.raises(UserError, match=message) as caught:
         make(tree, tiny, tmp_path / "out.jsonl", kind, **settings)
     assert "\n" not in str(caught.value) and not os.listdir(tmp_path)
-
-
-def test_detokenize_draws_what_was_encoded(tree, tiny, codec, tmp_path):
-    found = make(tree, tiny, tmp_path / "out.jsonl", "paired")
-    drawn = tmp_path / "drawn"
-    run_main(detokenize, input_file=str(tmp_path / "out.jsonl"), output_dir=str(drawn), vqgan=tiny, limit=2, columns=2)
-    assert [path.name for path in sorted(drawn.iterdir())] == ["000000.png", "000001.png"]
-    picture = np.asarray(Image.open(drawn / "000001.png"))
-    assert picture.shape == (2 * SIDE + 2, 2 * SIDE + 2, 3)
-    codes = found[1][0].reshape(4, N)
-    np.testing.assert_array_equal(picture[SIDE + 2 :, :SIDE], images.to_uint8(codec.decode(codes))[2])
-    with pytest.raises(UserError, match="no whole number of pictures"):
-        detokenize.draw(codec, codes.reshape(-1)[:-1], 2, "sentence")

@@ -697,7 +697,8 @@ class TestPacked:
     def test_what_is_no_packed_file(self, packed_files, tmp_path):
         data = pathlib.Path(packed_files[1]).read_bytes()
         bad = tmp_path / "bad.packed"
-        for contents in (b"", b"{}", b"[]", base64_line([1]).encode(), data[:4096], data[:-100], data[100:]):
+        renamed = [data.replace(name, b"x" * len(name), 1) for name in (b"largest_id", b"columns", b"ends", b"<u2")]
+        for contents in (b"", b"{}", b"[]", base64_line([1]).encode(), data[:4096], data[:-100], data[100:], *renamed):
             bad.write_bytes(contents)
             with pytest.raises(UserError, match=r"bad.packed: is cut off, or not of the format"):
                 dataset(bad)

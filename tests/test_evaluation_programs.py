@@ -213,7 +213,7 @@ def numbers(clip):
     return [int(os.path.basename(path)[1:-4]) for path in clip.frames]
 
 
-def test_frames_are_in_order_at_the_stride_from_a_start_that_the_seed_decides(tmp_path):
+def test_frames_are_in_order_at_the_stride_from_a_start_that_the_seed_decides(tmp_path, capsys):
     for name, count in (("a", 12), ("b", 12), ("c", 5)):
         write_clip(tmp_path / name, count)
     settings = {"input_files": f"{tmp_path}/*", "frame_input": True, "stride": 3}
@@ -226,6 +226,11 @@ def test_frames_are_in_order_at_the_stride_from_a_start_that_the_seed_decides(tm
     assert again[0] == again[1]
     with pytest.raises(UserError, match=r"c: 5 frames, 6 are needed"):
         clips.find_clips(clip_settings(**settings), 6)
+    settings["skip_short_clips"] = True
+    assert [clip.name for clip in clips.find_clips(clip_settings(**settings), 6)] == ["a", "b"]
+    assert capsys.readouterr().out == "1 of 3 clips have fewer than 6 frames and are left out\n"
+    with pytest.raises(UserError, match="no clip has 13 frames"):
+        clips.find_clips(clip_settings(**settings), 13)
 
 
 def test_a_file_list_names_its_bad_lines(tmp_path):

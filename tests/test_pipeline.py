@@ -6,6 +6,7 @@ import dataclasses
 import os
 import threading
 import types
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -118,7 +119,8 @@ def test_a_worker_that_dies_is_named():
     with Workers(2) as workers:
         flow = Pipeline(lambda group: workers.submit(os._exit, 1), Encoder(FakeCodec()), _NoCache(), 1, 1)
         with pytest.raises(UserError, match="a worker process died at or near 7"):
-            list(flow.run([Sentence([Picture("7")])]))
+            list(flow.run(Sentence([Picture("7")]) for _ in range(50)))
+        assert isinstance(workers.submit(abs, 1).exception(), BrokenProcessPool)  # as of any work after that
 
 
 class _NoCache:

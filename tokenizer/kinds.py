@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from EasyLM.errors import UserError
+from EasyLM.workers import WorkerDiedError, result
 from tokenizer import collect, groups, sentences, videos
 from tokenizer.pictures import Picture
 
@@ -70,12 +71,14 @@ def compose(kind: Kind, group, settings, span: range, workers, problems) -> Iter
         path = rows[0][0].path
         try:
             if kind.videos:
-                rows = [(Picture(path, seconds),) for seconds in times.result().tolist()]
+                rows = [(Picture(path, seconds),) for seconds in result(times, path).tolist()]
             for number, ordered in enumerate(kind.order(rows, rng, settings)):
                 yield Sentence(example, number, ordered)
         except sentences.TooShortError as reason:
             path = path if kind.videos else os.path.dirname(path)
             problems.add(path, f"{path}: {reason}")
+        except WorkerDiedError:
+            raise
         except UserError as error:
             problems.add(path, str(error))
 

@@ -61,7 +61,7 @@ def distance(params: dict, pictures_BHWC: jax.Array, truths_BHWC: jax.Array, dty
     total_B = jnp.zeros(len(pictures_BHWC))
     for number, features in enumerate(_features(params, both, dtype)):
         features = features.astype(jnp.float32)
-        unit = features / (jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-20) + 1e-10)
+        unit = features / (jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True)) + 1e-10)
         one_BhwC, other_BhwC = jnp.split(unit, 2)
         weight_C = params[f"lin{number}.model.1.weight"][0, 0, :, 0]
         total_B += jnp.mean((one_BhwC - other_BhwC) ** 2 @ weight_C, axis=(1, 2))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from EasyLM import workers
 from EasyLM.errors import UserError
 from tokenizer import images, pictures
 from tokenizer.code_cache import CodeCache
@@ -147,16 +148,13 @@ class Pipeline:
 
     def _take(self, group: list[Picture], future: concurrent.futures.Future) -> None:
         try:
-            pixels = future.result()
+            pixels = workers.result(future, group[0].path)
+        except workers.WorkerDiedError:
+            raise
         except UserError as error:
             for picture in group:
                 self._wanted[picture].found = error
             return
-        except concurrent.futures.process.BrokenProcessPool:
-            reason = f"a worker process died at or near {group[0].path} (out of memory?)"
-            raise UserError(
-                f"{reason}; the same command goes on from here, --workers=1 reads without processes"
-            ) from None
         for picture, picture_pixels in zip(group, pixels, strict=True):
             self._batch.append((picture, picture_pixels))
             if len(self._batch) == self._batch_size:

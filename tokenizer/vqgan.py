@@ -176,10 +176,11 @@ class Decoder(nnx.Module):
         self.up = nnx.List()
         for level, out in enumerate(widths):
             width = widths[min(level + 1, len(widths) - 1)]
-            resample = Upsample(config, out, kit) if level > 0 else None
+            resample = Upsample(out, kit) if level > 0 and config.resample_with_conv else None
             self.up.append(Level(config, kit, level, width, out, config.num_res_blocks + 1, upsample=resample))
         self.norm_out = kit.norm(widths[0])
         self.conv_out = kit.conv(widths[0], config.num_channels, 3)
+        self.repeats = not config.resample_with_conv  # a level then begins by repeating what the one before it ends in
 
     def __call__(self, z_BhwC: jax.Array) -> jax.Array:
         return self.conv_out(self.features(z_BhwC))
@@ -187,13 +188,16 @@ class Decoder(nnx.Module):
     def features(self, z_BhwC: jax.Array) -> jax.Array:
         """What the last layer draws from [B,H,W,C]."""
         x = self.mid(self.conv_in(z_BhwC))
-        for level in reversed(self.up):
-            x = level(x)
+        for i, level in enumerate(reversed(self.up)):
+            x = level(x, repeat=self.repeats and i > 0)
         return nnx.silu(self.norm_out(x))
 
 
 class Level(nnx.Module):
-    """Residual blocks of one resolution, each followed by attention where the config asks, then a change of size."""
+    """Residual blocks of one resolution, each followed by attention where the config asks, then a change of size.
+
+    With `repeat` the input's positions are repeated to 2 x 2 first.
+    """
 
     def __init__(self, config, kit, level, width, out, num_blocks, downsample=None, upsample=None):
         attends = config.resolution // 2**level in config.attn_resolutions
@@ -204,12 +208,11 @@ class Level(nnx.Module):
         if upsample is not None:
             self.upsample = upsample
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, repeat: bool = False) -> jax.Array:
         for i, block in enumerate(self.block):
-            x = block(x)
-            x = (
-                self.attn[i](x) if len(self.attn) > 1 else x
-            )  # open-muse leaves a single one out, so its weights want that
+            x = block(x, repeat=repeat and i == 0)
+            if len(self.attn) > 1:  # open-muse leaves a single one out, so its weights want that
+                x = self.attn[i](x)
         resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
         return resample(x) if resample else x
 
@@ -237,10 +240,13 @@ class ResnetBlock(nnx.Module):
         if width != out:
             self.nin_shortcut = kit.conv(width, out, 1)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv1(nnx.silu(self.norm1(x)))
+    def __call__(self, x: jax.Array, repeat: bool = False) -> jax.Array:
+        """With `repeat`, of `x` with every position repeated to 2 x 2: only 3 x 3 convolutions see the difference."""
+        y = nnx.silu(self.norm1(x))
+        y = _upsampled_conv(y, self.conv1) if repeat else self.conv1(y)
         y = self.conv2(nnx.silu(self.norm2(y)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + y
+        x = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return (_repeated(x) if repeat else x) + y
 
 
 class AttnBlock(nnx.Module):
@@ -272,15 +278,17 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    def __init__(self, config: VQGANConfig, width: int, kit: "_Kit"):
-        if config.resample_with_conv:
-            self.conv = kit.conv(width, width, 3)
+    def __init__(self, width: int, kit: "_Kit"):
+        self.conv = kit.conv(width, width, 3)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if hasattr(self, "conv"):
-            return _upsampled_conv(x, self.conv)
-        B, h, w, C = x.shape
-        return jnp.broadcast_to(x[:, :, None, :, None], (B, h, 2, w, 2, C)).reshape(B, 2 * h, 2 * w, C)  # nearest
+        return _upsampled_conv(x, self.conv)
+
+
+def _repeated(x_BhwC: jax.Array) -> jax.Array:
+    """Every position repeated to 2 x 2: upsampling to the nearest."""
+    B, h, w, C = x_BhwC.shape
+    return jnp.broadcast_to(x_BhwC[:, :, None, :, None], (B, h, 2, w, 2, C)).reshape(B, 2 * h, 2 * w, C)
 
 
 def _upsampled_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
