@@ -44,7 +44,8 @@ def voc(root, name: str, labels: np.ndarray, objects=()) -> None:
 
 def test_pascal_segmentation_asks_for_each_class_of_the_fold_in_white(tmp_path):
     labels = np.zeros((48, 48), int)
-    labels[:24, :24], labels[24:, :24], labels[24:, 24:] = 6, 10, 255  # bus and cow of fold 1, and undecided pixels
+    labels[:24, :24], labels[24:, :24] = 6, 10  # bus and cow: the first and the last of fold 1
+    labels[:24, 24:], labels[24:, 24:] = 5, 255  # a bottle, of fold 0, and undecided pixels
     voc(tmp_path, "one", labels)
     voc(tmp_path, "none", np.where(labels > 0, 1, 0))  # an aeroplane: fold 0
     (source,) = benchmarks.pascal_segmentation(settings(data_dir=str(tmp_path), fold=1), 2)

@@ -564,3 +564,18 @@ def test_bad_settings_are_named(tree, tiny, tmp_path, kind, settings, message):
     with pytest.raises(UserError, match=message) as caught:
         make(tree, tiny, tmp_path / "out.jsonl", kind, **settings)
     assert "\n" not in str(caught.value) and not os.listdir(tmp_path)
+
+
+def test_two_builds_of_one_file_do_not_mix(tmp_path):
+    path = str(tmp_path / "out.jsonl")
+    first = resumable.ResumableFile(path, {"seed": 0}, fresh=False)
+    first.write(b"one\n")
+    first.mark({})
+    with pytest.raises(UserError, match="another build is writing it"):
+        resumable.ResumableFile(path, {"seed": 0}, fresh=False)
+    second = resumable.ResumableFile(path, {"seed": 1}, fresh=True)
+    with pytest.raises(UserError, match="another build is writing it"):
+        second.write(b"two\n")
+    first.write(b"three\n")
+    first.finish({})
+    assert (tmp_path / "out.jsonl").read_bytes() == b"one\nthree\n"

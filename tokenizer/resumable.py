@@ -4,6 +4,7 @@
 `FILE.report.json` appears, and then `FILE` itself, by renaming.
 """
 
+import fcntl
 import os
 import time
 
@@ -60,16 +61,26 @@ class ResumableFile:
         if os.path.getsize(self._partial) < begun["bytes"]:
             raise UserError(f"{self._partial} is shorter than it was: --fresh=True begins again")
         self.state = begun["state"]
-        self._file = open(self._partial, "r+b")  # noqa: SIM115
-        self._file.truncate(begun["bytes"])
-        self._file.seek(begun["bytes"])
+        self._open(begun["bytes"])
+
+    def _open(self, size: int) -> None:
+        """Opens the partial file, locks it, and cuts it to `size`: not before, as another build may be writing it."""
+        self._file = open(self._partial, "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"--output_file={self.path}: another build is writing it") from None
+        if not size:
+            _remove(self._progress)  # before the file that it speaks of is emptied
+        self._file.truncate(size)
+        self._file.seek(size)
 
     def write(self, data: bytes) -> None:
         """Appends."""
         if self._file is None:
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            _remove(self._progress)  # before the file that it speaks of is emptied
-            self._file = open(self._partial, "wb")  # noqa: SIM115
+            self._open(0)
         self._file.write(data)
 
     def due(self) -> bool:
