@@ -1,5 +1,6 @@
 """Mutated files by the thousand: none ends a build, and none that cannot be used goes without being named."""
 
+import base64
 import json
 import pathlib
 
@@ -8,8 +9,9 @@ import pytest
 from PIL import Image
 from tokenizer_kit import TINY, run_main, smooth_picture, tiny_vqgan
 
-from EasyLM import records
-from tokenizer import build, videos
+from EasyLM import flags, records
+from EasyLM.data import DATASET_FLAGS, make_dataset
+from tokenizer import build, mix, videos
 
 FORMATS = {
     "png": {},
@@ -75,3 +77,35 @@ def test_mutated_videos(tmp_path):
     tiny = tiny_vqgan(tmp_path / "vqgan")
     used, named = every_input_is_used_or_named(tmp_path / "in", tiny, kind="video", n_frames=4, workers=2)
     assert len(used) > 10 and len(named) > 100  # some are both: one of their two windows is sound
+
+
+def is_record(line: bytes, vocab_size: int) -> bool:
+    """What a record is, by the standard library."""
+    try:
+        ids = np.frombuffer(base64.b64decode(json.loads(line)["tokens"], validate=True), "<i4")
+    except (ValueError, KeyError, TypeError):  # of which UnicodeDecodeError and binascii.Error are kinds
+        return False
+    return not ids.size or (0 <= ids.min() and ids.max() < vocab_size)
+
+
+def test_mutated_lines(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    whole = records.record_line(rng.integers(0, 512, 40), kind="paired", sources=["a.png", "b.png"]).rstrip()
+    lines = [line.replace(b"\n", b" ") for line in mutations(whole, rng, 2000)]
+    lines = [line for line in lines if line.strip()]  # blank lines are no sentences, and no errors
+    path = tmp_path / "mutated.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    good = [line for line in lines if is_record(line, 512)]
+    assert len(good) > 50 and len(lines) - len(good) > 500
+
+    run_main(mix, inputs=str(path), output_file=str(tmp_path / "out.jsonl"), vocab_size=512, max_errors=10**6)
+    assert sorted((tmp_path / "out.jsonl").read_bytes().splitlines()) == sorted(good)
+    named = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert named == [f"{path}:{n}" for n, line in enumerate(lines, start=1) if not is_record(line, 512)]
+
+    config = flags.defaults(DATASET_FLAGS)
+    config.text_processor.fields = "{tokens}"
+    config.json_dataset.update(path=str(path), seq_length=8, batch_size=1, skip_bad_lines=True)
+    rows = make_dataset(config, None, 512)
+    assert rows.skipped_lines == len(named)
+    assert rows.num_tokens == sum(len(records.read_record(line, 512)[0]) for line in good)
