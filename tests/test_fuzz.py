@@ -85,7 +85,7 @@ def is_record(line: bytes, vocab_size: int) -> bool:
         ids = np.frombuffer(base64.b64decode(json.loads(line)["tokens"], validate=True), "<i4")
     except (ValueError, KeyError, TypeError):  # of which UnicodeDecodeError and binascii.Error are kinds
         return False
-    return not ids.size or (0 <= ids.min() and ids.max() < vocab_size)
+    return not ids.size or (ids.min() >= 0 and ids.max() < vocab_size)
 
 
 def test_mutated_lines(tmp_path, capsys):
