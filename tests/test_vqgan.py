@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -132,11 +133,13 @@ def test_codes_are_the_nearest_vectors_row_by_row(tiny, pictures):
     assert len(np.unique(codes)) > 8
 
 
-def test_batch_size_and_devices_change_no_code(tiny, pictures):
+def test_batch_size_devices_and_cores_change_no_code(tiny, pictures, monkeypatch):
     assert jax.device_count() == 8
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     codec = Codec(tiny, batch_size=8)  # one picture a device; the last batch is partial
     codes = codec.encode(pictures)
     other = Codec(tiny, batch_size=3, devices=jax.devices()[:1])
+    assert other.batch_size == 4, "a device that is a CPU takes a piece for each core"
     np.testing.assert_array_equal(other.encode(pictures), codes)
     # float32 rounding through twenty layers (1.3e-6 was seen); one level of 8 bits is 4e-3
     np.testing.assert_allclose(other.decode(codes), codec.decode(codes), rtol=0, atol=1e-5)

@@ -4,7 +4,9 @@ Shapes: n pictures of a part, B of a batch.
 """
 
 import collections
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -15,10 +17,13 @@ from EasyLM.errors import UserError
 
 
 class Spread:
-    """Devices that share each batch. `batch_size`, what they compute at a time, is a multiple of their number."""
+    """Devices that share each batch. `batch_size`, what they compute at a time, is a multiple of their number.
+
+    XLA computes a convolution on one core, so on CPUs a batch is cut once more: a piece for each core, in its thread.
+    """
 
     def __init__(self, batch_size: int, devices=None):
-        """Takes `devices` (default: all); `batch_size` grows to a multiple of their number.
+        """Takes `devices` (default: all); `batch_size` grows to a multiple of their number, and of the pieces.
 
         Raises:
           UserError: if `batch_size` is below 1.
@@ -28,7 +33,11 @@ class Spread:
         devices = devices or jax.devices()
         mesh = jax.make_mesh((len(devices),), ("picture",), axis_types=(AxisType.Auto,), devices=devices)
         self._split, self._everywhere = NamedSharding(mesh, P("picture")), NamedSharding(mesh, P())
-        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+        cores = os.cpu_count() or 1 if devices[0].platform == "cpu" else 1
+        self._pieces = max(min(cores, batch_size) // len(devices), 1)
+        self._threads = ThreadPoolExecutor(self._pieces) if self._pieces > 1 else None
+        each = self._pieces * len(devices)
+        self.batch_size = -(-batch_size // each) * each
 
     def copied(self, tree):
         """The arrays of a tree, whole on every device."""
@@ -48,14 +57,25 @@ class Spread:
             assert part.shape[1:] == shape and len(part) <= self.batch_size, part.shape
             padded = np.zeros((self.batch_size, *shape), dtype)
             padded[: len(part)] = part
-            result = function(jax.device_put(padded, self._split))
-            result.copy_to_host_async()
-            pending.append((result, len(part)))
+            pending.append((self._begin(function, padded), len(part)))
             if len(pending) > 1:
                 yield _fetch(*pending.popleft())
         while pending:
             yield _fetch(*pending.popleft())
 
+    def _begin(self, function: Callable, padded: np.ndarray) -> list[jax.Array | Future]:
+        """The results of the pieces of a batch, under way."""
+        if self._threads is None:
+            result = function(jax.device_put(padded, self._split))
+            result.copy_to_host_async()
+            return [result]
 
-def _fetch(result: jax.Array, count: int) -> np.ndarray:
-    return np.asarray(result)[:count]
+        def compute(piece):
+            return np.asarray(function(jax.device_put(piece, self._split)))
+
+        return [self._threads.submit(compute, piece) for piece in np.split(padded, self._pieces)]
+
+
+def _fetch(pieces: list[jax.Array | Future], count: int) -> np.ndarray:
+    arrays = [piece.result() if isinstance(piece, Future) else np.asarray(piece) for piece in pieces]
+    return np.concatenate(arrays)[:count]
