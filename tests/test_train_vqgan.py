@@ -109,6 +109,49 @@ def test_used_codes_follow_running_means_and_dead_ones_move_at_once():
     assert np.min(np.abs(vectors - revived[None, :]).sum(axis=1)) < 1e-4
 
 
+def test_dead_codes_move_to_what_is_drawn_badly():
+    vectors = jnp.concatenate([jnp.full((60, 2), 1.0), jnp.asarray([[9.0, 9.0], [7.0, 8.0]])])
+    before = codebook([1.0, *[0.0] * 7], [[1.0, 1.0], *[[0.0, 0.0]] * 7])
+    targets = objective.codebook_targets(before, vectors, jnp.zeros(62, int), jax.random.key(0))
+    revived = objective.codes_of(step(before, targets))[1:]
+    np.testing.assert_array_less(6.9, revived)  # 60 of 62 vectors lie on their code, and none of these is taken
+
+
+def test_a_part_of_the_next_picture_is_cut_in_and_the_rest_known_to_be_the_same():
+    pictures = np.random.default_rng(0).random((64, 16, 16, 3), np.float32)
+    cut, same = objective.cut_in(jnp.asarray(pictures), 4, jax.random.key(0))
+    cells = np.asarray(cut).reshape(64, 4, 4, 4, 4, 3).swapaxes(2, 3)
+    own, other = (array.reshape(64, 4, 4, 4, 4, 3).swapaxes(2, 3) for array in (pictures, np.roll(pictures, 1, axis=0)))
+    is_own, is_other = ((cells == whole).all(axis=(3, 4, 5)) for whole in (own, other))
+    assert (is_own ^ is_other).all()
+    assert 0.05 < is_other.mean() < 0.5
+    around = np.pad(is_own, ((0, 0), (1, 1), (1, 1)), constant_values=True)
+    shifts = [around[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
+    changed_B = ~is_own.all(axis=(1, 2))
+    np.testing.assert_array_equal(same[changed_B], np.all(shifts, axis=0)[changed_B])
+
+
+def test_codes_are_drawn_to_what_they_are_in_another_picture(folder):
+    """The term reaches the encoder only, and its figures are logged."""
+    row = train(folder, "local", total_steps=3, locality_weight=1.0)[2]
+    assert row["locality"] >= 0 and 0 <= row["codes_kept"] <= 1
+    config = VQGANConfig(resolution=8, hidden_channels=4, channel_mult=(1,), norm_groups=2, num_embeddings=16)
+    params = objective.Objective(config).init_params(jax.random.key(0))
+    params["codebook"] = codebook(np.full(16, 1 / 16), np.random.default_rng(0).normal(size=(16, 64)) / 16)
+    batch = {"pixels": jnp.asarray(np.random.default_rng(1).random((4, 8, 8, 3), np.float32))}
+
+    def gradient(weight):
+        target = objective.Objective(config, locality_weight=weight)
+        return jax.grad(lambda p: target.loss(p, batch, jax.random.key(2))[0])(params)["model"]
+
+    moved = {name for name, (a, b) in _pairs(gradient(0.0), gradient(1.0)) if not np.array_equal(a, b)}
+    assert moved and all(name.startswith(("encoder.", "quant_conv.")) for name in moved)
+
+
+def _pairs(one: dict, other: dict):
+    return ((name, (one[name], other[name])) for name in one)
+
+
 def test_the_pull_has_no_value():
     means, targets = codebook([0.5, 0.5], np.ones((2, 3))), codebook([0.1, 0.9], np.zeros((2, 3)))
     assert objective.pull(means, targets) == 0

@@ -36,6 +36,9 @@ class Objective:
     times the absolute error of pixels' differences to their neighbours at three scales, which keeps outlines sharp. The
     encoder is drawn to its codes with `commitment_cost` (VQ-VAE, arXiv 1711.00937, equation 3) and receives the
     decoder's gradient as if there were no quantization. The codebook learns by running means (there, appendix A.1).
+    With a `locality_weight` it is also drawn to its codes where the picture stays as it was when a part of another is
+    cut in (as CutMix does, arXiv 1905.04899): a code then says what is at its place, whatever is elsewhere. Without,
+    the codes of an even wall change with every thing that moves before it, and a model of sentences must guess them.
     With an `adversary`, from its start step on, drawn pictures are also to look real (VQGAN, arXiv 2012.09841).
     """
 
@@ -43,6 +46,7 @@ class Objective:
     dtype: object = jnp.float32
     gradient_weight: float = 1.0
     perceptual_weight: float = 1.0
+    locality_weight: float = 0.0
     vgg: dict[str, np.ndarray] | None = None
     adversary: Adversary | None = None
 
@@ -83,6 +87,10 @@ class Objective:
         loss = reconstruction + commitment
         if not training:
             return loss, figures
+        if self.locality_weight:
+            elsewhere, kept = self._locality(model, pixels_BHWC, chosen_BhwZ, codes_BN, jax.random.fold_in(key, 1))
+            loss += self.locality_weight * elsewhere
+            figures |= {"locality": elsewhere, "codes_kept": kept}
         if self.adversary is not None:
             layer = model.decoder.conv_out, features_BHWC
             slope_BHWC, lesson, more = self._adversarial(params, pixels_BHWC, drawn_BHWC, slope_BHWC, *layer)
@@ -96,6 +104,14 @@ class Objective:
         # Both losses reach the network through their slopes by drawn pixel, so that neither is computed twice.
         loss += silent(jnp.sum(jax.lax.stop_gradient(slope_BHWC) * drawn_BHWC))
         return loss + pull({name: params[name] for name in targets}, targets), figures
+
+    def _locality(self, model, pixels_BHWC, chosen_BhwZ, codes_BN, key):
+        """Commitment of pictures with a part of another to the codes of the whole ones; and the share of codes kept."""
+        mixed_BHWC, same_Bhw = cut_in(pixels_BHWC, self.config.side, key)
+        hidden_BhwZ, mixed_codes_BN = model.encode(mixed_BHWC)
+        same_BN = same_Bhw.reshape(codes_BN.shape)
+        kept = jnp.sum(same_BN & (mixed_codes_BN == codes_BN)) / jnp.maximum(jnp.sum(same_BN), 1)
+        return commitment_error(hidden_BhwZ.astype(jnp.float32), chosen_BhwZ, same_Bhw), kept
 
     def _reconstruction(self, vgg, drawn_BHWC, pixels_BHWC):
         error_BHWC = drawn_BHWC - pixels_BHWC
@@ -153,14 +169,36 @@ def codes_of(codebook: dict) -> jax.Array:
     return codebook["sum"] / jnp.maximum(codebook["share"], 1e-12)[:, None]
 
 
-def commitment_error(hidden_BhwZ: jax.Array, chosen_BhwZ: jax.Array) -> jax.Array:
-    """Mean squared distance of vectors to their codes, which get no gradient.
+def commitment_error(hidden_BhwZ: jax.Array, chosen_BhwZ: jax.Array, where_Bhw: jax.Array | None = None) -> jax.Array:
+    """Mean squared distance of vectors (those where `where_Bhw` is true) to their codes, which get no gradient.
 
     It is relative to the codes' spread, so that its weight means the same however large the vectors grow.
     """
     chosen_BhwZ = jax.lax.stop_gradient(chosen_BhwZ)
     scale = jnp.maximum(jnp.mean(jnp.var(chosen_BhwZ, axis=(0, 1, 2))), 1e-3)
-    return jnp.mean((hidden_BhwZ - chosen_BhwZ) ** 2) / scale
+    error_Bhw = jnp.mean((hidden_BhwZ - chosen_BhwZ) ** 2, axis=-1)
+    if where_Bhw is None:
+        return jnp.mean(error_Bhw) / scale
+    return jnp.sum(jnp.where(where_Bhw, error_Bhw, 0.0)) / jnp.maximum(jnp.sum(where_Bhw), 1) / scale
+
+
+def cut_in(pixels_BHWC: jax.Array, side: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pictures, each with a random rectangle of `side` x `side` cells from the next one; and which cells stay, [B,h,w].
+
+    Cells that touch the rectangle do not count as staying: what is beside a cell may show in its code.
+    """
+    B, H = pixels_BHWC.shape[:2]
+    edges_B22 = jnp.sort(jax.random.randint(key, (B, 2, 2), 0, side + 1), axis=-1)
+
+    def rectangle(margin):
+        cells = jnp.arange(side)[None, None]
+        rows, columns = jnp.moveaxis(
+            (cells >= edges_B22[..., :1] - margin) & (cells < edges_B22[..., 1:] + margin), 1, 0
+        )
+        return rows[:, :, None] & columns[:, None, :]
+
+    cut_BHW = jnp.repeat(jnp.repeat(rectangle(0), H // side, axis=1), H // side, axis=2)
+    return jnp.where(cut_BHW[..., None], jnp.roll(pixels_BHWC, 1, axis=0), pixels_BHWC), ~rectangle(1)
 
 
 def gradient_error(error_BHWC: jax.Array) -> jax.Array:
@@ -193,14 +231,18 @@ def silent(term: jax.Array) -> jax.Array:
 def codebook_targets(codebook: dict, hidden_MZ: jax.Array, codes_M: jax.Array, key: jax.Array) -> dict:
     """Where the codebook's running means are drawn: to the share of each code in the batch, and the sum of its vectors.
 
-    Codes that are hardly used are moved at once onto random vectors of the batch (as in Jukebox, arXiv 2005.00341).
+    Codes that are hardly used are moved at once onto vectors of the batch (as in Jukebox, arXiv 2005.00341), drawn in
+    proportion to the squared distance to their code (as k-means++ does). Drawn evenly they would crowd where most
+    vectors are, and an even wall would get a hundred codes that mean the same.
     """
     share_K, sum_KZ = codebook["share"], codebook["sum"]
     num_codes = len(share_K)
     chosen_MK = jax.nn.one_hot(codes_M, num_codes)
     new_share_K = jnp.mean(chosen_MK, axis=0)
     new_sum_KZ = jnp.einsum("MK,MZ->KZ", chosen_MK, hidden_MZ, precision="highest") / len(hidden_MZ)
-    picked_KZ = hidden_MZ[jax.random.randint(key, (num_codes,), 0, len(hidden_MZ))]
+    error_M = jnp.cumsum(jnp.sum((hidden_MZ - codes_of(codebook)[codes_M]) ** 2, axis=-1))
+    picked_K = jnp.searchsorted(error_M, error_M[-1] * jax.random.uniform(key, (num_codes,)))
+    picked_KZ = hidden_MZ[jnp.minimum(picked_K, len(hidden_MZ) - 1)]
     dead_K = DECAY * share_K + (1 - DECAY) * new_share_K < _DEAD / num_codes
     fresh = _FRESH / num_codes
     return {

@@ -39,13 +39,18 @@ ANNOTATIONS = ("segmentation", "depth", "normals", "edges")
 _RAYS = 3
 _EYE, _TARGET, _FIELD = np.array([0.0, 3.6, 6.4]), np.array([0.0, 0.55, -0.35]), np.deg2rad(19.5)
 _WALL = -3.6
+_LEAST, _MOST = np.array([-1.9, -2.2]), np.array([1.9, 1.9])  # where on the floor (x, z) solids are
 NEAR, FAR = 3.6, 11.2  # white and black of a depth picture, in units along the view
 _CREASE = np.cos(np.deg2rad(40))
 
 
 @dataclasses.dataclass(frozen=True)
 class Solid:
-    """`place` is (x, z) on the floor and moves by `velocity` a frame; `turn` in radians changes by `spin`."""
+    """At `place` (x, z) on the floor, moving by `velocity` a frame and turning back at the floor's ends.
+
+    `turn`, in radians, changes by `spin` a frame. Things move by a fifth to a half of their width, too far for a copy
+    of a frame to pass as the next one.
+    """
 
     shape: str
     place: np.ndarray
@@ -57,7 +62,9 @@ class Solid:
     spin: float
 
     def at(self, frame: int) -> "Solid":
-        return dataclasses.replace(self, place=self.place + frame * self.velocity, turn=self.turn + frame * self.spin)
+        return dataclasses.replace(
+            self, place=_turned_back(self.place + frame * self.velocity), turn=self.turn + frame * self.spin
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +145,7 @@ def _layout(seed: int, split: str = "scenes") -> Scene:
 
 
 def arrange(rng: np.random.Generator, horizon: int = 8, style: Style = Style()) -> Scene:
-    """Places one to four solids that do not meet, nor leave the floor, within `horizon` frames."""
+    """Places one to four solids that do not meet within `horizon` frames."""
     solids = []
     wanted = rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15])
     hues = rng.permutation(len(style.colours))
@@ -160,7 +167,7 @@ def _random_solid(rng: np.random.Generator, shapes: tuple[str, ...], colour: np.
     tall = {"sphere": 2.0, "box": 1.5, "cylinder": rng.uniform(1.5, 2.2), "cone": rng.uniform(2.0, 2.7)}
     tall |= {"pyramid": 1.9, "egg": 2.8}
     heading = rng.uniform(0, 2 * np.pi)
-    speed = 0.0 if still else rng.uniform(0.12, 0.42)
+    speed = 0.0 if still else rng.uniform(0.3, 0.9)
     return Solid(
         shape=shape,
         place=np.array([rng.uniform(-1.7, 1.7), rng.uniform(-1.9, 1.6)]),
@@ -174,10 +181,13 @@ def _random_solid(rng: np.random.Generator, shapes: tuple[str, ...], colour: np.
 
 
 def _apart(solid: Solid, others: list[Solid]) -> bool:
-    inside = abs(solid.place[0]) < 1.9 and -2.2 < solid.place[1] < 1.9
-    return inside and all(
-        np.hypot(*(solid.place - other.place)) > 1.15 * (solid.radius + other.radius) for other in others
-    )
+    return all(np.hypot(*(solid.place - other.place)) > 1.15 * (solid.radius + other.radius) for other in others)
+
+
+def _turned_back(place: np.ndarray) -> np.ndarray:
+    """Where something is that comes back whenever it reaches an end of the floor."""
+    gone = (place - _LEAST) % (2 * (_MOST - _LEAST))
+    return _LEAST + np.minimum(gone, 2 * (_MOST - _LEAST) - gone)
 
 
 def draw(layout: Scene, frame: int, size: int) -> dict[str, np.ndarray]:

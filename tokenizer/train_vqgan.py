@@ -61,6 +61,7 @@ DEFINITIONS = {
     "clip_gradient": Flag(1.0, "The network's gradient is scaled down to at most this norm."),
     "average_decay": Flag(0.999, "A step, of the running mean of the network that is kept in the end."),
     "gradient_weight": Flag(0.5, "Weight of the error in pixels' differences to neighbours; not used beside LPIPS."),
+    "locality_weight": Flag(0.0, "Weight of codes staying as they are when the picture changes elsewhere."),
     "perceptual": {
         "vgg_weights": Flag("", "Local file, or two with a comma, of VGG16's and LPIPS' weights: a loss."),
         "weight": Flag(1.0, "Weight of LPIPS."),
@@ -158,6 +159,7 @@ def make_objective(config, settings: VQGANConfig) -> objective.Objective:
         dtype,
         gradient_weight=config.gradient_weight,
         perceptual_weight=config.perceptual.weight,
+        locality_weight=config.locality_weight,
         vgg=lpips.load(config.perceptual.vgg_weights) if config.perceptual.vgg_weights else None,
         adversary=Adversary(**config.adversary, resolution=settings.resolution, dtype=dtype) if asked else None,
     )
