@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizer_kit import TINY, random_vqgan, smooth_picture, tiny_vqgan
 
 from EasyLM.errors import UserError
+from tokenizer import codec as codec_module
 from tokenizer import weights
 from tokenizer.codec import Codec
 from tokenizer.vqgan import VQGAN, VQGANConfig
@@ -144,6 +145,10 @@ def test_batch_size_devices_and_cores_change_no_code(tiny, pictures, monkeypatch
     # float32 rounding through twenty layers (1.3e-6 was seen); one level of 8 bits is 4e-3
     np.testing.assert_allclose(other.decode(codes), codec.decode(codes), rtol=0, atol=1e-5)
     assert codec.encode(pictures[:0]).shape == (0, TINY.tokens_per_image)
+    monkeypatch.setattr(codec_module, "_PIXELS", 2 * TINY.resolution**2)  # pieces of two pictures, more than cores
+    pieces = Codec(tiny, batch_size=11, devices=jax.devices()[:1])
+    assert pieces.batch_size == 12
+    np.testing.assert_array_equal(pieces.encode(pictures), codes)
 
 
 def test_the_next_batch_is_under_way_before_a_result_is_taken(tiny, pictures):

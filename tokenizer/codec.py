@@ -19,6 +19,8 @@ from tokenizer.spread import Spread
 PRETRAINED = os.path.join(os.path.dirname(__file__), "pretrained")  # the small tokenizer that comes with the package
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
+_PIXELS = 2**15  # of a piece: with more, the layers of the finest level no longer lie in a core's caches
+
 CODEC_FLAGS = {
     "vqgan": Flag(PRETRAINED, "Folder of the tokenizer: config.json with pytorch_model.bin or *.safetensors."),
     "dtype": Flag("fp32", "Type of the tokenizer's computation.", choices=tuple(DTYPES)),
@@ -38,11 +40,10 @@ class Codec:
         Raises:
           UserError: naming what is wrong with the folder or the setting.
         """
-        self._spread = Spread(batch_size, devices)
+        self.config = weights.read_config(directory)
+        self._spread = Spread(batch_size, devices, max(_PIXELS // self.config.resolution**2, 1))
         self.batch_size = self._spread.batch_size
-        model = weights.load(directory, DTYPES[dtype])
-        self.config = model.config
-        self._graphdef, state = nnx.split(model)
+        self._graphdef, state = nnx.split(weights.load(directory, DTYPES[dtype]))
         self._state = self._spread.copied(state)
 
     def encode(self, pixels_nSS3: np.ndarray) -> np.ndarray:

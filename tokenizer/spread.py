@@ -19,11 +19,14 @@ from EasyLM.errors import UserError
 class Spread:
     """Devices that share each batch. `batch_size`, what they compute at a time, is a multiple of their number.
 
-    XLA computes a convolution on one core, so on CPUs a batch is cut once more: a piece for each core, in its thread.
+    XLA computes a convolution on one core, so on CPUs a batch is cut once more: pieces that threads take in turns, one
+    a core.
     """
 
-    def __init__(self, batch_size: int, devices=None):
+    def __init__(self, batch_size: int, devices=None, piece: int | None = None):
         """Takes `devices` (default: all); `batch_size` grows to a multiple of their number, and of the pieces.
+
+        `piece`: how many pictures a core had best compute at a time (default: its share of a batch).
 
         Raises:
           UserError: if `batch_size` is below 1.
@@ -34,8 +37,10 @@ class Spread:
         mesh = jax.make_mesh((len(devices),), ("picture",), axis_types=(AxisType.Auto,), devices=devices)
         self._split, self._everywhere = NamedSharding(mesh, P("picture")), NamedSharding(mesh, P())
         cores = os.cpu_count() or 1 if devices[0].platform == "cpu" else 1
-        self._pieces = max(min(cores, batch_size) // len(devices), 1)
-        self._threads = ThreadPoolExecutor(self._pieces) if self._pieces > 1 else None
+        threads = max(min(cores, batch_size) // len(devices), 1)
+        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
+        share = -(-batch_size // (threads * len(devices)))  # of a thread, on each device
+        self._pieces = threads * -(-share // min(piece or share, share)) if threads > 1 else 1
         each = self._pieces * len(devices)
         self.batch_size = -(-batch_size // each) * each
 
