@@ -160,9 +160,11 @@ def measure(
         inception.warn_of_few(task.name, len(truths))
     by_frequency_QN = metrics.unigram_log_likelihoods(true_tokens_QN, prompter.codec.config.num_embeddings)
     curve = []
+    least_QN = None  # the likelihoods at the fewest shots
     for shots in counts:
         prompts_QPN = tokens_nN[task.prompts.shown(shots)]
         drawn_QN, likelihoods_QN = _answers(config, prompter, prompts_QPN, true_tokens_QN, f"{task.name}: {shots}")
+        least_QN = likelihoods_QN if least_QN is None else least_QN
         answers = prompter.draw(drawn_QN)
         compared = {"model": answers, **baselines(task, shots), "tokenizer": through_tokenizer}
         curve.append(
@@ -170,6 +172,7 @@ def measure(
                 "shots": shots,
                 "perplexity": metrics.with_standard_error(metrics.perplexity(likelihoods_QN)),
                 "unigram_perplexity": metrics.with_standard_error(metrics.perplexity(by_frequency_QN)),
+                "nats_gained": metrics.with_standard_error(np.mean(likelihoods_QN - least_QN, axis=1)),
                 **{
                     name: {who: metrics.with_standard_error(figure(drawn, truths)) for who, drawn in compared.items()}
                     for name, figure in wanted.items()
@@ -220,6 +223,8 @@ def _print_table(results: dict) -> None:
     for task, result in results.items():
         point = result["curve"][-1]
         lines = {"perplexity": {"model": point["perplexity"], "unigram": point["unigram_perplexity"]}}
+        if len(result["curve"]) > 1:
+            lines["nats_gained"] = {"model": point["nats_gained"]}
         lines |= {name: point[name] for name in ("mse", result["figure"]) if name}
         for name, values in lines.items():
             cells = "".join(f"{_cell(values.get(column)):>19}" for column in (*columns, "unigram"))

@@ -24,5 +24,5 @@ if [ "$photos" -gt 0 ]; then
     build photo_color paired --input_dir="$pictures/photo_gray" --target_dir="$pictures/photo_color" --n_shots=4 --n_epochs=2
 fi
 if [ "$clips" -gt 0 ]; then
-    build frames frames --input_dir="$pictures/frames" --n_frames=8 --n_epochs=5
+    build frames frames --input_dir="$pictures/frames" --n_frames=8
 fi

@@ -2,19 +2,20 @@
 # Three sizes of model on the same visual sentences, as many of each: the loss on held-out scenes falls with the size.
 #   bash scripts/demo_sizes.sh DATA_FOLDER [FOLDER] [STEPS]      DATA_FOLDER: that of make_demo_model.sh
 set -euo pipefail
-data=$1 out=${2:-build/demo_sizes} steps=${3:-500}
+data=$1 out=${2:-build/demo_sizes} steps=${3:-1200}
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2" # as in make_demo_model.sh
 export WANDB_MODE=${WANDB_MODE:-disabled}
 [ -e "$out/held_out/frames.jsonl" ] || bash scripts/demo_sentences.sh "$out/held_out" 103 96 1 32 16
 
 for size in 64,176,2,2 96,256,3,3 128,384,4,4; do
     IFS=, read -r width inner layers heads <<<"$size"
-    python -m EasyLM.models.llama.llama_train \
+    python -m EasyLM.models.llama.llama_train --mesh_dim=-1,1,1 \
         --load_llama_config=json::scripts/demo_model.json --llama.hidden_size="$width" \
         --llama.intermediate_size="$inner" --llama.num_hidden_layers="$layers" --llama.num_attention_heads="$heads" \
         --total_steps="$steps" --log_freq="$steps" --save_model_freq="$steps" --eval_steps=30 \
         --train_dataset.json_dataset.path="$data/clips/*.jsonl,$data/scenes/*.jsonl" \
         --train_dataset.text_processor.fields='{tokens}' --train_dataset.json_dataset.seq_length=512 \
-        --train_dataset.json_dataset.batch_size=2 --train_dataset.json_dataset.shuffle_seed=0 \
+        --train_dataset.json_dataset.batch_size=4 --train_dataset.json_dataset.shuffle_seed=0 \
         --eval_dataset.json_dataset.path="$out/held_out/*.jsonl" --eval_dataset.text_processor.fields='{tokens}' \
         --eval_dataset.json_dataset.seq_length=512 --eval_dataset.json_dataset.batch_size=8 \
         --optimizer.adamw_optimizer.lr=3e-3 --optimizer.adamw_optimizer.end_lr=3e-5 \

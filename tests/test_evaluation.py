@@ -215,8 +215,20 @@ def test_a_curve_is_what_each_number_of_shots_gives_by_itself(tmp_path, prompter
     fewshot.main(settings(**where, n_shots="2", n_queries=3, batch_size=4, output_json=f"{tmp_path}/one.json"))
     alone = json.loads((tmp_path / "one.json").read_text())["tasks"]
     for task in ("other", "clips"):
-        one, many = (leaves(x[task]["curve"][-1]) for x in (alone, curves))
+        one, many = (leaves({**x[task]["curve"][-1], "nats_gained": None}) for x in (alone, curves))
+        assert one.pop("/nats_gained") is many.pop("/nats_gained") is None
         assert one == pytest.approx(many, rel=1e-4) and len(one) > 20
+
+
+def test_nats_gained_are_paired_by_query(tmp_path, prompter, monkeypatch):
+    monkeypatch.setattr(fewshot.Prompter, "load", lambda config: prompter)
+    folders(tmp_path)
+    where = {"input_dirs": f"{tmp_path}/image", "target_dirs": f"{tmp_path}/other", "n_shots": "0,2"}
+    fewshot.main(settings(**where, n_queries=1, output_json=f"{tmp_path}/one.json"))
+    none, two = json.loads((tmp_path / "one.json").read_text())["tasks"]["other"]["curve"]
+    assert none["nats_gained"]["mean"] == 0
+    gained = np.log(none["perplexity"]["mean"] / two["perplexity"]["mean"])
+    assert two["nats_gained"]["mean"] == pytest.approx(gained, rel=1e-6) and gained != 0
 
 
 def test_fid_is_of_all_answers_against_all_truths(tmp_path, prompter, monkeypatch, caplog):
