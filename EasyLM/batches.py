@@ -38,11 +38,14 @@ def rows_consumed(state: dict, source) -> int:
         if changed:
             raise UserError(
                 f"the saved data state is of other data, or of another order ({', '.join(changed)} changed): it "
-                "cannot be continued exactly; to begin on this data anew, load the checkpoint without its data state"
+                "cannot be continued exactly; to begin on this data anew, load the checkpoint without its data state, "
+                "under another --logger.experiment_id"
             )
         saved_length = saved.get("seq_length", 1)
         tokens = state["rows_consumed"] * saved_length
     else:
+        if "total_tokens" not in state:
+            raise UserError("the saved data state is none: it has neither rows_consumed nor total_tokens")
         saved = state.get("config", {})
         saved_length = None
         tokens = state["total_tokens"] - saved.get("tokens_count_at_start", 0)

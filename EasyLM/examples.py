@@ -46,9 +46,15 @@ class FileExamples:
             with files.open_binary(path) as lines:
                 for line, data in enumerate(lines, start=1):
                     if data.strip():
-                        text = {"text": data.decode(errors="replace").rstrip("\r\n")} if path.endswith(".txt") else data
-                        yield (file, line), offset, text
+                        yield (file, line), offset, _text(path, line, data) if path.endswith(".txt") else data
                     offset += len(data)
+
+
+def _text(path: str, line: int, data: bytes) -> dict[str, str]:
+    try:
+        return {"text": data.decode().rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{line}: not UTF-8 text ({error})") from None
 
 
 class DatasetExamples:
@@ -80,6 +86,10 @@ def huggingface_examples(config, name: str):
     """
     path = config.path.rstrip("/")
     if os.path.isfile(path):
+        if files.is_compressed(path):
+            raise UserError(
+                f"--{name}.path={path}: is compressed, which cannot be read from a line on: unpack it first"
+            )
         return FileExamples([path])
     saved = [file for file in ("dataset_dict.json", "state.json") if os.path.isfile(os.path.join(path, file))]
     if os.path.isdir(path) and not saved:

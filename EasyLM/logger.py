@@ -1,18 +1,24 @@
 """Where a run's figures go: `metrics.jsonl` in the run directory, wandb, and the console."""
 
+import io
 import json
 import math
 import os
 import random
+import tempfile
 import time
 import uuid
 
+import fsspec
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from EasyLM.errors import UserError
+from EasyLM.files import is_remote
 from EasyLM.flags import Flag
+
+_REMOTE_SECONDS = 60  # between two writings of a file on a store
 
 LOGGER_FLAGS = {
     "online": Flag(False, "Send figures to wandb's server; else wandb keeps them in wandb_dir, to be synced later."),
@@ -33,6 +39,12 @@ def experiment_id(config) -> str:
     """The run's name: as given, or random, and then the same one on every process."""
     name = config.experiment_id or uuid.UUID(bytes=_same_everywhere(uuid.uuid4().bytes)).hex
     return f"{config.prefix}--{name}" if config.prefix and config.prefix_to_id else name
+
+
+def given_id(config, run_dir: str) -> str:
+    """The `experiment_id` that leads to this run directory again."""
+    name = os.path.relpath(run_dir, config.output_dir) if config.output_dir else run_dir
+    return name.removeprefix(f"{config.prefix}--") if config.prefix and config.prefix_to_id else name
 
 
 def _same_everywhere(data: bytes) -> bytes:
@@ -58,8 +70,7 @@ class Logger:
             return
         path = os.path.join(run_dir, f"metrics_{process}.jsonl" if process else "metrics.jsonl")
         try:
-            os.makedirs(run_dir, exist_ok=True)
-            self._file = open(path, "ab+")  # noqa: SIM115 (open for the run's life)
+            self._file = _open_to_append(path)
         except OSError as error:
             raise UserError(
                 f"--logger.output_dir={config.output_dir}: cannot write {path} ({error.strerror})"
@@ -84,6 +95,33 @@ class Logger:
             self._file = None
 
 
+def _open_to_append(path: str):
+    if is_remote(path):
+        return _RemoteFile(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return open(path, "ab+")
+
+
+class _RemoteFile(io.BytesIO):
+    """A file on a store, where nothing can be appended: written anew, at most once a minute and when it is closed."""
+
+    def __init__(self, path: str):
+        self._store, self._name = fsspec.url_to_fs(path)
+        super().__init__(self._store.cat_file(self._name) if self._store.exists(self._name) else b"")
+        self.seek(0, os.SEEK_END)
+        self._written = time.monotonic()
+
+    def flush(self) -> None:
+        if time.monotonic() - self._written > _REMOTE_SECONDS:
+            self._store.pipe_file(self._name, self.getvalue())
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._store.pipe_file(self._name, self.getvalue())
+        super().close()
+
+
 def _end_torn_line(file) -> None:
     """A killed run may have left half a line: what follows starts on one of its own."""
     if file.seek(0, os.SEEK_END):
@@ -102,7 +140,7 @@ def _start_wandb(config, run_dir: str, run_settings: dict, process: int):
 
     if config.random_delay > 0:
         time.sleep(random.uniform(0, config.random_delay))
-    directory = config.wandb_dir or run_dir
+    directory = config.wandb_dir or (tempfile.gettempdir() if is_remote(run_dir) else run_dir)
     name = os.path.basename(os.path.normpath(run_dir)) + (f"-{process}" if process else "")
     try:
         os.makedirs(directory, exist_ok=True)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
+from EasyLM.files import is_remote
 
 # Dense bf16 FLOP/s of one device (vendors' data sheets, without sparsity), by a part of `device_kind`.
 PEAK_TFLOPS = {
@@ -52,11 +54,6 @@ class LoopSettings:
     peak_tflops: float  # of one device; 0: by the device's kind
     run_dir: str
     unit: str = "tokens"
-
-    def __post_init__(self):
-        for name, least in {"total_steps": 0, "log_freq": 1, "save_model_freq": 0, "save_milestone_freq": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}={getattr(self, name)}: must be at least {least}")
 
 
 def peak_flops(peak_tflops: float) -> float | None:
@@ -101,7 +98,7 @@ def fit(
     def save_now(milestone=False):
         nonlocal saved
         if saved != (done, milestone):
-            with clock.saving():
+            with clock.counts("save"):
                 save(state, done, batches.position, milestone)  # before next(batches): the position is this step's
             saved = (done, milestone)
 
@@ -115,7 +112,10 @@ def fit(
                 if pending is not None:
                     report(bar, *pending)
                 logged = (done - 1) % settings.log_freq == 0 or done == settings.total_steps
-                figures = evaluate(state.params) if evaluate is not None and logged else {}
+                figures = {}
+                if evaluate is not None and logged:
+                    with clock.counts("eval"):
+                        figures = evaluate(state.params)
                 pending = (done - 1, metrics | figures, batch, logged)
                 if _due(done, settings.save_milestone_freq):
                     save_now(milestone=True)
@@ -141,7 +141,7 @@ class NonFiniteLossError(UserError):
 
 
 class Clock:
-    """Seconds since the last logged step, split into waiting for data, saving, and the steps themselves."""
+    """Seconds since the last logged step: waiting for data, for a checkpoint, evaluating, and the steps themselves."""
 
     def __init__(self, settings: LoopSettings, batches):
         self._settings, self._batches = settings, batches
@@ -150,14 +150,15 @@ class Clock:
         self._restart()
 
     def _restart(self):
-        self._begin, self._waited, self._saved, self._steps = time.perf_counter(), self._batches.wait_seconds, 0.0, 0
+        self._begin, self._waited, self._steps = time.perf_counter(), self._batches.wait_seconds, 0
+        self._spent = {"save": 0.0}
 
     @contextlib.contextmanager
-    def saving(self):
-        """Counts the seconds inside as time that training waited for a checkpoint."""
+    def counts(self, what: str):
+        """Counts the seconds inside as time that training waited for `what`."""
         begin = time.perf_counter()
         yield
-        self._saved += time.perf_counter() - begin
+        self._spent[what] = self._spent.get(what, 0.0) + time.perf_counter() - begin
 
     def tick(self) -> None:
         """Counts a finished step."""
@@ -170,15 +171,17 @@ class Clock:
         backward pass as the model counts them (attention, being causal, at half), nothing for rematerialisation.
         """
         steps, elapsed = max(self._steps, 1), time.perf_counter() - self._begin
-        data, save = self._batches.wait_seconds - self._waited, self._saved
+        evaluating = self._spent.pop("eval", 0.0)
+        elapsed -= evaluating  # rates and MFU are of training
+        spent = {"data": self._batches.wait_seconds - self._waited, **self._spent}
         rate = self._settings.units_per_step * steps / elapsed
         unit = self._settings.unit
         figures = {
             f"{unit}_per_second": rate,
             f"{unit}_per_second_per_device": rate / jax.device_count(),
-            "step_seconds": (elapsed - data - save) / steps,
-            "data_seconds": data / steps,
-            "save_seconds": save / steps,
+            "step_seconds": (elapsed - sum(spent.values())) / steps,
+            **{f"{name}_seconds": seconds / steps for name, seconds in spent.items()},
+            **({"eval_seconds": evaluating / steps} if evaluating else {}),
         }
         if self._peak_flops:
             figures["mfu"] = self._settings.flops_per_step * steps / elapsed / self._peak_flops
@@ -219,8 +222,10 @@ class Report:
 def _keep_batch(run_dir: str, step: int, batch: dict) -> str:
     """Writes this process's part of a batch for study; returns the file's path."""
     path = os.path.join(run_dir, "nonfinite_batches", f"step_{step:08d}_process_{jax.process_index()}.npz")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    np.savez(path, **{name: _local_rows(array) for name, array in batch.items()})
+    if not is_remote(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    with fsspec.open(path, "wb") as file:
+        np.savez(file, **{name: _local_rows(array) for name, array in batch.items()})
     return path
 
 

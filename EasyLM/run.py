@@ -17,9 +17,18 @@ from jax.sharding import Mesh
 from EasyLM import checkpoint, logger, sharding, train
 from EasyLM.batches import Batches, dataset_state, rows_consumed
 from EasyLM.errors import UserError
+from EasyLM.files import is_remote
 from EasyLM.flags import Flag
 from EasyLM.loop import LoopSettings, fit
 
+_LEAST = {
+    "total_steps": 0,
+    "log_freq": 1,
+    "save_model_freq": 0,
+    "save_milestone_freq": 0,
+    "eval_steps": 0,
+    "max_nonfinite_steps": 1,
+}
 RUN_FLAGS = {
     "seed": Flag(42, "Seed of the initial parameters and of dropout."),
     "mesh_dim": Flag(
@@ -61,6 +70,7 @@ class Problem:
     units_per_row: int  # tokens (or images) of a row
     flops_per_row: float
     unit: str = "tokens"
+    accumulate_gradient_steps: int = 1  # micro-steps to an update
     prefixes: Mapping = dataclasses.field(default_factory=lambda: checkpoint.PREFIXES)  # of --load_checkpoint
 
 
@@ -71,6 +81,7 @@ class Start:
     checkpoint: str = ""
     dataset_state: str = ""
     metadata: str = ""
+    history: tuple[str, ...] = ("",)  # what --load_checkpoint has begun this run with, and taken it back to
 
 
 def run_directory(config) -> str:
@@ -80,6 +91,8 @@ def run_directory(config) -> str:
       UserError: if it cannot be written.
     """
     path = os.path.join(config.logger.output_dir, logger.experiment_id(config.logger))
+    if is_remote(path):
+        return path  # a store has no directories to make; what cannot be written there shows when it is first written
     try:
         os.makedirs(path, exist_ok=True)
         if not os.access(path, os.W_OK):
@@ -94,27 +107,50 @@ def run_directory(config) -> str:
 def find_start(config, run_dir: str) -> Start:
     """Where this run begins. A run directory that holds a checkpoint is resumed from it.
 
-    `--load_checkpoint` begins a new run; repeated on a run that has its own checkpoints (a requeued job) it is history,
-    unless it names one of the run's own files, as to go back to a milestone.
+    `--load_checkpoint` begins a new run, or takes it back to one of its own files (a milestone). Once a checkpoint was
+    saved after that it is history: a requeued job repeats its command and goes on.
 
     Raises:
       UserError: if the run directory holds a run that began elsewhere.
     """
-    given = Start(config.load_checkpoint, config.load_dataset_state, config.load_metadata)
+    given = Start(config.load_checkpoint, config.load_dataset_state, config.load_metadata, (config.load_checkpoint,))
     own = checkpoint.newest(run_dir)
-    path = config.load_checkpoint.partition("::")[2]
     if own is None:
         return given
-    if path and os.path.realpath(path).startswith(os.path.realpath(run_dir) + os.sep):
-        dataset_state, metadata = (checkpoint.beside(path, name) for name in ("dataset", "metadata"))
-        return Start(given.checkpoint, given.dataset_state or dataset_state, given.metadata or metadata)
-    began_with = checkpoint.load_metadata(own.metadata)["flags"]["load_checkpoint"]
-    if given.checkpoint not in ("", began_with):
-        raise UserError(
-            f"--load_checkpoint={given.checkpoint}: {run_dir} already holds a run that began with {began_with!r}; "
-            "give another --logger.experiment_id, or leave --load_checkpoint out to resume that run"
-        )
-    return Start(own.spec, own.dataset_state, own.metadata)
+    metadata = checkpoint.load_metadata(own.metadata)
+    history = tuple(metadata.get("started_from", [metadata["flags"]["load_checkpoint"]]))
+    if given.checkpoint in ("", *history):
+        return Start(own.spec, own.dataset_state, own.metadata, history)
+    path = config.load_checkpoint.partition("::")[2]
+    if os.path.realpath(path).startswith(os.path.realpath(run_dir) + os.sep):
+        beside = (checkpoint.beside(path, name) for name in ("dataset", "metadata"))
+        dataset_state, metadata = (one or other for one, other in zip((given.dataset_state, given.metadata), beside))
+        return Start(given.checkpoint, dataset_state, metadata, (*history, given.checkpoint))
+    raise UserError(
+        f"--load_checkpoint={given.checkpoint}: {run_dir} already holds a run that began with {history[0]!r}; "
+        "give another --logger.experiment_id, or leave --load_checkpoint out to resume that run"
+    )
+
+
+def check(config, run_dir: str, prefixes: Mapping = checkpoint.PREFIXES) -> None:
+    """Complains of the run's flags, and of the files that it is to begin with, before data is indexed.
+
+    Raises:
+      UserError: naming the flag or the file.
+    """
+    for name, least in _LEAST.items():
+        if config[name] < least:
+            raise UserError(f"--{name}={config[name]}: must be at least {least}")
+    for name in ("load_metadata", "load_dataset_state"):
+        if config[name] and not is_remote(config[name]) and not os.path.isfile(config[name]):
+            raise UserError(f"--{name}={config[name]}: no such file")
+    start = find_start(config, run_dir)
+    if start.checkpoint:
+        checkpoint.open_checkpoint(start.checkpoint, prefixes)
+    if start.metadata:
+        checkpoint.load_metadata(start.metadata)
+    if start.dataset_state:
+        checkpoint.load_dataset_state(start.dataset_state)
 
 
 def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
@@ -146,6 +182,7 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
 
     def save(state, step, position, milestone):
         facts = {problem.settings_name: dict(problem.settings), "mesh": dict(mesh.shape)}
+        facts |= {"started_from": start.history}
         saver.save(
             state,
             step,
@@ -162,7 +199,8 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
     try:
         saver.prepare(state)
         step = _compiled_step(config, mesh, problem, state, state_shardings)
-        evaluate = partial(_evaluate, config, mesh, problem) if config.eval_steps else None
+        eval_step = jax.jit(train.make_eval_step(problem.loss_fn))  # here, so that it is compiled once
+        evaluate = partial(_evaluate, config, mesh, problem, eval_step) if config.eval_steps else None
         state, finished = fit(state, step, batches, settings, log=log, save=save, evaluate=evaluate)
     finally:
         batches.close()
@@ -173,14 +211,16 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
             f"{'finished' if finished else 'stopped'} after step {int(state.step)} of {config.total_steps}: {run_dir}"
         )
         if not finished:
-            again = f"--logger.output_dir={config.logger.output_dir} --logger.experiment_id={os.path.basename(run_dir)}"
-            print(f"to resume, run the same command with {again}")
+            print(
+                f"to resume, run the same command with --logger.output_dir={config.logger.output_dir} "
+                f"--logger.experiment_id={logger.given_id(config.logger, run_dir)}"
+            )
+            if not config.checkpointer.save_optimizer_state:
+                print("parameters alone were saved (--checkpointer.save_optimizer_state): moments will begin anew")
 
 
 def _check_settings(problem: Problem, start: Start, metadata: Mapping) -> None:
-    saved = metadata.get(problem.settings_name)
-    if not saved or not (start.checkpoint.startswith("trainstate::") or start.metadata):
-        return
+    saved = metadata.get(problem.settings_name, {})
     differences = [
         f"{name}={value!r} (saved: {saved[name]!r})"
         for name, value in json.loads(json.dumps(dict(problem.settings))).items()  # tuples are lists there
@@ -206,7 +246,11 @@ def _first_state(config, mesh, problem, start: Start, metadata: Mapping):
     if start.checkpoint.startswith("trainstate::"):
         return checkpoint.load(start.checkpoint, target, problem.prefixes), places
     params = checkpoint.load(start.checkpoint, target.params, problem.prefixes)
-    return train.state_from_params(params, problem.optimizer, int(metadata.get("step", 0)), places), places
+    step = int(metadata.get("step", 0))
+    if step:
+        logging.warning("the optimizer's moments begin anew at step %d; its schedule goes on", step)
+    updates = step // problem.accumulate_gradient_steps
+    return train.state_from_params(params, problem.optimizer, step, updates, places), places
 
 
 def _compiled_step(config, mesh, problem, state, state_shardings):
@@ -224,9 +268,8 @@ def _compiled_step(config, mesh, problem, state, state_shardings):
     return compiled
 
 
-def _evaluate(config, mesh, problem, params) -> dict:
+def _evaluate(config, mesh, problem, step, params) -> dict:
     """Means over the first `eval_steps` batches of the evaluation data: the same ones every time."""
-    step = jax.jit(train.make_eval_step(problem.loss_fn))
     batches = Batches(problem.eval_data, problem.eval_batch_size, sharding.batch_sharding(mesh), 0)
     try:
         rows = [step(params, next(batches)) for _ in range(config.eval_steps)]

@@ -10,8 +10,8 @@ so that its files change together; then what no link names any more is deleted. 
 whole checkpoint in place.
 
 Where there are no links (object stores, through fsspec) the directories are the same, and `metadata.json`, written
-last, makes one count. There the newest step is found by listing, and a run deletes of its own checkpoints the one
-before the newest, unless that is a milestone.
+last, makes one count. There `latest` is an object that holds the newest directory's name, and a run deletes of its own
+checkpoints the one before the newest, unless that is a milestone.
 """
 
 import dataclasses
@@ -183,7 +183,11 @@ class PlainDirectory:
         if not self._files.exists(steps):
             return None
         found = {os.path.basename(name.rstrip("/")) for name in self._files.ls(steps, detail=False)}
-        for name in sorted((name for name in found if _STEP.fullmatch(name)), reverse=True):
+        order = sorted((name for name in found if _STEP.fullmatch(name)), reverse=True)
+        latest = f"{self.path}/{LATEST}"  # not the highest number, where a run has gone back to a milestone
+        if self._files.exists(latest) and (name := self._files.cat_file(latest).decode()) in order:
+            order.insert(0, name)
+        for name in order:
             names = {os.path.basename(path) for path in self._files.ls(f"{steps}/{name}", detail=False)}
             if saved := _saved(f"{steps}/{name}", names):
                 return saved
@@ -208,6 +212,7 @@ class PlainDirectory:
         for name in sorted(writers, key=lambda name: name == METADATA):
             with self._files.open(f"{directory}/{name}", "wb") as file:
                 writers[name](file)
+        self._files.pipe_file(f"{self.path}/{LATEST}", os.path.basename(directory).encode())
         previous, self._previous = self._previous, None if milestone else directory
         if previous not in (None, directory):
             self._files.rm(previous, recursive=True)

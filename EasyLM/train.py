@@ -35,11 +35,21 @@ def init_state(init_params: Callable, optimizer, seed: int, state_shardings: Tra
     return jax.jit(_state_maker(init_params, optimizer), out_shardings=state_shardings)(jax.random.key(seed))
 
 
-def state_from_params(params: dict, optimizer, step: int, state_shardings: TrainState) -> TrainState:
-    """A train state of given parameters, with a fresh optimizer and the count of micro-steps at `step`."""
+def state_from_params(params: dict, optimizer, step: int, updates: int, state_shardings: TrainState) -> TrainState:
+    """A train state of given parameters after `step` micro-steps and `updates` updates.
+
+    The optimizer's moments are fresh, but its schedules go on: rates are those that follow the updates.
+    """
+
+    def is_schedule(state):
+        return isinstance(state, optax.ScaleByScheduleState)
+
+    def advance(state):
+        return state._replace(count=state.count + updates) if is_schedule(state) else state
 
     def make(params):
-        return TrainState(jnp.int32(step), params, optimizer.init(params))
+        opt_state = jax.tree.map(advance, optimizer.init(params), is_leaf=is_schedule)
+        return TrainState(jnp.int32(step), params, opt_state)
 
     return jax.jit(make, out_shardings=state_shardings, donate_argnums=0)(params)
 

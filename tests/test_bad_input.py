@@ -30,6 +30,14 @@ WRONG = {
     "batch": ({f"{JSON}.batch_size": 6}, f"--{JSON}.batch_size=6: must be a positive multiple of 4"),
     "sequence": ({f"{JSON}.seq_length": 5000}, f"--{JSON}.seq_length=5000: longer than the model's"),
     "log frequency": ({"log_freq": 0}, "--log_freq=0: must be at least 1"),
+    "evaluation": ({"eval_steps": -1}, "--eval_steps=-1: must be at least 0"),
+    "patience": ({"max_nonfinite_steps": 0}, "--max_nonfinite_steps=0: must be at least 1"),
+    "no metadata": ({"load_metadata": "missing.json"}, "--load_metadata=missing.json: no such file"),
+    "no data state": (
+        {"load_checkpoint": f"trainstate::{STATE}", "load_dataset_state": f"{GOLDEN}/init/metadata.pkl"},
+        "the saved data state is none",
+    ),
+    "held-out data": ({"eval_steps": 1, "eval_dataset.json_dataset.path": "missing.jsonl"}, "--eval_dataset.json_data"),
     "no data": ({f"{JSON}.path": "missing.jsonl"}, "missing.jsonl"),
     "data directory": ({f"{JSON}.path": str(GOLDEN)}, "directory"),
     "field": ({"train_dataset.text_processor.fields": "{codes}"}, "dataset.jsonl:1: "),
@@ -61,6 +69,13 @@ def test_wrong_setting_is_named(tmp_path, monkeypatch, name):
     assert "\n" not in str(caught.value)
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
     assert not left, "nothing is written before the checks"
+
+
+def test_what_to_begin_with_is_looked_at_before_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("EasyLM.data.make_dataset", lambda *_: pytest.fail("the data was indexed before the check"))
+    for name in ("checkpoint prefix", "no prefix", "no checkpoint", "no metadata", "log frequency", "held-out data"):
+        with pytest.raises(UserError, match=WRONG[name][1]):
+            train(tmp_path, **WRONG[name][0])
 
 
 def record(tokens) -> str:

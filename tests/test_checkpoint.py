@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import flax.serialization
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from checkpoints import METADATA, assert_equal, contents, file_content, golden_s
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import checkpoint, sharding, stacking, streaming
+from EasyLM import checkpoint, flags, logger, sharding, stacking, streaming
 from EasyLM.errors import UserError
 from EasyLM.train import TrainState
 
@@ -296,6 +297,20 @@ def test_a_remote_run_directory(monkeypatch):
     assert contents(run_dir) == (4, 4, 4)
     save(saver, 6)
     assert contents(run_dir) == (6, 6, 6)
+    back = checkpoint.Checkpointer(run_dir, settings())  # of a run that went back to the milestone
+    save(back, 3)
+    assert contents(run_dir) == (3, 3, 3)
+
+
+def test_the_figures_of_a_remote_run_lie_beside_its_checkpoints(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = flags.defaults(logger.LOGGER_FLAGS)
+    for step in (1, 2):
+        figures = logger.Logger(config, "memory://bucket/figures", {})
+        figures.log({"step": step})
+        figures.close()
+    with fsspec.open("memory://bucket/figures/metrics.jsonl") as file:
+        assert file.read() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_metadata(tmp_path, golden):

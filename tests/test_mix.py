@@ -175,6 +175,7 @@ class TestErrors:
         [
             ({"inputs": "none.jsonl"}, "no such file"),
             ({"inputs": "*.txt"}, "no file matches"),
+            ({"inputs": "a.packed"}, "a.packed is packed: unpack it first (tokenizer.pack --unpack)"),
             ({"weights": "1"}, "--weights=1: 1 numbers for 2 inputs"),
             ({"weights": "1,x"}, "--weights=1,x: not a comma list of numbers"),
             ({"weights": "0,0"}, "--weights=0,0: each must be 0 or more, one of them more"),
@@ -190,6 +191,7 @@ class TestErrors:
     def test_settings(self, tmp_path, settings, said):
         for number, name in enumerate("ab"):
             write(tmp_path / f"{name}.jsonl", number, 2)
+        (tmp_path / "a.packed").touch()
         inputs = ",".join(str(tmp_path / name) for name in settings.pop("inputs", "a.jsonl,b.jsonl").split(","))
         output = str(tmp_path / settings.pop("output", "m.jsonl"))
         with pytest.raises(UserError, match=re.escape(said)):

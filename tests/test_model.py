@@ -331,6 +331,15 @@ def test_settings_come_from_files(golden, tmp_path):
         assert llama_config.load_config(f"json::{tmp_path}/config.json") == expected
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_parameters": {"rope_type": "linear"}}, {"rope_scaling": {"type": "linear", "factor": 8.0}}],
+)
+def test_other_ropes_are_refused(rope):
+    with pytest.raises(UserError, match="only plain LLaMA is known"):
+        llama_config.config_from_dict({"model_type": "llama", **rope}, "config.json")
+
+
 def test_unknown_preset_lists_the_choices():
     with pytest.raises(UserError, match="load_llama_config='vqlm_8b': choose one of 'vqlm_debug', 'vqlm_100m'"):
         llama_config.load_config("vqlm_8b")

@@ -1,13 +1,18 @@
 """A run that was stopped and resumed equals, bit for bit, the run that never was."""
 
+import functools
+import json
 import os
 import signal
 import time
 
 import pytest
-from tiny_run import GOLDEN, MODEL_FIGURES, finish, metrics, start, train
+from tiny_run import GOLDEN, MODEL_FIGURES, TINY, finish, metrics, start, train
 
-from EasyLM import packed, records, streaming
+from EasyLM import flags, packed, records, run, streaming
+from EasyLM import train as train_module
+from EasyLM.errors import UserError
+from EasyLM.run_directory import LinkedDirectory
 
 STEPS = 14
 # 24 sentences of 768 to 1500 tokens are about 212 rows of 128: at 18 rows a step an epoch ends within the run.
@@ -33,6 +38,76 @@ def assert_same_run(run, reference):
     for key, value in expected.items():
         assert state[key].dtype == value.dtype
         assert state[key].tobytes() == value.tobytes(), key
+
+
+def start_of(run_dir, load_checkpoint=""):
+    config = flags.defaults(run.RUN_FLAGS)
+    config.load_checkpoint = load_checkpoint
+    return run.find_start(config, str(run_dir))
+
+
+def save_step(run_dir, step, start, milestone=False):
+    """What a run that began at `start` leaves at a step, as far as the next start asks."""
+    metadata = {"step": step, "flags": {"load_checkpoint": "of this start alone"}, "started_from": start.history}
+    files = {"streaming_train_state": b"", "dataset.json": b"{}", "metadata.json": json.dumps(metadata).encode()}
+    writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}
+    LinkedDirectory(str(run_dir)).prepare()
+    LinkedDirectory(str(run_dir)).write(step, writers, milestone)
+    return str(run_dir / "checkpoints" / f"step_{step:08d}")
+
+
+def test_a_requeued_command_goes_on_wherever_the_run_came_from(tmp_path):
+    run_dir, elsewhere = tmp_path / "run", "huggingface::elsewhere"
+    assert start_of(run_dir, elsewhere).checkpoint == elsewhere
+    save_step(run_dir, 4, start_of(run_dir, elsewhere), milestone=True)
+    newest = save_step(run_dir, 6, start_of(run_dir))  # resumed without the flag
+    for again in ("", elsewhere):
+        assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
+    with pytest.raises(UserError, match="already holds a run that began with 'huggingface::elsewhere'"):
+        start_of(run_dir, "huggingface::other")
+
+    back = f"trainstate::{run_dir}/streaming_train_state_4"
+    start = start_of(run_dir, back)
+    assert start.checkpoint == back and start.metadata.endswith("step_00000004/metadata.json")
+    assert start_of(run_dir, back).checkpoint == back, "nothing was saved since"
+    newest = save_step(run_dir, 5, start)
+    for again in ("", elsewhere, back):
+        assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
+
+
+def test_the_schedule_goes_on_where_parameters_alone_were_saved(tmp_path, capsys):
+    settings = {"optimizer__accumulate_gradient_steps": 2, "checkpointer__save_optimizer_state": False}
+    settings |= {"save_model_freq": 6}
+    whole = train(tmp_path, total_steps=10, logger__experiment_id="whole", **settings)
+    train(tmp_path, total_steps=6, **settings)
+    resumed = train(tmp_path, total_steps=10, **settings)
+    assert metrics(resumed, "step", "learning_rate") == metrics(whole, "step", "learning_rate")
+
+
+def test_evaluation_is_compiled_once_and_is_no_part_of_a_step(tmp_path, monkeypatch):
+    traced = []
+    original = train_module.make_eval_step
+
+    def counted(loss_fn):
+        step = original(loss_fn)
+        return lambda *arguments: (traced.append(1), step(*arguments))[1]
+
+    monkeypatch.setattr(train_module, "make_eval_step", counted)
+    held_out = {"eval_dataset__" + name.removeprefix("train_dataset."): value for name, value in TINY.items()
+                if name.startswith("train_dataset.")}  # fmt: skip
+    run_dir = train(tmp_path, total_steps=3, eval_steps=2, **{k.replace(".", "__"): v for k, v in held_out.items()})
+    assert len(traced) == 1
+    for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        assert row["eval_loss"] > 0 and row["eval_seconds"] > 0
+
+
+@pytest.mark.parametrize("prefix", ["", "p"])
+def test_the_command_that_is_printed_leads_to_the_same_run(tmp_path, prefix):
+    config = flags.defaults(run.RUN_FLAGS)
+    config.logger.update(output_dir=str(tmp_path), experiment_id="a/b", prefix=prefix, prefix_to_id=True)
+    run_dir = run.run_directory(config)
+    config.logger.experiment_id = run.logger.given_id(config.logger, run_dir)
+    assert run.run_directory(config) == run_dir
 
 
 @pytest.mark.slow

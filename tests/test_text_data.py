@@ -221,11 +221,15 @@ class TestHuggingFace:
         made = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": SENTENCES})})
         made.save_to_disk(tmp_path / "saved")
         (tmp_path / "nothing").mkdir()
+        (tmp_path / "latin.txt").write_bytes(b"good\ncaf\xe9\n")
+        (tmp_path / "a.jsonl.gz").touch()
         for path, settings, said in (
             ("saved", {"split": "test"}, r"--train_dataset.huggingface_dataset.split='test': choose one of 'train'"),
             ("saved", {"fields": "txt"}, r"saved\[train\], example 0: lacks the field 'txt' \(fields here: text\)"),
             ("nothing", {}, r"huggingface_dataset.path=.*nothing: holds no saved dataset, and no .jsonl or .txt file"),
             ("no", {}, r"huggingface_dataset.path=.*no: no such"),
+            ("latin.txt", {}, r"latin.txt:2: not UTF-8 text"),
+            ("a.jsonl.gz", {}, r"huggingface_dataset.path=.*a.jsonl.gz: is compressed"),
         ):
             with pytest.raises(UserError, match=said):
                 data.make_dataset(config_of("huggingface", tmp_path / path, **settings), tokenizer, 100)

@@ -1,9 +1,9 @@
 """Many JSONL files into one, shuffled: `python -m tokenizer.mix --inputs=a.jsonl,'b/*.jsonl.gz' --output_file=F.jsonl`.
 
-An input is a path or a glob, whose files are one source; .gz and .zst are unpacked. The lines themselves are copied, to
-the byte. Inputs are read twice: once to check every line and count, once to mix; so nothing is written before all is
-known to be good and to fit on the disk. The order is a uniform permutation of all sentences, which depends on the
-inputs' order and content, the seed, and how much is taken, not on --memory_mb.
+An input is a path or a glob, whose files are one source; .gz and .zst are unpacked. The lines themselves are copied,
+but for carriage returns at their ends. Inputs are read twice: once to check every line and count, once to mix; so
+nothing is written before all is known to be good and to fit on the disk. The order is a uniform permutation of all
+sentences, which depends on the inputs' order and content, the seed, and how much is taken, not on --memory_mb.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM import files, mixing, records
+from EasyLM import files, mixing, packed, records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.vocab import VOCAB_SIZE
@@ -101,6 +101,10 @@ def _sources(config) -> list[Source]:
     sources = [Source(name, paths) for name, paths in files.expand_parts("inputs", config.inputs)]
     for source in sources:
         for path in source.paths:
+            if packed.is_packed(path):
+                raise UserError(
+                    f"--inputs={config.inputs}: {path} is packed: unpack it first (tokenizer.pack --unpack)"
+                )
             if not files.is_remote(path) and os.path.abspath(path) == os.path.abspath(config.output_file):
                 raise UserError(f"--output_file={config.output_file}: is one of --inputs={config.inputs}")
     return sources

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM import checkpoint, flags, loading, run, sharding
 from EasyLM.errors import UserError
+from EasyLM.files import is_remote
 from EasyLM.flags import Flag
 from EasyLM.rows import permuted
 from tokenizer import images, lpips, objective, weights
@@ -107,6 +108,7 @@ def main(config) -> None:
     mesh = sharding.make_mesh(config.mesh_dim)
     sharding.check_batch_size("batch_size", config.batch_size, mesh)
     run_dir = run.run_directory(config)
+    run.check(config, run_dir)
     data = PictureRows(config.input_dirs, "input_dirs", settings.resolution, config.seed)
     held_out = config.eval_steps or config.eval_dirs
     eval_data = PictureRows(config.eval_dirs, "eval_dirs", settings.resolution, 0) if held_out else None
@@ -117,6 +119,8 @@ def main(config) -> None:
 
 
 def _check(config) -> None:
+    if is_remote(config.logger.output_dir):
+        raise UserError(f"--logger.output_dir={config.logger.output_dir}: must be on a disk; copy the model afterwards")
     for name in ("save_model_freq", "batch_size", "lr_warmup_steps"):
         if config[name] < 1:
             raise UserError(f"--{name}={config[name]}: must be at least 1")

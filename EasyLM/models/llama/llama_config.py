@@ -211,8 +211,8 @@ def config_from_dict(values: Mapping, source: str) -> LLaMAConfig:
         raise UserError(f"{source}: holds no model settings")
     values = dict(values.get("llama_config", values))
     if "model_type" in values:  # a Hugging Face config, which has its own names beside many that say nothing here
-        rope = values.get("rope_parameters") or {}
-        if values["model_type"] != "llama" or rope.get("rope_type", "default") != "default":
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5 and 4
+        if values["model_type"] != "llama" or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise UserError(f"{source}: only plain LLaMA is known here, not {values['model_type']!r} with rope {rope}")
         heads = values.get("num_attention_heads")
         if values.get("num_key_value_heads", heads) != heads:

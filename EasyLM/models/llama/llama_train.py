@@ -6,7 +6,7 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from EasyLM import data, flags, optimizers, run, sharding, text
+from EasyLM import data, files, flags, optimizers, run, sharding, text
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
@@ -37,8 +37,10 @@ def main(config) -> None:
     used = ["train_dataset"] + ["eval_dataset"] * (config.eval_steps > 0)
     for name in used:
         _check_dataset_flags(name, config[name], model, mesh)
+        if config[name].type == "json":
+            files.expand_parts(f"{name}.json_dataset.path", config[name].json_dataset.path)
     run_dir = run.run_directory(config)
-    run.find_start(config, run_dir)  # complains early
+    run.check(config, run_dir, hf_layout.PREFIXES)
     sources = {
         name: run.first_process_first(partial(data.make_dataset, config[name], tokenizer, model.vocab_size, name))
         for name in used
@@ -59,6 +61,7 @@ def main(config) -> None:
         eval_batch_size=data.settings(config.eval_dataset).batch_size,
         units_per_row=seq_length,
         flops_per_row=seq_length * llama_config.flops_per_token(model, seq_length),
+        accumulate_gradient_steps=config.optimizer.accumulate_gradient_steps,
         prefixes=hf_layout.PREFIXES,
     )
     run.train_run(config, run_dir, mesh, problem)
