@@ -168,13 +168,11 @@ class Results:
         self._path, self._values = path, {}
         if not path:
             return
-        settings = _settings(config)
+        # Written with the first result: a start that fails leaves nothing that the corrected command stumbles over.
+        self._settings = _settings(config)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         if os.path.exists(path):
-            self._take_up(settings)
-        else:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(settings) + "\n")
+            self._take_up(self._settings)
 
     def _take_up(self, settings: dict) -> None:
         with open(self._path, "r+b") as file:
@@ -182,6 +180,9 @@ class Results:
             whole = whole[: whole.rfind(b"\n") + 1]  # a line that a kill cut off does not count
             file.truncate(len(whole))
         first, *rest = [json.loads(line) for line in whole.splitlines()] or [{}]
+        if not rest:
+            os.remove(self._path)
+            return
         changed = [name for name in settings if settings[name] != first.get(name)]
         if changed:
             name = changed[0]
@@ -206,8 +207,10 @@ class Results:
         """Keeps a result; `written` in it names files that belong to it, which are there by now."""
         self._values[example.name] = {"mark": _mark(example.files), **values}
         if self._path:
+            new = [] if os.path.exists(self._path) else [self._settings]
+            new.append({"example": example.name, **self._values[example.name]})
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"example": example.name, **self._values[example.name]}) + "\n")
+                file.write("".join(json.dumps(line) + "\n" for line in new))
 
     def finish(self, examples: Sequence[Example], figures: Sequence[str], output_json: str) -> None:
         """Prints the mean of each figure with its standard error, and writes them with each example's result.

@@ -145,6 +145,23 @@ def test_results_count_while_nothing_changed(tmp_path):
     assert examples.Results(path, config).missing([case]) == [case]
 
 
+def test_a_start_that_fails_leaves_nothing_behind(lines, tmp_path):
+    settings = {**lines, "output_base_dir": str(tmp_path / "o"), "load_llama_config": "vqlm_debug"}
+    with pytest.raises(UserError, match="there is no none"):
+        run_main(batch_generation, **settings, checkpoint="params::none")
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_settings_without_a_result_bind_nobody(tmp_path):
+    path, case = tmp_path / "r.jsonl", examples.Line("a:1", ())
+    config = clip_settings(checkpoint="", vqgan="", temperature=1.0)
+    examples.Results(str(path), config).add(case, {})
+    path.write_text(path.read_text().splitlines(keepends=True)[0] + '{"example": "cut o')
+    config.temperature = 0.5
+    examples.Results(str(path), config).add(case, {})
+    assert examples.Results(str(path), config).missing([case]) == []
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
