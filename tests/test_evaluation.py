@@ -182,6 +182,14 @@ def test_a_task_reads_each_picture_where_its_prompts_say_it_is(tmp_path):
         assert len({path.stem for path in paths}) == 3
 
 
+def test_frames_of_a_clip_are_in_the_order_of_their_numbers(tmp_path):
+    for number in (1, 2, 10, 11):
+        write_picture(tmp_path / "clip" / f"{number}.png", seed=number)
+    (clip,) = tasks.folder_clips(str(tmp_path)).clips
+    expected = [images.read(tmp_path / "clip" / f"{number}.png", 8) for number in (1, 2, 10, 11)]
+    assert np.array_equal([frame(8) for frame in clip], expected)
+
+
 def test_too_few_examples_are_an_error_with_the_tasks_name(tmp_path):
     with pytest.raises(UserError, match="other: 2 examples, too few for n_shots=2"):
         tasks.load(folders(tmp_path, 2), shots=2, queries=3, seed=0, side=8)
