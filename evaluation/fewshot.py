@@ -111,14 +111,25 @@ def _counts(config, name: str, least: int) -> list[int]:
 
 
 def _sources(config, frames: int) -> list[tasks.Source]:
-    found = []
+    found = []  # (where it comes from, the task)
     if config.input_dirs:
         inputs, targets = config.input_dirs.split(","), config.target_dirs.split(",")
         figures = config.figures.split(",") if config.figures else [""] * len(inputs)
-        found += [tasks.folder_pairs(*folders) for folders in zip(inputs, targets, figures, strict=True)]
+        for folders in zip(inputs, targets, figures, strict=True):
+            found.append((f"--target_dirs={folders[1]}", tasks.folder_pairs(*folders)))
     if config.clip_dirs:
-        found += [tasks.folder_clips(folder) for folder in config.clip_dirs.split(",")]
-    return found + (benchmarks.BENCHMARKS[config.benchmark](config, frames) if config.benchmark else [])
+        found += [(f"--clip_dirs={folder}", tasks.folder_clips(folder)) for folder in config.clip_dirs.split(",")]
+    if config.benchmark:
+        of_benchmark = benchmarks.BENCHMARKS[config.benchmark](config, frames)
+        found += [(f"--benchmark={config.benchmark}", source) for source in of_benchmark]
+    places = {}
+    for place, source in found:
+        if source.name in places:  # results have one entry a name
+            raise UserError(
+                f"{places[source.name]} and {place}: two tasks named {source.name!r}: rename one, or measure it apart"
+            )
+        places[source.name] = place
+    return [source for _, source in found]
 
 
 def _figures(lpips_weights: str) -> dict[str, Callable]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -193,6 +195,22 @@ def test_frames_of_a_clip_are_in_the_order_of_their_numbers(tmp_path):
 def test_too_few_examples_are_an_error_with_the_tasks_name(tmp_path):
     with pytest.raises(UserError, match="other: 2 examples, too few for n_shots=2"):
         tasks.load(folders(tmp_path, 2), shots=2, queries=3, seed=0, side=8)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"target_dirs": "{0}/other,{0}/b/other"}, "--target_dirs={0}/other and --target_dirs={0}/b/other: two tasks"),
+        ({"clip_dirs": "{0}/b/other"}, "--target_dirs={0}/other and --clip_dirs={0}/b/other: two tasks named 'other'"),
+    ],
+)
+def test_two_tasks_of_one_name_are_refused_before_the_model_is_loaded(tmp_path, given, said):
+    folders(tmp_path, 1)
+    shutil.copytree(tmp_path / "other", tmp_path / "b" / "other")
+    where = {"target_dirs": "{0}/other"} | given
+    where["input_dirs"] = ",".join(["{0}/image"] * len(where["target_dirs"].split(",")))
+    with pytest.raises(UserError, match=re.escape(said.format(tmp_path))):
+        fewshot.main(settings(**{name: value.format(tmp_path) for name, value in where.items()}, checkpoint="none"))
 
 
 def leaves(tree, path="") -> dict[str, float]:
