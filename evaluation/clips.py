@@ -44,6 +44,10 @@ class Clip:
     def files(self) -> tuple[str, ...]:
         return self.frames if os.path.isdir(self.path) else (self.path,)
 
+    @property
+    def facts(self) -> tuple:
+        return self.frames
+
 
 def find_clips(config, count: int) -> list[Clip]:
     """The clips of the flags CLIP_FLAGS, `count` frames chosen of each.

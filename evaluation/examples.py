@@ -45,6 +45,7 @@ class Example(Protocol):
 
     name: str  # in messages and results, as FILE:LINE
     files: tuple[str, ...]  # that its result follows from
+    facts: tuple  # what else of it the result follows from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Line:
     @property
     def files(self) -> tuple[str, ...]:
         return self.inputs + self.targets
+
+    @property
+    def facts(self) -> tuple:
+        return len(self.inputs), self.output
 
 
 def read_lines(config, *, target: str = "left out", output: bool = False) -> list[Line]:
@@ -193,11 +198,11 @@ class Results:
         self._values = {values.pop("example"): values for values in rest}
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
-        """Those without a result, or whose files have changed since, or what they had written is gone."""
+        """Those without a result, or whose line or files have changed since, or what they had written is gone."""
 
         def is_missing(example):
             values = self._values.get(example.name)
-            if values is None or values["mark"] != _mark(example.files):
+            if values is None or values["mark"] != _mark(example.files, example.facts):
                 return True
             return not all(map(os.path.exists, values.get("written", ())))
 
@@ -205,7 +210,7 @@ class Results:
 
     def add(self, example: Example, values: dict) -> None:
         """Keeps a result; `written` in it names files that belong to it, which are there by now."""
-        self._values[example.name] = {"mark": _mark(example.files), **values}
+        self._values[example.name] = {"mark": _mark(example.files, example.facts), **values}
         if self._path:
             new = [] if os.path.exists(self._path) else [self._settings]
             new.append({"example": example.name, **self._values[example.name]})
@@ -249,9 +254,9 @@ def _settings(config) -> dict:
     return settings
 
 
-def _mark(paths: Sequence[str]) -> str:
-    """A digest that changes when one of the files is written. Remote ones are taken to stay as they are."""
-    facts = []
+def _mark(paths: Sequence[str], facts: Sequence = ()) -> str:
+    """A digest that changes with the facts, and when a file is written. Remote ones are taken to stay as they are."""
+    facts = list(facts)
     for path in paths:
         if is_remote(path) or not os.path.exists(path):
             facts.append(path)

@@ -139,6 +139,13 @@ def test_results_count_while_nothing_changed(tmp_path):
     path = str(tmp_path / "r.jsonl")
     examples.Results(path, config).add(case, {"written": [str(tmp_path / "x.png")]})
     assert examples.Results(path, config).missing([case]) == []
+    pictures = case.inputs * 2
+    examples.Results(path, config).add(examples.Line("a:2", pictures[:1], pictures[:1], "o.png"), {})
+    for edited in (
+        examples.Line("a:2", pictures, (), "o.png"),
+        examples.Line("a:2", pictures[:1], pictures[:1], "p.png"),
+    ):
+        assert examples.Results(path, config).missing([edited]) == [edited]
     os.utime(tmp_path / "x.png", ns=(1, 1))
     assert examples.Results(path, config).missing([case]) == [case]
     examples.Results(path, config).add(case, {"written": [str(tmp_path / "gone.png")]})
