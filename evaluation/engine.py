@@ -128,8 +128,14 @@ class Engine:
     def warm_up(self, settings: Settings) -> Future:
         """Compiles what `--warm_up` says for such settings: requests that come meanwhile wait behind it."""
         future = self._batcher.submit(("warm_up",), settings)
-        future.add_done_callback(lambda done: done.cancelled() or done.exception() or self._warm.set())
+        future.add_done_callback(self._warmed_up)
         return future
+
+    def _warmed_up(self, future: Future) -> None:
+        if future.exception():
+            logging.error("warming up failed", exc_info=future.exception())
+        else:
+            self._warm.set()
 
     def generate(
         self, prompt: Prompt, settings: Settings, listener: Callable[[Partial], None] | None = None
@@ -235,6 +241,8 @@ class Engine:
                 prompt = Prompt(pictures=np.zeros((length, self.resolution, self.resolution, 3), np.float32))
                 alike = dataclasses.replace(job.item, n_candidates=_power_of_two(job.item.n_candidates))
                 for exponent in range(self._config.max_batch.bit_length()):
+                    if self._batcher.closed:  # requests behind this one wait to be finished, compiled or not
+                        return [None] * len(jobs)
                     begin = time.monotonic()
                     self._generate([Job(("generate", length, alike), (prompt, job.item))] * 2**exponent)
                     self._log_likelihoods([Job(None, (prompt, Prompt(prompt.pictures[:1])))] * 2**exponent)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -21,7 +22,7 @@ from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_serve
 from evaluation import metrics
-from evaluation.engine import Settings
+from evaluation.engine import Prompt, Settings
 from evaluation.service import make_app
 from evaluation.uploads import Limits
 from tokenizer import images
@@ -297,7 +298,7 @@ def test_a_full_queue_and_a_stopping_service():
     assert ran.status_code == waited.status_code == 200 and closed
 
 
-def test_a_fault_is_answered_and_the_next_request_is_served():
+def test_a_fault_is_answered_and_the_next_request_is_served(caplog):
     prompter = HeldPrompter(failing=True)
     engine = tiny_engine(prompter)
     app = make_app(engine, LIMITS)
@@ -306,6 +307,7 @@ def test_a_fault_is_answered_and_the_next_request_is_served():
     assert "fire" not in failed.text
     streamed = events_of(post(app, "/generate", **form(png(1), output="stream")))
     assert [(name, body["error"]["code"]) for name, body in streamed] == [("error", "internal")]
+    assert "the device is on fire" in caplog.text
     prompter.failing = False
     prompter.may_go_on.set()
     assert post(app, "/generate", **form(png(1))).status_code == 200
@@ -356,6 +358,49 @@ def test_it_is_ready_once_it_is_warm():
     assert ready.status_code == 200
     assert ready.json()["ready"] is True and ready.json()["max_pictures"] == 3
     engine.close(SECONDS)
+
+
+def test_a_warm_up_ends_early_when_the_service_stops_and_says_when_it_fails(caplog):
+    prompter = HeldPrompter()
+    engine = tiny_engine(prompter, warm_up="1,2", max_batch=2)
+    drawn = []
+    prompter.answer = lambda prompts, **_: drawn.append(len(prompts)) or _held(prompter, prompts)
+    future = engine.warm_up(Settings())
+    assert prompter.begun.wait(SECONDS) and not engine.close(0.01)
+    prompter.may_go_on.set()
+    future.result(SECONDS)
+    assert drawn == [1]
+    failing = tiny_engine(HeldPrompter(failing=True), warm_up="1")
+    assert failing.warm_up(Settings()).exception(SECONDS) and failing.close(SECONDS)
+    assert failing.state == "stopping" and "warming up failed" in caplog.text and "on fire" in caplog.text
+
+
+def _held(prompter, prompts):
+    prompter.begun.set()
+    assert prompter.may_go_on.wait(SECONDS)
+    return np.zeros((len(prompts), 1, 1, TOKENS), np.int32)
+
+
+@pytest.mark.parametrize("signals, code", [(1, 0), (2, 1)])
+def test_a_second_signal_drops_what_runs_and_the_exit_code_says_so(monkeypatch, signals, code):
+    prompter = HeldPrompter()
+    engine = tiny_engine(prompter)
+
+    def run(server):
+        engine.generate(Prompt(tokens=np.zeros((1, TOKENS), np.int32)), Settings(), lambda newest: None)
+        assert prompter.begun.wait(SECONDS)
+        for _ in range(signals):
+            server.handle_exit(signal.SIGTERM, None)
+        if signals == 1:
+            prompter.may_go_on.set()
+            while not server.should_exit:
+                time.sleep(0.001)
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    config = flags.defaults(llama_serve.FLAGS)
+    assert llama_serve.serve(engine, LIMITS, config) == code
+    prompter.may_go_on.set()
+    assert engine.close(SECONDS)
 
 
 def test_the_page_of_the_schema_needs_nothing_from_elsewhere(app):

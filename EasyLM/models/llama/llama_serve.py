@@ -63,24 +63,24 @@ def serve(engine: Engine, limits: Limits, config) -> int:
     class Server(uvicorn.Server):
         """Stays there while it stops, to say so to those who come; uvicorn itself would turn deaf."""
 
-        finished = True
+        finished = False  # all that were taken: a second signal, or a failed warm-up, ends it before that is known
         stopping = False
 
         def handle_exit(self, sig, frame):
             if self.stopping:
                 self.should_exit = self.force_exit = True
+                return
             self.stopping = True
             threading.Thread(target=self.finish, daemon=True).start()  # a signal's handler must not wait
 
         def finish(self):
             logging.info("stopping: what was taken is finished, new requests are refused")
-            self.finished &= engine.close(config.stop_seconds)
+            self.finished = engine.close(config.stop_seconds)
             self.should_exit = True
 
         def warmed_up(self, future):
             if future.exception():
-                logging.error("warming up failed", exc_info=future.exception())
-                self.finished, self.should_exit = False, True
+                self.stopping = self.should_exit = True
 
     app = make_app(engine, limits, config.token)
     server = Server(
