@@ -28,7 +28,13 @@ ENGINE_FLAGS = {
     "pictures_at_a_time": Flag(8, "Pictures that the tokenizer computes at a time, always; changes no result."),
     "max_queue": Flag(64, "Requests that may wait; more are refused."),
     "max_new_pictures": Flag(64, "The most n_candidates times n_new_frames that a request may ask for."),
-    "warm_up": Flag("7", "Comma list of prompt lengths, in pictures, that are compiled before the first request."),
+    "warm_up": Flag(
+        "7",
+        "Comma list of prompt lengths, in pictures, that are compiled before the first request: drawing with the "
+        "settings of a request that gives none (the page: its own at the start), and perplexity of one target. Other "
+        "lengths, other numbers of candidates or new pictures, temperature 0, top_k and top_p are compiled when the "
+        "first request with them comes.",
+    ),
 }
 
 
@@ -126,7 +132,12 @@ class Engine:
         return self._batcher.close(timeout)
 
     def warm_up(self, settings: Settings) -> Future:
-        """Compiles what `--warm_up` says for such settings: requests that come meanwhile wait behind it."""
+        """Compiles what a first request would wait for: others that come meanwhile wait behind it.
+
+        That is, for each prompt length of `--warm_up` and each size of a batch, drawing with such settings, and the
+        perplexity of one target. Of the sampling only what is in use matters: another temperature above 0 is no other
+        program, nor another top_k or top_p where `settings` has one.
+        """
         future = self._batcher.submit(("warm_up",), settings)
         future.add_done_callback(self._warmed_up)
         return future

@@ -70,7 +70,10 @@ def make_app(engine: Engine, limits: Limits | None = None, token: str = ""):
 
     @app.get("/ready", responses={200: {"model": requests.ReadyResponse}, 503: {"model": requests.ReadyResponse}})
     async def ready():
-        """200 once a first request would be quick, 503 before that and while the service stops. Needs no token."""
+        """200 once what `--warm_up` names is compiled, 503 before that and while the service stops. Needs no token.
+
+        A request that is like none of that (`ReadyResponse` says what is) is answered too; the first one takes longer.
+        """
         body = {
             "ready": engine.state == "ready",
             "state": engine.state,

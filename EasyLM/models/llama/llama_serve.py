@@ -92,6 +92,7 @@ def serve(engine: Engine, limits: Limits, config) -> int:
             timeout_graceful_shutdown=int(config.stop_seconds) + 1,  # for answers to reach slow readers
         )
     )
+    # The settings of a request that gives none: what others ask for is compiled when the first of them comes.
     engine.warm_up(Settings()).add_done_callback(server.warmed_up)
     server.run()
     return 0 if server.finished else 1
