@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -477,6 +479,31 @@ async def _stopped_on_the_way(server, url):
             rest = [line async for line in lines]
         answer = json.loads(rest[rest.index("event: answer") + 1].removeprefix("data: "))
         assert np.shape(answer["pictures"]) == (16, 4)
+
+
+def test_who_leaves_early_has_sent_the_whole_request_half_of_the_time():
+    spec = importlib.util.spec_from_file_location("load_test", "scripts/load_test.py")
+    load_test = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(load_test)
+    received = []
+
+    async def read(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        received.append(b"")
+        place = len(received) - 1
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(2**16):
+                received[place] += data
+        writer.close()
+
+    async def scenario():
+        rng = np.random.default_rng(0)
+        async with await asyncio.start_server(read, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            await asyncio.gather(*(load_test.leaves_early(port, [b"x" * 1000], rng) for _ in range(40)))
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+    assert 10 < [len(body) for body in received].count(1000) < 30
 
 
 @pytest.mark.slow
