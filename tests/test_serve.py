@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import threading
 import time
 
 import httpx
+import load_test
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +23,7 @@ from serve_kit import CODES, TINY, bomb, png, tiny_engine, tiny_prompter
 from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_serve
-from evaluation import metrics
+from evaluation import demo, metrics
 from evaluation.engine import Prompt, Settings
 from evaluation.service import make_app
 from evaluation.uploads import Limits
@@ -438,6 +438,15 @@ def test_wrong_flags_are_named(flag, value, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("program, package", [(llama_serve, "uvicorn"), (demo, "gradio")])
+def test_a_missing_package_is_named_before_the_model_is_loaded(monkeypatch, program, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    config = flags.defaults(program.FLAGS)
+    config.checkpoint = "none"
+    with pytest.raises(UserError, match=rf"needs the package {package}: pip install -e '\.\[serve\]'"):
+        program.main(config)
+
+
 @pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_exits_with_0():
     with socket.socket() as free:
@@ -482,9 +491,6 @@ async def _stopped_on_the_way(server, url):
 
 
 def test_who_leaves_early_has_sent_the_whole_request_half_of_the_time():
-    spec = importlib.util.spec_from_file_location("load_test", "scripts/load_test.py")
-    load_test = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(load_test)
     received = []
 
     async def read(reader, writer):

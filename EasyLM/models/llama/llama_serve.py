@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run
 from evaluation.engine import ENGINE_FLAGS, Engine, Settings
 from evaluation.uploads import Limits
@@ -30,6 +30,7 @@ FLAGS = {
 
 def main(config) -> None:
     """Serves until told to stop."""
+    check_installed("the service", "serve", "fastapi", "fastapi_offline", "uvicorn", "python_multipart")
     limits = limits_of(config)
     if not 0 <= config.port < 2**16:
         raise UserError(f"--port={config.port}: must be 0..65535")
