@@ -150,6 +150,12 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
     return Sampling(float(temperature), min(top_k, _MOST_K) or None, float(top_p) if top_p < 1 else None)
 
 
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that users cannot give: all programs take the same ones."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed={seed}: must be 0..{2**31 - 1}")
+
+
 def check_tokens(model, tokens_BP: np.ndarray, mask_BP: np.ndarray | None, num_new_tokens: int = 0) -> np.ndarray:
     """The tokens as int32, if they and `num_new_tokens` more fit the model; its sizes are taken from `model`.
 

@@ -167,8 +167,7 @@ class Engine:
                 f"n_candidates={settings.n_candidates}, n_new_frames={settings.n_new_frames}: at most "
                 f"{self._config.max_new_pictures} pictures are drawn for a request"
             )
-        if not 0 <= settings.seed < 2**31:
-            raise UserError(f"seed={settings.seed}: must be 0..{2**31 - 1}")
+        generate.check_seed(settings.seed)
         if settings.context_frames < 2:
             raise UserError(f"context_frames={settings.context_frames}: must be at least 2")
         # Each draws by its own seed, and a candidate by its number: neither keeps requests apart.

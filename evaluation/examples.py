@@ -19,7 +19,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from EasyLM.files import is_remote
+from EasyLM.files import check_output, is_remote
 from EasyLM.flags import Flag
 from evaluation import metrics
 
@@ -168,14 +168,14 @@ class Results:
         """Reads what a stopped run with the same settings left at `path` (empty: nothing is kept).
 
         Raises:
-          UserError: if the file belongs to other settings.
+          UserError: if the file belongs to other settings, or cannot be written.
         """
         self._path, self._values = path, {}
         if not path:
             return
         # Written with the first result: a start that fails leaves nothing that the corrected command stumbles over.
         self._settings = _settings(config)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        check_output(path)
         if os.path.exists(path):
             self._take_up(self._settings)
 
@@ -231,7 +231,6 @@ class Results:
             print(f"{name}: {result['mean']:.6g} ± {result['standard_error']:.2g} ({len(values)} examples)")
         if output_json:
             per_example = [{name: value for name, value in row.items() if name != "mark"} for row in rows]
-            os.makedirs(os.path.dirname(output_json) or ".", exist_ok=True)
             temporary = f"{output_json}.tmp"
             with open(temporary, "w", encoding="utf-8") as file:
                 json.dump({**totals, "per_example": per_example}, file, indent=2)

@@ -205,6 +205,9 @@ def test_bad_lines_are_named_before_a_model_is_loaded(lines, tmp_path, line, sai
         (batch_generation, {"top_p": 0.0}, "top_p=0.0"),
         (batch_generation, {"input_file": ""}, "--input_file is missing"),
         (generate_videos, {}, "--input_files is missing"),
+        (generate_videos, {"seed": -1}, "seed=-1: must be 0..2147483647"),
+        (generate_videos, {"seed": 2**63}, "seed=9223372036854775808: must be"),
+        (eval_video_perplexity, {"seed": -1}, "seed=-1: must be"),
         (generate_videos, {"input_files": "none/*"}, r"--input_files=none/\*: matches no video file"),
         (generate_videos, {"input_files": "none/*", "frame_input": True}, "matches no folder"),
         (generate_videos, {"input_files": "x", "stride": 0}, "--stride=0"),
@@ -212,9 +215,18 @@ def test_bad_lines_are_named_before_a_model_is_loaded(lines, tmp_path, line, sai
     ],
 )
 def test_wrong_flags_are_named(tmp_path, program, given, said):
-    place = "output_base_dir" if program is batch_generation else "output_dir"
+    places = {batch_generation: {"output_base_dir": str(tmp_path)}, generate_videos: {"output_dir": str(tmp_path)}}
     with pytest.raises(UserError, match=said):
-        run_main(program, **{place: str(tmp_path)} | given)
+        run_main(program, **places.get(program, {}) | given)
+
+
+@pytest.mark.parametrize("program, place", [(eval_perplexity, "output_json"), (batch_generation, "output_json"),
+                                            (batch_generation, "output_base_dir")])  # fmt: skip
+def test_outputs_that_cannot_be_written_are_named_before_a_model_is_loaded(lines, tmp_path, program, place):
+    (tmp_path / "file").write_text("in the way")
+    given = {"output_base_dir": f"{tmp_path}/o"} if program is batch_generation else {}
+    with pytest.raises(UserError, match=r"/file/x.*: cannot be written"):
+        run_main(program, **lines, **given | {place: f"{tmp_path}/file/x", "checkpoint": "none"})
 
 
 # ---- Clips
