@@ -79,7 +79,7 @@ def read_lines(config, *, target: str = "left out", output: bool = False) -> lis
     """
     if not config.input_file:
         raise UserError("--input_file is missing: a JSONL file, an example a line")
-    lines, outputs = [], {}
+    lines = []
     with open(config.input_file, encoding="utf-8") as file:
         for number, text in enumerate(file, start=1):
             if not text.strip():
@@ -91,8 +91,6 @@ def read_lines(config, *, target: str = "left out", output: bool = False) -> lis
                 line = _parse(name, text, config, target, output)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
-            if output and outputs.setdefault(line.output, name) != name:
-                raise UserError(f"{name}: {line.output} is already the output of {outputs[line.output]}")
             lines.append(line)
     if not lines:
         raise UserError(f"--input_file={config.input_file}: no example there")

@@ -110,6 +110,8 @@ def make_app(engine: Engine, limits: Limits | None = None, token: str = ""):
     async def perplexity(request: Request):
         """Measures how well the model foresees given pictures after a prompt."""
         asked = await requests.read(request, requests.PerplexityRequest, limits)
+        both = {"pictures": asked.pictures or [], "targets": asked.targets or []}
+        await to_thread.run_sync(uploads.check, both, limits, limiter=unpackers)
         prompt = await prompt_of(asked.pictures, asked.tokens, "pictures", "tokens")
         target = await prompt_of(asked.targets, asked.target_tokens, "targets", "target_tokens")
         found = await _result(engine.log_likelihoods(prompt, target), request)

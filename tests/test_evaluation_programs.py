@@ -182,7 +182,7 @@ def test_settings_without_a_result_bind_nobody(tmp_path):
         ('{"input": ["0.png"], "output": "a.txt"}', r"a\.txt: must end with one of"),
         ('{"input": ["0.png"], "output": "a.png", "target": ["1.png", "2.png"]}', "2 pictures in 'target', --n_new"),
         ('{"input": ["0.png"], "output": "a.png"}', "--evaluate_mse: no line of"),
-        ('{"input": ["0.png"], "output": "a.png"}\n' * 2, r"lines\.jsonl:2: a\.png is already the output of .*:1"),
+        ('{"input": ["0.png"], "output": "a.png"}\n' * 2, r"lines\.jsonl:2: .*a\.png is a file of .*:1 already"),
         (
             '{"input": ["0.png"], "output": "a.png"}\n{"input": ["0.png"], "output": "a_1.png"}',
             r"lines\.jsonl:2: .*a_1\.png is a file of .*:1 already",
@@ -279,6 +279,15 @@ def test_a_file_list_names_its_bad_lines(tmp_path):
     listed.write_text(f"{tmp_path}/x/a\n{tmp_path}/no\n")
     with pytest.raises(UserError, match=r"list\.txt:2: .*no is no folder"):
         clips.find_clips(settings, 2)
+
+
+def test_clips_of_one_output_name_are_refused_before_a_model_is_loaded(tmp_path):
+    for name in ("a/b", "a_b"):
+        write_clip(tmp_path / name, 2)
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a/b\n{tmp_path}/a_b\n")
+    given = {"read_file_list": f"{tmp_path}/list.txt", "frame_input": True, "n_context_frames": 2}
+    with pytest.raises(UserError, match=r"/a/b and .*/a_b would both be written to a_b: rename one"):
+        run_main(generate_videos, **given, output_dir=f"{tmp_path}/o", checkpoint="none")
 
 
 def test_the_middle_is_cut_out(tmp_path):

@@ -219,6 +219,10 @@ def test_other_endpoints_refuse_alike(app):
     assert_refused(post(app, "/perplexity", **form(png(1))), 422, "invalid", "either targets or target_tokens")
     rows = {"tokens": [[0] * TOKENS] * 3, "target_tokens": [[0] * TOKENS] * 2}
     assert_refused(post(app, "/perplexity", json=rows), 422, "invalid", "3 pictures and 2 targets", "holds 4")
+    many = [("pictures", png(1)), ("pictures", png(1)), ("targets", png(1)), ("targets", png(1))]
+    assert_refused(post(app, "/perplexity", files=many), 413, "too_many_pictures", "targets: 4", "at most 3")
+    large = [("pictures", bomb(800, 800)), ("targets", bomb(800, 800))]
+    assert_refused(post(app, "/perplexity", files=large), 413, "too_many_pixels", "targets[0]")
     nowhere, wrong_method = ask(app, ("GET", "/nowhere", {}), ("GET", "/generate", {}))
     assert_refused(nowhere, 404, "http_404")
     assert_refused(wrong_method, 405, "http_405")
