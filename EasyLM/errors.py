@@ -1,5 +1,7 @@
 """The one exception that means: the user can mend this."""
 
+import importlib.util
+
 
 class UserError(ValueError):
     """Bad input: a flag, a file, a line, a checkpoint. Its message names the thing, its value and the valid choices.
@@ -18,3 +20,14 @@ def choose(name: str, value: str, choices) -> str:
     if value not in choices:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(repr(c) for c in choices)}")
     return value
+
+
+def check_installed(what: str, extra: str, *packages: str) -> None:
+    """Looks for packages without importing them, which takes seconds, before other work that they are needed after.
+
+    Raises:
+      UserError: naming what needs them, the package that is missing, and the extra that brings it.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{what} needs the package {package}: pip install -e '.[{extra}]'")

@@ -5,6 +5,7 @@ import glob
 import gzip
 import hashlib
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 
@@ -30,6 +31,24 @@ def open_binary(path: str):
 
 def is_compressed(path: str) -> bool:
     return path.lower().endswith(COMPRESSED)
+
+
+def check_output(path: str, flag: str = "") -> None:
+    """Makes the folder that a local file is to be written into, and tries it, before hours of work for that file.
+
+    Raises:
+      UserError: naming the flag, if the file cannot be written there.
+    """
+    name = f"--{flag}={path}" if flag else path
+    if os.path.isdir(path):
+        raise UserError(f"{name}: is a folder, name a file")
+    try:
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{name}: cannot be written ({error.strerror})") from None
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:

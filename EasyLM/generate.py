@@ -18,6 +18,8 @@ from EasyLM.errors import UserError
 from EasyLM.vocab import CODEBOOK_SIZE
 
 _FIRST_SLOTS = 256  # the candidates' cache doubles from here: each size is compiled once, and attention reads no more
+_LEAST_TEMPERATURE = 1e-6  # logits divided by less may overflow
+_MOST_K = 2**31 - 1  # as a traced int32; above any vocabulary, so it is the same as off
 _CHUNK = 16  # tokens between two reports of progress: a row of a picture
 
 
@@ -49,7 +51,7 @@ class Sampling:
     """How a token is drawn. None: not at all (temperature: greedy). The values are traced, whether they are None not.
 
     Attributes:
-      temperature: divides the logits, above 0.
+      temperature: divides the logits, at least 1e-6.
       top_k: only the k most likely ids (and what ties with the last).
       top_p: of these, the fewest most likely ids that together have this probability (arXiv 1904.09751).
     """
@@ -81,7 +83,7 @@ def generate(
 
     Args:
       prompts_BP: token ids; prompts of different lengths: see `left_padded`.
-      temperature: 0 takes the most likely token.
+      temperature: 0 takes the most likely token; values between 0 and 1e-6 are refused.
       top_k, top_p: see `Sampling`; 0 and 1 turn them off.
       seed: one for all prompts, or one for each.
       allowed_ids: only ids below this one are drawn (and below the vocabulary's end): image codes by default.
@@ -135,15 +137,23 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
     Raises:
       UserError: naming the setting, its value and its range.
     """
-    if not 0 <= temperature < np.inf:
-        raise UserError(f"temperature={temperature}: must be 0 (the most likely token) or above")
+    if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < np.inf:
+        raise UserError(
+            f"temperature={temperature}: must be 0 (the most likely token), or finite and at least {_LEAST_TEMPERATURE}"
+        )
     if not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p}: must be above 0 and at most 1 (off)")
     if top_k < 0:
         raise UserError(f"top_k={top_k}: must be 0 (off) or above")
     if temperature == 0:
         return Sampling()
-    return Sampling(float(temperature), top_k or None, float(top_p) if top_p < 1 else None)
+    return Sampling(float(temperature), min(top_k, _MOST_K) or None, float(top_p) if top_p < 1 else None)
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that users cannot give: all programs take the same ones."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed={seed}: must be 0..{2**31 - 1}")
 
 
 def check_tokens(model, tokens_BP: np.ndarray, mask_BP: np.ndarray | None, num_new_tokens: int = 0) -> np.ndarray:
@@ -190,7 +200,8 @@ def _smallest_kept(logits_V, sampling: Sampling):
     kept_V = sorted_V > -jnp.inf
     if sampling.top_p is not None:
         probabilities_V = jax.nn.softmax(sorted_V)
-        kept_V &= jnp.cumsum(probabilities_V) - probabilities_V < sampling.top_p  # the first one always
+        kept_V &= jnp.cumsum(probabilities_V) - probabilities_V < sampling.top_p
+        kept_V = kept_V.at[0].set(True)  # also by a top_p that float32 has no number for
     return jnp.where(kept_V, sorted_V, jnp.inf).min()
 
 

@@ -92,17 +92,27 @@ def load(spec: str, target=None, prefixes: Mapping[str, Callable[[str], list[Ent
 
 def open_checkpoint(spec: str, prefixes: Mapping[str, Callable[[str], list[Entry]]] = PREFIXES) -> list[Entry]:
     """The entries of the checkpoint `PREFIX::PATH`, none of them read yet. Raises UserError as `load` does."""
+    prefix, path = parse(spec, prefixes, f"checkpoint {spec!r}")
+    return prefixes[prefix](path)
+
+
+def parse(spec: str, prefixes: Mapping, name: str) -> tuple[str, str]:
+    """Prefix and path of `PREFIX::PATH`.
+
+    Raises:
+      UserError: beginning with `name`, for an unknown prefix, and a path that is missing or of the wrong kind.
+    """
     prefix, separator, path = spec.partition("::")
     if not separator:
-        raise UserError(f"checkpoint {spec!r}: say what it is, PREFIX::PATH, with one of {', '.join(prefixes)}")
-    choose(f"checkpoint {spec!r}: prefix", prefix, prefixes)
+        raise UserError(f"{name}: say what it is, PREFIX::PATH, with one of {', '.join(prefixes)}")
+    choose(f"{name}: prefix", prefix, prefixes)
     if not is_remote(path):
         kind, fits = ("directory", os.path.isdir) if prefix in _DIRECTORIES else ("file", os.path.isfile)
         if not os.path.exists(path):
-            raise UserError(f"checkpoint {spec!r}: there is no {path}")
+            raise UserError(f"{name}: there is no {path}")
         if not fits(path):
-            raise UserError(f"checkpoint {spec!r}: {path} is not a {kind}, which {prefix}:: names")
-    return prefixes[prefix](path)
+            raise UserError(f"{name}: {path} is not a {kind}, which {prefix}:: names")
+    return prefix, path
 
 
 def _below_params(path: str, entries: list[Entry]) -> list[Entry]:

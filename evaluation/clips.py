@@ -44,6 +44,10 @@ class Clip:
     def files(self) -> tuple[str, ...]:
         return self.frames if os.path.isdir(self.path) else (self.path,)
 
+    @property
+    def facts(self) -> tuple:
+        return self.frames
+
 
 def find_clips(config, count: int) -> list[Clip]:
     """The clips of the flags CLIP_FLAGS, `count` frames chosen of each.
@@ -110,8 +114,9 @@ def _what(config) -> str:
 
 def _clip(config, path: str, name: str, count: int) -> Clip | None:
     if config.frame_input:
-        frames = [os.path.join(path, f) for f in os.listdir(path) if f.lower().endswith(images.EXTENSIONS)]
-        frames = sorted((f for f in frames if not os.path.basename(f).startswith(".")), key=_natural)
+        names = [f for f in sorted(os.listdir(path)) if f.lower().endswith(images.EXTENSIONS) and f[0] != "."]
+        names.sort(key=lambda name: images.natural(os.path.splitext(name)[0]))
+        frames = [os.path.join(path, name) for name in names]
     else:
         frames = videos.timestamps(path).tolist()
     if len(frames) < count and config.skip_short_clips:
@@ -123,11 +128,6 @@ def _clip(config, path: str, name: str, count: int) -> Clip | None:
     rng = np.random.default_rng([config.seed, zlib.crc32(name.encode())])
     start = int(rng.integers(starts)) if config.random_start else 0
     return Clip(name, path, tuple(frames[start + i * stride] for i in range(count)))
-
-
-def _natural(path: str) -> list:
-    """Numbers in a name count as numbers: 2.png comes before 10.png."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", os.path.basename(path))]
 
 
 def load(clip: Clip, side: int, center_crop: float) -> np.ndarray:

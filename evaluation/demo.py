@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run
 from evaluation import demo_prompts, uploads
 from evaluation.batching import ClosedError, QueueFullError
@@ -43,6 +43,7 @@ Show the model what you want, in pictures; it draws what follows. Nothing else t
 
 def main(config) -> None:
     """Shows the page until Ctrl-C."""
+    check_installed("the page", "serve", "gradio")
     if not 0 <= config.port < 2**16:
         raise UserError(f"--port={config.port}: must be 0..65535")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported

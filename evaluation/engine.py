@@ -28,7 +28,13 @@ ENGINE_FLAGS = {
     "pictures_at_a_time": Flag(8, "Pictures that the tokenizer computes at a time, always; changes no result."),
     "max_queue": Flag(64, "Requests that may wait; more are refused."),
     "max_new_pictures": Flag(64, "The most n_candidates times n_new_frames that a request may ask for."),
-    "warm_up": Flag("7", "Comma list of prompt lengths, in pictures, that are compiled before the first request."),
+    "warm_up": Flag(
+        "7",
+        "Comma list of prompt lengths, in pictures, that are compiled before the first request: drawing with the "
+        "settings of a request that gives none (the page: its own at the start), and perplexity of one target. Other "
+        "lengths, other numbers of candidates or new pictures, temperature 0, top_k and top_p are compiled when the "
+        "first request with them comes.",
+    ),
 }
 
 
@@ -126,10 +132,21 @@ class Engine:
         return self._batcher.close(timeout)
 
     def warm_up(self, settings: Settings) -> Future:
-        """Compiles what `--warm_up` says for such settings: requests that come meanwhile wait behind it."""
+        """Compiles what a first request would wait for: others that come meanwhile wait behind it.
+
+        That is, for each prompt length of `--warm_up` and each size of a batch, drawing with such settings, and the
+        perplexity of one target. Of the sampling only what is in use matters: another temperature above 0 is no other
+        program, nor another top_k or top_p where `settings` has one.
+        """
         future = self._batcher.submit(("warm_up",), settings)
-        future.add_done_callback(lambda done: done.cancelled() or done.exception() or self._warm.set())
+        future.add_done_callback(self._warmed_up)
         return future
+
+    def _warmed_up(self, future: Future) -> None:
+        if future.exception():
+            logging.error("warming up failed", exc_info=future.exception())
+        else:
+            self._warm.set()
 
     def generate(
         self, prompt: Prompt, settings: Settings, listener: Callable[[Partial], None] | None = None
@@ -150,8 +167,7 @@ class Engine:
                 f"n_candidates={settings.n_candidates}, n_new_frames={settings.n_new_frames}: at most "
                 f"{self._config.max_new_pictures} pictures are drawn for a request"
             )
-        if not 0 <= settings.seed < 2**31:
-            raise UserError(f"seed={settings.seed}: must be 0..{2**31 - 1}")
+        generate.check_seed(settings.seed)
         if settings.context_frames < 2:
             raise UserError(f"context_frames={settings.context_frames}: must be at least 2")
         # Each draws by its own seed, and a candidate by its number: neither keeps requests apart.
@@ -235,6 +251,8 @@ class Engine:
                 prompt = Prompt(pictures=np.zeros((length, self.resolution, self.resolution, 3), np.float32))
                 alike = dataclasses.replace(job.item, n_candidates=_power_of_two(job.item.n_candidates))
                 for exponent in range(self._config.max_batch.bit_length()):
+                    if self._batcher.closed:  # requests behind this one wait to be finished, compiled or not
+                        return [None] * len(jobs)
                     begin = time.monotonic()
                     self._generate([Job(("generate", length, alike), (prompt, job.item))] * 2**exponent)
                     self._log_likelihoods([Job(None, (prompt, Prompt(prompt.pictures[:1])))] * 2**exponent)

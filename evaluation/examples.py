@@ -19,7 +19,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from EasyLM.files import is_remote
+from EasyLM.files import check_output, is_remote
 from EasyLM.flags import Flag
 from evaluation import metrics
 
@@ -45,6 +45,7 @@ class Example(Protocol):
 
     name: str  # in messages and results, as FILE:LINE
     files: tuple[str, ...]  # that its result follows from
+    facts: tuple  # what else of it the result follows from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Line:
     def files(self) -> tuple[str, ...]:
         return self.inputs + self.targets
 
+    @property
+    def facts(self) -> tuple:
+        return len(self.inputs), self.output
+
 
 def read_lines(config, *, target: str = "left out", output: bool = False) -> list[Line]:
     """The examples of `--input_file`; empty lines do not count.
@@ -74,7 +79,7 @@ def read_lines(config, *, target: str = "left out", output: bool = False) -> lis
     """
     if not config.input_file:
         raise UserError("--input_file is missing: a JSONL file, an example a line")
-    lines, outputs = [], {}
+    lines = []
     with open(config.input_file, encoding="utf-8") as file:
         for number, text in enumerate(file, start=1):
             if not text.strip():
@@ -86,8 +91,6 @@ def read_lines(config, *, target: str = "left out", output: bool = False) -> lis
                 line = _parse(name, text, config, target, output)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
-            if output and outputs.setdefault(line.output, name) != name:
-                raise UserError(f"{name}: {line.output} is already the output of {outputs[line.output]}")
             lines.append(line)
     if not lines:
         raise UserError(f"--input_file={config.input_file}: no example there")
@@ -163,18 +166,16 @@ class Results:
         """Reads what a stopped run with the same settings left at `path` (empty: nothing is kept).
 
         Raises:
-          UserError: if the file belongs to other settings.
+          UserError: if the file belongs to other settings, or cannot be written.
         """
         self._path, self._values = path, {}
         if not path:
             return
-        settings = _settings(config)
+        # Written with the first result: a start that fails leaves nothing that the corrected command stumbles over.
+        self._settings = _settings(config)
+        check_output(path)
         if os.path.exists(path):
-            self._take_up(settings)
-        else:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(settings) + "\n")
+            self._take_up(self._settings)
 
     def _take_up(self, settings: dict) -> None:
         with open(self._path, "r+b") as file:
@@ -182,6 +183,9 @@ class Results:
             whole = whole[: whole.rfind(b"\n") + 1]  # a line that a kill cut off does not count
             file.truncate(len(whole))
         first, *rest = [json.loads(line) for line in whole.splitlines()] or [{}]
+        if not rest:
+            os.remove(self._path)
+            return
         changed = [name for name in settings if settings[name] != first.get(name)]
         if changed:
             name = changed[0]
@@ -192,11 +196,11 @@ class Results:
         self._values = {values.pop("example"): values for values in rest}
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
-        """Those without a result, or whose files have changed since, or what they had written is gone."""
+        """Those without a result, or whose line or files have changed since, or what they had written is gone."""
 
         def is_missing(example):
             values = self._values.get(example.name)
-            if values is None or values["mark"] != _mark(example.files):
+            if values is None or values["mark"] != _mark(example.files, example.facts):
                 return True
             return not all(map(os.path.exists, values.get("written", ())))
 
@@ -204,10 +208,12 @@ class Results:
 
     def add(self, example: Example, values: dict) -> None:
         """Keeps a result; `written` in it names files that belong to it, which are there by now."""
-        self._values[example.name] = {"mark": _mark(example.files), **values}
+        self._values[example.name] = {"mark": _mark(example.files, example.facts), **values}
         if self._path:
+            new = [] if os.path.exists(self._path) else [self._settings]
+            new.append({"example": example.name, **self._values[example.name]})
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"example": example.name, **self._values[example.name]}) + "\n")
+                file.write("".join(json.dumps(line) + "\n" for line in new))
 
     def finish(self, examples: Sequence[Example], figures: Sequence[str], output_json: str) -> None:
         """Prints the mean of each figure with its standard error, and writes them with each example's result.
@@ -223,7 +229,6 @@ class Results:
             print(f"{name}: {result['mean']:.6g} ± {result['standard_error']:.2g} ({len(values)} examples)")
         if output_json:
             per_example = [{name: value for name, value in row.items() if name != "mark"} for row in rows]
-            os.makedirs(os.path.dirname(output_json) or ".", exist_ok=True)
             temporary = f"{output_json}.tmp"
             with open(temporary, "w", encoding="utf-8") as file:
                 json.dump({**totals, "per_example": per_example}, file, indent=2)
@@ -246,9 +251,9 @@ def _settings(config) -> dict:
     return settings
 
 
-def _mark(paths: Sequence[str]) -> str:
-    """A digest that changes when one of the files is written. Remote ones are taken to stay as they are."""
-    facts = []
+def _mark(paths: Sequence[str], facts: Sequence = ()) -> str:
+    """A digest that changes with the facts, and when a file is written. Remote ones are taken to stay as they are."""
+    facts = list(facts)
     for path in paths:
         if is_remote(path) or not os.path.exists(path):
             facts.append(path)

@@ -11,7 +11,6 @@ Shapes: Q queries, P pictures of a prompt, N tokens of an image, S the side in p
 """
 
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -20,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.errors import UserError, choose
+from EasyLM.files import check_output
 from EasyLM.flags import Flag, run
-from EasyLM.generate import check_sampling
+from EasyLM.generate import check_sampling, check_seed
 from evaluation import benchmarks, metrics, pictures, plots, tasks
 from evaluation.prompter import PROMPTER_FLAGS, Prompter
 from tokenizer import inception, lpips, scenes
@@ -59,6 +59,7 @@ def main(config) -> None:
     """Measures every task, prints a table, writes figures, curves and sheet."""
     shots, frames = _check(config)
     sources = _sources(config, max(frames) + 1)
+    _check_outputs(config)
     wanted = _figures(config.lpips_weights)
     network = inception.Inception(config.inception_weights, config.batch_size) if config.inception_weights else None
     prompter = Prompter.load(config)
@@ -81,10 +82,11 @@ def main(config) -> None:
 
 def _check(config) -> tuple[list[int], list[int]]:
     """The numbers of shots and of frames to measure at."""
-    for name in ("n_queries", "batch_size", "n_examples"):
+    for name in ("n_queries", "batch_size", "n_examples", "rows_per_task"):
         if config[name] < 1:
             raise UserError(f"--{name}={config[name]}: must be at least 1")
     check_sampling(config.temperature, 0, config.top_p)
+    check_seed(config.seed)
     inputs, targets, figures = (config[name].split(",") for name in ("input_dirs", "target_dirs", "figures"))
     if len(inputs) != len(targets):
         raise UserError(f"--target_dirs has {len(targets)} folders, --input_dirs {len(inputs)}: one of each for a task")
@@ -100,6 +102,15 @@ def _check(config) -> tuple[list[int], list[int]]:
     return shots, sorted({max(1, count) for count in shots})
 
 
+def _check_outputs(config) -> None:
+    """Raises UserError for what would fail only once all is measured."""
+    for name in ("output_json", "output_plot", "output_picture"):
+        if config[name]:
+            check_output(config[name], name)
+    if config.output_plot:
+        plots.canvas()
+
+
 def _counts(config, name: str, least: int) -> list[int]:
     try:
         counts = sorted({int(count) for count in str(config[name]).split(",")})
@@ -111,14 +122,25 @@ def _counts(config, name: str, least: int) -> list[int]:
 
 
 def _sources(config, frames: int) -> list[tasks.Source]:
-    found = []
+    found = []  # (where it comes from, the task)
     if config.input_dirs:
         inputs, targets = config.input_dirs.split(","), config.target_dirs.split(",")
         figures = config.figures.split(",") if config.figures else [""] * len(inputs)
-        found += [tasks.folder_pairs(*folders) for folders in zip(inputs, targets, figures, strict=True)]
+        for folders in zip(inputs, targets, figures, strict=True):
+            found.append((f"--target_dirs={folders[1]}", tasks.folder_pairs(*folders)))
     if config.clip_dirs:
-        found += [tasks.folder_clips(folder) for folder in config.clip_dirs.split(",")]
-    return found + (benchmarks.BENCHMARKS[config.benchmark](config, frames) if config.benchmark else [])
+        found += [(f"--clip_dirs={folder}", tasks.folder_clips(folder)) for folder in config.clip_dirs.split(",")]
+    if config.benchmark:
+        of_benchmark = benchmarks.BENCHMARKS[config.benchmark](config, frames)
+        found += [(f"--benchmark={config.benchmark}", source) for source in of_benchmark]
+    places = {}
+    for place, source in found:
+        if source.name in places:  # results have one entry a name
+            raise UserError(
+                f"{places[source.name]} and {place}: two tasks named {source.name!r}: rename one, or measure it apart"
+            )
+        places[source.name] = place
+    return [source for _, source in found]
 
 
 def _figures(lpips_weights: str) -> dict[str, Callable]:
@@ -236,8 +258,6 @@ def _cell(value: dict[str, float] | None) -> str:
 
 
 def _write(config, results: dict, rows: list) -> None:
-    for path in filter(None, (config.output_json, config.output_plot, config.output_picture)):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if config.output_json:
         asked = {
             name: config[name] for name in ("checkpoint", "benchmark", "split", "n_queries", "temperature", "seed")

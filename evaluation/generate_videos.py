@@ -43,7 +43,7 @@ def main(config) -> None:
         return frames[: config.n_context_frames], frames[config.n_context_frames :] if truths else None
 
     def save(clip, prompt_PSS3, answers_CFSS3):
-        base = os.path.join(config.output_dir, clip.name.replace(os.sep, "_"))
+        base = os.path.join(config.output_dir, _output_name(clip))
         rows = images.to_uint8(np.stack([np.concatenate([prompt_PSS3, answer]) for answer in answers_CFSS3]))
         pictures = {f"{base}.png": images.tiled(rows)}
         for candidate, row in enumerate(rows):
@@ -57,7 +57,23 @@ def main(config) -> None:
         return [*pictures, *films]
 
     cases = clips.find_clips(config, config.n_context_frames + truths)
+    _check_names(cases)
     runners.draw(config, cases, load, lambda clip: (config.n_context_frames, truths), save, config.output_dir)
+
+
+def _output_name(clip: clips.Clip) -> str:
+    return clip.name.replace(os.sep, "_")
+
+
+def _check_names(cases: list[clips.Clip]) -> None:
+    owners = {}
+    for clip in cases:
+        other = owners.setdefault(_output_name(clip), clip)
+        if other is not clip:
+            raise UserError(
+                f"{other.path} and {clip.path} would both be written to {_output_name(clip)}: rename one, or continue "
+                "them in two runs"
+            )
 
 
 if __name__ == "__main__":

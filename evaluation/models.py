@@ -5,7 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from EasyLM import checkpoint, sharding
+from EasyLM import loading, sharding
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
@@ -27,22 +27,26 @@ def load_model(spec: str, load_llama_config: str, mesh: jax.sharding.Mesh, dtype
     """
     if not spec:
         raise UserError("--checkpoint is missing: PREFIX::FILE, or a Hugging Face directory")
-    if "::" not in spec:
-        spec = f"huggingface::{spec}"
-    spec = spec.replace("trainstate::", "trainstate_params::", 1) if spec.startswith("trainstate::") else spec
-    config = _config(spec, load_llama_config)
+    named = spec if "::" in spec or os.path.isfile(spec) else f"huggingface::{spec}"  # a file says not what it holds
+    prefix, path = loading.parse(named, hf_layout.PREFIXES, f"--checkpoint={spec}")
+    config = _config(prefix, path, load_llama_config)
     shapes = jax.eval_shape(lambda params: llama_model.with_kernels(params, dtype), hf_layout.parameter_shapes(config))
     places = sharding.shardings(mesh, llama_config.PARTITION_RULES, shapes)
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
-    return config, checkpoint.load(spec, target, hf_layout.PREFIXES)
+    prefix = "trainstate_params" if prefix == "trainstate" else prefix
+    return config, loading.load(f"{prefix}::{path}", target, hf_layout.PREFIXES)
 
 
-def _config(spec: str, load_llama_config: str) -> llama_config.LLaMAConfig:
-    prefix, _, path = spec.partition("::")
+def _config(prefix: str, path: str, load_llama_config: str) -> llama_config.LLaMAConfig:
     if load_llama_config:
         return llama_config.load_config(load_llama_config)
     if prefix == "huggingface":
-        return llama_config.load_config(f"json::{os.path.join(path, 'config.json')}")
+        file = os.path.join(path, "config.json")
+        if os.path.isdir(path) and not os.path.exists(file):
+            raise UserError(
+                f"--checkpoint={path}: no config.json there: name a Hugging Face directory, or PREFIX::FILE"
+            )
+        return llama_config.load_config(f"json::{file}")
     found = llama_config.config_beside(path)
     if found is None:
         raise UserError(f"--load_llama_config is empty, and no metadata.json lies beside {path}")

@@ -12,11 +12,8 @@ _LINES = {
 }
 
 
-def curves(results: dict, path: str) -> None:
-    """Writes a PNG: for each task a column, perplexity above and the task's own figure (or the squared error) below.
-
-    Args:
-      results: the `tasks` of fewshot's JSON; bars are standard errors.
+def canvas() -> tuple[type, type]:
+    """What matplotlib draws with: its FigureCanvasAgg and its Figure.
 
     Raises:
       UserError: if matplotlib is not installed.
@@ -26,6 +23,18 @@ def curves(results: dict, path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--output_plot needs matplotlib: pip install matplotlib") from None
+    return FigureCanvasAgg, Figure
+
+
+def curves(results: dict, path: str) -> None:
+    """Writes a PNG: for each task a column, perplexity above and the task's own figure (or the squared error) below.
+
+    Args:
+      results: the `tasks` of fewshot's JSON; bars are standard errors.
+
+    Raises: as `canvas`.
+    """
+    FigureCanvasAgg, Figure = canvas()
     figure = Figure(figsize=(2.5 * len(results) + 1, 5.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(results), squeeze=False)

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import threading
 
 import numpy as np
@@ -92,7 +93,10 @@ async def events(future, news: News):
         try:
             yield _event("answer", await to_thread.run_sync(answer_body, future.result()))
         except Exception as error:  # the status is sent already
-            yield _event("error", refusal_of(error).body)
+            refused = refusal_of(error)
+            if refused.status == 500:  # nobody above here sees it
+                logging.exception("a stream failed")
+            yield _event("error", refused.body)
     finally:
         future.cancel()  # where the client has left
 

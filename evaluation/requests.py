@@ -93,7 +93,12 @@ class ErrorResponse(BaseModel):
 
 
 class ReadyResponse(BaseModel):
-    """Whether a request would be answered without waiting for a compilation, and what the model takes."""
+    """Whether what `--warm_up` names is compiled, and what the model takes.
+
+    Compiled are prompts of those lengths, drawn from with the settings of a request that gives none, and measured with
+    one target. The first request of another length, with other n_candidates or n_new_frames, with temperature 0, top_k
+    or top_p waits for its own compilation.
+    """
 
     ready: bool
     state: Literal["warming up", "ready", "stopping"]

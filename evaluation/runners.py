@@ -9,8 +9,9 @@ from functools import partial
 import numpy as np
 
 from EasyLM.errors import UserError
+from EasyLM.files import check_output
 from EasyLM.flags import Flag
-from EasyLM.generate import check_sampling
+from EasyLM.generate import check_sampling, check_seed
 from evaluation import metrics
 from evaluation.examples import Example, Results, loaded_batches, progress_bar
 from evaluation.prompter import Prompter
@@ -30,7 +31,7 @@ UNFINISHED = "unfinished.jsonl"  # what a stopped run leaves behind
 
 
 def check(config, *counts: str) -> None:
-    """Raises UserError unless these flags, and those of the sampling, if there are any, have values that can be."""
+    """Raises UserError unless these flags, and, if there are any, sampling and seed, have values that can be."""
     for name in counts:
         if config[name] < 1:
             raise UserError(f"--{name}={config[name]}: must be at least 1")
@@ -38,6 +39,8 @@ def check(config, *counts: str) -> None:
         raise UserError(f"--max_examples={config.max_examples}: must be at least 0 (all)")
     if "temperature" in config:
         check_sampling(config.temperature, config.top_k, config.top_p)
+    if "seed" in config:
+        check_seed(config.seed)
 
 
 def measure(config, cases: Sequence[Example], load: Callable, lengths: Callable) -> None:
@@ -51,6 +54,8 @@ def measure(config, cases: Sequence[Example], load: Callable, lengths: Callable)
     Raises:
       UserError: naming the flag, or the example that is too long for the model or cannot be read.
     """
+    if config.output_json:
+        check_output(config.output_json, "output_json")
     results = Results(config.output_json and f"{config.output_json}.{UNFINISHED}", config)
     prompter = _load(config, config.batch_size, cases, lengths)
     for case in cases:
@@ -83,6 +88,8 @@ def draw(config, cases: Sequence[Example], load: Callable, lengths: Callable, sa
     Raises:
       UserError: naming the flag, or the example that cannot be read.
     """
+    if config.output_json:
+        check_output(config.output_json, "output_json")
     results = Results(f"{output_dir}/{UNFINISHED}", config)
     prompter = _load(config, config.batch_size_factor, cases, lengths)
     settings = {name: config[name] for name in ("temperature", "top_k", "top_p", "seed")}

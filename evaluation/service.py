@@ -70,7 +70,10 @@ def make_app(engine: Engine, limits: Limits | None = None, token: str = ""):
 
     @app.get("/ready", responses={200: {"model": requests.ReadyResponse}, 503: {"model": requests.ReadyResponse}})
     async def ready():
-        """200 once a first request would be quick, 503 before that and while the service stops. Needs no token."""
+        """200 once what `--warm_up` names is compiled, 503 before that and while the service stops. Needs no token.
+
+        A request that is like none of that (`ReadyResponse` says what is) is answered too; the first one takes longer.
+        """
         body = {
             "ready": engine.state == "ready",
             "state": engine.state,
@@ -107,6 +110,8 @@ def make_app(engine: Engine, limits: Limits | None = None, token: str = ""):
     async def perplexity(request: Request):
         """Measures how well the model foresees given pictures after a prompt."""
         asked = await requests.read(request, requests.PerplexityRequest, limits)
+        both = {"pictures": asked.pictures or [], "targets": asked.targets or []}
+        await to_thread.run_sync(uploads.check, both, limits, limiter=unpackers)
         prompt = await prompt_of(asked.pictures, asked.tokens, "pictures", "tokens")
         target = await prompt_of(asked.targets, asked.target_tokens, "targets", "target_tokens")
         found = await _result(engine.log_likelihoods(prompt, target), request)

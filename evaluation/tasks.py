@@ -117,12 +117,12 @@ def folder_pairs(input_dir: str, target_dir: str, figure: str) -> Source:
 
 
 def folder_clips(clip_dir: str) -> Source:
-    """Folders of frames, by name order, anywhere below a folder: a clip each.
+    """Folders of frames anywhere below a folder: a clip each. Numbers in names count as numbers: 2.png before 10.png.
 
     Raises:
       UserError: naming the flag, if there is no picture.
     """
     clips: dict[pathlib.Path, list[Load]] = {}
-    for path in images.find(clip_dir, "clip_dirs"):
+    for path in sorted(images.find(clip_dir, "clip_dirs"), key=lambda path: images.natural(path.stem)):
         clips.setdefault(path.parent, []).append(partial(images.read, path))
     return Source(pathlib.Path(clip_dir).name, "", clips=[clips[folder] for folder in sorted(clips)])

@@ -5,7 +5,7 @@ Shapes: P pictures, S the side in pixels.
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -53,25 +53,37 @@ class Refused(Exception):  # noqa: N818, it is an answer
         return headers if self.retry_after is None else headers | {"retry-after": str(self.retry_after)}
 
 
-def decode(files: Sequence[bytes], size: int, limits: Limits, name: str = "pictures") -> np.ndarray:
-    """Picture files as the tokenizer sees them, see `images.load`: float32 [P,S,S,3] in [0, 1].
+def check(fields: Mapping[str, Sequence[bytes]], limits: Limits) -> None:
+    """Counts the pictures of all fields of a request, and their pixels, before one of them is unpacked.
 
     Raises:
       Refused: with status 413, if they are too many or too large.
-      UserError: naming the picture by `name` and number, if it cannot be read.
+      UserError: naming the picture by field and number, if it cannot be read.
     """
-    if len(files) > limits.pictures:
-        raise Refused(413, "too_many_pictures", f"{name}: {len(files)} pictures, at most {limits.pictures} are taken")
-    pixels = 0
-    for i, data in enumerate(files):
-        with _open(data, f"{name}[{i}]") as image:
-            pixels += image.width * image.height
-        if pixels > limits.pixels:
+    pictures = pixels = 0
+    for name, files in fields.items():
+        pictures += len(files)
+        if pictures > limits.pictures:
             raise Refused(
-                413,
-                "too_many_pixels",
-                f"{name}[{i}] has {image.width} x {image.height} pixels: a request may have {limits.pixels} in all",
+                413, "too_many_pictures", f"{name}: {pictures} pictures in all, at most {limits.pictures} are taken"
             )
+        for i, data in enumerate(files):
+            with _open(data, f"{name}[{i}]") as image:
+                pixels += image.width * image.height
+            if pixels > limits.pixels:
+                raise Refused(
+                    413,
+                    "too_many_pixels",
+                    f"{name}[{i}] has {image.width} x {image.height} pixels: a request may have {limits.pixels} in all",
+                )
+
+
+def decode(files: Sequence[bytes], size: int, limits: Limits, name: str = "pictures") -> np.ndarray:
+    """Picture files as the tokenizer sees them, see `images.load`: float32 [P,S,S,3] in [0, 1].
+
+    Raises: as `check`, of which this is the only field.
+    """
+    check({name: files}, limits)
     return np.stack([_pixels(data, size, f"{name}[{i}]") for i, data in enumerate(files)])
 
 

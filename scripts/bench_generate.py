@@ -33,7 +33,6 @@ from EasyLM.vocab import CODEBOOK_SIZE
 
 BOUNDS = {1: 2.0, 4: 5.0}  # candidates -> times the peer's speed, on a CPU
 GPU_MODELS, GPU_BATCHES, GPU_PROMPTS, GPU_SHARE = ("vqlm_1b", "vqlm_7b"), (1, 16, 64), (1, 3840), 0.7
-DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 FLAGS = {
     "load_llama_config": Flag("", "Comma list of presets; empty: vqlm_100m on a CPU, vqlm_1b,vqlm_7b on a GPU."),

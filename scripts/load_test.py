@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 import zlib
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -198,15 +199,16 @@ async def crowd(config, port: int, report: Report) -> None:
 
     async def client(name: int) -> None:
         rng = np.random.default_rng(name)
+        hostile = {**HOSTILE, "leaves early": partial(leaves_early, bodies=bodies, rng=rng)}
         while time.perf_counter() - begin < config.seconds:
-            kind = "valid" if rng.random() >= config.hostile else str(rng.choice(list(HOSTILE)))
+            kind = "valid" if rng.random() >= config.hostile else str(rng.choice(list(hostile)))
             report.counts[kind] += 1
             try:
                 if kind == "valid":
                     await one_valid(port, int(rng.integers(PROMPTS)), bodies, report)
                     report.crowd_seconds = time.perf_counter() - begin
                 else:
-                    await HOSTILE[kind](port)
+                    await hostile[kind](port)
             except (OSError, TimeoutError, IndexError, ValueError, AssertionError) as error:
                 report.lost.append(f"{kind}: {error!r}")
 
@@ -264,25 +266,25 @@ async def slow(port: int) -> None:
     await refused(port, 408, b" " * 60, claimed=10_000, pause=1.0)
 
 
-async def leaves_early(port: int) -> None:
-    """A valid request whose sender does not wait."""
+async def leaves_early(port: int, bodies: list[bytes], rng: np.random.Generator) -> None:
+    """A valid request whose sender does not wait for the answer, or leaves in the middle of the body."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = valid(0, 1)
+    body = bodies[rng.integers(len(bodies))]
+    sent = len(body) if rng.random() < 0.5 else rng.integers(len(body))
     writer.write(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
-    writer.write(b"content-length: %d\r\n\r\n" % len(body) + body[: np.random.randint(len(body) + 1)])
+    writer.write(b"content-length: %d\r\n\r\n" % len(body) + body[:sent])
     await writer.drain()
     await asyncio.sleep(0.05)
     writer.transport.abort()
 
 
-HOSTILE = {
+HOSTILE = {  # besides those who leave early, with requests that are valid
     "too large": too_large,
     "bomb": bomb,
     "garbage": garbage,
     "no picture": no_picture,
     "wrong ids": wrong_ids,
     "slow": slow,
-    "leaves early": leaves_early,
 }
 
 

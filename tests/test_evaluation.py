@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -152,6 +155,9 @@ def settings(**values):
         ({"input_dirs": "a", "target_dirs": "b", "figures": "iou"}, "--figures='iou': choose one of 'scene_iou'"),
         ({"benchmark": "rendered", "tasks": "depht"}, "--tasks='depht': choose one of 'segmentation', 'depth'"),
         ({"benchmark": "pascal_detection", "data_dir": "/none", "fold": 4}, "--fold=4: must be 0..3"),
+        ({"rows_per_task": 0}, "--rows_per_task=0: must be at least 1"),
+        ({"seed": -1}, "seed=-1: must be 0..2147483647"),
+        ({"seed": 2**63}, "seed=9223372036854775808: must be"),
     ],
 )
 def test_wrong_settings_are_named(values, said):
@@ -182,9 +188,47 @@ def test_a_task_reads_each_picture_where_its_prompts_say_it_is(tmp_path):
         assert len({path.stem for path in paths}) == 3
 
 
+def test_frames_of_a_clip_are_in_the_order_of_their_numbers(tmp_path):
+    for number in (1, 2, 10, 11):
+        write_picture(tmp_path / "clip" / f"{number}.png", seed=number)
+    (clip,) = tasks.folder_clips(str(tmp_path)).clips
+    expected = [images.read(tmp_path / "clip" / f"{number}.png", 8) for number in (1, 2, 10, 11)]
+    assert np.array_equal([frame(8) for frame in clip], expected)
+
+
 def test_too_few_examples_are_an_error_with_the_tasks_name(tmp_path):
     with pytest.raises(UserError, match="other: 2 examples, too few for n_shots=2"):
         tasks.load(folders(tmp_path, 2), shots=2, queries=3, seed=0, side=8)
+
+
+@pytest.mark.parametrize("name, end", [("json", "json"), ("plot", "png"), ("picture", "png")])
+def test_outputs_that_cannot_be_written_are_named_before_the_model_is_loaded(tmp_path, name, end):
+    (tmp_path / "file").write_text("in the way")
+    given = {f"output_{name}": f"{tmp_path}/file/x.{end}", "checkpoint": "none", "benchmark": "rendered"}
+    with pytest.raises(UserError, match=rf"--output_{name}=.*/file/x\.{end}: cannot be written"):
+        fewshot.main(settings(**given))
+
+
+def test_a_plot_wants_matplotlib_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="--output_plot needs matplotlib"):
+        fewshot.main(settings(benchmark="rendered", output_plot=f"{tmp_path}/x.png", checkpoint="none"))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"target_dirs": "{0}/other,{0}/b/other"}, "--target_dirs={0}/other and --target_dirs={0}/b/other: two tasks"),
+        ({"clip_dirs": "{0}/b/other"}, "--target_dirs={0}/other and --clip_dirs={0}/b/other: two tasks named 'other'"),
+    ],
+)
+def test_two_tasks_of_one_name_are_refused_before_the_model_is_loaded(tmp_path, given, said):
+    folders(tmp_path, 1)
+    shutil.copytree(tmp_path / "other", tmp_path / "b" / "other")
+    where = {"target_dirs": "{0}/other"} | given
+    where["input_dirs"] = ",".join(["{0}/image"] * len(where["target_dirs"].split(",")))
+    with pytest.raises(UserError, match=re.escape(said.format(tmp_path))):
+        fewshot.main(settings(**{name: value.format(tmp_path) for name, value in where.items()}, checkpoint="none"))
 
 
 def leaves(tree, path="") -> dict[str, float]:

@@ -139,10 +139,34 @@ def test_results_count_while_nothing_changed(tmp_path):
     path = str(tmp_path / "r.jsonl")
     examples.Results(path, config).add(case, {"written": [str(tmp_path / "x.png")]})
     assert examples.Results(path, config).missing([case]) == []
+    pictures = case.inputs * 2
+    examples.Results(path, config).add(examples.Line("a:2", pictures[:1], pictures[:1], "o.png"), {})
+    for edited in (
+        examples.Line("a:2", pictures, (), "o.png"),
+        examples.Line("a:2", pictures[:1], pictures[:1], "p.png"),
+    ):
+        assert examples.Results(path, config).missing([edited]) == [edited]
     os.utime(tmp_path / "x.png", ns=(1, 1))
     assert examples.Results(path, config).missing([case]) == [case]
     examples.Results(path, config).add(case, {"written": [str(tmp_path / "gone.png")]})
     assert examples.Results(path, config).missing([case]) == [case]
+
+
+def test_a_start_that_fails_leaves_nothing_behind(lines, tmp_path):
+    settings = {**lines, "output_base_dir": str(tmp_path / "o"), "load_llama_config": "vqlm_debug"}
+    with pytest.raises(UserError, match="there is no none"):
+        run_main(batch_generation, **settings, checkpoint="params::none")
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_settings_without_a_result_bind_nobody(tmp_path):
+    path, case = tmp_path / "r.jsonl", examples.Line("a:1", ())
+    config = clip_settings(checkpoint="", vqgan="", temperature=1.0)
+    examples.Results(str(path), config).add(case, {})
+    path.write_text(path.read_text().splitlines(keepends=True)[0] + '{"example": "cut o')
+    config.temperature = 0.5
+    examples.Results(str(path), config).add(case, {})
+    assert examples.Results(str(path), config).missing([case]) == []
 
 
 @pytest.mark.parametrize(
@@ -158,7 +182,7 @@ def test_results_count_while_nothing_changed(tmp_path):
         ('{"input": ["0.png"], "output": "a.txt"}', r"a\.txt: must end with one of"),
         ('{"input": ["0.png"], "output": "a.png", "target": ["1.png", "2.png"]}', "2 pictures in 'target', --n_new"),
         ('{"input": ["0.png"], "output": "a.png"}', "--evaluate_mse: no line of"),
-        ('{"input": ["0.png"], "output": "a.png"}\n' * 2, r"lines\.jsonl:2: a\.png is already the output of .*:1"),
+        ('{"input": ["0.png"], "output": "a.png"}\n' * 2, r"lines\.jsonl:2: .*a\.png is a file of .*:1 already"),
         (
             '{"input": ["0.png"], "output": "a.png"}\n{"input": ["0.png"], "output": "a_1.png"}',
             r"lines\.jsonl:2: .*a_1\.png is a file of .*:1 already",
@@ -181,6 +205,9 @@ def test_bad_lines_are_named_before_a_model_is_loaded(lines, tmp_path, line, sai
         (batch_generation, {"top_p": 0.0}, "top_p=0.0"),
         (batch_generation, {"input_file": ""}, "--input_file is missing"),
         (generate_videos, {}, "--input_files is missing"),
+        (generate_videos, {"seed": -1}, "seed=-1: must be 0..2147483647"),
+        (generate_videos, {"seed": 2**63}, "seed=9223372036854775808: must be"),
+        (eval_video_perplexity, {"seed": -1}, "seed=-1: must be"),
         (generate_videos, {"input_files": "none/*"}, r"--input_files=none/\*: matches no video file"),
         (generate_videos, {"input_files": "none/*", "frame_input": True}, "matches no folder"),
         (generate_videos, {"input_files": "x", "stride": 0}, "--stride=0"),
@@ -188,9 +215,18 @@ def test_bad_lines_are_named_before_a_model_is_loaded(lines, tmp_path, line, sai
     ],
 )
 def test_wrong_flags_are_named(tmp_path, program, given, said):
-    place = "output_base_dir" if program is batch_generation else "output_dir"
+    places = {batch_generation: {"output_base_dir": str(tmp_path)}, generate_videos: {"output_dir": str(tmp_path)}}
     with pytest.raises(UserError, match=said):
-        run_main(program, **{place: str(tmp_path)} | given)
+        run_main(program, **places.get(program, {}) | given)
+
+
+@pytest.mark.parametrize("program, place", [(eval_perplexity, "output_json"), (batch_generation, "output_json"),
+                                            (batch_generation, "output_base_dir")])  # fmt: skip
+def test_outputs_that_cannot_be_written_are_named_before_a_model_is_loaded(lines, tmp_path, program, place):
+    (tmp_path / "file").write_text("in the way")
+    given = {"output_base_dir": f"{tmp_path}/o"} if program is batch_generation else {}
+    with pytest.raises(UserError, match=r"/file/x.*: cannot be written"):
+        run_main(program, **lines, **given | {place: f"{tmp_path}/file/x", "checkpoint": "none"})
 
 
 # ---- Clips
@@ -243,6 +279,15 @@ def test_a_file_list_names_its_bad_lines(tmp_path):
     listed.write_text(f"{tmp_path}/x/a\n{tmp_path}/no\n")
     with pytest.raises(UserError, match=r"list\.txt:2: .*no is no folder"):
         clips.find_clips(settings, 2)
+
+
+def test_clips_of_one_output_name_are_refused_before_a_model_is_loaded(tmp_path):
+    for name in ("a/b", "a_b"):
+        write_clip(tmp_path / name, 2)
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a/b\n{tmp_path}/a_b\n")
+    given = {"read_file_list": f"{tmp_path}/list.txt", "frame_input": True, "n_context_frames": 2}
+    with pytest.raises(UserError, match=r"/a/b and .*/a_b would both be written to a_b: rename one"):
+        run_main(generate_videos, **given, output_dir=f"{tmp_path}/o", checkpoint="none")
 
 
 def test_the_middle_is_cut_out(tmp_path):

@@ -12,7 +12,7 @@ from scipy import stats
 from EasyLM import flags, sharding
 from EasyLM.checkpoint import load
 from EasyLM.errors import UserError
-from EasyLM.generate import Sampling, generate, left_padded, sample
+from EasyLM.generate import Sampling, check_sampling, generate, left_padded, sample
 from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_model
 from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder, log_likelihoods
@@ -154,6 +154,7 @@ def test_drawn_as_often_as_the_model_says(params, place, limits):
         (Sampling(1.0, top_k=2), {3, 1}),
         (Sampling(1.0, top_k=99), {0, 1, 2, 3, 4}),
         (Sampling(1.0, top_p=0.39), {3}),
+        (Sampling(1.0, top_p=1e-40), {3}),  # float32 flushes it to 0
         (Sampling(1.0, top_p=0.41), {3, 1}),
         (Sampling(1.0, top_p=0.69), {3, 1}),
         (Sampling(1.0, top_p=0.71), {3, 1, 0}),
@@ -258,11 +259,18 @@ def test_log_likelihoods_of_padded_rows(params):
         )
 
 
+def test_any_k_above_the_vocabulary_means_off():
+    logits_V = jax.random.normal(jax.random.key(0), 64)
+    drawn = [sample(logits_V, check_sampling(1.0, k, 1.0), jax.random.key(1)) for k in (0, 65, 2**31, 10**30)]
+    assert len(set(map(int, drawn))) == 1
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 1e-38}, r"temperature=1e-38: must be 0 \(the most likely token\), or .* at least 1e-06"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": -1}, "top_k=-1"),

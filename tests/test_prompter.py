@@ -1,6 +1,7 @@
 """Prompting against a slow reference that reads everything anew for each picture."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -91,3 +92,20 @@ def test_kernels_are_loaded_in_the_type_of_the_computation(tmp_path):
     assert transformer["wte"]["embedding"].dtype == transformer["ln_f"]["kernel"].dtype == jnp.float32
     apply = jax.jit(lambda params: llama_model.apply(config, params, PROMPTS[0], dtype=jnp.bfloat16))
     np.testing.assert_array_equal(*(apply(p).astype(np.float32) for p in (params, tiny_params())))
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ("{0}/file", "--checkpoint={0}/file: say what it is, PREFIX::PATH, with one of trainstate, trainstate_params,"),
+        ("weights::{0}/file", "--checkpoint=weights::{0}/file: prefix='weights': choose one of 'trainstate', "),
+        ("params::{0}/none", "--checkpoint=params::{0}/none: there is no {0}/none"),
+        ("params::{0}", "--checkpoint=params::{0}: {0} is not a file, which params:: names"),
+        ("{0}/none", "--checkpoint={0}/none: there is no {0}/none"),
+        ("{0}", "--checkpoint={0}: no config.json there"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_named_before_its_settings_are_looked_for(tmp_path, spec, said):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(UserError, match=re.escape(said.format(tmp_path))):
+        load_model(spec.format(tmp_path), "", sharding.make_mesh("1,-1,1"))

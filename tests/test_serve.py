@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -10,8 +11,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
+import load_test
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,8 +23,8 @@ from serve_kit import CODES, TINY, bomb, png, tiny_engine, tiny_prompter
 from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_serve
-from evaluation import metrics
-from evaluation.engine import Settings
+from evaluation import demo, metrics
+from evaluation.engine import Prompt, Settings
 from evaluation.service import make_app
 from evaluation.uploads import Limits
 from tokenizer import images
@@ -216,6 +219,10 @@ def test_other_endpoints_refuse_alike(app):
     assert_refused(post(app, "/perplexity", **form(png(1))), 422, "invalid", "either targets or target_tokens")
     rows = {"tokens": [[0] * TOKENS] * 3, "target_tokens": [[0] * TOKENS] * 2}
     assert_refused(post(app, "/perplexity", json=rows), 422, "invalid", "3 pictures and 2 targets", "holds 4")
+    many = [("pictures", png(1)), ("pictures", png(1)), ("targets", png(1)), ("targets", png(1))]
+    assert_refused(post(app, "/perplexity", files=many), 413, "too_many_pictures", "targets: 4", "at most 3")
+    large = [("pictures", bomb(800, 800)), ("targets", bomb(800, 800))]
+    assert_refused(post(app, "/perplexity", files=large), 413, "too_many_pixels", "targets[0]")
     nowhere, wrong_method = ask(app, ("GET", "/nowhere", {}), ("GET", "/generate", {}))
     assert_refused(nowhere, 404, "http_404")
     assert_refused(wrong_method, 405, "http_405")
@@ -297,7 +304,7 @@ def test_a_full_queue_and_a_stopping_service():
     assert ran.status_code == waited.status_code == 200 and closed
 
 
-def test_a_fault_is_answered_and_the_next_request_is_served():
+def test_a_fault_is_answered_and_the_next_request_is_served(caplog):
     prompter = HeldPrompter(failing=True)
     engine = tiny_engine(prompter)
     app = make_app(engine, LIMITS)
@@ -306,6 +313,7 @@ def test_a_fault_is_answered_and_the_next_request_is_served():
     assert "fire" not in failed.text
     streamed = events_of(post(app, "/generate", **form(png(1), output="stream")))
     assert [(name, body["error"]["code"]) for name, body in streamed] == [("error", "internal")]
+    assert "the device is on fire" in caplog.text
     prompter.failing = False
     prompter.may_go_on.set()
     assert post(app, "/generate", **form(png(1))).status_code == 200
@@ -358,6 +366,49 @@ def test_it_is_ready_once_it_is_warm():
     engine.close(SECONDS)
 
 
+def test_a_warm_up_ends_early_when_the_service_stops_and_says_when_it_fails(caplog):
+    prompter = HeldPrompter()
+    engine = tiny_engine(prompter, warm_up="1,2", max_batch=2)
+    drawn = []
+    prompter.answer = lambda prompts, **_: drawn.append(len(prompts)) or _held(prompter, prompts)
+    future = engine.warm_up(Settings())
+    assert prompter.begun.wait(SECONDS) and not engine.close(0.01)
+    prompter.may_go_on.set()
+    future.result(SECONDS)
+    assert drawn == [1]
+    failing = tiny_engine(HeldPrompter(failing=True), warm_up="1")
+    assert failing.warm_up(Settings()).exception(SECONDS) and failing.close(SECONDS)
+    assert failing.state == "stopping" and "warming up failed" in caplog.text and "on fire" in caplog.text
+
+
+def _held(prompter, prompts):
+    prompter.begun.set()
+    assert prompter.may_go_on.wait(SECONDS)
+    return np.zeros((len(prompts), 1, 1, TOKENS), np.int32)
+
+
+@pytest.mark.parametrize("signals, code", [(1, 0), (2, 1)])
+def test_a_second_signal_drops_what_runs_and_the_exit_code_says_so(monkeypatch, signals, code):
+    prompter = HeldPrompter()
+    engine = tiny_engine(prompter)
+
+    def run(server):
+        engine.generate(Prompt(tokens=np.zeros((1, TOKENS), np.int32)), Settings(), lambda newest: None)
+        assert prompter.begun.wait(SECONDS)
+        for _ in range(signals):
+            server.handle_exit(signal.SIGTERM, None)
+        if signals == 1:
+            prompter.may_go_on.set()
+            while not server.should_exit:
+                time.sleep(0.001)
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    config = flags.defaults(llama_serve.FLAGS)
+    assert llama_serve.serve(engine, LIMITS, config) == code
+    prompter.may_go_on.set()
+    assert engine.close(SECONDS)
+
+
 def test_the_page_of_the_schema_needs_nothing_from_elsewhere(app):
     page, schema = ask(app, ("GET", "/docs", {}), ("GET", "/openapi.json", {}))
     assert "//" not in page.text.replace("http://test", "")
@@ -389,6 +440,15 @@ def test_wrong_flags_are_named(flag, value, said):
         llama_serve.limits_of(config)
         tiny_engine(**{flag: value})
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("program, package", [(llama_serve, "uvicorn"), (demo, "gradio")])
+def test_a_missing_package_is_named_before_the_model_is_loaded(monkeypatch, program, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    config = flags.defaults(program.FLAGS)
+    config.checkpoint = "none"
+    with pytest.raises(UserError, match=rf"needs the package {package}: pip install -e '\.\[serve\]'"):
+        program.main(config)
 
 
 @pytest.mark.slow
@@ -432,6 +492,28 @@ async def _stopped_on_the_way(server, url):
             rest = [line async for line in lines]
         answer = json.loads(rest[rest.index("event: answer") + 1].removeprefix("data: "))
         assert np.shape(answer["pictures"]) == (16, 4)
+
+
+def test_who_leaves_early_has_sent_the_whole_request_half_of_the_time():
+    received = []
+
+    async def read(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        received.append(b"")
+        place = len(received) - 1
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(2**16):
+                received[place] += data
+        writer.close()
+
+    async def scenario():
+        rng = np.random.default_rng(0)
+        async with await asyncio.start_server(read, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            await asyncio.gather(*(load_test.leaves_early(port, [b"x" * 1000], rng) for _ in range(40)))
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+    assert 10 < [len(body) for body in received].count(1000) < 30
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import os
 import pathlib
-import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 
@@ -52,7 +51,7 @@ def by_stem(name: str) -> tuple[str, str]:
 def clips(name: str) -> tuple[str, str]:
     """The files of a folder are the rows of an item, numbers in names counting as numbers: frame_2 before frame_10."""
     folder, _, file = name.rpartition("/")
-    return folder, _natural(_stem(file))
+    return folder, images.natural(_stem(file))
 
 
 def classes(name: str) -> tuple[str, str]:
@@ -66,16 +65,11 @@ def classes(name: str) -> tuple[str, str]:
 def co3d(name: str) -> tuple[str, str]:
     """The frames of CATEGORY/SEQUENCE are the rows of an item; frame000001.jpg.geometric.png is of frame000001."""
     sequence, _, file = name.rpartition("/")
-    return sequence.rpartition("/")[0], _natural(file.split(".")[0])
+    return sequence.rpartition("/")[0], images.natural(file.split(".")[0])
 
 
 def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
-
-
-def _natural(stem: str) -> str:
-    """Sorts by numbers, then by text; different stems stay different."""
-    return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(20), stem) + "\0" + stem
 
 
 class Inputs:

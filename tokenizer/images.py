@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -150,6 +151,11 @@ def stems(paths: Sequence[pathlib.Path], directory: str, flag: str) -> dict[str,
             raise UserError(f"--{flag}={directory}: {by_stem[stem].name} and {path.name} share the stem {stem!r}")
         by_stem[stem] = path
     return by_stem
+
+
+def natural(name: str) -> str:
+    """A key that sorts names by their numbers, then by text, 2.png before 10.png; of different names it differs."""
+    return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(20), name) + "\0" + name
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run
 from evaluation.engine import ENGINE_FLAGS, Engine, Settings
 from evaluation.uploads import Limits
@@ -30,6 +30,7 @@ FLAGS = {
 
 def main(config) -> None:
     """Serves until told to stop."""
+    check_installed("the service", "serve", "fastapi", "fastapi_offline", "uvicorn", "python_multipart")
     limits = limits_of(config)
     if not 0 <= config.port < 2**16:
         raise UserError(f"--port={config.port}: must be 0..65535")
@@ -63,24 +64,24 @@ def serve(engine: Engine, limits: Limits, config) -> int:
     class Server(uvicorn.Server):
         """Stays there while it stops, to say so to those who come; uvicorn itself would turn deaf."""
 
-        finished = True
+        finished = False  # all that were taken: a second signal, or a failed warm-up, ends it before that is known
         stopping = False
 
         def handle_exit(self, sig, frame):
             if self.stopping:
                 self.should_exit = self.force_exit = True
+                return
             self.stopping = True
             threading.Thread(target=self.finish, daemon=True).start()  # a signal's handler must not wait
 
         def finish(self):
             logging.info("stopping: what was taken is finished, new requests are refused")
-            self.finished &= engine.close(config.stop_seconds)
+            self.finished = engine.close(config.stop_seconds)
             self.should_exit = True
 
         def warmed_up(self, future):
             if future.exception():
-                logging.error("warming up failed", exc_info=future.exception())
-                self.finished, self.should_exit = False, True
+                self.stopping = self.should_exit = True
 
     app = make_app(engine, limits, config.token)
     server = Server(
@@ -92,6 +93,7 @@ def serve(engine: Engine, limits: Limits, config) -> int:
             timeout_graceful_shutdown=int(config.stop_seconds) + 1,  # for answers to reach slow readers
         )
     )
+    # The settings of a request that gives none: what others ask for is compiled when the first of them comes.
     engine.warm_up(Settings()).add_done_callback(server.warmed_up)
     server.run()
     return 0 if server.finished else 1
