@@ -75,7 +75,8 @@ def test_a_requeued_command_goes_on_wherever_the_run_came_from(tmp_path):
         assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
 
 
-def test_the_schedule_goes_on_where_parameters_alone_were_saved(tmp_path, capsys):
+@pytest.mark.slow
+def test_the_schedule_goes_on_where_parameters_alone_were_saved(tmp_path):
     settings = {"optimizer__accumulate_gradient_steps": 2, "checkpointer__save_optimizer_state": False}
     settings |= {"save_model_freq": 6}
     whole = train(tmp_path, total_steps=10, logger__experiment_id="whole", **settings)
@@ -84,6 +85,7 @@ def test_the_schedule_goes_on_where_parameters_alone_were_saved(tmp_path, capsys
     assert metrics(resumed, "step", "learning_rate") == metrics(whole, "step", "learning_rate")
 
 
+@pytest.mark.slow
 def test_evaluation_is_compiled_once_and_is_no_part_of_a_step(tmp_path, monkeypatch):
     traced = []
     original = train_module.make_eval_step

@@ -131,6 +131,7 @@ def test_a_part_of_the_next_picture_is_cut_in_and_the_rest_known_to_be_the_same(
     np.testing.assert_array_equal(same[changed_B], np.all(shifts, axis=0)[changed_B])
 
 
+@pytest.mark.slow
 def test_codes_are_drawn_to_what_they_are_in_another_picture(folder):
     """The term reaches the encoder only, and its figures are logged."""
     row = train(folder, "local", total_steps=3, locality_weight=1.0)[2]
@@ -142,7 +143,7 @@ def test_codes_are_drawn_to_what_they_are_in_another_picture(folder):
 
     def gradient(weight):
         target = objective.Objective(config, locality_weight=weight)
-        return jax.grad(lambda p: target.loss(p, batch, jax.random.key(2))[0])(params)["model"]
+        return jax.jit(jax.grad(lambda p: target.loss(p, batch, jax.random.key(2))[0]))(params)["model"]
 
     moved = {name for name, (a, b) in _pairs(gradient(0.0), gradient(1.0)) if not np.array_equal(a, b)}
     assert moved and all(name.startswith(("encoder.", "quant_conv.")) for name in moved)
