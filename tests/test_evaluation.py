@@ -264,6 +264,7 @@ def test_a_curve_is_what_each_number_of_shots_gives_by_itself(tmp_path, prompter
         assert one == pytest.approx(many, rel=1e-4) and len(one) > 20
 
 
+@pytest.mark.slow
 def test_nats_gained_are_paired_by_query(tmp_path, prompter, monkeypatch):
     monkeypatch.setattr(fewshot.Prompter, "load", lambda config: prompter)
     folders(tmp_path)
