@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the demonstration model that ships in evaluation/demo_model, from nothing: 23.3 million tokens in 68 minutes on
-# two cores that others shared, data before that about 8 minutes. 2,500 more steps, of which
-# segmentations were twice as many, changed no figure beyond its error: what is wanted next is a larger model.
+# two cores that others shared, data before that about 8 minutes. 2,500 more steps with twice as many segmentations
+# changed no figure beyond its error: what is wanted next is a larger model.
 #   bash scripts/make_demo_model.sh [FOLDER]     (default: build/demo_model)
 #
 # First comes what a copy of an earlier picture explains: clips, and scenes with a hole. The loss falls at once when a head

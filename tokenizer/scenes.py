@@ -48,7 +48,7 @@ _CREASE = np.cos(np.deg2rad(40))
 class Solid:
     """At `place` (x, z) on the floor, moving by `velocity` a frame and turning back at the floor's ends.
 
-    `turn`, in radians, changes by `spin` a frame. Things move by a fifth to a half of their width, too far for a copy
+    `turn`, in radians, changes by `spin` a frame. Things move by a third of their width on the mean, too far for a copy
     of a frame to pass as the next one.
     """
 
