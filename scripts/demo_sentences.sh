@@ -8,7 +8,8 @@ out=$1 seed=$2 scenes=$3 epochs=$4 photos=$5 clips=$6
 pictures=$out/pictures
 
 python -m tokenizer.render --output_dir="$pictures" --seed="$seed" --size=32 \
-    --num="$scenes" --num_photos="$photos" --num_clips="$clips" --clip_frames=8
+    --num="$scenes" --num_photos="$photos" --num_clips="$clips" --clip_frames=8 \
+    --recolour_photos=True
 
 build() { # NAME KIND FLAGS...
     python -m tokenizer.build --kind="$2" --output_file="$out/$1.jsonl" --seed="$seed" --batch_size=64 "${@:3}"

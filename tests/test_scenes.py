@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizer_kit import run_main
 
 from tokenizer import photos, pictures, render, scenes
@@ -126,6 +127,22 @@ def test_photographs_crop_to_any_size_and_held_out_ones_are_apart():
     gray = pictures.gray(crop)
     assert np.all(gray == gray[..., :1])
     assert np.all(np.abs(gray[..., 0] - (0.2989 * crop[..., 0] + 0.587 * crop[..., 1] + 0.114 * crop[..., 2])) <= 0.5)
+
+
+def test_recoloured_photographs_change_their_hues(tmp_path):
+    crops = [photos.crop(seed, 40) for seed in range(40)]
+    others = [photos.recoloured(crop, seed) for seed, crop in enumerate(crops)]
+    assert np.array_equal(others[0], photos.recoloured(crops[0], 0))
+    colourful = [np.ptp(crop.astype(int), axis=-1).mean() > 20 for crop in crops]
+    assert 10 < sum(colourful) < 40
+    for crop, other, has_colour in zip(crops, others, colourful, strict=True):
+        assert other.shape == crop.shape and other.dtype == np.uint8
+        changed = np.abs(other.astype(int) - crop).mean()
+        assert changed > 1 if has_colour else changed < 40
+    settings = {"num": 0, "num_photos": 2, "size": 24, "workers": 1, "recolour_photos": True}
+    run_main(render, output_dir=str(tmp_path), **settings)
+    drawn = np.asarray(Image.open(tmp_path / "photo_color" / "000001.png"))
+    assert np.array_equal(drawn, photos.recoloured(photos.crop(1, 24), 1))
 
 
 def test_render_writes_matching_stems(tmp_path):

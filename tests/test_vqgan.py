@@ -6,6 +6,7 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,7 +17,7 @@ from EasyLM.errors import UserError
 from tokenizer import codec as codec_module
 from tokenizer import weights
 from tokenizer.codec import Codec
-from tokenizer.vqgan import VQGAN, VQGANConfig
+from tokenizer.vqgan import VQGAN, Codebook, VQGANConfig
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,18 @@ def test_codes_equally_near_or_not_finite_stay_in_range():
     hidden_1hwZ = codebook.embedding[...][3][None, None, None]
     assert codebook.nearest(hidden_1hwZ) == 3
     assert 0 <= int(codebook.nearest(hidden_1hwZ * np.nan)[0, 0]) < TINY.num_embeddings
+
+
+@pytest.mark.parametrize("codes", [5, 32, 37, 96])
+def test_the_nearest_code_is_found_whatever_their_number(codes):
+    codebook = Codebook(dataclasses.replace(TINY, num_embeddings=codes), nnx.Rngs(0))
+    table_KZ = np.random.default_rng(0).normal(size=codebook.embedding.shape).astype(np.float32)
+    codebook.embedding[...] = jnp.asarray(table_KZ)
+    hidden_1hwZ = np.random.default_rng(1).normal(size=(1, 20, 20, table_KZ.shape[1])).astype(np.float32)
+    found_N = codebook.nearest(jnp.asarray(hidden_1hwZ))[0]
+    distance_NK = ((hidden_1hwZ.reshape(400, 1, -1).astype(np.float64) - table_KZ) ** 2).sum(-1)
+    np.testing.assert_array_equal(found_N, distance_NK.argmin(-1))
+    assert len(np.unique(found_N)) > 4
 
 
 def test_saving_and_loading_changes_nothing(tiny, tmp_path):

@@ -29,6 +29,7 @@ FLAGS = {
     "size": Flag(64, "Side of a picture in pixels."),
     "seed": Flag(0, "Another seed gives other pictures."),
     "held_out_photos": Flag(False, "Squares of the photographs that no training set has."),
+    "recolour_photos": Flag(False, "Change the colours of photographs at random."),
     "layouts": Flag(False, "Also label ids, classes, depth of clips, videos, and CO3D's layout."),
     "workers": Flag(os.cpu_count() or 1, "Processes."),
 }
@@ -42,10 +43,11 @@ def main(config) -> None:
     for name, value in least.items():
         if not value <= config[name] < _SEEDS:
             raise UserError(f"--{name}={config[name]}: must be {value}..{_SEEDS - 1}")
+    photo_flags = {"held_out": config.held_out_photos, "recolour": config.recolour_photos}
     jobs = [
         *(partial(_scene, i, labels=config.layouts) for i in range(config.num)),
         *(partial(_class, i) for i in range(config.num) if config.layouts),
-        *(partial(_photo, i, held_out=config.held_out_photos) for i in range(config.num_photos)),
+        *(partial(_photo, i, **photo_flags) for i in range(config.num_photos)),
         *(partial(_clip, i, frames=config.clip_frames, layouts=config.layouts) for i in range(config.num_clips)),
     ]
     jobs = [partial(job, first_seed=config.seed * _SEEDS, size=config.size, root=config.output_dir) for job in jobs]
@@ -77,8 +79,10 @@ def _class(index: int, *, first_seed: int, size: int, root: str) -> None:
     images.save(os.path.join(root, "classes", shape, f"{index:06d}.png"), scenes.scene(seed, size)["image"])
 
 
-def _photo(index: int, *, held_out: bool, first_seed: int, size: int, root: str) -> None:
+def _photo(index: int, *, held_out: bool, recolour: bool, first_seed: int, size: int, root: str) -> None:
     colour = photos.crop(first_seed + index, size, held_out)
+    if recolour:
+        colour = photos.recoloured(colour, first_seed + index)
     for name, picture in {"photo_color": colour, "photo_gray": pictures.gray(colour)}.items():
         images.save(os.path.join(root, name, f"{index:06d}.png"), picture)
 
