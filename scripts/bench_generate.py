@@ -1,6 +1,7 @@
 """Generation speed against transformers' `generate`: `python scripts/bench_generate.py` (needs the extra `torch`).
 
 On a CPU: vqlm_100m, float32, random weights, a prompt of 1,024 tokens and 256 new ones, sampled from the image codes.
+Heads are split over devices made of the cores (evaluation/EVAL.md says how any program is told to).
 Both sides hold the same weights (exported by this project and loaded by transformers, with its KV cache) and take
 turns, so that what else the machine does falls on both; greedy tokens are compared first. For four candidates of one
 prompt the peer is `num_return_sequences=4`, which reads the prompt for each candidate, all four in one batch; the LVM
@@ -11,11 +12,14 @@ long. A step's limit is the time to read the weights and the filled caches once,
 beside it; where torch has the GPU too, the peer is transformers with a static cache and compilation.
 """
 
+import math
 import os
 import statistics
 import tempfile
 import time
 
+# On a CPU each core is a device, which computes with that core alone.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs room on the same GPU
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -23,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from EasyLM import flags, generate, stacking
+from EasyLM import flags, generate, sharding, stacking
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_config, llama_model
@@ -46,11 +50,13 @@ FLAGS = {
 
 def main(config) -> None:
     """Measures what this machine is for."""
+    cores = len(os.sched_getaffinity(0))
+    jax.config.update("jax_num_cpu_devices", cores)
     gpu = jax.default_backend() == "gpu"
     names = config.load_llama_config or (",".join(GPU_MODELS) if gpu else "vqlm_100m")
     for name in names.split(","):
         model = llama_config.load_config(name)
-        print(f"{name} on {jax.devices()[0].device_kind} ({len(os.sched_getaffinity(0))} cores)", flush=True)
+        print(f"{name} on {jax.devices()[0].device_kind} ({cores} cores)", flush=True)
         (on_gpu if gpu else on_cpu)(config, model)
 
 
@@ -58,11 +64,14 @@ def on_cpu(config, model) -> None:
     """Both sides in turns, for each number of candidates."""
     params = random_params(model, jnp.float32)
     peer = Peer(model, params, jnp.float32) if config.peer else None
+    devices = jax.devices()[: math.gcd(jax.device_count(), model.num_attention_heads)]
+    mesh = sharding.make_mesh("1,1,-1", devices)
+    params = jax.device_put(params, sharding.shardings(mesh, llama_config.PARTITION_RULES, params))
     prompt_P = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, config.prompt_tokens).astype(np.int32)
 
     def ours(candidates, new_tokens=config.new_tokens, temperature=1.0):
         return generate.generate(
-            LLaMADecoder(model),
+            LLaMADecoder(model, mesh=mesh),
             params,
             prompt_P[None],
             num_new_tokens=new_tokens,
