@@ -86,8 +86,9 @@ def fit(
     The figures of step N-1 are fetched after step N has been dispatched, so that the device never waits for the host.
 
     Raises:
-      UserError: after `max_nonfinite_steps` steps in a row whose loss was not finite. The parameters are those before
-        the first of them, and saved; the batches are left in the run directory for study.
+      UserError: after `max_nonfinite_steps` steps in a row whose loss was not finite. None of their updates was
+        applied; the state is saved (with the step after them, which was under way), the batches are left in the run
+        directory.
     """
     start = int(state.step)
     clock = Clock(settings, batches)
@@ -125,6 +126,9 @@ def fit(
             if pending is not None:
                 report(bar, *pending)
         except NonFiniteLossError:
+            if pending[0] < done - 1:  # the step that was under way counts, and is saved with the rest
+                with contextlib.suppress(NonFiniteLossError):
+                    report(bar, done - 1, metrics, batch, True)
             save_now()
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
@@ -214,8 +218,8 @@ class Report:
             )
             if self._nonfinite >= self._settings.max_nonfinite_steps:
                 raise NonFiniteLossError(
-                    f"step {step}: the loss was not finite {self._nonfinite} steps in a row, so training stops; the "
-                    f"parameters are those before them; the batches are kept in {os.path.dirname(path)}"
+                    f"step {step}: the loss was not finite {self._nonfinite} steps in a row, so training stops; none "
+                    f"of these updates was applied; the batches are kept in {os.path.dirname(path)}"
                 )
 
 

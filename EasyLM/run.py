@@ -71,6 +71,7 @@ class Problem:
     flops_per_row: float
     unit: str = "tokens"
     accumulate_gradient_steps: int = 1  # micro-steps to an update
+    saved_settings: Callable = lambda spec: {}  # --load_checkpoint -> what settings its model had, as far as known
     prefixes: Mapping = dataclasses.field(default_factory=lambda: checkpoint.PREFIXES)  # of --load_checkpoint
 
 
@@ -220,14 +221,23 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
 
 
 def _check_settings(problem: Problem, start: Start, metadata: Mapping) -> None:
-    saved = metadata.get(problem.settings_name, {})
+    """A run that is resumed keeps its model; one that begins with another's parameters may change it, and is told."""
+    differences = _differences(problem, metadata.get(problem.settings_name, {}))
+    if differences:
+        raise UserError(f"{start.metadata}: the checkpoint's model has other settings: {differences}")
+    if start.checkpoint and not start.metadata:
+        differences = _differences(problem, problem.saved_settings(start.checkpoint))
+        if differences:
+            logging.warning("%s was trained with other settings: %s", start.checkpoint, differences)
+
+
+def _differences(problem: Problem, saved: Mapping) -> str:
     differences = [
         f"{name}={value!r} (saved: {saved[name]!r})"
         for name, value in json.loads(json.dumps(dict(problem.settings))).items()  # tuples are lists there
         if name in saved and name not in problem.free_settings and saved[name] != value
     ]
-    if differences:
-        raise UserError(f"{start.metadata}: the checkpoint's model has other settings: {', '.join(differences)}")
+    return ", ".join(differences)
 
 
 def _position(problem: Problem, start: Start) -> int:

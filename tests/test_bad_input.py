@@ -3,12 +3,14 @@
 import base64
 import json
 import shutil
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import GOLDEN, metrics, train
 
-from EasyLM import streaming
+from EasyLM import loop, streaming
 from EasyLM import train as train_module
 from EasyLM.errors import UserError
 
@@ -152,14 +154,63 @@ def test_nonfinite_loss_updates_nothing_keeps_the_batch_and_stops(tmp_path):
     with pytest.raises(UserError, match="not finite 3 steps in a row"):
         train(tmp_path, **settings, **{"logger.experiment_id": "nan"})
     rows = metrics(tmp_path / "nan", "loss", "skipped_update")
-    assert rows == dict.fromkeys((2, 3, 4), (None, True))
+    assert rows == dict.fromkeys((2, 3, 4, 5), (None, True))  # the last one was under way
     kept = sorted((tmp_path / "nan" / "nonfinite_batches").iterdir())
-    assert len(kept) == 3
+    assert len(kept) == 4
     assert set(np.load(kept[0])) == {"input_tokens", "target_tokens", "loss_masks"}
     after = {e.key: e.read() for e in streaming.read_streaming(str(tmp_path / "nan" / "streaming_train_state"))}
     for key, value in before.items():
         if key != ("step",) and "lm_head" not in key:
             assert after[key].tobytes() == value.tobytes(), key
+
+
+def test_the_step_under_way_when_training_stops_is_reported_and_saved(tmp_path):
+    """Step 3 alone is not finite; step 4 has been dispatched when that is known."""
+    state, rows, saved = SimpleNamespace(step=0), [], []
+
+    class Stream:
+        position, wait_seconds = 0, 0.0
+
+        def __next__(self):
+            self.position += 8
+            return {"input_tokens": jax.device_put(np.zeros((1, 1), np.int32))}
+
+    def step(state, batch):
+        done = state.step + 1
+        return SimpleNamespace(step=done, params=None), {"loss": float(done), "finite": done != 4}
+
+    settings = loop.LoopSettings(
+        total_steps=9,
+        log_freq=1,
+        save_model_freq=0,
+        save_milestone_freq=0,
+        max_nonfinite_steps=1,
+        units_per_step=1,
+        flops_per_step=1.0,
+        peak_tflops=0.0,
+        run_dir=str(tmp_path),
+    )
+    with pytest.raises(loop.NonFiniteLossError, match=r"step 3: .* none of these updates was applied"):
+        loop.fit(
+            state,
+            step,
+            Stream(),
+            settings,
+            log=rows.append,
+            save=lambda state, done, position, milestone: saved.append((state.step, done, position)),
+        )
+    assert [(row["step"], row["skipped_update"]) for row in rows] == [(n, n == 3) for n in range(5)]
+    assert saved == [(5, 5, 40)]
+
+
+@pytest.mark.slow
+def test_another_models_settings_are_told_when_its_parameters_begin_a_run(tmp_path, caplog):
+    run = train(tmp_path, total_steps=1, save_model_freq=1)
+    caplog.clear()
+    settings = {"load_checkpoint": f"trainstate_params::{run}/streaming_train_state", "logger.experiment_id": "new"}
+    train(tmp_path, total_steps=1, **settings, **{"llama.rope_theta": 500.0})
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("was trained with other settings: rope_theta=500.0 (saved: 10000.0)" in line for line in told), told
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from functools import partial
 
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ def main(config) -> None:
         settings=dataclasses.asdict(model),
         settings_name="llama_config",
         free_settings=llama_config.FREE_SETTINGS,
+        saved_settings=_saved_settings,
         data=sources["train_dataset"],
         eval_data=sources.get("eval_dataset"),
         batch_size=data.settings(config.train_dataset).batch_size,
@@ -65,6 +67,16 @@ def main(config) -> None:
         prefixes=hf_layout.PREFIXES,
     )
     run.train_run(config, run_dir, mesh, problem)
+
+
+def _saved_settings(spec: str) -> dict:
+    """The settings of the model of `--load_checkpoint=spec`, where a file beside it says."""
+    prefix, _, path = spec.partition("::")
+    if prefix == "huggingface":
+        found = llama_config.load_config(f"json::{os.path.join(path, 'config.json')}")
+    else:
+        found = llama_config.config_beside(path)
+    return dataclasses.asdict(found) if found else {}
 
 
 def _check_dataset_flags(name, dataset_config, model, mesh) -> None:
