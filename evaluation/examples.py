@@ -36,7 +36,7 @@ EXAMPLE_FLAGS = {
 }
 # Settings that change no result: a stopped run may go on with others.
 _FREE = {"input_file", "input_files", "read_file_list", "shuffle", "output_dir", "output_base_dir", "mesh_dim"}
-_FREE |= {"batch_size", "batch_size_factor", *EXAMPLE_FLAGS}
+_FREE |= {"batch_size", "batch_size_factor", "output_plot", "output_picture", *EXAMPLE_FLAGS}
 _AHEAD = 2  # batches whose pictures are in memory while one is computed
 
 
@@ -217,6 +217,10 @@ class Results:
             new.append({"example": example.name, **self._values[example.name]})
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in new))
+
+    def __getitem__(self, example: Example) -> dict:
+        """What `add` was given."""
+        return self._values[example.name]
 
     def finish(self, examples: Sequence[Example], figures: Sequence[str], output_json: str) -> None:
         """Prints the mean of each figure with its standard error, and writes them with each example's result.
