@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 
 import jax
@@ -19,6 +21,7 @@ from evaluation import (
     eval_perplexity,
     eval_video_perplexity,
     examples,
+    fewshot,
     generate_videos,
     runners,
 )
@@ -140,6 +143,68 @@ def test_a_stopped_run_goes_on(model, lines, tmp_path):
     assert {path.name: path.read_bytes() for path in modified(out)} == pictures and not modified(
         out
     ).items() & after.items()
+
+
+# The program of the second argument, killed as soon as it has kept one result.
+KILLED = """
+import importlib, json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from tokenizer_kit import run_main
+from evaluation import examples
+add = examples.Results.add
+def add_and_die(*args):
+    add(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+examples.Results.add = add_and_die
+run_main(importlib.import_module(sys.argv[2]), **json.loads(sys.argv[3]))
+"""
+
+
+def of_program(program, lines, root) -> dict:
+    """Settings under which a program has several results to keep, one after the other."""
+    clips_of = {"input_files": f"{root}/clips/*", "frame_input": True, "stride": 1, "n_context_frames": 2}
+    drawn = {"n_candidates": 2, "n_new_frames": 1, "evaluate_mse": True, "batch_size_factor": 1}
+    folders = {"input_dirs": f"{root}/in", "target_dirs": f"{root}/out", "clip_dirs": f"{root}/clips"}
+    judged = {"figures": "palette_iou", "palette": f"{root}/palette.txt", "n_shots": "0,1", "n_queries": 3}
+    settings = {
+        eval_perplexity: {**lines, "batch_size": 1},
+        eval_video_perplexity: {**clips_of, "batch_size": 1},
+        batch_generation: {**lines, **drawn, "output_base_dir": f"{root}/o"},
+        generate_videos: {**clips_of, **drawn, "output_dir": f"{root}/o"},
+        fewshot: {**folders, **judged, "depth_range": "1,9", "output_picture": f"{root}/sheet.png"},
+    }[program]
+    return settings | {"mesh_dim": "1,1,-1"}  # where a batch may be of one example
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program", [eval_perplexity, eval_video_perplexity, batch_generation, generate_videos, fewshot]
+)
+def test_a_killed_run_goes_on_to_the_same_figures(model, lines, tmp_path, monkeypatch, program):
+    for i in range(8):
+        write_picture(tmp_path / "out" / f"{i}.png", 100 + i)
+    for name in "ab":
+        write_clip(tmp_path / "clips" / name, 4)
+    (tmp_path / "palette.txt").write_text("0 0 0\n255 0 0\n0 0 255\n")
+    settings = {**model, **of_program(program, lines, tmp_path), "output_json": f"{tmp_path}/f.json"}
+    command = [sys.executable, "-c", KILLED, os.path.dirname(__file__), program.__name__, json.dumps(settings)]
+    ended = subprocess.run(command, timeout=240, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    (kept,) = tmp_path.rglob("*unfinished.*")
+    assert len(kept.read_text().splitlines()) == 2 and not (tmp_path / "f.json").exists()
+    added = []
+    add = examples.Results.add
+    monkeypatch.setattr(examples.Results, "add", lambda *given: added.append(given[1].name) or add(*given))
+
+    def outcome():
+        run_main(program, **settings)
+        assert not list(tmp_path.rglob("*unfinished.*"))
+        pictures = [*tmp_path.glob("o/**/*.png"), *tmp_path.glob("sheet.png")]
+        return figures(tmp_path / "f.json"), {path: path.read_bytes() for path in pictures}
+
+    continued, missing = outcome(), len(added)
+    assert outcome() == continued
+    assert len(added) == 2 * missing + 1  # anew, and so one more
 
 
 def test_results_count_while_nothing_changed(tmp_path):
