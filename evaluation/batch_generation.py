@@ -82,13 +82,20 @@ def _paths(config, line: examples.Line) -> list[str]:
 
 
 def _check_lines(config, lines: list[examples.Line]) -> None:
+    readers = {os.path.realpath(path): line.name for line in lines for path in (*line.inputs, *line.truths)}
     owners = {}
     for line in lines:
         if not line.output.lower().endswith(images.EXTENSIONS):
             raise UserError(f"{line.name}: {line.output}: must end with one of {', '.join(images.EXTENSIONS)}")
         for path in _paths(config, line):
-            if owners.setdefault(os.path.normpath(path), line.name) != line.name:
-                raise UserError(f"{line.name}: {path} is a file of {owners[os.path.normpath(path)]} already")
+            real = os.path.realpath(path)
+            if real in readers:
+                raise UserError(
+                    f"{line.name}: {path} would replace a picture that {readers[real]} names: choose another "
+                    "--output_base_dir"
+                )
+            if owners.setdefault(real, line.name) != line.name:
+                raise UserError(f"{line.name}: {path} is a file of {owners[real]} already")
         if line.targets and len(line.targets) != config.n_new_frames:
             raise UserError(
                 f"{line.name}: {len(line.targets)} pictures in {config.json_target_key!r}, "

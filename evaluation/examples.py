@@ -36,7 +36,7 @@ EXAMPLE_FLAGS = {
 }
 # Settings that change no result: a stopped run may go on with others.
 _FREE = {"input_file", "input_files", "read_file_list", "shuffle", "output_dir", "output_base_dir", "mesh_dim"}
-_FREE |= {"batch_size", "batch_size_factor", *EXAMPLE_FLAGS}
+_FREE |= {"batch_size", "batch_size_factor", "output_plot", "output_picture", *EXAMPLE_FLAGS}
 _AHEAD = 2  # batches whose pictures are in memory while one is computed
 
 
@@ -56,6 +56,7 @@ class Line:
     inputs: tuple[str, ...]
     targets: tuple[str, ...] = ()
     output: str = ""  # as the line has it
+    truths: tuple[str, ...] = ()  # what it names as targets, used or not: nothing may be written there
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -111,7 +112,9 @@ def _parse(name: str, text: str, config, target: str, output: bool) -> Line:
     place = values.get(config.json_output_key, "") if output else ""
     if output and not (isinstance(place, str) and place):
         raise UserError(f"{config.json_output_key!r} must be the path of a picture to write, not {place!r}")
-    return Line(name, inputs, targets, place)
+    named = values.get(config.json_target_key)
+    named = [path for path in named if isinstance(path, str)] if isinstance(named, list) else []
+    return Line(name, inputs, targets, place, tuple(os.path.join(config.input_base_dir, path) for path in named))
 
 
 def _paths(values: dict, key: str, base_dir: str) -> tuple[str, ...]:
@@ -184,7 +187,7 @@ class Results:
             file.truncate(len(whole))
         first, *rest = [json.loads(line) for line in whole.splitlines()] or [{}]
         if not rest:
-            os.remove(self._path)
+            self.discard()
             return
         changed = [name for name in settings if settings[name] != first.get(name)]
         if changed:
@@ -215,6 +218,10 @@ class Results:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in new))
 
+    def __getitem__(self, example: Example) -> dict:
+        """What `add` was given."""
+        return self._values[example.name]
+
     def finish(self, examples: Sequence[Example], figures: Sequence[str], output_json: str) -> None:
         """Prints the mean of each figure with its standard error, and writes them with each example's result.
 
@@ -233,8 +240,12 @@ class Results:
             with open(temporary, "w", encoding="utf-8") as file:
                 json.dump({**totals, "per_example": per_example}, file, indent=2)
             os.replace(temporary, output_json)
+        self.discard()  # after the figures are safe
+
+    def discard(self) -> None:
+        """Removes the file, if there is one: a program that has ended begins anew."""
         if self._path:
-            os.remove(self._path)  # after the figures are safe
+            pathlib.Path(self._path).unlink(missing_ok=True)
 
 
 def _mean(value) -> float:

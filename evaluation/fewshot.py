@@ -10,9 +10,12 @@ annotations' mean; the true answer through the tokenizer says what no model can 
 Shapes: Q queries, P pictures of a prompt, N tokens of an image, S the side in pixels.
 """
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +26,9 @@ from EasyLM.files import check_output
 from EasyLM.flags import Flag, run
 from EasyLM.generate import check_sampling, check_seed
 from evaluation import benchmarks, metrics, pictures, plots, tasks
+from evaluation.examples import Results
 from evaluation.prompter import PROMPTER_FLAGS, Prompter
+from evaluation.runners import UNFINISHED
 from tokenizer import inception, lpips, scenes
 from tokenizer.metrics import Gaussian, frechet_distance
 
@@ -32,6 +37,8 @@ FLAGS = {
     "input_dirs": Flag("", "Comma list of folders of images, one for each task."),
     "target_dirs": Flag("", "Comma list of folders of annotations, one for each task; its name is the task's."),
     "figures": Flag("", f"Comma list: what each task is judged by ({', '.join(metrics.FIGURES)}), or nothing between."),
+    "palette": Flag("", "File of colours, R G B a line, the background first: the figure palette_iou is of these."),
+    "depth_range": Flag("", "near,far: how far white and black are, for depth_abs_rel; empty: as in rendered scenes."),
     "clip_dirs": Flag("", "Comma list of folders of clips (folders of frames), each a task of its own."),
     "benchmark": Flag("", "Tasks that need no folders of yours.", choices=("", *benchmarks.BENCHMARKS)),
     "data_dir": Flag("", "Folder of the benchmark's data; rendered: none."),
@@ -57,9 +64,11 @@ FLAGS = {
 
 def main(config) -> None:
     """Measures every task, prints a table, writes figures, curves and sheet."""
-    shots, frames = _check(config)
+    judges = metrics.task_figures(config.palette, config.depth_range)
+    shots, frames = _check(config, judges)
     sources = _sources(config, max(frames) + 1)
     _check_outputs(config)
+    kept = Results(config.output_json and f"{config.output_json}.{UNFINISHED}", config)
     wanted = _figures(config.lpips_weights)
     network = inception.Inception(config.inception_weights, config.batch_size) if config.inception_weights else None
     prompter = Prompter.load(config)
@@ -68,19 +77,41 @@ def main(config) -> None:
         counts = frames if source.clips else shots
         _check_length(prompter, source, max(counts))
         task = tasks.load(source, max(counts), config.n_queries, config.seed, prompter.codec.config.resolution)
-        curve, answers = measure(config, prompter, task, counts, wanted, network)
+        case = _case(config, task)
+        if kept.missing([case]):
+            judged = wanted | ({task.figure: judges[task.figure]} if task.figure else {})
+            curve, answers_QN = measure(config, prompter, task, counts, judged, network)
+            kept.add(case, {"curve": curve, "answers": answers_QN[: config.rows_per_task].tolist()})
         results[task.name] = {
             "queries": len(task.prompts.answer_Q),
             "figure": task.figure,
             "counts": "context frames" if task.is_clip else "shots",
-            "curve": curve,
+            "curve": kept[case]["curve"],
         }
-        rows.append((task, max(counts), answers))
+        if config.output_picture:
+            rows.append((task, max(counts), prompter.draw(np.array(kept[case]["answers"], np.int32))))
     _print_table(results)
     _write(config, results, rows)
+    kept.discard()
 
 
-def _check(config) -> tuple[list[int], list[int]]:
+class Case(NamedTuple):
+    """A task as `Results` knows it: by its pictures themselves, wherever they come from."""
+
+    name: str
+    files: tuple[str, ...]
+    facts: tuple[str, ...]
+
+
+def _case(config, task: tasks.Task) -> Case:
+    digest = hashlib.blake2b(digest_size=8)
+    for array in (task.pixels, *dataclasses.astuple(task.prompts)):
+        digest.update(array.tobytes())
+    files = (config.palette, config.inception_weights, *config.lpips_weights.split(","))
+    return Case(task.name, tuple(filter(None, files)), (task.figure, digest.hexdigest()))
+
+
+def _check(config, judges: dict[str, Callable]) -> tuple[list[int], list[int]]:
     """The numbers of shots and of frames to measure at."""
     for name in ("n_queries", "batch_size", "n_examples", "rows_per_task"):
         if config[name] < 1:
@@ -93,7 +124,9 @@ def _check(config) -> tuple[list[int], list[int]]:
     if config.figures and len(figures) != len(inputs):
         raise UserError(f"--figures has {len(figures)} names, --input_dirs {len(inputs)} folders: one for each")
     for figure in filter(None, figures):
-        choose("--figures", figure, metrics.FIGURES)
+        if figure == "palette_iou" and not config.palette:
+            raise UserError("--figures=palette_iou: --palette is missing, the file of its colours")
+        choose("--figures", figure, judges)
     if not (config.input_dirs or config.clip_dirs or config.benchmark):
         raise UserError("no task: give --input_dirs and --target_dirs, or --clip_dirs, or --benchmark")
     shots = _counts(config, "n_shots", least=0)
@@ -167,13 +200,12 @@ def measure(
     wanted: dict[str, Callable],
     network: inception.Inception | None,
 ) -> tuple[list[dict], np.ndarray]:
-    """The figures at each number of shots, and the pictures [Q,S,S,3] drawn at the last.
+    """The figures at each number of shots, and the tokens [Q,N] drawn at the last.
 
     Args:
-      wanted: figures of every task, besides the one that it is judged by: (pictures, truths) -> [Q].
+      wanted: figures: (pictures, truths) -> [Q].
       network: what FID is measured by, where it is asked for.
     """
-    wanted = wanted | ({task.figure: metrics.FIGURES[task.figure]} if task.figure else {})
     tokens_nN = prompter.encode(task.pixels)
     truths = task.pixels[task.prompts.answer_Q]
     true_tokens_QN = tokens_nN[task.prompts.answer_Q]
@@ -202,7 +234,7 @@ def measure(
                 **({"fid": fids(network, compared, truths)} if network else {}),
             }
         )
-    return curve, answers
+    return curve, drawn_QN
 
 
 def _answers(config, prompter: Prompter, prompts_QPN, true_tokens_QN, what: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run
 from evaluation import clips, examples, runners
 from evaluation.prompter import PROMPTER_FLAGS
@@ -34,8 +34,10 @@ def main(config) -> None:
     runners.check(config, "n_context_frames", "n_new_frames", "n_candidates", "batch_size_factor", "n_workers")
     if not config.output_dir:
         raise UserError("--output_dir is missing: the folder for the answers")
-    if config.fps < 0:
-        raise UserError(f"--fps={config.fps}: must be 0 (no videos) or above")
+    if not 0 <= config.fps <= videos.MOST_FPS:
+        raise UserError(f"--fps={config.fps}: must be 0 (no videos) to {videos.MOST_FPS}")
+    if config.fps:
+        check_installed("--fps", "video", "av")
     truths = config.n_new_frames if config.evaluate_mse else 0  # frames of the clip that the new ones are measured by
 
     def load(clip, side):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from EasyLM.errors import UserError
 from tokenizer import scenes
 from tokenizer.metrics import psnr, ssim
 
@@ -92,7 +93,7 @@ def _grown(mask_BHW: np.ndarray, reach: int) -> np.ndarray:
 
 MASK = ((0, 0, 0), (255, 255, 255))  # background and object of a picture that shows one class
 PICTURE_FIGURES: dict[str, Callable] = {"mse": mse, "psnr": psnr, "ssim": ssim}  # of every task
-# What a task may be judged by besides: (pictures, truths) -> [B].
+# What a task may be judged by besides, in the rendered scenes' colours and depths: (pictures, truths) -> [B].
 FIGURES: dict[str, Callable] = {
     "scene_iou": functools.partial(mean_iou, palette=(scenes.BACKGROUND, *scenes.PALETTE.values())),
     "mask_iou": functools.partial(mean_iou, palette=MASK),
@@ -100,7 +101,55 @@ FIGURES: dict[str, Callable] = {
     "normal_degrees": normal_degrees,
     "edge_f_score": edge_f_score,
 }
-HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "scene_iou", "mask_iou", "edge_f_score"})
+HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "scene_iou", "palette_iou", "mask_iou", "edge_f_score"})
+
+
+def task_figures(palette: str, depth_range: str) -> dict[str, Callable]:
+    """FIGURES, and those of a user's own palette (a file) and depths (`near,far`); empty: as they are.
+
+    Raises:
+      UserError: naming the flag, or the line of the file.
+    """
+    found = dict(FIGURES)
+    if palette:
+        found["palette_iou"] = functools.partial(mean_iou, palette=read_palette(palette))
+    if depth_range:
+        near, far = _depths(depth_range)
+        found["depth_abs_rel"] = functools.partial(depth_abs_rel, near=near, far=far)
+    return found
+
+
+def read_palette(path: str) -> list[tuple[int, ...]]:
+    """The colours of a file, `R G B` a line, the first the background. Empty lines do not count.
+
+    Raises:
+      UserError: naming FILE:LINE.
+    """
+    owners: dict[tuple[int, ...], int] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            words = line.split()
+            if not words:
+                continue
+            colour = tuple(int(word) for word in words if word.isdecimal())
+            if not len(words) == len(colour) == 3 or max(colour) > 255:
+                raise UserError(f"{path}:{number}: {line.strip()!r}: must be R G B, three integers from 0 to 255")
+            if colour in owners:
+                raise UserError(f"{path}:{number}: {line.strip()}: the colour of line {owners[colour]} already")
+            owners[colour] = number
+    if len(owners) < 2:
+        raise UserError(f"--palette={path}: {len(owners)} colours: the background and at least one class are needed")
+    return list(owners)
+
+
+def _depths(text: str) -> tuple[float, float]:
+    try:
+        near, far = map(float, text.split(","))
+    except ValueError:
+        near = far = 0.0
+    if not (0 < near < np.inf and 0 < far < np.inf and near != far):
+        raise UserError(f"--depth_range={text}: must be near,far: two distances above 0 that differ, as 0.5,10")
+    return near, far
 
 
 def perplexity(log_likelihoods_BN: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 Shapes: B examples, P pictures of a prompt, F that follow it, C candidates, N tokens of an image, S the side in pixels.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -37,6 +39,10 @@ def check(config, *counts: str) -> None:
             raise UserError(f"--{name}={config[name]}: must be at least 1")
     if config.max_examples < 0:
         raise UserError(f"--max_examples={config.max_examples}: must be at least 0 (all)")
+    if "context_frames" in config and config.context_frames < 2:
+        raise UserError(
+            f"--context_frames={config.context_frames}: must be at least 2, the picture that is drawn and one before it"
+        )
     if "temperature" in config:
         check_sampling(config.temperature, config.top_k, config.top_p)
     if "seed" in config:
@@ -90,7 +96,7 @@ def draw(config, cases: Sequence[Example], load: Callable, lengths: Callable, sa
     """
     if config.output_json:
         check_output(config.output_json, "output_json")
-    results = Results(f"{output_dir}/{UNFINISHED}", config)
+    results = Results(os.path.join(output_dir, unfinished_name(config)), config)
     prompter = _load(config, config.batch_size_factor, cases, lengths)
     settings = {name: config[name] for name in ("temperature", "top_k", "top_p", "seed")}
 
@@ -116,6 +122,13 @@ def draw(config, cases: Sequence[Example], load: Callable, lengths: Callable, sa
     _each_batch(config, cases, results, prompter, size, load, lengths, answer)
     results.finish(cases, ["mse", "best_mse"] if config.evaluate_mse else [], config.output_json)
     print(f"{output_dir}: answers to {len(cases)} prompts")
+
+
+def unfinished_name(config) -> str:
+    """The file of a stopped run's results: each list of examples has its own, as several may draw into one folder."""
+    listed = next(config[name] for name in ("input_file", "read_file_list", "input_files") if config.get(name))
+    digest = hashlib.blake2b(os.path.realpath(listed).encode(), digest_size=4).hexdigest()
+    return UNFINISHED.replace(".", f".{digest}.")
 
 
 def _load(config, size: int, cases, lengths) -> Prompter:

@@ -32,7 +32,7 @@ class Source:
     """Where a task's examples come from: pairs, or clips whose last frame is asked for.
 
     Attributes:
-      figure: what answers are judged by besides the figures of every task: a name of `metrics.FIGURES`, or ''.
+      figure: what answers are judged by besides the figures of every task: a name of `metrics.task_figures`, or ''.
     """
 
     name: str
@@ -104,6 +104,8 @@ def _some(values: list, count: int, seed: int) -> list:
 def folder_pairs(input_dir: str, target_dir: str, figure: str) -> Source:
     """Images and annotations of two folders, matched by stem; the task is named after the second.
 
+    Says how many images have no annotation.
+
     Raises:
       UserError: naming the flag and the folder.
     """
@@ -112,6 +114,8 @@ def folder_pairs(input_dir: str, target_dir: str, figure: str) -> Source:
         for directory, flag in ((input_dir, "input_dirs"), (target_dir, "target_dirs"))
     ]
     stems = sorted(sides[0].keys() & sides[1].keys())
+    if alone := len(sides[0]) - len(stems):
+        print(f"{alone} of {len(sides[0])} pictures of {input_dir} have no annotation in {target_dir} and are left out")
     pairs = [Pair(*(partial(images.read, side[stem]) for side in sides)) for stem in stems]
     return Source(pathlib.Path(target_dir).name, figure, pairs=pairs)
 

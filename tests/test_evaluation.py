@@ -90,6 +90,34 @@ def test_iou_counts_the_truths_classes_and_not_the_background():
     assert iou(empty, empty) == [1] and iou(half, empty) == [0] and iou(empty, half) == [0]
 
 
+def test_a_users_palette_says_which_colours_are_classes(tmp_path):
+    file = tmp_path / "palette.txt"
+    file.write_text("10 10 10\n\n200 0 0\n0 0 250\n")
+    iou = metrics.task_figures(str(file), "")["palette_iou"]
+    background, red, blue = (np.full((1, 4, 4, 3), colour) / 255 for colour in metrics.read_palette(str(file)))
+    half = np.concatenate([red[:, :2], background[:, 2:]], axis=1)
+    found = [iou(drawn, half)[0] for drawn in (half + 0.1, red, blue, background)]
+    assert found == pytest.approx([1, 0.5, 0, 0])
+    assert "palette_iou" not in metrics.task_figures("", "") and "palette_iou" in metrics.HIGHER_IS_BETTER
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("0 0 0\n\n1 2\n", r"palette\.txt:3: '1 2': must be R G B"),
+        ("0 0 0\n1 2 256\n", r"palette\.txt:2: '1 2 256': must be R G B"),
+        ("0 0 0\n1 2 -3\n", r"palette\.txt:2: '1 2 -3': must be R G B"),
+        ("0 0 0\n1 2 red\n", r"palette\.txt:2: '1 2 red': must be R G B"),
+        ("0 0 0\n1 2 3\n0 0 0\n", r"palette\.txt:3: 0 0 0: the colour of line 1 already"),
+        ("0 0 0\n", r"--palette=.*palette\.txt: 1 colours: the background and at least one class are needed"),
+    ],
+)
+def test_a_bad_palette_is_named_by_its_line(tmp_path, text, said):
+    (tmp_path / "palette.txt").write_text(text)
+    with pytest.raises(UserError, match=said):
+        metrics.read_palette(str(tmp_path / "palette.txt"))
+
+
 def test_edges_below_64_pixels_are_scored_pixel_by_pixel_and_larger_ones_within_reach():
     from sklearn.metrics import f1_score
 
@@ -107,6 +135,10 @@ def test_depth_is_read_back_from_brightness():
     near, far = 2.0, 10.0
     true, drawn = np.full((1, 4, 4, 3), 0.5), np.full((1, 4, 4, 3), 0.25)  # 6 and 8 units away
     assert metrics.depth_abs_rel(drawn, true, near, far) == pytest.approx([2 / 6])
+    assert metrics.task_figures("", "2,10")["depth_abs_rel"](drawn, true) == pytest.approx([2 / 6])
+    near, far = scenes.NEAR, scenes.FAR
+    expected = metrics.depth_abs_rel(drawn, true, near, far)
+    assert metrics.task_figures("", "")["depth_abs_rel"](drawn, true) == pytest.approx(expected)
 
 
 def test_normals_are_compared_by_their_angle_whatever_their_length():
@@ -155,6 +187,13 @@ def settings(**values):
         ({"input_dirs": "a", "target_dirs": "b", "figures": "iou"}, "--figures='iou': choose one of 'scene_iou'"),
         ({"benchmark": "rendered", "tasks": "depht"}, "--tasks='depht': choose one of 'segmentation', 'depth'"),
         ({"benchmark": "pascal_detection", "data_dir": "/none", "fold": 4}, "--fold=4: must be 0..3"),
+        (
+            {"input_dirs": "a", "target_dirs": "b", "figures": "palette_iou"},
+            "--figures=palette_iou: --palette is missing",
+        ),
+        ({"depth_range": "2"}, "--depth_range=2: must be near,far"),
+        ({"depth_range": "0,5"}, "--depth_range=0,5: must be near,far"),
+        ({"depth_range": "3,3"}, "--depth_range=3,3: must be near,far"),
         ({"rows_per_task": 0}, "--rows_per_task=0: must be at least 1"),
         ({"seed": -1}, "seed=-1: must be 0..2147483647"),
         ({"seed": 2**63}, "seed=9223372036854775808: must be"),
@@ -194,6 +233,16 @@ def test_frames_of_a_clip_are_in_the_order_of_their_numbers(tmp_path):
     (clip,) = tasks.folder_clips(str(tmp_path)).clips
     expected = [images.read(tmp_path / "clip" / f"{number}.png", 8) for number in (1, 2, 10, 11)]
     assert np.array_equal([frame(8) for frame in clip], expected)
+
+
+def test_images_without_an_annotation_are_counted(tmp_path, capsys):
+    folders(tmp_path, 3)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "other" / "1.png").unlink()
+    source = tasks.folder_pairs(f"{tmp_path}/image", f"{tmp_path}/other", "")
+    assert len(source.pairs) == 2
+    said = f"1 of 3 pictures of {tmp_path}/image have no annotation in {tmp_path}/other and are left out\n"
+    assert capsys.readouterr().out == said
 
 
 def test_too_few_examples_are_an_error_with_the_tasks_name(tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,7 +15,16 @@ from tokenizer_kit import run_main, write_picture
 
 from EasyLM import flags
 from EasyLM.errors import UserError
-from evaluation import batch_generation, clips, eval_perplexity, eval_video_perplexity, examples, generate_videos
+from evaluation import (
+    batch_generation,
+    clips,
+    eval_perplexity,
+    eval_video_perplexity,
+    examples,
+    fewshot,
+    generate_videos,
+    runners,
+)
 from tokenizer import images, videos
 from tokenizer.codec import Codec
 
@@ -113,16 +125,17 @@ def test_a_stopped_run_goes_on(model, lines, tmp_path):
     with pytest.raises(UserError, match=r"lines\.jsonl:3: .*4\.png: not a readable picture"):
         run_main(batch_generation, **settings)
     before = modified(out)
-    assert [path.name for path in before] == ["0.png"] and (out / "unfinished.jsonl").exists()
+    (unfinished,) = out.glob("unfinished.*.jsonl")
+    assert [path.name for path in before] == ["0.png"]
     broken.write_bytes(whole)
-    with pytest.raises(UserError, match=r"unfinished\.jsonl: left by a stopped run with --temperature=1\.0, now it is"):
+    with pytest.raises(UserError, match=r"unfinished\..+\.jsonl: left by a stopped run with --temperature=1\.0, now"):
         run_main(batch_generation, **settings | {"temperature": 0.5})
-    with open(out / "unfinished.jsonl", "a") as file:
+    with open(unfinished, "a") as file:
         file.write('{"example": "cut o')
     run_main(batch_generation, **settings)
     after = modified(out)
     assert len(after) == 2 and before.items() <= after.items()
-    assert not (out / "unfinished.jsonl").exists()
+    assert not unfinished.exists()
     continued = figures(tmp_path / "f.json")
     pictures = {path.name: path.read_bytes() for path in after}
     run_main(batch_generation, **settings | {"batch_size_factor": 2})  # anew, and the same
@@ -130,6 +143,68 @@ def test_a_stopped_run_goes_on(model, lines, tmp_path):
     assert {path.name: path.read_bytes() for path in modified(out)} == pictures and not modified(
         out
     ).items() & after.items()
+
+
+# The program of the second argument, killed as soon as it has kept one result.
+KILLED = """
+import importlib, json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from tokenizer_kit import run_main
+from evaluation import examples
+add = examples.Results.add
+def add_and_die(*args):
+    add(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+examples.Results.add = add_and_die
+run_main(importlib.import_module(sys.argv[2]), **json.loads(sys.argv[3]))
+"""
+
+
+def of_program(program, lines, root) -> dict:
+    """Settings under which a program has several results to keep, one after the other."""
+    clips_of = {"input_files": f"{root}/clips/*", "frame_input": True, "stride": 1, "n_context_frames": 2}
+    drawn = {"n_candidates": 2, "n_new_frames": 1, "evaluate_mse": True, "batch_size_factor": 1}
+    folders = {"input_dirs": f"{root}/in", "target_dirs": f"{root}/out", "clip_dirs": f"{root}/clips"}
+    judged = {"figures": "palette_iou", "palette": f"{root}/palette.txt", "n_shots": "0,1", "n_queries": 3}
+    settings = {
+        eval_perplexity: {**lines, "batch_size": 1},
+        eval_video_perplexity: {**clips_of, "batch_size": 1},
+        batch_generation: {**lines, **drawn, "output_base_dir": f"{root}/o"},
+        generate_videos: {**clips_of, **drawn, "output_dir": f"{root}/o"},
+        fewshot: {**folders, **judged, "depth_range": "1,9", "output_picture": f"{root}/sheet.png"},
+    }[program]
+    return settings | {"mesh_dim": "1,1,-1"}  # where a batch may be of one example
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program", [eval_perplexity, eval_video_perplexity, batch_generation, generate_videos, fewshot]
+)
+def test_a_killed_run_goes_on_to_the_same_figures(model, lines, tmp_path, monkeypatch, program):
+    for i in range(8):
+        write_picture(tmp_path / "out" / f"{i}.png", 100 + i)
+    for name in "ab":
+        write_clip(tmp_path / "clips" / name, 4)
+    (tmp_path / "palette.txt").write_text("0 0 0\n255 0 0\n0 0 255\n")
+    settings = {**model, **of_program(program, lines, tmp_path), "output_json": f"{tmp_path}/f.json"}
+    command = [sys.executable, "-c", KILLED, os.path.dirname(__file__), program.__name__, json.dumps(settings)]
+    ended = subprocess.run(command, timeout=240, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    (kept,) = tmp_path.rglob("*unfinished.*")
+    assert len(kept.read_text().splitlines()) == 2 and not (tmp_path / "f.json").exists()
+    added = []
+    add = examples.Results.add
+    monkeypatch.setattr(examples.Results, "add", lambda *given: added.append(given[1].name) or add(*given))
+
+    def outcome():
+        run_main(program, **settings)
+        assert not list(tmp_path.rglob("*unfinished.*"))
+        pictures = [*tmp_path.glob("o/**/*.png"), *tmp_path.glob("sheet.png")]
+        return figures(tmp_path / "f.json"), {path: path.read_bytes() for path in pictures}
+
+    continued, missing = outcome(), len(added)
+    assert outcome() == continued
+    assert len(added) == 2 * missing + 1  # anew, and so one more
 
 
 def test_results_count_while_nothing_changed(tmp_path):
@@ -150,6 +225,40 @@ def test_results_count_while_nothing_changed(tmp_path):
     assert examples.Results(path, config).missing([case]) == [case]
     examples.Results(path, config).add(case, {"written": [str(tmp_path / "gone.png")]})
     assert examples.Results(path, config).missing([case]) == [case]
+
+
+def test_each_list_has_a_file_of_its_own_which_may_be_gone_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {runners.unfinished_name({"input_file": path}) for path in ("a.jsonl", "b.jsonl", f"{tmp_path}/a.jsonl")}
+    assert len(names) == 2 and all(name.startswith("unfinished.") and name.endswith(".jsonl") for name in names)
+    path, case = tmp_path / names.pop(), examples.Line("a:1", ())
+    results = examples.Results(str(path), clip_settings(checkpoint="", vqgan=""))
+    results.add(case, {"mse": 1.0})
+    path.unlink()
+    results.finish([case], ["mse"], "")
+
+
+@pytest.mark.parametrize(
+    "output, said",
+    [
+        ("2.png", r"in/2\.png would replace a picture that .*lines\.jsonl:1 names"),  # its own truth
+        ("3.png", r"in/3\.png would replace a picture that .*lines\.jsonl:3 names"),
+        ("../link/1.png", r"link/1\.png would replace a picture that .*lines\.jsonl:1 names"),
+        ("a.png", r"in/a_1\.png would replace a picture that .*lines\.jsonl:3 names"),  # of a candidate
+    ],
+)
+@pytest.mark.parametrize("measured", [False, True])
+def test_no_answer_replaces_a_picture_that_a_line_names(lines, tmp_path, output, said, measured):
+    write_picture(tmp_path / "in" / "a_1.png", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    write_lines(
+        tmp_path / "lines.jsonl",
+        {"input": ["1.png"], "target": ["2.png"], "output": output},
+        {"input": ["a_1.png"], "target": ["3.png"], "output": "b.png"},
+    )
+    given = {"output_base_dir": lines["input_base_dir"], "checkpoint": "none", "evaluate_mse": measured}
+    with pytest.raises(UserError, match=rf"lines\.jsonl:1: .*{said}"):
+        run_main(batch_generation, **lines, **given)
 
 
 def test_a_start_that_fails_leaves_nothing_behind(lines, tmp_path):
@@ -203,6 +312,10 @@ def test_bad_lines_are_named_before_a_model_is_loaded(lines, tmp_path, line, sai
         (batch_generation, {"output_base_dir": ""}, "--output_base_dir is missing"),
         (batch_generation, {"n_candidates": 0}, "--n_candidates=0: must be at least 1"),
         (batch_generation, {"top_p": 0.0}, "top_p=0.0"),
+        (batch_generation, {"context_frames": 1}, "--context_frames=1: must be at least 2"),
+        (generate_videos, {"context_frames": 0}, "--context_frames=0: must be at least 2"),
+        (generate_videos, {"fps": 2000.0}, r"--fps=2000\.0: must be 0 \(no videos\) to 1000"),
+        (generate_videos, {"fps": -1.0}, r"--fps=-1\.0: must be 0"),
         (batch_generation, {"input_file": ""}, "--input_file is missing"),
         (generate_videos, {}, "--input_files is missing"),
         (generate_videos, {"seed": -1}, "seed=-1: must be 0..2147483647"),
@@ -218,6 +331,12 @@ def test_wrong_flags_are_named(tmp_path, program, given, said):
     places = {batch_generation: {"output_base_dir": str(tmp_path)}, generate_videos: {"output_dir": str(tmp_path)}}
     with pytest.raises(UserError, match=said):
         run_main(program, **places.get(program, {}) | given)
+
+
+def test_videos_want_their_package_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match="--fps needs the package av"):
+        run_main(generate_videos, output_dir=str(tmp_path), fps=4.0)
 
 
 @pytest.mark.parametrize("program, place", [(eval_perplexity, "output_json"), (batch_generation, "output_json"),

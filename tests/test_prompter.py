@@ -1,6 +1,9 @@
 """Prompting against a slow reference that reads everything anew for each picture."""
 
+import dataclasses
 import functools
+import json
+import pathlib
 import re
 
 import jax
@@ -8,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prompting_kit import tiny_checkpoint, tiny_logits, tiny_params, tiny_prompter
+from tokenizer_kit import run_main
 
-from EasyLM import sharding
+from EasyLM import loading, sharding
 from EasyLM.errors import UserError
-from EasyLM.models.llama import llama_model
+from EasyLM.models.llama import convert_easylm_to_hf, llama_config, llama_model
 from evaluation.models import load_model
 
 CODES, TOKENS = 32, 64
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "lvm_tiny"
 PROMPTS = [np.random.default_rng(i).integers(0, CODES, (pictures, TOKENS)) for i, pictures in enumerate((1, 4))]
 
 
@@ -92,6 +97,48 @@ def test_kernels_are_loaded_in_the_type_of_the_computation(tmp_path):
     assert transformer["wte"]["embedding"].dtype == transformer["ln_f"]["kernel"].dtype == jnp.float32
     apply = jax.jit(lambda params: llama_model.apply(config, params, PROMPTS[0], dtype=jnp.bfloat16))
     np.testing.assert_array_equal(*(apply(p).astype(np.float32) for p in (params, tiny_params())))
+
+
+SPECS = {
+    "trainstate": "trainstate::{tiny}/final/streaming_train_state",
+    "trainstate_params": "trainstate_params::{tiny}/final/streaming_train_state",
+    "params": "params::{tiny}/streaming_params_bf16",
+    "flax_params": "flax_params::{tiny}/flax_params.msgpack",
+    "orbax": "orbax::{made}/orbax",
+    "huggingface": "huggingface::{made}/hf",
+    "directory": "{made}/hf",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The golden model as an Orbax and as a Hugging Face directory."""
+    import orbax.checkpoint as ocp
+
+    folder, spec = tmp_path_factory.mktemp("made"), SPECS["trainstate_params"].format(tiny=GOLDEN)
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(folder / "orbax", loading.load(spec))
+    run_main(convert_easylm_to_hf, load_checkpoint=spec, output_dir=str(folder / "hf"))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", SPECS)
+def test_every_kind_of_checkpoint_is_the_same_model(made, tmp_path, prefix):
+    """Those that say themselves what model they are of without `load_llama_config`."""
+    metadata = llama_config.config_beside(f"{GOLDEN}/final/streaming_train_state")
+    (tmp_path / "model.json").write_text(json.dumps(dataclasses.asdict(metadata)))
+    alone = prefix.startswith("trainstate") or "hf" in SPECS[prefix]
+    given = "" if alone else f"json::{tmp_path}/model.json"
+    mesh = sharding.make_mesh("1,1,1", jax.devices()[:1])
+    config, params = load_model(SPECS[prefix].format(tiny=GOLDEN, made=made), given, mesh)
+    expected = loading.load(SPECS["trainstate_params"].format(tiny=GOLDEN))
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for found, wanted in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
+        wanted = wanted.astype(jnp.bfloat16).astype(np.float32) if prefix == "params" else wanted  # as the file has it
+        np.testing.assert_array_equal(found, wanted)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "rms_norm_eps", "max_sequence_length")  # fmt: skip
+    assert [getattr(config, name) for name in sizes] == [getattr(metadata, name) for name in sizes]
 
 
 @pytest.mark.parametrize(

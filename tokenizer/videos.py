@@ -22,6 +22,7 @@ from tokenizer import images
 
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv")
 WRITTEN = (".mp4", ".gif")
+MOST_FPS = 1000  # that are written
 # One packet is one shown frame, at the packet's time: the frames are known without decoding. (Not so of VP8, for one,
 # which has packets that are never shown.)
 _ONE_FRAME_A_PACKET = {"h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "prores", "ffv1"}
@@ -92,8 +93,8 @@ def write(path, frames: np.ndarray, fps: float) -> None:
     path = pathlib.Path(path)
     if path.suffix.lower() not in WRITTEN:
         raise UserError(f"{path}: {path.suffix!r} cannot be written: choose one of {', '.join(WRITTEN)}")
-    if not 0 < fps <= 1000:
-        raise UserError(f"{path}: {fps} frames a second: must be above 0, at most 1000")
+    if not 0 < fps <= MOST_FPS:
+        raise UserError(f"{path}: {fps} frames a second: must be above 0, at most {MOST_FPS}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
