@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the demonstration model that ships in evaluation/demo_model, from nothing: 37.7 million tokens in @@TIME@@ of
+# Trains the demonstration model that ships in evaluation/demo_model, from nothing: 37.7 million tokens in 68 and 86 minutes of
 # training on two cores that others shared, data before that about 15 minutes.
 #   bash scripts/make_demo_model.sh [FOLDER]     (default: build/demo_model)
 #
