@@ -161,6 +161,24 @@ def test_folders_are_listed_whole_by_name(tmp_path):
             list(images.walk(str(directory), "input_dir", (".mp4",)))
 
 
+def test_linked_folders_are_followed_but_for_loops(tmp_path):
+    for name in ("in/own/1.png", "elsewhere/2.png", "elsewhere/deep/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    root = tmp_path / "in"
+    for link, target in {
+        root / "linked": tmp_path / "elsewhere",
+        root / "again": tmp_path / "elsewhere",
+        root / "own" / "up": root,
+        tmp_path / "elsewhere" / "deep" / "round": tmp_path / "elsewhere",
+        root / "self.png": root / "self.png",
+    }.items():
+        os.symlink(target, link)
+    found = [path.relative_to(root).as_posix() for path in images.find(str(root), "input_dir")]
+    linked = [f"{link}/{name}" for link in ("again", "linked") for name in ("2.png", "deep/3.png")]
+    assert found == [*linked, "own/1.png", "self.png"]
+
+
 def test_a_name_that_is_no_text_is_named(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
     with pytest.raises(UserError, match=r"caf\\xe9.png' is not UTF-8"):

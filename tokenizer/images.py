@@ -102,23 +102,29 @@ class Entry:
 def walk(directory: str, flag: str, extensions: Sequence[str] = EXTENSIONS) -> Iterator[Entry]:
     """The files of these extensions (in any case) in a folder and those below it, in no order, listing none in memory.
 
-    Hidden files and folders are left out.
+    Hidden files and folders are left out. Links to folders are followed, but for those to a folder that holds them.
 
     Raises:
       UserError: naming the flag, if there is no such folder, no such file in it, or a name that is not UTF-8.
     """
     if not os.path.isdir(directory):
         raise UserError(f"--{flag}={directory}: no such folder")
-    found, folders = False, [""]
+    found, folders = False, [("", ())]
     while folders:
-        folder = folders.pop()
+        folder, above = folders.pop()
+        stat = os.stat(os.path.join(directory, folder))
+        # Not all that were visited: of two ways to a folder, the order of the listing would choose one.
+        if (stat.st_dev, stat.st_ino) in above:
+            continue
+        above += ((stat.st_dev, stat.st_ino),)
         with os.scandir(os.path.join(directory, folder)) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{folder}{entry.name}/")
-                elif entry.name.lower().endswith(tuple(extensions)) and not entry.is_dir():
+                # Of a link to itself, entry.is_dir() raises; of others than links it asks the disk nothing.
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                    folders.append((f"{folder}{entry.name}/", above))
+                elif entry.name.lower().endswith(tuple(extensions)):
                     found = True
                     yield _entry(entry, folder, directory, flag)
     if not found:
@@ -133,7 +139,7 @@ def _entry(entry: os.DirEntry, folder: str, directory: str, flag: str) -> Entry:
         raise UserError(f"--{flag}={directory}: the name {os.fsencode(name)!r} is not UTF-8; rename the file") from None
     try:
         stat = entry.stat()
-    except FileNotFoundError:  # a link to nothing: whoever reads it says so
+    except OSError:  # a link to nothing or to itself: whoever reads it says so
         stat = entry.stat(follow_symlinks=False)
     return Entry(name, stat.st_size, stat.st_mtime_ns)
 
