@@ -566,6 +566,32 @@ def test_bad_settings_are_named(tree, tiny, tmp_path, kind, settings, message):
     assert "\n" not in str(caught.value) and not os.listdir(tmp_path)
 
 
+def test_an_older_file_is_not_taken_for_one_that_lacks_only_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+
+    def write(seed):
+        file = resumable.ResumableFile(str(path), {"seed": seed}, fresh=False)
+        if file.whole is None:
+            file.write(b"seed %d\n" % seed)
+            file.finish({})
+
+    write(0)
+    with monkeypatch.context() as patch:
+        replace = os.replace
+
+        def killed(source, target):
+            if target == str(path):
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(1)
+    assert path.read_bytes() == b"seed 0\n"
+    write(1)
+    assert path.read_bytes() == b"seed 1\n" and set(os.listdir(tmp_path)) == {"out.jsonl", "out.jsonl.report.json"}
+
+
 def test_two_builds_of_one_file_do_not_mix(tmp_path):
     path = str(tmp_path / "out.jsonl")
     first = resumable.ResumableFile(path, {"seed": 0}, fresh=False)

@@ -234,7 +234,7 @@ def test_files_of_two_models_are_no_mixture(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({"encoder.conv_in.bias": tensors["encoder.conv_in.bias"] + 1}, tmp_path / "older.safetensors")
-    with pytest.raises(UserError, match=r"/model\.safetensors and .*/older\.safetensors both hold encoder\.conv_in\.bias"):
+    with pytest.raises(UserError, match=r"/model\.safetensors and .*/older\.safetensors both hold encoder\."):
         weights.load(tmp_path)
     names = set(tensors)
     del tensors["encoder.conv_in.bias"]

@@ -43,7 +43,8 @@ class ResumableFile:
         begun = None if fresh else _read_json(self._progress)
         if begun is not None and os.path.exists(self._partial):
             self._continue(begun)
-        elif not fresh and os.path.exists(path):
+        elif not fresh and os.path.exists(path) and not os.path.exists(self._partial):
+            # With a partial file, the report may speak of that one: `finish` was stopped before it got its name.
             report = _read_json(self._report) or {}
             if (report.get("identity"), report.get("bytes")) == (self._identity, os.path.getsize(path)):
                 self.whole = report
