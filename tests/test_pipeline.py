@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import errno
 import os
 import threading
 import types
@@ -145,6 +146,28 @@ def test_the_cache_gives_right_codes_or_none_in_a_file_of_fixed_size(tmp_path):
     for picture, value in found.items():
         assert value is None or np.array_equal(value, codes[picture])
     assert not os.listdir(tmp_path)  # it has no name, so a kill leaves nothing
+
+
+def test_a_full_disk_ends_only_the_cache(tmp_path, monkeypatch, capsys):
+    cache = CodeCache(64, TOKENS, str(tmp_path))
+    one, two, three = (Picture(str(i)) for i in range(3))
+    cache.put(one, np.arange(TOKENS))
+    with monkeypatch.context() as patch:
+        pwrite = os.pwrite
+        patch.setattr(os, "pwrite", lambda file, data, place: pwrite(file, data[:3], place))  # what still went in
+        cache.put(two, np.arange(TOKENS))
+        assert cache.get(two) is None and cache.get(one).tolist() == list(range(TOKENS))
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(os, "pwrite", full)
+        cache.put(three, np.arange(TOKENS))
+    for picture in (one, two, three):
+        cache.put(picture, np.arange(TOKENS))
+        assert cache.get(picture) is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "not kept for further epochs any more: [Errno 28] No space left" in said
 
 
 def listed(monkeypatch, names, layout, count=1):
