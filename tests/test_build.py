@@ -1,6 +1,7 @@
 """Sentences of every kind: what stands where, against references made here; the same bytes whatever stops or splits."""
 
 import collections
+import errno
 import functools
 import itertools
 import json
@@ -590,6 +591,20 @@ def test_an_older_file_is_not_taken_for_one_that_lacks_only_its_name(tmp_path, m
     assert path.read_bytes() == b"seed 0\n"
     write(1)
     assert path.read_bytes() == b"seed 1\n" and set(os.listdir(tmp_path)) == {"out.jsonl", "out.jsonl.report.json"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_enough(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(resumable.fcntl, "flock", flock)
+    file = resumable.ResumableFile(str(tmp_path / "out.jsonl"), {}, fresh=False)
+    for line in (b"one\n", b"two\n"):
+        file.write(line)
+    file.finish({})
+    assert (tmp_path / "out.jsonl").read_bytes() == b"one\ntwo\n"
+    assert capsys.readouterr().err.count("out.jsonl: not locked against another build") == 1
 
 
 def test_two_builds_of_one_file_do_not_mix(tmp_path):

@@ -4,14 +4,17 @@
 `FILE.report.json` appears, and then `FILE` itself, by renaming.
 """
 
+import errno
 import fcntl
 import os
+import sys
 import time
 
 import orjson
 
 from EasyLM.errors import UserError
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems that have none
 MARK_SECONDS = 10.0  # between two marks of progress: so much work is lost when the writer is killed
 
 
@@ -72,6 +75,10 @@ class ResumableFile:
         except BlockingIOError:
             self._file.close()
             raise UserError(f"--output_file={self.path}: another build is writing it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"warning: {self.path}: not locked against another build ({error.strerror})", file=sys.stderr)
         if not size:
             _remove(self._progress)  # before the file that it speaks of is emptied
         self._file.truncate(size)
