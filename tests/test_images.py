@@ -139,6 +139,17 @@ def test_broken_files_are_named(tmp_path, name):
             assert name in str(error)
 
 
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
+def test_gray_of_more_than_sixteen_bits_is_named(tmp_path, value):
+    gray = RAMP.astype(np.int32)
+    Image.fromarray(gray).save(tmp_path / "gray.tif")
+    np.testing.assert_array_equal(images.read(tmp_path / "gray.tif", SIDE), RAMP_RGB)
+    gray[3, 4] = value
+    Image.fromarray(gray).save(tmp_path / "gray.tif")
+    with pytest.raises(UserError, match=rf"gray\.tif: .*{value}.*more than 16 bits"):
+        images.read(tmp_path / "gray.tif", SIDE)
+
+
 def test_floating_point_and_missing_files_are_named(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match=r"float\.tif: .*floating point"):

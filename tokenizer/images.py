@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from EasyLM.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray
+SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" may hold 32 bits
 
 
 def load(path, size: int) -> np.ndarray:
@@ -70,8 +70,10 @@ def _to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT:
-        gray = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.round(np.clip(gray, 0, 255)).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(image)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(f"its values are {gray.min()}..{gray.max()}, more than 16 bits: save it with 8 or 16 bits")
+        return Image.fromarray(np.round(gray.astype(np.float64) / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("its values are floating point, whose range is unknown: save it with 8 or 16 bits")
     if image.has_transparency_data:
