@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import errno
 import os
+import sqlite3
 import threading
 import types
 
@@ -207,6 +208,20 @@ def test_inputs_are_items_of_rows_in_order_and_know_a_change(monkeypatch):
         "0/1.png has no partner in --input_dir=1",
         "1/3.jpg has no partner in --input_dir=0",
     ]
+
+
+def test_a_disk_without_room_for_the_list_is_named(monkeypatch):
+    connect = sqlite3.connect
+
+    def small(name):
+        database = connect(name)
+        database.execute("PRAGMA max_page_count = 8")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    monkeypatch.setenv("TMPDIR", "/full")
+    with pytest.raises(UserError, match=r"cannot be kept in /full \(.*disk is full\): set \$TMPDIR to"):
+        listed(monkeypatch, [f"{number:0100d}.png" for number in range(1000)], collect.by_name)
 
 
 def test_every_epoch_of_shots_uses_items_once_in_a_new_order(monkeypatch):

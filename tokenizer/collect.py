@@ -83,8 +83,19 @@ class Inputs:
         """Lists the files. What stands in no row is added to `problems`.
 
         Raises:
-          UserError: naming the flag, if there is no such folder, no such file in it, or two files claim one place.
+          UserError: naming the flag, if there is no such folder, no such file in it, or two files claim one place; if
+            the disk has no room for the list.
         """
+        try:
+            self.digest, self._length = self._list(layout, sides, extensions, problems)
+        except sqlite3.OperationalError as error:
+            folder = next(filter(None, map(os.environ.get, ("SQLITE_TMPDIR", "TMPDIR"))), "/var/tmp")
+            raise UserError(
+                f"the list of files cannot be kept in {folder} ({error}): set $TMPDIR to a folder with more room"
+            ) from error
+
+    def _list(self, layout: Layout, sides: Sequence[Side], extensions: Sequence[str], problems) -> tuple[str, int]:
+        """Fills the database; returns the digest, and how many items there are."""
         self._database = sqlite3.connect("")
         self._database.executescript(
             f"""
@@ -101,8 +112,7 @@ class Inputs:
                 mark = f"{number} {entry.size} {entry.changed_ns} {entry.name}".encode()
                 # A sum, as the file system lists them in any order.
                 total += int.from_bytes(hashlib.blake2b(mark, digest_size=16).digest())
-        self.digest = f"{total % 2**128:032x}"
-        self._length = self._join(sides, problems)
+        return f"{total % 2**128:032x}", self._join(sides, problems)
 
     def _add(self, number: int, side: Side, layout: Layout, extensions, problems) -> Iterator[images.Entry]:
         root = pathlib.Path(side.directory)
