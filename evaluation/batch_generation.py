@@ -84,8 +84,7 @@ def _paths(config, line: examples.Line) -> list[str]:
 def _check_lines(config, lines: list[examples.Line]) -> None:
     owners = {}
     for line in lines:
-        if not line.output.lower().endswith(images.EXTENSIONS):
-            raise UserError(f"{line.name}: {line.output}: must end with one of {', '.join(images.EXTENSIONS)}")
+        images.check_ending(line.output, f"{line.name}: {line.output}")
         for path in _paths(config, line):
             if owners.setdefault(os.path.normpath(path), line.name) != line.name:
                 raise UserError(f"{line.name}: {path} is a file of {owners[os.path.normpath(path)]} already")

@@ -24,7 +24,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.generate import check_sampling, check_seed
 from evaluation import benchmarks, metrics, pictures, plots, tasks
 from evaluation.prompter import PROMPTER_FLAGS, Prompter
-from tokenizer import inception, lpips, scenes
+from tokenizer import images, inception, lpips, scenes
 from tokenizer.metrics import Gaussian, frechet_distance
 
 FLAGS = {
@@ -104,9 +104,11 @@ def _check(config) -> tuple[list[int], list[int]]:
 
 def _check_outputs(config) -> None:
     """Raises UserError for what would fail only once all is measured."""
-    for name in ("output_json", "output_plot", "output_picture"):
+    for name in ("output_json", "output_plot"):
         if config[name]:
             check_output(config[name], name)
+    if config.output_picture:
+        images.check_output(config.output_picture, "output_picture")
     if config.output_plot:
         plots.canvas()
 

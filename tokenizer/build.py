@@ -150,8 +150,8 @@ def _build(config, codec: Codec, composed: Callable, span: range, file: Resumabl
     """Writes those sentences of the examples `span` that are not there yet; returns the report."""
     state = file.state or {**_BEGIN, "example": span.start}
     problems.restore(state["skipped"])
+    files.check_output(config.output_file, "output_file")
     directory = os.path.dirname(config.output_file) or "."
-    os.makedirs(directory, exist_ok=True)
     again = config.n_epochs > 1 or KINDS[config.kind].order in _SEVERAL_TIMES
     cache = CodeCache(config.cache_pictures if again else 0, codec.config.tokens_per_image, directory)
     begin = time.monotonic() - state["seconds"]

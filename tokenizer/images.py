@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
+from EasyLM import files
 from EasyLM.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = WRITTEN
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" may hold 32 bits
 
 
@@ -186,6 +188,22 @@ def tiled(pictures: np.ndarray) -> np.ndarray:
     """Bytes [rows,columns,height,width,3] edge to edge: one picture, uint8 [rows*height,columns*width,3]."""
     rows, columns, height, width, _ = pictures.shape
     return pictures.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+
+
+def check_output(path: str, flag: str) -> None:
+    """Makes the folder for a picture, and tries it, before the work for that picture.
+
+    Raises:
+      UserError: naming the flag, if `save` could not write it.
+    """
+    check_ending(path, f"--{flag}={path}")
+    files.check_output(path, flag)
+
+
+def check_ending(path: str, name: str) -> None:
+    """Raises UserError, which begins with `name`, unless `save` knows how to write files of that ending."""
+    if not path.lower().endswith(WRITTEN):
+        raise UserError(f"{name}: must end with one of {', '.join(WRITTEN)}")
 
 
 def save(path, picture: np.ndarray) -> None:
