@@ -3,6 +3,7 @@
 import collections
 import errno
 import functools
+import io
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tokenizer_kit import TINY, run_main, smooth_picture, tiny_vqgan, write_picture
+from tqdm import tqdm
 
 from EasyLM import records
 from EasyLM.errors import UserError
@@ -429,6 +431,16 @@ def test_a_stopped_build_is_not_continued_with_other_settings_or_inputs(tree, ti
     with pytest.raises(UserError, match=r"other settings or inputs: inputs=\w+ \(then: \w+\)"):
         make(tree, tiny, output, **settings)
     assert len(make(tree, tiny, output, **settings, fresh=True)) == 5
+
+
+def test_the_time_left_after_a_resume_is_of_what_is_done_since(monkeypatch):
+    with tqdm(file=io.StringIO(), mininterval=0) as bar:
+        now = [bar.start_t]
+        monkeypatch.setattr(bar, "_time", lambda: now[0])
+        build._begin(bar, 900, 1000)
+        now[0] += 10
+        bar.update(5)
+        assert "905/1000" in str(bar) and "00:10<03:10" in str(bar)
 
 
 def test_a_whole_file_is_not_made_again_unless_something_changed(tree, tiny, tmp_path, monkeypatch, capsys):

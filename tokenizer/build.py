@@ -156,8 +156,7 @@ def _build(config, codec: Codec, composed: Callable, span: range, file: Resumabl
     cache = CodeCache(config.cache_pictures if again else 0, codec.config.tokens_per_image, directory)
     begin = time.monotonic() - state["seconds"]
     with Workers(config.workers) as workers, contextlib.closing(Encoder(codec)) as encoder, _bar(config) as bar:
-        bar.reset(len(span))
-        bar.update(state["example"] - span.start)
+        _begin(bar, state["example"] - span.start, len(span))
         depth = _BATCHES * config.batch_size + 2 * config.workers
         read = functools.partial(workers.submit, functools.partial(pictures.read, size=codec.config.resolution))
         done = state["example"], state["number"]
@@ -188,6 +187,13 @@ def _build(config, codec: Codec, composed: Callable, span: range, file: Resumabl
 def _bar(config) -> tqdm:
     # Without a terminal, as in a job's log, one line a minute is enough.
     return tqdm(unit="example", desc=config.kind, mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def _begin(bar: tqdm, done: int, total: int) -> None:
+    """Starts the bar's clock; what an earlier run has done took none of the time from here on."""
+    bar.reset(total)
+    bar.initial = bar.n = bar.last_print_n = done
+    bar.refresh()
 
 
 def _line(kind: str, sentence: list[Picture], codes: np.ndarray, num_codes: int) -> bytes:
