@@ -242,6 +242,7 @@ def test_every_epoch_of_classes_uses_pictures_once_and_as_many_as_can_be(monkeyp
     names = [f"{name}/{i}.png" for name, size in sizes.items() for i in range(size)]
     inputs, _ = listed(monkeypatch, names, collect.classes)
     group = groups.Classes(inputs, types.SimpleNamespace(n_shots=2, images_per_shot=2, seed=1))
+    monkeypatch.setattr(Inputs, "sizes", property(lambda _: pytest.fail("all sizes are listed for an example")))
     # Rounds of two pictures: a b c d, a b c, a b.
     assert group.examples == 2 + 1 + 1
     seen = set()
