@@ -452,6 +452,7 @@ def test_a_whole_file_is_not_made_again_unless_something_changed(tree, tiny, tmp
         assert "is whole already: 5 sentences" in capsys.readouterr().out
     output.write_bytes(output.read_bytes()[:-40])
     assert len(make(tree, tiny, output, "images")) == len(first)
+    assert report_of(output)["files_passed_over"] == {}
     assert len(make(tree, tiny, output, "colorization")) == 4
 
 

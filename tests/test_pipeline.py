@@ -181,7 +181,7 @@ def listed(monkeypatch, names, layout, count=1):
     """Inputs over names that no disk holds."""
     by_directory = [names] * count if isinstance(names[0], str) else names
 
-    def walk(directory, flag, extensions):
+    def walk(directory, flag, extensions, others):
         return (images.Entry(name, 1, 2) for name in by_directory[int(directory)])
 
     monkeypatch.setattr(images, "walk", walk)
@@ -208,6 +208,14 @@ def test_inputs_are_items_of_rows_in_order_and_know_a_change(monkeypatch):
         "0/1.png has no partner in --input_dir=1",
         "1/3.jpg has no partner in --input_dir=0",
     ]
+
+
+def test_files_passed_over_are_counted_once_a_folder(tmp_path):
+    for name in ("x/s/images/1.jpg", "x/s/masks/1.png", "x/s/pointcloud.ply", "x/frame_annotations.jgz", "y/1.ply"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    sides = [Side(str(tmp_path), "input_dir", folder) for folder in ("images", "masks")]
+    assert Inputs(collect.co3d, sides, images.EXTENSIONS, Problems(0)).others == {".ply": 2, ".jgz": 1}
 
 
 def test_a_disk_without_room_for_the_list_is_named(monkeypatch):

@@ -79,11 +79,12 @@ def main(config) -> None:
         if file.whole is not None:
             print(f"{config.output_file} is whole already: {_told(file.whole)}")
             return
+        images.tell_others(inputs.others, "inputs")
         composed = functools.partial(compose, kind, group, settings)
         report = _build(config, codec, composed, span, file, problems)
         if not report["sentences"] and shards == 1:
             raise UserError(f"--input_dir={config.input_dir}: not one sentence, {len(problems)} inputs skipped")
-        file.finish(report)
+        file.finish({**report, "files_passed_over": inputs.others})
     print(f"{config.output_file}: {_told(report)}")
 
 

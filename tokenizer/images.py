@@ -3,21 +3,30 @@
 Shapes: n pictures, S the side in pixels. Pixels are float32 in [0, 1], RGB, channels last.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from EasyLM import files
 from EasyLM.errors import UserError
 
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-EXTENSIONS = WRITTEN
+# What Pillow reads by itself; some only where it was built with the library.
+_OPTIONAL = {"jpg_2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "avif": (".avif",)}
+EXTENSIONS = (
+    *WRITTEN,
+    *(".jpe", ".jfif", ".apng", ".dib", ".pbm", ".pnm", ".tga", ".pcx", ".psd", ".qoi", ".sgi"),
+    *(extension for name, extensions in _OPTIONAL.items() if features.check(name) for extension in extensions),
+)
+_MOST_TOLD = 50  # extensions that are counted by name: where files are numbered behind the dot, each has another one
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" may hold 32 bits
 
 
@@ -86,12 +95,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def find(directory: str, flag: str) -> list[pathlib.Path]:
-    """The pictures in a folder and the folders below it, by their names in order. Hidden files and others are left out.
+    """The pictures in a folder and the folders below it, by their names in order. Hidden files and others are left out;
+    how many of the others there are is told on standard error.
 
     Raises:
       UserError: naming the flag, if there is no such folder, or no picture in it.
     """
-    return [pathlib.Path(directory, name) for name in sorted(entry.name for entry in walk(directory, flag))]
+    others: collections.Counter = collections.Counter()
+    names = sorted(entry.name for entry in walk(directory, flag, others=others))
+    tell_others(others, f"--{flag}={directory}")
+    return [pathlib.Path(directory, name) for name in names]
+
+
+def tell_others(counts: dict[str, int], where: str) -> None:
+    """Says on standard error how many files were passed over, by extension, if any were."""
+    if counts:
+        most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        told = ", ".join(f"{count} {name}" for name, count in most_first)
+        print(f"{where}: passed over files of other extensions: {told}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +124,13 @@ class Entry:
     changed_ns: int
 
 
-def walk(directory: str, flag: str, extensions: Sequence[str] = EXTENSIONS) -> Iterator[Entry]:
+def walk(
+    directory: str, flag: str, extensions: Sequence[str] = EXTENSIONS, others: collections.Counter | None = None
+) -> Iterator[Entry]:
     """The files of these extensions (in any case) in a folder and those below it, in no order, listing none in memory.
 
     Hidden files and folders are left out. Links to folders are followed, but for those to a folder that holds them.
+    `others` counts by extension the files that are neither hidden nor of these.
 
     Raises:
       UserError: naming the flag, if there is no such folder, no such file in it, or a name that is not UTF-8.
@@ -131,8 +155,15 @@ def walk(directory: str, flag: str, extensions: Sequence[str] = EXTENSIONS) -> I
                 elif entry.name.lower().endswith(tuple(extensions)):
                     found = True
                     yield _entry(entry, folder, directory, flag)
+                elif others is not None:
+                    _count(others, entry.name)
     if not found:
         raise UserError(f"--{flag}={directory}: no file of {', '.join(extensions)} there")
+
+
+def _count(others: collections.Counter, name: str) -> None:
+    extension = os.path.splitext(name)[1].lower().encode(errors="replace").decode() or "without one"
+    others[extension if extension in others or len(others) < _MOST_TOLD else "of further ones"] += 1
 
 
 def _entry(entry: os.DirEntry, folder: str, directory: str, flag: str) -> Entry:
