@@ -1,30 +1,31 @@
 """Work on data files in processes of their own."""
 
 import contextlib
+import dataclasses
+import functools
 import multiprocessing
 import os
 import sys
 import threading
 import types
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from EasyLM.errors import UserError
 
 
-class WorkerDiedError(UserError):
-    """A worker process ended before its work: the machine killed it, or a library crashed."""
-
-
 class Workers:
     """A context that runs functions in this process, or, if there are to be several, in processes of their own.
 
-    What they run lies in modules that do not import JAX, so that the processes start fast.
+    What they run lies in modules that do not import JAX, so that the processes start fast. When one of them dies (the
+    machine killed it, or a library crashed), all that was submitted and has not ended is lost with it, and run again,
+    one after the other, in one further process: what kills that one, too, is at fault.
     """
 
     def __init__(self, processes: int):
-        spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
-        self._pool = ProcessPoolExecutor(processes, spawn, _end_with_parent) if processes > 1 else None
+        self._processes, self._single = processes, None
+        self._pool = _pool(processes) if processes > 1 else None
 
     def __enter__(self):
         return self
@@ -36,35 +37,73 @@ class Workers:
         with _hidden_main():
             return self._pool.map(function, *arguments, chunksize=chunksize)
 
-    def submit(self, function, *arguments) -> Future:
+    def submit(self, function, *arguments) -> "Future | _Repeatable":
         """`function` of these arguments, begun now: in this process it has ended when this returns."""
-        future: Future = Future()
+        if self._pool is not None:
+            try:
+                future = _submitted(self._pool, function, arguments)
+            except BrokenProcessPool:
+                self._pool.shutdown(wait=False)
+                self._pool = _pool(self._processes)
+                future = _submitted(self._pool, function, arguments)
+            return _Repeatable(future, functools.partial(self._again, function, arguments))
+        future = Future()
         try:
-            if self._pool is not None:
-                with _hidden_main():
-                    return self._pool.submit(function, *arguments)
             future.set_result(function(*arguments))
         except Exception as error:  # whoever asks for the result gets it
             future.set_exception(error)
         return future
 
+    def _again(self, function, arguments: tuple):
+        """The result of what was lost, or BrokenProcessPool."""
+        self._single = self._single or _pool(1)
+        try:
+            return _submitted(self._single, function, arguments).result()
+        except BrokenProcessPool:
+            self._single.shutdown(wait=False)
+            self._single = None
+            raise
+
     def __exit__(self, *exception):
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._single):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
 
-def result(future: Future, subject: str):
+@dataclasses.dataclass
+class _Repeatable:
+    """What was submitted to a pool, and how to run it again if it is lost with the pool."""
+
+    future: Future
+    again: Callable
+
+    def result(self):
+        try:
+            return self.future.result()
+        except BrokenProcessPool:
+            return self.again()
+
+
+def result(future, subject: str):
     """What became of a submitted function that is at work on `subject`.
 
     Raises:
-      WorkerDiedError: naming the subject; else what the function raised.
+      UserError: naming the subject, if it killed its process twice; else what the function raised.
     """
     try:
         return future.result()
     except BrokenProcessPool:
-        raise WorkerDiedError(
-            f"a worker process died at or near {subject} (out of memory?); --workers=1 has none"
-        ) from None
+        raise UserError(f"{subject}: the process that reads it dies (out of memory, or a crash in a library)") from None
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
+    return ProcessPoolExecutor(processes, spawn, _end_with_parent)
+
+
+def _submitted(pool: ProcessPoolExecutor, function, arguments: tuple) -> Future:
+    with _hidden_main():
+        return pool.submit(function, *arguments)
 
 
 def _end_with_parent() -> None:

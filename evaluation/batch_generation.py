@@ -85,8 +85,7 @@ def _check_lines(config, lines: list[examples.Line]) -> None:
     readers = {os.path.realpath(path): line.name for line in lines for path in (*line.inputs, *line.truths)}
     owners = {}
     for line in lines:
-        if not line.output.lower().endswith(images.EXTENSIONS):
-            raise UserError(f"{line.name}: {line.output}: must end with one of {', '.join(images.EXTENSIONS)}")
+        images.check_ending(line.output, f"{line.name}: {line.output}")
         for path in _paths(config, line):
             real = os.path.realpath(path)
             if real in readers:

@@ -29,7 +29,7 @@ from evaluation import benchmarks, metrics, pictures, plots, tasks
 from evaluation.examples import Results
 from evaluation.prompter import PROMPTER_FLAGS, Prompter
 from evaluation.runners import UNFINISHED
-from tokenizer import inception, lpips, scenes
+from tokenizer import images, inception, lpips, scenes
 from tokenizer.metrics import Gaussian, frechet_distance
 
 FLAGS = {
@@ -137,9 +137,11 @@ def _check(config, judges: dict[str, Callable]) -> tuple[list[int], list[int]]:
 
 def _check_outputs(config) -> None:
     """Raises UserError for what would fail only once all is measured."""
-    for name in ("output_json", "output_plot", "output_picture"):
+    for name in ("output_json", "output_plot"):
         if config[name]:
             check_output(config[name], name)
+    if config.output_picture:
+        images.check_output(config.output_picture, "output_picture")
     if config.output_plot:
         plots.canvas()
 

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from EasyLM.errors import UserError
+from EasyLM.files import check_output
 from EasyLM.flags import Flag, run
 from evaluation.demo import FLAGS as DEMO_FLAGS
 from evaluation.prompter import PROMPTER_FLAGS
@@ -50,6 +51,8 @@ def main(config) -> None:
     """Runs the test; see above."""
     if config.clients < 1 or not config.seconds > 0 or not 0 <= config.hostile < 1:
         raise UserError("--clients must be at least 1, --seconds above 0, --hostile from 0 to below 1")
+    if config.output_json:
+        check_output(config.output_json, "output_json")
     sys.exit(asyncio.run(test(config)))
 
 

@@ -1,7 +1,9 @@
 """Sentences of every kind: what stands where, against references made here; the same bytes whatever stops or splits."""
 
 import collections
+import errno
 import functools
+import io
 import itertools
 import json
 import os
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tokenizer_kit import TINY, run_main, smooth_picture, tiny_vqgan, write_picture
+from tqdm import tqdm
 
 from EasyLM import records
 from EasyLM.errors import UserError
@@ -430,6 +433,16 @@ def test_a_stopped_build_is_not_continued_with_other_settings_or_inputs(tree, ti
     assert len(make(tree, tiny, output, **settings, fresh=True)) == 5
 
 
+def test_the_time_left_after_a_resume_is_of_what_is_done_since(monkeypatch):
+    with tqdm(file=io.StringIO(), mininterval=0) as bar:
+        now = [bar.start_t]
+        monkeypatch.setattr(bar, "_time", lambda: now[0])
+        build._begin(bar, 900, 1000)
+        now[0] += 10
+        bar.update(5)
+        assert "905/1000" in str(bar) and "00:10<03:10" in str(bar)
+
+
 def test_a_whole_file_is_not_made_again_unless_something_changed(tree, tiny, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out.jsonl"
     first = make(tree, tiny, output, "images")
@@ -439,6 +452,7 @@ def test_a_whole_file_is_not_made_again_unless_something_changed(tree, tiny, tmp
         assert "is whole already: 5 sentences" in capsys.readouterr().out
     output.write_bytes(output.read_bytes()[:-40])
     assert len(make(tree, tiny, output, "images")) == len(first)
+    assert report_of(output)["files_passed_over"] == {}
     assert len(make(tree, tiny, output, "colorization")) == 4
 
 
@@ -564,6 +578,46 @@ def test_bad_settings_are_named(tree, tiny, tmp_path, kind, settings, message):
     with pytest.raises(UserError, match=message) as caught:
         make(tree, tiny, tmp_path / "out.jsonl", kind, **settings)
     assert "\n" not in str(caught.value) and not os.listdir(tmp_path)
+
+
+def test_an_older_file_is_not_taken_for_one_that_lacks_only_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+
+    def write(seed):
+        file = resumable.ResumableFile(str(path), {"seed": seed}, fresh=False)
+        if file.whole is None:
+            file.write(b"seed %d\n" % seed)
+            file.finish({})
+
+    write(0)
+    with monkeypatch.context() as patch:
+        replace = os.replace
+
+        def killed(source, target):
+            if target == str(path):
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(1)
+    assert path.read_bytes() == b"seed 0\n"
+    write(1)
+    assert path.read_bytes() == b"seed 1\n" and set(os.listdir(tmp_path)) == {"out.jsonl", "out.jsonl.report.json"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_enough(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(resumable.fcntl, "flock", flock)
+    file = resumable.ResumableFile(str(tmp_path / "out.jsonl"), {}, fresh=False)
+    for line in (b"one\n", b"two\n"):
+        file.write(line)
+    file.finish({})
+    assert (tmp_path / "out.jsonl").read_bytes() == b"one\ntwo\n"
+    assert capsys.readouterr().err.count("out.jsonl: not locked against another build") == 1
 
 
 def test_two_builds_of_one_file_do_not_mix(tmp_path):

@@ -45,6 +45,19 @@ def test_code_usage_counts_and_spreads():
     assert eval_vqgan.code_usage(np.array([5, 0, 5, 0])) == {"codes_used": 0.5, "code_perplexity": pytest.approx(2)}
 
 
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"output_picture": "p.txt"}, "--output_picture=p.txt: must end with one of .png"),
+        ({"output_picture": "/dev/null/p.png"}, "--output_picture=/dev/null/p.png: cannot be written"),
+        ({"output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
+    ],
+)
+def test_outputs_that_cannot_be_are_named_before_the_work(settings, said):
+    with pytest.raises(UserError, match=said):
+        run_main(eval_vqgan, input_dirs="/nowhere", **settings)
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="--input_dirs is missing"):
         run_main(eval_vqgan)

@@ -61,6 +61,9 @@ FILES = {
     "sixteen_bit.png": (Image.fromarray(RAMP), {}, RAMP_RGB, 0),
     "sixteen_bit.tif": (Image.fromarray(RAMP), {}, RAMP_RGB, 0),
     "still.gif": (palette(), {}, COLOURS, 0),
+    "plain.jfif": (rgb(), {"format": "JPEG", "quality": 100, "subsampling": 0}, COLOURS, 6),
+    "plain.tga": (rgb(), {}, COLOURS, 0),
+    "plain.qoi": (rgb(), {}, COLOURS, 0),
     "moving.gif": (
         palette(),
         {"save_all": True, "append_images": [Image.new("RGB", (SIDE, SIDE), "gray")], "duration": 9},
@@ -139,6 +142,17 @@ def test_broken_files_are_named(tmp_path, name):
             assert name in str(error)
 
 
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
+def test_gray_of_more_than_sixteen_bits_is_named(tmp_path, value):
+    gray = RAMP.astype(np.int32)
+    Image.fromarray(gray).save(tmp_path / "gray.tif")
+    np.testing.assert_array_equal(images.read(tmp_path / "gray.tif", SIDE), RAMP_RGB)
+    gray[3, 4] = value
+    Image.fromarray(gray).save(tmp_path / "gray.tif")
+    with pytest.raises(UserError, match=rf"gray\.tif: .*{value}.*more than 16 bits"):
+        images.read(tmp_path / "gray.tif", SIDE)
+
+
 def test_floating_point_and_missing_files_are_named(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match=r"float\.tif: .*floating point"):
@@ -159,6 +173,39 @@ def test_folders_are_listed_whole_by_name(tmp_path):
     for directory, said in {tmp_path / "none": "no such folder", tmp_path / "b": "no file of .mp4 there"}.items():
         with pytest.raises(UserError, match=f"--input_dir=.*: {said}"):
             list(images.walk(str(directory), "input_dir", (".mp4",)))
+
+
+def test_what_is_passed_over_is_told_by_extension(tmp_path, capsys, monkeypatch):
+    for name in ("1.png", "a/2.HEIC", "a/3.heic", "notes.txt", "README", ".hidden.txt", ".git/4.txt", "5.1", "5.2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert images.find(str(tmp_path), "input_dir") == [tmp_path / "1.png"]
+    told = "2 .heic, 1 .1, 1 .2, 1 .txt, 1 without one\n"
+    assert capsys.readouterr().err == f"--input_dir={tmp_path}: passed over files of other extensions: {told}"
+    (tmp_path / "5.2").rename(tmp_path / os.fsdecode(b"5.\xe9"))  # a name that is no text
+    images.find(str(tmp_path), "input_dir")
+    assert "1 .1, 1 .?, 1 .txt" in capsys.readouterr().err
+    monkeypatch.setattr(images, "_MOST_TOLD", 0)
+    images.find(str(tmp_path), "input_dir")
+    assert capsys.readouterr().err.endswith(": 6 of further ones\n")
+
+
+def test_linked_folders_are_followed_but_for_loops(tmp_path):
+    for name in ("in/own/1.png", "elsewhere/2.png", "elsewhere/deep/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    root = tmp_path / "in"
+    for link, target in {
+        root / "linked": tmp_path / "elsewhere",
+        root / "again": tmp_path / "elsewhere",
+        root / "own" / "up": root,
+        tmp_path / "elsewhere" / "deep" / "round": tmp_path / "elsewhere",
+        root / "self.png": root / "self.png",
+    }.items():
+        os.symlink(target, link)
+    found = [path.relative_to(root).as_posix() for path in images.find(str(root), "input_dir")]
+    linked = [f"{link}/{name}" for link in ("again", "linked") for name in ("2.png", "deep/3.png")]
+    assert found == [*linked, "own/1.png", "self.png"]
 
 
 def test_a_name_that_is_no_text_is_named(tmp_path):

@@ -35,8 +35,9 @@ def sentences(tmp_path):
 def figures(tmp_path, names="a.jsonl,b.jsonl.gz,c.packed", **settings) -> dict:
     """What the tool writes."""
     paths = ",".join(str(tmp_path / name) for name in names.split(","))
-    settings = {"tokens_per_image": EACH, "codebook_size": 128, **settings}
-    tokenizer_kit.run_main(inspect, input_files=paths, output_json=str(tmp_path / "out" / "f.json"), **settings)
+    output = str(tmp_path / "out" / "f.json")
+    settings = {"tokens_per_image": EACH, "codebook_size": 128, "output_json": output, **settings}
+    tokenizer_kit.run_main(inspect, input_files=paths, **settings)
     return json.loads((tmp_path / "out" / "f.json").read_text())
 
 
@@ -111,7 +112,9 @@ def test_bars_are_as_high_as_their_values(largest):
     "settings, said",
     [
         ({"tokens_per_image": 0}, "--tokens_per_image=0: must be at least 1"),
-        ({"output_picture": "p.jpg"}, "--output_picture=p.jpg: must end in .png"),
+        ({"names": "no", "output_picture": "p.txt"}, "--output_picture=p.txt: must end with one of .png, .jpg"),
+        ({"names": "no", "output_picture": "/dev/null/p.png"}, "--output_picture=/dev/null/p.png: cannot be written"),
+        ({"names": "no", "output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
         ({"names": "d.jsonl"}, "d.jsonl: no such file"),
     ],
 )

@@ -140,7 +140,7 @@ class TestErrors:
             mixed(tmp_path, "a.jsonl")
         with pytest.raises(UserError, match=r"a.jsonl:10: id 16777216 is outside .*, after 1 others \(--max_errors=1"):
             mixed(tmp_path, "a.jsonl", max_errors=1)
-        assert not (tmp_path / "out").exists()
+        assert not os.listdir(tmp_path / "out")
         assert sorted(mixed(tmp_path, "a.jsonl", max_errors=2)) == sorted(lines)
 
     @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
@@ -186,6 +186,7 @@ class TestErrors:
             ({"output": "a.jsonl"}, "is one of --inputs"),
             ({"output": "m.jsonl.gz"}, "must be a plain file"),
             ({"memory_mb": 0}, "--memory_mb=0: must be at least 1"),
+            ({"output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
         ],
     )
     def test_settings(self, tmp_path, settings, said):

@@ -3,10 +3,11 @@
 import collections
 import concurrent.futures
 import dataclasses
+import errno
 import os
+import sqlite3
 import threading
 import types
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -115,17 +116,24 @@ def test_the_device_waits_while_nothing_is_there(monkeypatch):
     assert encoder.figures() == "0 images/s, device waits 50%"
 
 
-def test_a_worker_that_dies_is_named():
+@pytest.mark.slow  # processes start
+def test_only_what_kills_its_process_is_left_out(tmp_path):
+    deadly, size = ("3", "4", "11"), (1, SIDE, SIDE, 3)
     with Workers(2) as workers:
-        flow = Pipeline(lambda group: workers.submit(os._exit, 1), Encoder(FakeCodec()), _NoCache(), 1, 1)
-        with pytest.raises(UserError, match="a worker process died at or near 7"):
-            list(flow.run(Sentence([Picture("7")]) for _ in range(50)))
-        assert isinstance(workers.submit(abs, 1).exception(), BrokenProcessPool)  # as of any work after that
 
+        def read(group):
+            kills = group[0].path in deadly
+            return workers.submit(os._exit, 1) if kills else workers.submit(np.full, size, value(group[0]), np.uint8)
 
-class _NoCache:
-    def get(self, picture):
-        return None
+        flow = Pipeline(read, Encoder(FakeCodec()), CodeCache(0, TOKENS, str(tmp_path)), 4, depth=8)
+        found = [codes for _, codes in flow.run(Sentence([Picture(str(number))]) for number in range(20))]
+        assert workers.submit(abs, -1).result() == 1
+    for number, codes in enumerate(found):
+        if str(number) in deadly:
+            reason = f"{number}: the process that reads it dies (out of memory, or a crash in a library)"
+            assert codes == {str(number): reason}
+        else:
+            np.testing.assert_array_equal(codes, [[number] * TOKENS])
 
 
 def test_the_cache_gives_right_codes_or_none_in_a_file_of_fixed_size(tmp_path):
@@ -147,11 +155,33 @@ def test_the_cache_gives_right_codes_or_none_in_a_file_of_fixed_size(tmp_path):
     assert not os.listdir(tmp_path)  # it has no name, so a kill leaves nothing
 
 
+def test_a_full_disk_ends_only_the_cache(tmp_path, monkeypatch, capsys):
+    cache = CodeCache(64, TOKENS, str(tmp_path))
+    one, two, three = (Picture(str(i)) for i in range(3))
+    cache.put(one, np.arange(TOKENS))
+    with monkeypatch.context() as patch:
+        pwrite = os.pwrite
+        patch.setattr(os, "pwrite", lambda file, data, place: pwrite(file, data[:3], place))  # what still went in
+        cache.put(two, np.arange(TOKENS))
+        assert cache.get(two) is None and cache.get(one).tolist() == list(range(TOKENS))
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(os, "pwrite", full)
+        cache.put(three, np.arange(TOKENS))
+    for picture in (one, two, three):
+        cache.put(picture, np.arange(TOKENS))
+        assert cache.get(picture) is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "not kept for further epochs any more: [Errno 28] No space left" in said
+
+
 def listed(monkeypatch, names, layout, count=1):
     """Inputs over names that no disk holds."""
     by_directory = [names] * count if isinstance(names[0], str) else names
 
-    def walk(directory, flag, extensions):
+    def walk(directory, flag, extensions, others):
         return (images.Entry(name, 1, 2) for name in by_directory[int(directory)])
 
     monkeypatch.setattr(images, "walk", walk)
@@ -180,6 +210,28 @@ def test_inputs_are_items_of_rows_in_order_and_know_a_change(monkeypatch):
     ]
 
 
+def test_files_passed_over_are_counted_once_a_folder(tmp_path):
+    for name in ("x/s/images/1.jpg", "x/s/masks/1.png", "x/s/pointcloud.ply", "x/frame_annotations.jgz", "y/1.ply"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    sides = [Side(str(tmp_path), "input_dir", folder) for folder in ("images", "masks")]
+    assert Inputs(collect.co3d, sides, images.EXTENSIONS, Problems(0)).others == {".ply": 2, ".jgz": 1}
+
+
+def test_a_disk_without_room_for_the_list_is_named(monkeypatch):
+    connect = sqlite3.connect
+
+    def small(name):
+        database = connect(name)
+        database.execute("PRAGMA max_page_count = 8")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    monkeypatch.setenv("TMPDIR", "/full")
+    with pytest.raises(UserError, match=r"cannot be kept in /full \(.*disk is full\): set \$TMPDIR to"):
+        listed(monkeypatch, [f"{number:0100d}.png" for number in range(1000)], collect.by_name)
+
+
 def test_every_epoch_of_shots_uses_items_once_in_a_new_order(monkeypatch):
     names = [f"{i:02d}.png" for i in range(11)]
     inputs, _ = listed(monkeypatch, names, collect.by_name)
@@ -198,6 +250,7 @@ def test_every_epoch_of_classes_uses_pictures_once_and_as_many_as_can_be(monkeyp
     names = [f"{name}/{i}.png" for name, size in sizes.items() for i in range(size)]
     inputs, _ = listed(monkeypatch, names, collect.classes)
     group = groups.Classes(inputs, types.SimpleNamespace(n_shots=2, images_per_shot=2, seed=1))
+    monkeypatch.setattr(Inputs, "sizes", property(lambda _: pytest.fail("all sizes are listed for an example")))
     # Rounds of two pictures: a b c d, a b c, a b.
     assert group.examples == 2 + 1 + 1
     seen = set()

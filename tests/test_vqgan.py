@@ -230,6 +230,18 @@ def test_wrong_settings_are_named(settings, message):
         VQGANConfig.from_dict(settings)
 
 
+def test_files_of_two_models_are_no_mixture(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({"encoder.conv_in.bias": tensors["encoder.conv_in.bias"] + 1}, tmp_path / "older.safetensors")
+    with pytest.raises(UserError, match=r"/model\.safetensors and .*/older\.safetensors both hold encoder\."):
+        weights.load(tmp_path)
+    names = set(tensors)
+    del tensors["encoder.conv_in.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert set(weights._read_directory(tmp_path)[1]) == names  # parts of one
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         weights.load(tmp_path)

@@ -21,7 +21,7 @@ from EasyLM import files, records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.workers import Workers
-from tokenizer import images, pictures, videos
+from tokenizer import images, pictures, sentences, videos
 from tokenizer.code_cache import CodeCache
 from tokenizer.codec import CODEC_FLAGS, Codec
 from tokenizer.collect import Inputs, Side
@@ -32,6 +32,7 @@ from tokenizer.problems import Problems
 from tokenizer.resumable import ResumableFile
 
 _BATCHES = 6  # under way at a time: up to three on the device or before it, the others being read
+_SEVERAL_TIMES = (sentences.video, sentences.multi_sequence)  # orders that show a picture twice in an epoch
 _BEGIN = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}
 VERSION = 1  # of the sentences that follow from flags and inputs: a build that was stopped under another cannot go on
 
@@ -78,11 +79,12 @@ def main(config) -> None:
         if file.whole is not None:
             print(f"{config.output_file} is whole already: {_told(file.whole)}")
             return
-        sentences = functools.partial(compose, kind, group, settings)
-        report = _build(config, codec, sentences, span, file, problems)
+        images.tell_others(inputs.others, "inputs")
+        composed = functools.partial(compose, kind, group, settings)
+        report = _build(config, codec, composed, span, file, problems)
         if not report["sentences"] and shards == 1:
             raise UserError(f"--input_dir={config.input_dir}: not one sentence, {len(problems)} inputs skipped")
-        file.finish(report)
+        file.finish({**report, "files_passed_over": inputs.others})
     print(f"{config.output_file}: {_told(report)}")
 
 
@@ -145,21 +147,21 @@ def _identity(config, inputs: Inputs) -> dict:
     }
 
 
-def _build(config, codec: Codec, sentences: Callable, span: range, file: ResumableFile, problems: Problems) -> dict:
+def _build(config, codec: Codec, composed: Callable, span: range, file: ResumableFile, problems: Problems) -> dict:
     """Writes those sentences of the examples `span` that are not there yet; returns the report."""
     state = file.state or {**_BEGIN, "example": span.start}
     problems.restore(state["skipped"])
+    files.check_output(config.output_file, "output_file")
     directory = os.path.dirname(config.output_file) or "."
-    os.makedirs(directory, exist_ok=True)
-    cache = CodeCache(config.cache_pictures, codec.config.tokens_per_image, directory)
+    again = config.n_epochs > 1 or KINDS[config.kind].order in _SEVERAL_TIMES
+    cache = CodeCache(config.cache_pictures if again else 0, codec.config.tokens_per_image, directory)
     begin = time.monotonic() - state["seconds"]
     with Workers(config.workers) as workers, contextlib.closing(Encoder(codec)) as encoder, _bar(config) as bar:
-        bar.reset(len(span))
-        bar.update(state["example"] - span.start)
+        _begin(bar, state["example"] - span.start, len(span))
         depth = _BATCHES * config.batch_size + 2 * config.workers
         read = functools.partial(workers.submit, functools.partial(pictures.read, size=codec.config.resolution))
         done = state["example"], state["number"]
-        to_come = (s for s in sentences(range(done[0], span.stop), workers, problems) if (s.example, s.number) >= done)
+        to_come = (s for s in composed(range(done[0], span.stop), workers, problems) if (s.example, s.number) >= done)
         for sentence, codes in Pipeline(read, encoder, cache, config.batch_size, depth).run(to_come):
             if isinstance(codes, dict):
                 for path, reason in codes.items():
@@ -186,6 +188,13 @@ def _build(config, codec: Codec, sentences: Callable, span: range, file: Resumab
 def _bar(config) -> tqdm:
     # Without a terminal, as in a job's log, one line a minute is enough.
     return tqdm(unit="example", desc=config.kind, mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def _begin(bar: tqdm, done: int, total: int) -> None:
+    """Starts the bar's clock; what an earlier run has done took none of the time from here on."""
+    bar.reset(total)
+    bar.initial = bar.n = bar.last_print_n = done
+    bar.refresh()
 
 
 def _line(kind: str, sentence: list[Picture], codes: np.ndarray, num_codes: int) -> bytes:

@@ -3,6 +3,7 @@
 The list lies in a temporary database on disk (SQLite's, in $TMPDIR), so memory does not grow with the number of files.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -77,14 +78,26 @@ class Inputs:
 
     Attributes:
       digest: changes when a file is added, removed, or written to.
+      others: files that were passed over, by extension, as these are read as no picture (or video).
     """
 
     def __init__(self, layout: Layout, sides: Sequence[Side], extensions: Sequence[str], problems):
         """Lists the files. What stands in no row is added to `problems`.
 
         Raises:
-          UserError: naming the flag, if there is no such folder, no such file in it, or two files claim one place.
+          UserError: naming the flag, if there is no such folder, no such file in it, or two files claim one place; if
+            the disk has no room for the list.
         """
+        try:
+            self.digest, self._length = self._list(layout, sides, extensions, problems)
+        except sqlite3.OperationalError as error:
+            folder = next(filter(None, map(os.environ.get, ("SQLITE_TMPDIR", "TMPDIR"))), "/var/tmp")
+            raise UserError(
+                f"the list of files cannot be kept in {folder} ({error}): set $TMPDIR to a folder with more room"
+            ) from error
+
+    def _list(self, layout: Layout, sides: Sequence[Side], extensions: Sequence[str], problems) -> tuple[str, int]:
+        """Fills the database; returns the digest, and how many items there are."""
         self._database = sqlite3.connect("")
         self._database.executescript(
             f"""
@@ -95,18 +108,19 @@ class Inputs:
             CREATE TABLE item (number INTEGER PRIMARY KEY, first INT, size INT);
             """
         )
-        total = 0
+        total, of_folder = 0, {}
         for number, side in enumerate(sides):
-            for entry in self._add(number, side, layout, extensions, problems):
+            of_folder[side.directory] = collections.Counter()  # one, as of co3d all sides lie in one folder
+            for entry in self._add(number, side, layout, extensions, of_folder[side.directory], problems):
                 mark = f"{number} {entry.size} {entry.changed_ns} {entry.name}".encode()
                 # A sum, as the file system lists them in any order.
                 total += int.from_bytes(hashlib.blake2b(mark, digest_size=16).digest())
-        self.digest = f"{total % 2**128:032x}"
-        self._length = self._join(sides, problems)
+        self.others = dict(sum(of_folder.values(), collections.Counter()))
+        return f"{total % 2**128:032x}", self._join(sides, problems)
 
-    def _add(self, number: int, side: Side, layout: Layout, extensions, problems) -> Iterator[images.Entry]:
+    def _add(self, number: int, side: Side, layout: Layout, extensions, others, problems) -> Iterator[images.Entry]:
         root = pathlib.Path(side.directory)
-        for entry in images.walk(side.directory, side.flag, extensions):
+        for entry in images.walk(side.directory, side.flag, extensions, others):
             if side.folder and side.folder != os.path.basename(os.path.dirname(entry.name)):
                 continue
             yield entry

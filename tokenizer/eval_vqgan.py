@@ -12,6 +12,7 @@ import os
 import numpy as np
 from tqdm import tqdm
 
+from EasyLM import files
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from tokenizer import images, inception, metrics
@@ -22,7 +23,9 @@ FLAGS = {
     "limit": Flag(0, "Take only the first so many pictures of each folder; 0: all."),
     "inception_weights": Flag("", "File of pytorch-fid's InceptionV3. Adds rFID."),
     "output_json": Flag("", "File for the figures."),
-    "output_picture": Flag("", "PNG file for a row of each folder's first pictures above what the codes keep of them."),
+    "output_picture": Flag(
+        "", "Picture file: a row of each folder's first pictures above what the codes keep of them."
+    ),
     "columns": Flag(12, "Pictures of a row there."),
     **CODEC_FLAGS,
 }
@@ -36,12 +39,16 @@ def main(config) -> None:
     for name, least in {"limit": 0, "columns": 1}.items():
         if config[name] < least:
             raise UserError(f"--{name}={config[name]}: must be at least {least}")
-    files = [images.find(folder, "input_dirs")[: config.limit or None] for folder in folders]
+    if config.output_json:
+        files.check_output(config.output_json, "output_json")
+    if config.output_picture:
+        images.check_output(config.output_picture, "output_picture")
+    found = [images.find(folder, "input_dirs")[: config.limit or None] for folder in folders]
     network = inception.Inception(config.inception_weights, config.batch_size) if config.inception_weights else None
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
     figures, used, rows = {}, np.zeros(codec.config.num_embeddings, np.int64), []
     sides = metrics.Gaussian(), metrics.Gaussian()
-    for folder, paths in zip(folders, files, strict=True):
+    for folder, paths in zip(folders, found, strict=True):
         figures[folder], counts_K, row, parts = measure(codec, network, paths, config)
         used += counts_K
         rows += row
@@ -50,7 +57,7 @@ def main(config) -> None:
             for side, part in zip(sides, parts, strict=True):
                 side.join(part)
         print(_line(folder, figures[folder]))
-    usage = figures["all"] = {"pictures": sum(map(len, files)), **code_usage(used)}
+    usage = figures["all"] = {"pictures": sum(map(len, found)), **code_usage(used)}
     if network:
         usage["rfid"] = rfid("all", *sides)
     shares = f"{usage['codes_used']:.1%} of {len(used)} codes used, perplexity {usage['code_perplexity']:.0f}"
@@ -119,7 +126,6 @@ def _rfid_words(figures: dict) -> str:
 
 
 def _write_json(path: str, figures: dict) -> None:
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "w") as file:
         json.dump(figures, file, indent=2)
     os.replace(f"{path}.tmp", path)

@@ -1,7 +1,7 @@
 """Which rows of the inputs make an example, the unit that a build goes through, splits into shards and resumes at.
 
 Every group has `examples`, how many an epoch has, and `rows(epoch, example)`; which rows these are follows from the
-seed and the two numbers alone. No memory grows with the inputs, but for eight bytes a class.
+seed and the two numbers alone. No memory grows with the inputs, but for sixteen bytes a class.
 """
 
 import numpy as np
@@ -54,7 +54,8 @@ class Classes:
     def __init__(self, inputs, settings):
         self._inputs, self._seed = inputs, settings.seed
         self._shots, self._each = settings.n_shots, settings.images_per_shot
-        rounds_of = inputs.sizes // self._each
+        self._sizes = inputs.sizes  # each time, they are read from the disk
+        rounds_of = self._sizes // self._each
         self._classes = np.argsort(-rounds_of, kind="stable")  # those of most rounds first: round r has the first few
         in_round = np.searchsorted(-rounds_of[self._classes], -np.arange(rounds_of.max(initial=0)), side="left")
         self._in_round = in_round[in_round >= self._shots]
@@ -73,7 +74,7 @@ class Classes:
         for place in range(first, first + self._shots):
             number = permuted(place, int(self._in_round[turn]), self._seed, _stream(epoch, 0, turn))
             number = int(self._classes[number])
-            size = int(self._inputs.sizes[number])
+            size = int(self._sizes[number])
             shuffle = _stream(epoch, 1, number)
             places = range(turn * self._each, (turn + 1) * self._each)
             found += [self._inputs.row(number, permuted(i, size, self._seed, shuffle)) for i in places]

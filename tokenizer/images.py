@@ -3,20 +3,31 @@
 Shapes: n pictures, S the side in pixels. Pixels are float32 in [0, 1], RGB, channels last.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
+from EasyLM import files
 from EasyLM.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray
+WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# What Pillow reads by itself; some only where it was built with the library.
+_OPTIONAL = {"jpg_2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "avif": (".avif",)}
+EXTENSIONS = (
+    *WRITTEN,
+    *(".jpe", ".jfif", ".apng", ".dib", ".pbm", ".pnm", ".tga", ".pcx", ".psd", ".qoi", ".sgi"),
+    *(extension for name, extensions in _OPTIONAL.items() if features.check(name) for extension in extensions),
+)
+_MOST_TOLD = 50  # extensions that are counted by name: where files are numbered behind the dot, each has another one
+SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" may hold 32 bits
 
 
 def load(path, size: int) -> np.ndarray:
@@ -70,8 +81,10 @@ def _to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT:
-        gray = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.round(np.clip(gray, 0, 255)).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(image)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(f"its values are {gray.min()}..{gray.max()}, more than 16 bits: save it with 8 or 16 bits")
+        return Image.fromarray(np.round(gray.astype(np.float64) / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("its values are floating point, whose range is unknown: save it with 8 or 16 bits")
     if image.has_transparency_data:
@@ -82,12 +95,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def find(directory: str, flag: str) -> list[pathlib.Path]:
-    """The pictures in a folder and the folders below it, by their names in order. Hidden files and others are left out.
+    """The pictures in a folder and the folders below it, by their names in order. Hidden files and others are left out;
+    how many of the others there are is told on standard error.
 
     Raises:
       UserError: naming the flag, if there is no such folder, or no picture in it.
     """
-    return [pathlib.Path(directory, name) for name in sorted(entry.name for entry in walk(directory, flag))]
+    others: collections.Counter = collections.Counter()
+    names = sorted(entry.name for entry in walk(directory, flag, others=others))
+    tell_others(others, f"--{flag}={directory}")
+    return [pathlib.Path(directory, name) for name in names]
+
+
+def tell_others(counts: dict[str, int], where: str) -> None:
+    """Says on standard error how many files were passed over, by extension, if any were."""
+    if counts:
+        most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        told = ", ".join(f"{count} {name}" for name, count in most_first)
+        print(f"{where}: passed over files of other extensions: {told}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,30 +124,46 @@ class Entry:
     changed_ns: int
 
 
-def walk(directory: str, flag: str, extensions: Sequence[str] = EXTENSIONS) -> Iterator[Entry]:
+def walk(
+    directory: str, flag: str, extensions: Sequence[str] = EXTENSIONS, others: collections.Counter | None = None
+) -> Iterator[Entry]:
     """The files of these extensions (in any case) in a folder and those below it, in no order, listing none in memory.
 
-    Hidden files and folders are left out.
+    Hidden files and folders are left out. Links to folders are followed, but for those to a folder that holds them.
+    `others` counts by extension the files that are neither hidden nor of these.
 
     Raises:
       UserError: naming the flag, if there is no such folder, no such file in it, or a name that is not UTF-8.
     """
     if not os.path.isdir(directory):
         raise UserError(f"--{flag}={directory}: no such folder")
-    found, folders = False, [""]
+    found, folders = False, [("", ())]
     while folders:
-        folder = folders.pop()
+        folder, above = folders.pop()
+        stat = os.stat(os.path.join(directory, folder))
+        # Not all that were visited: of two ways to a folder, the order of the listing would choose one.
+        if (stat.st_dev, stat.st_ino) in above:
+            continue
+        above += ((stat.st_dev, stat.st_ino),)
         with os.scandir(os.path.join(directory, folder)) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{folder}{entry.name}/")
-                elif entry.name.lower().endswith(tuple(extensions)) and not entry.is_dir():
+                # Of a link to itself, entry.is_dir() raises; of others than links it asks the disk nothing.
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                    folders.append((f"{folder}{entry.name}/", above))
+                elif entry.name.lower().endswith(tuple(extensions)):
                     found = True
                     yield _entry(entry, folder, directory, flag)
+                elif others is not None:
+                    _count(others, entry.name)
     if not found:
         raise UserError(f"--{flag}={directory}: no file of {', '.join(extensions)} there")
+
+
+def _count(others: collections.Counter, name: str) -> None:
+    extension = os.path.splitext(name)[1].lower().encode(errors="replace").decode() or "without one"
+    others[extension if extension in others or len(others) < _MOST_TOLD else "of further ones"] += 1
 
 
 def _entry(entry: os.DirEntry, folder: str, directory: str, flag: str) -> Entry:
@@ -133,7 +174,7 @@ def _entry(entry: os.DirEntry, folder: str, directory: str, flag: str) -> Entry:
         raise UserError(f"--{flag}={directory}: the name {os.fsencode(name)!r} is not UTF-8; rename the file") from None
     try:
         stat = entry.stat()
-    except FileNotFoundError:  # a link to nothing: whoever reads it says so
+    except OSError:  # a link to nothing or to itself: whoever reads it says so
         stat = entry.stat(follow_symlinks=False)
     return Entry(name, stat.st_size, stat.st_mtime_ns)
 
@@ -178,6 +219,22 @@ def tiled(pictures: np.ndarray) -> np.ndarray:
     """Bytes [rows,columns,height,width,3] edge to edge: one picture, uint8 [rows*height,columns*width,3]."""
     rows, columns, height, width, _ = pictures.shape
     return pictures.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+
+
+def check_output(path: str, flag: str) -> None:
+    """Makes the folder for a picture, and tries it, before the work for that picture.
+
+    Raises:
+      UserError: naming the flag, if `save` could not write it.
+    """
+    check_ending(path, f"--{flag}={path}")
+    files.check_output(path, flag)
+
+
+def check_ending(path: str, name: str) -> None:
+    """Raises UserError, which begins with `name`, unless `save` knows how to write files of that ending."""
+    if not path.lower().endswith(WRITTEN):
+        raise UserError(f"{name}: must end with one of {', '.join(WRITTEN)}")
 
 
 def save(path, picture: np.ndarray) -> None:

@@ -6,7 +6,6 @@ stream; what is held does not grow with them.
 
 import collections
 import json
-import os
 import sys
 
 import numpy as np
@@ -25,7 +24,7 @@ FLAGS = {
     "tokens_per_image": Flag(TOKENS_PER_IMAGE, "Codes of a picture, in which lengths are counted."),
     "max_listed": Flag(20, "Bad lines that are listed; all are counted."),
     "output_json": Flag("", "Write the figures to this file."),
-    "output_picture": Flag("", "Write charts of lengths, codes and kinds to this PNG file."),
+    "output_picture": Flag("", "Write charts of lengths, codes and kinds to this picture file."),
 }
 MOST_KINDS = 1000  # told apart; a file with more has something else under that key
 OTHER_KINDS = "(others)"
@@ -113,8 +112,10 @@ def main(config) -> None:
     for name, least in {"vocab_size": 1, "codebook_size": 1, "tokens_per_image": 1, "max_listed": 0}.items():
         if config[name] < least:
             raise UserError(f"--{name}={config[name]}: must be at least {least}")
-    if config.output_picture and not config.output_picture.lower().endswith(".png"):
-        raise UserError(f"--output_picture={config.output_picture}: must end in .png")
+    if config.output_json:
+        files.check_output(config.output_json, "output_json")
+    if config.output_picture:
+        images.check_output(config.output_picture, "output_picture")
     paths = files.expand("input_files", config.input_files)
     vocab_size = max(config.vocab_size, config.codebook_size)
     bad, summary = BadLines(config.max_listed), Summary(vocab_size, config.codebook_size, config.tokens_per_image)
@@ -126,7 +127,6 @@ def main(config) -> None:
     figures = summary.figures() | {"files": len(paths), "bad_lines": bad.count, "first_bad_lines": bad.first}
     print(table(figures, config))
     if config.output_json:
-        os.makedirs(os.path.dirname(config.output_json) or ".", exist_ok=True)
         with open(config.output_json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
     if config.output_picture:

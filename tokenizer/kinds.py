@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.workers import WorkerDiedError, result
+from EasyLM.workers import result
 from tokenizer import collect, groups, sentences, videos
 from tokenizer.pictures import Picture
 
@@ -77,8 +77,6 @@ def compose(kind: Kind, group, settings, span: range, workers, problems) -> Iter
         except sentences.TooShortError as reason:
             path = path if kind.videos else os.path.dirname(path)
             problems.add(path, f"{path}: {reason}")
-        except WorkerDiedError:
-            raise
         except UserError as error:
             problems.add(path, str(error))
 

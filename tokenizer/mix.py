@@ -65,7 +65,6 @@ def main(config) -> None:
     # Sentences are as long as the mean of their source, as far as is known.
     expected = sum(source.bytes * source.taken // max(source.sentences, 1) for source in sources)
     directory = os.path.dirname(os.path.abspath(config.output_file))
-    os.makedirs(directory, exist_ok=True)
     _check_disk(directory, expected, config)
     temporary = f"{config.output_file}.tmp"
     memory = config.memory_mb * 10**6
@@ -107,6 +106,9 @@ def _sources(config) -> list[Source]:
                 )
             if not files.is_remote(path) and os.path.abspath(path) == os.path.abspath(config.output_file):
                 raise UserError(f"--output_file={config.output_file}: is one of --inputs={config.inputs}")
+    files.check_output(config.output_file, "output_file")
+    if config.output_json:
+        files.check_output(config.output_json, "output_json")
     return sources
 
 

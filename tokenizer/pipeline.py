@@ -149,8 +149,6 @@ class Pipeline:
     def _take(self, group: list[Picture], future: concurrent.futures.Future) -> None:
         try:
             pixels = workers.result(future, group[0].path)
-        except workers.WorkerDiedError:
-            raise
         except UserError as error:
             for picture in group:
                 self._wanted[picture].found = error

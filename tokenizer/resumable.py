@@ -4,14 +4,17 @@
 `FILE.report.json` appears, and then `FILE` itself, by renaming.
 """
 
+import errno
 import fcntl
 import os
+import sys
 import time
 
 import orjson
 
 from EasyLM.errors import UserError
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems that have none
 MARK_SECONDS = 10.0  # between two marks of progress: so much work is lost when the writer is killed
 
 
@@ -43,7 +46,8 @@ class ResumableFile:
         begun = None if fresh else _read_json(self._progress)
         if begun is not None and os.path.exists(self._partial):
             self._continue(begun)
-        elif not fresh and os.path.exists(path):
+        elif not fresh and os.path.exists(path) and not os.path.exists(self._partial):
+            # With a partial file, the report may speak of that one: `finish` was stopped before it got its name.
             report = _read_json(self._report) or {}
             if (report.get("identity"), report.get("bytes")) == (self._identity, os.path.getsize(path)):
                 self.whole = report
@@ -71,6 +75,10 @@ class ResumableFile:
         except BlockingIOError:
             self._file.close()
             raise UserError(f"--output_file={self.path}: another build is writing it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"warning: {self.path}: not locked against another build ({error.strerror})", file=sys.stderr)
         if not size:
             _remove(self._progress)  # before the file that it speaks of is emptied
         self._file.truncate(size)

@@ -20,7 +20,10 @@ from PIL import Image
 from EasyLM.errors import UserError
 from tokenizer import images
 
-EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv")
+EXTENSIONS = (
+    *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv"),
+    *(".3gp", ".3g2", ".m2ts", ".vob", ".asf", ".f4v", ".mxf", ".mpe", ".m2v", ".qt", ".ogm", ".dv", ".y4m"),
+)
 WRITTEN = (".mp4", ".gif")
 MOST_FPS = 1000  # that are written
 # One packet is one shown frame, at the packet's time: the frames are known without decoding. (Not so of VP8, for one,

@@ -142,10 +142,20 @@ def _read_directory(directory: str) -> tuple[str, dict[str, np.ndarray]]:
     shards = sorted(root.glob("*.safetensors"))
     path = root / "pytorch_model.bin"
     if shards:
-        return f"{root}/*.safetensors", {name: array for shard in shards for name, array in read_tensors(shard).items()}
+        return f"{root}/*.safetensors", _joined(shards)
     if not path.is_file():
         raise UserError(f"--vqgan={directory}: no weights there: pytorch_model.bin or *.safetensors")
     return str(path), read_tensors(path)
+
+
+def _joined(shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
+    tensors, owners = {}, {}
+    for shard in shards:
+        for name, array in read_tensors(shard).items():
+            if name in owners:  # two models, or two versions of one
+                raise UserError(f"{owners[name]} and {shard} both hold {name}: leave the files of one model there")
+            tensors[name], owners[name] = array, shard
+    return tensors
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
