@@ -108,7 +108,7 @@ def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
     def answer(count, *values):
         files = [*values[: 2 * count], values[2 * most]]
         if None in files:
-            raise gradio.Error("Put a picture into every place, or set fewer pairs.", duration=None)
+            raise _said("Put a picture into every place, or set fewer pairs.")
         yield from draw(engine, files, _chosen(values[2 * most + 1 :]), folder)
 
     def resize(count):
@@ -145,7 +145,7 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
 
     def answer(pictures, *values):
         if not pictures:
-            raise gradio.Error("Put at least one frame into the row.", duration=None)
+            raise _said("Put at least one frame into the row.")
         files = [path for path, _ in pictures][-engine.max_pictures :]
         yield from draw(engine, files, _chosen(values), folder)
 
@@ -156,7 +156,7 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
 def _slot(label: str):
     import gradio
 
-    return gradio.Image(
+    slot = gradio.Image(
         label=label,
         type="filepath",
         format="png",
@@ -165,6 +165,14 @@ def _slot(label: str):
         buttons=[],
         elem_id=label.lower().replace(" ", "_"),
     )
+    # Gradio's own unpacks the file, whatever its size, and loses transparency and 16-bit gray: `uploads.decode` is to
+    # see the file as it came. Set here, as gradio writes a .pyi file beside the source of every subclass.
+    slot.preprocess = _path_of
+    return slot
+
+
+def _path_of(payload) -> str | None:
+    return payload and payload.path
 
 
 def _settings(with_frames: bool):
@@ -246,7 +254,7 @@ def draw(engine: Engine, files: list[str], settings: Settings, folder: pathlib.P
         pictures = uploads.decode([pathlib.Path(file).read_bytes() for file in files], engine.resolution, LIMITS)
         future = engine.generate(Prompt(pictures=pictures), settings, news.put)
     except (UserError, Refused, QueueFullError, ClosedError) as error:
-        raise gradio.Error(str(error), duration=None) from None
+        raise _said(str(error)) from None
     future.add_done_callback(lambda _: news.put(None))
     try:
         warming = engine.state == "warming up"
@@ -262,6 +270,13 @@ def draw(engine: Engine, files: list[str], settings: Settings, folder: pathlib.P
         _captioned(answer.pictures),
         gradio.DownloadButton(value=str(file), interactive=True),
     )
+
+
+def _said(message: str) -> Exception:
+    """What a visitor did wrong: shown until it is closed, and no matter for the log."""
+    import gradio
+
+    return gradio.Error(message, duration=None, print_exception=False)
 
 
 def _captioned(pictures_CF: np.ndarray) -> list[tuple[np.ndarray, str]]:
