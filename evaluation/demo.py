@@ -4,11 +4,13 @@ Without flags it shows the model that ships with the project, whose pictures are
 listens on this machine alone unless `--host` says otherwise, and loads nothing from elsewhere.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import queue
 import tempfile
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,6 +38,7 @@ MAX_CANDIDATES, MAX_FRAMES, MAX_PAIRS = 8, 8, 7
 LIMITS = Limits()
 _PLACES = [*range(0, 2 * demo_prompts.PAIRS + 1, 2), *range(1, 2 * demo_prompts.PAIRS, 2)]  # questions above answers
 _SHOWN = 256  # pictures are drawn at least so large, pixel by pixel
+_KEPT_SECONDS = 3600  # files of visitors
 _CSS = ".grid-wrap.fixed-height { min-height: 0 !important; }"  # galleries as high as their pictures
 _INTRODUCTION = """# Large Vision Model
 Show the model what you want, in pictures; it draws what follows. Nothing else tells it what the task is."""
@@ -71,7 +74,9 @@ def build(engine: Engine, folder: pathlib.Path):
     """The page (`gradio.Blocks`). Files that it offers are put into `folder`."""
     import gradio
 
-    with gradio.Blocks(title="Large Vision Model", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gradio.Blocks(
+        title="Large Vision Model", analytics_enabled=False, delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)
+    ) as page:
         gradio.Markdown(_INTRODUCTION)
         with gradio.Tab("Analogy"):
             _analogy_tab(engine, folder)
@@ -257,8 +262,7 @@ def draw(engine: Engine, files: list[str], settings: Settings, folder: pathlib.P
         raise _said(str(error)) from None
     future.add_done_callback(lambda _: news.put(None))
     try:
-        warming = engine.state == "warming up"
-        yield "Compiling for the first picture ..." if warming else "Reading the prompt ...", [], off
+        yield _first_status(engine), [], off
         while (newest := news.get()) is not None:
             yield f"Drawing: {newest.done} of {newest.total} tokens", _captioned(newest.pictures), off
         answer = future.result()
@@ -270,6 +274,12 @@ def draw(engine: Engine, files: list[str], settings: Settings, folder: pathlib.P
         _captioned(answer.pictures),
         gradio.DownloadButton(value=str(file), interactive=True),
     )
+
+
+def _first_status(engine: Engine) -> str:
+    if engine.state == "failed":
+        return f"Warming up failed ({engine.fault}), trying all the same ..."
+    return "Compiling for the first picture ..." if engine.state == "warming up" else "Reading the prompt ..."
 
 
 def _said(message: str) -> Exception:
@@ -294,7 +304,11 @@ def _enlarged(picture: np.ndarray) -> np.ndarray:
 
 
 def _save(pictures_CF: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
-    """A row for each candidate, a column for each new picture, as they are."""
+    """A row for each candidate, a column for each new picture, as they are; older answers than an hour go."""
+    for old in folder.glob("answer_*.png"):
+        with contextlib.suppress(FileNotFoundError):  # another visitor's answer came at the same time
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                old.unlink()
     flat = images.to_uint8(pictures_CF.reshape(-1, *pictures_CF.shape[2:]))
     with tempfile.NamedTemporaryFile(dir=folder, prefix="answer_", suffix=".png", delete=False) as file:
         Image.fromarray(images.grid(flat, pictures_CF.shape[1])).save(file, "PNG")

@@ -97,6 +97,17 @@ def test_a_file_that_is_no_picture_reaches_the_check_that_says_so(tmp_path):
     assert not pathlib.Path(demo.__file__).with_suffix(".pyi").exists()
 
 
+def test_answers_are_kept_for_an_hour(tmp_path):
+    picture = np.zeros((1, 1, 8, 8, 3), np.float32)
+    old, new = demo._save(picture, tmp_path), demo._save(picture, tmp_path)
+    example = tmp_path / "analogy_0.png"
+    example.write_bytes(b"")
+    for path, age in ((old, 3700), (new, 3500), (example, 3700)):
+        os.utime(path, (time.time() - age,) * 2)
+    newest = demo._save(picture, tmp_path)
+    assert set(tmp_path.iterdir()) == {new, newest, example}
+
+
 def test_examples_are_prompts_of_one_length(monkeypatch):
     analogies, sequences = demo_prompts.analogies(16), demo_prompts.sequences(16, count=2)
     assert [one.name for one in analogies] == ["segmentation", "depth", "normals", "edges", "colours"]
