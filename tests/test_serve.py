@@ -390,7 +390,8 @@ def test_who_listens_while_an_answer_is_sent_waits_for_the_client_to_leave():
 
     async def app(scope, receive, send):
         listening = asyncio.create_task(receive())
-        await asyncio.sleep(0)
+        while not calls:
+            await asyncio.sleep(0)  # until it really listens
         await send({"type": "http.response.start", "status": 200, "headers": []})
         heard.append(await listening)
 
