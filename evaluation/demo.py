@@ -4,11 +4,13 @@ Without flags it shows the model that ships with the project, whose pictures are
 listens on this machine alone unless `--host` says otherwise, and loads nothing from elsewhere.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import queue
 import tempfile
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,6 +38,7 @@ MAX_CANDIDATES, MAX_FRAMES, MAX_PAIRS = 8, 8, 7
 LIMITS = Limits()
 _PLACES = [*range(0, 2 * demo_prompts.PAIRS + 1, 2), *range(1, 2 * demo_prompts.PAIRS, 2)]  # questions above answers
 _SHOWN = 256  # pictures are drawn at least so large, pixel by pixel
+_KEPT_SECONDS = 3600  # files of visitors
 _CSS = ".grid-wrap.fixed-height { min-height: 0 !important; }"  # galleries as high as their pictures
 _INTRODUCTION = """# Large Vision Model
 Show the model what you want, in pictures; it draws what follows. Nothing else tells it what the task is."""
@@ -71,7 +74,9 @@ def build(engine: Engine, folder: pathlib.Path):
     """The page (`gradio.Blocks`). Files that it offers are put into `folder`."""
     import gradio
 
-    with gradio.Blocks(title="Large Vision Model", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gradio.Blocks(
+        title="Large Vision Model", analytics_enabled=False, delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)
+    ) as page:
         gradio.Markdown(_INTRODUCTION)
         with gradio.Tab("Analogy"):
             _analogy_tab(engine, folder)
@@ -108,7 +113,7 @@ def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
     def answer(count, *values):
         files = [*values[: 2 * count], values[2 * most]]
         if None in files:
-            raise gradio.Error("Put a picture into every place, or set fewer pairs.", duration=None)
+            raise _said("Put a picture into every place, or set fewer pairs.")
         yield from draw(engine, files, _chosen(values[2 * most + 1 :]), folder)
 
     def resize(count):
@@ -145,7 +150,7 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
 
     def answer(pictures, *values):
         if not pictures:
-            raise gradio.Error("Put at least one frame into the row.", duration=None)
+            raise _said("Put at least one frame into the row.")
         files = [path for path, _ in pictures][-engine.max_pictures :]
         yield from draw(engine, files, _chosen(values), folder)
 
@@ -156,7 +161,7 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
 def _slot(label: str):
     import gradio
 
-    return gradio.Image(
+    slot = gradio.Image(
         label=label,
         type="filepath",
         format="png",
@@ -165,6 +170,14 @@ def _slot(label: str):
         buttons=[],
         elem_id=label.lower().replace(" ", "_"),
     )
+    # Gradio's own unpacks the file, whatever its size, and loses transparency and 16-bit gray: `uploads.decode` is to
+    # see the file as it came. Set here, as gradio writes a .pyi file beside the source of every subclass.
+    slot.preprocess = _path_of
+    return slot
+
+
+def _path_of(payload) -> str | None:
+    return payload and payload.path
 
 
 def _settings(with_frames: bool):
@@ -246,11 +259,10 @@ def draw(engine: Engine, files: list[str], settings: Settings, folder: pathlib.P
         pictures = uploads.decode([pathlib.Path(file).read_bytes() for file in files], engine.resolution, LIMITS)
         future = engine.generate(Prompt(pictures=pictures), settings, news.put)
     except (UserError, Refused, QueueFullError, ClosedError) as error:
-        raise gradio.Error(str(error), duration=None) from None
+        raise _said(str(error)) from None
     future.add_done_callback(lambda _: news.put(None))
     try:
-        warming = engine.state == "warming up"
-        yield "Compiling for the first picture ..." if warming else "Reading the prompt ...", [], off
+        yield _first_status(engine), [], off
         while (newest := news.get()) is not None:
             yield f"Drawing: {newest.done} of {newest.total} tokens", _captioned(newest.pictures), off
         answer = future.result()
@@ -262,6 +274,19 @@ def draw(engine: Engine, files: list[str], settings: Settings, folder: pathlib.P
         _captioned(answer.pictures),
         gradio.DownloadButton(value=str(file), interactive=True),
     )
+
+
+def _first_status(engine: Engine) -> str:
+    if engine.state == "failed":
+        return f"Warming up failed ({engine.fault}), trying all the same ..."
+    return "Compiling for the first picture ..." if engine.state == "warming up" else "Reading the prompt ..."
+
+
+def _said(message: str) -> Exception:
+    """What a visitor did wrong: shown until it is closed, and no matter for the log."""
+    import gradio
+
+    return gradio.Error(message, duration=None, print_exception=False)
 
 
 def _captioned(pictures_CF: np.ndarray) -> list[tuple[np.ndarray, str]]:
@@ -279,7 +304,11 @@ def _enlarged(picture: np.ndarray) -> np.ndarray:
 
 
 def _save(pictures_CF: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
-    """A row for each candidate, a column for each new picture, as they are."""
+    """A row for each candidate, a column for each new picture, as they are; older answers than an hour go."""
+    for old in folder.glob("answer_*.png"):
+        with contextlib.suppress(FileNotFoundError):  # another visitor's answer came at the same time
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                old.unlink()
     flat = images.to_uint8(pictures_CF.reshape(-1, *pictures_CF.shape[2:]))
     with tempfile.NamedTemporaryFile(dir=folder, prefix="answer_", suffix=".png", delete=False) as file:
         Image.fromarray(images.grid(flat, pictures_CF.shape[1])).save(file, "PNG")

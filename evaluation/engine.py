@@ -90,6 +90,7 @@ class Engine:
         self._prompter, self._config = prompter, config
         self._warm_up_lengths = _lengths(config.warm_up, prompter.max_pictures - 1)
         self._warm = threading.Event()
+        self.fault = ""  # why warming up failed
         self._batcher = Batcher(
             self._run,
             max_batch=config.max_batch,
@@ -122,9 +123,11 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """`warming up`, `ready` or `stopping`."""
+        """`warming up`, `ready`, `failed` (to warm up: requests are tried all the same) or `stopping`."""
         if self._batcher.closed:
             return "stopping"
+        if self.fault:
+            return "failed"
         return "ready" if self._warm.is_set() else "warming up"
 
     def close(self, timeout: float | None = None) -> bool:
@@ -143,8 +146,9 @@ class Engine:
         return future
 
     def _warmed_up(self, future: Future) -> None:
-        if future.exception():
-            logging.error("warming up failed", exc_info=future.exception())
+        if error := future.exception():
+            logging.error("warming up failed", exc_info=error)
+            self.fault = f"{type(error).__name__}: {error}".partition("\n")[0]
         else:
             self._warm.set()
 

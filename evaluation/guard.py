@@ -1,4 +1,7 @@
-"""Stands before the service (ASGI middleware): bounds what bodies may bring, how slowly, and how many come at once."""
+"""Stands before the service: bounds what requests bring, how slowly they and their answers go, and how many there are.
+
+`Guard` (ASGI middleware) sees requests; what has not become one, or is no longer, is the matter of `impatient`.
+"""
 
 import asyncio
 import contextlib
@@ -9,6 +12,8 @@ from evaluation.uploads import Limits, Refused
 
 # What is left of a refused body is read and dropped for so long: its sender reads no answer before its end.
 _LINGER_SECONDS = 5.0
+# So many are held for each request that may be open: the rest is dropped unheard, before file descriptors run out.
+_CONNECTIONS_PER_REQUEST = 2
 
 
 class Guard:
@@ -23,14 +28,29 @@ class Guard:
         body = _Body(receive, self._limits)
         self._open += 1
         try:
-            if self._open > self._limits.connections:
-                return await _answer(
-                    Refused(503, "busy", f"{self._limits.connections} requests are open: no more are taken", 1),
-                    body.before_end_of(send),
-                )
-            return await self._app(scope, body.receive, body.before_end_of(send))
+            async with asyncio.timeout(None) as patience:
+                send = body.before_end_of(self._within(patience, send))
+                if self._open > self._limits.connections:
+                    busy = f"{self._limits.connections} requests are open: no more are taken"
+                    await _answer(Refused(503, "busy", busy, 1), send)
+                else:
+                    await self._app(scope, body.receive, send)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            # The client takes nothing of its answer: it gets no more, and the server closes what has no end.
         finally:
             self._open -= 1
+
+    def _within(self, patience: asyncio.Timeout, send):
+        """`send`, each of whose messages must have been taken in time: else the request is dropped."""
+
+        async def send_in_time(message):
+            patience.reschedule(asyncio.get_running_loop().time() + self._limits.read_seconds)
+            await send(message)
+            patience.reschedule(None)
+
+        return send_in_time
 
 
 class _Body:
@@ -48,6 +68,8 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), self._deadline - time.monotonic())
         except TimeoutError:
+            if self._done:  # the end went to who began to send meanwhile
+                return await self._receive()
             raise Refused(
                 408, "too_slow", f"the body did not come within {self._limits.read_seconds:g} seconds"
             ) from None
@@ -81,3 +103,37 @@ async def _answer(refused: Refused, send) -> None:
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": encoded})
     await send({"type": "http.response.body", "body": json.dumps(refused.body).encode()})
+
+
+def impatient(limits: Limits):
+    """uvicorn's HTTP protocol, which drops connections that hold no request and do not go on.
+
+    That is, those on which for `read_seconds` no header comes to its end, or nothing is taken of an answer whose
+    request is over. Only here is a connection known before its header has come.
+    """
+    from h11 import IDLE
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self._seen, self._timer = None, None
+            if len(self.connections) > _CONNECTIONS_PER_REQUEST * limits.connections:
+                transport.abort()
+            else:
+                self._look()
+
+        def connection_lost(self, error):
+            if self._timer is not None:
+                self._timer.cancel()
+            super().connection_lost(error)
+
+        def _look(self):
+            rests = self.transport.is_closing() or self.conn.their_state is IDLE
+            seen = (self.cycle, self.transport.get_write_buffer_size()) if rests else None  # the last request, unsent
+            if rests and seen == self._seen:
+                self.transport.abort()
+            else:
+                self._seen, self._timer = seen, self.loop.call_later(limits.read_seconds, self._look)
+
+    return Impatient

@@ -101,7 +101,7 @@ class ReadyResponse(BaseModel):
     """
 
     ready: bool
-    state: Literal["warming up", "ready", "stopping"]
+    state: Literal["warming up", "ready", "failed", "stopping"]
     resolution: int = Field(description="The side in pixels of the pictures that are drawn.")
     max_pictures: int = Field(description="Pictures of the longest prompt.")
     tokens_per_image: int

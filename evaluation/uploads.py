@@ -25,8 +25,10 @@ class Limits:
       body_bytes: size of its body.
       pictures: number of its pictures.
       pixels: of all its pictures together, as their files say before they are unpacked.
-      read_seconds: time in which its body must have come.
-      connections: requests that are open at once, those that are still being read and those that wait included.
+      read_seconds: time in which its header, and then its body, must have come, and in which its sender must take each
+        part of the answer.
+      connections: requests that are open at once, those that are still being read and those that wait included. Twice
+        as many connections are held.
     """
 
     body_bytes: int = 16 * 2**20

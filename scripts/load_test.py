@@ -2,8 +2,9 @@
 
 Starts the service on a free port, measures requests one at a time, then lets `--clients` clients send valid requests
 (each answer is compared with what the same request got alone), mixed with hostile ones: bodies too large, pictures that
-promise too many pixels, garbage, wrong ids, senders that are slow or leave early. At the end it tells the service to
-stop. Prints latencies and throughput; exits with code 1 if an answer was lost or wrong, or the service ended badly.
+promise too many pixels, garbage, wrong ids, senders that are slow, leave early or never read their answer. At the end
+it tells the service to stop. Prints latencies and throughput; exits with code 1 if an answer was lost or wrong, the
+service ended badly, or its log has a traceback.
 """
 
 import asyncio
@@ -58,14 +59,16 @@ def main(config) -> None:
 
 async def test(config) -> int:
     """The exit code."""
+    report = Report(config)
     async with service(config) as (server, port):
-        report = Report(config)
+        watching = asyncio.create_task(watch(server.stderr, report))
         await ready(server, port)
         await alone(config, port, report)
         await crowd(config, port, report)
         await alone(config, port, report)  # after all that, requests are answered as before
         server.send_signal(signal.SIGTERM)
         report.exit_code = await asyncio.wait_for(server.wait(), ANSWER_SECONDS)
+        await watching
     return report.end()
 
 
@@ -79,13 +82,23 @@ async def service(config):
     command += [f"--{name}={config[name]}" for name in (*PROMPTER_FLAGS, "max_batch")]
     command += [f"--max_queue={-(-config.clients // 2)}"]  # so that some are told to come again
     command += [f"--warm_up={config.pictures}", f"--max_body_mb={BODY_MB}", f"--read_seconds={READ_SECONDS}"]
-    server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
+    server = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+    )
     try:
         yield server, port
     finally:
         if server.returncode is None:
             server.kill()
             await server.wait()
+
+
+async def watch(log: asyncio.StreamReader, report: "Report") -> None:
+    """Passes the service's log on, and counts its tracebacks."""
+    while line := await log.readline():
+        sys.stderr.buffer.write(line)
+        sys.stderr.flush()
+        report.tracebacks += b"Traceback" in line
 
 
 class Report:
@@ -101,6 +114,7 @@ class Report:
         self.counts = collections.Counter()
         self.lost: list[str] = []
         self.exit_code = None
+        self.tracebacks = 0  # in the service's log
 
     def end(self) -> int:
         """Prints the figures; the exit code."""
@@ -108,6 +122,8 @@ class Report:
             self.lost.append("no valid request was answered")
         if self.exit_code != 0:
             self.lost.append(f"the service ended with code {self.exit_code}")
+        if self.tracebacks:
+            self.lost.append(f"the service's log has {self.tracebacks} tracebacks")
         rate, alone_rate = len(self.seconds) / self.crowd_seconds, 1 / np.mean(self.alone_seconds)
         quantiles = np.quantile(self.seconds or [0], (0.5, 0.95, 1.0))
         figures = {
@@ -115,6 +131,7 @@ class Report:
             "clients": self.config.clients,
             "requests": dict(sorted(self.counts.items())),
             "lost": len(self.lost),
+            "tracebacks": self.tracebacks,
             "latency_seconds": dict(zip(("median", "p95", "max"), map(float, quantiles.round(3)), strict=True)),
             "requests_per_second": round(rate, 2),
             "one_at_a_time_per_second": round(alone_rate, 2),
@@ -269,6 +286,27 @@ async def slow(port: int) -> None:
     await refused(port, 408, b" " * 60, claimed=10_000, pause=1.0)
 
 
+async def never_reads(port: int) -> None:
+    """Takes nothing of a streamed answer that is larger than the buffers on its way: the script of `/docs`.
+
+    Its small segments and window keep those buffers small.
+    """
+    with socket.socket() as small:
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        small.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        small.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(small, ("127.0.0.1", port))
+        reader, writer = await asyncio.open_connection(sock=small, limit=1024)
+        writer.write(b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(READ_SECONDS + 2)
+        answer = await asyncio.wait_for(reader.read(), ANSWER_SECONDS)
+        writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200"), head[:200]
+    promised = int(head.lower().partition(b"content-length: ")[2].split()[0])
+    assert len(body) < promised, "the service has waited for who never reads"
+
+
 async def leaves_early(port: int, bodies: list[bytes], rng: np.random.Generator) -> None:
     """A valid request whose sender does not wait for the answer, or leaves in the middle of the body."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -288,6 +326,7 @@ HOSTILE = {  # besides those who leave early, with requests that are valid
     "no picture": no_picture,
     "wrong ids": wrong_ids,
     "slow": slow,
+    "never reads": never_reads,
 }
 
 

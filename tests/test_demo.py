@@ -1,5 +1,6 @@
 """The page: what it draws while tokens come, its examples, and once in a browser."""
 
+import io
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from PIL import Image
 from serve_kit import TINY, png, tiny_engine
 
 from EasyLM.errors import UserError
-from evaluation import demo, demo_prompts
+from evaluation import demo, demo_prompts, uploads
 from evaluation.engine import Settings
 
 SECONDS = 60
@@ -25,6 +26,7 @@ SECONDS = 60
 
 @pytest.fixture
 def folder(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     return tmp_path
@@ -53,7 +55,6 @@ def test_what_is_shown_while_tokens_come(folder):
 def test_what_a_visitor_does_wrong_is_said(folder):
     gradio = pytest.importorskip("gradio")
     engine = tiny_engine()
-    (folder / "text.png").write_text("no picture")
     for file, settings, said in (
         ("text.png", Settings(), "not a readable picture"),
         ("0.png", Settings(temperature=-1), "temperature=-1"),
@@ -63,6 +64,48 @@ def test_what_a_visitor_does_wrong_is_said(folder):
     engine.close(SECONDS)
     with pytest.raises(gradio.Error, match="stopping"):
         list(demo.draw(engine, [str(folder / "0.png")], Settings(), folder))
+
+
+def picture_file(mode: str) -> bytes:
+    values = np.random.default_rng(0).integers(0, 2 ** (16 if mode == "I;16" else 8), (9, 9, 4))
+    file = io.BytesIO()
+    pixels = values[..., 0].astype(np.uint16) if mode == "I;16" else values.astype(np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    assert Image.open(file).mode == mode
+    return file.getvalue()
+
+
+@pytest.mark.slow  # gradio takes seconds to import
+@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
+def test_a_picture_in_a_slot_is_seen_as_the_service_sees_it(tmp_path, mode):
+    data_classes = pytest.importorskip("gradio.data_classes")
+    (tmp_path / "file").write_bytes(picture_file(mode))
+    payload = data_classes.ImageData(path=str(tmp_path / "file"), orig_name="file.png")
+    path = demo._slot("Query").preprocess(payload)
+    seen = uploads.decode([pathlib.Path(path).read_bytes()], 8, demo.LIMITS)
+    np.testing.assert_array_equal(seen, uploads.decode([picture_file(mode)], 8, demo.LIMITS))
+    assert seen.std() > 0.01  # neither black nor white
+
+
+@pytest.mark.slow  # gradio takes seconds to import
+def test_a_file_that_is_no_picture_reaches_the_check_that_says_so(tmp_path):
+    data_classes = pytest.importorskip("gradio.data_classes")
+    (tmp_path / "file").write_bytes(b"garbage")
+    payload = data_classes.ImageData(path=str(tmp_path / "file"), orig_name="file.png")
+    slot = demo._slot("Query")
+    assert slot.preprocess(payload) == str(tmp_path / "file") and slot.preprocess(None) is None
+    assert not pathlib.Path(demo.__file__).with_suffix(".pyi").exists()
+
+
+def test_answers_are_kept_for_an_hour(tmp_path):
+    picture = np.zeros((1, 1, 8, 8, 3), np.float32)
+    old, new = demo._save(picture, tmp_path), demo._save(picture, tmp_path)
+    example = tmp_path / "analogy_0.png"
+    example.write_bytes(b"")
+    for path, age in ((old, 3700), (new, 3500), (example, 3700)):
+        os.utime(path, (time.time() - age,) * 2)
+    newest = demo._save(picture, tmp_path)
+    assert set(tmp_path.iterdir()) == {new, newest, example}
 
 
 def test_examples_are_prompts_of_one_length(monkeypatch):
@@ -133,7 +176,16 @@ def wait_until(condition, what):
     raise AssertionError(f"waited in vain for {what}")
 
 
+# Collects the texts of a place in `said`: some stay for less time than lies between two looks.
+_LISTEN = """window.said = []
+const place = arguments[0]
+new MutationObserver(() => said.push(document.querySelector(place)?.innerText ?? "")).observe(
+    document.body, {subtree: true, childList: true, characterData: true})"""
+
+
 def try_page(browser, url, folder):
+    from selenium.webdriver.common.keys import Keys
+
     def all_of(selector):
         return [one for one in browser.find_elements("css selector", selector) if one.is_displayed()]
 
@@ -151,6 +203,17 @@ def try_page(browser, url, folder):
         wait_for(f"#status_{tab}", "Done: 64 tokens")
         return answers(tab)
 
+    def put(place, file):
+        """Into the place of a picture that is there."""
+        wait_for(f"#{place} button[aria-label='Remove Image']")[0].click()
+        selector = f"#{place} input[type=file]"
+        wait_until(lambda: browser.find_elements("css selector", selector), selector)[0].send_keys(str(folder / file))
+
+    def set_seed(seed):
+        field = wait_for("input[aria-label='Seed']")[0]
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(str(seed), Keys.TAB)
+
     def screenshot(name):
         if "LVM_SCREENSHOTS" in os.environ:
             time.sleep(1)
@@ -161,15 +224,22 @@ def try_page(browser, url, folder):
     wait_for("#examples_analogy button.thumbnail-item")[1].click()
     for place in ("example_1", "answer_3", "query"):
         wait_for(f"#{place} img")
+    browser.execute_script(_LISTEN, "#status_analogy")
     first = draw("analogy")
     assert len(set(first)) == 4
+    assert [text for text in browser.execute_script("return said") if re.match(r"Drawing: \d+ of 64 tokens", text)]
     screenshot("analogy")
     assert_is_sheet(wait_for("#download_analogy")[0], folder, columns=1, rows=4)
-    # A picture of one's own in place of the query.
-    wait_for("#query button[aria-label='Remove Image']")[0].click()
-    browser.find_element("css selector", "#query input[type=file]").send_keys(str(folder / "0.png"))
+    # Another seed.
+    set_seed(7)
+    reseeded = draw("analogy", before=first)
+    # A file that is no picture, then a picture of one's own in place of the query.
+    put("query", "text.png")
+    wait_for("#draw_analogy")[0].click()
+    wait_for(".toast-body", "not a readable picture")
+    put("query", "0.png")
     wait_for("#query img")
-    draw("analogy", before=first)
+    draw("analogy", before=reseeded)
     # The sequence tab.
     browser.find_element("xpath", "//button[@role='tab' and contains(., 'Sequence')]").click()
     wait_for("#examples_sequence button.thumbnail-item")[0].click()

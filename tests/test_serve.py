@@ -25,6 +25,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_serve
 from evaluation import demo, metrics
 from evaluation.engine import Prompt, Settings
+from evaluation.guard import Guard, impatient
 from evaluation.service import make_app
 from evaluation.uploads import Limits
 from tokenizer import images
@@ -320,10 +321,17 @@ def test_a_fault_is_answered_and_the_next_request_is_served(caplog):
     assert engine.close(SECONDS)
 
 
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/generate",
+    "headers": [(b"content-type", b"application/json")],
+    "query_string": b"",
+}
+
+
 def asgi(app, messages, before_leaving=lambda: None) -> list[dict]:
     """What an application sends to a client that sends these messages, and leaves."""
-    headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "query_string": b""}
     sent, left = [], list(messages)
 
     async def receive():
@@ -335,7 +343,7 @@ def asgi(app, messages, before_leaving=lambda: None) -> list[dict]:
     async def send(message):
         sent.append(message)
 
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), SECONDS))
+    asyncio.run(asyncio.wait_for(app(SCOPE, receive, send), SECONDS))
     return sent
 
 
@@ -352,6 +360,129 @@ def test_nothing_is_computed_for_a_client_that_has_left(output):
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault(app):
     sent = asgi(app, [{"type": "http.request", "body": b"{", "more_body": True}])
     assert sent[0]["status"] == 499
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_dropped():
+    prompter = HeldPrompter()
+    engine = tiny_engine(prompter)
+    app = make_app(engine, Limits(read_seconds=0.3, connections=1))
+    body = json.dumps({"pictures": base64_of(png(1)), "output": "stream"}).encode()
+    messages, sent = [{"type": "http.request", "body": body, "more_body": False}], []
+
+    async def receive():
+        return messages.pop() if messages else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+        if message["type"] == "http.response.body":  # the buffers are full
+            await asyncio.Event().wait()
+
+    asyncio.run(asyncio.wait_for(app(SCOPE, receive, send), SECONDS))
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert engine.close(SECONDS)  # nobody let the prompter go on: it has been stopped
+    assert ask(app, ("GET", "/ready", {}))[0].json()["state"] == "stopping"  # the place is free again
+
+
+def test_who_listens_while_an_answer_is_sent_waits_for_the_client_to_leave():
+    """As Starlette's answers with a file do: their body's end may be read by `send`."""
+    messages = [{"type": "http.request", "body": b"", "more_body": False}]
+    heard, calls = [], []
+
+    async def app(scope, receive, send):
+        listening = asyncio.create_task(receive())
+        while not calls:
+            await asyncio.sleep(0)  # until it really listens
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        heard.append(await listening)
+
+    async def receive():
+        calls.append(None)
+        if len(calls) == 1:
+            await asyncio.Event().wait()  # the listener's
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    asyncio.run(asyncio.wait_for(Guard(app, Limits(read_seconds=0.05))(SCOPE, receive, send), SECONDS))
+    assert heard == [{"type": "http.disconnect"}]
+
+
+async def _connections_of(app, limits, scenario):
+    """A server of the application on a free port, while `scenario(port)` runs."""
+    import uvicorn
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        config = uvicorn.Config(app, http=impatient(limits), lifespan="off", log_config=None)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            return await scenario(listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            await serving
+
+
+async def _said_to(port, sent: bytes, rest: bytes = b"", pause=0.0) -> bytes:
+    """All that a client gets that sends this and, after a pause, the rest."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    await asyncio.sleep(pause)
+    writer.write(rest)
+    with contextlib.suppress(ConnectionError):
+        return await reader.read()
+    return b""
+
+
+@pytest.mark.slow
+def test_a_connection_without_a_whole_header_is_dropped_and_others_are_not():
+    request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    limits = Limits(read_seconds=1)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(2.5)  # one that waits for its answer may take its time
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def scenario(port):
+        clients = (b"",), (request[:9],), (request,), (request[:9], request[9:], 0.2), (request + request[:9],)
+        return await asyncio.gather(*(_said_to(port, *client) for client in clients))
+
+    answers = asyncio.run(asyncio.wait_for(_connections_of(app, limits, scenario), SECONDS))
+    assert [answer.count(b"done") for answer in answers] == [0, 0, 1, 1, 1]
+
+
+def test_connections_are_counted_before_they_send_anything():
+    async def scenario(port):
+        clients = [asyncio.create_task(_said_to(port, b"")) for _ in range(3)]
+        dropped, held = await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
+        for client in held:
+            client.cancel()
+        return [await one for one in dropped]
+
+    limits = Limits(connections=1)  # so that two are held, and for long
+    assert asyncio.run(asyncio.wait_for(_connections_of(None, limits, scenario), SECONDS)) == [b""]
+
+
+def test_what_is_not_taken_of_an_answer_is_dropped_in_the_end():
+    size = 2 * 10**7  # more than any buffer on the way holds
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    async def scenario(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(0.3)  # several times read_seconds
+        with contextlib.suppress(ConnectionError):
+            return len(await reader.read())
+        return 0
+
+    got = asyncio.run(asyncio.wait_for(_connections_of(app, Limits(read_seconds=0.05), scenario), SECONDS))
+    assert got < size
 
 
 def test_it_is_ready_once_it_is_warm():
@@ -377,7 +508,12 @@ def test_a_warm_up_ends_early_when_the_service_stops_and_says_when_it_fails(capl
     future.result(SECONDS)
     assert drawn == [1]
     failing = tiny_engine(HeldPrompter(failing=True), warm_up="1")
-    assert failing.warm_up(Settings()).exception(SECONDS) and failing.close(SECONDS)
+    assert demo._first_status(failing).startswith("Compiling")
+    assert failing.warm_up(Settings()).exception(SECONDS)
+    while failing.state == "warming up":  # the engine hears of it just after those who wait
+        time.sleep(0.001)
+    assert demo._first_status(failing).startswith("Warming up failed (RuntimeError: the device is on fire)")
+    assert failing.state == "failed" and failing.close(SECONDS)
     assert failing.state == "stopping" and "warming up failed" in caplog.text and "on fire" in caplog.text
 
 

@@ -23,7 +23,9 @@ FLAGS = {
     "max_request_pictures": Flag(64, "Pictures of a request."),
     "max_megapixels": Flag(64, "Pixels of all pictures of a request, in millions, before they are resized."),
     "max_connections": Flag(256, "Requests that are open at once; memory: as many bodies."),
-    "read_seconds": Flag(30.0, "Time in which a request's body must have come."),
+    "read_seconds": Flag(
+        30.0, "Time in which a header, then a body must have come, and each part of an answer be taken."
+    ),
     "stop_seconds": Flag(120.0, "Time that requests have to be finished once the service is told to stop."),
 }
 
@@ -59,6 +61,7 @@ def serve(engine: Engine, limits: Limits, config) -> int:
     """Answers requests until a signal; the exit code: 0 if all that were taken have been answered."""
     import uvicorn
 
+    from evaluation.guard import impatient
     from evaluation.service import make_app
 
     class Server(uvicorn.Server):
@@ -89,6 +92,7 @@ def serve(engine: Engine, limits: Limits, config) -> int:
             app,
             host=config.host,
             port=config.port,
+            http=impatient(limits),
             server_header=False,
             timeout_graceful_shutdown=int(config.stop_seconds) + 1,  # for answers to reach slow readers
         )
