@@ -27,7 +27,7 @@ WRONG = {
     "accumulation": ({"optimizer.accumulate_gradient_steps": 0}, "accumulate_gradient_steps=0: must be at least 1"),
     "mesh size": ({"mesh_dim": "3,1,1"}, "--mesh_dim=3,1,1: does not divide the 8 devices"),
     "two wildcards": ({"mesh_dim": "-1,-1,1"}, "--mesh_dim=-1,-1,1: only one size may be -1"),
-    "mesh axis": ({"mesh_dim": "dp:1,fsdp:-1,tp:2"}, "dp, fsdp, mp"),
+    "mesh axis": ({"mesh_dim": "dp:1,fsdp:-1,tp:2"}, "--mesh_dim=dp:1,fsdp:-1,tp:2: .* each of the axes dp, fsdp, mp"),
     "mesh text": ({"mesh_dim": "1,all,1"}, "each size is a positive integer"),
     "batch": ({f"{JSON}.batch_size": 6}, f"--{JSON}.batch_size=6: must be a positive multiple of 4"),
     "sequence": ({f"{JSON}.seq_length": 5000}, f"--{JSON}.seq_length=5000: longer than the model's"),
@@ -39,17 +39,26 @@ WRONG = {
         {"load_checkpoint": f"trainstate::{STATE}", "load_dataset_state": f"{GOLDEN}/init/metadata.pkl"},
         "the saved data state is none",
     ),
-    "held-out data": ({"eval_steps": 1, "eval_dataset.json_dataset.path": "missing.jsonl"}, "--eval_dataset.json_data"),
-    "no data": ({f"{JSON}.path": "missing.jsonl"}, "missing.jsonl"),
-    "data directory": ({f"{JSON}.path": str(GOLDEN)}, "directory"),
-    "field": ({"train_dataset.text_processor.fields": "{codes}"}, "dataset.jsonl:1: "),
-    "vocabulary": ({"update_llama_config": "dict(vocab_size=500)"}, "dataset.jsonl:"),
+    "held-out data": (
+        {"eval_steps": 1, "eval_dataset.json_dataset.path": "missing.jsonl"},
+        r"--eval_dataset\.json_dataset\.path=missing\.jsonl: no such file",
+    ),
+    "no data": ({f"{JSON}.path": "missing.jsonl"}, f"--{JSON}.path=missing.jsonl: no such file"),
+    "data directory": ({f"{JSON}.path": str(GOLDEN)}, f"--{JSON}.path={GOLDEN}: is a directory"),
+    "field": (
+        {"train_dataset.text_processor.fields": "{codes}"},
+        rf"{GOLDEN}/dataset\.jsonl:1: lacks the field 'codes' \(fields here: tokens, id\)",
+    ),
+    "vocabulary": (
+        {"update_llama_config": "dict(vocab_size=500)"},
+        rf"{GOLDEN}/dataset\.jsonl:1: id 503 is outside the vocabulary 0\.\.499",
+    ),
     "checkpoint prefix": ({"load_checkpoint": f"weights::{STATE}"}, "choose one of 'trainstate'"),
     "no prefix": ({"load_checkpoint": STATE}, "PREFIX::PATH"),
     "no checkpoint": ({"load_checkpoint": "trainstate::missing"}, "there is no missing"),
     "other shape": (
         {"load_checkpoint": f"trainstate::{STATE}", "update_llama_config": "dict(vocab_size=512,hidden_size=32)"},
-        r"shape \(.*64.*\), where \(.*32.*\)",
+        rf"{STATE}: params/params/lm_head/kernel has shape \(64, 512\), where \(32, 512\) is asked for",
     ),
     "other settings": (
         {
@@ -62,6 +71,10 @@ WRONG = {
 }
 
 
+def left_by_the_run(output_dir) -> list:
+    return sorted(output_dir.glob("run/**/*"))
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_setting_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setattr(train_module, "jit_train_step", lambda *_: pytest.fail("compiled before the check"))
@@ -69,8 +82,7 @@ def test_wrong_setting_is_named(tmp_path, monkeypatch, name):
     with pytest.raises((UserError, FileNotFoundError), match=said) as caught:
         train(tmp_path, **settings)
     assert "\n" not in str(caught.value)
-    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
-    assert not left, "nothing is written before the checks"
+    assert not left_by_the_run(tmp_path), "nothing is written before the checks"
 
 
 def test_what_to_begin_with_is_looked_at_before_the_data(tmp_path, monkeypatch):
@@ -86,27 +98,29 @@ def record(tokens) -> str:
 
 GOOD = record(range(200))
 BAD_LINES = {
-    "not JSON": "{'tokens': 3}",
-    "no field": '{"codes": "AAAA"}',
-    "not base64": '{"tokens": "A?A="}',
-    "odd length": '{"tokens": "AAAA"}',
-    "id outside": record([3, 512]),
+    "not JSON": ("{'tokens': 3}", r"not JSON \("),
+    "no field": ('{"codes": "AAAA"}', r"lacks the field 'tokens' \(fields here: codes\)"),
+    "not base64": ('{"tokens": "A?A="}', r"field 'tokens' is not base64"),
+    "odd length": ('{"tokens": "AAAA"}', r"field 'tokens' has 3 bytes, not a multiple of 4"),
+    "id outside": (record([3, 512]), r"id 512 is outside the vocabulary 0\.\.511"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_bad_line_has_an_address(tmp_path, name):
     path = tmp_path / "bad.jsonl"
-    path.write_text(f"{GOOD}\n{BAD_LINES[name]}\n{GOOD}\n")
-    with pytest.raises(UserError, match=r"bad\.jsonl:2: ") as caught:
+    line, said = BAD_LINES[name]
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(UserError, match=rf"{path}:2: {said}") as caught:
         train(tmp_path / "out", **{f"{JSON}.path": str(path)})
     assert "\n" not in str(caught.value)
+    assert not left_by_the_run(tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_bad_lines_are_skipped_and_counted_on_request(tmp_path):
     path = tmp_path / "bad.jsonl"
-    bad = [line for name, line in BAD_LINES.items() if name != "id outside"]
+    bad = [line for name, (line, _) in BAD_LINES.items() if name != "id outside"]
     path.write_text("\n".join([GOOD, *bad, GOOD]) + "\n")
     run = train(tmp_path / "out", total_steps=1, **{f"{JSON}.path": str(path), f"{JSON}.skip_bad_lines": True})
     assert metrics(run, "dataset_skipped_lines") == {0: (len(bad),)}
@@ -116,15 +130,18 @@ def test_bad_lines_are_skipped_and_counted_on_request(tmp_path):
 def test_empty_data_is_refused(tmp_path, content):
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"empty\.jsonl"):
+    with pytest.raises(UserError, match=f"{path}: holds no tokens"):
         train(tmp_path / "out", **{f"{JSON}.path": str(path)})
+    assert not left_by_the_run(tmp_path / "out")
 
 
 def test_truncated_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "cut"
+    path = tmp_path / "state"
     path.write_bytes((GOLDEN / "init" / "streaming_train_state").read_bytes()[:-1000])
-    with pytest.raises(UserError, match="cut"):
+    with pytest.raises(UserError, match=rf"{path}: opt_state/.*/embedding: byte \d+: the file is cut short") as caught:
         train(tmp_path / "out", load_checkpoint=f"trainstate::{path}")
+    assert str(caught.value).endswith(f"the file ends at {path.stat().st_size}")
+    assert not left_by_the_run(tmp_path / "out")
 
 
 def test_output_that_is_a_file_is_refused(tmp_path):

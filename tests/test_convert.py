@@ -38,12 +38,22 @@ def tiny_state(golden):
 
 
 def random_params(directory, model):
-    """A streaming file of random parameters, with its metadata; returns them."""
+    """A streaming file of random parameters, with its metadata; returns them.
+
+    They are large enough that logits are of order 1 and attention is far from uniform: an error in a layer shows.
+    """
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32),
-        hf_layout.parameter_shapes(model),
-    )
+
+    def draw(path, x):
+        name, noise = jax.tree_util.keystr(path), rng.normal(0, 1, x.shape).astype(np.float32)
+        if "norm" in name or "ln_f" in name:
+            return np.float32(1) + np.float32(0.1) * noise
+        if "embedding" in name:  # a tied one is the head too
+            return noise * np.float32(x.shape[-1] ** -0.5 if model.tie_word_embeddings else 1)
+        gain = 1.4 if "wq" in name or "wk" in name else 1  # attention's scores have a standard deviation of 2
+        return noise * np.float32(gain * x.shape[-2] ** -0.5)
+
+    params = jax.tree_util.tree_map_with_path(draw, hf_layout.parameter_shapes(model))
     saver = checkpoint.Checkpointer(str(directory), checkpoint_settings())
     state = type("State", (), {"params": params})
     saver.save(state, 0, {}, checkpoint.make_metadata(0, {}, llama_config=dataclasses.asdict(model)))
@@ -127,6 +137,7 @@ def test_a_tied_head_stays_tied(tmp_path):
     directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf")
     tokens_BT = np.random.default_rng(0).integers(0, 300, (2, 9))
     expected = llama_model.apply(model, params, jnp.asarray(tokens_BT))
+    assert expected.std() > 0.8
     np.testing.assert_allclose(torch_logits(directory, tokens_BT), expected, atol=2e-5, rtol=0)
     torch_model(directory).save_pretrained(tmp_path / "theirs")
     import_(tmp_path / "theirs", tmp_path / "back" / "params")
@@ -227,6 +238,7 @@ def test_logits_of_vqlm_100m(tmp_path):
     directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf", model_size="vqlm_100m")
     tokens_BT = np.random.default_rng(0).integers(0, 8292, (1, 256))
     ours = jax.jit(lambda params, tokens: llama_model.apply(model, params, tokens))(params, jnp.asarray(tokens_BT))
+    assert ours.std() > 0.8
     np.testing.assert_allclose(torch_logits(directory, tokens_BT), ours, atol=1e-4, rtol=0)
 
 

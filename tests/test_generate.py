@@ -211,7 +211,7 @@ def test_candidates_share_one_prompts_cache(params):
 
 
 @pytest.mark.slow
-def test_transformers_takes_the_same_tokens_from_the_exported_model(golden, tmp_path):
+def test_transformers_takes_the_same_256_tokens_from_the_exported_model(golden, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     spec = f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state"
     config = flags.defaults(convert_easylm_to_hf.DEFINITIONS)
@@ -221,8 +221,9 @@ def test_transformers_takes_the_same_tokens_from_the_exported_model(golden, tmp_
     params = load(spec, hf_layout.parameter_shapes(model))
     prompts_BP = np.load(golden / "lvm_tiny/golden.npz")["input_tokens"][:2, :24]
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32").eval()
-    rows = theirs.generate(torch.tensor(prompts_BP, dtype=torch.long), do_sample=False, max_new_tokens=40)
-    ours = generate(LLaMADecoder(model), params, prompts_BP, num_new_tokens=40, temperature=0.0, allowed_ids=10**6)
+    rows = theirs.generate(torch.tensor(prompts_BP, dtype=torch.long), do_sample=False, max_new_tokens=256)
+    ours = generate(LLaMADecoder(model), params, prompts_BP, num_new_tokens=256, temperature=0.0, allowed_ids=10**6)
+    assert ours.shape == (2, 1, 256)
     np.testing.assert_array_equal(ours[:, 0], rows[:, 24:].numpy())
 
 

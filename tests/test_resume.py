@@ -86,6 +86,19 @@ def test_the_schedule_goes_on_where_parameters_alone_were_saved(tmp_path):
 
 
 @pytest.mark.slow
+def test_every_model_setting_that_changed_is_listed(tmp_path):
+    run_dir = train(tmp_path, total_steps=1, save_model_freq=1)
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        train(tmp_path, total_steps=2, llama__rms_norm_eps=1e-5, llama__rope_theta=500.0, llama__scan_layers=False)
+    path = run_dir / "checkpoints" / "step_00000001" / "metadata.json"
+    differences = "rms_norm_eps=1e-05 (saved: 1e-06), rope_theta=500.0 (saved: 10000.0)"  # a free setting is none
+    assert str(caught.value) == f"{path}: the checkpoint's model has other settings: {differences}"
+    assert sorted(run_dir.rglob("*")) == before
+    assert sorted(metrics(run_dir, "loss")) == [0]
+
+
+@pytest.mark.slow
 def test_evaluation_is_compiled_once_and_is_no_part_of_a_step(tmp_path, monkeypatch):
     traced = []
     original = train_module.make_eval_step
