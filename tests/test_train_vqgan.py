@@ -1,6 +1,7 @@
 """Training a tokenizer through the shared loop: it learns, revives codes, resumes exactly and leaves a usable model."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizer_kit import run_main, write_picture
 
+from EasyLM import batches
 from EasyLM.errors import UserError
 from tokenizer import objective, train_vqgan, weights
 from tokenizer.codec import Codec
@@ -85,6 +87,26 @@ def test_rows_are_a_function_of_their_number(folder):
     epochs = [{row.tobytes() for row in rows[start : start + 6]} for start in (0, 6, 12)]
     assert len(epochs[0]) == 6 and epochs[0] == epochs[1] == epochs[2]
     assert not np.array_equal(rows[:6], rows[6:12])
+
+
+def test_other_pictures_are_not_taken_for_those_of_before(folder):
+    """As many of them in the same folder; a copy with other times is the same."""
+
+    def source():
+        return train_vqgan.PictureRows(str(folder / "pictures"), "input_dirs", 8, seed=3)
+
+    before = batches.dataset_state(source(), 4)
+    file = folder / "pictures" / "2.png"
+    data = file.read_bytes()
+    os.utime(file, (1, 1))
+    assert batches.rows_consumed(before, source()) == 4
+    file.write_bytes(data + b"more")
+    with pytest.raises(UserError, match=r"of other data, .*\(names_and_sizes changed\)"):
+        batches.rows_consumed(before, source())
+    file.write_bytes(data)
+    file.rename(folder / "pictures" / "9.png")
+    with pytest.raises(UserError, match=r"of other data, .*\(names_and_sizes changed\)"):
+        batches.rows_consumed(before, source())
 
 
 def codebook(share, total):
