@@ -58,6 +58,25 @@ def test_the_released_weights_load_whole(golden, monkeypatch):
     assert found == {name: float(i) for i, name in enumerate(shapes)}  # each tensor once, where it belongs
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_released_files_load_whole(golden, tmp_path, form):
+    """Real files of full size; each tensor holds its own number, so every key is seen to be used where it belongs."""
+    shapes = json.loads((golden / "vqgan_released_shapes.json").read_text())
+    made = {name: np.full(shape, i, np.float16) for i, (name, shape) in enumerate(shapes.items())}
+    config = dataclasses.asdict(VQGANConfig())
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQGANModel", **config}))
+    if form == "bin":
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.tensor(array) for name, array in made.items()}, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(made, tmp_path / "model.safetensors")
+    found = {weights.file_name(p): leaf.get_value() for p, leaf in weights.flat_parameters(weights.load(tmp_path))}
+    assert found.keys() == shapes.keys()
+    for name, array in made.items():
+        assert found[name].size == array.size and np.all(found[name] == array.flat[0]), name
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -225,6 +244,24 @@ def test_wrong_weights_are_named(tiny, tmp_path, change, message):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=message):
         weights.load(tmp_path)
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_torch_file_that_would_run_something_is_refused(tiny, tmp_path, monkeypatch, wrapped):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(os.path.join(tiny, "config.json"), tmp_path)
+    torch.save({"encoder.conv_in.bias": Evil()} if wrapped else Evil(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: not a file of tensors"):
+        weights.load(tmp_path)
+    assert not (tmp_path / "hacked").exists()
 
 
 @pytest.mark.parametrize(
