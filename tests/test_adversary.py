@@ -175,3 +175,19 @@ def test_eight_devices_do_as_one(params, batch):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(ADVERSARY, **settings)
+
+
+@pytest.mark.slow
+def test_a_step_takes_the_average_to_the_network(params, batch):
+    """From old to d old + (1 - d) network, as the network was before the step, for every parameter."""
+    decay = 0.9
+    own = {name: params[name] for name in ("model", "average", "codebook")}
+    _, _, gradients = gradient(PLAIN, params, batch)
+    optimizer, _ = PLAIN.make_optimizer(lambda count: 0.1, 0.01, 1.0, decay)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(own), own)
+    after = optax.apply_updates(own, updates)
+    assert after["average"].keys() == own["model"].keys()
+    for name, old in own["average"].items():
+        expected = decay * old + (1 - decay) * own["model"][name]
+        np.testing.assert_allclose(after["average"][name], expected, rtol=0, atol=1e-6, err_msg=name)
+        assert np.abs(old - own["model"][name]).max() > 0.01

@@ -13,16 +13,18 @@ import subprocess
 import sys
 import time
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizer_kit import TINY, run_main, smooth_picture, tiny_vqgan, write_picture
+from tokenizer_kit import TINY, run_main, tiny_vqgan, write_picture
 from tqdm import tqdm
+from video_kit import number_of, numbered_frame
 
 from EasyLM import records
 from EasyLM.errors import UserError
-from tokenizer import build, images, pictures, resumable, videos
-from tokenizer.codec import Codec
+from tokenizer import build, pictures, resumable, videos
+from tokenizer.codec import PRETRAINED, Codec
 from tokenizer.kinds import KINDS
 
 N, SIDE = TINY.tokens_per_image, TINY.resolution
@@ -68,7 +70,7 @@ def tree(tmp_path_factory):
             write_picture(root / "classes" / name / f"{i}.jpg", ord(name[0]) * 100 + i)
     (root / "videos").mkdir()
     for name, length in {"one.mp4": 9, "two.MP4": 5}.items():
-        frames = np.stack([smooth_picture(ord(name[0]) * 10 + i, 32) for i in range(length)])
+        frames = np.stack([numbered_frame(i) for i in range(length)])
         videos.write(root / "videos" / name.lower(), frames, fps=10)
         (root / "videos" / name.lower()).rename(root / "videos" / name)
     for i in range(4):
@@ -124,17 +126,16 @@ def report_of(output) -> dict:
     return json.loads(pathlib.Path(f"{output}.report.json").read_text())
 
 
-def plain(path) -> np.ndarray:
+def plain(path, side=SIDE) -> np.ndarray:
     """A picture file at the tokenizer's size, by Pillow alone: bytes [S,S,3]."""
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
 
 def check(codec, tokens, expected) -> None:
-    """The tokens are those of these pictures, bytes, and decode to the same as they do."""
+    """The tokens are those of these pictures, bytes."""
     codes = codec.encode(np.stack(expected).astype(np.float32) / 255)
     np.testing.assert_array_equal(tokens.reshape(-1, N), codes)
-    np.testing.assert_array_equal(codec.decode(tokens.reshape(-1, N)), codec.decode(codes))
     assert len(np.unique(codes, axis=0)) > 1 or len(expected) == 1  # else order would not show
 
 
@@ -152,6 +153,24 @@ def test_images_are_one_sentence_each_in_name_order(tree, tiny, codec, tmp_path)
     for tokens, record in found:
         check(codec, tokens, [plain(path) for path in record["sources"]])
         assert record["kind"] == "images" and record.keys() == {"tokens", "kind", "sources"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "paired", "multi_dataset", "category", "frames", "multi_sequence"])
+def test_sentences_decode_to_their_pictures(tree, tmp_path, kind):
+    """With a tokenizer that was trained, what a place holds looks more like its picture than like another one."""
+    shipped = CODEC(PRETRAINED, "fp32", 8)
+    settings = {"seed": 5, "batch_size": 8, "workers": 1, **SETTINGS[kind]}
+    for flag in ("input_dir", "target_dir"):
+        settings[flag] = ",".join(str(tree / part) for part in settings.get(flag, "").split(",") if part)
+    run_main(build, kind=kind, output_file=str(tmp_path / "out.jsonl"), vqgan=PRETRAINED, **settings)
+    found = list(records.read_records(str(tmp_path / "out.jsonl"), shipped.config.num_embeddings))
+    paths = sorted({path for _, record in found for path in record["sources"]})
+    references = np.stack([plain(path, shipped.config.resolution) for path in paths]).astype(np.float32) / 255
+    for tokens, record in found:
+        drawn = shipped.decode(tokens.reshape(-1, shipped.config.tokens_per_image))
+        distance = np.mean((drawn[:, None] - references[None]) ** 2, axis=(2, 3, 4))
+        assert [paths[i] for i in distance.argmin(axis=1)] == record["sources"]
 
 
 def test_pairs_are_each_image_and_its_own_label(tree, tiny, codec, tmp_path):
@@ -232,17 +251,38 @@ def test_inpainting_is_masked_then_whole(tree, tiny, codec, tmp_path):
         sentence = pictures.of_record(record)
         expected = []
         for masked, whole in zip(sentence[0::2], sentence[1::2]):
-            pixels = pictures.read([masked], SIDE)[0]
             assert masked.path == whole.path and whole.view == "plain"
             views.append(masked.view)
-            lost = (pixels != plain(whole.path)).any(-1)
-            assert not pixels[lost].any()
+            pixels = plain(whole.path).copy()
+            pixels[_masked(masked.view, np.random.default_rng(masked.key))] = 0
             expected += [pixels, plain(whole.path)]
         check(codec, tokens, expected)
     assert {*views} == {"hole", "patches"}
     for ratio, view in {0.0: "patches", 1.0: "hole"}.items():
         found = make(tree, tiny, tmp_path / f"{view}.jsonl", "inpainting", hole_mask_ratio=ratio)
         assert {v.split(":")[0] for _, record in found for v in record["views"]} == {view, "plain"}
+
+
+def _masked(view: str, rng) -> np.ndarray:
+    """Which pixels are masked, as DATASET.md has it, of the draws that the code makes: bool [S,S]."""
+    lost = np.zeros((SIDE, SIDE), bool)
+    if view == "hole":
+        side = round(rng.uniform(0.1, 0.5) * SIDE)  # 10 to 50% of the side
+        top, left = rng.integers(0, SIDE - side + 1, 2)
+        for row, column in itertools.product(range(side), repeat=2):
+            lost[top + row, left + column] = True
+        return lost
+    order, dropped = rng.permutation(64), rng.integers(1, 64)
+    for cell in np.flatnonzero(order < dropped):  # row by row, each 1/8 of the side
+        top, left = cell // 8 * SIDE // 8, cell % 8 * SIDE // 8
+        lost[top : top + SIDE // 8, left : left + SIDE // 8] = True
+    return lost
+
+
+def test_holes_come_as_often_as_asked(tree, tiny, tmp_path):
+    found = make(tree, tiny, tmp_path / "out.jsonl", "inpainting", hole_mask_ratio=0.2, n_epochs=75)
+    views = [view.split(":")[0] for _, record in found for view in record["views"][0::2]]
+    assert len(views) == 300 and abs(views.count("hole") / 300 - 0.2) < 4 * (0.2 * 0.8 / 300) ** 0.5
 
 
 def test_masks_are_squares_of_the_sizes_documented(tmp_path):
@@ -303,8 +343,11 @@ def test_video_frames_are_windows_of_each_stride(tree, tiny, codec, tmp_path):
         numbers = np.round(np.array(record["seconds"]) * 10).astype(int)  # 10 frames a second
         (step,) = set(np.diff(numbers))
         strides[pathlib.Path(path).name, int(step)] += 1
-        whole = images.to_uint8(videos.read(path, videos.timestamps(path).tolist(), SIDE))
-        check(codec, tokens, list(whole[numbers]))
+        with av.open(path) as container:  # not by the code under test
+            whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert [number_of(frame / 255) for frame in whole] == list(range(len(whole)))
+        sized = [Image.fromarray(whole[i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for i in numbers]
+        check(codec, tokens, [np.asarray(frame) for frame in sized])
     assert strides == {("one.mp4", 1): 3, ("one.mp4", 2): 1, ("two.MP4", 1): 1, ("two.MP4", 2): 1}
 
 

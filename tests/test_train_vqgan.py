@@ -1,15 +1,22 @@
 """Training a tokenizer through the shared loop: it learns, revives codes, resumes exactly and leaves a usable model."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizer_kit import run_main, write_picture
 
+from EasyLM import batches, checkpoint, loading
 from EasyLM.errors import UserError
-from tokenizer import objective, train_vqgan, weights
+from tokenizer import lpips, objective, train_vqgan, weights
 from tokenizer.codec import Codec
 from tokenizer.vqgan import VQGANConfig
 
@@ -85,6 +92,74 @@ def test_rows_are_a_function_of_their_number(folder):
     epochs = [{row.tobytes() for row in rows[start : start + 6]} for start in (0, 6, 12)]
     assert len(epochs[0]) == 6 and epochs[0] == epochs[1] == epochs[2]
     assert not np.array_equal(rows[:6], rows[6:12])
+
+
+def test_other_pictures_are_not_taken_for_those_of_before(folder):
+    """As many of them in the same folder; a copy with other times is the same."""
+
+    def source():
+        return train_vqgan.PictureRows(str(folder / "pictures"), "input_dirs", 8, seed=3)
+
+    before = batches.dataset_state(source(), 4)
+    file = folder / "pictures" / "2.png"
+    data = file.read_bytes()
+    os.utime(file, (1, 1))
+    assert batches.rows_consumed(before, source()) == 4
+    file.write_bytes(data + b"more")
+    with pytest.raises(UserError, match=r"of other data, .*\(names_and_sizes changed\)"):
+        batches.rows_consumed(before, source())
+    file.write_bytes(data)
+    file.rename(folder / "pictures" / "9.png")
+    with pytest.raises(UserError, match=r"of other data, .*\(names_and_sizes changed\)"):
+        batches.rows_consumed(before, source())
+
+
+@pytest.mark.slow
+def test_lpips_is_a_loss_whose_network_stays(folder, monkeypatch):
+    """VGG16 with fewer channels; a resume finds it in the checkpoint."""
+    monkeypatch.setattr(lpips, "STAGES", ((4, 4), (6, 6), (8, 8, 8), (8, 8, 8), (8, 8, 8)))
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=shape, scale=0.5).astype(np.float32) for name, shape in lpips.shapes().items()}
+    save_file(
+        {name: np.abs(a) if name.startswith("lin") else a for name, a in tensors.items()}, folder / "vgg.safetensors"
+    )
+    settings = {"perceptual__vgg_weights": str(folder / "vgg.safetensors"), "vqgan__resolution": 16}
+    train(folder, "lpips", total_steps=3, **settings)
+    rows = train(folder, "lpips", total_steps=5, **settings)
+    assert sorted(rows) == list(range(5)) and all(
+        row["perceptual"] > 0 and "gradient" not in row for row in rows.values()
+    )
+    state = loading.load(checkpoint.newest(str(folder / "lpips")).spec)
+    expected = lpips.load(settings["perceptual__vgg_weights"])
+    assert state["params"]["perceptual"].keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(state["params"]["perceptual"][name], array, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_same_command_goes_on(folder):
+    values = {"total_steps": 100_000, "lr_warmup_steps": 2, "log_freq": 1, "save_model_freq": 50_000, "batch_size": 8}
+    values |= {"input_dirs": folder / "pictures", "logger.output_dir": folder, "logger.experiment_id": "run"}
+    values |= {name.replace("__", "."): value for name, value in SMALLEST.items()}
+
+    def start(**changes):
+        given = [f"--{name}={value}" for name, value in (values | changes).items()]
+        command = [sys.executable, "-m", "tokenizer.train_vqgan", *given]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    path = folder / "run" / "metrics.jsonl"
+    process = start()
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "to resume" in said, said
+    done = len(path.read_text().splitlines())
+    said, _ = start(total_steps=done + 2).communicate(timeout=120)
+    assert f"finished after step {done + 2}" in said
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(done + 2))
+    assert weights.load(folder / "run" / "vqgan").config.resolution == 8
 
 
 def codebook(share, total):

@@ -23,10 +23,11 @@ class Spread:
     a core.
     """
 
-    def __init__(self, batch_size: int, devices=None, piece: int | None = None):
+    def __init__(self, batch_size: int, devices=None, piece: int | None = None, least: int = 1):
         """Takes `devices` (default: all); `batch_size` grows to a multiple of their number, and of the pieces.
 
         `piece`: how many pictures a core had best compute at a time (default: its share of a batch).
+        `least`: how many it must; where the batch has fewer, it grows.
 
         Raises:
           UserError: if `batch_size` is below 1.
@@ -37,12 +38,13 @@ class Spread:
         mesh = jax.make_mesh((len(devices),), ("picture",), axis_types=(AxisType.Auto,), devices=devices)
         self._split, self._everywhere = NamedSharding(mesh, P("picture")), NamedSharding(mesh, P())
         cores = os.cpu_count() or 1 if devices[0].platform == "cpu" else 1
-        threads = max(min(cores, batch_size) // len(devices), 1)
+        threads = max(min(cores, batch_size // least) // len(devices), 1)
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         share = -(-batch_size // (threads * len(devices)))  # of a thread, on each device
-        self._pieces = threads * -(-share // min(piece or share, share)) if threads > 1 else 1
+        share, piece = max(share, least), max(piece or share, least)
+        self._pieces = threads * -(-share // min(piece, share)) if threads > 1 else 1
         each = self._pieces * len(devices)
-        self.batch_size = -(-batch_size // each) * each
+        self.batch_size = max(-(-batch_size // each), least) * each
 
     def copied(self, tree):
         """The arrays of a tree, whole on every device."""

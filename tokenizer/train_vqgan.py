@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import checkpoint, flags, loading, run, sharding
+from EasyLM import checkpoint, columns, flags, loading, run, sharding
 from EasyLM.errors import UserError
 from EasyLM.files import is_remote
 from EasyLM.flags import Flag
@@ -82,10 +82,16 @@ class PictureRows:
         names = [name for name in directories.split(",") if name]
         if not names:
             raise UserError(f"--{flag} is missing: a comma list of folders of pictures")
-        self._paths = [path for name in names for path in images.find(name, flag)]
+        found = {name: sorted((entry.name, entry.size) for entry in images.walk(name, flag)) for name in names}
+        self._paths = [os.path.join(name, file) for name in names for file, _ in found[name]]
         self._size, self._seed = size, seed
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-        self.identity = {"seed": seed, "pictures": len(self._paths), "directories": names}
+        self.identity = {
+            "seed": seed,
+            "pictures": len(self._paths),
+            "directories": names,
+            "names_and_sizes": columns.digest(found),  # not when files changed: a copy of them does as well
+        }
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Rows start..start+count-1."""
