@@ -1,17 +1,21 @@
 """Mutated files by the thousand: none ends a build, and none that cannot be used goes without being named."""
 
 import base64
+import gzip
 import json
 import pathlib
 
 import numpy as np
 import pytest
+import zstandard
 from PIL import Image
 from tokenizer_kit import TINY, run_main, smooth_picture, tiny_vqgan
+from video_kit import write_video
 
 from EasyLM import flags, records
 from EasyLM.data import DATASET_FLAGS, make_dataset
-from tokenizer import build, mix, videos
+from EasyLM.errors import UserError
+from tokenizer import build, mix
 
 FORMATS = {
     "png": {},
@@ -70,13 +74,33 @@ def test_mutated_pictures(tmp_path):
 def test_mutated_videos(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
-    frames = np.stack([smooth_picture(i, 32) for i in range(8)])
-    videos.write(tmp_path / "whole.mp4", frames, fps=8)
-    for i, data in enumerate(mutations((tmp_path / "whole.mp4").read_bytes(), rng, 250)):
-        (tmp_path / "in" / f"{i}.mp4").write_bytes(data)
+    for name, codec in {"mp4": "mpeg4", "webm": "libvpx-vp9", "mkv": "mpeg4", "avi": "mjpeg"}.items():
+        write_video(tmp_path / f"whole.{name}", codec, range(0, 8 * 125, 125))
+        for i, data in enumerate(mutations((tmp_path / f"whole.{name}").read_bytes(), rng, 62)):
+            (tmp_path / "in" / f"{i}.{name}").write_bytes(data)
     tiny = tiny_vqgan(tmp_path / "vqgan")
     used, named = every_input_is_used_or_named(tmp_path / "in", tiny, kind="video", n_frames=4, workers=2)
     assert len(used) > 10 and len(named) > 100  # some are both: one of their two windows is sound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_mutated_packed_files(tmp_path, ending):
+    """Each is mixed to sentences that were in it, or refused by its name."""
+    rng = np.random.default_rng(0)
+    lines = [records.record_line(rng.integers(0, 512, 40), number=i) for i in range(50)]
+    pack = gzip.compress if ending == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    path, refused = tmp_path / f"mutated.jsonl{ending}", 0
+    for data in mutations(pack(b"".join(lines)), rng, 100):
+        path.write_bytes(data)
+        try:
+            run_main(mix, inputs=str(path), output_file=str(tmp_path / "out.jsonl"), vocab_size=512)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert set((tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)) <= set(lines)
+    assert refused > 50
 
 
 def is_record(line: bytes, vocab_size: int) -> bool:
