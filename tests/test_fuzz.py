@@ -103,6 +103,41 @@ def test_mutated_packed_files(tmp_path, ending):
     assert refused > 50
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["map_color", "co3d"])
+def test_mutated_labels_and_depths(tmp_path, kind):
+    """Numbers in 16 bits, whose reading is not that of pictures: each is in a sentence or named."""
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0x3C00, 0x4400, (12, 16)).astype(np.uint16)  # as float16: 1 to 4
+    Image.fromarray(numbers).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    sequence = tmp_path / "in" / "apple" / "1"
+    mutated = {}
+    for i, data in enumerate(mutations(whole, rng, 60)):
+        name = f"frame{i:06d}"
+        if kind == "co3d":
+            for folder, ending in {"images": "jpg", "masks": "png", "depth_masks": "png"}.items():
+                (sequence / folder).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (16, 12), 1).save(sequence / folder / f"{name}.{ending}")
+            mutated[sequence / "depths" / f"{name}.jpg.geometric.png"] = data
+        else:
+            (tmp_path / "in").mkdir(exist_ok=True)
+            Image.fromarray(smooth_picture(i, 16)).save(tmp_path / "in" / f"{name}.png")
+            mutated[tmp_path / "labels" / f"{name}.png"] = data
+    for path, data in mutated.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    settings = {"n_frames": 1} if kind == "co3d" else {"n_shots": 1, "target_dir": str(tmp_path / "labels")}
+    output, tiny = tmp_path / "out.jsonl", tiny_vqgan(tmp_path / "vqgan")
+    settings |= {"input_dir": str(tmp_path / "in"), "output_file": str(output), "max_errors": 10**6, "workers": 1}
+    run_main(build, kind=kind, vqgan=tiny, **settings)
+    used = {path for _, r in records.read_records(str(output), TINY.num_embeddings) for path in r["sources"]}
+    named = {entry["input"] for entry in json.loads(pathlib.Path(f"{output}.report.json").read_text())["skipped"]}
+    depths = set(map(str, mutated))
+    assert used.isdisjoint(named) and (used & depths) | named == depths
+    assert len(used & depths) > 3 and len(named) > 20
+
+
 def is_record(line: bytes, vocab_size: int) -> bool:
     """What a record is, by the standard library."""
     try:
