@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,44 @@ def test_shards_stand_one_behind_the_other_in_the_whole(tree, tiny, tmp_path, ki
         for i, part in enumerate(parts):
             make(tree, tiny, part, kind, shard=f"{i}/{count}")
         assert b"".join(part.read_bytes() for part in parts) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["video", "category"])
+def test_a_broken_input_changes_no_byte_with_shards_and_workers(tree, tiny, tmp_path, monkeypatch, kind):
+    """It is named the same way, and left out, by the whole, by its parts, and by a build that was killed."""
+    folder = SETTINGS[kind]["input_dir"]
+    shutil.copytree(tree / folder, tmp_path / folder)
+    broken = tmp_path / folder / {"video": "one.mp4", "category": "bee/1.jpg"}[kind]
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 3])
+    files = {}
+    for workers in (1, 2):
+        settings = {"workers": workers, "max_errors": 1}
+        whole = tmp_path / f"whole{workers}.jsonl"
+        make(tmp_path, tiny, whole, kind, **settings)
+        assert skipped(whole).keys() == {broken.name}
+        parts = [tmp_path / f"{workers}_{i}.jsonl" for i in range(3)]
+        for i, part in enumerate(parts):
+            make(tmp_path, tiny, part, kind, **settings, shard=f"{i}/3")
+        files[workers] = whole.read_bytes()
+        assert files[workers] and b"".join(part.read_bytes() for part in parts) == files[workers]
+        with monkeypatch.context() as patch:
+            patch.setattr(resumable, "MARK_SECONDS", 0)
+            real, written = resumable.ResumableFile.write, []
+
+            def write(file, data, real=real, written=written):
+                if len(written) == 1 and data:
+                    raise Killed
+                real(file, data)
+                written.extend([data] if data else [])
+
+            patch.setattr(resumable.ResumableFile, "write", write)
+            again = tmp_path / f"again{workers}.jsonl"
+            with pytest.raises(Killed):
+                make(tmp_path, tiny, again, kind, **settings)
+        make(tmp_path, tiny, again, kind, **settings)
+        assert again.read_bytes() == files[workers] and skipped(again) == skipped(whole)
+    assert files[1] == files[2]
 
 
 def test_a_file_depends_on_the_seed_and_on_nothing_that_is_about_speed(tree, tiny, tmp_path):

@@ -1,17 +1,21 @@
 """Mutated files by the thousand: none ends a build, and none that cannot be used goes without being named."""
 
 import base64
+import gzip
 import json
 import pathlib
 
 import numpy as np
 import pytest
+import zstandard
 from PIL import Image
 from tokenizer_kit import TINY, run_main, smooth_picture, tiny_vqgan
+from video_kit import write_video
 
 from EasyLM import flags, records
 from EasyLM.data import DATASET_FLAGS, make_dataset
-from tokenizer import build, mix, videos
+from EasyLM.errors import UserError
+from tokenizer import build, mix
 
 FORMATS = {
     "png": {},
@@ -70,13 +74,68 @@ def test_mutated_pictures(tmp_path):
 def test_mutated_videos(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
-    frames = np.stack([smooth_picture(i, 32) for i in range(8)])
-    videos.write(tmp_path / "whole.mp4", frames, fps=8)
-    for i, data in enumerate(mutations((tmp_path / "whole.mp4").read_bytes(), rng, 250)):
-        (tmp_path / "in" / f"{i}.mp4").write_bytes(data)
+    for name, codec in {"mp4": "mpeg4", "webm": "libvpx-vp9", "mkv": "mpeg4", "avi": "mjpeg"}.items():
+        write_video(tmp_path / f"whole.{name}", codec, range(0, 8 * 125, 125))
+        for i, data in enumerate(mutations((tmp_path / f"whole.{name}").read_bytes(), rng, 62)):
+            (tmp_path / "in" / f"{i}.{name}").write_bytes(data)
     tiny = tiny_vqgan(tmp_path / "vqgan")
     used, named = every_input_is_used_or_named(tmp_path / "in", tiny, kind="video", n_frames=4, workers=2)
     assert len(used) > 10 and len(named) > 100  # some are both: one of their two windows is sound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_mutated_packed_files(tmp_path, ending):
+    """Each is mixed to sentences that were in it, or refused by its name."""
+    rng = np.random.default_rng(0)
+    lines = [records.record_line(rng.integers(0, 512, 40), number=i) for i in range(50)]
+    pack = gzip.compress if ending == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    path, refused = tmp_path / f"mutated.jsonl{ending}", 0
+    for data in mutations(pack(b"".join(lines)), rng, 100):
+        path.write_bytes(data)
+        try:
+            run_main(mix, inputs=str(path), output_file=str(tmp_path / "out.jsonl"), vocab_size=512)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert set((tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)) <= set(lines)
+    assert refused > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["map_color", "co3d"])
+def test_mutated_labels_and_depths(tmp_path, kind):
+    """Numbers in 16 bits, whose reading is not that of pictures: each is in a sentence or named."""
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0x3C00, 0x4400, (12, 16)).astype(np.uint16)  # as float16: 1 to 4
+    Image.fromarray(numbers).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    sequence = tmp_path / "in" / "apple" / "1"
+    mutated = {}
+    for i, data in enumerate(mutations(whole, rng, 60)):
+        name = f"frame{i:06d}"
+        if kind == "co3d":
+            for folder, ending in {"images": "jpg", "masks": "png", "depth_masks": "png"}.items():
+                (sequence / folder).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (16, 12), 1).save(sequence / folder / f"{name}.{ending}")
+            mutated[sequence / "depths" / f"{name}.jpg.geometric.png"] = data
+        else:
+            (tmp_path / "in").mkdir(exist_ok=True)
+            Image.fromarray(smooth_picture(i, 16)).save(tmp_path / "in" / f"{name}.png")
+            mutated[tmp_path / "labels" / f"{name}.png"] = data
+    for path, data in mutated.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    settings = {"n_frames": 1} if kind == "co3d" else {"n_shots": 1, "target_dir": str(tmp_path / "labels")}
+    output, tiny = tmp_path / "out.jsonl", tiny_vqgan(tmp_path / "vqgan")
+    settings |= {"input_dir": str(tmp_path / "in"), "output_file": str(output), "max_errors": 10**6, "workers": 1}
+    run_main(build, kind=kind, vqgan=tiny, **settings)
+    used = {path for _, r in records.read_records(str(output), TINY.num_embeddings) for path in r["sources"]}
+    named = {entry["input"] for entry in json.loads(pathlib.Path(f"{output}.report.json").read_text())["skipped"]}
+    depths = set(map(str, mutated))
+    assert used.isdisjoint(named) and (used & depths) | named == depths
+    assert len(used & depths) > 3 and len(named) > 20
 
 
 def is_record(line: bytes, vocab_size: int) -> bool:
