@@ -20,8 +20,7 @@ PRETRAINED = os.path.join(os.path.dirname(__file__), "pretrained")  # the small 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 _PIXELS = 2**15  # of a piece: with more, the layers of the finest level no longer lie in a core's caches
-# Pictures of a piece: XLA rounds a picture alone in another way than one of several, in bf16 enough to flip codes.
-_LEAST = {"fp32": 1, "bf16": 2}
+_LEAST = 2  # pictures of a piece: XLA rounds a picture alone in another way than one of several, and so some codes
 
 CODEC_FLAGS = {
     "vqgan": Flag(PRETRAINED, "Folder of the tokenizer: config.json with pytorch_model.bin or *.safetensors."),
@@ -43,7 +42,7 @@ class Codec:
           UserError: naming what is wrong with the folder or the setting.
         """
         self.config = weights.read_config(directory)
-        self._spread = Spread(batch_size, devices, max(_PIXELS // self.config.resolution**2, 1), _LEAST[dtype])
+        self._spread = Spread(batch_size, devices, max(_PIXELS // self.config.resolution**2, 1), _LEAST)
         self.batch_size = self._spread.batch_size
         self._graphdef, state = nnx.split(weights.load(directory, DTYPES[dtype]))
         self._state = self._spread.copied(state)
