@@ -11,7 +11,6 @@ from functools import partial
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from EasyLM import checkpoint, logger, sharding, train
@@ -287,11 +286,3 @@ def _evaluate(config, mesh, problem, step, params) -> dict:
         batches.close()
     rows = jax.device_get(rows)
     return {f"eval_{name}": np.mean([row[name] for row in rows]) for name in rows[0]}
-
-
-def first_process_first(make: Callable):
-    """`make()` on process 0, then on the others: what it leaves on a shared disk (an index) is made once."""
-    made = make() if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("first_process_first")
-    return make() if made is None else made

@@ -11,7 +11,14 @@ TIERS = [
     {"EasyLM.vocab", "EasyLM.errors"},
     # pure functions and small parts
     {"EasyLM.flags", "EasyLM.losses", "EasyLM.stacking", "EasyLM.columns", "EasyLM.workers", "EasyLM.mixing"},
-    {"EasyLM.files", "EasyLM.restricted_pickle", "EasyLM.sharding", "EasyLM.attention", "EasyLM.generate"},
+    {
+        "EasyLM.files",
+        "EasyLM.restricted_pickle",
+        "EasyLM.sharding",
+        "EasyLM.processes",
+        "EasyLM.attention",
+        "EasyLM.generate",
+    },
     {"EasyLM.optimizers", "EasyLM.logger", "EasyLM.text", "EasyLM.msgpack_arrays", "EasyLM.records", "EasyLM.rows"},
     {"EasyLM.fields", "EasyLM.examples", "EasyLM.batches", "EasyLM.streaming", "EasyLM.metadata"},
     {"EasyLM.run_directory", "EasyLM.line_index", "EasyLM.token_store", "EasyLM.loading", "EasyLM.line_file"},

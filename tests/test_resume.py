@@ -6,10 +6,11 @@ import os
 import signal
 import time
 
+import jax
 import pytest
-from tiny_run import GOLDEN, MODEL_FIGURES, TINY, finish, metrics, start, train
+from tiny_run import GOLDEN, MODEL_FIGURES, TINY, assert_close, finish, metrics, start, train
 
-from EasyLM import flags, packed, records, run, streaming
+from EasyLM import flags, packed, records, run, run_directory, sharding, streaming
 from EasyLM import train as train_module
 from EasyLM.errors import UserError
 from EasyLM.run_directory import LinkedDirectory
@@ -137,24 +138,56 @@ def test_resume_is_bit_equal(tmp_path, variant):
     assert_same_run(run, reference)
 
 
+def half_written(run_dir) -> int | None:
+    """The step whose checkpoint is being written, or was when its writer was killed."""
+    names = (path.name.removeprefix(run_directory.TEMPORARY) for path in (run_dir / "checkpoints").glob("*"))
+    return next((int(name) for name in names if name.isdigit()), None)
+
+
+def wait_for_a_save(process, run_dir, delay):
+    """Until so long after the run's next checkpoint is whole."""
+    newest = os.path.realpath(run_dir / "latest")
+    deadline = time.monotonic() + 120
+    while os.path.realpath(run_dir / "latest") == newest and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(delay)
+
+
+def wait_until_it_saves(process, run_dir, delay):
+    """Until the run is at a save, not its first. It is stopped there: else the save might be over by then."""
+    wait_for_a_save(process, run_dir, delay)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if half_written(run_dir):
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if half_written(run_dir):
+                return
+            process.send_signal(signal.SIGCONT)
+        assert process.poll() is None, "finished without being met at a save"
+    raise AssertionError("no save in 120 s")
+
+
 @pytest.mark.slow
-def test_kill_at_any_moment_of_saving_loses_nothing(tmp_path):
-    settings = {"total_steps": STEPS, "save_model_freq": 1, "mesh_dim": "1,1,1"}
+@pytest.mark.parametrize("wait", [wait_for_a_save, wait_until_it_saves], ids=["after a save", "while it saves"])
+def test_kill_at_any_moment_of_saving_loses_nothing(tmp_path, wait):
+    settings = {"total_steps": 30, "save_model_freq": 1, "mesh_dim": "1,1,1"}
     reference = tmp_path / "reference" / "run"
     finish(start(tmp_path / "reference", devices=1, **settings))
     run = tmp_path / "killed" / "run"
     for delay in (0.0, 0.01, 0.03):
         process = start(tmp_path / "killed", devices=1, **settings)
-        newest = os.path.realpath(run / "latest")
-        deadline = time.monotonic() + 120
-        while os.path.realpath(run / "latest") == newest and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(delay)
+        wait(process, run, delay)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert final_state(run), "the newest checkpoint is readable after a kill"
+        assert process.returncode == -signal.SIGKILL, "killed, not finished before"
+        state = final_state(run)
+        assert state, "the newest checkpoint is readable after a kill"
+        if saving := half_written(run):
+            assert saving == int(state["step",]) + 1, "the last good state is that of the save before"
     finish(start(tmp_path / "killed", devices=1, **settings))
     assert_same_run(run, reference)
+    assert half_written(run) is None
 
 
 @pytest.mark.slow
@@ -174,6 +207,22 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, numbe
     said = finish(start(tmp_path, devices=1, **settings | {"total_steps": done + 2}))
     assert f"finished after step {done + 2}" in said
     assert sorted(metrics(tmp_path / "run", "loss")) == list(range(done + 2))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_fewer_devices(tmp_path, monkeypatch):
+    def train_on(devices, name, stop):
+        mesh = sharding.make_mesh("1,-1,1", jax.devices()[:devices])
+        with monkeypatch.context() as patch:
+            patch.setattr(sharding, "make_mesh", lambda text: mesh)
+            return train(tmp_path / name, total_steps=stop, save_model_freq=100, mesh_dim="1,-1,1")
+
+    whole = train_on(4, "whole", STEPS)
+    for devices, stop in ((4, 5), (2, 10), (1, STEPS)):
+        resumed = train_on(devices, "resumed", stop)
+        assert run.checkpoint.load_metadata(str(resumed / "metadata.json"))["mesh"]["fsdp"] == devices
+    assert metrics(resumed, "dataset_total_tokens") == metrics(whole, "dataset_total_tokens")
+    assert_close(metrics(resumed, *MODEL_FIGURES), metrics(whole, *MODEL_FIGURES), 1e-4)
 
 
 @pytest.mark.slow

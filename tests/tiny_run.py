@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -54,14 +56,30 @@ def start(output_dir, devices=8, **settings) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    """Waits for a started trainer and returns what it printed."""
+def start_two(output_dir, **settings) -> list[subprocess.Popen]:
+    """Starts one run as two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = {
+        "jax_distributed__initialize_jax_distributed": True,
+        "jax_distributed__coordinator_address": address,
+        "jax_distributed__num_processes": 2,
+    }
+    return [start(output_dir, devices=2, **settings, **together, jax_distributed__process_id=i) for i in range(2)]
+
+
+def finish(*processes: subprocess.Popen, code: int = 0, seconds: float = 240) -> str | list[str]:
+    """Waits so long for started trainers, and returns what it (or each of several) printed."""
+    deadline = time.monotonic() + seconds
     try:
-        said, _ = process.communicate(timeout=240)
+        said = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0] for process in processes]
     finally:
-        process.kill()
-    assert process.returncode == code, said
-    return said
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == code, text
+    return said[0] if len(processes) == 1 else said
 
 
 def dotted(settings: dict) -> dict:

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from EasyLM import data, files, flags, optimizers, run, sharding, text
+from EasyLM import data, files, flags, optimizers, processes, run, sharding, text
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
@@ -43,7 +43,7 @@ def main(config) -> None:
     run_dir = run.run_directory(config)
     run.check(config, run_dir, hf_layout.PREFIXES)
     sources = {
-        name: run.first_process_first(partial(data.make_dataset, config[name], tokenizer, model.vocab_size, name))
+        name: processes.first_process_first(partial(data.make_dataset, config[name], tokenizer, model.vocab_size, name))
         for name in used
     }
     seq_length = sources["train_dataset"].seq_length

@@ -1,0 +1,110 @@
+"""Processes of a run that wait for each other: however long it takes, to the same error, to the same last step."""
+
+import signal
+import time
+
+import jax
+import pytest
+from tiny_run import GOLDEN, finish, metrics, start_two
+
+from EasyLM import processes, streaming
+from EasyLM.errors import UserError
+
+
+class Service:
+    """A coordination service of which each look for a key that is not there yet lasts no time."""
+
+    def __init__(self, told: dict[str, str]):
+        self.told, self.looks, self.late = told, 0, 3
+
+    def key_value_set(self, key, value):
+        assert self.told.setdefault(key, value) is value, f"{key} is not new"
+
+    def blocking_key_value_get(self, key, timeout_ms):
+        self.looks += 1
+        if self.looks <= self.late:
+            raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key} after {timeout_ms}ms")
+        if key not in self.told:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses\n\nfurther facts")
+        return self.told[key]
+
+
+def key(call, process):
+    return f"EasyLM/first_process_first/{call}/{process}"
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """Makes this process the second of two; returns what gives it a service that knows these keys."""
+
+    def with_service(told):
+        service = Service({key(call, process): text for (call, process), text in told.items()})
+        monkeypatch.setattr(processes.distributed.global_state, "client", service)
+        return service
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "_calls", iter(range(10)))
+    return with_service
+
+
+def test_one_waits_for_the_first_as_long_as_it_takes(second_of_two):
+    service = second_of_two({(0, 0): "done", (1, 0): "done"})
+    assert processes.first_process_first(lambda: service.looks) == service.late + 1, "not made before it was told to"
+    assert processes.first_process_first(lambda: "again") == "again"
+    assert service.told[key(0, 1)] == service.told[key(1, 1)] == "done"
+
+
+@pytest.mark.parametrize(
+    "told, error", [({(0, 0): "a.jsonl:3: no"}, "^a.jsonl:3: no$"), ({}, "^process 0 is gone: U.*s$")]
+)
+def test_one_stops_where_the_first_did(second_of_two, told, error):
+    second_of_two(told)
+    with pytest.raises(UserError, match=error):
+        processes.first_process_first(lambda: pytest.fail("made without the first"))
+
+
+@pytest.mark.parametrize(
+    "error, said", [(UserError("a:3: no"), "a:3: no"), (KeyError("x"), "process 1 stopped: KeyError: 'x'")]
+)
+def test_an_error_is_told_to_the_others(second_of_two, error, said):
+    service = second_of_two({(0, 0): "done"})
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        processes.first_process_first(fail)
+    assert service.told[key(0, 1)] == said
+
+
+@pytest.mark.slow
+def test_a_bad_line_ends_both_processes_with_the_same_words(tmp_path):
+    lines = (GOLDEN / "dataset.jsonl").read_bytes().splitlines(keepends=True)
+    path = tmp_path / "dataset.jsonl"
+    path.write_bytes(b"".join([*lines[:2], b'{"tokens": \n', *lines[2:]]))
+    running = start_two(tmp_path, mesh_dim="1,4,1", train_dataset__json_dataset__path=path)
+    for said in finish(*running, code=2, seconds=120):
+        (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert error.startswith(f"error: {path}:3: not JSON") and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, asked):
+    running = start_two(tmp_path, mesh_dim="1,4,1", total_steps=4000, log_all_worker=True)
+    run_dir = tmp_path / "run"
+    deadline = time.monotonic() + 180
+    while not all((run_dir / name).exists() and (run_dir / name).stat().st_size for name in LOGS):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in running)
+        time.sleep(0.05)
+    running[asked].send_signal(signal.SIGTERM)
+    first, second = finish(*running, seconds=120)
+    assert "to resume" in first and "--logger.experiment_id=run" in first and "to resume" not in second
+    (done,) = {len((run_dir / name).read_text().splitlines()) for name in LOGS}
+    assert 0 < done < 4000 and done == max(metrics(run_dir, "loss")) + 1
+    saved = {entry.key: entry.read() for entry in streaming.read_streaming(run_dir / "streaming_train_state")}
+    assert int(saved["step",]) == done
+
+
+LOGS = ("metrics.jsonl", "metrics_1.jsonl")
