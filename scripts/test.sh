@@ -22,4 +22,17 @@ rm -rf /tmp/lvm # where the documents' commands write
 for document in DATASET.md evaluation/EVAL.md; do
     WANDB_MODE=disabled bash scripts/run_commands.sh "$document"
 done
-QUICKSTART_STEPS=20 bash scripts/quickstart.sh "$(mktemp -d)"
+out=$(mktemp -d)
+QUICKSTART_STEPS=20 bash scripts/quickstart.sh "$out"
+python - "$out/figures.json" <<'EOF'
+import json
+import sys
+
+for task, measured in json.load(open(sys.argv[1]))["tasks"].items():
+    last = measured["curve"][-1]
+    figures = {"perplexity": (last["perplexity"], last["unigram_perplexity"])}
+    figures["mse"] = last["mse"]["model"], last["mse"]["copy_last"]
+    for name, (ours, baseline) in figures.items():
+        print(f"{task} {name}: {ours['mean']:.4g}, baseline {baseline['mean']:.4g}")
+        assert ours["mean"] < baseline["mean"], "the quickstart's answers must beat their baselines"
+EOF

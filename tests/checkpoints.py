@@ -1,10 +1,13 @@
 """States and files for the tests of checkpoints."""
 
+import dataclasses
+
 import jax
 import ml_collections
 import numpy as np
 
 from EasyLM import checkpoint, streaming
+from EasyLM.models.llama import hf_layout
 from EasyLM.train import TrainState
 
 METADATA = {"flags": {}}
@@ -54,3 +57,27 @@ def contents(run_dir) -> tuple[int, int, int]:
 def save(saver, step, milestone=False):
     saver.save(small_state(step), step, {"step": step}, {"step": step, **METADATA}, milestone=milestone)
     saver.wait()
+
+
+def random_params(directory, model):
+    """A streaming file of random parameters, with its metadata; returns them.
+
+    They are large enough that logits are of order 1 and attention is far from uniform: an error in a layer shows.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        name, noise = jax.tree_util.keystr(path), rng.normal(0, 1, x.shape).astype(np.float32)
+        if "norm" in name or "ln_f" in name:
+            return np.float32(1) + np.float32(0.1) * noise
+        if "embedding" in name:  # a tied one is the head too
+            return noise * np.float32(x.shape[-1] ** -0.5 if model.tie_word_embeddings else 1)
+        gain = 1.4 if "wq" in name or "wk" in name else 1  # attention's scores have a standard deviation of 2
+        return noise * np.float32(gain * x.shape[-2] ** -0.5)
+
+    params = jax.tree_util.tree_map_with_path(draw, hf_layout.parameter_shapes(model))
+    saver = checkpoint.Checkpointer(str(directory), settings("fp32", save_optimizer_state=False))
+    state = type("State", (), {"params": params})
+    saver.save(state, 0, {}, checkpoint.make_metadata(0, {}, llama_config=dataclasses.asdict(model)))
+    saver.wait()
+    return params

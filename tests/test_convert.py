@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import random_params
 
 from EasyLM import checkpoint, flags, streaming
 from EasyLM.errors import UserError
@@ -35,36 +36,6 @@ def import_(hf_model, output_file, **values):
 
 def tiny_state(golden):
     return f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state"
-
-
-def random_params(directory, model):
-    """A streaming file of random parameters, with its metadata; returns them.
-
-    They are large enough that logits are of order 1 and attention is far from uniform: an error in a layer shows.
-    """
-    rng = np.random.default_rng(0)
-
-    def draw(path, x):
-        name, noise = jax.tree_util.keystr(path), rng.normal(0, 1, x.shape).astype(np.float32)
-        if "norm" in name or "ln_f" in name:
-            return np.float32(1) + np.float32(0.1) * noise
-        if "embedding" in name:  # a tied one is the head too
-            return noise * np.float32(x.shape[-1] ** -0.5 if model.tie_word_embeddings else 1)
-        gain = 1.4 if "wq" in name or "wk" in name else 1  # attention's scores have a standard deviation of 2
-        return noise * np.float32(gain * x.shape[-2] ** -0.5)
-
-    params = jax.tree_util.tree_map_with_path(draw, hf_layout.parameter_shapes(model))
-    saver = checkpoint.Checkpointer(str(directory), checkpoint_settings())
-    state = type("State", (), {"params": params})
-    saver.save(state, 0, {}, checkpoint.make_metadata(0, {}, llama_config=dataclasses.asdict(model)))
-    saver.wait()
-    return params
-
-
-def checkpoint_settings():
-    config = flags.defaults(checkpoint.CHECKPOINTER_FLAGS)
-    config.float_dtype = "fp32"
-    return config
 
 
 def assert_equal(left, right):

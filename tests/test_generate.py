@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import random_params
 from scipy import stats
 
 from EasyLM import flags, sharding
 from EasyLM.checkpoint import load
 from EasyLM.errors import UserError
 from EasyLM.generate import Sampling, check_sampling, generate, left_padded, sample
-from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_model
+from EasyLM.models.llama import convert_easylm_to_hf, llama_model
 from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder, log_likelihoods
 
@@ -211,20 +212,21 @@ def test_candidates_share_one_prompts_cache(params):
 
 
 @pytest.mark.slow
-def test_transformers_takes_the_same_256_tokens_from_the_exported_model(golden, tmp_path):
+def test_transformers_takes_the_same_300_tokens_from_the_exported_model(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    spec = f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state"
+    params = random_params(
+        tmp_path / "run", CONFIG
+    )  # of a trained model the likeliest tokens soon go round in a circle
     config = flags.defaults(convert_easylm_to_hf.DEFINITIONS)
-    config.update(load_checkpoint=spec, output_dir=str(tmp_path / "hf"))
+    config.update(load_checkpoint=f"params::{tmp_path}/run/streaming_params", output_dir=str(tmp_path / "hf"))
     convert_easylm_to_hf.main(config)
-    model, _ = hf_layout.read_model(str(tmp_path / "hf"))
-    params = load(spec, hf_layout.parameter_shapes(model))
-    prompts_BP = np.load(golden / "lvm_tiny/golden.npz")["input_tokens"][:2, :24]
+    prompts_BP = np.stack(prompts_of(24, 24))
+    prompts_BP[1] = prompts_BP[1, ::-1]
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32").eval()
-    rows = theirs.generate(torch.tensor(prompts_BP, dtype=torch.long), do_sample=False, max_new_tokens=256)
-    ours = generate(LLaMADecoder(model), params, prompts_BP, num_new_tokens=256, temperature=0.0, allowed_ids=10**6)
-    assert ours.shape == (2, 1, 256)
-    np.testing.assert_array_equal(ours[:, 0], rows[:, 24:].numpy())
+    rows = theirs.generate(torch.tensor(prompts_BP, dtype=torch.long), do_sample=False, max_new_tokens=300)[:, 24:]
+    assert all(len(set(row[200:].tolist())) > 50 for row in rows)
+    ours = generate(DECODER, params, prompts_BP, num_new_tokens=300, temperature=0.0, allowed_ids=10**6)
+    np.testing.assert_array_equal(ours[:, 0], rows.numpy())
 
 
 @pytest.mark.slow
