@@ -186,13 +186,16 @@ def load_config(spec: str) -> LLaMAConfig:
     the metadata of a run of the LVM release.
 
     Raises:
-      UserError: for an unknown preset, or a file that holds no settings.
+      UserError: for an unknown preset, or a file that is not there or holds no settings.
     """
     kind, separator, path = spec.partition("::")
     if not separator:
         return PRESETS[choose("load_llama_config", spec, (*PRESETS, "json::PATH", "pickle::PATH"))]
     choose("load_llama_config", f"{kind}::", ("json::", "pickle::"))
-    return config_from_dict(load_metadata(path), path)
+    try:
+        return config_from_dict(load_metadata(path), path)
+    except FileNotFoundError:
+        raise UserError(f"--load_llama_config={spec}: no such file") from None
 
 
 def config_beside(path: str) -> LLaMAConfig | None:
