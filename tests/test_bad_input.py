@@ -18,7 +18,7 @@ JSON = "train_dataset.json_dataset"
 STATE = f"{GOLDEN}/init/streaming_train_state"
 WRONG = {
     "preset": ({"load_llama_config": "vqlm_8b"}, "load_llama_config='vqlm_8b': choose one of 'vqlm_debug'"),
-    "config file": ({"load_llama_config": "json::missing.json"}, "--load_llama_config=json::missing.json: no such file"),
+    "config file": ({"load_llama_config": "json::missing.json"}, "config=json::missing.json: no such file"),
     "setting": ({"update_llama_config": "dict(hiden_size=64)"}, "unknown setting hiden_size; choose from vocab_size"),
     "code in settings": ({"update_llama_config": "__import__('os').abort()"}, "not a Python dict literal"),
     "remat policy": ({"llama.remat_block": "some"}, "llama.remat_block='some': choose one of"),
