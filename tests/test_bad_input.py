@@ -3,14 +3,12 @@
 import base64
 import json
 import shutil
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from tiny_run import GOLDEN, metrics, train
 
-from EasyLM import loop, streaming
+from EasyLM import streaming
 from EasyLM import train as train_module
 from EasyLM.errors import UserError
 
@@ -179,45 +177,6 @@ def test_nonfinite_loss_updates_nothing_keeps_the_batch_and_stops(tmp_path):
     for key, value in before.items():
         if key != ("step",) and "lm_head" not in key:
             assert after[key].tobytes() == value.tobytes(), key
-
-
-def test_the_step_under_way_when_training_stops_is_reported_and_saved(tmp_path):
-    """Step 3 alone is not finite; step 4 has been dispatched when that is known."""
-    state, rows, saved = SimpleNamespace(step=0), [], []
-
-    class Stream:
-        position, wait_seconds = 0, 0.0
-
-        def __next__(self):
-            self.position += 8
-            return {"input_tokens": jax.device_put(np.zeros((1, 1), np.int32))}
-
-    def step(state, batch):
-        done = state.step + 1
-        return SimpleNamespace(step=done, params=None), {"loss": float(done), "finite": done != 4}
-
-    settings = loop.LoopSettings(
-        total_steps=9,
-        log_freq=1,
-        save_model_freq=0,
-        save_milestone_freq=0,
-        max_nonfinite_steps=1,
-        units_per_step=1,
-        flops_per_step=1.0,
-        peak_tflops=0.0,
-        run_dir=str(tmp_path),
-    )
-    with pytest.raises(loop.NonFiniteLossError, match=r"step 3: .* none of these updates was applied"):
-        loop.fit(
-            state,
-            step,
-            Stream(),
-            settings,
-            log=rows.append,
-            save=lambda state, done, position, milestone: saved.append((state.step, done, position)),
-        )
-    assert [(row["step"], row["skipped_update"]) for row in rows] == [(n, n == 3) for n in range(5)]
-    assert saved == [(5, 5, 40)]
 
 
 @pytest.mark.slow

@@ -404,6 +404,26 @@ def test_shards_stand_one_behind_the_other_in_the_whole(tree, tiny, tmp_path, ki
         assert b"".join(part.read_bytes() for part in parts) == whole
 
 
+class Killed(BaseException):
+    """Nothing may catch it, as nothing catches SIGKILL."""
+
+
+def kill_at(patch, last, real=resumable.ResumableFile.write) -> list[bytes]:
+    """Builds die from now on in their line `last`, of which half reaches the disk. The list takes the lines before."""
+    written = []
+
+    def write(file, data):
+        if len(written) == last and data:
+            real(file, data[: len(data) // 2])
+            file._file.flush()
+            raise Killed
+        real(file, data)
+        written.extend([data] if data else [])
+
+    patch.setattr(resumable.ResumableFile, "write", write)
+    return written
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["video", "category"])
 def test_a_broken_input_changes_no_byte_with_shards_and_workers(tree, tiny, tmp_path, monkeypatch, kind):
@@ -425,15 +445,7 @@ def test_a_broken_input_changes_no_byte_with_shards_and_workers(tree, tiny, tmp_
         assert files[workers] and b"".join(part.read_bytes() for part in parts) == files[workers]
         with monkeypatch.context() as patch:
             patch.setattr(resumable, "MARK_SECONDS", 0)
-            real, written = resumable.ResumableFile.write, []
-
-            def write(file, data, real=real, written=written):
-                if len(written) == 1 and data:
-                    raise Killed
-                real(file, data)
-                written.extend([data] if data else [])
-
-            patch.setattr(resumable.ResumableFile, "write", write)
+            kill_at(patch, 1)
             again = tmp_path / f"again{workers}.jsonl"
             with pytest.raises(Killed):
                 make(tmp_path, tiny, again, kind, **settings)
@@ -453,10 +465,6 @@ def test_a_file_depends_on_the_seed_and_on_nothing_that_is_about_speed(tree, tin
     assert (tmp_path / "d.jsonl").read_bytes() != first
 
 
-class Killed(BaseException):
-    """Nothing may catch it, as nothing catches SIGKILL."""
-
-
 @pytest.mark.parametrize("kind", ["paired", "multi_sequence", "video"])
 def test_a_killed_build_goes_on_to_the_same_bytes(tree, tiny, tmp_path, monkeypatch, kind):
     make(tree, tiny, tmp_path / "whole.jsonl", kind)
@@ -465,17 +473,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tree, tiny, tmp_path, monkeypa
     monkeypatch.setattr(resumable, "MARK_SECONDS", 0)
     real = resumable.ResumableFile.write
     for last in range(lines):
-        written = []
-
-        def write(file, data, last=last, written=written):
-            if len(written) == last and data:
-                real(file, data[: len(data) // 2])
-                file._file.flush()  # half a line reached the disk after the last mark
-                raise Killed
-            real(file, data)
-            written.extend([data] if data else [])
-
-        monkeypatch.setattr(resumable.ResumableFile, "write", write)
+        written = kill_at(monkeypatch, last)
         output = tmp_path / f"{last}.jsonl"
         with pytest.raises(Killed):
             make(tree, tiny, output, kind)

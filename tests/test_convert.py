@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import json
 import os
+import sys
 
+import deepen_model
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,6 +202,24 @@ def test_greedy_decoding_agrees_over_256_tokens(golden, tmp_path):
     for length in range(100, 356):
         tokens_BT[0, length] = next_token(tokens_BT, length)
     np.testing.assert_array_equal(theirs, tokens_BT[0])
+
+
+@pytest.mark.slow
+def test_a_deepened_model_answers_as_before(tmp_path, monkeypatch):
+    """Until it is trained; and every new layer can be: gradients reach its outputs."""
+    params = random_params(tmp_path / "run", PRESETS["vqlm_debug"])
+    directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf")
+    monkeypatch.setattr(sys, "argv", ["deepen_model.py", directory, str(tmp_path / "deep")])
+    deepen_model.main()
+    model, entries = hf_layout.read_model(str(tmp_path / "deep"))
+    assert model.num_hidden_layers == 4 and len(entries) > 0
+    deep = checkpoint.load(f"huggingface::{tmp_path}/deep", hf_layout.parameter_shapes(model), hf_layout.PREFIXES)
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 8192, (2, 9)))
+    before = llama_model.apply(PRESETS["vqlm_debug"], params, tokens_BT)
+    np.testing.assert_allclose(llama_model.apply(model, deep, tokens_BT), before, atol=1e-5, rtol=0)
+    gradient = jax.grad(lambda params: llama_model.apply(model, params, tokens_BT).std())(deep)
+    for wo_IO in gradient["params"]["transformer"]["h"]["attention"]["wo"]["kernel"]:
+        assert np.abs(wo_IO).max() > 1e-6
 
 
 @pytest.mark.slow

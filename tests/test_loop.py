@@ -5,6 +5,7 @@ import json
 import types
 
 import jax
+import numpy as np
 import pytest
 from tiny_run import train
 
@@ -112,3 +113,31 @@ def test_the_trainer_counts_all_tokens_of_a_step(tmp_path):
         assert row["tokens_per_second_per_device"] == pytest.approx(row["tokens_per_second"] / DEVICES)
         flops_per_second = row["tokens_per_second"] * flops_per_token(model, 128)
         assert row["mfu"] == pytest.approx(flops_per_second / (DEVICES * 0.5e12), rel=1e-9)
+
+
+def test_the_step_under_way_when_training_stops_is_reported_and_saved(tmp_path):
+    """Step 3 alone is not finite; step 4 has been dispatched when that is known."""
+    rows, saved = [], []
+
+    class Batches:
+        position, wait_seconds = 0, 0.0
+
+        def __next__(self):
+            self.position += 8
+            return {"input_tokens": jax.device_put(np.zeros((1, 1), np.int32))}
+
+    def step(state, batch):
+        done = state.step + 1
+        return types.SimpleNamespace(step=done), {"loss": float(done), "finite": done != 4}
+
+    with pytest.raises(loop.NonFiniteLossError, match=r"step 3: .* none of these updates was applied"):
+        loop.fit(
+            types.SimpleNamespace(step=0),
+            step,
+            Batches(),
+            dataclasses.replace(SETTINGS, log_freq=1, save_model_freq=0, run_dir=str(tmp_path)),
+            log=rows.append,
+            save=lambda state, done, position, milestone: saved.append((state.step, done, position)),
+        )
+    assert [(row["step"], row["skipped_update"]) for row in rows] == [(n, n == 3) for n in range(5)]
+    assert saved == [(5, 5, 40)]
