@@ -287,6 +287,7 @@ def leaves(tree, path="") -> dict[str, float]:
     return {key: value for name, branch in tree.items() for key, value in leaves(branch, f"{path}/{name}").items()}
 
 
+@pytest.mark.slow
 def test_a_curve_is_what_each_number_of_shots_gives_by_itself(tmp_path, prompter, monkeypatch, capsys):
     """Figures, plot and sheet, of folders and of clips; and one number of shots alone gives the same."""
     monkeypatch.setattr(fewshot.Prompter, "load", lambda config: prompter)

@@ -64,6 +64,7 @@ def modified(folder):
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*.png"))}
 
 
+@pytest.mark.slow
 def test_perplexity_is_what_its_definition_says(model, lines, tmp_path):
     run_main(eval_perplexity, **model, **lines, batch_size=2, output_json=str(tmp_path / "out" / "f.json"))
     codec = Codec(model["vqgan"])

@@ -49,6 +49,7 @@ greedy = functools.partial(generate, temperature=0.0, allowed_ids=ALLOWED)
 drawn = functools.partial(generate, num_new_tokens=20, num_candidates=2, allowed_ids=ALLOWED, seed=3)
 
 
+@pytest.mark.slow
 def test_greedy_over_several_sizes_of_the_cache(golden, monkeypatch):
     monkeypatch.setattr("EasyLM.generate._FIRST_SLOTS", 16)
     shapes = jax.eval_shape(lambda: llama_model.init_params(CONFIG, jax.random.key(0)))
