@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -208,6 +209,17 @@ def test_proportional_numbers(total):
         assert sum(numbers) == total
         shares = total * np.array(weights) / sum(weights)
         assert (np.abs(numbers - shares) < 1).all()
+
+
+def test_short_lines_are_not_outweighed_by_what_is_kept_about_them(tmp_path):
+    count, line = 50_000, b"x" * 29
+    tracemalloc.start()
+    try:
+        lines = shuffle.by_key(((i * 2**40 + 2**39, line) for i in range(count)), count * 29, 10**9, str(tmp_path))
+        assert sum(map(len, lines)) == count * 29
+        assert tracemalloc.get_traced_memory()[1] < 3.5 * count * 29
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.slow

@@ -98,3 +98,13 @@ def test_disk_is_checked_first(sentences, tmp_path, monkeypatch):
     monkeypatch.setattr(pack.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9))
     with pytest.raises(UserError, match="of disk space"):
         run(tmp_path, "a.jsonl", "x.packed")
+
+
+def test_compressed_inputs_need_more_room_than_they_take(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.gz"
+    ids_N = np.random.default_rng(0).integers(0, 8192, 5000)
+    path.write_bytes(gzip.compress(records.record_line(ids_N)))
+    room = int(1.5 * path.stat().st_size)
+    monkeypatch.setattr(pack.shutil, "disk_usage", lambda directory: types.SimpleNamespace(free=room))
+    with pytest.raises(UserError, match="of disk space"):
+        run(tmp_path, "a.jsonl.gz", "x.packed")

@@ -4,6 +4,7 @@ Each line comes with a random key of 64 bits, and lines are sorted by key: a uni
 keys alone, not on the memory that is allowed. What does not fit is first scattered to files, by key.
 """
 
+import array
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
@@ -46,11 +47,14 @@ def by_key(
 
 
 def _joined(lines: Iterable[tuple[int, bytes]]) -> tuple[np.ndarray, bytearray]:
-    entries, data = [], bytearray()
+    keys, sizes, data = array.array("Q"), array.array("Q"), bytearray()  # a list of numbers would outweigh short lines
     for key, line in lines:
-        entries.append((key, len(line)))
+        keys.append(key)
+        sizes.append(len(line))
         data += line
-    return np.array(entries, ENTRY), data
+    entries = np.empty(len(keys), ENTRY)
+    entries["key"], entries["size"] = keys, sizes
+    return entries, data
 
 
 def _sorted(entries: np.ndarray, data) -> Iterator[bytes]:
