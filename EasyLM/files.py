@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 
 import fsspec
+import orjson
 import zstandard
 
 from EasyLM import columns
@@ -49,6 +50,20 @@ def check_output(path: str, flag: str = "") -> None:
             pass
     except OSError as error:
         raise UserError(f"{name}: cannot be written ({error.strerror})") from None
+
+
+def write_json(path: str, value) -> None:
+    """Writes a local JSON file that appears whole, its bytes on the disk, in place of what was there.
+
+    Args:
+      value: JSON values, NumPy's numbers and arrays among them.
+    """
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:

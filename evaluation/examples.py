@@ -19,7 +19,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from EasyLM.files import check_output, is_remote
+from EasyLM.files import check_output, is_remote, write_json
 from EasyLM.flags import Flag
 from evaluation import metrics
 
@@ -236,10 +236,7 @@ class Results:
             print(f"{name}: {result['mean']:.6g} ± {result['standard_error']:.2g} ({len(values)} examples)")
         if output_json:
             per_example = [{name: value for name, value in row.items() if name != "mark"} for row in rows]
-            temporary = f"{output_json}.tmp"
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump({**totals, "per_example": per_example}, file, indent=2)
-            os.replace(temporary, output_json)
+            write_json(output_json, {**totals, "per_example": per_example})
         self.discard()  # after the figures are safe
 
     def discard(self) -> None:

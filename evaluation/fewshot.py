@@ -12,7 +12,6 @@ Shapes: Q queries, P pictures of a prompt, N tokens of an image, S the side in p
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.errors import UserError, choose
-from EasyLM.files import check_output
+from EasyLM.files import check_output, write_json
 from EasyLM.flags import Flag, run
 from EasyLM.generate import check_sampling, check_seed
 from evaluation import benchmarks, metrics, pictures, plots, tasks
@@ -202,7 +201,7 @@ def measure(
     wanted: dict[str, Callable],
     network: inception.Inception | None,
 ) -> tuple[list[dict], np.ndarray]:
-    """The figures at each number of shots, and the tokens [Q,N] drawn at the last.
+    """The figures at each number of shots, the model's also query by query, and the tokens [Q,N] drawn at the last.
 
     Args:
       wanted: figures: (pictures, truths) -> [Q].
@@ -223,17 +222,22 @@ def measure(
         least_QN = likelihoods_QN if least_QN is None else least_QN
         answers = prompter.draw(drawn_QN)
         compared = {"model": answers, **baselines(task, shots), "tokenizer": through_tokenizer}
+        of_tokens = {
+            "perplexity": metrics.perplexity(likelihoods_QN),
+            "unigram_perplexity": metrics.perplexity(by_frequency_QN),
+            "nats_gained": np.mean(likelihoods_QN - least_QN, axis=1),
+        }
+        of_pictures = {
+            name: {who: np.asarray(figure(drawn, truths)) for who, drawn in compared.items()}
+            for name, figure in wanted.items()
+        }
+        of_model = of_tokens | {name: values["model"] for name, values in of_pictures.items()}
         curve.append(
             {
                 "shots": shots,
-                "perplexity": metrics.with_standard_error(metrics.perplexity(likelihoods_QN)),
-                "unigram_perplexity": metrics.with_standard_error(metrics.perplexity(by_frequency_QN)),
-                "nats_gained": metrics.with_standard_error(np.mean(likelihoods_QN - least_QN, axis=1)),
-                **{
-                    name: {who: metrics.with_standard_error(figure(drawn, truths)) for who, drawn in compared.items()}
-                    for name, figure in wanted.items()
-                },
+                **jax.tree.map(metrics.with_standard_error, of_tokens | of_pictures),
                 **({"fid": fids(network, compared, truths)} if network else {}),
+                "per_query": {name: values.tolist() for name, values in of_model.items()},
             }
         )
     return curve, drawn_QN
@@ -296,8 +300,7 @@ def _write(config, results: dict, rows: list) -> None:
         asked = {
             name: config[name] for name in ("checkpoint", "benchmark", "split", "n_queries", "temperature", "seed")
         }
-        with open(config.output_json, "w", encoding="utf-8") as file:
-            json.dump({"settings": asked, "tasks": results}, file, indent=2)
+        write_json(config.output_json, {"settings": asked, "tasks": results})
     if config.output_plot:
         plots.curves(results, config.output_plot)
         print(f"look at {config.output_plot}")

@@ -309,6 +309,14 @@ def test_a_curve_is_what_each_number_of_shots_gives_by_itself(tmp_path, prompter
     fewshot.main(settings(**where, n_shots="2", n_queries=3, batch_size=4, output_json=f"{tmp_path}/one.json"))
     alone = json.loads((tmp_path / "one.json").read_text())["tasks"]
     for task in ("other", "clips"):
+        for point in curves[task]["curve"]:
+            queries = point.pop("per_query")
+            of_model = {name: point[name].get("model", point[name]) for name in queries}
+            assert {name: np.mean(values) for name, values in queries.items()} == pytest.approx(
+                {name: value["mean"] for name, value in of_model.items()}
+            )
+            assert {len(values) for values in queries.values()} == {3} and {"perplexity", "mse"} <= queries.keys()
+        del alone[task]["curve"][-1]["per_query"]
         one, many = (leaves({**x[task]["curve"][-1], "nats_gained": None}) for x in (alone, curves))
         assert one.pop("/nats_gained") is many.pop("/nats_gained") is None
         assert one == pytest.approx(many, rel=1e-4) and len(one) > 20

@@ -6,7 +6,6 @@ Prints, for each folder, PSNR and SSIM (means over its pictures) and how its pic
 """
 
 import concurrent.futures
-import json
 import os
 
 import numpy as np
@@ -63,7 +62,7 @@ def main(config) -> None:
     shares = f"{usage['codes_used']:.1%} of {len(used)} codes used, perplexity {usage['code_perplexity']:.0f}"
     print(f"all: {shares}{_rfid_words(usage)}")
     if config.output_json:
-        _write_json(config.output_json, figures)
+        files.write_json(config.output_json, figures)
     if config.output_picture:
         images.save(config.output_picture, images.grid(np.concatenate(rows), config.columns))
 
@@ -123,12 +122,6 @@ def _line(folder: str, figures: dict) -> str:
 
 def _rfid_words(figures: dict) -> str:
     return f", rFID {figures['rfid']:.2f}" if "rfid" in figures else ""
-
-
-def _write_json(path: str, figures: dict) -> None:
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(figures, file, indent=2)
-    os.replace(f"{path}.tmp", path)
 
 
 if __name__ == "__main__":

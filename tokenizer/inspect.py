@@ -5,7 +5,6 @@ stream; what is held does not grow with them.
 """
 
 import collections
-import json
 import sys
 
 import numpy as np
@@ -127,8 +126,7 @@ def main(config) -> None:
     figures = summary.figures() | {"files": len(paths), "bad_lines": bad.count, "first_bad_lines": bad.first}
     print(table(figures, config))
     if config.output_json:
-        with open(config.output_json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
+        files.write_json(config.output_json, figures)
     if config.output_picture:
         images.save(config.output_picture, picture(figures, summary.counts()[: config.codebook_size]))
 

@@ -7,7 +7,6 @@ sentences, which depends on the inputs' order and content, the seed, and how muc
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -206,8 +205,7 @@ def _report(sources: list[Source], total: int, config) -> None:
         print("{input}: {taken} of {sentences} sentences ({times:.2f} times), {bad_lines} bad lines".format(**figure))
     print(f"{config.output_file}: {total} sentences")
     if config.output_json:
-        with open(config.output_json, "w") as file:
-            json.dump({"sentences": total, "seed": config.seed, "inputs": figures}, file, indent=1)
+        files.write_json(config.output_json, {"sentences": total, "seed": config.seed, "inputs": figures})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 
 import orjson
 
+from EasyLM import files
 from EasyLM.errors import UserError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems that have none
@@ -99,14 +100,14 @@ class ResumableFile:
         """All that was written up to here counts, and `state` (JSON values) is how to go on."""
         self.write(b"")
         self._sync()
-        _write_json(self._progress, {"identity": self._identity, "bytes": self._file.tell(), "state": state})
+        files.write_json(self._progress, {"identity": self._identity, "bytes": self._file.tell(), "state": state})
         self._marked = time.monotonic()
 
     def finish(self, report: dict) -> None:
         """Gives the file its name, and the report (JSON values) its own."""
         self.write(b"")
         self._sync()
-        _write_json(self._report, {**report, "bytes": self._file.tell(), "identity": self._identity})
+        files.write_json(self._report, {**report, "bytes": self._file.tell(), "identity": self._identity})
         self._file.close()
         os.replace(self._partial, self.path)
         _remove(self._progress)
@@ -127,15 +128,6 @@ def _read_json(path: str) -> dict | None:
             return orjson.loads(file.read())
     except FileNotFoundError:
         return None
-
-
-def _write_json(path: str, value: dict) -> None:
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _remove(path: str) -> None:
