@@ -14,6 +14,7 @@ from tokenizer import eval_vqgan, images, metrics, photos, pictures, render, sce
 from tokenizer.codec import PRETRAINED, Codec
 
 
+@pytest.mark.slow
 def test_figures_and_sheet_are_of_the_reconstructions(tmp_path, capsys):
     vqgan = tiny_vqgan(tmp_path / "vqgan")
     counts = {"one": 11, "other": 2}

@@ -334,6 +334,7 @@ def test_nats_gained_are_paired_by_query(tmp_path, prompter, monkeypatch):
     assert two["nats_gained"]["mean"] == pytest.approx(gained, rel=1e-6) and gained != 0
 
 
+@pytest.mark.slow
 def test_fid_is_of_all_answers_against_all_truths(tmp_path, prompter, monkeypatch, caplog):
     weights = RNG.normal(size=(3 * TINY.resolution**2, 4))
 

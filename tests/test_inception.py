@@ -163,6 +163,7 @@ def fid(network, one, other) -> float:
     return frechet_distance(Gaussian.of(network(one)), Gaussian.of(network(other)))
 
 
+@pytest.mark.slow
 def test_rfid_is_of_what_a_tokenizer_keeps_of_each_folder_and_of_all(network, tmp_path, capsys, caplog):
     path, network = network
     for folder, count in {"one": 11, "other": 4}.items():
