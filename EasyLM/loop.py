@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -266,9 +265,11 @@ class StopVote:
         self._handlers = {}
 
     def _ask(self, number, frame):
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving", file=sys.stderr)
         self._asked = True
         self._restore()
+        said = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
+        with contextlib.suppress(OSError):
+            os.write(2, said.encode())  # `print` raises if the signal came in the middle of another one
 
     def stop(self, metrics: dict) -> bool:
         """Whether to stop now. Every process calls this once a step, with what the step returned."""

@@ -1,7 +1,6 @@
 """Sentences of every kind: what stands where, against references made here; the same bytes whatever stops or splits."""
 
 import collections
-import contextlib
 import errno
 import functools
 import io
@@ -537,34 +536,56 @@ def test_a_whole_file_is_not_made_again_unless_something_changed(tree, tiny, tmp
     assert len(make(tree, tiny, output, "colorization")) == 4
 
 
+# A build that marks each sentence. After as many as its first argument says it waits to be killed; 0: it ends.
+BUILD = """
+import sys, time
+from EasyLM import flags
+from tokenizer import build, resumable
+left, mark = int(sys.argv.pop(1)), resumable.ResumableFile.mark
+def mark_and_wait(*given):
+    global left
+    mark(*given)
+    left -= 1
+    if left == 0:
+        time.sleep(3600)
+resumable.MARK_SECONDS, resumable.ResumableFile.mark = 0, mark_and_wait
+flags.run(build.main, build.FLAGS)
+"""
+
+
 @pytest.mark.slow
 def test_sigkill_at_any_time(tree, tiny, tmp_path):
-    """Real processes, killed after random times, until one ends."""
+    """Real processes, killed after random times."""
     for i in range(150):
         write_picture(tmp_path / "in" / f"{i}.png", i)
-    command = [sys.executable, "-c", "from tokenizer import build, resumable; from EasyLM import flags; "
-               "resumable.MARK_SECONDS = 0; flags.run(build.main, build.FLAGS)",
-               "--kind=colorization", f"--input_dir={tmp_path / 'in'}", "--n_shots=2", "--n_epochs=2",
-               f"--vqgan={tiny}", "--workers=2", "--batch_size=4"]  # fmt: skip
-    ended = subprocess.run([*command, f"--output_file={tmp_path / 'whole.jsonl'}"], check=True, capture_output=True)
-    assert b"sentences" in ended.stdout
-    killed, marks, workers, rng = 0, set(), [], np.random.default_rng(0)
-    while not (tmp_path / "out.jsonl").exists():
-        process = subprocess.Popen([*command, f"--output_file={tmp_path / 'out.jsonl'}"], stderr=subprocess.DEVNULL)
-        progress, known = tmp_path / "out.jsonl.progress.json", len(marks)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError):  # not yet written, or removed by a build that has just ended
-                marks.add(json.loads(progress.read_text())["state"]["sentences"])
-            if len(marks) > known + rng.integers(1, 8) and killed < 3:
-                workers += pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-                break
-        process.wait()
-        assert process.returncode in (0, -signal.SIGKILL)
-    assert killed == 3 and len(workers) >= 3 * 2
-    deadline = time.monotonic() + 10
+
+    def command(sentences, name):
+        flags = ["--kind=colorization", f"--input_dir={tmp_path / 'in'}", "--n_shots=2", "--n_epochs=2", "--workers=2",
+                 "--batch_size=4", f"--vqgan={tiny}", f"--output_file={tmp_path / name}"]  # fmt: skip
+        return [sys.executable, "-c", BUILD, f"{sentences}", *flags]
+
+    def done():
+        progress = tmp_path / "out.jsonl.progress.json"
+        return json.loads(progress.read_text())["state"]["sentences"] if progress.exists() else 0
+
+    ended = subprocess.run(command(0, "whole.jsonl"), check=True, capture_output=True)
+    assert b"150 sentences" in ended.stdout
+    workers, rng = [], np.random.default_rng(0)
+    for _ in range(3):
+        goal = done() + rng.integers(1, 9)
+        process = subprocess.Popen(command(40, "out.jsonl"), stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 240
+            while done() < goal:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.001)
+            workers += pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert len(workers) >= 3 * 2
+    subprocess.run(command(0, "out.jsonl"), check=True, capture_output=True)
+    deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [worker for worker in workers if os.path.exists(f"/proc/{worker}")], "they end with whom they work for"

@@ -17,6 +17,7 @@ import pytest
 from checkpoints import METADATA, assert_equal, contents, file_content, golden_state, save, settings, small_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_run import finish
 
 from EasyLM import checkpoint, flags, logger, sharding, stacking, streaming
 from EasyLM.errors import UserError
@@ -330,7 +331,7 @@ def test_metadata(tmp_path, golden):
 
 
 @pytest.mark.slow
-def test_two_processes_save_what_they_share(tmp_path):
+def test_two_processes_save_what_they_share(tmp_path, port):
     """Process 0 writes; arrays spread over both are brought to it layer by layer; a failure stops both."""
     program = """
         import os, sys
@@ -372,19 +373,13 @@ def test_two_processes_save_what_they_share(tmp_path):
         except checkpoint.UserError as error:
             print("stopped:", error)
     """
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", textwrap.dedent(program)]
     processes = [
-        subprocess.Popen([*command, str(i), port, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, f"{i}", f"{port}", tmp_path], env=environment, stdout=subprocess.PIPE, text=True)
         for i in range(2)
     ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    said = finish(*processes)
     assert "No space left" in said[0] and "process 0 could not save" in said[1]
     saved = file_content(tmp_path / "streaming_train_state")
     for layer in range(3):

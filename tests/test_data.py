@@ -6,7 +6,8 @@ import json
 import os
 import pathlib
 import shutil
-import threading
+import time
+import types
 
 import jax
 import numpy as np
@@ -187,7 +188,7 @@ class TestRows:
 
     def test_throughput_window(self, sentences, monkeypatch):
         clock = iter([0.0, 10.0, 11.0, 12.0])
-        monkeypatch.setattr(rows.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(rows, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
         source = dataset(sentences, throughput_average_window_size=2)  # 2 batches of 4 rows of 128 tokens
         figures = [source.metrics(consumed) for consumed in (0, 4, 8, 12)]
         assert figures[-1]["dataset_average_tps"] == 8 * 128 / 2
@@ -466,6 +467,7 @@ class TestState:
         state = batches.dataset_state(dataset(sentences), 6)
         first, second, *others = sentences.read_text().splitlines(keepends=True)
         sentences.write_text("".join([second, first, *others]))
+        os.utime(sentences, ns=(1, 1))  # the clock of files may not have ticked since they were copied
         with pytest.raises(UserError, match="files changed"):
             batches.rows_consumed(state, dataset(sentences))
 
@@ -545,10 +547,9 @@ class TestBatches:
         source = Counting()
         made = batches.Batches(source, 8, NamedSharding(mesh((8, 1, 1)), P("dp")))
         next(made)
-        for _ in range(200):
-            if len(source.asked) == 4:
-                break
-            threading.Event().wait(0.01)
+        deadline = time.monotonic() + 60
+        while len(source.asked) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert source.asked == [(0, 8), (8, 8), (16, 8), (24, 8)]  # one yielded, two ready, one waiting for room
         assert made.position == 8
         made.close()

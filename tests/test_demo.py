@@ -7,7 +7,6 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from EasyLM.errors import UserError
 from evaluation import demo, demo_prompts, uploads
 from evaluation.engine import Settings
 
-SECONDS = 60
+SECONDS = 240
 
 
 @pytest.fixture
@@ -121,15 +120,12 @@ def test_examples_are_prompts_of_one_length(monkeypatch):
 
 
 @pytest.mark.slow
-def test_both_tabs_in_a_browser(folder):
+def test_both_tabs_in_a_browser(folder, port):
     """Clicks an example in each tab, draws, and downloads; puts `page_*.png` into $LVM_SCREENSHOTS, if that is set."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "evaluation.demo", f"--port={port}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     browser = None
@@ -192,22 +188,30 @@ def try_page(browser, url, folder):
     def wait_for(selector, text=""):
         return wait_until(lambda: [one for one in all_of(selector) if text in one.text], f"{selector} {text!r}")
 
+    def click(selector, place=0):
+        def clicked():
+            found = all_of(selector)
+            return found[place:] and [found[place].click()]
+
+        wait_until(clicked, selector)
+
     def answers(tab):
         shown = wait_for(f"#answers_{tab} button.thumbnail-item img")
         return [one.get_attribute("src") for one in shown]
 
     def draw(tab, before=()):
         """Clicks, and waits for other answers than those before."""
-        wait_for(f"#draw_{tab}")[0].click()
+        click(f"#draw_{tab}")
         wait_until(lambda: not set(answers(tab)) & set(before), "other answers")
         wait_for(f"#status_{tab}", "Done: 64 tokens")
-        return answers(tab)
+        return wait_until(lambda: answers(tab), "answers")
 
     def put(place, file):
         """Into the place of a picture that is there."""
-        wait_for(f"#{place} button[aria-label='Remove Image']")[0].click()
-        selector = f"#{place} input[type=file]"
+        remove, selector = f"#{place} button[aria-label='Remove Image']", f"#{place} input[type=file]"
+        click(remove)
         wait_until(lambda: browser.find_elements("css selector", selector), selector)[0].send_keys(str(folder / file))
+        wait_for(remove)  # once it has arrived
 
     def set_seed(seed):
         field = wait_for("input[aria-label='Seed']")[0]
@@ -221,13 +225,12 @@ def try_page(browser, url, folder):
 
     wait_until(lambda: browser.get(url) or browser.title == "Large Vision Model", "the page")
     # An example of the analogy tab: seven pictures come into their places, four answers come out.
-    wait_for("#examples_analogy button.thumbnail-item")[1].click()
+    click("#examples_analogy button.thumbnail-item", 1)
     for place in ("example_1", "answer_3", "query"):
         wait_for(f"#{place} img")
     browser.execute_script(_LISTEN, "#status_analogy")
     first = draw("analogy")
     assert len(set(first)) == 4
-    assert [text for text in browser.execute_script("return said") if re.match(r"Drawing: \d+ of 64 tokens", text)]
     screenshot("analogy")
     assert_is_sheet(wait_for("#download_analogy")[0], folder, columns=1, rows=4)
     # Another seed.
@@ -235,14 +238,16 @@ def try_page(browser, url, folder):
     reseeded = draw("analogy", before=first)
     # A file that is no picture, then a picture of one's own in place of the query.
     put("query", "text.png")
-    wait_for("#draw_analogy")[0].click()
+    click("#draw_analogy")
     wait_for(".toast-body", "not a readable picture")
     put("query", "0.png")
     wait_for("#query img")
     draw("analogy", before=reseeded)
+    # In one of the three at least: what follows too fast is not shown.
+    assert [text for text in browser.execute_script("return said") if re.match(r"Drawing: \d+ of 64 tokens", text)]
     # The sequence tab.
     browser.find_element("xpath", "//button[@role='tab' and contains(., 'Sequence')]").click()
-    wait_for("#examples_sequence button.thumbnail-item")[0].click()
+    click("#examples_sequence button.thumbnail-item")
     wait_until(lambda: len(all_of("#frames button.thumbnail-item img")) == 7, "seven frames")
     assert len(set(draw("sequence"))) == 4
     screenshot("sequence")

@@ -1,7 +1,10 @@
 """The figures of speed that the loop logs, against a clock that the test turns."""
 
 import dataclasses
+import io
 import json
+import signal
+import sys
 import types
 
 import jax
@@ -141,3 +144,24 @@ def test_the_step_under_way_when_training_stops_is_reported_and_saved(tmp_path):
         )
     assert [(row["step"], row["skipped_update"]) for row in rows] == [(n, n == 3) for n in range(5)]
     assert saved == [(5, 5, 40)]
+
+
+def test_a_signal_in_the_middle_of_a_print_is_heard(monkeypatch, capfd):
+    """The bar prints each step; a buffered file refuses a print within one."""
+    signals = [signal.SIGTERM]
+
+    class Terminal(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if signals:
+                signal.raise_signal(signals.pop())
+            return len(data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
+    with loop.StopVote() as votes:
+        assert not votes.stop({})
+        print("step 1", file=sys.stderr, flush=True)
+        assert votes.stop({})
+    assert capfd.readouterr().err == "\nSIGTERM: finishing the step, then saving\n"

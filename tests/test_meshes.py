@@ -30,11 +30,11 @@ def test_every_mesh_gives_the_same_losses(tmp_path, monkeypatch, mesh_dim, accum
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh_dim, accumulate", [("2,2,1", 1), ("1,4,1", 1), ("1,4,1", 3), ("1,2,2", 3)])
-def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, mesh_dim, accumulate):
+def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, port, mesh_dim, accumulate):
     settings = {**BATCH_OF_8, "mesh_dim": mesh_dim, "save_model_freq": 5, "log_all_worker": True}
     settings |= {"optimizer__accumulate_gradient_steps": accumulate}
     alone = finish(start(tmp_path / "one", devices=4, **settings))
-    finish(*start_two(tmp_path / "two", **settings))
+    finish(*start_two(tmp_path / "two", port, **settings))
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     assert_close(metrics(two, *MODEL_FIGURES), metrics(one, *MODEL_FIGURES), 1e-4)
     assert (two / "streaming_train_state").stat().st_size == (one / "streaming_train_state").stat().st_size, alone

@@ -99,7 +99,7 @@ def test_sentences_larger_than_the_window_and_errors_come_in_order(tmp_path):
 
 def test_the_device_waits_while_nothing_is_there(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     codec = FakeCodec()
     encoder = Encoder(codec)
     now[0] = 3.0  # waits for 3 s

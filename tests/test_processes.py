@@ -1,11 +1,10 @@
 """Processes of a run that wait for each other: however long it takes, to the same error, to the same last step."""
 
 import signal
-import time
 
 import jax
 import pytest
-from tiny_run import GOLDEN, finish, metrics, start_two
+from tiny_run import GOLDEN, await_figures, finish, metrics, start_two
 
 from EasyLM import processes, streaming
 from EasyLM.errors import UserError
@@ -79,30 +78,27 @@ def test_an_error_is_told_to_the_others(second_of_two, error, said):
 
 
 @pytest.mark.slow
-def test_a_bad_line_ends_both_processes_with_the_same_words(tmp_path):
+def test_a_bad_line_ends_both_processes_with_the_same_words(tmp_path, port):
     lines = (GOLDEN / "dataset.jsonl").read_bytes().splitlines(keepends=True)
     path = tmp_path / "dataset.jsonl"
     path.write_bytes(b"".join([*lines[:2], b'{"tokens": \n', *lines[2:]]))
-    running = start_two(tmp_path, mesh_dim="1,4,1", train_dataset__json_dataset__path=path)
-    for said in finish(*running, code=2, seconds=120):
+    running = start_two(tmp_path, port, mesh_dim="1,4,1", train_dataset__json_dataset__path=path)
+    for said in finish(*running, code=2):
         (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert error.startswith(f"error: {path}:3: not JSON") and "Traceback" not in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, asked):
-    running = start_two(tmp_path, mesh_dim="1,4,1", total_steps=4000, log_all_worker=True)
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, port, asked):
+    running = start_two(tmp_path, port, mesh_dim="1,4,1", total_steps=10**6, log_all_worker=True)
     run_dir = tmp_path / "run"
-    deadline = time.monotonic() + 180
-    while not all((run_dir / name).exists() and (run_dir / name).stat().st_size for name in LOGS):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in running)
-        time.sleep(0.05)
+    await_figures(running, *(run_dir / name for name in LOGS))
     running[asked].send_signal(signal.SIGTERM)
-    first, second = finish(*running, seconds=120)
+    first, second = finish(*running)
     assert "to resume" in first and "--logger.experiment_id=run" in first and "to resume" not in second
     (done,) = {len((run_dir / name).read_text().splitlines()) for name in LOGS}
-    assert 0 < done < 4000 and done == max(metrics(run_dir, "loss")) + 1
+    assert 0 < done < 10**6 and done == max(metrics(run_dir, "loss")) + 1
     saved = {entry.key: entry.read() for entry in streaming.read_streaming(run_dir / "streaming_train_state")}
     assert int(saved["step",]) == done
 

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import socket
 import subprocess
 
 import pytest
@@ -29,15 +28,12 @@ def training_command() -> str:
 
 
 @pytest.mark.slow
-def test_the_command_runs_as_written(tmp_path):
+def test_the_command_runs_as_written(tmp_path, port):
     command = training_command()
     for written, filled_in in FILLED_IN.items():
         assert written in command
         command = command.replace(written, filled_in)
     command = command.replace("/path/to/", f"{tmp_path}/")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     slurm = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NNODES": 1}
     environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RUN_NAME": "first", "EXPERIMENT_ID": "one"}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import load_test
@@ -23,14 +24,14 @@ from serve_kit import CODES, TINY, bomb, png, tiny_engine, tiny_prompter
 from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_serve
-from evaluation import demo, metrics
+from evaluation import demo, metrics, replies
 from evaluation.engine import Prompt, Settings
 from evaluation.guard import Guard, impatient
 from evaluation.service import make_app
 from evaluation.uploads import Limits
 from tokenizer import images
 
-SECONDS = 60
+SECONDS = 120
 PIXELS = 10**6
 LIMITS = Limits(body_bytes=20_000, pictures=3, pixels=PIXELS, read_seconds=SECONDS, connections=16)
 TOKENS = TINY.tokens_per_image
@@ -38,7 +39,7 @@ TOKENS = TINY.tokens_per_image
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = tiny_engine(batch_window_ms=300)
+    engine = tiny_engine()
     yield engine
     engine.close(SECONDS)
 
@@ -46,6 +47,14 @@ def engine():
 @pytest.fixture(scope="module")
 def app(engine):
     return make_app(engine, LIMITS)
+
+
+def until(condition):
+    """Waits for what comes about in another thread."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def ask(app, *requests):
@@ -107,7 +116,16 @@ def test_files_base64_and_tokens_are_the_same_prompt(app):
 
 def test_what_a_seed_gives_is_the_same_alone_and_in_a_batch(app):
     requests = [("POST", "/generate", form(png(i), n_candidates=2, seed=seed)) for i, seed in ((1, 5), (1, 6), (2, 6))]
-    together = [answer.json() for answer in ask(app, *requests)]
+    engine = tiny_engine(batch_window_ms=1000 * SECONDS)
+
+    def close_once_three_wait():  # which has them taken
+        until(lambda: len(engine._batcher._waiting) == 3)
+        assert engine.close(SECONDS)
+
+    with ThreadPoolExecutor() as threads:
+        closing = threads.submit(close_once_three_wait)
+        together = [answer.json() for answer in ask(make_app(engine, LIMITS), *requests)]
+        closing.result()
     assert [answer.pop("batch") for answer in together] == [3, 3, 3]
     for request, answer in zip(requests, together, strict=True):
         alone = ask(app, request)[0].json()
@@ -132,6 +150,12 @@ def events_of(response) -> list[tuple[str, dict]]:
 
 def test_a_stream_shows_the_picture_row_by_row_and_ends_with_the_answer(app, monkeypatch):
     monkeypatch.setattr("evaluation.partial._SHARE", -1)  # no time without pictures
+
+    def tell(news, newest, real=replies.News.tell):
+        real(news, newest)
+        until(lambda: news._newest is None)  # else a slow stream misses it
+
+    monkeypatch.setattr(replies.News, "tell", tell)
     asked = form(png(1), n_candidates=2, seed=5)
     response = post(app, "/generate", **asked, headers={"accept": "text/event-stream"})
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -404,12 +428,12 @@ def test_who_listens_while_an_answer_is_sent_waits_for_the_client_to_leave():
     async def send(message):
         pass
 
-    asyncio.run(asyncio.wait_for(Guard(app, Limits(read_seconds=0.05))(SCOPE, receive, send), SECONDS))
+    asyncio.run(asyncio.wait_for(Guard(app, Limits(read_seconds=0.5))(SCOPE, receive, send), SECONDS))
     assert heard == [{"type": "http.disconnect"}]
 
 
 async def _connections_of(app, limits, scenario):
-    """A server of the application on a free port, while `scenario(port)` runs."""
+    """A server of the application on a free port, while `scenario(port, server)` runs."""
     import uvicorn
 
     with socket.socket() as listener:
@@ -419,7 +443,7 @@ async def _connections_of(app, limits, scenario):
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve([listener]))
         try:
-            return await scenario(listener.getsockname()[1])
+            return await scenario(listener.getsockname()[1], server)
         finally:
             server.should_exit = True
             await serving
@@ -439,14 +463,14 @@ async def _said_to(port, sent: bytes, rest: bytes = b"", pause=0.0) -> bytes:
 @pytest.mark.slow
 def test_a_connection_without_a_whole_header_is_dropped_and_others_are_not():
     request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
-    limits = Limits(read_seconds=1)
+    limits = Limits(read_seconds=2)
 
     async def app(scope, receive, send):
-        await asyncio.sleep(2.5)  # one that waits for its answer may take its time
+        await asyncio.sleep(5)  # one that waits for its answer may take its time
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
         await send({"type": "http.response.body", "body": b"done"})
 
-    async def scenario(port):
+    async def scenario(port, server):
         clients = (b"",), (request[:9],), (request,), (request[:9], request[9:], 0.2), (request + request[:9],)
         return await asyncio.gather(*(_said_to(port, *client) for client in clients))
 
@@ -455,7 +479,7 @@ def test_a_connection_without_a_whole_header_is_dropped_and_others_are_not():
 
 
 def test_connections_are_counted_before_they_send_anything():
-    async def scenario(port):
+    async def scenario(port, server):
         clients = [asyncio.create_task(_said_to(port, b"")) for _ in range(3)]
         dropped, held = await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
         for client in held:
@@ -468,20 +492,24 @@ def test_connections_are_counted_before_they_send_anything():
 
 def test_what_is_not_taken_of_an_answer_is_dropped_in_the_end():
     size = 2 * 10**7  # more than any buffer on the way holds
+    answering = asyncio.Event()
 
     async def app(scope, receive, send):
+        answering.set()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
         await send({"type": "http.response.body", "body": bytes(size)})
 
-    async def scenario(port):
+    async def scenario(port, server):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        await asyncio.sleep(0.3)  # several times read_seconds
+        await answering.wait()
+        while server.server_state.connections:
+            await asyncio.sleep(0.01)
         with contextlib.suppress(ConnectionError):
             return len(await reader.read())
         return 0
 
-    got = asyncio.run(asyncio.wait_for(_connections_of(app, Limits(read_seconds=0.05), scenario), SECONDS))
+    got = asyncio.run(asyncio.wait_for(_connections_of(app, Limits(read_seconds=0.3), scenario), SECONDS))
     assert got < size
 
 
@@ -490,6 +518,7 @@ def test_it_is_ready_once_it_is_warm():
     engine._prompter.may_go_on.set()
     assert engine.state == "warming up"
     engine.warm_up(Settings()).result(SECONDS)
+    until(lambda: engine.state != "warming up")  # the engine hears of it just after those who wait
     assert engine.state == "ready"
     ready = ask(make_app(engine), ("GET", "/ready", {}))[0]
     assert ready.status_code == 200
@@ -510,8 +539,7 @@ def test_a_warm_up_ends_early_when_the_service_stops_and_says_when_it_fails(capl
     failing = tiny_engine(HeldPrompter(failing=True), warm_up="1")
     assert demo._first_status(failing).startswith("Compiling")
     assert failing.warm_up(Settings()).exception(SECONDS)
-    while failing.state == "warming up":  # the engine hears of it just after those who wait
-        time.sleep(0.001)
+    until(lambda: failing.state != "warming up")
     assert demo._first_status(failing).startswith("Warming up failed (RuntimeError: the device is on fire)")
     assert failing.state == "failed" and failing.close(SECONDS)
     assert failing.state == "stopping" and "warming up failed" in caplog.text and "on fire" in caplog.text
@@ -535,8 +563,7 @@ def test_a_second_signal_drops_what_runs_and_the_exit_code_says_so(monkeypatch, 
             server.handle_exit(signal.SIGTERM, None)
         if signals == 1:
             prompter.may_go_on.set()
-            while not server.should_exit:
-                time.sleep(0.001)
+            until(lambda: server.should_exit)
 
     monkeypatch.setattr("uvicorn.Server.run", run)
     config = flags.defaults(llama_serve.FLAGS)
@@ -588,10 +615,7 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(monkeypatch, prog
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_runs_and_exits_with_0():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_sigterm_finishes_what_runs_and_exits_with_0(port):
     command = [sys.executable, "-m", "EasyLM.models.llama.llama_serve", "--checkpoint=evaluation/demo_model"]
     command += [f"--port={port}", "--warm_up=1", "--max_batch=1", "--token=$SERVICE_TOKEN"]
     environment = os.environ | {"SERVICE_TOKEN": "sesame"}
@@ -619,7 +643,8 @@ async def _stopped_on_the_way(server, url):
         async with client.stream("POST", "/generate", **options) as stream:
             assert stream.status_code == 200
             lines = stream.aiter_lines()
-            assert await anext(lines) == "event: partial"
+            while (line := await anext(lines)) != "event: partial":
+                assert line in (": waiting", "")  # while it is compiled
             server.send_signal(signal.SIGTERM)
             while (await client.get("/ready")).json()["state"] != "stopping":
                 await asyncio.sleep(0.01)
@@ -631,7 +656,7 @@ async def _stopped_on_the_way(server, url):
 
 
 def test_who_leaves_early_has_sent_the_whole_request_half_of_the_time():
-    received = []
+    received, ended = [], []
 
     async def read(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
@@ -641,12 +666,15 @@ def test_who_leaves_early_has_sent_the_whole_request_half_of_the_time():
             while data := await reader.read(2**16):
                 received[place] += data
         writer.close()
+        ended.append(place)
 
     async def scenario():
         rng = np.random.default_rng(0)
         async with await asyncio.start_server(read, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
             await asyncio.gather(*(load_test.leaves_early(port, [b"x" * 1000], rng) for _ in range(40)))
+            while len(ended) < 40:
+                await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(scenario(), SECONDS))
     assert 10 < [len(body) for body in received].count(1000) < 30

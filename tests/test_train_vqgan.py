@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_run import await_figures, finish
 from tokenizer_kit import run_main, write_picture
 
 from EasyLM import batches, checkpoint, loading
@@ -149,14 +149,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder):
 
     path = folder / "run" / "metrics.jsonl"
     process = start()
-    deadline = time.monotonic() + 120
-    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    await_figures([process], path)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "to resume" in said, said
+    said = finish(process)
+    assert "to resume" in said, said
     done = len(path.read_text().splitlines())
-    said, _ = start(total_steps=done + 2).communicate(timeout=120)
+    said = finish(start(total_steps=done + 2))
     assert f"finished after step {done + 2}" in said
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(done + 2))
     assert weights.load(folder / "run" / "vqgan").config.resolution == 8

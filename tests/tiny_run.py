@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -56,17 +55,22 @@ def start(output_dir, devices=8, **settings) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def start_two(output_dir, **settings) -> list[subprocess.Popen]:
+def start_two(output_dir, port: int, **settings) -> list[subprocess.Popen]:
     """Starts one run as two processes of two devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     together = {
         "jax_distributed__initialize_jax_distributed": True,
-        "jax_distributed__coordinator_address": address,
+        "jax_distributed__coordinator_address": f"127.0.0.1:{port}",
         "jax_distributed__num_processes": 2,
     }
     return [start(output_dir, devices=2, **settings, **together, jax_distributed__process_id=i) for i in range(2)]
+
+
+def await_figures(processes, *paths, seconds: float = 240) -> None:
+    """Until started trainers have logged a step into each of these files."""
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() and path.stat().st_size for path in paths):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
 
 
 def finish(*processes: subprocess.Popen, code: int = 0, seconds: float = 240) -> str | list[str]:
