@@ -6,6 +6,7 @@ Of each clip `n_context_frames` are the prompt, and `n_new_frames` are drawn. A 
 """
 
 import os
+import pathlib
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def main(config) -> None:
         return frames[: config.n_context_frames], frames[config.n_context_frames :] if truths else None
 
     def save(clip, prompt_PSS3, answers_CFSS3):
-        base = os.path.join(config.output_dir, _output_name(clip))
+        base = _base(config, clip)
         rows = images.to_uint8(np.stack([np.concatenate([prompt_PSS3, answer]) for answer in answers_CFSS3]))
         pictures = {f"{base}.png": images.tiled(rows)}
         for candidate, row in enumerate(rows):
@@ -59,23 +60,29 @@ def main(config) -> None:
         return [*pictures, *films]
 
     cases = clips.find_clips(config, config.n_context_frames + truths)
-    _check_names(cases)
+    _check_places(config, cases)
     runners.draw(config, cases, load, lambda clip: (config.n_context_frames, truths), save, config.output_dir)
 
 
-def _output_name(clip: clips.Clip) -> str:
-    return clip.name.replace(os.sep, "_")
+def _base(config, clip: clips.Clip) -> str:
+    """The folder of a clip's new frames; its sheet lies beside it."""
+    return os.path.join(config.output_dir, clip.name.replace(os.sep, "_"))
 
 
-def _check_names(cases: list[clips.Clip]) -> None:
-    owners = {}
+def _check_places(config, cases: list[clips.Clip]) -> None:
+    """Raises UserError if two clips share a place, or one would be written into what is read."""
+    owners, read = {}, {os.path.realpath(clip.path) for clip in cases}
     for clip in cases:
-        other = owners.setdefault(_output_name(clip), clip)
+        base = _base(config, clip)
+        other = owners.setdefault(base, clip)
         if other is not clip:
             raise UserError(
-                f"{other.path} and {clip.path} would both be written to {_output_name(clip)}: rename one, or continue "
-                "them in two runs"
+                f"{other.path} and {clip.path} would both be written to {os.path.basename(base)}: rename one, or "
+                "continue them in two runs"
             )
+        place = pathlib.Path(os.path.realpath(base))
+        if inside := read.intersection(map(str, (place, *place.parents))):
+            raise UserError(f"{base} would be written into the clip {min(inside)}: choose another --output_dir")
 
 
 if __name__ == "__main__":

@@ -410,6 +410,15 @@ def test_clips_of_one_output_name_are_refused_before_a_model_is_loaded(tmp_path)
         run_main(generate_videos, **given, output_dir=f"{tmp_path}/o", checkpoint="none")
 
 
+@pytest.mark.parametrize("output_dir", ["clip", "clip/0", "clip/0/answers"])
+def test_answers_are_not_written_into_the_clips(tmp_path, output_dir):
+    for number in range(2):
+        write_clip(tmp_path / "clip" / str(number), 2)
+    given = {"input_files": f"{tmp_path}/clip/*", "frame_input": True, "n_context_frames": 2}
+    with pytest.raises(UserError, match=r"would be written into the clip .*/clip/0: choose another --output_dir"):
+        run_main(generate_videos, **given, output_dir=f"{tmp_path}/{output_dir}", checkpoint="none")
+
+
 def test_the_middle_is_cut_out(tmp_path):
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[8:24, 16:48] = 255  # the middle half of each side
