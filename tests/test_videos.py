@@ -52,6 +52,21 @@ def test_every_frame_at_its_time(made, name):
     assert numbers(videos.read(made / name, times)) == list(range(80))
 
 
+def test_a_title_in_another_encoding_is_no_hindrance(made, tmp_path):
+    path = tmp_path / "titled.mkv"
+    with av.open(str(made / "steady.avi")) as source, av.open(str(path), "w") as target:
+        target.metadata["title"] = "TITLE!"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    content = path.read_bytes()
+    assert content.count(b"TITLE!") == 1
+    path.write_bytes(content.replace(b"TITLE!", "Übung".encode("latin-1") + b"!"))
+    assert numbers(videos.read(path, videos.timestamps(path)[:3])) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_any_times_in_any_order(made, name):
     """Single frames, and a few of them with repetitions, as reading the whole gives them, to the bit."""

@@ -121,8 +121,10 @@ def _opened(path) -> Iterator[tuple]:
     av = _import_av()
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
+    # Titles may be in any encoding: up to version 18 PyAV refuses such a file unless told otherwise.
+    any_title = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
-        with av.open(os.fspath(path), metadata_errors="replace") as container:
+        with av.open(os.fspath(path), **any_title) as container:
             if not container.streams.video:
                 raise UserError(f"{path}: has no video stream")
             if container.streams.video[0].codec_context is None:
