@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Pictures and visual sentences for the demonstration models: rendered scenes with exact annotations, in part also seen
-# through a hole, photographs that scikit-image and scikit-learn carry, and clips. Every sentence is 8 pictures of 64
-# tokens: one row of 512.
+# Pictures and visual sentences for the demonstration models: rendered scenes with exact annotations, the scenes also seen
+# through a hole and in gray, photographs that scikit-image and scikit-learn carry, and clips. Every sentence is 8
+# pictures of 64 tokens: one row of 512.
 #   bash scripts/demo_sentences.sh FOLDER SEED SCENES EPOCHS PHOTOS CLIPS    -> FOLDER/pictures/..., FOLDER/*.jsonl
 set -euo pipefail
 out=$1 seed=$2 scenes=$3 epochs=$4 photos=$5 clips=$6
@@ -19,7 +19,9 @@ if [ "$scenes" -gt 0 ]; then
         build "$annotation" paired --input_dir="$pictures/image" --target_dir="$pictures/$annotation" \
             --n_shots=4 --n_epochs="$epochs"
     done
-    build inpainting inpainting --input_dir="$pictures/image" --n_shots=4 --n_epochs=2
+    for kind in inpainting colorization; do
+        build "$kind" "$kind" --input_dir="$pictures/image" --n_shots=4 --n_epochs=2
+    done
 fi
 if [ "$photos" -gt 0 ]; then
     build photo_color paired --input_dir="$pictures/photo_gray" --target_dir="$pictures/photo_color" --n_shots=4 --n_epochs=2

@@ -5,7 +5,7 @@ set -euo pipefail
 data=$1 out=${2:-build/demo_sizes} steps=${3:-1200}
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2" # as in make_demo_model.sh
 export WANDB_MODE=${WANDB_MODE:-disabled}
-# 160 sentences, of which 20 steps of 8 measure each once; no photographs, as those of the training are cut from the same.
+# 208 sentences, of which 26 steps of 8 measure each once; no photographs, as those of the training are cut from the same.
 [ -e "$out/held_out/frames.jsonl" ] || bash scripts/demo_sentences.sh "$out/held_out" 103 96 1 0 16
 
 for size in 64,176,2,2 96,256,3,3 128,384,4,4; do
@@ -13,7 +13,7 @@ for size in 64,176,2,2 96,256,3,3 128,384,4,4; do
     python -m EasyLM.models.llama.llama_train --mesh_dim=-1,1,1 \
         --load_llama_config=json::scripts/demo_model.json --llama.hidden_size="$width" \
         --llama.intermediate_size="$inner" --llama.num_hidden_layers="$layers" --llama.num_attention_heads="$heads" \
-        --total_steps="$steps" --log_freq="$steps" --save_model_freq="$steps" --eval_steps=20 \
+        --total_steps="$steps" --log_freq="$steps" --save_model_freq="$steps" --eval_steps=26 \
         --train_dataset.json_dataset.path="$data/clips/*.jsonl,$data/scenes/*.jsonl" \
         --train_dataset.text_processor.fields='{tokens}' --train_dataset.json_dataset.seq_length=512 \
         --train_dataset.json_dataset.batch_size=4 --train_dataset.json_dataset.shuffle_seed=0 \

@@ -5,13 +5,15 @@
 #
 # First comes what a copy of an earlier picture explains: clips, and scenes with a hole. The loss falls at once when a head
 # of the second layer has learned to attend to the same place of the picture before. Begun with all sentences, heads may
-# first attend two pictures back, where the last annotation is, which explains little of an annotation. Last
+# first attend two pictures back, where the last annotation is, which explains little of an annotation. Then
 # the model is given twice its layers and learns on: all that was learned before took half the time of the deep model.
+# Last come new scenes, as part of the old ones is known by heart by now, and scenes to be coloured.
 set -euo pipefail
 out=${1:-build/demo_model}
 export WANDB_MODE=${WANDB_MODE:-disabled}
 bash scripts/demo_sentences.sh "$out/clips" 3 0 0 8000 6000
 bash scripts/demo_sentences.sh "$out/scenes" 2 8192 3 0 0
+bash scripts/demo_sentences.sh "$out/more" 4 16384 1 0 0
 
 # Two devices made of a CPU share a batch: up to a quarter faster than one with two threads.
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2"
@@ -40,5 +42,10 @@ to_hf all shallow
 python scripts/deepen_model.py "$out/shallow" "$out/deepened"
 train deep 8 7000 1.5e-3 5 "$files" 4,2,2,3,2,2,5 --load_checkpoint="huggingface::$out/deepened"
 
-to_hf deep model --float_dtype=bf16
+files=$(printf "$out/more/%s.jsonl," segmentation depth normals edges inpainting colorization)
+files+=$out/clips/photo_color.jsonl,$out/clips/frames.jsonl
+train last 8 5500 1.2e-3 11 "$files" 6,2,2,3,3,3,2,5 \
+    --load_checkpoint="trainstate_params::$out/deep/streaming_train_state"
+
+to_hf last model --float_dtype=bf16
 echo "model: $out/model (copy it to evaluation/demo_model)"
