@@ -133,6 +133,20 @@ def test_a_step_may_be_saved_again(tmp_path):
     assert len(os.listdir(tmp_path / "checkpoints")) == 2
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_load_never_mixes_two_checkpoints(tmp_path, kept):
+    """Its file's name leads to the next checkpoint before all is read, as evaluations of a run at work meet it."""
+    saver = checkpoint.Checkpointer(str(tmp_path), settings())
+    save(saver, 1, milestone=kept)
+    entries = checkpoint.open_checkpoint(f"trainstate::{tmp_path}/streaming_train_state")
+    save(saver, 2)
+    if kept:
+        assert all(np.all(entry.read() == 1) for entry in entries)
+    else:
+        with pytest.raises(UserError, match="step_00000001/streaming_train_state: was deleted while it was read"):
+            entries[0].read()
+
+
 def test_a_run_may_change_what_it_saves(tmp_path):
     save(checkpoint.Checkpointer(str(tmp_path), settings()), 1)
     save(checkpoint.Checkpointer(str(tmp_path), settings(save_optimizer_state=False)), 2)
