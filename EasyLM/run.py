@@ -202,9 +202,10 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
         eval_step = jax.jit(train.make_eval_step(problem.loss_fn))  # here, so that it is compiled once
         evaluate = partial(_evaluate, config, mesh, problem, eval_step) if config.eval_steps else None
         state, finished = fit(state, step, batches, settings, log=log, save=save, evaluate=evaluate)
+        saver.wait()
     finally:
         batches.close()
-        saver.wait()
+        saver.close()
         figures.close()
     if jax.process_index() == 0:
         print(

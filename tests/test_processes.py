@@ -4,9 +4,9 @@ import signal
 
 import jax
 import pytest
-from tiny_run import GOLDEN, await_figures, finish, metrics, start_two
+from tiny_run import GOLDEN, await_figures, finish, metrics, start_two, train
 
-from EasyLM import processes, streaming
+from EasyLM import checkpoint, processes, run, streaming
 from EasyLM.errors import UserError
 
 
@@ -75,6 +75,20 @@ def test_an_error_is_told_to_the_others(second_of_two, error, said):
     with pytest.raises(type(error)):
         processes.first_process_first(fail)
     assert service.told[key(0, 1)] == said
+
+
+def test_an_error_of_one_process_while_it_trains_asks_no_other(tmp_path, monkeypatch):
+    """The others are in the middle of a step: they would never answer, and the error would never be seen."""
+
+    def fit(*_, **__):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", lambda _: pytest.fail("it asks"))
+        raise UserError("the data of this process is gone")
+
+    monkeypatch.setattr(run, "fit", fit)
+    monkeypatch.setattr(run, "_compiled_step", lambda *_: None)
+    with pytest.raises(UserError, match="the data of this process is gone"):
+        train(tmp_path)
 
 
 @pytest.mark.slow
