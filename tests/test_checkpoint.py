@@ -317,6 +317,22 @@ def test_a_remote_run_directory(monkeypatch):
     assert contents(run_dir) == (3, 3, 3)
 
 
+def test_a_remote_step_that_is_saved_again_is_there_until_the_new_one_is(monkeypatch):
+    """As when the command of a finished run is repeated."""
+    run_dir = "memory://bucket/again"
+    save(checkpoint.Checkpointer(run_dir, settings()), 4)
+    again = checkpoint.Checkpointer(run_dir, settings())
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
+        with pytest.raises(UserError, match="the one before it is untouched"):
+            save(again, 4)
+    assert contents(run_dir) == (4, 4, 4)
+    for _ in range(3):
+        save(again, 4)
+        assert contents(run_dir) == (4, 4, 4)
+        assert len(again._directory._files.ls("/bucket/again/checkpoints", detail=False)) == 1
+
+
 def test_the_figures_of_a_remote_run_lie_beside_its_checkpoints(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     config = flags.defaults(logger.LOGGER_FLAGS)
