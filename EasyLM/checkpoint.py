@@ -130,6 +130,12 @@ class Checkpointer:
         if failed:
             raise failure or UserError(f"{self._directory.path}: process 0 could not save the checkpoint")
 
+    def close(self) -> None:
+        """Returns when what is being written is written. Asks no other process, as `wait` does: after an error of this
+        one alone the others are in the middle of a step, and would never answer."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _saved_part(self, state):
         return state if self._whole else state.params.get("params", state.params)
 

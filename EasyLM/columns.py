@@ -7,6 +7,7 @@ from another version of its source, or with other settings, counts as missing an
 import contextlib
 import dataclasses
 import hashlib
+import mmap
 import os
 import shutil
 import tempfile
@@ -89,18 +90,18 @@ def _load(path: str, expected: dict | None) -> Columns | None:
     try:
         with open(path, "rb") as file:
             facts = orjson.loads(file.read(HEADER_BYTES))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # of all columns: each map holds a file open
     except (OSError, orjson.JSONDecodeError):
         return None
     if not isinstance(facts, dict) or facts.get("expected") != expected or "columns" not in facts:
         return None
-    arrays, size = {}, os.path.getsize(path)
+    arrays = {}
     try:
         for name, (dtype, offset, length) in facts.pop("columns").items():
-            if offset + length * np.dtype(dtype).itemsize > size:
+            if length < 0 or offset + length * np.dtype(dtype).itemsize > len(mapped):
                 return None
-            # An empty file cannot be mapped.
-            mapped = np.memmap(path, dtype, "r", offset, (length,)) if length else np.empty(0, dtype)
-            arrays[name] = mapped.view(np.ndarray)
+            # An empty column may lie behind the file's end.
+            arrays[name] = np.frombuffer(mapped, dtype, length, offset) if length else np.empty(0, dtype)
     except (AttributeError, TypeError, ValueError, OverflowError):  # a damaged header
         return None
     return Columns(facts, arrays)

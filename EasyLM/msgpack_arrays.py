@@ -83,11 +83,13 @@ class HeaderReader:
     def __init__(self, path: str):
         self.path, self.offset, self.where = path, 0, "start"
         if is_remote(os.fspath(path)):
+            self._true_path = path
             self._file = open_binary(path, "rb", block_size=1 << 16)  # small reads, far apart
             self.size = self._file.size
         else:
-            self._file = open(path, "rb", buffering=4096)  # noqa: SIM115  (closed by __exit__)
-            self.size = os.path.getsize(path)
+            self._true_path = os.path.realpath(path)  # a run may move its links while the entries are read
+            self._file = open(self._true_path, "rb", buffering=4096)  # noqa: SIM115  (closed by __exit__)
+            self.size = os.path.getsize(self._true_path)
 
     def __enter__(self):
         return self
@@ -196,13 +198,23 @@ class HeaderReader:
     def _entry(self, key, shape, dtype, pieces) -> Entry:
         if sum(num_bytes for _, num_bytes in pieces) != math.prod(shape) * dtype.itemsize:
             raise self.error(f"the chunks do not make an array {shape} of {dtype}")
-        return Entry(key, shape, dtype, functools.partial(read_pieces, self.path, tuple(pieces)))
+        return Entry(key, shape, dtype, functools.partial(read_pieces, self._true_path, tuple(pieces)))
 
 
 def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarray) -> None:
-    """Fills an array with pieces `(offset, bytes)` of a file. Threads may call it side by side."""
+    """Fills an array with pieces `(offset, bytes)` of a file. Threads may call it side by side.
+
+    Raises:
+      UserError: if the file has become shorter, or is gone.
+    """
     buffer, position = bytes_of(array), 0
-    with open_binary(path, "rb") as file:
+    try:
+        opened = open_binary(path, "rb")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: was deleted while it was read, as a run deletes a checkpoint when the next is whole: load again"
+        ) from None
+    with opened as file:
         for offset, num_bytes in pieces:
             file.seek(offset)
             end = position + num_bytes

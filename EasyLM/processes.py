@@ -4,7 +4,8 @@ A collective of the devices is no place to wait for a slow process: on CPUs (glo
 """
 
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 
 import jax
 from jax._src import distributed  # the service's client is public nowhere else
@@ -40,6 +41,32 @@ def first_process_first(make: Callable):
     for process in range(processes):
         _wait(client, keys[process], process)
     return made
+
+
+def check_same(facts: Mapping) -> None:
+    """Returns if `facts`, JSON values by name, are the same on all processes.
+
+    Raises:
+      UserError: on every process, if not: naming the first fact that differs.
+    """
+    if jax.process_count() == 1:
+        return
+    client, key = distributed.global_state.client, f"EasyLM/check_same/{next(_calls)}"
+
+    def compare():
+        if jax.process_index() == 0:
+            client.key_value_set(key, json.dumps(facts))
+            return
+        first = json.loads(client.blocking_key_value_get(key, _POLL_MS))  # is there: process 0 has had its turn
+        for name, mine in json.loads(json.dumps(facts)).items():
+            if mine != first[name]:
+                raise UserError(
+                    f"the processes do not begin alike: {name} is {mine} on process {jax.process_index()} and "
+                    f"{first[name]} on process 0; all need the same run directory (--logger.output_dir on a shared "
+                    "disk) and the same data"
+                )
+
+    first_process_first(compare)
 
 
 def _said(process: int, error: BaseException) -> str:

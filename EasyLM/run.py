@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from EasyLM import checkpoint, logger, sharding, train
+from EasyLM import checkpoint, columns, logger, processes, sharding, train
 from EasyLM.batches import Batches, dataset_state, rows_consumed
 from EasyLM.errors import UserError
 from EasyLM.files import is_remote
@@ -173,6 +173,8 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
     metadata = checkpoint.load_metadata(start.metadata) if start.metadata else {}
     _check_settings(problem, start, metadata)
     position = _position(problem, start)
+    facts = {"a checkpoint": bool(start.checkpoint), "its step": metadata.get("step", 0), "its data's row": position}
+    processes.check_same(facts | {"the data's digest": columns.digest(problem.data.identity)})
     state, state_shardings = _first_state(config, mesh, problem, start, metadata)
 
     batches = Batches(problem.data, problem.batch_size, sharding.batch_sharding(mesh), position)
@@ -202,9 +204,10 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
         eval_step = jax.jit(train.make_eval_step(problem.loss_fn))  # here, so that it is compiled once
         evaluate = partial(_evaluate, config, mesh, problem, eval_step) if config.eval_steps else None
         state, finished = fit(state, step, batches, settings, log=log, save=save, evaluate=evaluate)
+        saver.wait()
     finally:
         batches.close()
-        saver.wait()
+        saver.close()
         figures.close()
     if jax.process_index() == 0:
         print(

@@ -204,9 +204,12 @@ class PlainDirectory:
             raise UserError(f"{self.path}: checkpoints cannot be written there ({error})") from None
 
     def write(self, step: int, writers: Writers, milestone: bool) -> None:
-        """Writes a checkpoint; its metadata comes last and makes it count."""
-        directory = f"{self.path}/{CHECKPOINTS}/step_{step:08d}"
-        if self._files.exists(directory):
+        """Writes a checkpoint; its metadata comes last and makes it count. One of the same step is there until then."""
+        directory, replaced = f"{self.path}/{CHECKPOINTS}/step_{step:08d}", []
+        while self._files.exists(f"{directory}/{METADATA}"):
+            replaced.append(directory)
+            directory = f"{self.path}/{CHECKPOINTS}/step_{step:08d}_{len(replaced)}"
+        if self._files.exists(directory):  # half-written
             self._files.rm(directory, recursive=True)
         self._files.makedirs(directory, exist_ok=True)
         for name in sorted(writers, key=lambda name: name == METADATA):
@@ -214,8 +217,8 @@ class PlainDirectory:
                 writers[name](file)
         self._files.pipe_file(f"{self.path}/{LATEST}", os.path.basename(directory).encode())
         previous, self._previous = self._previous, None if milestone else directory
-        if previous not in (None, directory):
-            self._files.rm(previous, recursive=True)
+        for doomed in {previous, *replaced} - {None, directory}:
+            self._files.rm(doomed, recursive=True)
 
 
 def _sync(directory: str) -> None:

@@ -133,6 +133,20 @@ def test_a_step_may_be_saved_again(tmp_path):
     assert len(os.listdir(tmp_path / "checkpoints")) == 2
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_load_never_mixes_two_checkpoints(tmp_path, kept):
+    """Its file's name leads to the next checkpoint before all is read, as evaluations of a run at work meet it."""
+    saver = checkpoint.Checkpointer(str(tmp_path), settings())
+    save(saver, 1, milestone=kept)
+    entries = checkpoint.open_checkpoint(f"trainstate::{tmp_path}/streaming_train_state")
+    save(saver, 2)
+    if kept:
+        assert all(np.all(entry.read() == 1) for entry in entries)
+    else:
+        with pytest.raises(UserError, match="step_00000001/streaming_train_state: was deleted while it was read"):
+            entries[0].read()
+
+
 def test_a_run_may_change_what_it_saves(tmp_path):
     save(checkpoint.Checkpointer(str(tmp_path), settings()), 1)
     save(checkpoint.Checkpointer(str(tmp_path), settings(save_optimizer_state=False)), 2)
@@ -301,6 +315,22 @@ def test_a_remote_run_directory(monkeypatch):
     back = checkpoint.Checkpointer(run_dir, settings())  # of a run that went back to the milestone
     save(back, 3)
     assert contents(run_dir) == (3, 3, 3)
+
+
+def test_a_remote_step_that_is_saved_again_is_there_until_the_new_one_is(monkeypatch):
+    """As when the command of a finished run is repeated."""
+    run_dir = "memory://bucket/again"
+    save(checkpoint.Checkpointer(run_dir, settings()), 4)
+    again = checkpoint.Checkpointer(run_dir, settings())
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
+        with pytest.raises(UserError, match="the one before it is untouched"):
+            save(again, 4)
+    assert contents(run_dir) == (4, 4, 4)
+    for _ in range(3):
+        save(again, 4)
+        assert contents(run_dir) == (4, 4, 4)
+        assert len(again._directory._files.ls("/bucket/again/checkpoints", detail=False)) == 1
 
 
 def test_the_figures_of_a_remote_run_lie_beside_its_checkpoints(monkeypatch):

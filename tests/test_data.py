@@ -2,6 +2,7 @@
 
 import base64
 import fractions
+import gc
 import json
 import os
 import pathlib
@@ -114,6 +115,16 @@ class TestRows:
         source = dataset(", ".join(str(two_files / name) for name in order.split()), 33)
         for start in range(0, 2 * source.rows_per_epoch, 5):
             assert_rows(source.rows(start, 5), *plain_rows(stream, 33, start, 5))
+
+    def test_a_file_is_two_open_files(self, tmp_path):
+        """Itself and its index: what the limit of open files is raised for, where a data set has many files."""
+        for number in range(10):
+            (tmp_path / f"{number}.jsonl").write_text(base64_line([number]))
+        kept = [dataset(tmp_path / "*.jsonl")]  # what stays open from the first time on is open
+        gc.collect()  # what earlier tests left is closed now, or not before the end
+        before = len(os.listdir("/proc/self/fd"))
+        kept.append(dataset(tmp_path / "*.jsonl"))
+        assert len(os.listdir("/proc/self/fd")) - before == 2 * 10 and kept[1].num_tokens == 10
 
     @pytest.mark.parametrize(
         "fields, head, body_mask, tail",

@@ -4,9 +4,9 @@ import signal
 
 import jax
 import pytest
-from tiny_run import GOLDEN, await_figures, finish, metrics, start_two
+from tiny_run import GOLDEN, await_figures, finish, metrics, start_two, train
 
-from EasyLM import processes, streaming
+from EasyLM import checkpoint, processes, run, streaming
 from EasyLM.errors import UserError
 
 
@@ -75,6 +75,40 @@ def test_an_error_is_told_to_the_others(second_of_two, error, said):
     with pytest.raises(type(error)):
         processes.first_process_first(fail)
     assert service.told[key(0, 1)] == said
+
+
+def test_processes_that_do_not_begin_alike_stop(second_of_two):
+    """As where each has a run directory on a disk of its own, and only the first finds the checkpoint."""
+    second_of_two({(0, 0): "done", (1, 0): "done", (2, 0): "done"})
+    service = processes.distributed.global_state.client
+    service.told["EasyLM/check_same/0"] = service.told["EasyLM/check_same/2"] = '{"its step": 20, "its row": 80}'
+    service.told[key(3, 0)] = "done"
+    processes.check_same({"its step": 20, "its row": 80})
+    with pytest.raises(UserError, match="its step is 0 on process 1 and 20 on process 0; all need the same run dir"):
+        processes.check_same({"its step": 0, "its row": 0})
+    assert service.told[key(3, 1)].startswith("the processes do not begin alike")
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_only_one_process_sees_stops_both(tmp_path, port):
+    train(tmp_path / "0", mesh_dim="1,4,2", total_steps=1, save_model_freq=1)
+    running = start_two((tmp_path / "0", tmp_path / "1"), port, mesh_dim="1,4,1", total_steps=2)
+    for said in finish(*running, code=2):
+        assert "a checkpoint is False on process 1 and True on process 0" in said and "Traceback" not in said
+
+
+def test_an_error_of_one_process_while_it_trains_asks_no_other(tmp_path, monkeypatch):
+    """The others are in the middle of a step: they would never answer, and the error would never be seen."""
+
+    def fit(*_, **__):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", lambda _: pytest.fail("it asks"))
+        raise UserError("the data of this process is gone")
+
+    monkeypatch.setattr(run, "fit", fit)
+    monkeypatch.setattr(run, "_compiled_step", lambda *_: None)
+    with pytest.raises(UserError, match="the data of this process is gone"):
+        train(tmp_path)
 
 
 @pytest.mark.slow

@@ -56,13 +56,17 @@ def start(output_dir, devices=8, **settings) -> subprocess.Popen:
 
 
 def start_two(output_dir, port: int, **settings) -> list[subprocess.Popen]:
-    """Starts one run as two processes of two devices each."""
+    """Starts one run as two processes of two devices each; of two output directories each gets its own."""
     together = {
         "jax_distributed__initialize_jax_distributed": True,
         "jax_distributed__coordinator_address": f"127.0.0.1:{port}",
         "jax_distributed__num_processes": 2,
     }
-    return [start(output_dir, devices=2, **settings, **together, jax_distributed__process_id=i) for i in range(2)]
+    directories = output_dir if isinstance(output_dir, tuple) else (output_dir, output_dir)
+    return [
+        start(directory, devices=2, **settings, **together, jax_distributed__process_id=i)
+        for i, directory in enumerate(directories)
+    ]
 
 
 def await_figures(processes, *paths, seconds: float = 240) -> None:
