@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the demonstration model that ships in evaluation/demo_model, from nothing: 37.7 million tokens in 68 and 86 minutes of
-# training on two cores that others shared, data before that about 15 minutes.
+# Trains the demonstration model that ships in evaluation/demo_model, from nothing: 49 million tokens in 68, 86 and 57
+# minutes of training on two cores that others shared, data before that about 25 minutes.
 #   bash scripts/make_demo_model.sh [FOLDER]     (default: build/demo_model)
 #
 # First comes what a copy of an earlier picture explains: clips, and scenes with a hole. The loss falls at once when a head
