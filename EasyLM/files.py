@@ -83,6 +83,19 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: cannot be unpacked after line {number} ({error})") from None
 
 
+def read_text_lines(path: str) -> Iterator[tuple[int, str]]:
+    """`read_lines` of a text in UTF-8.
+
+    Raises:
+      UserError: as `read_lines`; naming FILE:LINE, for a line that is none.
+    """
+    for number, line in read_lines(path):
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not a text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
 def _unpacked_lines(path: str, file) -> Iterator[bytes]:
     if path.lower().endswith(".gz"):
         with gzip.GzipFile(fileobj=file) as unpacked:

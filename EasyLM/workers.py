@@ -98,7 +98,7 @@ def result(future, subject: str):
 
 def _pool(processes: int) -> ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
-    return ProcessPoolExecutor(processes, spawn, _end_with_parent)
+    return ProcessPoolExecutor(processes, spawn, end_with_parent)
 
 
 def _submitted(pool: ProcessPoolExecutor, function, arguments: tuple) -> Future:
@@ -106,7 +106,7 @@ def _submitted(pool: ProcessPoolExecutor, function, arguments: tuple) -> Future:
         return pool.submit(function, *arguments)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In a worker: ends it when the process that started it is gone, which a kill gives no chance to say so."""
 
     def watch():

@@ -9,7 +9,7 @@ import os
 import re
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
@@ -70,7 +70,7 @@ def parse_size(text: str) -> tuple[int, int] | str | None:
 
 def _shown_size(path: str) -> tuple[int, int]:
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).size
+        return images.upright(image).size
 
 
 def _paths(config, line: examples.Line) -> list[str]:

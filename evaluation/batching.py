@@ -60,6 +60,7 @@ class Batcher:
         """
         self._run, self._max_batch, self._max_waiting, self._window = run, max_batch, max_waiting, window_seconds
         self._waiting: collections.deque[Job] = collections.deque()
+        self._running: Sequence[Job] = ()
         self._changed = threading.Condition()
         self._closed = False
         self._last_seconds = 0.0  # what the last batch took
@@ -88,12 +89,21 @@ class Batcher:
         return self._closed
 
     def close(self, timeout: float | None = None) -> bool:
-        """Takes no more jobs, and waits until those taken are done. False: they were not, within `timeout` seconds."""
+        """Takes no more jobs, and waits until those taken are done.
+
+        False: they were not, within `timeout` seconds. Those that are left are cancelled: who waits need not any more.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join(timeout)
-        return not self._thread.is_alive()
+        if not self._thread.is_alive():
+            return True
+        with self._changed:
+            left = [*self._running, *self._waiting]
+        for job in left:
+            job.future.cancel()
+        return False
 
     def _retry_after(self) -> int:
         batches = math.ceil(len(self._waiting) / self._max_batch)
@@ -130,5 +140,6 @@ class Batcher:
                 left = first.arrived + self._window - time.monotonic()
                 if len(alike) == self._max_batch or left <= 0 or self._closed:
                     self._waiting = collections.deque(job for job in self._waiting if job not in alike)
+                    self._running = alike
                     return alike
                 self._changed.wait(left)

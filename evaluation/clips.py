@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
+from EasyLM.files import read_text_lines
 from EasyLM.flags import Flag
 from tokenizer import images, videos
 
@@ -87,14 +88,13 @@ def _listed(config) -> tuple[list[str], str]:
     if config.input_files:
         raise UserError("--input_files and --read_file_list: give one of the two")
     paths = []
-    with open(config.read_file_list, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if path := line.strip():
-                if not _is_clip(config, path):
-                    raise UserError(f"{config.read_file_list}:{number}: {path} is no {_what(config)}")
-                if path in paths:
-                    raise UserError(f"{config.read_file_list}:{number}: {path} is there twice")
-                paths.append(path)
+    for number, line in read_text_lines(config.read_file_list):
+        path = line.strip()
+        if not _is_clip(config, path):
+            raise UserError(f"{config.read_file_list}:{number}: {path} is no {_what(config)}")
+        if path in paths:
+            raise UserError(f"{config.read_file_list}:{number}: {path} is there twice")
+        paths.append(path)
     if not paths:
         raise UserError(f"--read_file_list={config.read_file_list}: no clip there")
     return paths, os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])

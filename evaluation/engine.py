@@ -131,7 +131,7 @@ class Engine:
         return "ready" if self._warm.is_set() else "warming up"
 
     def close(self, timeout: float | None = None) -> bool:
-        """Takes no more requests and finishes those taken; False if they were not done within `timeout` seconds."""
+        """Takes no more requests and finishes those taken; False, and they are cancelled, if that takes too long."""
         return self._batcher.close(timeout)
 
     def warm_up(self, settings: Settings) -> Future:
@@ -146,6 +146,8 @@ class Engine:
         return future
 
     def _warmed_up(self, future: Future) -> None:
+        if future.cancelled():  # the service stops
+            return
         if error := future.exception():
             logging.error("warming up failed", exc_info=error)
             self.fault = f"{type(error).__name__}: {error}".partition("\n")[0]

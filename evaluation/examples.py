@@ -19,7 +19,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from EasyLM.files import check_output, is_remote, write_json
+from EasyLM.files import check_output, is_remote, read_text_lines, write_json
 from EasyLM.flags import Flag
 from evaluation import metrics
 
@@ -81,18 +81,15 @@ def read_lines(config, *, target: str = "left out", output: bool = False) -> lis
     if not config.input_file:
         raise UserError("--input_file is missing: a JSONL file, an example a line")
     lines = []
-    with open(config.input_file, encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            if config.max_examples and len(lines) == config.max_examples:
-                break
-            name = f"{config.input_file}:{number}"
-            try:
-                line = _parse(name, text, config, target, output)
-            except ValueError as error:
-                raise UserError(f"{name}: {error}") from None
-            lines.append(line)
+    for number, text in read_text_lines(config.input_file):
+        if config.max_examples and len(lines) == config.max_examples:
+            break
+        name = f"{config.input_file}:{number}"
+        try:
+            line = _parse(name, text, config, target, output)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+        lines.append(line)
     if not lines:
         raise UserError(f"--input_file={config.input_file}: no example there")
     return lines

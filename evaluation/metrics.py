@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from EasyLM.errors import UserError
+from EasyLM.files import read_text_lines
 from tokenizer import scenes
 from tokenizer.metrics import psnr, ssim
 
@@ -126,17 +127,14 @@ def read_palette(path: str) -> list[tuple[int, ...]]:
       UserError: naming FILE:LINE.
     """
     owners: dict[tuple[int, ...], int] = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            words = line.split()
-            if not words:
-                continue
-            colour = tuple(int(word) for word in words if word.isdecimal())
-            if not len(words) == len(colour) == 3 or max(colour) > 255:
-                raise UserError(f"{path}:{number}: {line.strip()!r}: must be R G B, three integers from 0 to 255")
-            if colour in owners:
-                raise UserError(f"{path}:{number}: {line.strip()}: the colour of line {owners[colour]} already")
-            owners[colour] = number
+    for number, line in read_text_lines(path):
+        words = line.split()
+        colour = tuple(int(word) for word in words if word.isdecimal())
+        if not len(words) == len(colour) == 3 or max(colour) > 255:
+            raise UserError(f"{path}:{number}: {line.strip()!r}: must be R G B, three integers from 0 to 255")
+        if colour in owners:
+            raise UserError(f"{path}:{number}: {line.strip()}: the colour of line {owners[colour]} already")
+        owners[colour] = number
     if len(owners) < 2:
         raise UserError(f"--palette={path}: {len(owners)} colours: the background and at least one class are needed")
     return list(owners)

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import threading
+from concurrent.futures import CancelledError
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,7 @@ from evaluation.engine import Answer
 from evaluation.uploads import Refused
 from tokenizer import images
 
+UNFINISHED = "the service stops, and this request was not done in time"
 _HEARTBEAT_SECONDS = 10.0  # of a stream in which nothing else happens
 
 
@@ -92,6 +94,8 @@ async def events(future, news: News):
                 yield ": waiting\n\n"
         try:
             yield _event("answer", await to_thread.run_sync(answer_body, future.result()))
+        except CancelledError:
+            yield _event("error", refusal_of(ClosedError(UNFINISHED)).body)
         except Exception as error:  # the status is sent already
             refused = refusal_of(error)
             if refused.status == 500:  # nobody above here sees it

@@ -183,6 +183,8 @@ async def _result(future, request):
     leaving = asyncio.ensure_future(_until_left(request))
     try:
         await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.cancelled():
+            raise ClosedError(replies.UNFINISHED)
         if waiting.done():
             return waiting.result()
         raise Refused(499, "client_left", "the client left")  # nobody reads it

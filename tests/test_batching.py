@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
@@ -118,9 +118,23 @@ def test_closing_finishes_what_was_taken_and_takes_no_more():
     worker = Worker(held=True)
     queue = batcher(worker, window_seconds=10 * SECONDS)
     futures = [queue.submit("x", 1), queue.submit("y", 2)]
-    assert not queue.close(timeout=0.05)
-    with pytest.raises(ClosedError, match="stopping"):
-        queue.submit("x", 3)
-    worker.may_go_on.set()
-    assert queue.close(SECONDS)
+    with ThreadPoolExecutor() as pool:
+        closing = pool.submit(queue.close, SECONDS)
+        assert worker.begun.wait(SECONDS)
+        with pytest.raises(ClosedError, match="stopping"):
+            queue.submit("x", 3)
+        worker.may_go_on.set()
+        assert closing.result(SECONDS)
     assert [future.result(0) for future in futures] == ["1!", "2!"]
+
+
+def test_what_is_not_done_in_time_is_cancelled_and_the_worker_ends():
+    worker = Worker(held=True)
+    queue = batcher(worker)
+    futures = [queue.submit("x", 1)]
+    assert worker.begun.wait(SECONDS)
+    futures.append(queue.submit("x", 2))
+    assert not queue.close(0.01)
+    assert all(future.cancelled() for future in futures)
+    worker.may_go_on.set()
+    assert queue.close(SECONDS) and worker.batches == [[1]]

@@ -722,6 +722,25 @@ def test_a_file_system_without_locks_is_enough(tmp_path, monkeypatch, capsys, nu
     assert capsys.readouterr().err.count("out.jsonl: not locked against another build") == 1
 
 
+def test_a_file_gets_its_name_before_another_build_can_lock_it(tmp_path, monkeypatch):
+    path, real, refused = str(tmp_path / "out.jsonl"), os.replace, []
+    first = resumable.ResumableFile(path, {}, fresh=False)
+    first.write(b"a line\n")
+    first.mark({})
+
+    def replace(source, target):
+        if target == path:
+            with pytest.raises(UserError, match="another build is writing it"):
+                resumable.ResumableFile(path, {}, fresh=False)
+            refused.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    first.finish({})
+    assert refused == [path]
+    assert (tmp_path / "out.jsonl").read_bytes() == b"a line\n"
+
+
 def test_two_builds_of_one_file_do_not_mix(tmp_path):
     path = str(tmp_path / "out.jsonl")
     first = resumable.ResumableFile(path, {"seed": 0}, fresh=False)

@@ -1,5 +1,6 @@
 """The four evaluation programs on a tiny tokenizer and model: files, figures, stopped runs, bad input."""
 
+import gzip
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from evaluation import (
     examples,
     fewshot,
     generate_videos,
+    metrics,
     runners,
 )
 from tokenizer import images, videos
@@ -460,3 +462,32 @@ def test_clips_are_measured_and_continued(model, tmp_path):
             sheet[16 * candidate :][:16, 32:], np.asarray(Image.open(out / "a" / str(candidate) / "000.png"))
         )
     assert figures(tmp_path / "f.json")["mse"] > 0
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        examples.read_lines,
+        lambda config: clips.find_clips(config, 2),
+        lambda config: metrics.read_palette(config.input_file),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_by_its_line(tmp_path, read):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(b"\n\xff\xfe\n")
+    config = flags.defaults(eval_perplexity.FLAGS | clips.CLIP_FLAGS)
+    config.input_file = config.read_file_list = str(path)
+    with pytest.raises(UserError, match=rf"^{path}:2: not a text in UTF-8 \(invalid start byte at byte 0\)"):
+        read(config)
+
+
+def test_a_packed_file_of_lines_is_read(lines):
+    path = lines["input_file"]
+    with open(path, "rb") as plain, gzip.open(f"{path}.gz", "wb") as packed:
+        packed.write(plain.read())
+    config = flags.defaults(eval_perplexity.FLAGS)
+    read = []
+    for name in (path, f"{path}.gz"):
+        config.update(lines | {"input_file": name})
+        read.append([line.files for line in examples.read_lines(config, target="needed")])
+    assert read[0] == read[1]

@@ -1,6 +1,7 @@
 """Every kind of picture file becomes the right RGB pixels, or an error with its path; folders are listed whole."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -100,6 +101,14 @@ STORED = {
     7: lambda p: p.swapaxes(0, 1)[::-1, ::-1],
     8: lambda p: np.rot90(p, -1),
 }
+
+
+def test_the_cameras_rotation_is_applied_beside_an_odd_note(tmp_path):
+    notes = [(274, 3, struct.pack("<HH", 6, 0)), (256, 9, struct.pack("<i", -6))]  # turned; a width below 0
+    entries = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in notes)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(notes)) + entries + bytes(4)
+    rgb().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    assert np.abs(images.read(tmp_path / "a.jpg", SIDE).astype(int) - COLOURS).max() <= 6
 
 
 @pytest.mark.parametrize("orientation", STORED)

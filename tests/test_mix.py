@@ -184,6 +184,7 @@ class TestErrors:
             ({"counts": "1.5,2"}, "--counts=1.5,2: not a comma list of whole numbers"),
             ({"counts": "1,1", "weights": "1,1"}, "give one of them"),
             ({"total": 5}, "--total=5: goes with --weights"),
+            ({"seed": -1}, "--seed=-1: must be at least 0"),
             ({"output": "a.jsonl"}, "is one of --inputs"),
             ({"output": "m.jsonl.gz"}, "must be a plain file"),
             ({"memory_mb": 0}, "--memory_mb=0: must be at least 1"),

@@ -1,5 +1,9 @@
 """Rendered scenes: the annotations say exactly what the picture shows, and all of it follows from the seed."""
 
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +13,7 @@ from tokenizer import photos, pictures, render, scenes
 
 SIZE = 48
 SEEDS = range(20, 28)
+SECONDS = 60  # far more than anything here takes
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +183,16 @@ def test_render_writes_a_tree_for_every_kind_of_sentence(tmp_path):
     stored = pictures.co3d_depth(tmp_path / sequence / "depths" / "frame000001.jpg.geometric.png", 24)[..., 0]
     expected = 255 * (0.2 + 0.8 * (own - own.min()) / np.ptp(own))
     assert np.abs(stored - expected).max() < 1.5
+
+
+@pytest.mark.slow
+def test_renderings_processes_end_with_it_when_it_is_killed(tmp_path):
+    """They hold the error stream open, so it ends when the last of them does."""
+    command = [sys.executable, "-m", "tokenizer.render", f"--output_dir={tmp_path}", "--num=100000", "--workers=2"]
+    renderer = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + SECONDS
+    while not list(tmp_path.glob("image/*.png")):
+        assert time.monotonic() < deadline and renderer.poll() is None
+        time.sleep(0.05)
+    renderer.kill()
+    renderer.communicate(timeout=SECONDS)

@@ -526,6 +526,28 @@ def test_it_is_ready_once_it_is_warm():
     engine.close(SECONDS)
 
 
+def test_requests_that_are_not_done_in_time_are_told_so_when_the_service_stops():
+    prompter = HeldPrompter()
+    engine = tiny_engine(prompter, max_batch=1)
+    app = make_app(engine, LIMITS)
+
+    async def scenario():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            asked = [form(png(1)), form(png(1), output="stream"), form(png(1))]
+            waiting = [asyncio.create_task(client.post("/generate", **options)) for options in asked]
+            await asyncio.to_thread(prompter.begun.wait, SECONDS)
+            while len(engine._batcher._waiting) < 2:
+                await asyncio.sleep(0.001)
+            assert not await asyncio.to_thread(engine.close, 0.01)
+            return await asyncio.gather(*waiting)
+
+    first, stream, last = asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+    for answer in (first, last):
+        assert_refused(answer, 503, "stopping", "not done in time")
+    assert 'event: error\ndata: {"error": {"code": "stopping"' in stream.text
+    assert engine.close(SECONDS)  # the batch under way sees that nobody waits
+
+
 def test_a_warm_up_ends_early_when_the_service_stops_and_says_when_it_fails(caplog):
     prompter = HeldPrompter()
     engine = tiny_engine(prompter, warm_up="1,2", max_batch=2)
@@ -534,7 +556,7 @@ def test_a_warm_up_ends_early_when_the_service_stops_and_says_when_it_fails(capl
     future = engine.warm_up(Settings())
     assert prompter.begun.wait(SECONDS) and not engine.close(0.01)
     prompter.may_go_on.set()
-    future.result(SECONDS)
+    assert engine.close(SECONDS) and future.cancelled()
     assert drawn == [1]
     failing = tiny_engine(HeldPrompter(failing=True), warm_up="1")
     assert demo._first_status(failing).startswith("Compiling")
@@ -591,6 +613,7 @@ def test_the_page_of_the_schema_needs_nothing_from_elsewhere(app):
         ("warm_up", "x", "--warm_up=x"),
         ("max_body_mb", 0, "--max_body_mb=0"),
         ("read_seconds", 0.0, "--read_seconds=0.0"),
+        ("stop_seconds", float("inf"), "--stop_seconds=inf"),
         ("port", 70000, "--port=70000"),
     ],
 )
@@ -627,6 +650,16 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(port):
         assert "Traceback" not in output
     finally:
         server.kill()
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_ends_it_with_1_though_it_is_warming_up():
+    command = [sys.executable, "-m", "EasyLM.models.llama.llama_serve", "--checkpoint=evaluation/demo_model"]
+    with socket.create_server(("127.0.0.1", 0)) as owner:
+        command.append(f"--port={owner.getsockname()[1]}")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "address already in use" in done.stderr and "Fatal" not in done.stderr
 
 
 async def _stopped_on_the_way(server, url):

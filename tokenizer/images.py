@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, features
 
 from EasyLM import files
 from EasyLM.errors import UserError
@@ -27,6 +27,16 @@ EXTENSIONS = (
     *(extension for name, extensions in _OPTIONAL.items() if features.check(name) for extension in extensions),
 )
 _MOST_TOLD = 50  # extensions that are counted by name: where files are numbered behind the dot, each has another one
+# By the camera's note. (Pillow's exif_transpose writes all other notes anew, and fails where one of them is odd.)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" may hold 32 bits
 
 
@@ -75,8 +85,15 @@ def scaled(pixels: np.ndarray) -> np.ndarray:
 
 
 def _to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
-    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    rgb = _to_rgb(upright(image))
     return np.asarray(rgb if size is None else rgb.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image of a file, turned as the camera says."""
+    image.load()  # of a PNG file the note may come last
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

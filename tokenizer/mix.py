@@ -87,7 +87,7 @@ def _sources(config) -> list[Source]:
     for name in ("inputs", "output_file"):
         if not config[name]:
             raise UserError(f"--{name} is missing")
-    for name, least in {"total": 0, "max_errors": 0, "vocab_size": 1, "memory_mb": 1}.items():
+    for name, least in {"total": 0, "seed": 0, "max_errors": 0, "vocab_size": 1, "memory_mb": 1}.items():
         if config[name] < least:
             raise UserError(f"--{name}={config[name]}: must be at least {least}")
     if config.weights and config.counts:

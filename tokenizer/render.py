@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
+from EasyLM.workers import end_with_parent
 from tokenizer import images, photos, pictures, scenes, videos
 
 _SEEDS = 10**6  # room between two values of --seed, so that their pictures differ
@@ -52,7 +53,7 @@ def main(config) -> None:
     ]
     jobs = [partial(job, first_seed=config.seed * _SEEDS, size=config.size, root=config.output_dir) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(config.workers, spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(config.workers, spawn, end_with_parent) as pool:
         done = pool.map(_call, jobs, chunksize=max(1, min(16, len(jobs) // (4 * config.workers))))
         for _ in tqdm(done, total=len(jobs), unit="scene", desc="rendering"):
             pass

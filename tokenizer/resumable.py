@@ -108,8 +108,8 @@ class ResumableFile:
         self.write(b"")
         self._sync()
         files.write_json(self._report, {**report, "bytes": self._file.tell(), "identity": self._identity})
+        os.replace(self._partial, self.path)  # before the lock ends: who took it then would cut the file
         self._file.close()
-        os.replace(self._partial, self.path)
         _remove(self._progress)
 
     def close(self) -> None:

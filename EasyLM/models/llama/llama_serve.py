@@ -1,11 +1,14 @@
 """The HTTP service of a model: `python -m EasyLM.models.llama.llama_serve --checkpoint=C --vqgan=V --port=8000`.
 
 `http://127.0.0.1:8000/docs` describes it. It listens on this machine alone unless `--host` says otherwise. SIGTERM or
-Ctrl-C ends it: new requests are refused, those taken are finished, then it exits with code 0; a second one ends it at
-once. This entry point is the one place where `EasyLM` knows tokenizer and evaluation.
+Ctrl-C ends it: new requests are refused, those taken are finished, then it exits with code 0 (1 if that takes longer
+than `--stop_seconds`); a second one ends it at once. This entry point is the one place where `EasyLM` knows tokenizer
+and evaluation.
 """
 
+import contextlib
 import logging
+import os
 import sys
 import threading
 
@@ -37,7 +40,13 @@ def main(config) -> None:
     if not 0 <= config.port < 2**16:
         raise UserError(f"--port={config.port}: must be 0..65535")
     logging.getLogger().setLevel(logging.INFO)
-    sys.exit(serve(Engine.load(config), limits, config))
+    engine = Engine.load(config)
+    code = serve(engine, limits, config)
+    if not engine.close(0):
+        # A batch is still under way in its thread, where the end of the interpreter would abort the process.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def limits_of(config) -> Limits:
@@ -46,8 +55,8 @@ def limits_of(config) -> Limits:
         if config[name] < 1:
             raise UserError(f"--{name}={config[name]}: must be at least 1")
     for name in ("read_seconds", "stop_seconds"):
-        if not config[name] > 0:
-            raise UserError(f"--{name}={config[name]}: must be above 0")
+        if not 0 < config[name] <= threading.TIMEOUT_MAX:
+            raise UserError(f"--{name}={config[name]}: must be above 0, at most {threading.TIMEOUT_MAX:.0f}")
     return Limits(
         body_bytes=config.max_body_mb * 2**20,
         pictures=config.max_request_pictures,
@@ -83,7 +92,7 @@ def serve(engine: Engine, limits: Limits, config) -> int:
             self.should_exit = True
 
         def warmed_up(self, future):
-            if future.exception():
+            if not future.cancelled() and future.exception():
                 self.stopping = self.should_exit = True
 
     app = make_app(engine, limits, config.token)
@@ -99,7 +108,8 @@ def serve(engine: Engine, limits: Limits, config) -> int:
     )
     # The settings of a request that gives none: what others ask for is compiled when the first of them comes.
     engine.warm_up(Settings()).add_done_callback(server.warmed_up)
-    server.run()
+    with contextlib.suppress(SystemExit):  # uvicorn cannot listen there, and has said so
+        server.run()
     return 0 if server.finished else 1
 
 
