@@ -228,7 +228,7 @@ def measure(
             "nats_gained": np.mean(likelihoods_QN - least_QN, axis=1),
         }
         of_pictures = {
-            name: {who: np.asarray(figure(drawn, truths)) for who, drawn in compared.items()}
+            name: {who: _in_parts(figure, drawn, truths, config.batch_size) for who, drawn in compared.items()}
             for name, figure in wanted.items()
         }
         of_model = of_tokens | {name: values["model"] for name, values in of_pictures.items()}
@@ -241,6 +241,12 @@ def measure(
             }
         )
     return curve, drawn_QN
+
+
+def _in_parts(figure: Callable, drawn: np.ndarray, truths: np.ndarray, size: int) -> np.ndarray:
+    """A figure of each picture [Q], of so many at a time: on its way a figure may need a hundred times their memory."""
+    parts = (slice(start, start + size) for start in range(0, len(drawn), size))
+    return np.concatenate([np.asarray(figure(drawn[part], truths[part])) for part in parts])
 
 
 def _answers(config, prompter: Prompter, prompts_QPN, true_tokens_QN, what: str) -> tuple[np.ndarray, np.ndarray]:

@@ -322,6 +322,27 @@ def test_a_curve_is_what_each_number_of_shots_gives_by_itself(tmp_path, prompter
         assert one == pytest.approx(many, rel=1e-4) and len(one) > 20
 
 
+def test_figures_are_of_a_batch_of_pictures_at_a_time(tmp_path, prompter, monkeypatch):
+    """So that what they need does not grow with the number of queries."""
+    folders(tmp_path, 3)
+    task = tasks.load(
+        tasks.folder_pairs(f"{tmp_path}/image", f"{tmp_path}/other", ""), 0, 3, 0, prompter.codec.config.resolution
+    )
+    answers = np.zeros((3, prompter.tokens_per_image), np.int32)
+    monkeypatch.setattr(fewshot, "_answers", lambda *_: (answers, np.zeros(answers.shape)))
+    sizes = []
+
+    def figure(pictures, truths):
+        assert pictures.shape == truths.shape
+        sizes.append(len(pictures))
+        return metrics.mse(pictures, truths)
+
+    (point,), _ = fewshot.measure(settings(batch_size=2), prompter, task, [0], {"mse": figure}, None)
+    assert sizes == [2, 1] * 3  # the model, a copy of the query, through the tokenizer
+    drawn, truths = prompter.draw(answers), task.pixels[task.prompts.answer_Q]
+    assert point["per_query"]["mse"] == metrics.mse(drawn, truths).tolist()
+
+
 @pytest.mark.slow
 def test_nats_gained_are_paired_by_query(tmp_path, prompter, monkeypatch):
     monkeypatch.setattr(fewshot.Prompter, "load", lambda config: prompter)

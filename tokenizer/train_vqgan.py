@@ -130,6 +130,8 @@ def _check(config) -> None:
     for name in ("save_model_freq", "batch_size", "lr_warmup_steps"):
         if config[name] < 1:
             raise UserError(f"--{name}={config[name]}: must be at least 1")
+    if not 0 <= config.average_decay < 1:  # with 1 what is kept in the end would be what training began with
+        raise UserError(f"--average_decay={config.average_decay}: must be at least 0 and below 1")
     if config.total_steps <= config.lr_warmup_steps:
         raise UserError(
             f"--total_steps={config.total_steps}: must be more than lr_warmup_steps={config.lr_warmup_steps}"
