@@ -132,7 +132,7 @@ def fit(
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
             save_now(milestone=_due(done, settings.save_milestone_freq) and done > start)
-    return state, done == settings.total_steps
+    return state, done >= settings.total_steps
 
 
 def _due(done: int, frequency: int) -> bool:

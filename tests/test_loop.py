@@ -63,6 +63,13 @@ def fit(monkeypatch, settings, evaluates=True) -> dict:
     return {row["step"]: row for row in rows}
 
 
+def test_a_run_that_was_asked_for_less_than_it_has_is_finished():
+    state = types.SimpleNamespace(step=7, params=None)
+    batches = types.SimpleNamespace(position=0, wait_seconds=0.0)
+    settings = dataclasses.replace(SETTINGS, total_steps=5)
+    assert loop.fit(state, None, batches, settings, log=None, save=lambda *_: None, evaluate=None)[1]
+
+
 @pytest.mark.parametrize("unit", ["tokens", "images"])
 def test_rates_mfu_and_where_the_time_went(monkeypatch, unit):
     rows = fit(monkeypatch, dataclasses.replace(SETTINGS, unit=unit))

@@ -615,13 +615,14 @@ def test_the_page_of_the_schema_needs_nothing_from_elsewhere(app):
         ("read_seconds", 0.0, "--read_seconds=0.0"),
         ("stop_seconds", float("inf"), "--stop_seconds=inf"),
         ("port", 70000, "--port=70000"),
+        ("token", "sésame", "--token: must be of ASCII characters"),
     ],
 )
 def test_wrong_flags_are_named(flag, value, said):
     config = flags.defaults(llama_serve.FLAGS)
     config[flag] = value
     with pytest.raises(UserError) as error:
-        if flag in ("port",):
+        if flag in ("port", "token"):
             llama_serve.main(config)
         llama_serve.limits_of(config)
         tiny_engine(**{flag: value})

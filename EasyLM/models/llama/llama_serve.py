@@ -39,6 +39,8 @@ def main(config) -> None:
     limits = limits_of(config)
     if not 0 <= config.port < 2**16:
         raise UserError(f"--port={config.port}: must be 0..65535")
+    if not config.token.isascii():  # what else a header bears, each client encodes in another way
+        raise UserError("--token: must be of ASCII characters only")
     logging.getLogger().setLevel(logging.INFO)
     engine = Engine.load(config)
     code = serve(engine, limits, config)
