@@ -56,7 +56,7 @@ def write_json(path: str, value) -> None:
     """Writes a local JSON file that appears whole, its bytes on the disk, in place of what was there.
 
     Args:
-      value: JSON values, NumPy's numbers and arrays among them.
+      value: JSON values, NumPy's numbers and arrays among them. What JSON has no number for (infinite, nan) is null.
     """
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:

@@ -58,7 +58,7 @@ def check_same(facts: Mapping) -> None:
             client.key_value_set(key, json.dumps(facts))
             return
         first = json.loads(client.blocking_key_value_get(key, _POLL_MS))  # is there: process 0 has had its turn
-        for name, mine in json.loads(json.dumps(facts)).items():
+        for name, mine in facts.items():
             if mine != first[name]:
                 raise UserError(
                     f"the processes do not begin alike: {name} is {mine} on process {jax.process_index()} and "
