@@ -126,6 +126,7 @@ def equals_torch(path, count, height, width):
     return ours
 
 
+@pytest.mark.slow
 def test_a_narrow_one_equals_torch_whatever_the_batch(narrow, tmp_path):
     """Pictures larger than its side, more than a batch: so resizing without antialiasing counts, and the padding."""
     found = equals_torch(tmp_path / "inception.pth", 9, 150, 190)
