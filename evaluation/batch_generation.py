@@ -13,17 +13,18 @@ from PIL import Image
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from evaluation import examples, runners
-from evaluation.prompter import PROMPTER_FLAGS
-from tokenizer import images
+from evaluation.prompting.prompter import PROMPTER_FLAGS
+from evaluation.runs import loops
+from evaluation.runs.lines import EXAMPLE_FLAGS, LINE_FLAGS, Line, read_lines
+from tokenizer.media import images
 
 FLAGS = {
     **PROMPTER_FLAGS,
-    **examples.LINE_FLAGS,
+    **LINE_FLAGS,
     "json_output_key": Flag("output", "Key of a line's path for the answer."),
-    **examples.EXAMPLE_FLAGS,
+    **EXAMPLE_FLAGS,
     "output_base_dir": Flag("", "Folder that the answers' paths are relative to."),
-    **runners.GENERATION_FLAGS,
+    **loops.GENERATION_FLAGS,
     "batch_size_factor": Flag(4, "Examples at a time on each device; changes no result."),
     "resize_output": Flag(
         "", "Size of each picture: original (the last input's), WIDTHxHEIGHT; empty: the tokenizer's."
@@ -34,11 +35,11 @@ FLAGS = {
 
 def main(config) -> None:
     """Draws the answer to every line, prints and writes the figures."""
-    runners.check(config, "n_new_frames", "n_candidates", "batch_size_factor", "n_workers")
+    loops.check(config, "n_new_frames", "n_candidates", "batch_size_factor", "n_workers")
     if not config.output_base_dir:
         raise UserError("--output_base_dir is missing: the folder for the answers")
     size = parse_size(config.resize_output)
-    lines = examples.read_lines(config, target="optional" if config.evaluate_mse else "left out", output=True)
+    lines = read_lines(config, target="optional" if config.evaluate_mse else "left out", output=True)
     _check_lines(config, lines)
 
     def load(line, side):
@@ -55,7 +56,7 @@ def main(config) -> None:
             images.save(path, images.tiled(part))
         return paths
 
-    runners.draw(config, lines, load, lambda line: (len(line.inputs), len(line.targets)), save, config.output_base_dir)
+    loops.draw(config, lines, load, lambda line: (len(line.inputs), len(line.targets)), save, config.output_base_dir)
 
 
 def parse_size(text: str) -> tuple[int, int] | str | None:
@@ -73,7 +74,7 @@ def _shown_size(path: str) -> tuple[int, int]:
         return images.upright(image).size
 
 
-def _paths(config, line: examples.Line) -> list[str]:
+def _paths(config, line: Line) -> list[str]:
     """The files of a line's answer: all candidates together, then each, if there are several."""
     path = os.path.join(config.output_base_dir, line.output)
     stem, ending = os.path.splitext(path)
@@ -81,7 +82,7 @@ def _paths(config, line: examples.Line) -> list[str]:
     return [path, *numbered] if config.n_candidates > 1 else [path]
 
 
-def _check_lines(config, lines: list[examples.Line]) -> None:
+def _check_lines(config, lines: list[Line]) -> None:
     readers = {os.path.realpath(path): line.name for line in lines for path in (*line.inputs, *line.truths)}
     owners = {}
     for line in lines:

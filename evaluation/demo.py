@@ -18,11 +18,11 @@ from PIL import Image
 
 from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run
-from evaluation import demo_prompts, uploads
-from evaluation.batching import ClosedError, QueueFullError
-from evaluation.engine import ENGINE_FLAGS, Engine, Prompt, Settings
-from evaluation.uploads import Limits, Refused
-from tokenizer import images
+from evaluation.serving import page_examples, uploads
+from evaluation.serving.batcher import ClosedError, QueueFullError
+from evaluation.serving.engine import ENGINE_FLAGS, Engine, Prompt, Settings
+from evaluation.serving.uploads import Limits, Refused
+from tokenizer.media import images
 
 FLAGS = {
     **ENGINE_FLAGS,
@@ -36,7 +36,7 @@ FLAGS = {
 FIRST = Settings(n_candidates=4, temperature=1.0, top_p=0.9)
 MAX_CANDIDATES, MAX_FRAMES, MAX_PAIRS = 8, 8, 7
 LIMITS = Limits()
-_PLACES = [*range(0, 2 * demo_prompts.PAIRS + 1, 2), *range(1, 2 * demo_prompts.PAIRS, 2)]  # questions above answers
+_PLACES = [*range(0, 2 * page_examples.PAIRS + 1, 2), *range(1, 2 * page_examples.PAIRS, 2)]  # questions above answers
 _SHOWN = 256  # pictures are drawn at least so large, pixel by pixel
 _KEPT_SECONDS = 3600  # files of visitors
 _CSS = ".grid-wrap.fixed-height { min-height: 0 !important; }"  # galleries as high as their pictures
@@ -90,8 +90,8 @@ def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
     import gradio
 
     most = min(MAX_PAIRS, (engine.max_pictures - 1) // 2)
-    shown = min(demo_prompts.PAIRS, most)
-    found = demo_prompts.analogies(engine.resolution)
+    shown = min(page_examples.PAIRS, most)
+    found = page_examples.analogies(engine.resolution)
     gallery = _example_gallery(_sheets(found, _PLACES, folder, "analogy"), "analogy")
     slots, columns = [], []
     with gradio.Row():
@@ -128,8 +128,8 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
     """Frames in order: the model draws the next ones."""
     import gradio
 
-    found = demo_prompts.sequences(engine.resolution)
-    gallery = _example_gallery(_sheets(found, list(range(demo_prompts.FRAMES)), folder, "sequence"), "sequence")
+    found = page_examples.sequences(engine.resolution)
+    gallery = _example_gallery(_sheets(found, list(range(page_examples.FRAMES)), folder, "sequence"), "sequence")
     frames = gradio.Gallery(
         label="Frames, in order: drop pictures here",
         type="filepath",
@@ -315,7 +315,7 @@ def _save(pictures_CF: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(file.name)
 
 
-def _files(example: demo_prompts.Example, folder: pathlib.Path, name: str) -> list[str]:
+def _files(example: page_examples.Example, folder: pathlib.Path, name: str) -> list[str]:
     paths = [folder / f"{name}_{i}.png" for i in range(len(example.pictures))]
     for path, picture in zip(paths, example.pictures, strict=True):
         images.save(path, _enlarged(picture))
@@ -323,7 +323,7 @@ def _files(example: demo_prompts.Example, folder: pathlib.Path, name: str) -> li
 
 
 def _sheets(
-    found: list[demo_prompts.Example], order: list[int], folder: pathlib.Path, name: str
+    found: list[page_examples.Example], order: list[int], folder: pathlib.Path, name: str
 ) -> list[tuple[str, str]]:
     """A picture of each prompt, for the gallery of examples: its pictures in two rows, in this order."""
     sheets = []

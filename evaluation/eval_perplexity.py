@@ -8,27 +8,28 @@ figure is the mean over the examples.
 import numpy as np
 
 from EasyLM.flags import Flag, run
-from evaluation import examples, runners
-from evaluation.prompter import PROMPTER_FLAGS
-from tokenizer import images
+from evaluation.prompting.prompter import PROMPTER_FLAGS
+from evaluation.runs import loops
+from evaluation.runs.lines import EXAMPLE_FLAGS, LINE_FLAGS, read_lines
+from tokenizer.media import images
 
 FLAGS = {
     **PROMPTER_FLAGS,
-    **examples.LINE_FLAGS,
-    **examples.EXAMPLE_FLAGS,
+    **LINE_FLAGS,
+    **EXAMPLE_FLAGS,
     "batch_size": Flag(2, "Examples at a time, over all devices; changes no result."),
 }
 
 
 def main(config) -> None:
     """Measures every line, prints and writes the figures."""
-    runners.check(config, "batch_size", "n_workers")
-    lines = examples.read_lines(config, target="needed")
+    loops.check(config, "batch_size", "n_workers")
+    lines = read_lines(config, target="needed")
 
     def load(line, side):
         return tuple(np.stack([images.load(path, side) for path in paths]) for paths in (line.inputs, line.targets))
 
-    runners.measure(config, lines, load, lambda line: (len(line.inputs), len(line.targets)))
+    loops.measure(config, lines, load, lambda line: (len(line.inputs), len(line.targets)))
 
 
 if __name__ == "__main__":

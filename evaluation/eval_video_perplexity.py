@@ -5,13 +5,13 @@ Of each clip `n_context_frames` are the prompt, and the `n_target_frames` after 
 """
 
 from EasyLM.flags import Flag, run
-from evaluation import clips, examples, runners
-from evaluation.prompter import PROMPTER_FLAGS
+from evaluation.prompting.prompter import PROMPTER_FLAGS
+from evaluation.runs import clips, lines, loops
 
 FLAGS = {
     **PROMPTER_FLAGS,
     **clips.CLIP_FLAGS,
-    **examples.EXAMPLE_FLAGS,
+    **lines.EXAMPLE_FLAGS,
     "n_context_frames": Flag(15, "Frames before those that are measured."),
     "n_target_frames": Flag(1, "Frames that are measured."),
     "batch_size": Flag(2, "Clips at a time, over all devices; changes no result."),
@@ -20,14 +20,14 @@ FLAGS = {
 
 def main(config) -> None:
     """Measures every clip, prints and writes the figures."""
-    runners.check(config, "n_context_frames", "n_target_frames", "batch_size", "n_workers")
+    loops.check(config, "n_context_frames", "n_target_frames", "batch_size", "n_workers")
     lengths = config.n_context_frames, config.n_target_frames
 
     def load(clip, side):
         frames = clips.load(clip, side, config.center_crop)
         return frames[: config.n_context_frames], frames[config.n_context_frames :]
 
-    runners.measure(config, clips.find_clips(config, sum(lengths)), load, lambda clip: lengths)
+    loops.measure(config, clips.find_clips(config, sum(lengths)), load, lambda clip: lengths)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,17 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.errors import UserError, choose
-from EasyLM.files import check_output, write_json
 from EasyLM.flags import Flag, run
-from EasyLM.generate import check_sampling, check_seed
-from evaluation import benchmarks, metrics, pictures, plots, tasks
-from evaluation.examples import Results
-from evaluation.prompter import PROMPTER_FLAGS, Prompter
-from evaluation.runners import UNFINISHED
-from tokenizer import images, inception, lpips, scenes
-from tokenizer.metrics import Gaussian, frechet_distance
+from EasyLM.models.generate import check_sampling, check_seed
+from EasyLM.storage.files import check_output, write_json
+from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter
+from evaluation.runs.lines import Results
+from evaluation.runs.loops import UNFINISHED
+from evaluation.tasks import benchmarks, contact_sheet, metrics, plots, tasks
+from tokenizer.image_quality import inception, lpips
+from tokenizer.image_quality.metrics import Gaussian, frechet_distance
+from tokenizer.media import images
+from tokenizer.synthetic import scenes
 
 FLAGS = {
     **PROMPTER_FLAGS,
@@ -323,8 +325,8 @@ def draw(rows: list[tuple[tasks.Task, int, np.ndarray]], rows_per_task: int):
         prompts_QP, truths_Q = task.prompts.shown(shots), task.prompts.answer_Q
         for i in range(min(rows_per_task, len(answers))):
             shown = [*task.pixels[prompts_QP[i]], answers[i], task.pixels[truths_Q[i]]]
-            drawn.append(pictures.Row(task.name, captions, shown))
-    return pictures.sheet(drawn, size=96, framed="the model")
+            drawn.append(contact_sheet.Row(task.name, captions, shown))
+    return contact_sheet.sheet(drawn, size=96, framed="the model")
 
 
 if __name__ == "__main__":

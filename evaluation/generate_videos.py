@@ -12,16 +12,16 @@ import numpy as np
 
 from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run
-from evaluation import clips, examples, runners
-from evaluation.prompter import PROMPTER_FLAGS
-from tokenizer import images, videos
+from evaluation.prompting.prompter import PROMPTER_FLAGS
+from evaluation.runs import clips, lines, loops
+from tokenizer.media import images, videos
 
 FLAGS = {
     **PROMPTER_FLAGS,
     **clips.CLIP_FLAGS,
-    **examples.EXAMPLE_FLAGS,
+    **lines.EXAMPLE_FLAGS,
     "output_dir": Flag("", "Folder to write into."),
-    **runners.GENERATION_FLAGS,
+    **loops.GENERATION_FLAGS,
     "n_context_frames": Flag(12, "Frames of the prompt."),
     "n_new_frames": Flag(4, "Frames to draw after them."),
     "n_candidates": Flag(8, "Different continuations of each clip."),
@@ -32,7 +32,7 @@ FLAGS = {
 
 def main(config) -> None:
     """Continues every clip, prints and writes the figures."""
-    runners.check(config, "n_context_frames", "n_new_frames", "n_candidates", "batch_size_factor", "n_workers")
+    loops.check(config, "n_context_frames", "n_new_frames", "n_candidates", "batch_size_factor", "n_workers")
     if not config.output_dir:
         raise UserError("--output_dir is missing: the folder for the answers")
     if not 0 <= config.fps <= videos.MOST_FPS:
@@ -61,7 +61,7 @@ def main(config) -> None:
 
     cases = clips.find_clips(config, config.n_context_frames + truths)
     _check_places(config, cases)
-    runners.draw(config, cases, load, lambda clip: (config.n_context_frames, truths), save, config.output_dir)
+    loops.draw(config, cases, load, lambda clip: (config.n_context_frames, truths), save, config.output_dir)
 
 
 def _base(config, clip: clips.Clip) -> str:

@@ -26,9 +26,10 @@ import numpy as np
 import optax
 from tqdm import trange
 
-from EasyLM import checkpoint, train
+from EasyLM.checkpoints import saving
 from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import PRESETS
+from EasyLM.training import step
 
 CONFIG = ml_collections.ConfigDict({"float_dtype": "", "save_optimizer_state": True})
 BLOCK = 64 << 20
@@ -56,7 +57,7 @@ def main():
 
 def speed(directory: str, rounds: int) -> None:
     state = make_state()
-    saver = checkpoint.Checkpointer(directory, CONFIG)
+    saver = saving.Checkpointer(directory, CONFIG)
     saver.prepare(state)
     saver.wait()  # in training, compilation takes longer than this
     path = os.path.join(directory, "streaming_train_state")
@@ -77,7 +78,7 @@ def speed(directory: str, rounds: int) -> None:
         timed("write", write, os.path.join(directory, "plain"), os.path.getsize(path))
         os.remove(os.path.join(directory, "plain"))
         timed("read", lambda: len(pathlib.Path(path).read_bytes()))
-        jax.block_until_ready(timed("load", checkpoint.load, f"trainstate::{path}", target))
+        jax.block_until_ready(timed("load", saving.load, f"trainstate::{path}", target))
     gigabytes = os.path.getsize(path) / 1e9
     median = {name: statistics.median(values) for name, values in times.items()}
     print(f"{gigabytes:.2f} GB; seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in median.items()))
@@ -87,11 +88,11 @@ def speed(directory: str, rounds: int) -> None:
     report("seconds that training waits, longest of all", max(times["blocked"]), 0.5)
 
 
-def make_state() -> train.TrainState:
+def make_state() -> step.TrainState:
     def init(key):
         return llama_model.init_params(PRESETS["vqlm_100m"], key)
 
-    shapes = train.state_shapes(init, optax.adamw(1e-3))
+    shapes = step.state_shapes(init, optax.adamw(1e-3))
     return jax.tree.map(lambda shape: jnp.full(shape.shape, 1, shape.dtype), shapes)
 
 
@@ -108,7 +109,7 @@ def extra_memory(directory: str) -> float:
     """Peak of the process's memory over two saves, beyond what it has before, as a share of the state."""
     state = jax.block_until_ready(make_state())
     before = resident("VmRSS")
-    saver = checkpoint.Checkpointer(directory, CONFIG)
+    saver = saving.Checkpointer(directory, CONFIG)
     for i in range(2):
         saver.save(state, i, {}, {})
         saver.wait()

@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from EasyLM import stacking, streaming
+from EasyLM.checkpoints import stacking, streaming
 from EasyLM.models.llama import hf_layout
 from EasyLM.models.llama.llama_config import PRESETS
 

@@ -19,9 +19,11 @@ import time
 
 import numpy as np
 
-from EasyLM import columns, flags, packed, records
-from EasyLM.data import DATASET_FLAGS, make_dataset
+from EasyLM import flags
+from EasyLM.data import packed_file, records
+from EasyLM.data.dataset import DATASET_FLAGS, make_dataset
 from EasyLM.flags import Flag
+from EasyLM.storage import columns
 from EasyLM.vocab import CODEBOOK_SIZE, VOCAB_SIZE
 
 SEQ_LENGTH = 4096
@@ -55,7 +57,7 @@ def main(config) -> None:
         index_rate = os.path.getsize(path) / 1e6 / (time.perf_counter() - begin)
         plain, ours = rates(path, source)
         packed_path = os.path.join(directory, "sentences.packed")
-        packed.write(packed_path, [(path, records.read_records(path, CODEBOOK_SIZE))], keep_others=True)
+        packed_file.write(packed_path, [(path, records.read_records(path, CODEBOOK_SIZE))], keep_others=True)
         copied, in_order = packed_rates(packed_path)
         shuffled = {name: shuffled_rate(at) for name, at in (("JSONL", path), ("packed", packed_path))}
     met = [

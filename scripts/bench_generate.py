@@ -27,12 +27,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from EasyLM import flags, generate, sharding, stacking
+from EasyLM import flags
+from EasyLM.checkpoints import stacking
+from EasyLM.checkpoints.msgpack_arrays import Entry
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
+from EasyLM.models import generate
 from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_decode import LLaMADecoder
-from EasyLM.msgpack_arrays import Entry
+from EasyLM.parallel.mesh import make_mesh, shardings
 from EasyLM.vocab import CODEBOOK_SIZE
 
 BOUNDS = {1: 2.0, 4: 5.0}  # candidates -> times the peer's speed, on a CPU
@@ -65,8 +68,8 @@ def on_cpu(config, model) -> None:
     params = random_params(model, jnp.float32)
     peer = Peer(model, params, jnp.float32) if config.peer else None
     devices = jax.devices()[: math.gcd(jax.device_count(), model.num_attention_heads)]
-    mesh = sharding.make_mesh("1,1,-1", devices)
-    params = jax.device_put(params, sharding.shardings(mesh, llama_config.PARTITION_RULES, params))
+    mesh = make_mesh("1,1,-1", devices)
+    params = jax.device_put(params, shardings(mesh, llama_config.PARTITION_RULES, params))
     prompt_P = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, config.prompt_tokens).astype(np.int32)
 
     def ours(candidates, new_tokens=config.new_tokens, temperature=1.0):

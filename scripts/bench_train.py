@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from EasyLM import flags, optimizers, train
+from EasyLM import flags
 from EasyLM.flags import Flag
 from EasyLM.models.llama import llama_config, llama_model
+from EasyLM.training import optimizers
+from EasyLM.training.step import TrainState, make_train_step
 
 SIDE = 2048  # of the matmul: 17 GFLOP, 50 MB, at the best rate that larger ones reach
 LEAST_SHARE, MOST_COMPILE_SECONDS = 0.5, 20.0
@@ -34,9 +36,9 @@ def main(config) -> None:
     model = llama_config.build_config(config.load_llama_config, {}, config.update_llama_config)
     optimizer, learning_rate = optimizers.make_optimizer(config.optimizer)
     loss_fn = llama_model.make_loss_fn(model, jnp.float32)
-    step = jax.jit(train.make_train_step(loss_fn, optimizer, learning_rate, seed=0), donate_argnums=0)
+    step = jax.jit(make_train_step(loss_fn, optimizer, learning_rate, seed=0), donate_argnums=0)
     params = jax.jit(lambda key: llama_model.init_params(model, key))(jax.random.key(0))
-    state = train.TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
+    state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
     shape = config.batch_size, config.seq_length
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
     batch = {"input_tokens": tokens[0], "target_tokens": tokens[1], "loss_masks": np.ones(shape, np.float32)}

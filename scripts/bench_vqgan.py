@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from EasyLM.flags import Flag, run
-from tokenizer import codec, weights
-from tokenizer.vqgan import VQGAN, VQGANConfig
+from tokenizer.vqgan import codec, weights
+from tokenizer.vqgan.model import VQGAN, VQGANConfig
 
 LEAST_RATIO = 1.0
 FLAGS = {

@@ -10,9 +10,10 @@ import sys
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from EasyLM import records
+from EasyLM.data import records
 from EasyLM.vocab import CODEBOOK_SIZE
-from tokenizer import images, pictures
+from tokenizer.builders import image_ref
+from tokenizer.media import images
 
 SIDE, GAP, LABEL, MOST = 64, 4, 128, 12  # pixels; pixels; pixels; pictures of a row
 
@@ -21,13 +22,13 @@ def main(output: str, paths: list[str]) -> None:
     sentences = []
     for path in paths:
         _, record = next(iter(records.read_records(path, CODEBOOK_SIZE)))
-        sentences.append((record["kind"], pictures.of_record(record)[:MOST]))
+        sentences.append((record["kind"], image_ref.of_record(record)[:MOST]))
     longest = max(len(sentence) for _, sentence in sentences)
     rows = []
     for kind, sentence in sentences:
         row = np.full((longest, SIDE, SIDE, 3), 255, np.uint8)
         for i, picture in enumerate(sentence):
-            row[i] = pictures.read([picture], SIDE)[0]
+            row[i] = image_ref.read([picture], SIDE)[0]
         rows.append(np.concatenate([_label(kind), images.grid(row, longest, GAP)], axis=1))
     between = np.full((GAP, rows[0].shape[1], 3), 255, np.uint8)
     images.save(output, np.concatenate([part for row in rows for part in (row, between)][:-1]))

@@ -26,11 +26,11 @@ import numpy as np
 from PIL import Image
 
 from EasyLM.errors import UserError
-from EasyLM.files import check_output
 from EasyLM.flags import Flag, run
+from EasyLM.storage.files import check_output
 from evaluation.demo import FLAGS as DEMO_FLAGS
-from evaluation.prompter import PROMPTER_FLAGS
-from tokenizer import scenes
+from evaluation.prompting.prompter import PROMPTER_FLAGS
+from tokenizer.synthetic import scenes
 
 FLAGS = {
     **PROMPTER_FLAGS,

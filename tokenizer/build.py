@@ -17,22 +17,24 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM import files, records
+from EasyLM.data import records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from EasyLM.workers import Workers
-from tokenizer import images, pictures, sentences, videos
-from tokenizer.code_cache import CodeCache
-from tokenizer.codec import CODEC_FLAGS, Codec
-from tokenizer.collect import Inputs, Side
-from tokenizer.kinds import KINDS, Kind, compose
-from tokenizer.pictures import Picture
-from tokenizer.pipeline import Encoder, Pipeline
-from tokenizer.problems import Problems
-from tokenizer.resumable import ResumableFile
+from EasyLM.process_pool import Workers
+from EasyLM.storage import files
+from tokenizer.builders import arrangements, image_ref
+from tokenizer.builders.code_cache import CodeCache
+from tokenizer.builders.file_index import Inputs, Side
+from tokenizer.builders.image_ref import Picture
+from tokenizer.builders.kinds import KINDS, Kind, compose
+from tokenizer.builders.pipeline import Encoder, Pipeline
+from tokenizer.builders.resumable_file import ResumableFile
+from tokenizer.media import images, videos
+from tokenizer.sentence_files.skipped_inputs import Problems
+from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
 
 _BATCHES = 6  # under way at a time: up to three on the device or before it, the others being read
-_SEVERAL_TIMES = (sentences.video, sentences.multi_sequence)  # orders that show a picture twice in an epoch
+_SEVERAL_TIMES = (arrangements.video, arrangements.multi_sequence)  # orders that show a picture twice in an epoch
 _BEGIN = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}
 VERSION = 1  # of the sentences that follow from flags and inputs: a build that was stopped under another cannot go on
 
@@ -159,7 +161,7 @@ def _build(config, codec: Codec, composed: Callable, span: range, file: Resumabl
     with Workers(config.workers) as workers, contextlib.closing(Encoder(codec)) as encoder, _bar(config) as bar:
         _begin(bar, state["example"] - span.start, len(span))
         depth = _BATCHES * config.batch_size + 2 * config.workers
-        read = functools.partial(workers.submit, functools.partial(pictures.read, size=codec.config.resolution))
+        read = functools.partial(workers.submit, functools.partial(image_ref.read, size=codec.config.resolution))
         done = state["example"], state["number"]
         to_come = (s for s in composed(range(done[0], span.stop), workers, problems) if (s.example, s.number) >= done)
         for sentence, codes in Pipeline(read, encoder, cache, config.batch_size, depth).run(to_come):
@@ -200,7 +202,7 @@ def _begin(bar: tqdm, done: int, total: int) -> None:
 def _line(kind: str, sentence: list[Picture], codes: np.ndarray, num_codes: int) -> bytes:
     tokens = codes.reshape(-1).astype(np.int32)
     records.check_ids(tokens, num_codes)
-    return records.record_line(tokens, kind=kind, **pictures.facts(sentence))
+    return records.record_line(tokens, kind=kind, **image_ref.facts(sentence))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from EasyLM import files
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from tokenizer import images, sentence_files, videos
-from tokenizer.codec import CODEC_FLAGS, Codec
-from tokenizer.problems import Problems
+from EasyLM.storage import files
+from tokenizer.media import images, videos
+from tokenizer.sentence_files import reader
+from tokenizer.sentence_files.skipped_inputs import Problems
+from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
 
 SHEET = "sentences.html"
 THUMBNAIL = 128  # pixels, of a picture on the sheet
@@ -40,7 +41,7 @@ def main(config) -> None:
     parse_ranges(config.sentences)  # before the model is loaded
     files.version(config.input_file)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
-    lines = sentence_files.read(config.input_file, codec.config.num_embeddings, Problems(0))
+    lines = reader.read(config.input_file, codec.config.num_embeddings, Problems(0))
     chosen = choose(lines, config)
     drawn = (
         (number, pictures_of(codec, ids, f"{config.input_file}: sentence {number}"), record)

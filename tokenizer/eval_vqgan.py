@@ -11,11 +11,12 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM import files
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from tokenizer import images, inception, metrics
-from tokenizer.codec import CODEC_FLAGS, Codec
+from EasyLM.storage import files
+from tokenizer.image_quality import inception, metrics
+from tokenizer.media import images
+from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
 
 FLAGS = {
     "input_dirs": Flag("", "Comma list of folders of pictures, those below them included."),

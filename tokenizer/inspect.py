@@ -10,11 +10,12 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM import files
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
+from EasyLM.storage import files
 from EasyLM.vocab import CODEBOOK_SIZE, TOKENS_PER_IMAGE, VOCAB_SIZE
-from tokenizer import charts, images, sentence_files
+from tokenizer.media import charts, images
+from tokenizer.sentence_files import reader
 
 FLAGS = {
     "input_files": Flag("", "JSONL files, also .gz and .zst, and packed ones: a comma list of paths and globs."),
@@ -120,7 +121,7 @@ def main(config) -> None:
     bad, summary = BadLines(config.max_listed), Summary(vocab_size, config.codebook_size, config.tokens_per_image)
     with tqdm(unit=" sentences", desc="reading", disable=not sys.stderr.isatty()) as bar:
         for path in paths:
-            for ids, record in sentence_files.read(path, config.vocab_size, bad):
+            for ids, record in reader.read(path, config.vocab_size, bad):
                 summary.add(ids, record)
                 bar.update()
     figures = summary.figures() | {"files": len(paths), "bad_lines": bad.count, "first_bad_lines": bad.first}

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM import files, mixing, packed, records
+from EasyLM.data import packed_file, proportions, records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
+from EasyLM.storage import files
 from EasyLM.vocab import VOCAB_SIZE
-from tokenizer import shuffle
-from tokenizer.problems import Problems
+from tokenizer.sentence_files import disk_shuffle
+from tokenizer.sentence_files.skipped_inputs import Problems
 
 FLAGS = {
     "inputs": Flag("", "JSONL files, also .gz and .zst: a comma list of paths and globs; a glob is one input."),
@@ -71,7 +72,7 @@ def main(config) -> None:
         with tempfile.TemporaryDirectory(dir=directory, prefix=".mix_") as folder, open(temporary, "wb") as file:
             lines = _keyed_lines(sources, config.seed, tqdm(total=total, unit=" sentences", desc="reading"))
             bar = tqdm(total=total, unit=" sentences", desc="writing")
-            for line in shuffle.by_key(lines, expected, memory, folder):
+            for line in disk_shuffle.by_key(lines, expected, memory, folder):
                 file.write(line + b"\n")
                 bar.update()
             bar.close()
@@ -99,7 +100,7 @@ def _sources(config) -> list[Source]:
     sources = [Source(name, paths) for name, paths in files.expand_parts("inputs", config.inputs)]
     for source in sources:
         for path in source.paths:
-            if packed.is_packed(path):
+            if packed_file.is_packed(path):
                 raise UserError(
                     f"--inputs={config.inputs}: {path} is packed: unpack it first (tokenizer.pack --unpack)"
                 )
@@ -133,13 +134,13 @@ def _check_lines(sources: list[Source], vocab_size: int, problems: Problems) -> 
 def _taken(sources: list[Source], config) -> list[int]:
     """How many sentences of each source go into the mixture."""
     if config.counts:
-        return mixing.parse_numbers("counts", config.counts, len(sources), int)
+        return proportions.parse_numbers("counts", config.counts, len(sources), int)
     if not config.weights:
         return [source.sentences for source in sources]
-    weights = mixing.parse_numbers("weights", config.weights, len(sources))
+    weights = proportions.parse_numbers("weights", config.weights, len(sources))
     weighty = [(source.sentences, weight) for source, weight in zip(sources, weights) if weight]
     total = config.total or int(min(count * sum(weights) / weight for count, weight in weighty))
-    return mixing.proportional(total, weights)
+    return proportions.proportional(total, weights)
 
 
 def _check_disk(directory: str, expected: int, config) -> None:
@@ -164,7 +165,7 @@ def _keyed_lines(sources: list[Source], seed: int, bar) -> Iterator[tuple[int, b
             left = source.sentences
             for line in _good_lines(source):
                 # Each of the sentences that are left is as likely to be one of those still wanted (Knuth, algorithm S).
-                chosen = next(chances) * left < wanted << shuffle.KEY_BITS
+                chosen = next(chances) * left < wanted << disk_shuffle.KEY_BITS
                 wanted, left = wanted - chosen, left - 1
                 for _ in range(copies + chosen):
                     yield next(keys), line
@@ -186,7 +187,7 @@ def _good_lines(source: Source) -> Iterator[bytes]:
 def _draws(rng: np.random.Generator) -> Iterator[int]:
     """Random numbers of 64 bits, without end."""
     while True:
-        yield from rng.integers(0, 1 << shuffle.KEY_BITS, _DRAWS, np.uint64).tolist()
+        yield from rng.integers(0, 1 << disk_shuffle.KEY_BITS, _DRAWS, np.uint64).tolist()
 
 
 def _report(sources: list[Source], total: int, config) -> None:

@@ -11,21 +11,24 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from EasyLM import files, packed, records
+from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
+from EasyLM.storage import files
 from EasyLM.vocab import VOCAB_SIZE
-from tokenizer import sentence_files
-from tokenizer.problems import Problems
+from tokenizer.sentence_files import reader
+from tokenizer.sentence_files.skipped_inputs import Problems
 
 _UNPACKED = 4  # bytes of JSONL in one of .gz or .zst, about: of an id's 43 bits of base64, 13 say something
 
 FLAGS = {
     "input_files": Flag("", "JSONL files, also .gz and .zst, or packed ones: a comma list of paths and globs."),
-    "output_file": Flag("", f"The file to write, *{packed.ENDING}; with --unpack, JSONL. It appears when it is whole."),
+    "output_file": Flag(
+        "", f"The file to write, *{packed_file.ENDING}; with --unpack, JSONL. It appears when it is whole."
+    ),
     "unpack": Flag(False, "Make JSONL of packed files."),
     "keep_others": Flag(True, "Keep what rides along with the ids (kind, sources)."),
-    "vocab_size": Flag(VOCAB_SIZE, f"Ids must be below it; at most {packed.LARGEST_ID + 1}."),
+    "vocab_size": Flag(VOCAB_SIZE, f"Ids must be below it; at most {packed_file.LARGEST_ID + 1}."),
     "max_errors": Flag(0, "Leave out up to so many lines that are no records, each named; one more is an error."),
 }
 
@@ -38,14 +41,16 @@ def main(config) -> None:
     with tqdm(unit=" sentences", desc="unpacking" if config.unpack else "packing") as bar:
 
         def sentences(path: str) -> Iterator:
-            for sentence in sentence_files.read(path, config.vocab_size, problems):
+            for sentence in reader.read(path, config.vocab_size, problems):
                 bar.update()
                 yield sentence
 
         if config.unpack:
             facts = _unpack(itertools.chain.from_iterable(map(sentences, paths)), config)
         else:
-            facts = packed.write(config.output_file, ((path, sentences(path)) for path in paths), config.keep_others)
+            facts = packed_file.write(
+                config.output_file, ((path, sentences(path)) for path in paths), config.keep_others
+            )
     size = os.path.getsize(config.output_file)
     each = f"{size / max(facts['tokens'], 1):.2f} bytes a token"
     left_out = f", {len(problems)} bad lines left out" if len(problems) else ""
@@ -55,17 +60,19 @@ def main(config) -> None:
 def _check(config) -> list[str]:
     if not config.output_file:
         raise UserError("--output_file is missing")
-    if not 1 <= config.vocab_size <= packed.LARGEST_ID + 1:
-        raise UserError(f"--vocab_size={config.vocab_size}: must be 1 to {packed.LARGEST_ID + 1}, ids take two bytes")
+    if not 1 <= config.vocab_size <= packed_file.LARGEST_ID + 1:
+        raise UserError(
+            f"--vocab_size={config.vocab_size}: must be 1 to {packed_file.LARGEST_ID + 1}, ids take two bytes"
+        )
     if config.max_errors < 0:
         raise UserError(f"--max_errors={config.max_errors}: must be at least 0")
     paths = files.expand("input_files", config.input_files)
     for path in paths:
-        if packed.is_packed(path) != config.unpack:
-            what = f"is no {packed.ENDING} file" if config.unpack else "is packed already (--unpack=True unpacks)"
+        if packed_file.is_packed(path) != config.unpack:
+            what = f"is no {packed_file.ENDING} file" if config.unpack else "is packed already (--unpack=True unpacks)"
             raise UserError(f"--input_files={config.input_files}: {path} {what}")
-    if packed.is_packed(config.output_file) == config.unpack or files.is_compressed(config.output_file):
-        ending = ".jsonl" if config.unpack else packed.ENDING
+    if packed_file.is_packed(config.output_file) == config.unpack or files.is_compressed(config.output_file):
+        ending = ".jsonl" if config.unpack else packed_file.ENDING
         raise UserError(f"--output_file={config.output_file}: must end in {ending}, by which it is recognised")
     return paths
 

@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from EasyLM.workers import end_with_parent
-from tokenizer import images, photos, pictures, scenes, videos
+from EasyLM.process_pool import end_with_parent
+from tokenizer.builders import image_ref
+from tokenizer.media import images, videos
+from tokenizer.synthetic import photos, scenes
 
 _SEEDS = 10**6  # room between two values of --seed, so that their pictures differ
 
@@ -84,7 +86,7 @@ def _photo(index: int, *, held_out: bool, recolour: bool, first_seed: int, size:
     colour = photos.crop(first_seed + index, size, held_out)
     if recolour:
         colour = photos.recoloured(colour, first_seed + index)
-    for name, picture in {"photo_color": colour, "photo_gray": pictures.gray(colour)}.items():
+    for name, picture in {"photo_color": colour, "photo_gray": image_ref.gray(colour)}.items():
         images.save(os.path.join(root, name, f"{index:06d}.png"), picture)
 
 

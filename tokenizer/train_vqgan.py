@@ -14,15 +14,22 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import checkpoint, columns, flags, loading, run, sharding
+from EasyLM import flags
+from EasyLM.checkpoints import loading, saving
+from EasyLM.data.token_rows import permuted
 from EasyLM.errors import UserError
-from EasyLM.files import is_remote
 from EasyLM.flags import Flag
-from EasyLM.rows import permuted
-from tokenizer import images, lpips, objective, weights
-from tokenizer.adversary import ADVERSARY_FLAGS, Adversary
-from tokenizer.codec import DTYPES, Codec
-from tokenizer.vqgan import VQGANConfig
+from EasyLM.parallel.mesh import check_batch_size, initialize_distributed, make_mesh
+from EasyLM.storage import columns
+from EasyLM.storage.files import is_remote
+from EasyLM.training import run
+from tokenizer.image_quality import lpips
+from tokenizer.media import images
+from tokenizer.training import losses
+from tokenizer.training.discriminator import ADVERSARY_FLAGS, Adversary
+from tokenizer.vqgan import weights
+from tokenizer.vqgan.codec import DTYPES, Codec
+from tokenizer.vqgan.model import VQGANConfig
 
 _MODEL_HELP = {
     "resolution": "Side of a picture in pixels.",
@@ -51,7 +58,7 @@ DEFINITIONS = {
     **run.RUN_FLAGS,
     "total_steps": Flag(250_000, "Steps to train in total, those before a resume included."),
     "save_model_freq": Flag(1000, "Steps between checkpoints; must be positive: the model comes from the last one."),
-    "checkpointer": {**checkpoint.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
+    "checkpointer": {**saving.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
     "dtype": Flag("fp32", "Type of the computation; parameters and losses are float32.", choices=tuple(DTYPES)),
     "input_dirs": Flag("", "Comma list of folders of pictures, those below them included."),
     "eval_dirs": Flag("", "Comma list of folders of held-out pictures, for --eval_steps and reconstructions.png."),
@@ -108,11 +115,11 @@ class PictureRows:
 def main(config) -> None:
     """Trains as the flags say, then writes the model and the picture."""
     logging.getLogger().setLevel(logging.INFO)
-    sharding.initialize_distributed(config.jax_distributed)
+    initialize_distributed(config.jax_distributed)
     settings = model_config(config.vqgan)
     _check(config)
-    mesh = sharding.make_mesh(config.mesh_dim)
-    sharding.check_batch_size("batch_size", config.batch_size, mesh)
+    mesh = make_mesh(config.mesh_dim)
+    check_batch_size("batch_size", config.batch_size, mesh)
     run_dir = run.run_directory(config)
     run.check(config, run_dir)
     data = PictureRows(config.input_dirs, "input_dirs", settings.resolution, config.seed)
@@ -158,7 +165,7 @@ def model_config(values) -> VQGANConfig:
         raise UserError(f"--vqgan.{error}") from None
 
 
-def make_objective(config, settings: VQGANConfig) -> objective.Objective:
+def make_objective(config, settings: VQGANConfig) -> losses.Objective:
     """What the flags ask for: perceptual weights are read here.
 
     Raises:
@@ -166,7 +173,7 @@ def make_objective(config, settings: VQGANConfig) -> objective.Objective:
     """
     dtype = DTYPES[config.dtype]
     asked = config.adversary.weight != 0
-    return objective.Objective(
+    return losses.Objective(
         settings,
         dtype,
         gradient_weight=config.gradient_weight,
@@ -207,8 +214,8 @@ def make_problem(config, settings: VQGANConfig, data, eval_data) -> run.Problem:
 
 def export(run_dir: str, settings: VQGANConfig) -> None:
     """Writes the averaged model of the newest checkpoint to `run_dir/vqgan`, in float16."""
-    state = loading.load(checkpoint.newest(run_dir).spec)
-    weights.save(objective.make_model(settings, state["params"]), os.path.join(run_dir, "vqgan"), np.float16)
+    state = loading.load(saving.newest(run_dir).spec)
+    weights.save(losses.make_model(settings, state["params"]), os.path.join(run_dir, "vqgan"), np.float16)
 
 
 def draw_reconstructions(run_dir: str, data: PictureRows, count: int = 12) -> None:

@@ -9,19 +9,20 @@ import shutil
 
 from tqdm import tqdm
 
-from EasyLM import checkpoint, flags
+from EasyLM import flags
+from EasyLM.checkpoints import saving
+from EasyLM.checkpoints.msgpack_arrays import Entry
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_beside
-from EasyLM.msgpack_arrays import Entry
 
 DEFINITIONS = {
     "load_checkpoint": Flag("", "PREFIX::FILE of the parameters: trainstate_params, params, flax_params, ..."),
     "model_size": Flag("", "Preset of the model; empty: as the metadata beside the checkpoint says."),
     "output_dir": Flag("", "Directory for config.json, generation_config.json and the safetensors shards."),
     "float_dtype": Flag(
-        "", "Type of the exported weights; empty: the checkpoint's.", choices=("", *checkpoint.FLOAT_DTYPES)
+        "", "Type of the exported weights; empty: the checkpoint's.", choices=("", *saving.FLOAT_DTYPES)
     ),
 }
 
@@ -37,9 +38,9 @@ def main(config) -> None:
         raise UserError(
             f"--load_checkpoint={config.load_checkpoint}: only parameters are exported: trainstate_params::"
         )
-    entries = checkpoint.open_checkpoint(config.load_checkpoint)
+    entries = saving.open_checkpoint(config.load_checkpoint)
     model = _model(config)
-    dtype = checkpoint.FLOAT_DTYPES.get(config.float_dtype)
+    dtype = saving.FLOAT_DTYPES.get(config.float_dtype)
     export(model, hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype), config.output_dir)
     print(f"exported to {config.output_dir}")
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from EasyLM import msgpack_arrays
+from EasyLM.checkpoints import msgpack_arrays
+from EasyLM.checkpoints.msgpack_arrays import Entry
 from EasyLM.errors import UserError
-from EasyLM.msgpack_arrays import Entry
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

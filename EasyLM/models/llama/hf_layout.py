@@ -11,11 +11,11 @@ import os
 import jax
 import numpy as np
 
-from EasyLM import loading, stacking
+from EasyLM.checkpoints import loading, stacking
+from EasyLM.checkpoints.msgpack_arrays import Entry
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig, config_from_dict
-from EasyLM.msgpack_arrays import Entry
 
 _IN_LAYER = {
     "attention/wq/kernel": "self_attn.q_proj",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import PartitionSpec as P
 
-from EasyLM.checkpoint import beside, load_metadata
+from EasyLM.checkpoints.saving import beside, load_metadata
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.vocab import BOS, EOS, PAD, VOCAB_SIZE

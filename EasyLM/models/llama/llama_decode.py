@@ -16,14 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import sharding
-from EasyLM.attention import Pattern
 from EasyLM.errors import UserError
-from EasyLM.generate import check_tokens
+from EasyLM.models.attention import Pattern
+from EasyLM.models.generate import check_tokens
 from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
 from EasyLM.models.llama.llama_model import Block, Context, RMSNorm, constrain
-from EasyLM.sharding import BATCH_AXES
+from EasyLM.parallel.mesh import BATCH_AXES, shardings
 
 _LOWEST = -1e30
 _LOGITS = 2048  # tokens whose logits exist at once in `log_likelihoods`
@@ -68,7 +67,7 @@ class LLaMADecoder:
         }
         if self.mesh is None:
             return weights
-        return jax.lax.with_sharding_constraint(weights, sharding.shardings(self.mesh, _DECODE_RULES, weights))
+        return jax.lax.with_sharding_constraint(weights, shardings(self.mesh, _DECODE_RULES, weights))
 
     def prefill(self, params, prompts_BP, mask_BP, allowed_ids):
         model = llama_model.with_params(self.config, params, self.dtype)

@@ -7,10 +7,15 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from EasyLM import data, files, flags, optimizers, processes, run, sharding, text
+from EasyLM import flags
+from EasyLM.data import dataset, text_tokenizer
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
+from EasyLM.parallel import coordination
+from EasyLM.parallel.mesh import check_batch_size, initialize_distributed, make_mesh
+from EasyLM.storage import files
+from EasyLM.training import optimizers, run
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
@@ -20,9 +25,9 @@ DEFINITIONS = {
     "load_llama_config": Flag("", "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release)."),
     "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
     "llama": llama_config.LLAMA_FLAGS,
-    "tokenizer": text.TOKENIZER_FLAGS,
-    "train_dataset": data.DATASET_FLAGS,
-    "eval_dataset": data.DATASET_FLAGS,
+    "tokenizer": text_tokenizer.TOKENIZER_FLAGS,
+    "train_dataset": dataset.DATASET_FLAGS,
+    "eval_dataset": dataset.DATASET_FLAGS,
     "optimizer": optimizers.OPTIMIZER_FLAGS,
 }
 
@@ -30,11 +35,11 @@ DEFINITIONS = {
 def main(config) -> None:
     """Trains as the flags say. All that can be checked is checked before the data is indexed and the model compiled."""
     logging.getLogger().setLevel(logging.INFO)
-    sharding.initialize_distributed(config.jax_distributed)
+    initialize_distributed(config.jax_distributed)
     model = llama_config.build_config(config.load_llama_config, config.llama, config.update_llama_config)
     optimizer, learning_rate = optimizers.make_optimizer(config.optimizer)
-    tokenizer = text.load_tokenizer(config.tokenizer)
-    mesh = sharding.make_mesh(config.mesh_dim)
+    tokenizer = text_tokenizer.load_tokenizer(config.tokenizer)
+    mesh = make_mesh(config.mesh_dim)
     used = ["train_dataset"] + ["eval_dataset"] * (config.eval_steps > 0)
     for name in used:
         _check_dataset_flags(name, config[name], model, mesh)
@@ -42,10 +47,10 @@ def main(config) -> None:
             files.expand_parts(f"{name}.json_dataset.path", config[name].json_dataset.path)
     run_dir = run.run_directory(config)
     run.check(config, run_dir, hf_layout.PREFIXES)
-    sources = {
-        name: processes.first_process_first(partial(data.make_dataset, config[name], tokenizer, model.vocab_size, name))
-        for name in used
-    }
+    sources = {}
+    for name in used:
+        make_source = partial(dataset.make_dataset, config[name], tokenizer, model.vocab_size, name)
+        sources[name] = coordination.first_process_first(make_source)
     seq_length = sources["train_dataset"].seq_length
     problem = run.Problem(
         init_params=partial(llama_model.init_params, model),
@@ -59,8 +64,8 @@ def main(config) -> None:
         saved_settings=_saved_settings,
         data=sources["train_dataset"],
         eval_data=sources.get("eval_dataset"),
-        batch_size=data.settings(config.train_dataset).batch_size,
-        eval_batch_size=data.settings(config.eval_dataset).batch_size,
+        batch_size=dataset.settings(config.train_dataset).batch_size,
+        eval_batch_size=dataset.settings(config.eval_dataset).batch_size,
         units_per_row=seq_length,
         flops_per_row=seq_length * llama_config.flops_per_token(model, seq_length),
         accumulate_gradient_steps=config.optimizer.accumulate_gradient_steps,
@@ -80,9 +85,9 @@ def _saved_settings(spec: str) -> dict:
 
 
 def _check_dataset_flags(name, dataset_config, model, mesh) -> None:
-    settings = data.settings(dataset_config)
+    settings = dataset.settings(dataset_config)
     group = f"{name}.{dataset_config.type}_dataset"
-    sharding.check_batch_size(f"{group}.batch_size", settings.batch_size, mesh)
+    check_batch_size(f"{group}.batch_size", settings.batch_size, mesh)
     if settings.seq_length > model.max_sequence_length:
         raise UserError(
             f"--{group}.seq_length={settings.seq_length}: longer than the model's "

@@ -1,0 +1,165 @@
+"""Optimizers from settings. The structure of each state gives the keys of the LVM release's checkpoints."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from EasyLM.checkpoints import stacking
+from EasyLM.errors import UserError, choose
+from EasyLM.flags import Flag
+
+_SHARED = {
+    "clip_gradient": Flag(1.0, "Gradients are scaled down to at most this global norm."),
+    "weight_decay": Flag(1e-4, "Decoupled weight decay, of every parameter."),
+    "bf16_momentum": Flag(False, "Keep the first moment in bfloat16."),
+}
+OPTIMIZER_FLAGS = {
+    "type": Flag("adamw", "adamw, or palm: Adafactor without factors, as PaLM used.", choices=("adamw", "palm")),
+    "accumulate_gradient_steps": Flag(1, "Micro-steps whose mean gradient makes one update."),
+    "adamw_optimizer": {
+        "init_lr": Flag(0.0, "Learning rate of the first update."),
+        "end_lr": Flag(0.001, "Learning rate from lr_decay_steps on."),
+        "lr": Flag(0.01, "Largest learning rate, after the warm-up."),
+        "lr_warmup_steps": Flag(2000, "Updates of linear warm-up."),
+        "lr_decay_steps": Flag(500000, "Update at which the cosine decay ends, the warm-up included."),
+        "b1": Flag(0.9, "Decay rate of the first moment."),
+        "b2": Flag(0.95, "Decay rate of the second moment."),
+        "multiply_by_parameter_scale": Flag(False, "Scale each tensor's update by its own size, as Adafactor does."),
+        **_SHARED,
+    },
+    "palm_optimizer": {
+        "lr": Flag(0.01, "Learning rate in hundredths of 1 / sqrt(step)."),
+        "lr_warmup_steps": Flag(10000, "Updates during which the rate stays at its largest."),
+        "b1": Flag(0.9, "Decay rate of the momentum."),
+        "b2": Flag(0.99, "Exponent of the second moment's decay: 1 - t^-b2 at update t."),
+        **_SHARED,
+    },
+}
+
+
+def make_optimizer(config) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of `config` (the settings of `OPTIMIZER_FLAGS`), and its learning rate.
+
+    Returns:
+      (transform, learning_rate): `learning_rate(opt_state)` is the rate that the next update uses. Under accumulation
+      that is the update to which the micro-steps in hand will lead.
+
+    Raises:
+      UserError: naming the flag, its value and the rule or the choices.
+    """
+    choose("--optimizer.type", config.type, OPTIMIZERS)
+    _require("accumulate_gradient_steps", config.accumulate_gradient_steps, lambda k: k >= 1, "at least 1")
+    settings = config[f"{config.type}_optimizer"]
+    for name, valid, rule in (
+        ("lr", lambda x: x >= 0, "at least 0"),
+        ("b1", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        ("b2", lambda x: 0 < x < 1, "between 0 and 1"),
+        ("clip_gradient", lambda x: x > 0, "positive"),
+        ("weight_decay", lambda x: x >= 0, "at least 0"),
+    ):
+        _require(f"{config.type}_optimizer.{name}", settings[name], valid, rule)
+    transform, schedule = OPTIMIZERS[config.type](settings)
+
+    def learning_rate(opt_state):
+        inner = opt_state.inner_opt_state if config.accumulate_gradient_steps > 1 else opt_state
+        # The chains differ in which member holds the schedule, but only one scales by it.
+        return schedule(next(state.count for state in inner[1] if isinstance(state, optax.ScaleByScheduleState)))
+
+    if config.accumulate_gradient_steps > 1:
+        transform = optax.MultiSteps(transform, config.accumulate_gradient_steps).gradient_transformation()
+    return transform, learning_rate
+
+
+def _adamw(c):
+    for name in ("init_lr", "end_lr", "lr_warmup_steps"):
+        _require(f"adamw_optimizer.{name}", c[name], lambda x: x >= 0, "at least 0")
+    rule = f"more than lr_warmup_steps={c.lr_warmup_steps}"
+    _require("adamw_optimizer.lr_decay_steps", c.lr_decay_steps, lambda steps: steps > c.lr_warmup_steps, rule)
+    schedule = optax.warmup_cosine_decay_schedule(c.init_lr, c.lr, c.lr_warmup_steps, c.lr_decay_steps, c.end_lr)
+    if c.multiply_by_parameter_scale:
+        return _adafactor(c, schedule, lambda count: -c.weight_decay * schedule(count)), schedule
+    adamw = optax.adamw(schedule, c.b1, c.b2, weight_decay=c.weight_decay, mu_dtype=_momentum_dtype(c))
+    return optax.chain(optax.clip_by_global_norm(c.clip_gradient), adamw), schedule
+
+
+def _palm(c):
+    """PaLM's (arXiv 2204.02311, section 5): rate and weight decay fall as 1 / sqrt(step) and 1 / step."""
+    _require("palm_optimizer.lr_warmup_steps", c.lr_warmup_steps, lambda x: x >= 1, "at least 1")
+
+    def schedule(count):
+        return c.lr / 0.01 / jnp.sqrt(jnp.maximum(count, c.lr_warmup_steps))
+
+    return _adafactor(c, schedule, lambda count: -c.weight_decay / 1e-4 * jnp.square(schedule(count))), schedule
+
+
+OPTIMIZERS = {"adamw": _adamw, "palm": _palm}
+
+
+def _adafactor(c, schedule, decay_schedule):
+    """Clipping, then Adafactor with a full second moment (arXiv 1804.04235), then decay by its own schedule."""
+    adafactor = optax.chain(
+        _scale_by_second_moment(c.b2),
+        optax.scale_by_learning_rate(schedule, flip_sign=False),
+        _scale_by_parameter_size(),
+        optax.ema(c.b1, debias=False, accumulator_dtype=_momentum_dtype(c)),
+        optax.scale(-1),
+    )
+    # The mask takes in every parameter; it is there for the keys that the release's state has.
+    decay = optax.masked(_add_scheduled_decay(decay_schedule), lambda params: jax.tree.map(lambda _: True, params))
+    return optax.chain(optax.clip_by_global_norm(c.clip_gradient), adafactor, decay)
+
+
+def _momentum_dtype(c):
+    return jnp.bfloat16 if c.bf16_momentum else jnp.float32
+
+
+def _scale_by_second_moment(exponent: float, epsilon: float = 1e-30) -> optax.GradientTransformation:
+    """`optax.scale_by_factored_rms(factored=False)` whose placeholders of factors have one row a layer, as the rest."""
+
+    def init(params):
+        def placeholder(param, stacked):
+            return jnp.zeros((param.shape[0], 1) if stacked else (1,), param.dtype)
+
+        factors = jax.tree.map(placeholder, params, _stacked(params))
+        return optax.FactoredState(jnp.zeros([], jnp.int32), factors, factors, jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients, state, params):
+        decay = 1 - jnp.float32(state.count + 1) ** -exponent
+        v = jax.tree.map(lambda g, v: decay * v + (1 - decay) * (jnp.square(g) + epsilon), gradients, state.v)
+        updates = jax.tree.map(lambda g, v: g * v**-0.5, gradients, v)
+        return updates, state._replace(count=optax.safe_increment(state.count), v=v)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_by_parameter_size(least: float = 1e-3) -> optax.GradientTransformation:
+    """Scales each tensor's update by the tensor's root mean square. Of stacked layers each is a tensor of its own."""
+
+    def scale(update, param, stacked):
+        axes = tuple(range(1, param.ndim)) if stacked else None
+        return update * jnp.maximum(jnp.sqrt(jnp.square(param).mean(axes, keepdims=True)), least)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params, _stacked(params)))
+
+
+def _add_scheduled_decay(schedule) -> optax.GradientTransformation:
+    """Adds `schedule(count) * parameter` to the update; `schedule` is negative."""
+
+    def update(updates, state, params):
+        decay = schedule(state.count)
+        updates = jax.tree.map(lambda u, p: u + decay * p, updates, params)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
+
+
+def _stacked(params):
+    """Which arrays hold all layers along axis 0."""
+    return jax.tree.structure(params).unflatten(leaf.stacked for leaf in stacking.leaves(params))
+
+
+def _require(name, value, valid, rule) -> None:
+    if not valid(value):
+        raise UserError(f"--optimizer.{name}={value}: must be {rule}")

@@ -1,0 +1,63 @@
+"""Old runs' pickles are read as plain settings; a pickle that names anything else is refused before it can act."""
+
+import os
+import pickle
+
+import pytest
+
+from EasyLM.checkpoints import restricted_pickle
+from EasyLM.errors import UserError
+
+
+def load(path):
+    return restricted_pickle.loads(path.read_bytes(), str(path))
+
+
+def is_plain(value):
+    if isinstance(value, dict):
+        return all(type(key) in (str, int) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+@pytest.mark.parametrize("run", ["init", "step15", "final"])
+def test_golden_pickles_are_plain_settings(golden, run):
+    steps = {"init": 0, "step15": 15, "final": 30}[run]
+    metadata = load(golden / "lvm_tiny" / run / "metadata.pkl")
+    data = load(golden / "lvm_tiny" / run / "dataset.pkl")
+    assert is_plain(metadata) and is_plain(data)
+    assert metadata["step"] == steps and metadata["llama_config"]["hidden_size"] == 64
+    assert metadata["flags"]["optimizer"]["adamw_optimizer"]["lr"] == 3e-3
+    assert metadata["flags"]["logger"]["entity"] is None  # a FieldReference
+    assert data["total_tokens"] == steps * 4 * 128 and data["config"]["seq_length"] == 128
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize(
+    "function, arguments", [(os.system, ("touch hacked",)), (eval, ("1",)), (getattr, (1, "real")), (bytearray, (5,))]
+)
+def test_a_pickle_that_names_anything_else_is_refused(tmp_path, monkeypatch, protocol, function, arguments):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "metadata.pkl"
+    path.write_bytes(pickle.dumps({"step": 3, "flags": Evil(function, *arguments)}, protocol))
+    with pytest.raises(UserError, match=rf"{path}: refused: .*{function.__name__}"):
+        load(path)
+    assert os.listdir(tmp_path) == ["metadata.pkl"]
+
+
+def test_a_broken_pickle_is_one_line(tmp_path, golden):
+    data = (golden / "lvm_tiny" / "final" / "metadata.pkl").read_bytes()
+    path = tmp_path / "metadata.pkl"
+    for size in (0, 1, 10, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(UserError, match="not a readable pickle"):
+            load(path)

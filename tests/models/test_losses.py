@@ -1,0 +1,77 @@
+"""The loss is what its definition says, and the same however it is computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from EasyLM.models.losses import chunked_cross_entropy_and_accuracy, cross_entropy_and_accuracy
+
+B, T, D, V = 3, 10, 8, 20
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    hidden_BTD = rng.normal(size=(B, T, D)).astype(np.float32)
+    head_DV = rng.normal(size=(D, V)).astype(np.float32)
+    targets_BT = rng.integers(0, V, (B, T))
+    masks_BT = (rng.random((B, T)) < 0.6).astype(np.float32)
+    masks_BT[1] = 0  # a row without a valid token
+    return hidden_BTD, head_DV, targets_BT, masks_BT
+
+
+def definition(logits_BTV, targets_BT, masks_BT):
+    """In float64, a row at a time."""
+    losses, accuracies = [], []
+    for logits_TV, targets_T, masks_T in zip(logits_BTV.astype(np.float64), targets_BT, masks_BT, strict=True):
+        log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        count = max(masks_T.sum(), 1e-10)
+        losses.append(-(log_p_TV[np.arange(T), targets_T] * masks_T).sum() / count)
+        accuracies.append(((logits_TV.argmax(-1) == targets_T) * masks_T).sum() / count)
+    return np.mean(losses), np.mean(accuracies)
+
+
+def test_rows_weigh_the_same_and_masked_tokens_nothing(batch):
+    hidden_BTD, head_DV, targets_BT, masks_BT = batch
+    found = cross_entropy_and_accuracy(jnp.asarray(hidden_BTD @ head_DV), targets_BT, masks_BT)
+    np.testing.assert_allclose(found, definition(hidden_BTD @ head_DV, targets_BT, masks_BT), rtol=1e-6)
+    found = cross_entropy_and_accuracy(jnp.asarray(hidden_BTD @ head_DV), targets_BT)
+    np.testing.assert_allclose(found, definition(hidden_BTD @ head_DV, targets_BT, np.ones((B, T))), rtol=1e-6)
+
+
+def test_half_precision_logits_are_summed_in_float32(batch):
+    logits_BTV = jnp.asarray(batch[0] @ batch[1], jnp.bfloat16)
+    loss, accuracy = cross_entropy_and_accuracy(logits_BTV, *batch[2:])
+    expected = cross_entropy_and_accuracy(logits_BTV.astype(jnp.float32), *batch[2:])
+    assert (loss.dtype, loss, accuracy) == (jnp.float32, *expected)
+
+
+@pytest.mark.parametrize("chunk", [3, 10])
+def test_chunks_change_nothing(batch, chunk):
+    hidden_BTD, head_DV, targets_BT, masks_BT = batch
+
+    def whole(hidden_BTD, head_DV):
+        return cross_entropy_and_accuracy(hidden_BTD @ head_DV, targets_BT, masks_BT)
+
+    def chunked(hidden_BTD, head_DV):
+        return chunked_cross_entropy_and_accuracy(jnp.matmul, hidden_BTD, head_DV, targets_BT, masks_BT, chunk)
+
+    np.testing.assert_allclose(chunked(hidden_BTD, head_DV), whole(hidden_BTD, head_DV), rtol=1e-6)
+
+    def gradients(figures):  # of twice the loss: the incoming gradient counts
+        return jax.grad(lambda *x: 2 * figures(*x)[0], argnums=(0, 1))(hidden_BTD, head_DV)
+
+    for found, expected in zip(gradients(chunked), gradients(whole), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_chunks_never_hold_all_logits(batch):
+    hidden_BTD, head_DV, targets_BT, masks_BT = batch
+
+    def loss(hidden_BTD, head_DV):
+        return chunked_cross_entropy_and_accuracy(jnp.matmul, hidden_BTD, head_DV, targets_BT, masks_BT, 2)[0]
+
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden_BTD, head_DV))
+    assert f"f32[{B},2,{V}]" in text
+    assert f"f32[{B},{T},{V}]" not in text and f"f32[{T // 2},{B},2,{V}]" not in text

@@ -1,0 +1,346 @@
+"""The model against the LVM release's numbers, its variants against one another, its presets against the table."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from EasyLM.checkpoints import loading
+from EasyLM.errors import UserError
+from EasyLM.models import losses
+from EasyLM.models.llama import llama_config, llama_model
+
+TINY = llama_config.updated(
+    llama_config.load_config("vqlm_debug"), "dict(vocab_size=512,hidden_size=64,intermediate_size=128)"
+)
+BLOCKWISE = {"scan_attention": True, "scan_query_chunk_size": 48, "scan_key_chunk_size": 20}
+CHUNKED = BLOCKWISE | {"scan_mlp": True, "scan_mlp_chunk_size": 50}  # none of the sizes divides the 128 tokens
+VARIANTS = [  # of how the same is computed
+    CHUNKED | {"scan_layers": False, "remat_block": ""},
+    {"attention_implementation": "xla", "remat_block": "nothing_saveable"},
+    *(
+        pytest.param(settings, marks=pytest.mark.slow)
+        for settings in (
+            {"scan_layers": False},
+            BLOCKWISE,
+            {"remat_block": "", "remat_attention": "nothing_saveable", "remat_mlp": "dots_saveable"},
+            *({"remat_block": name} for name in llama_config.REMAT_POLICIES),
+        )
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    directory = pathlib.Path(__file__).parents[1] / "golden" / "lvm_tiny"
+    params = loading.load(f"trainstate_params::{directory}/final/streaming_train_state")
+    return params, dict(np.load(directory / "golden.npz"))
+
+
+def changed(**settings):
+    return dataclasses.replace(TINY, **settings)
+
+
+def loss_and_gradients(config, params, numbers, dtype=jnp.float32, key=None):
+    batch = {name: numbers[name] for name in ("input_tokens", "target_tokens")}
+    batch["loss_masks"] = np.ones(batch["input_tokens"].shape, np.float32)
+    step = jax.jit(jax.value_and_grad(llama_model.make_loss_fn(config, dtype), has_aux=True))
+    (loss, figures), gradients = step(params, batch, key)
+    return loss, figures["accuracy"], gradients
+
+
+def logits(config, params, tokens_BT, **others):
+    return jax.jit(lambda *x: llama_model.apply(config, *x, **others))(params, tokens_BT)
+
+
+def relative_error(found, expected) -> float:
+    """The largest over the arrays of a tree, each against its own largest number."""
+    errors = jax.tree.map(lambda x, y: np.abs(np.float32(x) - y).max() / np.abs(y).max(), found, expected)
+    return max(jax.tree.leaves(errors))
+
+
+def golden_gradients(numbers, like):
+    """`grad/params/transformer/h/0/...`, stacked as parameters are in memory."""
+
+    def array(path, _):
+        names = [key.key for key in path]
+        if "h" not in names:
+            return numbers["/".join(["grad", *names])]
+        at = names.index("h") + 1
+        return np.stack([numbers["/".join(["grad", *names[:at], str(i), *names[at:]])] for i in range(2)])
+
+    return jax.tree_util.tree_map_with_path(array, like)
+
+
+def test_logits_are_the_release_s(reference):
+    params, numbers = reference
+    logits_BTV = logits(TINY, params, numbers["input_tokens"])
+    np.testing.assert_allclose(logits_BTV, numbers["logits"], atol=2e-5, rtol=0)
+    for mask, end in ((None, ""), (numbers["loss_mask"], "_masked")):
+        loss, accuracy = losses.cross_entropy_and_accuracy(logits_BTV, numbers["target_tokens"], mask)
+        np.testing.assert_allclose(loss, numbers[f"loss{end}"], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(accuracy, numbers[f"accuracy{end}"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [BLOCKWISE, {"attention_implementation": "xla"}], ids=str)
+def test_left_padded_logits_are_the_release_s(reference, settings):
+    params, numbers = reference
+    mask_BT = numbers["attention_mask"]
+    logits_BTV = logits(changed(**settings), params, numbers["input_tokens"], attention_mask_BT=mask_BT)
+    np.testing.assert_allclose(logits_BTV[mask_BT == 1], numbers["logits_leftpad"][mask_BT == 1], atol=2e-5, rtol=0)
+
+
+def test_gradients_are_the_release_s(reference):
+    params, numbers = reference
+    loss, accuracy, gradients = loss_and_gradients(TINY, params, numbers)
+    np.testing.assert_allclose(loss, numbers["loss"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(accuracy, numbers["accuracy"], atol=1e-5, rtol=0)
+    assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_variants_agree(reference, settings):
+    params, numbers = reference
+    loss, _, gradients = loss_and_gradients(changed(**settings), params, numbers)
+    np.testing.assert_allclose(loss, numbers["loss"], atol=1e-5, rtol=0)
+    assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype, loss_bound, gradient_bound",
+    [("bfloat16", 0.01, 0.05), pytest.param("float16", 0.002, 0.02, marks=pytest.mark.slow)],
+)
+def test_half_precision_stays_near(reference, dtype, loss_bound, gradient_bound):
+    params, numbers = reference
+    loss, _, gradients = loss_and_gradients(TINY, params, numbers, dtype)
+    assert abs(loss - numbers["loss"]) < loss_bound
+    assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"float32"}
+    assert relative_error(gradients, golden_gradients(numbers, params)) < gradient_bound
+
+
+@pytest.mark.parametrize("at_once", [8192, 60])  # of 256; 60 makes chunks of 30, which do not divide 128
+def test_masked_loss_is_the_release_s(reference, monkeypatch, at_once):
+    params, numbers = reference
+    monkeypatch.setattr(llama_model, "_LOSS_TOKENS", at_once)
+    batch = {name: numbers[name] for name in ("input_tokens", "target_tokens")} | {"loss_masks": numbers["loss_mask"]}
+    loss, figures = jax.jit(llama_model.make_loss_fn(TINY, jnp.float32))(params, batch, None)
+    np.testing.assert_allclose(loss, numbers["loss_masked"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(figures["accuracy"], numbers["accuracy_masked"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_loss_in_chunks_agrees(reference, monkeypatch):
+    params, numbers = reference
+    monkeypatch.setattr(llama_model, "_LOSS_TOKENS", 60)
+    loss, accuracy, gradients = loss_and_gradients(TINY, params, numbers)
+    np.testing.assert_allclose((loss, accuracy), (numbers["loss"], numbers["accuracy"]), atol=1e-5, rtol=0)
+    assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
+
+
+def test_positions_may_be_given(reference):
+    params, numbers = reference
+    tokens_BT = numbers["input_tokens"]
+    given = np.broadcast_to(np.arange(100, 228), tokens_BT.shape)
+    logits_BTV = logits(TINY, params, tokens_BT, position_ids_BT=given)
+    np.testing.assert_allclose(logits_BTV, numbers["logits"], atol=1e-4, rtol=0)  # rotary positions are relative
+    logits_BTV = logits(TINY, params, tokens_BT, position_ids_BT=given * 2)
+    assert np.abs(logits_BTV - numbers["logits"]).max() > 0.01
+
+
+def test_later_tokens_change_no_earlier_logits(reference):
+    params, numbers = reference
+    tokens_BT = numbers["input_tokens"]
+    other_BT = tokens_BT.copy()
+    other_BT[:, 77:] = 5
+    apply = jax.jit(lambda *x: llama_model.apply(TINY, *x))
+    before, after = apply(params, tokens_BT), apply(params, other_BT)
+    np.testing.assert_array_equal(before[:, :77], after[:, :77])
+    assert (before[:, 77:] != after[:, 77:]).any()
+
+
+def test_dropout_is_of_each_number():
+    x_BTD = jnp.ones((4, 50, 60))
+    found_BTD = np.asarray(llama_model.dropout(x_BTD, jax.random.key(0), 0.2))
+    assert set(np.unique(found_BTD)) == {np.float32(0), np.float32(1.25)}
+    assert abs(found_BTD.mean() - 1) < 0.02
+    assert (found_BTD[:, 0] != found_BTD[:, 1]).any() and (found_BTD[0] != found_BTD[1]).any()
+
+
+def test_padding_has_position_zero():
+    found = llama_model.positions(4, np.array([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    np.testing.assert_array_equal(found, [[0, 0, 0, 1], [0, 1, 2, 3]])
+
+
+def noisy_loss(config, reference):
+    params, numbers = reference
+    batch = {name: numbers[name] for name in ("input_tokens", "target_tokens")} | {"loss_masks": np.ones((2, 128))}
+    loss = jax.jit(llama_model.make_loss_fn(config, jnp.float32))
+    return lambda seed: float(loss(params, batch, jax.random.key(seed))[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_max_ratio"])
+def test_noise_is_a_function_of_the_key(reference, setting):
+    loss = noisy_loss(changed(**{setting: 0.4}), reference)
+    assert abs(loss(0) - reference[1]["loss"]) > 1e-3
+    assert loss(0) == loss(0) != loss(1)
+
+
+@pytest.mark.slow
+def test_noise_is_the_same_in_every_variant(reference):
+    noise = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_max_ratio"), 0.2)
+    losses_found = [
+        noisy_loss(changed(**noise, **settings), reference)(0)
+        for settings in ({}, CHUNKED | {"scan_layers": False, "remat_block": ""}, {"attention_implementation": "xla"})
+    ]
+    np.testing.assert_allclose(losses_found[1:], losses_found[0], atol=1e-5)
+
+
+def test_no_noise_without_a_key(reference):
+    params, numbers = reference
+    noise = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_max_ratio"), 0.2)
+    found_BTV = logits(changed(**noise), params, numbers["input_tokens"])
+    np.testing.assert_allclose(found_BTV, numbers["logits"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_tied_embeddings_share_their_gradient():
+    config = changed(tie_word_embeddings=True, vocab_size=300)
+    params = llama_model.init_params(config, jax.random.key(0))
+    assert "lm_head" not in params["params"]
+    tokens_BT = np.arange(20).reshape(2, 10)
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    embedding_VD = params["params"]["transformer"]["wte"]["embedding"]
+    both = {"params": params["params"] | {"lm_head": {"kernel": embedding_VD.T}}}
+
+    def gradients(config, params):
+        return jax.grad(lambda p: llama_model.apply(config, p, tokens_BT).var())(params)["params"]
+
+    parts = gradients(untied, both)
+    expected_VD = parts["transformer"]["wte"]["embedding"] + parts["lm_head"]["kernel"].T
+    np.testing.assert_allclose(gradients(config, params)["transformer"]["wte"]["embedding"], expected_VD, atol=1e-7)
+
+
+@pytest.mark.parametrize("policy, runs", [("projections_and_attention_saveable", 1), ("nothing_saveable", 2)])
+def test_attention_kernel_is_saved_where_the_policy_says(monkeypatch, policy, runs):
+    """Traced as on a GPU: cuDNN's forward kernel must not run again in the backward pass."""
+    kernel = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(kernel, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernel, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(kernel, "is_cuda_compute_capability_equal", lambda *_: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = changed(hidden_size=400, remat_block=policy)  # heads of 100, padded to 104
+    params = jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    batch = {"input_tokens": tokens, "target_tokens": tokens, "loss_masks": jax.ShapeDtypeStruct((2, 128), jnp.float32)}
+    gradient = jax.grad(lambda params, batch: llama_model.make_loss_fn(config, jnp.bfloat16)(params, batch, None)[0])
+    text = str(jax.make_jaxpr(gradient)(params, batch))
+    assert text.count("= dot_product_attention_fwd") == runs
+    assert "bf16[2,128,4,104]" in text and "scale=0.1\n" in text
+
+
+def test_initial_weights():
+    config = changed(initializer_range=0.05)
+    params = jax.jit(lambda key: llama_model.init_params(config, key))(jax.random.key(0))["params"]
+    blocks = params["transformer"]["h"]
+    for kernel in (
+        params["lm_head"]["kernel"],
+        params["transformer"]["wte"]["embedding"],
+        blocks["attention"]["wq"]["kernel"],
+    ):
+        assert abs(kernel.std() - 0.05) < 0.003 and abs(kernel.mean()) < 0.003
+    wq, wk = (blocks["attention"][name]["kernel"] for name in ("wq", "wk"))
+    assert (wq[0] != wq[1]).all() and (wq != wk).all()  # each array its own numbers
+    assert (blocks["ffn_norm"]["kernel"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("vqlm_debug", 2.5),
+        ("vqlm_100m", 117),
+        ("vqlm_300m", 291),
+        ("vqlm_600m", 648),
+        ("vqlm_1b", 1150),
+        ("vqlm_3b", 3280),
+        ("vqlm_7b", 6540),
+        ("vqlm_13b", 12800),
+        ("vqlm_20b", 20700),
+        ("vqlm_30b", 32200),
+    ],
+)
+def test_preset_has_its_parameters(name, millions):
+    config = llama_config.load_config(name)
+    shapes = jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert count == llama_config.num_parameters(config)
+    assert count == pytest.approx(millions * 1e6, rel=0.02 if millions < 10 else 0.005)
+    assert config.vocab_size == 8292 and config.max_sequence_length == 4096
+
+
+def test_flops_follow_the_definition():
+    """6 a parameter that multiplies the token, and three times the causal half of two T x T products."""
+    config = llama_config.load_config("vqlm_7b")
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 8292
+    assert llama_config.flops_per_token(config, 4096) == 6 * weights + 3 * 32 * (2 * 2 * 4096 * 4096 // 2)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{'remat_block': 'dots'}", "llama.remat_block='dots': choose one of '', 'everything_saveable'"),
+        (
+            "{'hidden_size': 100, 'num_attention_heads': 8}",
+            "llama.num_attention_heads=8: must be a divisor of hidden_size",
+        ),
+        ("{'hidden_size': 60}", "llama.hidden_size=60: must be an even multiple of num_attention_heads=4"),
+        ("{'attn_pdrop': 1.0}", "llama.attn_pdrop=1.0: must be at least 0 and below 1"),
+        ("{'fcm_min_ratio': 0.5}", "llama.fcm_min_ratio=0.5: must be at most fcm_max_ratio=0.0"),
+        ("{'eos_token_id': 1}", "llama.eos_token_id=1: must be at least 8192: smaller ids are image codes"),
+        ("{'hidden_size': '64'}", "llama.hidden_size='64': must be of type int"),
+        ("{'hidden_sise': 64}", "unknown setting hidden_sise; choose from vocab_size, hidden_size"),
+        ("__import__('os').getcwd()", "not a Python dict literal"),
+    ],
+)
+def test_bad_settings_are_named(text, says):
+    with pytest.raises(UserError) as error:
+        llama_config.updated(TINY, text)
+    assert says in str(error.value)
+
+
+def test_settings_come_from_flags_last():
+    given = dict.fromkeys(llama_config.FIELDS) | {"num_hidden_layers": 3, "rope_theta": 5.0}
+    config = llama_config.build_config("vqlm_debug", given, "dict(rope_theta=7.0)")
+    assert (config.hidden_size, config.num_hidden_layers, config.rope_theta) == (128, 3, 7.0)
+
+
+def test_settings_come_from_files(golden, tmp_path):
+    assert llama_config.load_config(f"pickle::{golden}/lvm_tiny/final/metadata.pkl") == changed(remat_block="")
+    hugging_face = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    hugging_face |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 77, "bos_token_id": 1}
+    hugging_face |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "torch_dtype": "float32"}
+    for content, expected in (
+        ({"llama_config": dataclasses.asdict(TINY), "step": 3}, TINY),
+        (dataclasses.asdict(TINY), TINY),
+        (hugging_face, changed(remat_block="", max_sequence_length=77, rope_theta=5.0)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert llama_config.load_config(f"json::{tmp_path}/config.json") == expected
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_parameters": {"rope_type": "linear"}}, {"rope_scaling": {"type": "linear", "factor": 8.0}}],
+)
+def test_other_ropes_are_refused(rope):
+    with pytest.raises(UserError, match="only plain LLaMA is known"):
+        llama_config.config_from_dict({"model_type": "llama", **rope}, "config.json")
+
+
+def test_unknown_preset_lists_the_choices():
+    with pytest.raises(UserError, match="load_llama_config='vqlm_8b': choose one of 'vqlm_debug', 'vqlm_100m'"):
+        llama_config.load_config("vqlm_8b")

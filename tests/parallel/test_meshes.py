@@ -1,0 +1,59 @@
+"""The same run on any mesh and on several processes gives the same losses; each process reads only its own rows."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+from tiny_run import MODEL_FIGURES, assert_close, finish, metrics, start, start_two, train
+
+from EasyLM.parallel import mesh
+
+BATCH_OF_8 = {"train_dataset__json_dataset__batch_size": 8, "total_steps": 10}
+
+
+def run_on(tmp_path, monkeypatch, mesh_dim, **settings):
+    if mesh_dim == "1,1,1":
+        make_mesh = mesh.make_mesh
+        monkeypatch.setattr(mesh, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))
+    return metrics(train(tmp_path / mesh_dim, mesh_dim=mesh_dim, **BATCH_OF_8, **settings), *MODEL_FIGURES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("mesh_dim", ["8,1,1", "1,8,1", "2,2,2", "1,2,4"])
+def test_every_mesh_gives_the_same_losses(tmp_path, monkeypatch, mesh_dim, accumulate):
+    settings = {"optimizer__accumulate_gradient_steps": accumulate}
+    figures = run_on(tmp_path, monkeypatch, mesh_dim, **settings)
+    assert_close(figures, run_on(tmp_path, monkeypatch, "1,1,1", **settings), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_dim, accumulate", [("2,2,1", 1), ("1,4,1", 1), ("1,4,1", 3), ("1,2,2", 3)])
+def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, port, mesh_dim, accumulate):
+    settings = {**BATCH_OF_8, "mesh_dim": mesh_dim, "save_model_freq": 5, "log_all_worker": True}
+    settings |= {"optimizer__accumulate_gradient_steps": accumulate}
+    alone = finish(start(tmp_path / "one", devices=4, **settings))
+    finish(*start_two(tmp_path / "two", port, **settings))
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    assert_close(metrics(two, *MODEL_FIGURES), metrics(one, *MODEL_FIGURES), 1e-4)
+    assert (two / "streaming_train_state").stat().st_size == (one / "streaming_train_state").stat().st_size, alone
+    for path, rows in ((one / "metrics.jsonl", 8), (two / "metrics.jsonl", 4), (two / "metrics_1.jsonl", 4)):
+        least, most = bytes_of_batches(rows)
+        assert least <= last_figure(path, "dataset_bytes_read") <= most
+
+
+def bytes_of_batches(rows: int) -> tuple[float, float]:
+    """The least and the most bytes that one reads of the golden data for so many rows of each of 10 batches.
+
+    At most: 2 further batches are ready and a third is in the making, and one row was read for its shapes. Of a batch,
+    16 characters of base64 hold 3 ids and are read whole, as are the 25 characters between lines of >= 768 ids.
+    """
+    ids = rows * 128 + 1
+    cuts = -(-ids // 768)  # ends of lines within a batch
+    most = ids * 16 / 3 + 2 * 16 + cuts * (25 + 4)
+    return 10 * ids * 16 / 3, 13 * most + 129 * 16 / 3 + 2 * 16
+
+
+def last_figure(path: pathlib.Path, name: str) -> float:
+    return json.loads(path.read_text().splitlines()[-1])[name]

@@ -1,0 +1,133 @@
+"""Every array of every preset's state has one partition rule, every rule has its arrays; meshes are checked."""
+
+import dataclasses
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from EasyLM import flags
+from EasyLM.errors import UserError
+from EasyLM.models.llama import llama_config, llama_model
+from EasyLM.parallel.mesh import check_batch_size, make_mesh, match_partition_rules, parse_mesh_dim, shardings
+from EasyLM.training import optimizers, step
+
+OPTIMIZERS = [("adamw", 1), ("adamw", 4), ("palm", 1)]
+
+
+def state_shapes(preset, optimizer="adamw", accumulate=1):
+    config = llama_config.load_config(preset)
+    settings = flags.defaults(optimizers.OPTIMIZER_FLAGS)
+    settings.type, settings.accumulate_gradient_steps = optimizer, accumulate
+    transform, _ = optimizers.make_optimizer(settings)
+    return step.state_shapes(lambda key: llama_model.init_params(config, key), transform)
+
+
+@pytest.mark.parametrize("preset", llama_config.PRESETS)
+def test_rules_are_total_both_ways(preset):
+    params = state_shapes(preset).params
+    names = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    used = [[bool(re.search(pattern, name)) for pattern, _ in llama_config.PARTITION_RULES] for name in names]
+    assert (np.sum(used, axis=1) == 1).all(), "each array has one rule"
+    assert np.any(used, axis=0).all(), "each rule has an array"
+
+
+@pytest.mark.parametrize("optimizer, accumulate", OPTIMIZERS)
+def test_optimizer_states_lie_as_their_parameters(optimizer, accumulate):
+    state = state_shapes("vqlm_7b", optimizer, accumulate)
+    specs = match_partition_rules(llama_config.PARTITION_RULES, state)
+    expected = {
+        "wq": P(None, "fsdp", "mp"),
+        "wo": P(None, "mp", "fsdp"),
+        "w2": P(None, "mp", "fsdp"),
+        "embedding": P("mp", "fsdp"),
+        "lm_head": P("fsdp", "mp"),
+        "ffn_norm": P(),
+    }
+    found = 0
+    shapes = dict(jax.tree_util.tree_flatten_with_path(state)[0])
+    for path, spec in jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, P))[0]:
+        name, placeholder = jax.tree_util.keystr(path), shapes[path].shape[-1:] == (1,)
+        for part, wanted in expected.items():
+            if part in name:
+                assert spec == (P() if placeholder else wanted), name
+                found += not placeholder
+    copies = {("adamw", 1): 3, ("adamw", 4): 4, ("palm", 1): 3}[optimizer, accumulate]  # the parameters among them
+    assert found == copies * len(expected)
+
+
+@pytest.mark.slow
+def test_initial_weights_do_not_depend_on_the_mesh():
+    config = dataclasses.replace(llama_config.load_config("vqlm_debug"), vocab_size=64, num_hidden_layers=3)
+
+    def params(mesh_dim):
+        mesh = make_mesh(mesh_dim)
+        shapes = jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
+        placed = shardings(mesh, llama_config.PARTITION_RULES, shapes)
+        return jax.jit(lambda: llama_model.init_params(config, jax.random.key(0)), out_shardings=placed)()
+
+    split, whole = params("1,2,4"), params("8,1,1")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-7), split, whole)
+    wq_LDD = split["params"]["transformer"]["h"]["attention"]["wq"]["kernel"]
+    assert wq_LDD.addressable_shards[0].data.shape == (3, 128 // 2, 128 // 4)
+
+
+def test_what_does_not_divide_is_kept_whole(caplog):
+    mesh = make_mesh("1,8,1")
+    shapes = {"lm_head": {"kernel": jax.ShapeDtypeStruct((12, 16), jnp.float32)}}
+    with caplog.at_level(logging.INFO):
+        found = shardings(mesh, llama_config.PARTITION_RULES, shapes)
+    assert found["lm_head"]["kernel"].spec == P(None, "mp")
+    assert "12 does not divide by fsdp=8, kept whole" in caplog.text
+
+
+def test_an_array_without_a_rule_is_our_fault():
+    with pytest.raises(AssertionError, match="no partition rule matches unknown/kernel"):
+        match_partition_rules(
+            llama_config.PARTITION_RULES, {"unknown": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
+        )
+
+
+@pytest.mark.parametrize(
+    "text, shape",
+    [
+        ("1,-1,1", {"dp": 1, "fsdp": 8, "mp": 1}),
+        ("2,2,2", {"dp": 2, "fsdp": 2, "mp": 2}),
+        ("!-1,2,1", {"dp": 4, "fsdp": 2, "mp": 1}),
+        ("dp:1,fsdp:-1,mp:2", {"dp": 1, "fsdp": 4, "mp": 2}),
+        ("mp:2,dp:1,fsdp:2,pp:2", {"mp": 2, "dp": 1, "fsdp": 2, "pp": 2}),
+    ],
+)
+def test_mesh_dim(text, shape):
+    assert parse_mesh_dim(text, 8) == shape
+    assert dict(make_mesh(text).shape) == shape
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("3,-1,1", "does not divide the 8 devices"),
+        ("1,4,1", "does not divide the 8 devices"),
+        ("-1,-1,1", "only one size may be -1"),
+        ("1,-1", "give 3 sizes, for dp, fsdp, mp"),
+        ("dp:1,fsdq:-1,mp:1", "a named mesh has each of the axes dp, fsdp, mp once"),
+        ("dp:1,dp:1,fsdp:-1,mp:1", "a named mesh has each of the axes dp, fsdp, mp once"),
+        ("1,x,1", "each size is a positive integer, or -1"),
+        ("1,0,1", "each size is a positive integer, or -1"),
+    ],
+)
+def test_bad_mesh_is_named(text, says):
+    with pytest.raises(UserError) as error:
+        parse_mesh_dim(text, 8)
+    assert str(error.value).startswith(f"--mesh_dim={text}: ") and says in str(error.value)
+
+
+def test_batch_divides_the_mesh():
+    mesh = make_mesh("2,2,2")
+    check_batch_size("batch_size", 8, mesh)
+    with pytest.raises(UserError, match="--batch_size=6: must be a positive multiple of 4, the mesh's dp x fsdp"):
+        check_batch_size("batch_size", 6, mesh)

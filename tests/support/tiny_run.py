@@ -1,0 +1,109 @@
+"""Small training runs for tests: the model and data of tests/golden/lvm_tiny, through the trainer's own `main`."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from EasyLM import flags
+from EasyLM.models.llama import llama_train
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lvm_tiny"
+
+# What the golden run was given (tests/golden/README.md).
+TINY = {
+    "load_llama_config": "vqlm_debug",
+    "update_llama_config": "dict(vocab_size=512,hidden_size=64,intermediate_size=128)",
+    "mesh_dim": "1,4,2",
+    "total_steps": 30,
+    "log_freq": 1,
+    "optimizer.adamw_optimizer.weight_decay": 0.1,
+    "optimizer.adamw_optimizer.lr": 3e-3,
+    "optimizer.adamw_optimizer.end_lr": 3e-4,
+    "optimizer.adamw_optimizer.lr_warmup_steps": 5,
+    "optimizer.adamw_optimizer.lr_decay_steps": 30,
+    "train_dataset.text_processor.fields": "{tokens}",
+    "train_dataset.json_dataset.path": str(GOLDEN / "dataset.jsonl"),
+    "train_dataset.json_dataset.seq_length": 128,
+    "train_dataset.json_dataset.batch_size": 4,
+    "checkpointer.save_optimizer_state": True,
+    "logger.experiment_id": "run",
+}
+
+
+def train(output_dir, **settings) -> pathlib.Path:
+    """Runs the trainer in this process; settings use `__` for dots. Returns the run directory."""
+    config = flags.defaults(llama_train.DEFINITIONS)
+    config.update_from_flattened_dict({**TINY, "logger.output_dir": str(output_dir)} | dotted(settings))
+    llama_train.main(config)
+    return pathlib.Path(output_dir) / config.logger.experiment_id
+
+
+def start(output_dir, devices=8, **settings) -> subprocess.Popen:
+    """Starts the trainer as a process of its own, as a user would."""
+    values = {**TINY, "logger.output_dir": str(output_dir)} | dotted(settings)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "WANDB_MODE": "disabled",
+    }
+    command = [sys.executable, "-m", "EasyLM.models.llama.llama_train", *(f"--{k}={v}" for k, v in values.items())]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_two(output_dir, port: int, **settings) -> list[subprocess.Popen]:
+    """Starts one run as two processes of two devices each; of two output directories each gets its own."""
+    together = {
+        "jax_distributed__initialize_jax_distributed": True,
+        "jax_distributed__coordinator_address": f"127.0.0.1:{port}",
+        "jax_distributed__num_processes": 2,
+    }
+    directories = output_dir if isinstance(output_dir, tuple) else (output_dir, output_dir)
+    return [
+        start(directory, devices=2, **settings, **together, jax_distributed__process_id=i)
+        for i, directory in enumerate(directories)
+    ]
+
+
+def await_figures(processes, *paths, seconds: float = 240) -> None:
+    """Until started trainers have logged a step into each of these files."""
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() and path.stat().st_size for path in paths):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+def finish(*processes: subprocess.Popen, code: int = 0, seconds: float = 240) -> str | list[str]:
+    """Waits so long for started trainers, and returns what it (or each of several) printed."""
+    deadline = time.monotonic() + seconds
+    try:
+        said = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == code, text
+    return said[0] if len(processes) == 1 else said
+
+
+def dotted(settings: dict) -> dict:
+    return {name.replace("__", "."): value for name, value in settings.items()}
+
+
+def metrics(run_dir, *names) -> dict[int, tuple]:
+    """The named figures by step; of repeated steps the last counts."""
+    rows = [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: tuple(row[name] for name in names) for row in rows}
+
+
+MODEL_FIGURES = ("loss", "accuracy", "learning_rate", "gradient_norm", "param_norm")
+
+
+def assert_close(left: dict, right: dict, tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    for step in left:
+        np.testing.assert_allclose(left[step], right[step], atol=tolerance, rtol=0, err_msg=f"step {step}")

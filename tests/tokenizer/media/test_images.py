@@ -1,0 +1,223 @@
+"""Every kind of picture file becomes the right RGB pixels, or an error with its path; folders are listed whole."""
+
+import os
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizer_kit import smooth_picture
+
+from EasyLM.errors import UserError
+from tokenizer.media import images
+
+SIDE = 8
+COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8).repeat(4, 0).repeat(4, 1)
+
+
+def rgb() -> Image.Image:
+    return Image.fromarray(COLOURS)
+
+
+def palette(mode: str = "P") -> Image.Image:
+    return rgb().convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+
+
+def with_alpha(mode: str) -> Image.Image:
+    """Opaque on the left; on the right fully transparent, over a colour that must not show."""
+    image = rgb().convert(mode)
+    alpha = Image.new("L", (SIDE, SIDE), 255)
+    alpha.paste(0, (4, 0, SIDE, SIDE))
+    image.putalpha(alpha)
+    return image
+
+
+def gray_of(colours: np.ndarray) -> np.ndarray:
+    """Pillow's own gray, in three channels."""
+    return np.asarray(Image.fromarray(colours).convert("L").convert("RGB"))
+
+
+HALF_WHITE = COLOURS.copy()
+HALF_WHITE[:, 4:] = 255
+RAMP = np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 1000
+RAMP_RGB = np.round(RAMP / 257).astype(np.uint8)[..., None].repeat(3, -1)
+# name -> (image, options of saving, pixels, tolerance: of lossy formats and colour spaces)
+FILES = {
+    "plain.png": (rgb(), {}, COLOURS, 0),
+    "UPPER.PNG": (rgb(), {}, COLOURS, 0),
+    "plain.jpg": (rgb(), {"quality": 100, "subsampling": 0}, COLOURS, 6),
+    "Photo.JPeG": (rgb(), {"quality": 100, "subsampling": 0}, COLOURS, 6),
+    "progressive.jpg": (rgb(), {"quality": 100, "subsampling": 0, "progressive": True}, COLOURS, 6),
+    "gray.jpg": (rgb().convert("L"), {"quality": 100}, gray_of(COLOURS), 6),
+    "plain.webp": (rgb(), {"lossless": True}, COLOURS, 0),
+    "alpha.webp": (with_alpha("RGB"), {"lossless": True}, HALF_WHITE, 0),
+    "plain.bmp": (rgb(), {}, COLOURS, 0),
+    "plain.tiff": (rgb(), {}, COLOURS, 0),
+    "palette.png": (palette(), {}, COLOURS, 0),
+    "palette_transparent.png": (palette(), {"transparency": palette().getpixel((7, 7))}, None, 0),
+    "bits.png": (rgb().convert("1"), {}, np.asarray(rgb().convert("1").convert("RGB")), 0),
+    "gray.png": (rgb().convert("L"), {}, gray_of(COLOURS), 0),
+    "gray_alpha.png": (with_alpha("L"), {}, np.where(np.arange(SIDE)[:, None] < 4, gray_of(COLOURS), 255), 0),
+    "alpha.png": (with_alpha("RGB"), {}, HALF_WHITE, 0),
+    "sixteen_bit.png": (Image.fromarray(RAMP), {}, RAMP_RGB, 0),
+    "sixteen_bit.tif": (Image.fromarray(RAMP), {}, RAMP_RGB, 0),
+    "still.gif": (palette(), {}, COLOURS, 0),
+    "plain.jfif": (rgb(), {"format": "JPEG", "quality": 100, "subsampling": 0}, COLOURS, 6),
+    "plain.tga": (rgb(), {}, COLOURS, 0),
+    "plain.qoi": (rgb(), {}, COLOURS, 0),
+    "moving.gif": (
+        palette(),
+        {"save_all": True, "append_images": [Image.new("RGB", (SIDE, SIDE), "gray")], "duration": 9},
+        COLOURS,
+        0,
+    ),
+    "cmyk.jpg": (rgb().convert("CMYK"), {"quality": 100}, COLOURS, 16),
+    "cmyk.tif": (rgb().convert("CMYK"), {}, COLOURS, 0),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_becomes_rgb(tmp_path, name):
+    image, options, expected, tolerance = FILES[name]
+    if expected is None:  # the transparent colour turns white
+        expected = np.where((COLOURS[7, 7] == COLOURS).all(-1, keepdims=True), 255, COLOURS)
+    image.save(tmp_path / name, **options)
+    found = images.read(tmp_path / name, SIDE)
+    assert found.dtype == np.uint8 and found.shape == (SIDE, SIDE, 3)
+    # Bicubic resizing to the same size is the identity.
+    np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=tolerance)
+    np.testing.assert_array_equal(images.load(tmp_path / name, SIDE), found.astype(np.float32) / 255)
+    assert [path.name for path in images.find(str(tmp_path), "input_dir")] == [name]
+
+
+# What a camera that was held so writes: from the shown picture to the stored one.
+STORED = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: np.rot90(p, 1),
+    7: lambda p: p.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda p: np.rot90(p, -1),
+}
+
+
+def test_the_cameras_rotation_is_applied_beside_an_odd_note(tmp_path):
+    notes = [(274, 3, struct.pack("<HH", 6, 0)), (256, 9, struct.pack("<i", -6))]  # turned; a width below 0
+    entries = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in notes)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(notes)) + entries + bytes(4)
+    rgb().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    assert np.abs(images.read(tmp_path / "a.jpg", SIDE).astype(int) - COLOURS).max() <= 6
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_the_cameras_rotation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = np.ascontiguousarray(STORED[orientation](COLOURS))
+    Image.fromarray(stored).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    np.testing.assert_allclose(images.read(tmp_path / "a.jpg", SIDE).astype(int), COLOURS.astype(int), atol=6)
+
+
+def test_resizing_is_bicubic_and_keeps_no_aspect(tmp_path):
+    wide = smooth_picture(0, 40)[:24]
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    expected = Image.fromarray(wide).resize((16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(images.read(tmp_path / "a.png", 16), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "bits.png"])
+def test_broken_files_are_named(tmp_path, name):
+    """Cut off, emptied, or with wrong bytes: an error with the path, or a picture; never another exception."""
+    image, options, *_ = FILES[name]
+    path = tmp_path / name
+    image.resize((64, 64)).save(path, **options)
+    whole = path.read_bytes()
+    for bad in (b"", whole[:7], whole[: len(whole) // 2], b"\0" * 400, b"no picture" * 9):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=f"{name}: not a readable picture") as caught:
+            images.read(path, SIDE)
+        assert "\n" not in str(caught.value)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mutated = bytearray(whole)
+        for place in rng.integers(0, len(whole), 4):
+            mutated[place] = rng.integers(256)
+        path.write_bytes(mutated)
+        try:
+            assert images.read(path, SIDE).shape == (SIDE, SIDE, 3)
+        except UserError as error:
+            assert name in str(error)
+
+
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
+def test_gray_of_more_than_sixteen_bits_is_named(tmp_path, value):
+    gray = RAMP.astype(np.int32)
+    Image.fromarray(gray).save(tmp_path / "gray.tif")
+    np.testing.assert_array_equal(images.read(tmp_path / "gray.tif", SIDE), RAMP_RGB)
+    gray[3, 4] = value
+    Image.fromarray(gray).save(tmp_path / "gray.tif")
+    with pytest.raises(UserError, match=rf"gray\.tif: .*{value}.*more than 16 bits"):
+        images.read(tmp_path / "gray.tif", SIDE)
+
+
+def test_floating_point_and_missing_files_are_named(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match=r"float\.tif: .*floating point"):
+        images.read(tmp_path / "float.tif", SIDE)
+    with pytest.raises(UserError, match=r"gone\.png: no such file"):
+        images.read(tmp_path / "gone.png", SIDE)
+
+
+def test_folders_are_listed_whole_by_name(tmp_path):
+    for name in ("b/2.png", "b/1.JPG", "a.png", "a-1.png", "notes.txt", ".hidden.png", ".cache/3.png", "c.png/4.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "link.png")
+    found = [path.relative_to(tmp_path).as_posix() for path in images.find(str(tmp_path), "input_dir")]
+    assert found == ["a-1.png", "a.png", "b/1.JPG", "b/2.png", "c.png/4.gif", "link.png"]
+    sizes = {entry.name: entry.size for entry in images.walk(str(tmp_path), "input_dir", (".txt",))}
+    assert sizes == {"notes.txt": 1}
+    for directory, said in {tmp_path / "none": "no such folder", tmp_path / "b": "no file of .mp4 there"}.items():
+        with pytest.raises(UserError, match=f"--input_dir=.*: {said}"):
+            list(images.walk(str(directory), "input_dir", (".mp4",)))
+
+
+def test_what_is_passed_over_is_told_by_extension(tmp_path, capsys, monkeypatch):
+    for name in ("1.png", "a/2.HEIC", "a/3.heic", "notes.txt", "README", ".hidden.txt", ".git/4.txt", "5.1", "5.2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert images.find(str(tmp_path), "input_dir") == [tmp_path / "1.png"]
+    told = "2 .heic, 1 .1, 1 .2, 1 .txt, 1 without one\n"
+    assert capsys.readouterr().err == f"--input_dir={tmp_path}: passed over files of other extensions: {told}"
+    (tmp_path / "5.2").rename(tmp_path / os.fsdecode(b"5.\xe9"))  # a name that is no text
+    images.find(str(tmp_path), "input_dir")
+    assert "1 .1, 1 .?, 1 .txt" in capsys.readouterr().err
+    monkeypatch.setattr(images, "_MOST_TOLD", 0)
+    images.find(str(tmp_path), "input_dir")
+    assert capsys.readouterr().err.endswith(": 6 of further ones\n")
+
+
+def test_linked_folders_are_followed_but_for_loops(tmp_path):
+    for name in ("in/own/1.png", "elsewhere/2.png", "elsewhere/deep/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    root = tmp_path / "in"
+    for link, target in {
+        root / "linked": tmp_path / "elsewhere",
+        root / "again": tmp_path / "elsewhere",
+        root / "own" / "up": root,
+        tmp_path / "elsewhere" / "deep" / "round": tmp_path / "elsewhere",
+        root / "self.png": root / "self.png",
+    }.items():
+        os.symlink(target, link)
+    found = [path.relative_to(root).as_posix() for path in images.find(str(root), "input_dir")]
+    linked = [f"{link}/{name}" for link in ("again", "linked") for name in ("2.png", "deep/3.png")]
+    assert found == [*linked, "own/1.png", "self.png"]
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"caf\\xe9.png' is not UTF-8"):
+        images.find(str(tmp_path), "input_dir")

@@ -1,0 +1,240 @@
+"""Videos: the frame shown at a time is the right one, in every container, by any way of reading it."""
+
+import os
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from video_kit import number_of, numbered_frame, write_video
+
+from EasyLM.errors import UserError
+from tokenizer.media import videos
+
+STEADY = np.arange(0, 4000, 50)  # 80 frames, 20 a second
+UNEVEN = np.cumsum(np.random.default_rng(0).integers(10, 300, 80))
+FAST = {"preset": "ultrafast"}
+FILES = {
+    "b_frames.mp4": ("libx264", STEADY, {"g": "12", "bf": "3"}),
+    "open_gop.mkv": ("libx264", STEADY, {"g": "12", "bf": "3", "x264-params": "open-gop=1"}),
+    "hevc.mov": ("libx265", STEADY, {"x265-params": "keyint=12:log-level=none", **FAST}),
+    "uneven.mp4": ("libx264", UNEVEN, {"g": "20", "bf": "2"}),
+    "uneven.webm": ("libvpx-vp9", UNEVEN, {"g": "20", "deadline": "realtime", "cpu-used": "8"}),
+    "vp8.webm": ("libvpx", STEADY, {"g": "30", "deadline": "realtime", "cpu-used": "8"}),
+    "steady.avi": ("mpeg4", STEADY, {"g": "12"}),
+    "motion.avi": ("mjpeg", STEADY, {}),
+    "reordered.avi": ("libx264", STEADY, {"g": "12", "bf": "3"}),
+    "program.mpg": ("mpeg2video", np.arange(80) * 40, {"g": "12", "bf": "2", "b": "2M"}),
+    "transport.ts": ("libx264", STEADY, {"g": "12", "bf": "2"}),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The files above."""
+    directory = tmp_path_factory.mktemp("videos")
+    for name, (codec, milliseconds, options) in FILES.items():
+        write_video(directory / name, codec, milliseconds, **options)
+    return directory
+
+
+def numbers(pixels):
+    return [number_of(picture) for picture in pixels]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_frame_at_its_time(made, name):
+    milliseconds = FILES[name][1]
+    times = videos.timestamps(made / name)
+    assert times.dtype == np.float64 and len(times) == 80
+    # A container's clock may begin elsewhere and tick coarsely.
+    np.testing.assert_allclose(times - times[0], (milliseconds - milliseconds[0]) / 1000, atol=2e-3)
+    assert numbers(videos.read(made / name, times)) == list(range(80))
+
+
+def test_a_title_in_another_encoding_is_no_hindrance(made, tmp_path):
+    path = tmp_path / "titled.mkv"
+    with av.open(str(made / "steady.avi")) as source, av.open(str(path), "w") as target:
+        target.metadata["title"] = "TITLE!"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    content = path.read_bytes()
+    assert content.count(b"TITLE!") == 1
+    path.write_bytes(content.replace(b"TITLE!", "Übung".encode("latin-1") + b"!"))
+    assert numbers(videos.read(path, videos.timestamps(path)[:3])) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_times_in_any_order(made, name):
+    """Single frames, and a few of them with repetitions, as reading the whole gives them, to the bit."""
+    times = videos.timestamps(made / name)
+    whole = videos.read(made / name, times)
+    rng = np.random.default_rng(1)
+    for chosen in ([79], [0, 79], [40, 3, 41, 40], rng.integers(0, 80, 9)):
+        gap = np.diff(times, append=times[-1] + 0.01)[chosen]
+        within = times[chosen] + rng.uniform(0, 0.9, len(chosen)) * gap
+        np.testing.assert_array_equal(videos.read(made / name, within), whole[chosen])
+
+
+@pytest.mark.parametrize("name", ["b_frames.mp4", "open_gop.mkv", "uneven.webm", "steady.avi"])
+def test_sparse_frames_are_sought(made, name, monkeypatch):
+    decoded = []
+    plain = videos._frames
+
+    def counting(*arguments):
+        for found in plain(*arguments):
+            decoded.append(found)
+            yield found
+
+    monkeypatch.setattr(videos, "_frames", counting)
+    times = videos.timestamps(made / name)
+    assert numbers(videos.read(made / name, times[[2, 78]])) == [2, 78]
+    assert len(decoded) < 40  # of 80
+
+
+def test_a_file_that_is_entered_behind_the_frame(made, monkeypatch):
+    """Where a seek lands too far, reading begins at the beginning."""
+    plain = videos._frames
+
+    def astray(container, stream, clock, key):
+        return plain(container, stream, clock, key if key in (None, clock.ticks[0]) else clock.keys[-1])
+
+    monkeypatch.setattr(videos, "_frames", astray)
+    times = videos.timestamps(made / "b_frames.mp4")
+    assert numbers(videos.read(made / "b_frames.mp4", times[[30, 31, 50, 79]])) == [30, 31, 50, 79]
+
+
+def test_packets_that_are_never_shown(made, tmp_path):
+    """VP8 encoders in two passes write frames that others are predicted from and nobody sees."""
+    with av.open(str(made / "vp8.webm")) as source, av.open(str(tmp_path / "hidden.webm"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            data, pts, base = bytes(packet), packet.pts, packet.time_base
+            packet.stream = stream
+            target.mux(packet)
+            if number == 0:  # again, with the bit cleared that shows it
+                hidden = av.Packet(bytes([data[0] & ~(1 << 4)]) + data[1:])
+                hidden.stream, hidden.time_base, hidden.pts, hidden.dts = stream, base, pts + 20, pts + 20
+                target.mux(hidden)
+    times = videos.timestamps(tmp_path / "hidden.webm")
+    np.testing.assert_array_equal(times, videos.timestamps(made / "vp8.webm"))
+    assert numbers(videos.read(tmp_path / "hidden.webm", times)) == list(range(80))
+
+
+@pytest.mark.parametrize("rotation, turns", [(90, 1), (180, 2), (-90, 3)])
+def test_rotation_of_phones(tmp_path, rotation, turns):
+    write_video(tmp_path / "phone.mp4", "libx264", STEADY[:3], rotation=rotation, crf="1")
+    (picture,) = videos.read(tmp_path / "phone.mp4", [0.05])
+    expected = np.rot90(numbered_frame(1), turns)
+    assert picture.shape == expected.shape
+    assert np.abs(picture * 255 - expected).mean() < 12  # chroma is halved: the borders of colours blur
+
+
+def test_pixels_are_those_of_pictures(made):
+    """Range, type, colours; and PIL's own bicubic."""
+    own = videos.read(made / "b_frames.mp4", [0.5, 1.0])
+    assert own.dtype == np.float32 and own.shape == (2, 24, 64, 3) and own.min() >= 0 and own.max() <= 1
+    assert np.abs(own[0] * 255 - numbered_frame(10)).mean() < 12
+    small = videos.read(made / "b_frames.mp4", [0.5, 1.0], 16)
+    for large, got in zip(own, small):
+        image = Image.fromarray(np.round(large * 255).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(got, np.asarray(image, np.float32) / 255)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("name", ["b_frames.mp4", "uneven.mp4", "uneven.webm", "open_gop.mkv", "steady.avi"])
+    def test_cut_off(self, made, tmp_path, name):
+        data = (made / name).read_bytes()
+        for share in (0.0, 0.01, 0.3, 0.8):
+            cut = tmp_path / name
+            cut.write_bytes(data[: int(len(data) * share)])
+            with pytest.raises(UserError, match=f"{cut}: "):
+                videos.timestamps(cut)
+
+    def test_cut_off_behind_its_head(self, made, tmp_path):
+        with av.open(str(made / "b_frames.mp4")) as source:  # the table of frames at the front, as for the web
+            with av.open(str(tmp_path / "web.mp4"), "w", options={"movflags": "faststart"}) as target:
+                stream = target.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        target.mux(packet)
+        data = (tmp_path / "web.mp4").read_bytes()
+        (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 3 // 4])
+        assert len(videos.timestamps(tmp_path / "web.mp4")) == 80
+        with pytest.raises(UserError, match=r"cut.mp4: is cut off: \d+ of 80 frames are there"):
+            videos.timestamps(tmp_path / "cut.mp4")
+
+    def test_not_videos(self, tmp_path):
+        (tmp_path / "text.mp4").write_text("no video at all" * 100)
+        with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+            stream = container.add_stream("aac", rate=8000)
+            silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp")
+            silence.sample_rate = 8000
+            container.mux(stream.encode(silence))
+            container.mux(stream.encode())
+        for name, said in (
+            ("none.mp4", "no such file"),
+            ("text.mp4", "not a readable video"),
+            ("sound.mp4", "no video stream"),
+            (".", "no such file"),
+        ):
+            for use in (videos.timestamps, lambda path: videos.read(path, [0.0])):
+                with pytest.raises(UserError, match=f"^{tmp_path / name}: .*{said}"):
+                    use(tmp_path / name)
+
+    @pytest.mark.parametrize("second", [-0.1, 4.2, float("nan"), float("inf")])
+    def test_times_outside(self, made, second):
+        with pytest.raises(UserError, match=r"b_frames.mp4: no frame is shown at .* s \(its frames: 0 to 3.95 s\)"):
+            videos.read(made / "b_frames.mp4", [1.0, second])
+
+    def test_damaged_bytes_never_crash(self, made, tmp_path):
+        """Frames, or one UserError with the path."""
+        rng = np.random.default_rng(0)
+        outcomes = set()
+        for name in ("b_frames.mp4", "uneven.webm", "steady.avi"):
+            data = np.frombuffer((made / name).read_bytes(), np.uint8)
+            for number in range(20):
+                mutated = data.copy()
+                at = rng.integers(0, len(data), 1 + number * 3)
+                mutated[at] = rng.integers(0, 256, len(at))
+                path = tmp_path / f"{number}_{name}"
+                path.write_bytes(mutated.tobytes())
+                try:
+                    times = videos.timestamps(path)
+                    assert len(videos.read(path, times[[0, len(times) // 2, -1]], 8)) == 3
+                    outcomes.add("read")
+                except UserError as error:
+                    assert str(error).startswith(f"{path}: ")
+                    outcomes.add("named")
+        assert outcomes == {"read", "named"}
+
+
+class TestWrite:
+    def test_mp4_back_again(self, tmp_path):
+        frames = np.stack([numbered_frame(number)[:23, :63] for number in range(12)])  # odd sizes
+        videos.write(tmp_path / "deep" / "out.mp4", frames, 12.5)
+        np.testing.assert_allclose(videos.timestamps(tmp_path / "deep" / "out.mp4"), np.arange(12) / 12.5, atol=1e-3)
+        back = videos.read(tmp_path / "deep" / "out.mp4", np.arange(12) / 12.5)
+        assert back.shape == (12, 24, 64, 3)
+        assert numbers(back) == list(range(12))
+        assert np.abs(back[:, :23, :63] * 255 - frames).mean() < 12
+        assert os.listdir(tmp_path / "deep") == ["out.mp4"]
+
+    def test_gif(self, tmp_path):
+        frames = np.stack([numbered_frame(number) for number in range(12)])
+        videos.write(tmp_path / "out.gif", frames, 10)
+        with Image.open(tmp_path / "out.gif") as animation:
+            assert animation.n_frames == 12 and animation.info["duration"] == 100
+            for number in range(12):
+                animation.seek(number)
+                np.testing.assert_array_equal(np.asarray(animation.convert("RGB")), frames[number])
+
+    @pytest.mark.parametrize("name, fps, said", [("a.avi", 5, "'.avi' cannot be written"), ("a.mp4", 0, "above 0")])
+    def test_refused(self, tmp_path, name, fps, said):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: .*{said}"):
+            videos.write(tmp_path / name, np.zeros((1, 8, 8, 3), np.uint8), fps)
+        assert not os.listdir(tmp_path)

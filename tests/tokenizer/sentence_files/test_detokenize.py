@@ -1,0 +1,193 @@
+"""Sentences drawn: the chosen ones, as the tokenizer decodes them, in every format."""
+
+import base64
+import html.parser
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizer_kit import TINY, run_main, tiny_vqgan
+
+from EasyLM import flags
+from EasyLM.data import packed_file, records
+from EasyLM.errors import UserError
+from tokenizer import detokenize
+from tokenizer.media import images, videos
+from tokenizer.vqgan.codec import Codec
+
+N, S = TINY.tokens_per_image, TINY.resolution
+KINDS = ["paired", "frames", "images"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
+
+
+@pytest.fixture(scope="module")
+def codec(tiny):
+    return Codec(tiny)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Nine sentences of 1 to 3 pictures, of three kinds in turn; one's sources need escaping."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("sentences") / "s.jsonl"
+    lines = []
+    for number in range(9):
+        ids = rng.integers(0, TINY.num_embeddings, N * (1 + number % 3))
+        sources = [f"<{number}>/&{i}.png" for i in range(1 + number % 3)] if number != 3 else ["clip.mp4", "0.5 s"]
+        others = {"seconds": [0.5, 1.25]} if number == 4 else {}
+        lines.append(records.record_line(ids, kind=KINDS[number % 3], sources=sources, **others))
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def draw(file, tiny, directory, **settings) -> list[str]:
+    """The names of what is drawn."""
+    run_main(detokenize, input_file=str(file), output_dir=str(directory), vqgan=tiny, **settings)
+    return sorted(os.listdir(directory))
+
+
+def chosen(file, lines=None, **settings) -> list[int]:
+    """The numbers of the sentences that would be drawn."""
+    config = flags.defaults(detokenize.FLAGS)
+    config.update(input_file=str(file), **settings)
+    lines = records.read_records(str(file), 32) if lines is None else lines
+    return [number for number, _, _ in detokenize.choose(lines, config)]
+
+
+def pictures(file, codec, number):
+    """What the tokenizer makes of a sentence."""
+    ids = [ids for ids, _ in records.read_records(str(file), TINY.num_embeddings)][number]
+    return images.to_uint8(codec.decode(ids.reshape(-1, N)))
+
+
+@pytest.mark.parametrize(
+    "settings, numbers",
+    [
+        ({}, range(9)),
+        ({"limit": 2}, [0, 1]),
+        ({"sentences": "0,5,7-8"}, [0, 5, 7, 8]),
+        ({"sentences": " 7-8 , 0 "}, [0, 7, 8]),
+        ({"kinds": "frames"}, [1, 4, 7]),
+        ({"kinds": "frames, images", "sentences": "2-6"}, [2, 4, 5]),
+        ({"kinds": "images", "limit": 2}, [2, 5]),
+    ],
+)
+def test_the_chosen_sentences(file, settings, numbers):
+    assert chosen(file, **settings) == list(numbers)
+
+
+def test_nothing_is_read_behind_the_last_one(file):
+    def lines():
+        yield from list(records.read_records(str(file), 32))[:5]
+        raise AssertionError("read on")
+
+    assert chosen(file, lines(), sentences="0,4") == [0, 4]
+    assert chosen(file, lines(), kinds="frames", limit=2) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"sentences": "1-"}, "--sentences=1-: cannot read '1-'"),
+        ({"sentences": "5-2"}, "cannot read '5-2'"),
+        ({"sentences": "x"}, "cannot read 'x': give numbers from 0 and ranges"),
+        ({"sentences": "4,9"}, "--sentences=4,9: .*s.jsonl ends with sentence 8"),
+        ({"kinds": "video"}, "--kinds=video: no such sentence in .*; there are 'frames', 'images', 'paired'"),
+    ],
+)
+def test_no_such_sentences(file, settings, said):
+    with pytest.raises(UserError, match=said):
+        chosen(file, **settings)
+
+
+def test_rows_of_pictures(file, tiny, codec, tmp_path):
+    draw(file, tiny, tmp_path, sentences="8", columns=2)
+    drawn, expected = np.asarray(Image.open(tmp_path / "000008.png")), pictures(file, codec, 8)
+    assert drawn.shape == (2 * S + 2, 2 * S + 2, 3)
+    for picture, (top, left) in zip(expected, [(0, 0), (0, S + 2), (S + 2, 0)]):
+        np.testing.assert_array_equal(drawn[top : top + S, left : left + S], picture)
+
+
+def test_videos(file, tiny, codec, tmp_path):
+    assert draw(file, tiny, tmp_path, kinds="images", format="mp4", fps=5) == [f"{i:06d}.mp4" for i in (2, 5, 8)]
+    np.testing.assert_allclose(videos.timestamps(tmp_path / "000005.mp4"), [0, 0.2, 0.4], atol=1e-3)
+    frames = videos.read(tmp_path / "000005.mp4", [0, 0.2, 0.4])
+    expected = pictures(file, codec, 5) / 255
+    differences = [[np.abs(a - b).mean() for b in expected] for a in frames]
+    assert (np.argmin(differences, axis=1) == range(3)).all()
+
+
+def test_animations(file, tiny, tmp_path):
+    assert draw(file, tiny, tmp_path, sentences="8", format="gif") == ["000008.gif"]
+    with Image.open(tmp_path / "000008.gif") as animation:
+        assert (animation.n_frames, animation.info["duration"], animation.size) == (3, 250, (S, S))
+
+
+class Sheet(html.parser.HTMLParser):
+    """Headings, captions and pictures of a sheet, in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self._tag, self.outside = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self._tag = tag
+        for name, value in attributes:
+            if name in ("src", "href") and not value.startswith("data:image/png;base64,"):
+                self.outside.append(value)
+            elif name == "src":
+                data = base64.b64decode(value.partition(",")[2])
+                self.found.append(np.asarray(Image.open(io.BytesIO(data))))
+
+    def handle_data(self, data):
+        if self._tag in ("h2", "figcaption", "p") and data.strip():
+            self.found.append(data)
+
+
+def test_sheet(file, tiny, codec, tmp_path):
+    assert draw(file, tiny, tmp_path, sentences="1,3-4", format="html") == ["sentences.html"]
+    sheet = Sheet((tmp_path / "sentences.html").read_text())
+    first, third = pictures(file, codec, 1), pictures(file, codec, 3)
+    expected = ["sentence 1 · frames", first[0], "<1>/&0.png", first[1], "<1>/&1.png"]
+    expected += ["sentence 3 · paired", "clip.mp4, 0.5 s", third[0], "sentence 4 · frames"]
+    fourth = pictures(file, codec, 4)
+    expected += [fourth[0], "<4>/&0.png, 0.5 s", fourth[1], "<4>/&1.png, 1.25 s"]
+    assert len(sheet.found) == len(expected) and not sheet.outside
+    for got, wanted in zip(sheet.found, expected):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_packed_files(file, tiny, tmp_path):
+    packed_file.write(str(tmp_path / "s.packed"), [(str(file), records.read_records(str(file), 32))], keep_others=True)
+    names = draw(tmp_path / "s.packed", tiny, tmp_path / "p", kinds="frames", limit=2)
+    assert names == draw(file, tiny, tmp_path / "j", kinds="frames", limit=2) and len(names) == 2
+    for name in names:
+        assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "j" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"format": "mp4", "fps": 0.0}, "--fps=0.0: must be above 0"),
+        ({"columns": 0}, "--columns=0: must be at least 1"),
+        ({"input_file": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"input_file": ""}, "--input_file is missing"),
+    ],
+)
+def test_settings(file, tiny, tmp_path, settings, said):
+    with pytest.raises(UserError, match=said):
+        draw(settings.pop("input_file", file), tiny, tmp_path, **settings)
+
+
+def test_no_whole_pictures(tiny, tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(records.record_line(np.zeros(N + 1, np.int32)))
+    with pytest.raises(UserError, match=rf"s.jsonl: sentence 0: {N + 1} tokens are no whole number of pictures"):
+        draw(tmp_path / "s.jsonl", tiny, tmp_path / "d", format="html")
+    assert not os.listdir(tmp_path / "d")

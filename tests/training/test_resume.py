@@ -1,0 +1,249 @@
+"""A run that was stopped and resumed equals, bit for bit, the run that never was."""
+
+import functools
+import json
+import os
+import signal
+import time
+
+import jax
+import pytest
+from tiny_run import GOLDEN, MODEL_FIGURES, TINY, assert_close, await_figures, finish, metrics, start, train
+
+from EasyLM import flags
+from EasyLM.checkpoints import run_directory, streaming
+from EasyLM.checkpoints.run_directory import LinkedDirectory
+from EasyLM.data import packed_file, records
+from EasyLM.errors import UserError
+from EasyLM.parallel.mesh import make_mesh
+from EasyLM.training import run
+from EasyLM.training import step as train_module
+
+STEPS = 14
+# 24 sentences of 768 to 1500 tokens are about 212 rows of 128: at 18 rows a step an epoch ends within the run.
+VARIANTS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bf16"},
+    "accumulation": {"optimizer.accumulate_gradient_steps": 3},
+    "palm": {"optimizer.type": "palm", "optimizer.palm_optimizer.lr_warmup_steps": 5},
+    "shuffled epochs": {"train_dataset.json_dataset.shuffle_seed": 7, "train_dataset.json_dataset.batch_size": 24},
+    "epochs": {"train_dataset.json_dataset.batch_size": 24},
+    "dropout": {"llama.resid_pdrop": 0.1, "llama.fcm_max_ratio": 0.3},
+}
+
+
+def final_state(run_dir) -> dict:
+    return {entry.key: entry.read() for entry in streaming.read_streaming(run_dir / "streaming_train_state")}
+
+
+def assert_same_run(run, reference):
+    assert metrics(run, *MODEL_FIGURES) == metrics(reference, *MODEL_FIGURES)
+    state, expected = final_state(run), final_state(reference)
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert state[key].dtype == value.dtype
+        assert state[key].tobytes() == value.tobytes(), key
+
+
+def start_of(run_dir, load_checkpoint=""):
+    config = flags.defaults(run.RUN_FLAGS)
+    config.load_checkpoint = load_checkpoint
+    return run.find_start(config, str(run_dir))
+
+
+def save_step(run_dir, step, start, milestone=False):
+    """What a run that began at `start` leaves at a step, as far as the next start asks."""
+    metadata = {"step": step, "flags": {"load_checkpoint": "of this start alone"}, "started_from": start.history}
+    files = {"streaming_train_state": b"", "dataset.json": b"{}", "metadata.json": json.dumps(metadata).encode()}
+    writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}
+    LinkedDirectory(str(run_dir)).prepare()
+    LinkedDirectory(str(run_dir)).write(step, writers, milestone)
+    return str(run_dir / "checkpoints" / f"step_{step:08d}")
+
+
+def test_a_requeued_command_goes_on_wherever_the_run_came_from(tmp_path):
+    run_dir, elsewhere = tmp_path / "run", "huggingface::elsewhere"
+    assert start_of(run_dir, elsewhere).checkpoint == elsewhere
+    save_step(run_dir, 4, start_of(run_dir, elsewhere), milestone=True)
+    newest = save_step(run_dir, 6, start_of(run_dir))  # resumed without the flag
+    for again in ("", elsewhere):
+        assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
+    with pytest.raises(UserError, match="already holds a run that began with 'huggingface::elsewhere'"):
+        start_of(run_dir, "huggingface::other")
+
+    back = f"trainstate::{run_dir}/streaming_train_state_4"
+    start = start_of(run_dir, back)
+    assert start.checkpoint == back and start.metadata.endswith("step_00000004/metadata.json")
+    assert start_of(run_dir, back).checkpoint == back, "nothing was saved since"
+    newest = save_step(run_dir, 5, start)
+    for again in ("", elsewhere, back):
+        assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
+
+
+@pytest.mark.slow
+def test_the_schedule_goes_on_where_parameters_alone_were_saved(tmp_path):
+    settings = {"optimizer__accumulate_gradient_steps": 2, "checkpointer__save_optimizer_state": False}
+    settings |= {"save_model_freq": 6}
+    whole = train(tmp_path, total_steps=10, logger__experiment_id="whole", **settings)
+    train(tmp_path, total_steps=6, **settings)
+    resumed = train(tmp_path, total_steps=10, **settings)
+    assert metrics(resumed, "step", "learning_rate") == metrics(whole, "step", "learning_rate")
+
+
+@pytest.mark.slow
+def test_every_model_setting_that_changed_is_listed(tmp_path):
+    run_dir = train(tmp_path, total_steps=1, save_model_freq=1)
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        train(tmp_path, total_steps=2, llama__rms_norm_eps=1e-5, llama__rope_theta=500.0, llama__scan_layers=False)
+    path = run_dir / "checkpoints" / "step_00000001" / "metadata.json"
+    differences = "rms_norm_eps=1e-05 (saved: 1e-06), rope_theta=500.0 (saved: 10000.0)"  # a free setting is none
+    assert str(caught.value) == f"{path}: the checkpoint's model has other settings: {differences}"
+    assert sorted(run_dir.rglob("*")) == before
+    assert sorted(metrics(run_dir, "loss")) == [0]
+
+
+@pytest.mark.slow
+def test_evaluation_is_compiled_once_and_is_no_part_of_a_step(tmp_path, monkeypatch):
+    traced = []
+    original = train_module.make_eval_step
+
+    def counted(loss_fn):
+        step = original(loss_fn)
+        return lambda *arguments: (traced.append(1), step(*arguments))[1]
+
+    monkeypatch.setattr(train_module, "make_eval_step", counted)
+    held_out = {"eval_dataset__" + name.removeprefix("train_dataset."): value for name, value in TINY.items()
+                if name.startswith("train_dataset.")}  # fmt: skip
+    run_dir = train(tmp_path, total_steps=3, eval_steps=2, **{k.replace(".", "__"): v for k, v in held_out.items()})
+    assert len(traced) == 1
+    for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        assert row["eval_loss"] > 0 and row["eval_seconds"] > 0
+
+
+@pytest.mark.parametrize("prefix", ["", "p"])
+def test_the_command_that_is_printed_leads_to_the_same_run(tmp_path, prefix):
+    config = flags.defaults(run.RUN_FLAGS)
+    config.logger.update(output_dir=str(tmp_path), experiment_id="a/b", prefix=prefix, prefix_to_id=True)
+    run_dir = run.run_directory(config)
+    config.logger.experiment_id = run.logger.given_id(config.logger, run_dir)
+    assert run.run_directory(config) == run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_is_bit_equal(tmp_path, variant):
+    settings = {name.replace(".", "__"): value for name, value in VARIANTS[variant].items()}
+    settings |= {"save_model_freq": 100}
+    reference = train(tmp_path / "reference", total_steps=STEPS, **settings)
+    run = None
+    for stop in (4, 9, STEPS):  # 4 is in the middle of an accumulation cycle of 3
+        run = train(tmp_path / "resumed", total_steps=stop, **settings)
+    assert_same_run(run, reference)
+
+
+def half_written(run_dir) -> int | None:
+    """The step whose checkpoint is being written, or was when its writer was killed."""
+    names = (path.name.removeprefix(run_directory.TEMPORARY) for path in (run_dir / "checkpoints").glob("*"))
+    return next((int(name) for name in names if name.isdigit()), None)
+
+
+def wait_for_a_save(process, run_dir, delay):
+    """Until so long after the run's next checkpoint is whole."""
+    newest = os.path.realpath(run_dir / "latest")
+    deadline = time.monotonic() + 240
+    while os.path.realpath(run_dir / "latest") == newest and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(delay)
+
+
+def wait_until_it_saves(process, run_dir, delay):
+    """Until the run is at a save, not its first. It is stopped there: else the save might be over by then."""
+    wait_for_a_save(process, run_dir, delay)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if half_written(run_dir):
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if half_written(run_dir):
+                return
+            process.send_signal(signal.SIGCONT)
+        assert process.poll() is None, "finished without being met at a save"
+    raise AssertionError("no save in 120 s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [wait_for_a_save, wait_until_it_saves], ids=["after a save", "while it saves"])
+def test_kill_at_any_moment_of_saving_loses_nothing(tmp_path, wait):
+    settings = {"save_model_freq": 1, "mesh_dim": "1,1,1"}
+    run, reference = tmp_path / "killed" / "run", tmp_path / "reference" / "run"
+    for delay in (0.0, 0.01, 0.03):
+        process = start(tmp_path / "killed", devices=1, total_steps=10**6, **settings)
+        wait(process, run, delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "killed, not finished before"
+        state = final_state(run)
+        assert state, "the newest checkpoint is readable after a kill"
+        if saving := half_written(run):
+            assert saving == int(state["step",]) + 1, "the last good state is that of the save before"
+    settings["total_steps"] = int(state["step",]) + 5
+    for output_dir in (tmp_path / "killed", tmp_path / "reference"):
+        finish(start(output_dir, devices=1, **settings))
+    assert_same_run(run, reference)
+    assert half_written(run) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, number):
+    settings = {"total_steps": 10**6, "mesh_dim": "1,1,1"}
+    process = start(tmp_path, devices=1, **settings)
+    await_figures([process], tmp_path / "run" / "metrics.jsonl")
+    process.send_signal(number)
+    said = finish(process)
+    assert "to resume" in said and "--logger.experiment_id=run" in said
+    done = max(metrics(tmp_path / "run", "loss")) + 1
+    assert int(final_state(tmp_path / "run")[("step",)]) == done
+    said = finish(start(tmp_path, devices=1, **settings | {"total_steps": done + 2}))
+    assert f"finished after step {done + 2}" in said
+    assert sorted(metrics(tmp_path / "run", "loss")) == list(range(done + 2))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_fewer_devices(tmp_path, monkeypatch):
+    def train_on(devices, name, stop):
+        mesh = make_mesh("1,-1,1", jax.devices()[:devices])
+        with monkeypatch.context() as patch:
+            patch.setattr("EasyLM.models.llama.llama_train.make_mesh", lambda text: mesh)
+            return train(tmp_path / name, total_steps=stop, save_model_freq=100, mesh_dim="1,-1,1")
+
+    whole = train_on(4, "whole", STEPS)
+    for devices, stop in ((4, 5), (2, 10), (1, STEPS)):
+        resumed = train_on(devices, "resumed", stop)
+        assert run.checkpoint.load_metadata(str(resumed / "metadata.json"))["mesh"]["fsdp"] == devices
+    assert metrics(resumed, "dataset_total_tokens") == metrics(whole, "dataset_total_tokens")
+    assert_close(metrics(resumed, *MODEL_FIGURES), metrics(whole, *MODEL_FIGURES), 1e-4)
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_on_packed_or_not(tmp_path):
+    """Weighted parts, shuffled: begun on JSONL, continued with one part packed, as if never stopped."""
+    lines = (GOLDEN / "dataset.jsonl").read_bytes().splitlines(keepends=True)
+    for name, part in (("a", lines[:8]), ("b", lines[8:])):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"".join(part))
+    records_of_b = records.read_records(str(tmp_path / "b.jsonl"), 512)
+    packed_file.write(str(tmp_path / "b.packed"), [(str(tmp_path / "b.jsonl"), records_of_b)], keep_others=True)
+    settings = {"train_dataset__json_dataset__weights": "2,1", "train_dataset__json_dataset__shuffle_seed": 3}
+    settings |= {"save_model_freq": 100}
+    runs = {}
+    for name, paths in (("whole", ["b.jsonl"]), ("resumed", ["b.jsonl", "b.packed"])):
+        for stop, path in zip((6, STEPS)[-len(paths) :], paths):
+            path = f"{tmp_path / 'a.jsonl'},{tmp_path / path}"
+            runs[name] = train(tmp_path / name, total_steps=stop, train_dataset__json_dataset__path=path, **settings)
+    assert_same_run(runs["resumed"], runs["whole"])
+    rows = STEPS * 4
+    for part, share in enumerate((2 / 3, 1 / 3)):
+        (epochs,) = metrics(runs["whole"], f"dataset_epoch_{part}")[STEPS - 1]
+        tokens = sum(len(ids) for ids, _ in records.read_records(str(tmp_path / f"{'ab'[part]}.jsonl"), 512))
+        assert abs(epochs * tokens / 128 - rows * share) <= 2
