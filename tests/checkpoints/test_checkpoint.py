@@ -229,7 +229,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
     """Kills a save of step 2 before its first, second, ... change to the disk, until one gets through."""
     program = f"""
         import os, signal, sys
-        from checkpoints import checkpoint, contents, save, settings, streaming
+        from checkpoint_kit import contents, save, saving, settings, streaming
 
         def killed_at(moment, run_dir):
             count = 0
@@ -257,7 +257,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
         old = new = 0
         for moment in range(1, 100):
             run_dir = os.path.join({str(tmp_path)!r}, str(moment))
-            save(checkpoint.Checkpointer(run_dir, settings()), 1, True)
+            save(saving.Checkpointer(run_dir, settings()), 1, True)
             child = os.fork()
             if child == 0:
                 killed_at(moment, run_dir)
@@ -266,7 +266,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
             state, data, metadata = contents(run_dir)
             assert state == data == metadata and state in (1, 2), (moment, state, data, metadata)
             old, new = old + (state == 1), new + (state == 2)
-            save(checkpoint.Checkpointer(run_dir, settings()), 3)
+            save(saving.Checkpointer(run_dir, settings()), 3)
             assert contents(run_dir) == (3, 3, 3)
             assert not [name for name in os.listdir(run_dir + "/checkpoints") if "tmp" in name]
             if status == 0:

@@ -126,7 +126,7 @@ def test_the_command_that_is_printed_leads_to_the_same_run(tmp_path, prefix):
     config = flags.defaults(run.RUN_FLAGS)
     config.logger.update(output_dir=str(tmp_path), experiment_id="a/b", prefix=prefix, prefix_to_id=True)
     run_dir = run.run_directory(config)
-    config.logger.experiment_id = run.logger.given_id(config.logger, run_dir)
+    config.logger.experiment_id = run.metrics_log.given_id(config.logger, run_dir)
     assert run.run_directory(config) == run_dir
 
 
@@ -221,7 +221,7 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path, monkeypatch):
     whole = train_on(4, "whole", STEPS)
     for devices, stop in ((4, 5), (2, 10), (1, STEPS)):
         resumed = train_on(devices, "resumed", stop)
-        assert run.checkpoint.load_metadata(str(resumed / "metadata.json"))["mesh"]["fsdp"] == devices
+        assert run.saving.load_metadata(str(resumed / "metadata.json"))["mesh"]["fsdp"] == devices
     assert metrics(resumed, "dataset_total_tokens") == metrics(whole, "dataset_total_tokens")
     assert_close(metrics(resumed, *MODEL_FIGURES), metrics(whole, *MODEL_FIGURES), 1e-4)
 
