@@ -35,7 +35,7 @@ from EasyLM.flags import Flag
 from EasyLM.models import generate
 from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_decode import LLaMADecoder
-from EasyLM.parallel.mesh import make_mesh, shardings
+from EasyLM.parallel import make_mesh, shardings
 from EasyLM.vocab import CODEBOOK_SIZE
 
 BOUNDS = {1: 2.0, 4: 5.0}  # candidates -> times the peer's speed, on a CPU

@@ -19,7 +19,7 @@ from EasyLM.checkpoints import loading, saving
 from EasyLM.data.token_rows import permuted
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.parallel.mesh import check_batch_size, initialize_distributed, make_mesh
+from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh
 from EasyLM.storage import columns
 from EasyLM.storage.files import is_remote
 from EasyLM.training import run
@@ -119,7 +119,7 @@ def main(config) -> None:
     settings = model_config(config.vqgan)
     _check(config)
     mesh = make_mesh(config.mesh_dim)
-    check_batch_size("batch_size", config.batch_size, mesh)
+    check_batch_size("--batch_size", config.batch_size, mesh)
     run_dir = run.run_directory(config)
     run.check(config, run_dir)
     data = PictureRows(config.input_dirs, "input_dirs", settings.resolution, config.seed)

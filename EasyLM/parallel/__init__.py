@@ -1,0 +1,34 @@
+"""Devices and processes: the mesh, how arrays are split over it, and the start and coordination of several processes.
+
+May import EasyLM's own modules only.
+
+    mesh          the axes dp, fsdp and mp; `--mesh_dim`; the sharding of a batch
+    partition     partition rules: the path of an array -> its sharding
+    distributed   the start of jax.distributed
+    coordination  host work in the order of processes; values that must be equal on all of them
+
+Vocabulary:
+    mesh            devices as an array with named axes: dp (data parallel), fsdp (fully sharded data parallel: batch
+                    and parameters are split), mp (model, or tensor, parallel)
+    partition rule  (regular expression, PartitionSpec): the spec of the arrays whose path it matches
+    process         one Python process of a run, usually one per host; process 0 writes files
+"""
+
+from EasyLM.parallel.coordination import check_same, on_first_process_first
+from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
+from EasyLM.parallel.mesh import AXES, BATCH_AXES, batch_sharding, check_batch_size, make_mesh
+from EasyLM.parallel.partition import match_partition_rules, shardings
+
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "JAX_DISTRIBUTED_FLAGS",
+    "batch_sharding",
+    "check_batch_size",
+    "check_same",
+    "initialize_distributed",
+    "make_mesh",
+    "match_partition_rules",
+    "on_first_process_first",
+    "shardings",
+]

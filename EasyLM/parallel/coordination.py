@@ -1,89 +1,98 @@
-"""What the processes of a run tell each other over JAX's coordination service: work that may take any time on a host.
+"""Coordination of processes through JAX's key-value service, for host work that may take any time.
 
-A collective of the devices is no place to wait for a slow process: on CPUs (gloo) one gives up after 30 s.
+A collective of the devices is no substitute: on CPUs (gloo) it times out after 30 s.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # the service's client is public nowhere else
 
 from EasyLM.errors import UserError
 
-_POLL_MS = 5000  # between two looks for Ctrl-C
-_DONE = "done"  # else what a process tells is its error
-_calls = itertools.count()  # all processes make the same calls in the same order: a call has its own keys
+_Result = TypeVar("_Result")
+_POLL_MS = 5000  # Ctrl-C is handled between two polls
+_DONE = "done"  # the value of a process that has finished; any other value is its error message
+_calls = itertools.count()  # all processes make the same calls in the same order, so each call has its own keys
 
 
-def first_process_first(make: Callable):
-    """`make()` on process 0, then on the others: what it leaves on a shared disk (an index) is made once.
+def on_first_process_first(function: Callable[[], _Result]) -> _Result:
+    """Calls `function` on process 0, then on the other processes, and returns its result.
 
-    Returns when all processes have made theirs; waits as long as that takes, while they live.
+    Use it for work that leaves a file on a shared disk, such as an index: only process 0 does the work, the others
+    read its file. Returns when all processes have finished, without a time limit.
 
     Raises:
-      UserError: on every process, if `make` raised anything on one of them (which raises that).
+      UserError: on every process, if `function` raised on one of them. That process raises the original exception.
     """
-    processes, mine = jax.process_count(), jax.process_index()
-    if processes == 1:
-        return make()
-    client, call = distributed.global_state.client, next(_calls)
-    keys = [f"EasyLM/first_process_first/{call}/{process}" for process in range(processes)]
-    if mine != 0:
+    process_count, own_index = jax.process_count(), jax.process_index()
+    if process_count == 1:
+        return function()
+    client, call = _client(), next(_calls)
+    keys = [f"EasyLM/on_first_process_first/{call}/{process}" for process in range(process_count)]
+    if own_index != 0:
         _wait(client, keys[0], process=0)
     try:
-        made = make()
+        result = function()
     except BaseException as error:
-        client.key_value_set(keys[mine], _said(mine, error))
+        client.key_value_set(keys[own_index], _error_message(own_index, error))
         raise
-    client.key_value_set(keys[mine], _DONE)
-    for process in range(processes):
+    client.key_value_set(keys[own_index], _DONE)
+    for process in range(process_count):
         _wait(client, keys[process], process)
-    return made
+    return result
 
 
-def check_same(facts: Mapping) -> None:
-    """Returns if `facts`, JSON values by name, are the same on all processes.
+def check_same(values: Mapping[str, Any]) -> None:
+    """Checks that `values`, JSON values by name, are equal on all processes.
 
     Raises:
-      UserError: on every process, if not: naming the first fact that differs.
+      UserError: on every process, with the first value that differs.
     """
     if jax.process_count() == 1:
         return
-    client, key = distributed.global_state.client, f"EasyLM/check_same/{next(_calls)}"
+    client, key = _client(), f"EasyLM/check_same/{next(_calls)}"
 
     def compare():
         if jax.process_index() == 0:
-            client.key_value_set(key, json.dumps(facts))
+            client.key_value_set(key, json.dumps(values))
             return
-        first = json.loads(client.blocking_key_value_get(key, _POLL_MS))  # is there: process 0 has had its turn
-        for name, mine in facts.items():
-            if mine != first[name]:
+        first = json.loads(client.blocking_key_value_get(key, _POLL_MS))  # process 0 has already set it
+        for name, value in values.items():
+            if value != first[name]:
                 raise UserError(
-                    f"the processes do not begin alike: {name} is {mine} on process {jax.process_index()} and "
-                    f"{first[name]} on process 0; all need the same run directory (--logger.output_dir on a shared "
-                    "disk) and the same data"
+                    f"the processes start from different states: {name} is {value} on process {jax.process_index()} "
+                    f"and {first[name]} on process 0; all processes need the same run directory (on a shared disk) "
+                    "and the same data"
                 )
 
-    first_process_first(compare)
+    on_first_process_first(compare)
 
 
-def _said(process: int, error: BaseException) -> str:
-    """One's own error as the others are to print it."""
+def _client() -> Any:
+    """Returns the client of JAX's key-value service. JAX has no public name for it; Orbax has."""
+    from orbax.checkpoint import multihost  # takes a second; only runs of several processes need it
+
+    return multihost.get_jax_distributed_client()
+
+
+def _error_message(process: int, error: BaseException) -> str:
+    """Returns the message that the other processes print."""
     if isinstance(error, (UserError, OSError)):
         return f"{error}"
     return f"process {process} stopped: {type(error).__name__}: {error}".splitlines()[0]
 
 
-def _wait(client, key: str, process: int) -> None:
-    """Returns when a process has told that it is done."""
-    told = None
-    while told is None:
+def _wait(client: Any, key: str, process: int) -> None:
+    """Waits until `process` has set its key. Raises UserError if it failed or is no longer reachable."""
+    value = None
+    while value is None:
         try:
-            told = client.blocking_key_value_get(key, _POLL_MS)
+            value = client.blocking_key_value_get(key, _POLL_MS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise UserError(f"process {process} is gone: {str(error).splitlines()[0]}") from None
-    if told != _DONE:
-        raise UserError(told)
+                raise UserError(f"process {process} is not reachable: {str(error).splitlines()[0]}") from None
+    if value != _DONE:
+        raise UserError(value)

@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 from EasyLM.checkpoints import saving
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.parallel import coordination
-from EasyLM.parallel.mesh import JAX_DISTRIBUTED_FLAGS, batch_sharding, shardings
+from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS, batch_sharding, check_same, shardings
 from EasyLM.storage import columns
 from EasyLM.storage.files import is_remote
 from EasyLM.training import metrics_log
@@ -187,7 +186,7 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
     _check_settings(problem, start, metadata)
     position = _position(problem, start)
     facts = {"a checkpoint": bool(start.checkpoint), "its step": metadata.get("step", 0), "its data's row": position}
-    coordination.check_same(facts | {"the data's digest": columns.digest(problem.data.identity)})
+    check_same(facts | {"the data's digest": columns.digest(problem.data.identity)})
     state, state_shardings = _first_state(config, mesh, problem, start, metadata)
 
     batches = Batches(problem.data, problem.batch_size, batch_sharding(mesh), position)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from EasyLM.parallel.mesh import batch_sharding
+from EasyLM.parallel import batch_sharding
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())

@@ -9,7 +9,7 @@ from EasyLM.checkpoints import loading
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
-from EasyLM.parallel.mesh import shardings
+from EasyLM.parallel import shardings
 
 MODEL_FLAGS = {
     "checkpoint": Flag("", "The model: PREFIX::FILE, as for training, or a Hugging Face directory."),

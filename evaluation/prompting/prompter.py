@@ -14,7 +14,7 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models import generate
 from EasyLM.models.llama import llama_decode
-from EasyLM.parallel.mesh import BATCH_AXES, make_mesh
+from EasyLM.parallel import BATCH_AXES, make_mesh
 from evaluation.prompting.checkpoint import MODEL_FLAGS, load_model
 from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
 

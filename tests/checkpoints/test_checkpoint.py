@@ -22,7 +22,7 @@ from tiny_run import finish
 from EasyLM import flags
 from EasyLM.checkpoints import saving, stacking, streaming
 from EasyLM.errors import UserError
-from EasyLM.parallel.mesh import make_mesh
+from EasyLM.parallel import make_mesh
 from EasyLM.training import metrics_log
 from EasyLM.training.step import TrainState
 
@@ -375,7 +375,7 @@ def test_two_processes_save_what_they_share(tmp_path, port):
         import errno
         import numpy as np
         from EasyLM.checkpoints import saving, streaming
-        from EasyLM.parallel.mesh import make_mesh
+        from EasyLM.parallel import make_mesh
         from EasyLM.training.step import TrainState
         from jax.sharding import NamedSharding, PartitionSpec as P
         import ml_collections

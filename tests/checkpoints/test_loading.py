@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM.checkpoints import msgpack_arrays, saving, stacking
 from EasyLM.errors import UserError
-from EasyLM.parallel.mesh import make_mesh
+from EasyLM.parallel import make_mesh
 from EasyLM.training.step import TrainState
 
 

@@ -17,7 +17,7 @@ from EasyLM.models.generate import Sampling, check_sampling, generate, left_padd
 from EasyLM.models.llama import convert_easylm_to_hf, llama_model
 from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder, log_likelihoods
-from EasyLM.parallel.mesh import make_mesh, shardings
+from EasyLM.parallel import make_mesh, shardings
 
 CONFIG = LLaMAConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 DECODER = LLaMADecoder(CONFIG)

@@ -1,4 +1,4 @@
-"""The same run on any mesh and on several processes gives the same losses; each process reads only its own rows."""
+"""The losses depend neither on the mesh nor on the number of processes; each process reads only its own rows."""
 
 import json
 import pathlib
@@ -7,15 +7,15 @@ import jax
 import pytest
 from tiny_run import MODEL_FIGURES, assert_close, finish, metrics, start, start_two, train
 
-from EasyLM.parallel import mesh
+from EasyLM.parallel import make_mesh
 
 BATCH_OF_8 = {"train_dataset__json_dataset__batch_size": 8, "total_steps": 10}
 
 
 def run_on(tmp_path, monkeypatch, mesh_dim, **settings):
     if mesh_dim == "1,1,1":
-        make_mesh = mesh.make_mesh
-        monkeypatch.setattr(mesh, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))
+        one_device = make_mesh(mesh_dim, jax.devices()[:1])
+        monkeypatch.setattr("EasyLM.models.llama.llama_train.make_mesh", lambda text: one_device)
     return metrics(train(tmp_path / mesh_dim, mesh_dim=mesh_dim, **BATCH_OF_8, **settings), *MODEL_FIGURES)
 
 
@@ -44,13 +44,13 @@ def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, p
 
 
 def bytes_of_batches(rows: int) -> tuple[float, float]:
-    """The least and the most bytes that one reads of the golden data for so many rows of each of 10 batches.
+    """The least and the most bytes of the golden data that a process reads for `rows` rows of each of 10 batches.
 
-    At most: 2 further batches are ready and a third is in the making, and one row was read for its shapes. Of a batch,
-    16 characters of base64 hold 3 ids and are read whole, as are the 25 characters between lines of >= 768 ids.
+    The most: 2 more batches are prefetched, a third is being made, and one row is read for its shapes. 16 characters of
+    base64 hold 3 ids and are read together, and so are the 25 characters between lines of >= 768 ids.
     """
     ids = rows * 128 + 1
-    cuts = -(-ids // 768)  # ends of lines within a batch
+    cuts = -(-ids // 768)  # line ends within a batch
     most = ids * 16 / 3 + 2 * 16 + cuts * (25 + 4)
     return 10 * ids * 16 / 3, 13 * most + 129 * 16 / 3 + 2 * 16
 

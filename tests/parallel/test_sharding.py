@@ -1,4 +1,4 @@
-"""Every array of every preset's state has one partition rule, every rule has its arrays; meshes are checked."""
+"""Partition rules cover every array of every preset's train state, and every rule is used; `--mesh_dim` is parsed."""
 
 import dataclasses
 import logging
@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_config, llama_model
-from EasyLM.parallel.mesh import check_batch_size, make_mesh, match_partition_rules, parse_mesh_dim, shardings
+from EasyLM.parallel import check_batch_size, make_mesh, match_partition_rules, shardings
+from EasyLM.parallel.mesh import parse_mesh_dim
 from EasyLM.training import optimizers, step
 
 OPTIMIZERS = [("adamw", 1), ("adamw", 4), ("palm", 1)]
@@ -28,7 +29,7 @@ def state_shapes(preset, optimizer="adamw", accumulate=1):
 
 
 @pytest.mark.parametrize("preset", llama_config.PRESETS)
-def test_rules_are_total_both_ways(preset):
+def test_each_array_has_one_rule_and_each_rule_an_array(preset):
     params = state_shapes(preset).params
     names = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     used = [[bool(re.search(pattern, name)) for pattern, _ in llama_config.PARTITION_RULES] for name in names]
@@ -37,7 +38,7 @@ def test_rules_are_total_both_ways(preset):
 
 
 @pytest.mark.parametrize("optimizer, accumulate", OPTIMIZERS)
-def test_optimizer_states_lie_as_their_parameters(optimizer, accumulate):
+def test_optimizer_state_is_sharded_like_its_parameters(optimizer, accumulate):
     state = state_shapes("vqlm_7b", optimizer, accumulate)
     specs = match_partition_rules(llama_config.PARTITION_RULES, state)
     expected = {
@@ -48,16 +49,16 @@ def test_optimizer_states_lie_as_their_parameters(optimizer, accumulate):
         "lm_head": P("fsdp", "mp"),
         "ffn_norm": P(),
     }
-    found = 0
+    checked = 0
     shapes = dict(jax.tree_util.tree_flatten_with_path(state)[0])
     for path, spec in jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, P))[0]:
         name, placeholder = jax.tree_util.keystr(path), shapes[path].shape[-1:] == (1,)
         for part, wanted in expected.items():
             if part in name:
                 assert spec == (P() if placeholder else wanted), name
-                found += not placeholder
-    copies = {("adamw", 1): 3, ("adamw", 4): 4, ("palm", 1): 3}[optimizer, accumulate]  # the parameters among them
-    assert found == copies * len(expected)
+                checked += not placeholder
+    copies = {("adamw", 1): 3, ("adamw", 4): 4, ("palm", 1): 3}[optimizer, accumulate]  # including the parameters
+    assert checked == copies * len(expected)
 
 
 @pytest.mark.slow
@@ -76,16 +77,16 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     assert wq_LDD.addressable_shards[0].data.shape == (3, 128 // 2, 128 // 4)
 
 
-def test_what_does_not_divide_is_kept_whole(caplog):
+def test_an_axis_that_does_not_divide_is_not_split(caplog):
     mesh = make_mesh("1,8,1")
     shapes = {"lm_head": {"kernel": jax.ShapeDtypeStruct((12, 16), jnp.float32)}}
     with caplog.at_level(logging.INFO):
-        found = shardings(mesh, llama_config.PARTITION_RULES, shapes)
-    assert found["lm_head"]["kernel"].spec == P(None, "mp")
-    assert "12 does not divide by fsdp=8, kept whole" in caplog.text
+        placed = shardings(mesh, llama_config.PARTITION_RULES, shapes)
+    assert placed["lm_head"]["kernel"].spec == P(None, "mp")
+    assert "12 is not divisible by fsdp=8; this axis is not split" in caplog.text
 
 
-def test_an_array_without_a_rule_is_our_fault():
+def test_an_array_without_a_rule_is_an_assertion_error():
     with pytest.raises(AssertionError, match="no partition rule matches unknown/kernel"):
         match_partition_rules(
             llama_config.PARTITION_RULES, {"unknown": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
@@ -108,7 +109,7 @@ def test_mesh_dim(text, shape):
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, message",
     [
         ("3,-1,1", "does not divide the 8 devices"),
         ("1,4,1", "does not divide the 8 devices"),
@@ -120,14 +121,14 @@ def test_mesh_dim(text, shape):
         ("1,0,1", "each size is a positive integer, or -1"),
     ],
 )
-def test_bad_mesh_is_named(text, says):
+def test_invalid_mesh_dim_is_named(text, message):
     with pytest.raises(UserError) as error:
         parse_mesh_dim(text, 8)
-    assert str(error.value).startswith(f"--mesh_dim={text}: ") and says in str(error.value)
+    assert str(error.value).startswith(f"--mesh_dim={text}: ") and message in str(error.value)
 
 
-def test_batch_divides_the_mesh():
+def test_batch_must_divide_over_the_mesh():
     mesh = make_mesh("2,2,2")
-    check_batch_size("batch_size", 8, mesh)
+    check_batch_size("--batch_size", 8, mesh)
     with pytest.raises(UserError, match="--batch_size=6: must be a positive multiple of 4, the mesh's dp x fsdp"):
-        check_batch_size("batch_size", 6, mesh)
+        check_batch_size("--batch_size", 6, mesh)

@@ -11,7 +11,7 @@ from tokenizer_kit import TINY, tiny_vqgan
 from EasyLM.checkpoints import stacking, streaming
 from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
-from EasyLM.parallel.mesh import make_mesh, shardings
+from EasyLM.parallel import make_mesh, shardings
 from evaluation.prompting.prompter import Prompter
 from tokenizer.vqgan.codec import Codec
 

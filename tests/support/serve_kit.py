@@ -13,7 +13,7 @@ from tokenizer_kit import TINY, smooth_picture, tiny_vqgan
 from EasyLM import flags
 from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
-from EasyLM.parallel import mesh
+from EasyLM.parallel import make_mesh
 from evaluation.prompting.prompter import Prompter
 from evaluation.serving.engine import ENGINE_FLAGS, Engine
 from tokenizer.vqgan.codec import Codec
@@ -37,7 +37,7 @@ def tiny_prompter() -> Prompter:
         codec = Codec(tiny_vqgan(directory), batch_size=2, devices=device)
     params = jax.jit(llama_model.init_params, static_argnums=0)(MODEL, jax.random.key(1))
     scales = {1: 1, 2: 5, 3: 3}  # as it is, all tokens are about as likely
-    return Prompter(codec, MODEL, jax.tree.map(lambda x: scales[x.ndim] * x, params), mesh.make_mesh("1,1,1", device))
+    return Prompter(codec, MODEL, jax.tree.map(lambda x: scales[x.ndim] * x, params), make_mesh("1,1,1", device))
 
 
 def tiny_engine(prompter=None, **settings) -> Engine:

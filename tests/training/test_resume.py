@@ -15,7 +15,7 @@ from EasyLM.checkpoints import run_directory, streaming
 from EasyLM.checkpoints.run_directory import LinkedDirectory
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
-from EasyLM.parallel.mesh import make_mesh
+from EasyLM.parallel import make_mesh
 from EasyLM.training import run
 from EasyLM.training import step as train_module
 

@@ -22,7 +22,7 @@ from EasyLM.models.generate import check_tokens
 from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
 from EasyLM.models.llama.llama_model import Block, Context, RMSNorm, constrain
-from EasyLM.parallel.mesh import BATCH_AXES, shardings
+from EasyLM.parallel import BATCH_AXES, shardings
 
 _LOWEST = -1e30
 _LOGITS = 2048  # tokens whose logits exist at once in `log_likelihoods`

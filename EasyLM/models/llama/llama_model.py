@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from EasyLM.models import losses
 from EasyLM.models.attention import Pattern, attention
 from EasyLM.models.llama.llama_config import REMAT_POLICIES, LLaMAConfig
-from EasyLM.parallel.mesh import BATCH_AXES
+from EasyLM.parallel import BATCH_AXES
 
 _LOSS_TOKENS = 8192  # of one device, whose float32 logits exist at once: 270 MB
 _LANES = 128  # kernels want matrix dimensions that are multiples of this; 8292 is not even one of 8

@@ -12,8 +12,7 @@ from EasyLM.data import dataset, text_tokenizer
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
-from EasyLM.parallel import coordination
-from EasyLM.parallel.mesh import check_batch_size, initialize_distributed, make_mesh
+from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh, on_first_process_first
 from EasyLM.storage import files
 from EasyLM.training import optimizers, run
 
@@ -50,7 +49,7 @@ def main(config) -> None:
     sources = {}
     for name in used:
         make_source = partial(dataset.make_dataset, config[name], tokenizer, model.vocab_size, name)
-        sources[name] = coordination.first_process_first(make_source)
+        sources[name] = on_first_process_first(make_source)
     seq_length = sources["train_dataset"].seq_length
     problem = run.Problem(
         init_params=partial(llama_model.init_params, model),
@@ -87,7 +86,7 @@ def _saved_settings(spec: str) -> dict:
 def _check_dataset_flags(name, dataset_config, model, mesh) -> None:
     settings = dataset.settings(dataset_config)
     group = f"{name}.{dataset_config.type}_dataset"
-    check_batch_size(f"{group}.batch_size", settings.batch_size, mesh)
+    check_batch_size(f"--{group}.batch_size", settings.batch_size, mesh)
     if settings.seq_length > model.max_sequence_length:
         raise UserError(
             f"--{group}.seq_length={settings.seq_length}: longer than the model's "

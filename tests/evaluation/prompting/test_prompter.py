@@ -16,7 +16,7 @@ from tokenizer_kit import run_main
 from EasyLM.checkpoints import loading
 from EasyLM.errors import UserError
 from EasyLM.models.llama import convert_easylm_to_hf, llama_config, llama_model
-from EasyLM.parallel.mesh import make_mesh
+from EasyLM.parallel import make_mesh
 from evaluation.prompting.checkpoint import load_model
 
 CODES, TOKENS = 32, 64

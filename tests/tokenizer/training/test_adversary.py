@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from EasyLM.errors import UserError
-from EasyLM.parallel.mesh import batch_sharding, make_mesh, shardings
+from EasyLM.parallel import batch_sharding, make_mesh, shardings
 from EasyLM.training.step import TrainState, jit_train_step, make_train_step
 from tokenizer.training import losses
 from tokenizer.training.discriminator import TICK, Adversary, Discriminator

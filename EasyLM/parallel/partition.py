@@ -1,0 +1,59 @@
+"""Partition rules: from the path of an array to its partition spec and sharding."""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Rules = Sequence[tuple[str, P]]  # (regular expression searched in the path, spec of the array's last axes)
+
+
+def match_partition_rules(rules: Rules, tree: Any) -> Any:
+    """Returns the partition spec of every array (or shape) of a tree: that of the first rule that matches its path.
+
+    An array with more axes than its spec holds stacked layers; the layer axis is not split. Scalars and arrays whose
+    last axis has size 1 (Adafactor's placeholders) are replicated.
+
+    Raises:
+      AssertionError: if an array matches no rule.
+    """
+
+    def spec_of(path, array):
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        if len(array.shape) == 0 or array.shape[-1] == 1:
+            return P()
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                layer_axes = len(array.shape) - len(spec)
+                assert layer_axes >= 0, f"{name} {array.shape}: the rule's spec {spec} has too many axes"
+                return P(*(None,) * layer_axes, *spec) if len(spec) else P()
+        raise AssertionError(f"no partition rule matches {name}")
+
+    return jax.tree_util.tree_map_with_path(spec_of, tree)
+
+
+def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
+    """Returns the sharding of every array of a tree. An axis that its mesh axes do not divide is not split (logged)."""
+
+    def sharding_of(array, spec):
+        axes = []
+        for size, axis in zip(array.shape, tuple(spec) + (None,) * (len(array.shape) - len(spec)), strict=True):
+            ways = math.prod(mesh.shape[a] for a in np.atleast_1d(axis)) if axis is not None else 1
+            if size % ways:
+                logging.info(
+                    "array of shape %s: %d is not divisible by %s=%d; this axis is not split",
+                    array.shape,
+                    size,
+                    axis,
+                    ways,
+                )
+            axes.append(axis if size % ways == 0 else None)
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map(sharding_of, tree, match_partition_rules(rules, tree))
