@@ -1,84 +1,182 @@
-"""Settings as nested dicts of `Flag`: each leaf an absl flag `--group.name=value`, all read into one `ConfigDict`.
+"""Command-line settings: nested dicts of `Flag`, parsed by absl into one `ConfigDict`.
 
-Flags end at `main`: `run(main, definitions)` parses, and calls `main(config)` with values. Nothing below reads a flag.
+Each leaf is the flag `--group.name=value`. A flag declares its type, choices and range; `run` checks them before it
+calls `main(config)`. Nothing below `main` reads a flag.
 """
 
 import dataclasses
+import difflib
+import functools
+import math
+import operator
 import os
 import re
 import sys
+import textwrap
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
 from absl import app, flags
 
+import EasyLM
 from EasyLM.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
+_HELP = {dashes + name for dashes in ("-", "--") for name in ("h", "help", "helpshort", "helpfull")}
+_WIDTH = 110  # columns of the help
 _DEFINERS = {
     bool: flags.DEFINE_boolean,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
 }
+_TYPE_NAMES = {bool: "True|False", int: "INTEGER", float: "NUMBER", str: "TEXT"}
+
+Config = ml_collections.ConfigDict
+Definitions = Mapping[str, Any]  # each value is a Flag or further Definitions, a group
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A setting: its default, what it does, for text the valid choices; `type` where the default is None."""
+    """A setting.
+
+    Attributes:
+      default: the value if the flag is not given; None means unset.
+      help: one or two sentences.
+      choices: the valid values of a text flag.
+      least: the smallest valid number.
+      above: the number that a value must exceed.
+      most: the largest valid number.
+      below: the number that a value must stay below.
+      required: whether the flag must be given a value that is not empty.
+      type: the type of the value, needed where the default is None.
+    """
 
     default: Any
     help: str
+    _: dataclasses.KW_ONLY
     choices: tuple[str, ...] | None = None
-    type: "type | None" = None  # quoted: by then the name means the default
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    required: bool = False
+    type: "type | None" = None  # quoted: in the class body `type` is this field
+
+    @property
+    def value_type(self) -> "type":
+        """The type of the values."""
+        return self.type or type(self.default)
+
+    @property
+    def range(self) -> str:
+        """The valid numbers in words, as "at least 0 and below 1"; empty if all are valid."""
+        if self.least is not None and self.most is not None:
+            return f"{self.least}..{self.most}"
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value lies in the range. None does; NaN does not."""
+        if value is None or self.value_type not in (int, float):
+            return True
+        return (
+            not math.isnan(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
 
 
-def leaves(definitions: dict, prefix: str = "") -> dict[str, Flag]:
-    """The flags of nested definitions by their full dotted name."""
-    found = {}
+def leaves(definitions: Definitions, prefix: str = "") -> dict[str, Flag]:
+    """Flattens nested definitions to flags by their full dotted name."""
+    flat: dict[str, Flag] = {}
     for name, value in definitions.items():
-        found |= {prefix + name: value} if isinstance(value, Flag) else leaves(value, f"{prefix}{name}.")
-    return found
+        flat |= {prefix + name: value} if isinstance(value, Flag) else leaves(value, f"{prefix}{name}.")
+    return flat
 
 
-def defaults(definitions: dict) -> ml_collections.ConfigDict:
-    """The settings of a run that is given no flag."""
+def defaults(definitions: Definitions) -> Config:
+    """Returns the settings of a command line without flags."""
     return _read(definitions, lambda name, flag: flag.default)
 
 
-def run(main, definitions: dict, argv: list[str] | None = None) -> None:
-    """Defines the flags, parses `argv` (default: the command line), calls `main(config)` and exits.
+def validate(definitions: Definitions, config: Config) -> None:
+    """Checks required flags, choices and ranges.
 
-    A `UserError` or `OSError` becomes one line on standard error and exit code 2; a misspelt or mistyped flag,
-    which absl reports with the nearest names, exit code 1. `$NAME` and `${NAME}` in a text flag stand for environment
-    variables, because job scripts quote them.
+    Raises:
+      UserError: naming all missing flags, or the first flag whose value is not valid.
     """
+    flat = leaves(definitions)
+    values = {name: functools.reduce(operator.getitem, name.split("."), config) for name in flat}
+    missing = [f"--{name}" for name, flag in flat.items() if flag.required and values[name] in ("", None)]
+    if missing:
+        raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    for name, flag in flat.items():
+        if flag.choices and values[name] not in (None, *flag.choices):
+            raise UserError(f"--{name}={values[name]}: choose one of {', '.join(map(repr, flag.choices))}")
+        if not flag.allows(values[name]):
+            raise UserError(f"--{name}={values[name]}: must be {flag.range or 'a number'}")
+
+
+def run(main: Callable[[Config], None], definitions: Definitions, argv: list[str] | None = None) -> None:
+    """Parses the command line, calls `main(config)` and exits.
+
+    `--help` and `--version` print and exit with code 0. A misspelt flag or a value of the wrong type exits with code 1.
+    A `UserError` or `OSError` prints one line and exits with code 2. In a text flag `$NAME` and `${NAME}` stand for
+    environment variables, because job scripts quote them.
+
+    Args:
+      main: the command. The docstring of its module begins the help.
+      definitions: the command's flags.
+      argv: the command line with the program's name; None means `sys.argv`.
+    """
+    argv = sys.argv if argv is None else argv
+    options = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
+    if not _HELP.isdisjoint(options):
+        print(help_text(main, definitions))
+        sys.exit(0)
+    if "--version" in options:
+        print(f"EasyLM-LVM {EasyLM.__version__}")
+        sys.exit(0)
     for name, flag in leaves(definitions).items():
         if flag.choices:
             flags.DEFINE_enum(name, flag.default, flag.choices, flag.help)
         else:
-            _DEFINERS[flag.type or type(flag.default)](name, flag.default, flag.help)
+            _DEFINERS[flag.value_type](name, flag.default, flag.help)
 
     def checked_main(positional):
         try:
             if len(positional) > 1:
                 raise UserError(f"unexpected argument {positional[1]!r}: every setting is a flag, --name=value")
-            main(_read(definitions, lambda name, flag: expand_variables(name, flags.FLAGS[name].value)))
-        except (UserError, OSError) as error:  # a missing file, a full disk, a lost network
+            config = _read(definitions, lambda name, flag: expand_variables(name, flags.FLAGS[name].value))
+            validate(definitions, config)
+            main(config)
+        except (UserError, OSError) as error:  # OSError: a missing file, a full disk, a lost network
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
-    app.run(checked_main, argv=argv)
+    app.run(checked_main, argv=argv, flags_parser=lambda arguments: _parse(arguments, list(leaves(definitions))))
 
 
-def expand_variables(name: str, value):
-    """Replaces `$NAME` in text by the environment's value.
+def help_text(main: Callable[[Config], None], definitions: Definitions) -> str:
+    """Returns the help of a command: usage, description, and its flags by group, the required ones first."""
+    description = (sys.modules[main.__module__].__doc__ or "").strip().partition("\n\n")[0]
+    parts = [f"usage: {_program(main)} --flag=value ...", description, *_groups(definitions, "")]
+    parts.append("--flagfile=FILE reads flags from FILE, one a line; lines that start with # are comments.")
+    return "\n\n".join(parts)
+
+
+def expand_variables(name: str, value: Any) -> Any:
+    """Replaces `$NAME` and `${NAME}` in a text value by environment variables.
 
     Raises:
-      UserError: naming flag and variable, if it is not set.
+      UserError: naming flag and variable, if the variable is not set.
     """
 
-    def lookup(match):
+    def lookup(match: re.Match) -> str:
         variable = match[1] or match[2]
         if variable not in os.environ:
             raise UserError(f"--{name}={value}: the environment variable {variable} is not set")
@@ -87,8 +185,63 @@ def expand_variables(name: str, value):
     return _VARIABLE.sub(lookup, value) if isinstance(value, str) else value
 
 
-def _read(definitions: dict, value_of, prefix: str = "") -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
+def nearest_names(name: str, names: list[str]) -> list[str]:
+    """Returns the flags that a misspelt name may mean, the most similar first.
+
+    A name without its group, or with the wrong one, leads to the flags that end with it.
+    """
+    last_part = name.rpartition(".")[2]
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.75) or [
+        full_name for full_name in names if full_name.rpartition(".")[2] == last_part
+    ]
+
+
+def _parse(argv: list[str], names: list[str]) -> list[str]:
+    """Parses the command line into absl's FLAGS; exits with code 1 if that fails. Returns the positional arguments."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        similar = nearest_names(error.flagname, names)
+        hint = f"did you mean {' or '.join(f'--{name}' for name in similar)}? " if similar else ""
+        print(f"error: --{error.flagname}: no such flag; {hint}--help lists all", file=sys.stderr)
+    except flags.Error as error:
+        print(f"error: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _program(main: Callable) -> str:
+    """How the user starts this command."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if main.__module__ != "__main__":
+        return f"python -m {main.__module__}"
+    return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+
+
+def _groups(definitions: Definitions, prefix: str) -> list[str]:
+    """The help of each group: a title and its flags."""
+    own = {prefix + name: value for name, value in definitions.items() if isinstance(value, Flag)}
+    lines = [f"{prefix.removesuffix('.')} flags:".lstrip()] if own else []
+    for name, flag in sorted(own.items(), key=lambda item: not item[1].required):
+        heading = f"  --{name}={_TYPE_NAMES[flag.value_type]}  ({'; '.join(_rules(flag))})"
+        lines.append(textwrap.fill(heading, _WIDTH, subsequent_indent="        ", break_on_hyphens=False))
+        lines.append(textwrap.indent(textwrap.fill(flag.help, _WIDTH - 6), " " * 6))
+    groups = ["\n".join(lines)] if own else []
+    for name, value in definitions.items():
+        if not isinstance(value, Flag):
+            groups += _groups(value, f"{prefix}{name}.")
+    return groups
+
+
+def _rules(flag: Flag) -> list[str]:
+    """What the help says of a flag's values: required or the default, then choices and range."""
+    rules = ["required"] if flag.required else [f"default: {'none' if flag.default in ('', None) else flag.default}"]
+    if flag.choices:
+        rules.append(f"one of: {', '.join(choice or 'empty' for choice in flag.choices)}")
+    return rules + [flag.range] * bool(flag.range)
+
+
+def _read(definitions: Definitions, value_of: Callable[[str, Flag], Any], prefix: str = "") -> Config:
+    config = Config()
     for name, value in definitions.items():
         if isinstance(value, Flag):
             config[name] = value_of(prefix + name, value)

@@ -114,5 +114,10 @@ def resized(pictures: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     return flat.reshape(*pictures.shape[:2], *flat.shape[1:])
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -32,5 +32,10 @@ def main(config) -> None:
     loops.measure(config, lines, load, lambda line: (len(line.inputs), len(line.targets)))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -30,5 +30,10 @@ def main(config) -> None:
     loops.measure(config, clips.find_clips(config, sum(lengths)), load, lambda clip: lengths)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -329,5 +329,10 @@ def draw(rows: list[tuple[tasks.Task, int, np.ndarray]], rows_per_task: int):
     return contact_sheet.sheet(drawn, size=96, framed="the model")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -85,5 +85,10 @@ def _check_places(config, cases: list[clips.Clip]) -> None:
             raise UserError(f"{base} would be written into the clip {min(inside)}: choose another --output_dir")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -114,5 +114,10 @@ def serve(engine: Engine, limits: Limits, config) -> int:
     return 0 if server.finished else 1
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

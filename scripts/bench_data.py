@@ -152,5 +152,10 @@ def report(name: str, value: float, unit: str, at_least: float = -np.inf, at_mos
     return met
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     flags.run(main, DEFINITIONS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -253,5 +253,10 @@ def _entry(key, leaf, layer) -> Entry:
     return Entry(key, leaf.file_shape, np.dtype(leaf.array.dtype), read_into)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     flags.run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -83,5 +83,10 @@ def _verdict(good: bool) -> str:
     return "ok" if good else "MISSED"
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     flags.run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -103,5 +103,10 @@ def in_turns(function, peer, turns: int) -> tuple[list, list]:
     return times
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

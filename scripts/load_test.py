@@ -335,5 +335,10 @@ HOSTILE = {  # besides those who leave early, with requests that are valid
 }
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,12 +1,19 @@
-"""The flags are a contract: names, defaults, and what a wrong one says."""
+"""The flags are a contract: names, defaults, ranges, help and error messages."""
 
+import importlib
+import math
+import os
+import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+import EasyLM
 from EasyLM import flags
 from EasyLM.errors import UserError, choose
+from EasyLM.flags import Flag
 from EasyLM.models.llama import llama_config, llama_train
 
 DATASET = {
@@ -122,9 +129,147 @@ def test_training_flags_and_defaults_are_the_contract():
     assert flags.defaults(llama_train.DEFINITIONS).to_dict() == CONTRACT
 
 
-def test_every_flag_says_what_it_does():
-    for name, flag in flags.leaves(llama_train.DEFINITIONS).items():
+ROOT = pathlib.Path(__file__).parent.parent
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("EasyLM", "tokenizer", "evaluation")
+    for path in (ROOT / package).rglob("*.py")
+    if "\ndef cli()" in path.read_text()
+)
+EXAMPLE = {
+    "rate": Flag(0.5, "A number.", least=0, below=1),
+    "port": Flag(80, "A port.", least=0, most=65535),
+    "size": Flag(2.0, "A size.", above=0),
+    "count": Flag(None, "A count.", type=int, least=1),
+    "group": {
+        "output_dir": Flag("", "Where to write.", required=True),
+        "mode": Flag("a", "A mode.", choices=("a", "b")),
+        "input_dir": Flag("", "Where to read.", required=True),
+    },
+}
+
+
+def example(**values):
+    config = flags.defaults(EXAMPLE)
+    config.group.output_dir = config.group.input_dir = "somewhere"
+    for name, value in values.items():
+        config[name] = value
+    return config
+
+
+def test_a_number_outside_its_range_is_refused():
+    flags.validate(EXAMPLE, example(rate=0.0, port=65535, size=math.inf, count=1))
+    flags.validate(EXAMPLE, example(count=None))
+    for name, value, rule in [
+        ("rate", -0.1, "at least 0 and below 1"),
+        ("rate", 1.0, "at least 0 and below 1"),
+        ("rate", math.nan, "at least 0 and below 1"),
+        ("port", -1, "0..65535"),
+        ("port", 65536, "0..65535"),
+        ("size", 0.0, "above 0"),
+        ("size", math.nan, "above 0"),
+        ("count", 0, "at least 1"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(f"--{name}={value}: must be {rule}")):
+            flags.validate(EXAMPLE, example(**{name: value}))
+
+
+def test_nan_is_refused_without_a_range():
+    definitions = {"x": Flag(0.0, "A number.")}
+    config = flags.defaults(definitions)
+    config.x = math.nan
+    with pytest.raises(UserError, match="--x=nan: must be a number"):
+        flags.validate(definitions, config)
+
+
+def test_all_missing_flags_are_named_at_once():
+    with pytest.raises(UserError, match=r"^--group\.output_dir, --group\.input_dir are missing$"):
+        flags.validate(EXAMPLE, flags.defaults(EXAMPLE))
+
+
+def test_a_value_outside_the_choices_is_refused():
+    config = example()
+    config.group.mode = "c"
+    with pytest.raises(UserError, match=r"--group\.mode=c: choose one of 'a', 'b'"):
+        flags.validate(EXAMPLE, config)
+
+
+def test_help_shows_groups_defaults_ranges_and_required_flags_first():
+    assert flags.help_text(test_help_shows_groups_defaults_ranges_and_required_flags_first, EXAMPLE).endswith(
+        """
+The flags are a contract: names, defaults, ranges, help and error messages.
+
+flags:
+  --rate=NUMBER  (default: 0.5; at least 0 and below 1)
+      A number.
+  --port=INTEGER  (default: 80; 0..65535)
+      A port.
+  --size=NUMBER  (default: 2.0; above 0)
+      A size.
+  --count=INTEGER  (default: none; at least 1)
+      A count.
+
+group flags:
+  --group.output_dir=TEXT  (required)
+      Where to write.
+  --group.input_dir=TEXT  (required)
+      Where to read.
+  --group.mode=TEXT  (default: a; one of: a, b)
+      A mode.
+
+--flagfile=FILE reads flags from FILE, one a line; lines that start with # are comments."""
+    )
+
+
+@pytest.mark.parametrize("name, nearest", [
+    ("total_stepz", ["total_steps"]),
+    ("json_dataset.path", ["train_dataset.json_dataset.path", "eval_dataset.json_dataset.path"]),
+    ("xyzzy", []),
+])  # fmt: skip
+def test_a_misspelt_name_leads_to_the_nearest_flags(name, nearest):
+    names = list(flags.leaves(llama_train.DEFINITIONS))
+    assert set(nearest) <= set(flags.nearest_names(name, names))
+    assert bool(nearest) == bool(flags.nearest_names(name, names))
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "--helpfull"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, option, monkeypatch, capsys):
+    """It shows usage, description, and each flag with its default; each flag's help is a sentence."""
+    module = importlib.import_module(command)
+    monkeypatch.setattr(sys, "argv", [command, option])
+    with pytest.raises(SystemExit) as exited:
+        module.cli()
+    assert exited.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python -m {command} --flag=value ...\n\n{module.__doc__.strip().splitlines()[0]}")
+    definitions = getattr(module, "FLAGS", None) or module.DEFINITIONS
+    for name, flag in flags.leaves(definitions).items():
         assert len(flag.help) > 10, name
+        assert f"\n  --{name}=" in text
+    assert "absl" not in text
+    assert "--flagfile=FILE" in text
+
+
+def test_every_command_is_found():
+    assert len(COMMANDS) >= 18
+    assert {"EasyLM.models.llama.llama_train", "tokenizer.build", "evaluation.serve"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_in_range(command):
+    module = importlib.import_module(command)
+    definitions = getattr(module, "FLAGS", None) or module.DEFINITIONS
+    for name, flag in flags.leaves(definitions).items():
+        assert flag.allows(flag.default), name
+        assert flag.choices is None or flag.default in (None, *flag.choices), name
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exited:
+        flags.run(test_the_version_is_printed, EXAMPLE, ["program", "--version"])
+    assert exited.value.code == 0
+    assert capsys.readouterr().out == f"EasyLM-LVM {EasyLM.__version__}\n"
 
 
 def test_environment_variables_expand(monkeypatch):
@@ -140,19 +285,38 @@ def test_choose_lists_the_choices():
         choose("--kind", "vidoe", ("paired", "video"))
 
 
-@pytest.mark.slow
+PROGRAM = """
+from EasyLM.flags import Flag, run
+def main(config):
+    print(config.group.text, config.steps)
+run(main, {"steps": Flag(3, "Steps.", least=1), "group": {"text": Flag("", "A text.", choices=None, required=True)},
+           "dtype": Flag("fp32", "A type.", choices=("fp32", "bf16"))})
+"""
+
+
 @pytest.mark.parametrize(
-    "arguments, code, said",
+    "arguments, code, parts",
     [
-        (["--total_stepz=3"], 1, ["total_stepz", "Did you mean", "total_steps"]),
-        (["--total_steps=many"], 1, ["total_steps", "many"]),
-        (["--dtype=fp8"], 1, ["dtype", "fp8", "fp32|bf16|fp16"]),
+        (["--group.text=a$LVM_NAME"], 0, ["ab 3"]),
+        (["--flagfile=FLAGFILE", "--steps=5"], 0, ["from a file 5"]),
+        (["--flagfile=missing"], 1, ["error: Unable to open flagfile", "missing"]),
+        (["--stepz=3"], 1, ["error: --stepz: no such flag; did you mean --steps?"]),
+        (["--steps=many"], 1, ["steps", "many"]),
+        (["--dtype=fp8"], 1, ["dtype", "fp8", "fp32|bf16"]),
+        (["--group.text=x", "--steps=0"], 2, ["error: --steps=0: must be at least 1"]),
+        (["--steps=3"], 2, ["error: --group.text is missing"]),
         (["3"], 2, ["unexpected argument '3'"]),
     ],
 )
-def test_a_wrong_command_line_ends_with_one_clear_line(arguments, code, said):
-    command = [sys.executable, "-m", "EasyLM.models.llama.llama_train", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == code
-    assert "Traceback" not in ended.stderr
-    assert all(part in ended.stderr for part in said), ended.stderr
+def test_command_line(arguments, code, parts, tmp_path, monkeypatch):
+    """A good command line runs; a wrong one ends with one clear line and its exit code."""
+    monkeypatch.setenv("LVM_NAME", "b")
+    (tmp_path / "FLAGFILE").write_text("# a comment\n\n--group.text=from a file\n--steps=4\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "program.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    output = ended.stdout + ended.stderr
+    assert ended.returncode == code, output
+    assert len(output.splitlines()) == 1, output
+    assert all(part in output for part in parts), output

@@ -205,5 +205,10 @@ def _line(kind: str, sentence: list[Picture], codes: np.ndarray, num_codes: int)
     return records.record_line(tokens, kind=kind, **image_ref.facts(sentence))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

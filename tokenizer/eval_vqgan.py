@@ -125,5 +125,10 @@ def _rfid_words(figures: dict) -> str:
     return f", rFID {figures['rfid']:.2f}" if "rfid" in figures else ""
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

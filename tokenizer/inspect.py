@@ -189,5 +189,10 @@ def picture(figures: dict, counts: np.ndarray) -> np.ndarray:
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -209,5 +209,10 @@ def _report(sources: list[Source], total: int, config) -> None:
         files.write_json(config.output_json, {"sentences": total, "seed": config.seed, "inputs": figures})
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

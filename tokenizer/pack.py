@@ -107,5 +107,10 @@ def _unpack(sentences: Iterator, config) -> dict:
     return facts
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -34,7 +34,7 @@ FLAGS = {
     "held_out_photos": Flag(False, "Squares of the photographs that no training set has."),
     "recolour_photos": Flag(False, "Change the colours of photographs at random."),
     "layouts": Flag(False, "Also label ids, classes, depth of clips, videos, and CO3D's layout."),
-    "workers": Flag(os.cpu_count() or 1, "Processes."),
+    "workers": Flag(os.cpu_count() or 1, "Worker processes."),
 }
 
 
@@ -112,5 +112,10 @@ def _co3d_frame(sequence: str, name: str, moment: dict[str, np.ndarray]) -> None
     images.save(os.path.join(sequence, "depth_masks", f"{name}.png"), np.ones_like(solid))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -39,7 +39,7 @@ _MODEL_HELP = {
     "attn_resolutions": "Comma list of the sides at which attention follows each residual block.",
     "no_attn_mid_block": "No attention at the coarsest level.",
     "z_channels": "Channels between the network and the codes' projection.",
-    "num_embeddings": "Codes.",
+    "num_embeddings": "Codes of the codebook.",
     "quantized_embed_dim": "Length of a code's vector.",
     "resample_with_conv": "Change the side by convolutions; else by mean and by repetition.",
     "commitment_cost": "Weight of the pull of the encoder towards its codes.",
@@ -226,5 +226,10 @@ def draw_reconstructions(run_dir: str, data: PictureRows, count: int = 12) -> No
     images.save(os.path.join(run_dir, "reconstructions.png"), images.grid(images.to_uint8(np.concatenate(rows)), count))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     flags.run(main, DEFINITIONS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -82,5 +82,10 @@ def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     flags.run(main, DEFINITIONS)
+
+
+if __name__ == "__main__":
+    cli()

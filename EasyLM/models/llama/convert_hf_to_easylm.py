@@ -74,5 +74,10 @@ def _write_whole(path: str, write_to: Callable) -> None:
             os.remove(temporary)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     flags.run(main, DEFINITIONS)
+
+
+if __name__ == "__main__":
+    cli()

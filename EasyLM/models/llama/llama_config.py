@@ -139,8 +139,8 @@ LLAMA_FLAGS = {
     name: Flag(
         None,
         f"{field.metadata['help']} Not given: as --load_llama_config says, or {field.default!r}.",
-        tuple(field.metadata["choices"]) if field.metadata["choices"] else None,
-        field.type,
+        choices=tuple(field.metadata["choices"]) if field.metadata["choices"] else None,
+        type=field.type,
     )
     for name, field in FIELDS.items()
 }

@@ -1,7 +1,6 @@
 """The HTTP service under the name that EasyLM's users expect; the same program as `python -m evaluation.serve`."""
 
 if __name__ == "__main__":
-    from EasyLM.flags import run
-    from evaluation import serve
+    from evaluation.serve import cli
 
-    run(serve.main, serve.FLAGS)
+    cli()

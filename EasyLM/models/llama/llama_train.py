@@ -94,5 +94,10 @@ def _check_dataset_flags(name, dataset_config, model, mesh) -> None:
         )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
     flags.run(main, DEFINITIONS)
+
+
+if __name__ == "__main__":
+    cli()
