@@ -37,6 +37,6 @@ setup(
         "text": ["datasets", "sentencepiece", "tokenizers"],
         "serve": ["gradio>=6", "fastapi", "fastapi-offline", "uvicorn", "python-multipart"],
         "quickstart": ["scikit-image", "scikit-learn", "matplotlib"],
-        "dev": ["pytest", "ruff", "scikit-image", "scikit-learn", "matplotlib", "av>=16", "httpx", "selenium"],
+        "dev": ["pytest", "ruff", "mypy", "scikit-image", "scikit-learn", "matplotlib", "av>=16", "httpx", "selenium"],
     },
 )

@@ -4,6 +4,7 @@ Each leaf is the flag `--group.name=value`. A flag declares its type, choices an
 calls `main(config)`. Nothing below `main` reads a flag.
 """
 
+import builtins
 import dataclasses
 import difflib
 import functools
@@ -16,8 +17,8 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_collections
 from absl import app, flags
+from ml_collections import ConfigDict
 
 import EasyLM
 from EasyLM.errors import UserError
@@ -25,7 +26,7 @@ from EasyLM.errors import UserError
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 _HELP = {dashes + name for dashes in ("-", "--") for name in ("h", "help", "helpshort", "helpfull")}
 _WIDTH = 110  # columns of the help
-_DEFINERS = {
+_DEFINERS: dict[type, Callable] = {
     bool: flags.DEFINE_boolean,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -33,7 +34,6 @@ _DEFINERS = {
 }
 _TYPE_NAMES = {bool: "True|False", int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
-Config = ml_collections.ConfigDict
 Definitions = Mapping[str, Any]  # each value is a Flag or further Definitions, a group
 
 
@@ -62,10 +62,10 @@ class Flag:
     most: float | None = None
     below: float | None = None
     required: bool = False
-    type: "type | None" = None  # quoted: in the class body `type` is this field
+    type: builtins.type | None = None
 
     @property
-    def value_type(self) -> "type":
+    def value_type(self) -> builtins.type:
         """The type of the values."""
         return self.type or type(self.default)
 
@@ -98,12 +98,12 @@ def leaves(definitions: Definitions, prefix: str = "") -> dict[str, Flag]:
     return flat
 
 
-def defaults(definitions: Definitions) -> Config:
+def defaults(definitions: Definitions) -> ConfigDict:
     """Returns the settings of a command line without flags."""
     return _read(definitions, lambda name, flag: flag.default)
 
 
-def validate(definitions: Definitions, config: Config) -> None:
+def validate(definitions: Definitions, config: ConfigDict) -> None:
     """Checks required flags, choices and ranges.
 
     Raises:
@@ -121,7 +121,7 @@ def validate(definitions: Definitions, config: Config) -> None:
             raise UserError(f"--{name}={values[name]}: must be {flag.range or 'a number'}")
 
 
-def run(main: Callable[[Config], None], definitions: Definitions, argv: list[str] | None = None) -> None:
+def run(main: Callable[[ConfigDict], None], definitions: Definitions, argv: list[str] | None = None) -> None:
     """Parses the command line, calls `main(config)` and exits.
 
     `--help` and `--version` print and exit with code 0. A misspelt flag or a value of the wrong type exits with code 1.
@@ -161,7 +161,7 @@ def run(main: Callable[[Config], None], definitions: Definitions, argv: list[str
     app.run(checked_main, argv=argv, flags_parser=lambda arguments: _parse(arguments, list(leaves(definitions))))
 
 
-def help_text(main: Callable[[Config], None], definitions: Definitions) -> str:
+def help_text(main: Callable[[ConfigDict], None], definitions: Definitions) -> str:
     """Returns the help of a command: usage, description, and its flags by group, the required ones first."""
     description = (sys.modules[main.__module__].__doc__ or "").strip().partition("\n\n")[0]
     parts = [f"usage: {_program(main)} --flag=value ...", description, *_groups(definitions, "")]
@@ -240,8 +240,8 @@ def _rules(flag: Flag) -> list[str]:
     return rules + [flag.range] * bool(flag.range)
 
 
-def _read(definitions: Definitions, value_of: Callable[[str, Flag], Any], prefix: str = "") -> Config:
-    config = Config()
+def _read(definitions: Definitions, value_of: Callable[[str, Flag], Any], prefix: str = "") -> ConfigDict:
+    config = ConfigDict()
     for name, value in definitions.items():
         if isinstance(value, Flag):
             config[name] = value_of(prefix + name, value)

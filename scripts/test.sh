@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole test: lint, layout, fast and slow tests on 8 virtual CPU devices, then the commands of the documents on small
+# The whole test: lint, types, layout, fast and slow tests on 8 virtual CPU devices, then the commands of the documents on small
 # sizes. Installs what it needs into .venv (or $VENV). About 30 minutes on two cores; `scripts/test.sh fast` takes 3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,6 +9,7 @@ bash scripts/setup.sh dev,text,serve
 python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5"
 ruff check .
 ruff format --check .
+mypy
 if [ "${1:-all}" = fast ]; then
     exec python -m pytest -q -m "not slow"
 fi
