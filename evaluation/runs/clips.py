@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from EasyLM.storage.files import read_text_lines
 from EasyLM.flags import Flag
+from EasyLM.storage.files import read_text_lines
 from tokenizer.media import images, videos
 
 CLIP_FLAGS = {

@@ -19,8 +19,8 @@ from typing import Protocol
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from EasyLM.storage.files import check_output, is_remote, read_text_lines, write_json
 from EasyLM.flags import Flag
+from EasyLM.storage.files import check_output, is_remote, read_text_lines, write_json
 from evaluation.tasks import metrics
 
 LINE_FLAGS = {

@@ -11,12 +11,12 @@ from functools import partial
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.storage.files import check_output
 from EasyLM.flags import Flag
 from EasyLM.models.generate import check_sampling, check_seed
-from evaluation.tasks import metrics
-from evaluation.runs.lines import Example, Results, loaded_batches, progress_bar
+from EasyLM.storage.files import check_output
 from evaluation.prompting.prompter import Prompter
+from evaluation.runs.lines import Example, Results, loaded_batches, progress_bar
+from evaluation.tasks import metrics
 
 GENERATION_FLAGS = {
     "n_new_frames": Flag(1, "Pictures to draw after each prompt."),
