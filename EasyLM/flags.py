@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import EasyLM
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, choose
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 _HELP = {dashes + name for dashes in ("-", "--") for name in ("h", "help", "helpshort", "helpfull")}
@@ -115,8 +115,8 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
     if missing:
         raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     for name, flag in flat.items():
-        if flag.choices and values[name] not in (None, *flag.choices):
-            raise UserError(f"--{name}={values[name]}: choose one of {', '.join(map(repr, flag.choices))}")
+        if flag.choices and values[name] is not None:
+            choose(f"--{name}", values[name], flag.choices)
         if not flag.allows(values[name]):
             raise UserError(f"--{name}={values[name]}: must be {flag.range or 'a number'}")
 

@@ -190,7 +190,7 @@ def test_all_missing_flags_are_named_at_once():
 def test_a_value_outside_the_choices_is_refused():
     config = example()
     config.group.mode = "c"
-    with pytest.raises(UserError, match=r"--group\.mode=c: choose one of 'a', 'b'"):
+    with pytest.raises(UserError, match=r"--group\.mode='c': choose one of 'a', 'b'"):
         flags.validate(EXAMPLE, config)
 
 

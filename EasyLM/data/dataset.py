@@ -13,18 +13,11 @@ from EasyLM.data.text_examples import FileExamples, huggingface_examples
 from EasyLM.data.token_rows import TokenRows
 from EasyLM.data.token_store import STORE_DTYPES, TokenStore
 from EasyLM.data.token_stream import JsonLines
-from EasyLM.errors import UserError, choose
+from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.storage import files
 
 TYPES = ("json", "huggingface")
-# Settings of json_dataset that hold for both types.
-PROCESSING = (
-    "tokenizer_processes",
-    "tokenizer_parallel_chunk_size",
-    "tokenizer_parallel_batch_size",
-    "throughput_average_window_size",
-)
 
 DATASET_FLAGS = {
     "type": Flag("json", "Where examples come from: JSON lines, or a Hugging Face dataset.", choices=TYPES),
@@ -38,16 +31,18 @@ DATASET_FLAGS = {
             "Comma list, one a part of `path`: its share of the rows; each part is gone through again and again at "
             "its own pace. Empty: all files one after another, each row once an epoch.",
         ),
-        "seq_length": Flag(1024, "Tokens of a row."),
-        "batch_size": Flag(8, "Rows of the global batch of one micro-step."),
+        "seq_length": Flag(1024, "Tokens of a row.", least=1),
+        "batch_size": Flag(8, "Rows of the global batch of one micro-step.", least=1),
         "always_start_with_bos": Flag(False, "Replace the first input token of each row by the bos id."),
         "start_seek_loc": Flag(0, "Byte offset in the first file, where a line begins, at which the data begins."),
         "example_index_at_start": Flag(0, "Where the counter dataset_example_index begins."),
         "tokens_count_at_start": Flag(0, "Where the counter dataset_total_tokens begins."),
-        "tokenizer_processes": Flag(1, "Processes that index files, or tokenize text (of huggingface_dataset too)."),
-        "tokenizer_parallel_chunk_size": Flag(32, "Texts that a tokenizing process is given at a time."),
-        "tokenizer_parallel_batch_size": Flag(1024, "Texts read ahead for the tokenizing processes."),
-        "throughput_average_window_size": Flag(200, "Batches over which dataset_average_tps is averaged."),
+        "tokenizer_processes": Flag(
+            1, "Processes that index files, or tokenize text (of huggingface_dataset too).", least=1
+        ),
+        "tokenizer_parallel_chunk_size": Flag(32, "Texts that a tokenizing process is given at a time.", least=1),
+        "tokenizer_parallel_batch_size": Flag(1024, "Texts read ahead for the tokenizing processes.", least=1),
+        "throughput_average_window_size": Flag(200, "Batches over which dataset_average_tps is averaged.", least=1),
         "shuffle_seed": Flag(-1, "Seed of a new order of all rows in each epoch; negative: the order of the files."),
         "skip_bad_lines": Flag(False, "Leave out lines that are no record (dataset_skipped_lines counts them)."),
     },
@@ -58,8 +53,8 @@ DATASET_FLAGS = {
         "name": Flag("en", "Configuration of a dataset of the hub."),
         "split": Flag("train", "Split of the dataset."),
         "streaming": Flag(False, "Tokenize while downloading, without keeping the dataset itself on disk."),
-        "seq_length": Flag(1024, "Tokens of a row."),
-        "batch_size": Flag(8, "Rows of the global batch of one micro-step."),
+        "seq_length": Flag(1024, "Tokens of a row.", least=1),
+        "batch_size": Flag(8, "Rows of the global batch of one micro-step.", least=1),
         "always_start_with_bos": Flag(False, "Replace the first input token of each row by the bos id."),
         "batch_token_dtype": Flag("i4", "Item type of the token ids of a batch.", choices=STORE_DTYPES),
     },
@@ -84,10 +79,7 @@ def make_dataset(config, tokenizer, vocab_size: int, name: str = "train_dataset"
     Raises:
       UserError: naming the flag, or the line `file:line`, and what is wrong with it.
     """
-    choose(f"--{name}.type", config.type, TYPES)
     chosen, group = settings(config), f"{name}.{config.type}_dataset"
-    _check_positive(group, chosen, ("seq_length", "batch_size"))
-    _check_positive(f"{name}.json_dataset", config.json_dataset, PROCESSING)
     processor = make_processor(config.text_processor, vocab_size, tokenizer, f"{name}.text_processor")
     if processor.needs_text and tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -98,12 +90,6 @@ def make_dataset(config, tokenizer, vocab_size: int, name: str = "train_dataset"
     make = _json_rows if config.type == "json" else _huggingface_rows
     first_id = processor.bos if chosen.always_start_with_bos else None
     return make(chosen, config.json_dataset, processor, group, first_id)
-
-
-def _check_positive(group, config, names):
-    for name in names:
-        if config[name] < 1:
-            raise UserError(f"--{group}.{name}={config[name]}: must be at least 1")
 
 
 def _json_rows(config, _, processor, group, first_id):
@@ -158,7 +144,6 @@ def _file_rows(config, processor, group, first_id, paths, shuffle_seed):
 
 
 def _huggingface_rows(config, processing, processor, group, first_id):
-    choose(f"--{group}.batch_token_dtype", config.batch_token_dtype, STORE_DTYPES)
     largest = np.iinfo(config.batch_token_dtype).max
     if processor.vocab_size - 1 > largest:
         raise UserError(

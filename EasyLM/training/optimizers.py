@@ -7,33 +7,33 @@ import jax.numpy as jnp
 import optax
 
 from EasyLM.checkpoints import stacking
-from EasyLM.errors import UserError, choose
+from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 
 _SHARED = {
-    "clip_gradient": Flag(1.0, "Gradients are scaled down to at most this global norm."),
-    "weight_decay": Flag(1e-4, "Decoupled weight decay, of every parameter."),
+    "clip_gradient": Flag(1.0, "Gradients are scaled down to at most this global norm.", above=0),
+    "weight_decay": Flag(1e-4, "Decoupled weight decay, of every parameter.", least=0),
     "bf16_momentum": Flag(False, "Keep the first moment in bfloat16."),
 }
 OPTIMIZER_FLAGS = {
     "type": Flag("adamw", "adamw, or palm: Adafactor without factors, as PaLM used.", choices=("adamw", "palm")),
-    "accumulate_gradient_steps": Flag(1, "Micro-steps whose mean gradient makes one update."),
+    "accumulate_gradient_steps": Flag(1, "Micro-steps whose mean gradient makes one update.", least=1),
     "adamw_optimizer": {
-        "init_lr": Flag(0.0, "Learning rate of the first update."),
-        "end_lr": Flag(0.001, "Learning rate from lr_decay_steps on."),
-        "lr": Flag(0.01, "Largest learning rate, after the warm-up."),
-        "lr_warmup_steps": Flag(2000, "Updates of linear warm-up."),
+        "init_lr": Flag(0.0, "Learning rate of the first update.", least=0),
+        "end_lr": Flag(0.001, "Learning rate from lr_decay_steps on.", least=0),
+        "lr": Flag(0.01, "Largest learning rate, after the warm-up.", least=0),
+        "lr_warmup_steps": Flag(2000, "Updates of linear warm-up.", least=0),
         "lr_decay_steps": Flag(500000, "Update at which the cosine decay ends, the warm-up included."),
-        "b1": Flag(0.9, "Decay rate of the first moment."),
-        "b2": Flag(0.95, "Decay rate of the second moment."),
+        "b1": Flag(0.9, "Decay rate of the first moment.", least=0, below=1),
+        "b2": Flag(0.95, "Decay rate of the second moment.", above=0, below=1),
         "multiply_by_parameter_scale": Flag(False, "Scale each tensor's update by its own size, as Adafactor does."),
         **_SHARED,
     },
     "palm_optimizer": {
-        "lr": Flag(0.01, "Learning rate in hundredths of 1 / sqrt(step)."),
-        "lr_warmup_steps": Flag(10000, "Updates during which the rate stays at its largest."),
-        "b1": Flag(0.9, "Decay rate of the momentum."),
-        "b2": Flag(0.99, "Exponent of the second moment's decay: 1 - t^-b2 at update t."),
+        "lr": Flag(0.01, "Learning rate in hundredths of 1 / sqrt(step).", least=0),
+        "lr_warmup_steps": Flag(10000, "Updates during which the rate stays at its largest.", least=1),
+        "b1": Flag(0.9, "Decay rate of the momentum.", least=0, below=1),
+        "b2": Flag(0.99, "Exponent of the second moment's decay: 1 - t^-b2 at update t.", above=0, below=1),
         **_SHARED,
     },
 }
@@ -49,18 +49,7 @@ def make_optimizer(config) -> tuple[optax.GradientTransformation, Callable]:
     Raises:
       UserError: naming the flag, its value and the rule or the choices.
     """
-    choose("--optimizer.type", config.type, OPTIMIZERS)
-    _require("accumulate_gradient_steps", config.accumulate_gradient_steps, lambda k: k >= 1, "at least 1")
-    settings = config[f"{config.type}_optimizer"]
-    for name, valid, rule in (
-        ("lr", lambda x: x >= 0, "at least 0"),
-        ("b1", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-        ("b2", lambda x: 0 < x < 1, "between 0 and 1"),
-        ("clip_gradient", lambda x: x > 0, "positive"),
-        ("weight_decay", lambda x: x >= 0, "at least 0"),
-    ):
-        _require(f"{config.type}_optimizer.{name}", settings[name], valid, rule)
-    transform, schedule = OPTIMIZERS[config.type](settings)
+    transform, schedule = OPTIMIZERS[config.type](config[f"{config.type}_optimizer"])
 
     def learning_rate(opt_state):
         inner = opt_state.inner_opt_state if config.accumulate_gradient_steps > 1 else opt_state
@@ -73,10 +62,11 @@ def make_optimizer(config) -> tuple[optax.GradientTransformation, Callable]:
 
 
 def _adamw(c):
-    for name in ("init_lr", "end_lr", "lr_warmup_steps"):
-        _require(f"adamw_optimizer.{name}", c[name], lambda x: x >= 0, "at least 0")
-    rule = f"more than lr_warmup_steps={c.lr_warmup_steps}"
-    _require("adamw_optimizer.lr_decay_steps", c.lr_decay_steps, lambda steps: steps > c.lr_warmup_steps, rule)
+    if c.lr_decay_steps <= c.lr_warmup_steps:
+        raise UserError(
+            f"--optimizer.adamw_optimizer.lr_decay_steps={c.lr_decay_steps}: "
+            f"must be more than lr_warmup_steps={c.lr_warmup_steps}"
+        )
     schedule = optax.warmup_cosine_decay_schedule(c.init_lr, c.lr, c.lr_warmup_steps, c.lr_decay_steps, c.end_lr)
     if c.multiply_by_parameter_scale:
         return _adafactor(c, schedule, lambda count: -c.weight_decay * schedule(count)), schedule
@@ -86,7 +76,6 @@ def _adamw(c):
 
 def _palm(c):
     """PaLM's (arXiv 2204.02311, section 5): rate and weight decay fall as 1 / sqrt(step) and 1 / step."""
-    _require("palm_optimizer.lr_warmup_steps", c.lr_warmup_steps, lambda x: x >= 1, "at least 1")
 
     def schedule(count):
         return c.lr / 0.01 / jnp.sqrt(jnp.maximum(count, c.lr_warmup_steps))
@@ -158,8 +147,3 @@ def _add_scheduled_decay(schedule) -> optax.GradientTransformation:
 def _stacked(params):
     """Which arrays hold all layers along axis 0."""
     return jax.tree.structure(params).unflatten(leaf.stacked for leaf in stacking.leaves(params))
-
-
-def _require(name, value, valid, rule) -> None:
-    if not valid(value):
-        raise UserError(f"--optimizer.{name}={value}: must be {rule}")

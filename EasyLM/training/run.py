@@ -32,30 +32,22 @@ from EasyLM.training.step import (
     state_shapes,
 )
 
-_LEAST = {
-    "total_steps": 0,
-    "log_freq": 1,
-    "save_model_freq": 0,
-    "save_milestone_freq": 0,
-    "eval_steps": 0,
-    "max_nonfinite_steps": 1,
-}
 RUN_FLAGS = {
     "seed": Flag(42, "Seed of the initial parameters and of dropout."),
     "mesh_dim": Flag(
         "1,-1,1", "Mesh sizes dp,fsdp,mp; -1: all devices left; or named, as dp:1,fsdp:-1,mp:2; ! splits physical axes."
     ),
-    "total_steps": Flag(10000, "Micro-steps to train in total, those before a resume included."),
+    "total_steps": Flag(10000, "Micro-steps to train in total, those before a resume included.", least=0),
     "load_checkpoint": Flag("", "PREFIX::FILE to start from: trainstate, trainstate_params, params, flax_params, ..."),
     "load_dataset_state": Flag("", "dataset.json (or a release's dataset.pkl): the data goes on after its rows."),
     "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl): checks model settings, gives the step."),
-    "log_freq": Flag(50, "Steps between logged steps."),
-    "save_model_freq": Flag(0, "Steps between checkpoints, of which the newest is kept; 0: only on a signal."),
-    "save_milestone_freq": Flag(0, "Steps between checkpoints that are kept; 0: none."),
-    "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation."),
+    "log_freq": Flag(50, "Steps between logged steps.", least=1),
+    "save_model_freq": Flag(0, "Steps between checkpoints, of which the newest is kept; 0: only on a signal.", least=0),
+    "save_milestone_freq": Flag(0, "Steps between checkpoints that are kept; 0: none.", least=0),
+    "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation.", least=0),
     "log_all_worker": Flag(False, "Every process writes its figures, not only the first."),
-    "max_nonfinite_steps": Flag(10, "Stop after so many steps in a row whose loss is not finite."),
-    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: by the device's kind."),
+    "max_nonfinite_steps": Flag(10, "Stop after so many steps in a row whose loss is not finite.", least=1),
+    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: by the device's kind.", least=0),
     "checkpointer": saving.CHECKPOINTER_FLAGS,
     "logger": metrics_log.LOGGER_FLAGS,
     "jax_distributed": JAX_DISTRIBUTED_FLAGS,
@@ -150,9 +142,6 @@ def check(config, run_dir: str, prefixes: Mapping = saving.PREFIXES) -> None:
     Raises:
       UserError: naming the flag or the file.
     """
-    for name, least in _LEAST.items():
-        if config[name] < least:
-            raise UserError(f"--{name}={config[name]}: must be at least {least}")
     for name in ("load_metadata", "load_dataset_state"):
         if config[name] and not is_remote(config[name]) and not os.path.isfile(config[name]):
             raise UserError(f"--{name}={config[name]}: no such file")

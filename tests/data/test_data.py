@@ -28,6 +28,7 @@ def dataset(path, seq_length=128, vocab_size=512, fields=",{tokens},", **setting
     config = flags.defaults(DATASET_FLAGS)
     config.text_processor.fields = fields
     config.json_dataset.update(path=str(path), seq_length=seq_length, batch_size=4, **settings)
+    flags.validate(DATASET_FLAGS, config)
     return make_dataset(config, None, vocab_size)
 
 
@@ -421,7 +422,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "settings, said",
         [
-            ({"seq_length": 0}, "--train_dataset.json_dataset.seq_length=0: must be at least 1"),
+            ({"seq_length": 0}, "--json_dataset.seq_length=0: must be at least 1"),
             ({"tokenizer_parallel_chunk_size": 0}, "json_dataset.tokenizer_parallel_chunk_size=0: must be at least 1"),
             ({"start_seek_loc": 5}, r"start_seek_loc=5: no line of .*dataset.jsonl \(138734 bytes\) begins at byte 5"),
             ({"start_seek_loc": -1}, "no line of"),

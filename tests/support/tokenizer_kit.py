@@ -64,7 +64,7 @@ def write_picture(path, seed: int, size: int = 20) -> None:
 
 
 def run_main(module, **settings) -> None:
-    """`module.main` with its default flags, these ones changed (`a__b=1` for `--a.b=1`)."""
+    """Validates and runs `module.main` with default flags except for `settings` (`a__b=1` for `--a.b=1`)."""
     definitions = getattr(module, "FLAGS", None) or module.DEFINITIONS
     config = flags.defaults(definitions)
     for name, value in settings.items():
@@ -74,4 +74,5 @@ def run_main(module, **settings) -> None:
             part = part[group]
         assert leaf in part, name
         part[leaf] = value
+    flags.validate(definitions, config)
     module.main(config)
