@@ -23,7 +23,7 @@ from tqdm import tqdm
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag, run
 from EasyLM.models.generate import check_sampling, check_seed
-from EasyLM.storage.files import check_output, write_json
+from EasyLM.storage import check_output, write_json
 from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter
 from evaluation.runs.lines import Results
 from evaluation.runs.loops import UNFINISHED

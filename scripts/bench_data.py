@@ -23,7 +23,7 @@ from EasyLM import flags
 from EasyLM.data import packed_file, records
 from EasyLM.data.dataset import DATASET_FLAGS, make_dataset
 from EasyLM.flags import Flag
-from EasyLM.storage import columns
+from EasyLM.storage import open_columns
 from EasyLM.vocab import CODEBOOK_SIZE, VOCAB_SIZE
 
 SEQ_LENGTH = 4096
@@ -116,7 +116,7 @@ def shuffled_rate(path: str) -> float:
 def packed_rates(path: str) -> tuple[float, float]:
     """Million tokens a second of copying the mapped ids to int32, a batch at a time, and of the row source, in turn."""
     source = rows_of(path)
-    ids = columns.open_columns(path).arrays["ids"]
+    ids = open_columns(path).arrays["ids"]
     batches = len(ids) // (BATCH * SEQ_LENGTH)
     seconds = np.zeros(2)
     for batch in range(batches):

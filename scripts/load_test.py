@@ -27,7 +27,7 @@ from PIL import Image
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from EasyLM.storage.files import check_output
+from EasyLM.storage import check_output
 from evaluation.demo import FLAGS as DEMO_FLAGS
 from evaluation.prompting.prompter import PROMPTER_FLAGS
 from tokenizer.synthetic import scenes

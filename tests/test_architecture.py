@@ -21,7 +21,7 @@ ALLOWED = {
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
     "tokenizer.synthetic": "",
-    "tokenizer.vqgan": "",
+    "tokenizer.vqgan": "EasyLM.storage",
     "tokenizer.image_quality": "tokenizer.vqgan",
     "tokenizer.training": "tokenizer.vqgan tokenizer.image_quality",
     "tokenizer.sentence_files": "EasyLM.storage EasyLM.data",

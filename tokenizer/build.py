@@ -21,7 +21,7 @@ from EasyLM.data import records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import Workers
-from EasyLM.storage import files
+from EasyLM.storage import check_output, content_digest
 from tokenizer.builders import arrangements, image_ref
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.file_index import Inputs, Side
@@ -140,7 +140,7 @@ def _sides(kind: Kind, config) -> list[Side]:
 def _identity(config, inputs: Inputs) -> dict:
     """All that the bytes of the file follow from."""
     names = [os.path.join(config.vqgan, name) for name in sorted(os.listdir(config.vqgan))]
-    tokenizer = [files.content(name, os.path.getsize(name)) for name in names if os.path.isfile(name)]
+    tokenizer = [content_digest(name, os.path.getsize(name)) for name in names if os.path.isfile(name)]
     return {
         "version": VERSION,
         "inputs": inputs.digest,
@@ -153,7 +153,7 @@ def _build(config, codec: Codec, composed: Callable, span: range, file: Resumabl
     """Writes those sentences of the examples `span` that are not there yet; returns the report."""
     state = file.state or {**_BEGIN, "example": span.start}
     problems.restore(state["skipped"])
-    files.check_output(config.output_file, "output_file")
+    check_output(config.output_file, "output_file")
     directory = os.path.dirname(config.output_file) or "."
     again = config.n_epochs > 1 or KINDS[config.kind].order in _SEVERAL_TIMES
     cache = CodeCache(config.cache_pictures if again else 0, codec.config.tokens_per_image, directory)

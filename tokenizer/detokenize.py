@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from EasyLM.storage import files
+from EasyLM.storage import atomic_path, file_version
 from tokenizer.media import images, videos
 from tokenizer.sentence_files import reader
 from tokenizer.sentence_files.skipped_inputs import Problems
@@ -39,7 +39,7 @@ def main(config) -> None:
     if config.format in ("mp4", "gif") and not 0 < config.fps <= 100:
         raise UserError(f"--fps={config.fps}: must be above 0, at most 100")
     parse_ranges(config.sentences)  # before the model is loaded
-    files.version(config.input_file)
+    file_version(config.input_file)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
     lines = reader.read(config.input_file, codec.config.num_embeddings, Problems(0))
     chosen = choose(lines, config)
@@ -149,18 +149,13 @@ def write_sheet(sentences: Iterable[Sentence], config) -> int:
     """One HTML file with the pictures in it, written as they come; returns the number of sentences."""
     os.makedirs(config.output_dir, exist_ok=True)
     path = os.path.join(config.output_dir, SHEET)
-    temporary, count = f"{path}.tmp", 0
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(HEAD.format(title=html.escape(os.path.basename(config.input_file)), width=THUMBNAIL))
-            for number, pictures, record in sentences:
-                file.write(section(number, pictures, record))
-                count += 1
-            file.write("</body></html>\n")
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    count = 0
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(HEAD.format(title=html.escape(os.path.basename(config.input_file)), width=THUMBNAIL))
+        for number, pictures, record in sentences:
+            file.write(section(number, pictures, record))
+            count += 1
+        file.write("</body></html>\n")
     return count
 
 

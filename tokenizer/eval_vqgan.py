@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from EasyLM.storage import files
+from EasyLM.storage import check_output, write_json
 from tokenizer.image_quality import inception, metrics
 from tokenizer.media import images
 from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
@@ -40,7 +40,7 @@ def main(config) -> None:
         if config[name] < least:
             raise UserError(f"--{name}={config[name]}: must be at least {least}")
     if config.output_json:
-        files.check_output(config.output_json, "output_json")
+        check_output(config.output_json, "output_json")
     if config.output_picture:
         images.check_output(config.output_picture, "output_picture")
     found = [images.find(folder, "input_dirs")[: config.limit or None] for folder in folders]
@@ -63,7 +63,7 @@ def main(config) -> None:
     shares = f"{usage['codes_used']:.1%} of {len(used)} codes used, perplexity {usage['code_perplexity']:.0f}"
     print(f"all: {shares}{_rfid_words(usage)}")
     if config.output_json:
-        files.write_json(config.output_json, figures)
+        write_json(config.output_json, figures)
     if config.output_picture:
         images.save(config.output_picture, images.grid(np.concatenate(rows), config.columns))
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from EasyLM.storage import files
+from EasyLM.storage import check_output, expand_paths, write_json
 from EasyLM.vocab import CODEBOOK_SIZE, TOKENS_PER_IMAGE, VOCAB_SIZE
 from tokenizer.media import charts, images
 from tokenizer.sentence_files import reader
@@ -113,10 +113,10 @@ def main(config) -> None:
         if config[name] < least:
             raise UserError(f"--{name}={config[name]}: must be at least {least}")
     if config.output_json:
-        files.check_output(config.output_json, "output_json")
+        check_output(config.output_json, "output_json")
     if config.output_picture:
         images.check_output(config.output_picture, "output_picture")
-    paths = files.expand("input_files", config.input_files)
+    paths = expand_paths("input_files", config.input_files)
     vocab_size = max(config.vocab_size, config.codebook_size)
     bad, summary = BadLines(config.max_listed), Summary(vocab_size, config.codebook_size, config.tokens_per_image)
     with tqdm(unit=" sentences", desc="reading", disable=not sys.stderr.isatty()) as bar:
@@ -127,7 +127,7 @@ def main(config) -> None:
     figures = summary.figures() | {"files": len(paths), "bad_lines": bad.count, "first_bad_lines": bad.first}
     print(table(figures, config))
     if config.output_json:
-        files.write_json(config.output_json, figures)
+        write_json(config.output_json, figures)
     if config.output_picture:
         images.save(config.output_picture, picture(figures, summary.counts()[: config.codebook_size]))
 

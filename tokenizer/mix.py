@@ -18,7 +18,16 @@ from tqdm import tqdm
 from EasyLM.data import packed_file, proportions, records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from EasyLM.storage import files
+from EasyLM.storage import (
+    atomic_file,
+    check_output,
+    expand_path_groups,
+    file_version,
+    is_compressed,
+    is_remote,
+    read_lines,
+    write_json,
+)
 from EasyLM.vocab import VOCAB_SIZE
 from tokenizer.sentence_files import disk_shuffle
 from tokenizer.sentence_files.skipped_inputs import Problems
@@ -66,20 +75,17 @@ def main(config) -> None:
     expected = sum(source.bytes * source.taken // max(source.sentences, 1) for source in sources)
     directory = os.path.dirname(os.path.abspath(config.output_file))
     _check_disk(directory, expected, config)
-    temporary = f"{config.output_file}.tmp"
     memory = config.memory_mb * 10**6
-    try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".mix_") as folder, open(temporary, "wb") as file:
-            lines = _keyed_lines(sources, config.seed, tqdm(total=total, unit=" sentences", desc="reading"))
-            bar = tqdm(total=total, unit=" sentences", desc="writing")
-            for line in disk_shuffle.by_key(lines, expected, memory, folder):
-                file.write(line + b"\n")
-                bar.update()
-            bar.close()
-        os.replace(temporary, config.output_file)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with (
+        tempfile.TemporaryDirectory(dir=directory, prefix=".mix_") as folder,
+        atomic_file(config.output_file) as file,
+    ):
+        lines = _keyed_lines(sources, config.seed, tqdm(total=total, unit=" sentences", desc="reading"))
+        bar = tqdm(total=total, unit=" sentences", desc="writing")
+        for line in disk_shuffle.by_key(lines, expected, memory, folder):
+            file.write(line + b"\n")
+            bar.update()
+        bar.close()
     _report(sources, total, config)
 
 
@@ -95,31 +101,31 @@ def _sources(config) -> list[Source]:
         raise UserError(f"--weights={config.weights} and --counts={config.counts}: give one of them")
     if config.total and not config.weights:
         raise UserError(f"--total={config.total}: goes with --weights")
-    if os.path.isdir(config.output_file) or files.is_compressed(config.output_file):
+    if os.path.isdir(config.output_file) or is_compressed(config.output_file):
         raise UserError(f"--output_file={config.output_file}: must be a plain file, not a folder, .gz or .zst")
-    sources = [Source(name, paths) for name, paths in files.expand_parts("inputs", config.inputs)]
+    sources = [Source(name, paths) for name, paths in expand_path_groups("inputs", config.inputs)]
     for source in sources:
         for path in source.paths:
             if packed_file.is_packed(path):
                 raise UserError(
                     f"--inputs={config.inputs}: {path} is packed: unpack it first (tokenizer.pack --unpack)"
                 )
-            if not files.is_remote(path) and os.path.abspath(path) == os.path.abspath(config.output_file):
+            if not is_remote(path) and os.path.abspath(path) == os.path.abspath(config.output_file):
                 raise UserError(f"--output_file={config.output_file}: is one of --inputs={config.inputs}")
-    files.check_output(config.output_file, "output_file")
+    check_output(config.output_file, "output_file")
     if config.output_json:
-        files.check_output(config.output_json, "output_json")
+        check_output(config.output_json, "output_json")
     return sources
 
 
 def _check_lines(sources: list[Source], vocab_size: int, problems: Problems) -> None:
     """Counts sentences and bytes of each source, and notes its bad lines."""
     known = [(source, path) for source in sources for path in source.paths]
-    packed = any(files.is_compressed(path) for _, path in known)
-    total = None if packed else sum(files.version(path)["size"] for _, path in known)
+    packed = any(is_compressed(path) for _, path in known)
+    total = None if packed else sum(file_version(path)["size"] for _, path in known)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking") as bar:
         for source, path in known:
-            for number, line in files.read_lines(path):
+            for number, line in read_lines(path):
                 bar.update(len(line) + 1)
                 try:
                     records.read_record(line, vocab_size)
@@ -178,7 +184,7 @@ def _good_lines(source: Source) -> Iterator[bytes]:
     """The lines that were found good, as many as then."""
     count = 0
     for path in source.paths:
-        for number, line in files.read_lines(path):
+        for number, line in read_lines(path):
             if (path, number) not in source.bad and count < source.sentences:
                 count += 1
                 yield line
@@ -206,7 +212,7 @@ def _report(sources: list[Source], total: int, config) -> None:
         print("{input}: {taken} of {sentences} sentences ({times:.2f} times), {bad_lines} bad lines".format(**figure))
     print(f"{config.output_file}: {total} sentences")
     if config.output_json:
-        files.write_json(config.output_json, {"sentences": total, "seed": config.seed, "inputs": figures})
+        write_json(config.output_json, {"sentences": total, "seed": config.seed, "inputs": figures})
 
 
 def cli() -> None:

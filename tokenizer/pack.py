@@ -14,7 +14,7 @@ from tqdm import tqdm
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
-from EasyLM.storage import files
+from EasyLM.storage import atomic_file, expand_paths, file_version, is_compressed
 from EasyLM.vocab import VOCAB_SIZE
 from tokenizer.sentence_files import reader
 from tokenizer.sentence_files.skipped_inputs import Problems
@@ -66,12 +66,12 @@ def _check(config) -> list[str]:
         )
     if config.max_errors < 0:
         raise UserError(f"--max_errors={config.max_errors}: must be at least 0")
-    paths = files.expand("input_files", config.input_files)
+    paths = expand_paths("input_files", config.input_files)
     for path in paths:
         if packed_file.is_packed(path) != config.unpack:
             what = f"is no {packed_file.ENDING} file" if config.unpack else "is packed already (--unpack=True unpacks)"
             raise UserError(f"--input_files={config.input_files}: {path} {what}")
-    if packed_file.is_packed(config.output_file) == config.unpack or files.is_compressed(config.output_file):
+    if packed_file.is_packed(config.output_file) == config.unpack or is_compressed(config.output_file):
         ending = ".jsonl" if config.unpack else packed_file.ENDING
         raise UserError(f"--output_file={config.output_file}: must end in {ending}, by which it is recognised")
     return paths
@@ -81,7 +81,7 @@ def _check_disk(paths: list[str], config) -> None:
     """Raises UserError if the output would not fit: a share of the input's size, or thrice that."""
     directory = os.path.dirname(os.path.abspath(config.output_file))
     os.makedirs(directory, exist_ok=True)
-    sizes = sum(files.version(path)["size"] * (_UNPACKED if files.is_compressed(path) else 1) for path in paths)
+    sizes = sum(file_version(path)["size"] * (_UNPACKED if is_compressed(path) else 1) for path in paths)
     # Packing writes columns (2 of 5.33 bytes), then joins them; JSONL has 5.33 bytes for the 2 of a packed token.
     needed, free = int(sizes * (3.0 if config.unpack else 0.8)), shutil.disk_usage(directory).free
     if needed > free:
@@ -92,19 +92,13 @@ def _check_disk(paths: list[str], config) -> None:
 
 
 def _unpack(sentences: Iterator, config) -> dict:
-    temporary = f"{config.output_file}.tmp"
-    facts = {"tokens": 0, "sentences": 0}
-    try:
-        with open(temporary, "wb") as file:
-            for ids, others in sentences:
-                file.write(records.record_line(ids, **(others if config.keep_others else {})))
-                facts["tokens"] += len(ids)
-                facts["sentences"] += 1
-        os.replace(temporary, config.output_file)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return facts
+    counts = {"tokens": 0, "sentences": 0}
+    with atomic_file(config.output_file) as file:
+        for ids, others in sentences:
+            file.write(records.record_line(ids, **(others if config.keep_others else {})))
+            counts["tokens"] += len(ids)
+            counts["sentences"] += 1
+    return counts
 
 
 def cli() -> None:

@@ -20,8 +20,7 @@ from EasyLM.data.token_rows import permuted
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh
-from EasyLM.storage import columns
-from EasyLM.storage.files import is_remote
+from EasyLM.storage import is_remote, json_digest
 from EasyLM.training import run
 from tokenizer.image_quality import lpips
 from tokenizer.media import images
@@ -97,7 +96,7 @@ class PictureRows:
             "seed": seed,
             "pictures": len(self._paths),
             "directories": names,
-            "names_and_sizes": columns.digest(found),  # not when files changed: a copy of them does as well
+            "names_and_sizes": json_digest(found),  # not when files changed: a copy of them does as well
         }
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 from EasyLM.checkpoints import stacking, streaming
 from EasyLM.checkpoints.msgpack_arrays import Entry, host_memory
 from EasyLM.errors import UserError, choose
-from EasyLM.storage.files import is_remote
+from EasyLM.storage import is_remote
 
 _THREADS = 2  # arrays read side by side; more hold more host memory and read no faster
 _NAMES_IN_ERROR = 6

@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.storage.files import is_remote
+from EasyLM.storage import is_remote
 
 MAX_CHUNK_BYTES = 2**30  # flax.serialization.MAX_CHUNK_SIZE: a larger array is written in chunks
 CHUNKED = "__msgpack_chunked_array__"

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 import fsspec
 
 from EasyLM.errors import UserError
-from EasyLM.storage.files import is_remote
+from EasyLM.storage import is_remote
 
 CHECKPOINTS, LATEST, TEMPORARY = "checkpoints", "latest", ".tmp-"
 DATASET, METADATA = "dataset.json", "metadata.json"

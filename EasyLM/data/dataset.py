@@ -15,7 +15,7 @@ from EasyLM.data.token_store import STORE_DTYPES, TokenStore
 from EasyLM.data.token_stream import JsonLines
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.storage import files
+from EasyLM.storage import expand_path_groups, is_compressed
 
 TYPES = ("json", "huggingface")
 
@@ -93,7 +93,7 @@ def make_dataset(config, tokenizer, vocab_size: int, name: str = "train_dataset"
 
 
 def _json_rows(config, _, processor, group, first_id):
-    parts = files.expand_parts(f"{group}.path", config.path)
+    parts = expand_path_groups(f"{group}.path", config.path)
     make = functools.partial(_file_rows, config, processor, group, first_id)
     if not config.weights:
         return make([path for _, paths in parts for path in paths], config.shuffle_seed)
@@ -115,7 +115,7 @@ def _json_rows(config, _, processor, group, first_id):
 
 def _file_rows(config, processor, group, first_id, paths, shuffle_seed):
     for path in paths:
-        if files.is_compressed(path):
+        if is_compressed(path):
             raise UserError(
                 f"--{group}.path: {path} is compressed, and rows are read at any place of a file: unpack it, or make "
                 "one of all with tokenizer.mix or tokenizer.pack, which read it as it is"

@@ -18,7 +18,7 @@ from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import RecordError, check_ids, parse_line, token_type
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
-from EasyLM.storage import columns, files
+from EasyLM.storage import cached_columns, content_digest, file_version, open_binary
 
 RANGE_BYTES = 64 << 20  # one piece of work
 BLOCK_BYTES = 1 << 20  # one read: fits a cache
@@ -52,12 +52,12 @@ def line_index(path: str, processor: RecordProcessor, processes: int = 1, skip_b
     Raises:
       UserError: `file:line: reason` of the first bad line, unless those are to be skipped; or if no token is left.
     """
-    version = files.version(path)
+    version = file_version(path)
     produce = functools.partial(_produce, path, version["size"], processor, processes, not skip_bad_lines)
     dtypes = {"positions": "<i8", "ends": "<i8"}
-    index = columns.derive(path, ".index", processor.identity(), version, dtypes, produce)
-    if index.facts["bad_lines"] and not skip_bad_lines:
-        raise UserError(f"{path}:{index.facts['first_bad']}")
+    index = cached_columns(path, ".index", processor.identity(), version, dtypes, produce)
+    if index.metadata["bad_lines"] and not skip_bad_lines:
+        raise UserError(f"{path}:{index.metadata['first_bad']}")
     return index
 
 
@@ -87,9 +87,9 @@ def _produce(path, size, processor, processes, strict, append) -> dict:
             bar.update(scan.stop - scan.start)
     if not tokens:
         raise UserError(f"{path}: holds no tokens" + (f"; {path}:{first_bad}" if first_bad else " (the file is empty)"))
-    if files.version(path)["size"] != size:
+    if file_version(path)["size"] != size:
         raise UserError(f"{path}: changed while it was indexed; start again when nothing writes to it")
-    content = files.content(path, size)
+    content = content_digest(path, size)
     return {"tokens": tokens, "size": size, "content": content, "bad_lines": bad_lines, "first_bad": first_bad}
 
 
@@ -173,7 +173,7 @@ class _Scanner:
 
 def _whole_lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """Yields (offset, bytes): all lines that begin in [start, stop), none of them cut."""
-    with files.open_binary(path) as file:
+    with open_binary(path) as file:
         if start:  # a line that began before belongs to the range before
             file.seek(start - 1)
             start = start - 1 + len(file.readline())

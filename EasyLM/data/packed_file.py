@@ -16,7 +16,7 @@ from EasyLM.data import records
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.token_file import LineFile
 from EasyLM.errors import UserError
-from EasyLM.storage import columns, files
+from EasyLM.storage import Columns, content_digest, file_version, is_remote, open_columns, write_columns
 
 ENDING = ".packed"
 FORMAT = "EasyLM packed sentences, version 1"
@@ -54,14 +54,14 @@ def write(path: str, sources: Iterable[tuple[str, Iterable[tuple[np.ndarray, dic
                     sentences + len(block),
                     other_bytes + sum(lengths),
                 )
-            size = files.version(source)["size"]
+            size = file_version(source)["size"]
             counted = {"tokens": tokens - before[0], "sentences": sentences - before[1]}
-            origin.append({"size": size, "content": files.content(source, size), **counted})
+            origin.append({"size": size, "content": content_digest(source, size), **counted})
         append(origin=np.frombuffer(orjson.dumps(origin), np.uint8))
         facts.update(tokens=tokens, sentences=sentences)
         return {"format": FORMAT, "largest_id": largest}
 
-    columns.create(path, DTYPES, produce)
+    write_columns(path, DTYPES, produce)
     return facts
 
 
@@ -89,23 +89,23 @@ def read(path: str, vocab_size: int) -> Iterator[tuple[np.ndarray, dict]]:
         begin, other_begin = end, other_end
 
 
-def _opened(path: str, vocab_size: int) -> columns.Columns:
-    if files.is_remote(path):
+def _opened(path: str, vocab_size: int) -> Columns:
+    if is_remote(path):
         raise UserError(f"{path}: a packed file is mapped into memory and has to be local: copy it here")
-    files.version(path)
-    found = columns.open_columns(path)
+    file_version(path)
+    found = open_columns(path)
     if found is None or not _is_whole(found):
         raise UserError(f"{path}: is cut off, or not of the format {FORMAT!r}: write it with tokenizer.pack")
-    if found.facts["largest_id"] >= vocab_size:
-        raise UserError(f"{path}: id {found.facts['largest_id']} is outside the vocabulary 0..{vocab_size - 1}")
+    if found.metadata["largest_id"] >= vocab_size:
+        raise UserError(f"{path}: id {found.metadata['largest_id']} is outside the vocabulary 0..{vocab_size - 1}")
     return found
 
 
-def _is_whole(found: columns.Columns) -> bool:
+def _is_whole(found: Columns) -> bool:
     """Whether the columns are those of a packed file and fit together."""
-    if found.facts.get("format") != FORMAT or found.arrays.keys() != DTYPES.keys():
+    if found.metadata.get("format") != FORMAT or found.arrays.keys() != DTYPES.keys():
         return False
-    if not isinstance(found.facts.get("largest_id"), int):
+    if not isinstance(found.metadata.get("largest_id"), int):
         return False
     ids, ends, others, other_ends, _ = (found.arrays[name] for name in DTYPES)
     lasts = [int(column[-1]) if len(column) else 0 for column in (ends, other_ends)]

@@ -11,7 +11,7 @@ import orjson
 import pybase64
 
 from EasyLM.errors import UserError
-from EasyLM.storage import files
+from EasyLM.storage import read_lines
 
 TOKENS_KEY = "tokens"
 TOKEN_DTYPE = "<i4"
@@ -101,7 +101,7 @@ def read_records(path: str, vocab_size: int) -> Iterator[tuple[np.ndarray, dict]
     Raises:
       UserError: addressed `file:line`, for a line that is no record.
     """
-    for number, line in files.read_lines(path):
+    for number, line in read_lines(path):
         try:
             yield read_record(line, vocab_size)
         except RecordError as reason:

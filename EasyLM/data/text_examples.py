@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from EasyLM.errors import UserError
-from EasyLM.storage import columns, files
+from EasyLM.storage import check_line_start, content_digest, file_version, is_compressed, json_digest, open_binary
 
 
 class FileExamples:
@@ -25,12 +25,12 @@ class FileExamples:
 
     def version(self) -> dict:
         """Equal as long as the files are the same."""
-        return {"files": columns.digest([[os.path.abspath(path), files.version(path)] for path in self._paths])}
+        return {"files": json_digest([[os.path.abspath(path), file_version(path)] for path in self._paths])}
 
     def identity(self) -> list:
         """What is in the files, as JSON values, wherever they lie."""
-        sizes = [files.version(path)["size"] for path in self._paths]
-        return [[size, files.content(path, size)] for path, size in zip(self._paths, sizes, strict=True)]
+        sizes = [file_version(path)["size"] for path in self._paths]
+        return [[size, content_digest(path, size)] for path, size in zip(self._paths, sizes, strict=True)]
 
     def address(self, number: tuple[int, int]) -> str:
         file, line = number
@@ -38,12 +38,12 @@ class FileExamples:
 
     def check_line_begins(self, offset: int) -> None:
         """UserError unless a line of the first file begins at that byte."""
-        files.check_line_begins(self._paths[0], offset)
+        check_line_start(self._paths[0], offset)
 
     def __iter__(self) -> Iterator:
         offset = 0
         for file, path in enumerate(self._paths):
-            with files.open_binary(path) as lines:
+            with open_binary(path) as lines:
                 for line, data in enumerate(lines, start=1):
                     if data.strip():
                         yield (file, line), offset, _text(path, line, data) if path.endswith(".txt") else data
@@ -86,7 +86,7 @@ def huggingface_examples(config, name: str):
     """
     path = config.path.rstrip("/")
     if os.path.isfile(path):
-        if files.is_compressed(path):
+        if is_compressed(path):
             raise UserError(
                 f"--{name}.path={path}: is compressed, which cannot be read from a line on: unpack it first"
             )

@@ -10,9 +10,10 @@ from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import RecordError, parse_line
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
-from EasyLM.storage import columns
+from EasyLM.storage import cached_columns
 
 STORE_DTYPES = ("i4", "u4", "i2", "u2")
+REASON_CHARACTERS = 1000
 
 
 class TokenStore:
@@ -46,13 +47,13 @@ class TokenStore:
         )
         dtypes = {"ids": f"<{dtype}", "masks": "u1", "ends": "<i8", "offsets": "<i8"}
         identity = {"processing": processor.identity(), "dtype": dtype, "examples": examples.name}
-        store = columns.derive(examples.source, ".tokens", identity, examples.version(), dtypes, produce)
-        if store.facts["bad_lines"] and not skip_bad_lines:
-            raise UserError(store.facts["first_bad"])
+        store = cached_columns(examples.source, ".tokens", identity, examples.version(), dtypes, produce)
+        if store.metadata["bad_lines"] and not skip_bad_lines:
+            raise UserError(store.metadata["first_bad"])
         self._ids, self._masks = store.arrays["ids"], store.arrays["masks"]
         self._ends, self._offsets = store.arrays["ends"], store.arrays["offsets"]
         self.num_tokens, self.num_examples = len(self._ids), len(self._ends)
-        self.bad_lines = store.facts["bad_lines"]
+        self.bad_lines = store.metadata["bad_lines"]
         self.bytes_read = 0
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -95,7 +96,7 @@ def _produce(examples, processor, processes, chunk_size, batch_size, strict, app
             ):
                 if isinstance(result, str):
                     bad_lines += 1
-                    first_bad = first_bad or f"{examples.address(number)}: {result}"[: columns.HEADER_BYTES // 4]
+                    first_bad = first_bad or f"{examples.address(number)}: {result}"[:REASON_CHARACTERS]
                     if strict:
                         raise UserError(first_bad)
                     continue

@@ -14,7 +14,7 @@ from EasyLM.data.line_index import line_index
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import parse_line, token_type
 from EasyLM.data.token_file import LineFile
-from EasyLM.storage import files
+from EasyLM.storage import check_line_start, is_remote, open_binary
 
 # Read at once, unless a line is longer. Below 128 KiB, where malloc begins to map each buffer anew, whose page faults
 # cost more than the decoding.
@@ -93,9 +93,9 @@ class JsonFile(LineFile):
 
     def __init__(self, path: str, index, processor: RecordProcessor):
         super().__init__(path, processor)
-        self._facts = index.facts
-        self.num_tokens, self.num_examples = index.facts["tokens"], len(index.arrays["ends"])
-        self.bad_lines = index.facts["bad_lines"]
+        self._facts = index.metadata
+        self.num_tokens, self.num_examples = index.metadata["tokens"], len(index.arrays["ends"])
+        self.bad_lines = index.metadata["bad_lines"]
         self._positions, self._all_ends = index.arrays["positions"], index.arrays["ends"]
         self._read_bytes = _byte_reader(path)
         self._parsed = functools.lru_cache(PARSED_LINES)(self._parse)
@@ -107,7 +107,7 @@ class JsonFile(LineFile):
 
     def token_at(self, offset: int) -> int:
         """As of `LineFile`."""
-        files.check_line_begins(self.path, offset)
+        check_line_start(self.path, offset)
         line = bisect.bisect_left(self._positions, offset, key=lambda position: max(position, -1 - position))
         return int(self._all_ends[line - 1]) if line else 0
 
@@ -160,10 +160,10 @@ def _open(path: str, processor: RecordProcessor, processes: int, skip_bad_lines:
 
 def _byte_reader(path: str):
     """(begin, end) -> bytes of a file."""
-    if files.is_remote(path):
+    if is_remote(path):
         system, inner = fsspec.url_to_fs(path)
         return functools.partial(system.cat_file, inner)
-    file = files.open_binary(path)
+    file = open_binary(path)
     return lambda begin, end: os.pread(file.fileno(), end - begin, begin)
 
 

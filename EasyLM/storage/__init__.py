@@ -1,0 +1,50 @@
+"""Files, local or remote (through fsspec), and the formats that several rooms share. Imports no other room, and no JAX.
+
+Vocabulary:
+  version  size and modification mark of a file: tells whether the file was written again
+  digest   16 hexadecimal digits of a content: tells whether two files, or two sets of settings, are the same
+  column   one-dimensional array in a column file
+  cache    column file that is derived from a source, such as a line index
+
+Modules:
+  atomic   write a file completely or not at all; JSON files
+  paths    globs and comma lists of paths, file versions, checks of outputs
+  reading  open files, read lines, decompress
+  digests  digests of JSON values and of files
+  columns  memory-mapped column files, cached or standalone
+"""
+
+from EasyLM.storage.atomic import atomic_file, atomic_path, write_json
+from EasyLM.storage.columns import Columns, cached_columns, open_columns, write_columns
+from EasyLM.storage.digests import content_digest, json_digest
+from EasyLM.storage.paths import (
+    check_output,
+    expand_path_groups,
+    expand_paths,
+    file_version,
+    is_compressed,
+    is_remote,
+)
+from EasyLM.storage.reading import check_line_start, open_binary, read_lines, read_text_lines
+
+__all__ = [
+    "Columns",
+    "atomic_file",
+    "atomic_path",
+    "cached_columns",
+    "check_line_start",
+    "check_output",
+    "content_digest",
+    "expand_path_groups",
+    "expand_paths",
+    "file_version",
+    "is_compressed",
+    "is_remote",
+    "json_digest",
+    "open_binary",
+    "open_columns",
+    "read_lines",
+    "read_text_lines",
+    "write_columns",
+    "write_json",
+]

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from EasyLM.storage.files import is_remote
+from EasyLM.storage import is_remote
 
 # Dense bf16 FLOP/s of one device (vendors' data sheets, without sparsity), by a part of `device_kind`.
 PEAK_TFLOPS = {

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.storage.files import is_remote
+from EasyLM.storage import is_remote
 
 _REMOTE_SECONDS = 60  # between two writings of a file on a store
 

@@ -17,8 +17,7 @@ from EasyLM.checkpoints import saving
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS, batch_sharding, check_same, shardings
-from EasyLM.storage import columns
-from EasyLM.storage.files import is_remote
+from EasyLM.storage import is_remote, json_digest
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, dataset_state, rows_consumed
 from EasyLM.training.loop import LoopSettings, fit
@@ -175,7 +174,7 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
     _check_settings(problem, start, metadata)
     position = _position(problem, start)
     facts = {"a checkpoint": bool(start.checkpoint), "its step": metadata.get("step", 0), "its data's row": position}
-    check_same(facts | {"the data's digest": columns.digest(problem.data.identity)})
+    check_same(facts | {"the data's digest": json_digest(problem.data.identity)})
     state, state_shardings = _first_state(config, mesh, problem, start, metadata)
 
     batches = Batches(problem.data, problem.batch_size, batch_sharding(mesh), position)

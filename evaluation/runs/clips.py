@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.storage.files import read_text_lines
+from EasyLM.storage import read_text_lines
 from tokenizer.media import images, videos
 
 CLIP_FLAGS = {

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.storage.files import check_output, is_remote, read_text_lines, write_json
+from EasyLM.storage import check_output, is_remote, read_text_lines, write_json
 from evaluation.tasks import metrics
 
 LINE_FLAGS = {

@@ -13,7 +13,7 @@ import numpy as np
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.generate import check_sampling, check_seed
-from EasyLM.storage.files import check_output
+from EasyLM.storage import check_output
 from evaluation.prompting.prompter import Prompter
 from evaluation.runs.lines import Example, Results, loaded_batches, progress_bar
 from evaluation.tasks import metrics

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.storage.files import read_text_lines
+from EasyLM.storage import read_text_lines
 from tokenizer.image_quality.metrics import psnr, ssim
 from tokenizer.synthetic import scenes
 

@@ -13,7 +13,7 @@ import time
 import orjson
 
 from EasyLM.errors import UserError
-from EasyLM.storage import files
+from EasyLM.storage import write_json
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems that have none
 MARK_SECONDS = 10.0  # between two marks of progress: so much work is lost when the writer is killed
@@ -100,14 +100,14 @@ class ResumableFile:
         """All that was written up to here counts, and `state` (JSON values) is how to go on."""
         self.write(b"")
         self._sync()
-        files.write_json(self._progress, {"identity": self._identity, "bytes": self._file.tell(), "state": state})
+        write_json(self._progress, {"identity": self._identity, "bytes": self._file.tell(), "state": state})
         self._marked = time.monotonic()
 
     def finish(self, report: dict) -> None:
         """Gives the file its name, and the report (JSON values) its own."""
         self.write(b"")
         self._sync()
-        files.write_json(self._report, {**report, "bytes": self._file.tell(), "identity": self._identity})
+        write_json(self._report, {**report, "bytes": self._file.tell(), "identity": self._identity})
         os.replace(self._partial, self.path)  # before the lock ends: who took it then would cut the file
         self._file.close()
         _remove(self._progress)

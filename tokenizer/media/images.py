@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import ExifTags, Image, features
 
+from EasyLM import storage
 from EasyLM.errors import UserError
-from EasyLM.storage import files
 
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # What Pillow reads by itself; some only where it was built with the library.
@@ -245,7 +245,7 @@ def check_output(path: str, flag: str) -> None:
       UserError: naming the flag, if `save` could not write it.
     """
     check_ending(path, f"--{flag}={path}")
-    files.check_output(path, flag)
+    storage.check_output(path, flag)
 
 
 def check_ending(path: str, name: str) -> None:
@@ -255,9 +255,9 @@ def check_ending(path: str, name: str) -> None:
 
 
 def save(path, picture: np.ndarray) -> None:
-    """Writes bytes [height,width,3], or gray of 8 or 16 bits, by a temporary name, so that nobody sees half of it."""
+    """Atomically writes an image file from bytes [height,width,3], or gray of 8 or 16 bits [height,width]."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(picture).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
-    os.replace(temporary, path)
+    # Without flushing to the disk: commands write images by the thousand, and a lost one is quick to write again.
+    with storage.atomic_path(path, sync=False) as temporary:
+        Image.fromarray(picture).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from EasyLM.errors import UserError
+from EasyLM.storage import atomic_path
 from tokenizer.media import images
 
 EXTENSIONS = (
@@ -86,7 +87,7 @@ def read(path, seconds: Sequence[float], size: int | None = None) -> np.ndarray:
 
 
 def write(path, frames: np.ndarray, fps: float) -> None:
-    """Writes bytes [n,height,width,3] as a video (.mp4) or an endless animation (.gif), by a temporary name.
+    """Writes bytes [n,height,width,3] as a video (.mp4) or an endless animation (.gif), atomically.
 
     A video's odd height or width grows by a repeated row or column.
 
@@ -99,12 +100,8 @@ def write(path, frames: np.ndarray, fps: float) -> None:
     if not 0 < fps <= MOST_FPS:
         raise UserError(f"{path}: {fps} frames a second: must be above 0, at most {MOST_FPS}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         (_write_gif if path.suffix.lower() == ".gif" else _write_mp4)(temporary, frames, fps)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _import_av():
@@ -231,11 +228,11 @@ def _pixels(frame, size: int | None) -> np.ndarray:
     return images.to_pixels(upright, size)
 
 
-def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
+def _write_mp4(path: str, frames: np.ndarray, fps: float) -> None:
     av = _import_av()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     padded = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    with av.open(os.fspath(path), "w", format="mp4") as container:
+    with av.open(path, "w", format="mp4") as container:
         rate = fractions.Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(codec, rate=rate, options={"crf": "16"} if codec == "libx264" else {"q": "2"})
         stream.height, stream.width, stream.pix_fmt = *padded.shape[1:3], "yuv420p"  # what every player shows
@@ -244,6 +241,6 @@ def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
+def _write_gif(path: str, frames: np.ndarray, fps: float) -> None:
     first, *others = [Image.fromarray(picture) for picture in frames]
     first.save(path, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)

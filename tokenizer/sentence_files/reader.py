@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from EasyLM.data import packed_file, records
-from EasyLM.storage import files
+from EasyLM.storage import read_lines
 from tokenizer.sentence_files.skipped_inputs import Problems
 
 
@@ -20,7 +20,7 @@ def read(path: str, vocab_size: int, problems: Problems) -> Iterator[tuple[np.nd
     if packed_file.is_packed(path):
         yield from packed_file.read(path, vocab_size)
         return
-    for number, line in files.read_lines(path):
+    for number, line in read_lines(path):
         try:
             sentence = records.read_record(line, vocab_size)
         except records.RecordError as reason:

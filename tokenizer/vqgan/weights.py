@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from EasyLM.errors import UserError
+from EasyLM.storage import atomic_path, write_json
 from tokenizer.vqgan.model import VQGAN, VQGANConfig
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight", "bias": "bias"}
@@ -40,20 +41,19 @@ def load(directory: str, dtype=jnp.float32) -> VQGAN:
 
 
 def save(model: VQGAN, directory: str, dtype=np.float32) -> None:
-    """Writes config.json and model.safetensors (tensors in `dtype`), each under a temporary name first."""
+    """Writes config.json and model.safetensors (tensors in `dtype`), each atomically."""
     from safetensors.numpy import save_file
 
     os.makedirs(directory, exist_ok=True)
     arrays = {file_name(path): np.asarray(leaf.get_value()).astype(dtype) for path, leaf in flat_parameters(model)}
     tensors = {name: to_file(array) for name, array in arrays.items()}
     target = pathlib.Path(directory)
-    save_file(tensors, target / "model.safetensors.tmp")
-    os.replace(target / "model.safetensors.tmp", target / "model.safetensors")
+    with atomic_path(target / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
     config = dataclasses.asdict(model.config)
     if config["norm_groups"] == 32:  # what open-muse has always had; its readers do not know the key
         del config["norm_groups"]
-    (target / "config.json.tmp").write_text(json.dumps({"_class_name": "VQGANModel", **config}, indent=2) + "\n")
-    os.replace(target / "config.json.tmp", target / "config.json")
+    write_json(target / "config.json", {"_class_name": "VQGANModel", **config})
 
 
 def read_config(directory: str) -> VQGANConfig:

@@ -5,9 +5,7 @@ written beside the file as `metadata.json`, from where training, export and eval
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -16,6 +14,7 @@ from EasyLM.checkpoints import saving, streaming
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
+from EasyLM.storage import atomic_file, write_json
 
 DEFINITIONS = {
     "hf_model": Flag("", "Directory of the Hugging Face model: config.json and weights."),
@@ -42,8 +41,12 @@ def main(config) -> None:
             write(file, [hf_files.counted(entry, bar) for entry in entries], config.streaming)
 
     os.makedirs(directory, exist_ok=True)
-    _write_whole(config.output_file, write_weights)
-    _write_whole(metadata, lambda file: file.write(json.dumps(facts, indent=2).encode()))
+    try:
+        with atomic_file(config.output_file) as file:
+            write_weights(file)
+        write_json(metadata, facts)
+    except OSError as error:
+        raise UserError(f"--output_file={config.output_file}: could not be written ({error.strerror})") from error
     prefix = "params" if config.streaming else "flax_params"
     print(f"imported; load it as {prefix}::{config.output_file}")
 
@@ -56,22 +59,6 @@ def write(file, entries, as_stream: bool) -> None:
             streaming.write_entry(file, entry.key, entry.read())
     else:
         streaming.write_flax(file, entries)
-
-
-def _write_whole(path: str, write_to: Callable) -> None:
-    """Writes a file under a temporary name, and renames it when it is whole."""
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            write_to(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--output_file={path}: could not be written ({error.strerror})") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def cli() -> None:

@@ -13,7 +13,7 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
 from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh, on_first_process_first
-from EasyLM.storage import files
+from EasyLM.storage import expand_path_groups
 from EasyLM.training import optimizers, run
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -43,7 +43,7 @@ def main(config) -> None:
     for name in used:
         _check_dataset_flags(name, config[name], model, mesh)
         if config[name].type == "json":
-            files.expand_parts(f"{name}.json_dataset.path", config[name].json_dataset.path)
+            expand_path_groups(f"{name}.json_dataset.path", config[name].json_dataset.path)
     run_dir = run.run_directory(config)
     run.check(config, run_dir, hf_layout.PREFIXES)
     sources = {}

@@ -470,7 +470,7 @@ def test_a_file_that_is_no_text_is_named_by_its_line(tmp_path, read):
     path.write_bytes(b"\n\xff\xfe\n")
     config = flags.defaults(eval_perplexity.FLAGS | clips.CLIP_FLAGS)
     config.input_file = config.read_file_list = str(path)
-    with pytest.raises(UserError, match=rf"^{path}:2: not a text in UTF-8 \(invalid start byte at byte 0\)"):
+    with pytest.raises(UserError, match=rf"^{path}:2: not UTF-8 text \(invalid start byte at byte 0\)"):
         read(config)
 
 

@@ -18,7 +18,7 @@ import zstandard
 
 from EasyLM.data import proportions, records
 from EasyLM.errors import UserError
-from EasyLM.storage import files
+from EasyLM.storage import read_lines
 from tokenizer import mix
 from tokenizer.sentence_files import disk_shuffle
 
@@ -166,7 +166,7 @@ class TestErrors:
         write(tmp_path / "a.jsonl", 0, 60)
 
         def cut(source):
-            return itertools.islice(files.read_lines(source.paths[0]), 5)
+            return itertools.islice(read_lines(source.paths[0]), 5)
 
         monkeypatch.setattr(mix, "_good_lines", lambda source: (line for _, line in cut(source)))
         with pytest.raises(UserError, match="changed while it was read"):

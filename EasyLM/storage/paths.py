@@ -1,0 +1,104 @@
+"""Paths of files, local or remote: globs, versions, and checks of outputs."""
+
+import glob
+import os
+import tempfile
+from typing import Any
+
+import fsspec
+
+from EasyLM.errors import UserError
+from EasyLM.storage.atomic import PARTIAL_SUFFIX
+
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+DERIVED_SUFFIXES = (".index", ".tokens", PARTIAL_SUFFIX)  # a glob over data files skips them
+
+
+def is_remote(path: str) -> bool:
+    """Whether fsspec opens the path (gs://, s3://, hf://, ...)."""
+    return "://" in path
+
+
+def is_compressed(path: str) -> bool:
+    """Whether the suffix names a compression that `reading.read_lines` decompresses."""
+    return path.lower().endswith(COMPRESSED_SUFFIXES)
+
+
+def expand_paths(flag: str, value: str) -> list[str]:
+    """Returns the files of a flag's comma list of paths and globs: in the given order, the files of a glob sorted.
+
+    Raises:
+      UserError: naming the flag, if the list is empty, a path is missing or a directory, or a glob matches no file.
+    """
+    return [path for _, paths in expand_path_groups(flag, value) for path in paths]
+
+
+def expand_path_groups(flag: str, value: str) -> list[tuple[str, list[str]]]:
+    """Returns (element, its files) for each element of a flag's comma list; otherwise as `expand_paths`."""
+    elements = [element.strip() for element in value.split(",") if element.strip()]
+    if not elements:
+        raise UserError(f"--{flag} is empty: give a file, a glob such as 'DIR/*.jsonl', or a comma list of them")
+    groups = []
+    for element in elements:
+        try:
+            groups.append((element, _files_of(element)))
+        except UserError as error:
+            reason = str(error).removeprefix(f"{element}: ")
+            raise UserError(f"--{flag}={value}: {reason}: {element}") from None
+    return groups
+
+
+def _files_of(element: str) -> list[str]:
+    if not any(character in element for character in "*?["):
+        file_version(element)
+        return [element]
+    paths = [path for path in _glob(element) if not path.endswith(DERIVED_SUFFIXES)]
+    if not paths:
+        raise UserError("no file matches")
+    return paths
+
+
+def _glob(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        system, inner = fsspec.url_to_fs(pattern)
+        return sorted(system.unstrip_protocol(path) for path in system.glob(inner) if system.isfile(path))
+    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+
+
+def file_version(path: str) -> dict[str, Any]:
+    """Returns the size in bytes, and a mark that changes when the file is written.
+
+    The mark is the modification time, or for a remote file the key that its file system gives.
+
+    Raises:
+      UserError: if the file does not exist, or is a directory.
+    """
+    if is_remote(path):
+        system, inner = fsspec.url_to_fs(path)
+        if not system.isfile(inner):
+            raise UserError(f"{path}: no such file")
+        return {"size": system.size(inner), "mark": str(system.ukey(inner))}
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a directory (name files, or a glob such as {os.path.join(path, '*.jsonl')})")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    stat = os.stat(path)
+    return {"size": stat.st_size, "mark": str(stat.st_mtime_ns)}
+
+
+def check_output(path: str, flag: str = "") -> None:
+    """Creates the directory of a local output file, and checks that files can be written there.
+
+    Raises:
+      UserError: naming the flag, if the file cannot be written.
+    """
+    name = f"--{flag}={path}" if flag else path
+    if os.path.isdir(path):
+        raise UserError(f"{name}: is a folder, name a file")
+    try:
+        directory = os.path.dirname(path) or "."
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"{name}: cannot be written ({error.strerror})") from None

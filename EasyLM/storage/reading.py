@@ -1,0 +1,93 @@
+"""Reading files, local or remote: bytes, lines, and compressed lines."""
+
+import contextlib
+import gzip
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import fsspec
+import zstandard
+
+from EasyLM.errors import UserError
+from EasyLM.storage.paths import file_version, is_remote
+
+COMPRESSED_BLOCK_BYTES = 64 << 10  # compressed bytes read at a time
+
+
+def open_binary(path: str) -> BinaryIO:
+    """Opens a file for reading bytes."""
+    return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number from 1, line without its newline) of each line that is not blank.
+
+    Files that end in .gz or .zst are decompressed.
+
+    Raises:
+      UserError: naming the path, if the file does not exist or cannot be decompressed.
+    """
+    file_version(path)
+    number = 0
+    try:
+        with contextlib.closing(open_binary(path)) as file:
+            for number, line in enumerate(_decompressed_lines(path, file), start=1):
+                if line.strip():
+                    yield number, line.rstrip(b"\r\n")
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: cannot be decompressed after line {number} ({error})") from None
+
+
+def read_text_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yields the lines of a UTF-8 file, as `read_lines` does.
+
+    Raises:
+      UserError: as `read_lines`; naming FILE:LINE, for a line that is not UTF-8.
+    """
+    for number, line in read_lines(path):
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def check_line_start(path: str, offset: int) -> None:
+    """Raises UserError unless a line starts, or the file ends, at a byte offset."""
+    size = file_version(path)["size"]
+    if 0 < offset < size:
+        with open_binary(path) as file:
+            file.seek(offset - 1)
+            starts = file.read(1) == b"\n"
+    else:
+        starts = offset in (0, size)
+    if not starts:
+        raise UserError(f"no line of {path} ({size} bytes) starts at byte {offset}")
+
+
+def _decompressed_lines(path: str, file: BinaryIO) -> Iterator[bytes]:
+    if path.lower().endswith(".gz"):
+        with gzip.GzipFile(fileobj=file) as decompressed:
+            yield from decompressed
+    elif path.lower().endswith(".zst"):
+        rest = b""
+        for data in _zstandard_blocks(file):
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+        yield rest
+    else:
+        yield from file
+
+
+def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Yields decompressed data, frame by frame. (The stream reader of `zstandard` accepts truncated files.)"""
+    frame = None
+    while data := file.read(COMPRESSED_BLOCK_BYTES):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("the file is truncated")

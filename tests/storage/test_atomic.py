@@ -1,0 +1,77 @@
+"""Atomic writes: a complete file or none, and no temporary file afterwards."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from EasyLM.storage import atomic, atomic_file, atomic_path, write_json
+
+
+@pytest.fixture
+def target(tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    return path
+
+
+def test_the_file_changes_at_the_end_only(target):
+    with atomic_file(target) as file:
+        file.write(b"new")
+        file.flush()
+        assert target.read_text() == "old"
+    assert target.read_text() == "new" and os.listdir(target.parent) == ["out.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_file_and_nothing_else(target, error):
+    with pytest.raises(error):
+        with atomic_file(target) as file:
+            file.write(b"half of the ne")
+            raise error
+    assert target.read_text() == "old" and os.listdir(target.parent) == ["out.txt"]
+
+
+def test_a_failed_rename_leaves_no_temporary_file(target, monkeypatch):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(target, {})
+    assert target.read_text() == "old" and os.listdir(target.parent) == ["out.txt"]
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_data_is_flushed_before_the_rename_if_asked(target, monkeypatch, sync):
+    calls = []
+    replace, fsync = os.replace, os.fsync
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: calls.append("fsync") or fsync(descriptor))
+    monkeypatch.setattr(atomic.os, "replace", lambda *paths: calls.append("rename") or replace(*paths))
+    with atomic_path(target, sync=sync) as temporary:
+        pathlib.Path(temporary).write_text("new")
+    assert calls == ["fsync", "rename"] if sync else ["rename"]
+    assert target.read_text() == "new"
+
+
+def test_two_writers_do_not_share_a_temporary_file(target):
+    with atomic_file(target) as first, atomic_file(target) as second:
+        first.write(b"first")
+        second.write(b"second")
+    assert target.read_text() == "first"  # the outer one is renamed last
+    assert os.listdir(target.parent) == ["out.txt"]
+
+
+def test_permissions_are_those_of_an_ordinary_file(target):
+    ordinary = target.with_name("ordinary")
+    ordinary.touch()
+    with atomic_file(target):
+        pass
+    assert target.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_write_json(target):
+    write_json(target, {"loss": np.float32(0.5), "codes": np.arange(3), "worst": float("inf"), "name": "é"})
+    assert json.loads(target.read_text()) == {"loss": 0.5, "codes": [0, 1, 2], "worst": None, "name": "é"}

@@ -1,0 +1,97 @@
+"""Comma lists and globs of paths, local and remote; compressed lines."""
+
+import gzip
+import pathlib
+
+import fsspec
+import pytest
+import zstandard
+
+from EasyLM.errors import UserError
+from EasyLM.storage import check_line_start, check_output, expand_path_groups, expand_paths, read_lines, read_text_lines
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "a.jsonl", "a.jsonl.0123.index", ".a.jsonl.ff.partial", "c.jsonl.partial", "d.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "e.jsonl").mkdir()
+    return tmp_path
+
+
+def test_order_and_derived_files(directory):
+    assert expand_paths("inputs", "*") == ["a.jsonl", "b.jsonl", "d.txt"]
+    assert expand_path_groups("inputs", " d.txt, *.jsonl,") == [
+        ("d.txt", ["d.txt"]),
+        ("*.jsonl", ["a.jsonl", "b.jsonl"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("", "--inputs is empty"),
+        ("a.jsonl,z.jsonl", "--inputs=a.jsonl,z.jsonl: no such file: z.jsonl"),
+        ("e.jsonl", r"--inputs=e.jsonl: is a directory \(name files, or a glob such as e.jsonl/\*.jsonl\): e.jsonl"),
+        ("*.png", r"--inputs=\*.png: no file matches: \*.png"),
+    ],
+)
+def test_missing_files_are_named(directory, value, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        expand_paths("inputs", value)
+
+
+def test_remote_globs():
+    for name in ("2.jsonl", "1.jsonl"):
+        with fsspec.open(f"memory://globs/{name}", "wb") as file:
+            file.write(b"{}\n")
+    assert expand_paths("inputs", "memory://globs/*.jsonl") == ["memory:///globs/1.jsonl", "memory:///globs/2.jsonl"]
+
+
+def test_outputs_are_checked(directory):
+    check_output("new/directory/out.jsonl", "output_file")
+    assert pathlib.Path("new/directory").is_dir() and not list(pathlib.Path("new/directory").iterdir())
+    with pytest.raises(UserError, match=r"^--output_file=new: is a folder, name a file"):
+        check_output("new", "output_file")
+    with pytest.raises(UserError, match=r"^a.jsonl/out: cannot be written \("):
+        check_output("a.jsonl/out")
+
+
+@pytest.mark.parametrize(
+    "suffix, compress",
+    [
+        ("", bytes),
+        (".gz", gzip.compress),
+        (".ZST", lambda data: zstandard.compress(data[:9]) + zstandard.compress(data[9:])),
+    ],
+)
+def test_lines(tmp_path, suffix, compress):
+    path = tmp_path / f"lines.txt{suffix}"
+    path.write_bytes(compress(b"one\r\n\n  \ntwo words\nlast"))
+    assert list(read_lines(str(path))) == [(1, b"one"), (4, b"two words"), (5, b"last")]
+
+
+@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_truncated_compressed_files_are_refused(tmp_path, suffix, compress):
+    path = tmp_path / f"lines.txt{suffix}"
+    path.write_bytes(compress(b"one\ntwo\n" * 100)[:-5])
+    with pytest.raises(UserError, match=rf"^{path}: cannot be decompressed after line \d+ \("):
+        list(read_lines(str(path)))
+
+
+def test_lines_that_are_not_utf8_are_named(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"good\ncaf\xe9\n")
+    with pytest.raises(UserError, match=f"^{path}:2: not UTF-8 text"):
+        list(read_text_lines(str(path)))
+
+
+def test_line_starts(tmp_path):
+    path = tmp_path / "two.txt"
+    path.write_bytes(b"one\ntwo\n")
+    for offset in (0, 4, 8):
+        check_line_start(str(path), offset)
+    for offset in (-1, 1, 3, 9):
+        with pytest.raises(UserError, match=rf"no line of {path} \(8 bytes\) starts at byte {offset}"):
+            check_line_start(str(path), offset)
