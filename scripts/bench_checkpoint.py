@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from tqdm import trange
 
-from EasyLM.checkpoints import saving
+from EasyLM import checkpoints
 from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import PRESETS
 from EasyLM.training import step
@@ -57,7 +57,7 @@ def main():
 
 def speed(directory: str, rounds: int) -> None:
     state = make_state()
-    saver = saving.Checkpointer(directory, CONFIG)
+    saver = checkpoints.Checkpointer(directory, CONFIG)
     saver.prepare(state)
     saver.wait()  # in training, compilation takes longer than this
     path = os.path.join(directory, "streaming_train_state")
@@ -78,7 +78,7 @@ def speed(directory: str, rounds: int) -> None:
         timed("write", write, os.path.join(directory, "plain"), os.path.getsize(path))
         os.remove(os.path.join(directory, "plain"))
         timed("read", lambda: len(pathlib.Path(path).read_bytes()))
-        jax.block_until_ready(timed("load", saving.load, f"trainstate::{path}", target))
+        jax.block_until_ready(timed("load", checkpoints.load, f"trainstate::{path}", target))
     gigabytes = os.path.getsize(path) / 1e9
     median = {name: statistics.median(values) for name, values in times.items()}
     print(f"{gigabytes:.2f} GB; seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in median.items()))
@@ -109,7 +109,7 @@ def extra_memory(directory: str) -> float:
     """Peak of the process's memory over two saves, beyond what it has before, as a share of the state."""
     state = jax.block_until_ready(make_state())
     before = resident("VmRSS")
-    saver = saving.Checkpointer(directory, CONFIG)
+    saver = checkpoints.Checkpointer(directory, CONFIG)
     for i in range(2):
         saver.save(state, i, {}, {})
         saver.wait()

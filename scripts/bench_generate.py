@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from EasyLM import flags
-from EasyLM.checkpoints import stacking
-from EasyLM.checkpoints.msgpack_arrays import Entry
+from EasyLM.checkpoints import Entry, stacking
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models import generate
@@ -244,13 +243,13 @@ class Peer:
         return rows[:, prompts.shape[1] :].cpu().numpy()
 
 
-def _entry(key, leaf, layer) -> Entry:
-    """A tensor of the parameters as if it lay in a checkpoint file."""
+def _entry(key, stacked, layer) -> Entry:
+    """A tensor of the parameters as an entry of a checkpoint file."""
 
     def read_into(out):
-        np.copyto(out, leaf.array if layer is None else leaf.array[layer])
+        np.copyto(out, stacked.array if layer is None else stacked.array[layer])
 
-    return Entry(key, leaf.file_shape, np.dtype(leaf.array.dtype), read_into)
+    return Entry(key, stacked.file_shape, np.dtype(stacked.array.dtype), read_into)
 
 
 def cli() -> None:

@@ -14,8 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from EasyLM import flags
-from EasyLM.checkpoints import loading, saving
+from EasyLM import checkpoints, flags
 from EasyLM.data.token_rows import permuted
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
@@ -57,7 +56,7 @@ DEFINITIONS = {
     **run.RUN_FLAGS,
     "total_steps": Flag(250_000, "Steps to train in total, those before a resume included."),
     "save_model_freq": Flag(1000, "Steps between checkpoints; must be positive: the model comes from the last one."),
-    "checkpointer": {**saving.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
+    "checkpointer": {**checkpoints.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
     "dtype": Flag("fp32", "Type of the computation; parameters and losses are float32.", choices=tuple(DTYPES)),
     "input_dirs": Flag("", "Comma list of folders of pictures, those below them included."),
     "eval_dirs": Flag("", "Comma list of folders of held-out pictures, for --eval_steps and reconstructions.png."),
@@ -213,7 +212,7 @@ def make_problem(config, settings: VQGANConfig, data, eval_data) -> run.Problem:
 
 def export(run_dir: str, settings: VQGANConfig) -> None:
     """Writes the averaged model of the newest checkpoint to `run_dir/vqgan`, in float16."""
-    state = loading.load(saving.newest(run_dir).spec)
+    state = checkpoints.load(checkpoints.latest_checkpoint(run_dir).spec)
     weights.save(losses.make_model(settings, state["params"]), os.path.join(run_dir, "vqgan"), np.float16)
 
 

@@ -1,224 +1,157 @@
-"""Loads checkpoints: `PREFIX::PATH` names one, a tree of shapes says what it must hold and where each array belongs."""
+"""Loads checkpoints into the shapes, types and shardings of a target tree."""
 
 import collections
 import logging
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
-from EasyLM.checkpoints import stacking, streaming
-from EasyLM.checkpoints.msgpack_arrays import Entry, host_memory
-from EasyLM.errors import UserError, choose
-from EasyLM.storage import is_remote
+from EasyLM.checkpoints import stacking
+from EasyLM.checkpoints.entries import Entry, host_memory
+from EasyLM.checkpoints.formats import CHECKPOINT_FORMATS, Reader, open_checkpoint
+from EasyLM.checkpoints.stacking import Key, StackedArray
+from EasyLM.errors import UserError
 
-_THREADS = 2  # arrays read side by side; more hold more host memory and read no faster
-_NAMES_IN_ERROR = 6
+_READ_THREADS = 2  # more threads need more host memory and are no faster
+_MAX_NAMES_IN_ERROR = 6
 
-
-def _train_state(path: str) -> list[Entry]:
-    return streaming.read_streaming(path)
-
-
-def _train_state_params(path: str) -> list[Entry]:
-    found = [_moved(entry, entry.key[1:]) for entry in streaming.read_streaming(path) if entry.key[0] == "params"]
-    if not any(entry.key[0] == "params" for entry in found):
-        raise UserError(f"{path}: not a train state; if it holds parameters alone, name it params::{path}")
-    return found
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of a part of an array along each axis
 
 
-def _params(path: str) -> list[Entry]:
-    return _below_params(path, streaming.read_streaming(path))
+def load(spec: str, target: Any = None, formats: Mapping[str, Reader] = CHECKPOINT_FORMATS) -> Any:
+    """Loads the checkpoint `PREFIX::PATH`.
 
-
-def _flax_params(path: str) -> list[Entry]:
-    return _below_params(path, streaming.read_flax(path))
-
-
-def _orbax(path: str) -> list[Entry]:
-    import orbax.checkpoint as ocp  # takes a second to import
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(os.path.abspath(path))
-    tree = tree["params"] if "opt_state" in tree else tree
-    return [
-        Entry(key, leaf.file_shape, np.dtype(leaf.array.dtype), _copier(leaf.array, layer))
-        for key, leaf, layer in stacking.file_order(tree)
-    ]
-
-
-# What each prefix reads: the entries of a whole train state, or of parameters under the names they have in one.
-PREFIXES: dict[str, Callable[[str], list[Entry]]] = {
-    "trainstate": _train_state,
-    "trainstate_params": _train_state_params,
-    "params": _params,
-    "flax_params": _flax_params,
-    "orbax": _orbax,
-}
-_DIRECTORIES = ("orbax", "huggingface")
-
-
-def load(spec: str, target=None, prefixes: Mapping[str, Callable[[str], list[Entry]]] = PREFIXES):
-    """Reads the checkpoint `PREFIX::PATH`.
-
-    Prefixes: `trainstate` (all of a streaming train state), `trainstate_params` (its parameters), `params` (a streaming
-    file of parameters), `flax_params` (plain flax msgpack), `orbax` (an Orbax directory of a tree of parameters, or of
-    a train state, whose parameters are taken), and what the caller adds to `prefixes`.
+    Prefixes: `trainstate` (a whole streaming train state), `trainstate_params` (its parameters), `params` (a streaming
+    file of parameters), `flax_params` (plain flax msgpack), `orbax` (an Orbax directory of parameters, or of a train
+    state, whose parameters are loaded), and the others in `formats`.
 
     Args:
       target: a pytree of shapes, types and shardings (`jax.ShapeDtypeStruct`, or arrays): a train state for
-        `trainstate`, else its parameters. Each array is cast to the type asked for and put where its sharding says; of
-        a sharded array a process transfers only its own parts. Without a sharding it stays a numpy array.
-        None: whatever the file holds, as nested dicts of numpy arrays.
+        `trainstate`, else its parameters. Each array is cast to the target's type and placed on its sharding; a process
+        transfers only its own shards. Without a sharding it stays a NumPy array. None: the whole content of the file,
+        as nested dicts of NumPy arrays.
+      formats: the prefixes that are allowed.
 
-    A train state saved without gradient accumulation loads into one with it: accumulators and micro-step start at zero,
-    the count of updates is the file's step. The other way round, gradients accumulated so far are dropped, which a
-    warning says. Both keep `step`, parameters and moments.
+    Gradient accumulation may be switched on or off. A train state saved without it loads into one with it:
+    accumulators and micro-step are zero, and the number of updates is the file's step. In the other direction,
+    gradients accumulated so far are dropped with a warning. Both keep `step`, parameters and moments.
+
+    Returns:
+      The target's structure with the loaded arrays.
 
     Raises:
-      UserError: for an unknown prefix, a path that is missing or of the wrong kind, a broken file, and names or shapes
-        that differ from the target's: all of that before any array is read.
+      UserError: for an unknown prefix, a missing path or one of the wrong kind, a broken file, and names or shapes that
+        differ from the target's. All errors are raised before any array is read.
     """
-    entries = {entry.key: entry for entry in open_checkpoint(spec, prefixes)}
+    entries = {entry.key: entry for entry in open_checkpoint(spec, formats)}
     if target is None:
         target = stacking.shapes_in_memory(entries.values())
-    leaves = stacking.leaves(target)
-    _match_accumulation(spec, entries, leaves)
-    check(spec, entries, leaves)
-    return jax.tree.unflatten(jax.tree.structure(target), _arrays(entries, leaves))
+    wanted = stacking.stacked_arrays(target)
+    _match_accumulation(spec, entries, wanted)
+    check_entries(spec, entries, wanted)
+    return jax.tree.unflatten(jax.tree.structure(target), _read_arrays(entries, wanted))
 
 
-def open_checkpoint(spec: str, prefixes: Mapping[str, Callable[[str], list[Entry]]] = PREFIXES) -> list[Entry]:
-    """The entries of the checkpoint `PREFIX::PATH`, none of them read yet. Raises UserError as `load` does."""
-    prefix, path = parse(spec, prefixes, f"checkpoint {spec!r}")
-    return prefixes[prefix](path)
-
-
-def parse(spec: str, prefixes: Mapping, name: str) -> tuple[str, str]:
-    """Prefix and path of `PREFIX::PATH`.
-
-    Raises:
-      UserError: beginning with `name`, for an unknown prefix, and a path that is missing or of the wrong kind.
-    """
-    prefix, separator, path = spec.partition("::")
-    if not separator:
-        raise UserError(f"{name}: say what it is, PREFIX::PATH, with one of {', '.join(prefixes)}")
-    choose(f"{name}: prefix", prefix, prefixes)
-    if not is_remote(path):
-        kind, fits = ("directory", os.path.isdir) if prefix in _DIRECTORIES else ("file", os.path.isfile)
-        if not os.path.exists(path):
-            raise UserError(f"{name}: there is no {path}")
-        if not fits(path):
-            raise UserError(f"{name}: {path} is not a {kind}, which {prefix}:: names")
-    return prefix, path
-
-
-def _below_params(path: str, entries: list[Entry]) -> list[Entry]:
-    if any(entry.key[0] == "step" for entry in entries):
-        raise UserError(f"{path}: a train state: name it trainstate_params::{path} to take its parameters")
-    return [_moved(entry, ("params", *entry.key)) for entry in entries]
-
-
-def _moved(entry: Entry, key: tuple[str, ...]) -> Entry:
-    return Entry(key, entry.shape, entry.dtype, entry.read_into)
-
-
-def _copier(array, layer: int | None):
-    return lambda out: np.copyto(out, array if layer is None else array[layer])
-
-
-def _match_accumulation(spec: str, entries: dict[tuple[str, ...], Entry], leaves: list[stacking.Leaf]) -> None:
-    """Gives the entries of a train state the names that they have with, or without, gradient accumulation."""
+def _match_accumulation(spec: str, entries: dict[Key, Entry], wanted: list[StackedArray]) -> None:
+    """Renames the entries of a train state for a target with, or without, gradient accumulation."""
     marker, inner = ("opt_state", "mini_step"), ("opt_state", "inner_opt_state")
-    saved, wanted = marker in entries, any(leaf.key == marker for leaf in leaves)
-    if ("step",) not in entries or saved == wanted:
+    saved_with, wanted_with = marker in entries, any(stacked.key == marker for stacked in wanted)
+    if ("step",) not in entries or saved_with == wanted_with:
         return
     states = [entry for key, entry in entries.items() if key[0] == "opt_state"]
     for entry in states:
         del entries[entry.key]
-    if wanted:
-        moved = [_moved(entry, (*inner, *entry.key[1:])) for entry in states]
-        moved.append(_moved(entries["step",], ("opt_state", "gradient_step")))
-        moved.append(_zeros(marker, (), np.dtype(np.int32)))
+    if wanted_with:
+        renamed = [entry.renamed((*inner, *entry.key[1:])) for entry in states]
+        renamed.append(entries["step",].renamed(("opt_state", "gradient_step")))
+        renamed.append(_zeros(marker, (), np.dtype(np.int32)))
         for key, entry in entries.items():
             if key[0] == "params":
-                moved.append(_zeros(("opt_state", "acc_grads", *key[1:]), entry.shape, entry.dtype))
+                renamed.append(_zeros(("opt_state", "acc_grads", *key[1:]), entry.shape, entry.dtype))
     else:
-        moved = [_moved(e, ("opt_state", *e.key[2:])) for e in states if e.key[:2] == inner]
-        micro_steps = int(next(e for e in states if e.key == marker).read())
+        renamed = [entry.renamed(("opt_state", *entry.key[2:])) for entry in states if entry.key[:2] == inner]
+        micro_steps = int(next(entry for entry in states if entry.key == marker).read())
         if micro_steps:
             logging.warning(
-                "%s: saved in the middle of accumulation; its gradients of %d steps are dropped", spec, micro_steps
+                "%s: saved during accumulation; the accumulated gradients of %d steps are dropped", spec, micro_steps
             )
-    entries.update({entry.key: entry for entry in moved})
+    entries.update({entry.key: entry for entry in renamed})
 
 
-def _zeros(key, shape, dtype) -> Entry:
+def _zeros(key: Key, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
     return Entry(key, shape, dtype, lambda out: out.fill(0))
 
 
-def check(spec: str, entries: Mapping[tuple[str, ...], Entry], leaves: list[stacking.Leaf]) -> None:
-    """Raises UserError, naming names and shapes, unless the entries are what the leaves are made of."""
-    wanted = {key: leaf for leaf in leaves for key in leaf.file_keys}
+def check_entries(source: str, entries: Mapping[Key, Entry], wanted: list[StackedArray]) -> None:
+    """Checks that the entries of `source` are those of the wanted arrays.
+
+    Raises:
+      UserError: naming keys and shapes, if they are not.
+    """
+    by_key = {key: stacked for stacked in wanted for key in stacked.file_keys}
     reasons = [
-        f"{word} {_listed(keys)}"
+        f"{word} {_join_keys(keys)}"
         for word, keys in (
-            ("it lacks", [key for key in wanted if key not in entries]),
-            ("it has besides", [key for key in entries if key not in wanted]),
+            ("missing", [key for key in by_key if key not in entries]),
+            ("unexpected", [key for key in entries if key not in by_key]),
         )
         if keys
     ]
     if reasons:
-        raise UserError(f"{spec}: holds other arrays than asked for: {'; '.join(reasons)}")
-    for key, leaf in wanted.items():
-        if entries[key].shape != leaf.file_shape:
-            raise UserError(
-                f"{spec}: {'/'.join(key)} has shape {entries[key].shape}, where {leaf.file_shape} is asked for"
-            )
+        raise UserError(f"{source}: the arrays are not the expected ones: {'; '.join(reasons)}")
+    for key, stacked in by_key.items():
+        if entries[key].shape != stacked.file_shape:
+            raise UserError(f"{source}: {'/'.join(key)} has shape {entries[key].shape}, expected {stacked.file_shape}")
 
 
-def _listed(keys: list[tuple[str, ...]]) -> str:
-    rest = len(keys) - _NAMES_IN_ERROR
-    return ", ".join("/".join(key) for key in keys[:_NAMES_IN_ERROR]) + (f" and {rest} more" if rest > 0 else "")
+def _join_keys(keys: list[Key]) -> str:
+    rest = len(keys) - _MAX_NAMES_IN_ERROR
+    return ", ".join("/".join(key) for key in keys[:_MAX_NAMES_IN_ERROR]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _arrays(entries: Mapping, leaves: list[stacking.Leaf]) -> list:
-    """The leaves' arrays. One is put on its devices while the next ones are read."""
-    arrays, reading = [], collections.deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for leaf in leaves:
-            reading.append((leaf, pool.submit(_read_parts, entries, leaf)))
-            if len(reading) > _THREADS:
-                arrays.append(_placed(*reading.popleft()))
-        arrays += [_placed(*item) for item in reading]
+def _read_arrays(entries: Mapping[Key, Entry], wanted: list[StackedArray]) -> list:
+    """Reads the wanted arrays. Reading the next arrays overlaps with the transfer of one to its devices."""
+    arrays: list = []
+    reading: collections.deque = collections.deque()
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for stacked in wanted:
+            reading.append((stacked, pool.submit(_read_parts, entries, stacked)))
+            if len(reading) > _READ_THREADS:
+                arrays.append(_to_devices(*reading.popleft()))
+        arrays += [_to_devices(*item) for item in reading]
     return arrays
 
 
-def _read_parts(entries: Mapping, leaf: stacking.Leaf) -> dict[tuple, np.ndarray]:
-    """The parts of an array that this process's devices hold, by their bounds `((start, stop), ...)`."""
-    dtype = np.dtype(leaf.array.dtype)
-    parts = {bounds: host_memory([stop - start for start, stop in bounds], dtype) for bounds in _places(leaf).values()}
-    for layer, key in enumerate(leaf.file_keys):
-        entry, rows = entries[key], []  # rows: (what to fill, the bounds within this entry)
+def _read_parts(entries: Mapping[Key, Entry], stacked: StackedArray) -> dict[Bounds, np.ndarray]:
+    """Reads the parts of an array that this process's devices hold."""
+    dtype = np.dtype(stacked.array.dtype)
+    parts = {
+        bounds: host_memory([stop - start for start, stop in bounds], dtype)
+        for bounds in _device_bounds(stacked).values()
+    }
+    for layer, key in enumerate(stacked.file_keys):
+        entry = entries[key]
+        slices = []  # (the slice of a part to fill, its bounds within this entry)
         for bounds, part in parts.items():
-            if not leaf.stacked:
-                rows.append((part, bounds))
+            if not stacked.is_stacked:
+                slices.append((part, bounds))
             elif bounds[0][0] <= layer < bounds[0][1]:
-                rows.append((part[layer - bounds[0][0], ...], bounds[1:]))
-        if len(rows) == 1 and rows[0][0].shape == entry.shape and entry.dtype == dtype:
-            entry.read_into(rows[0][0])
-        elif rows:
+                slices.append((part[layer - bounds[0][0], ...], bounds[1:]))
+        if len(slices) == 1 and slices[0][0].shape == entry.shape and entry.dtype == dtype:
+            entry.read_into(slices[0][0])
+        elif slices:
             array = entry.read()
-            for row, bounds in rows:
-                row[...] = array[tuple(slice(*bound) for bound in bounds)]
+            for out, bounds in slices:
+                out[...] = array[tuple(slice(*bound) for bound in bounds)]
     return parts
 
 
-def _places(leaf: stacking.Leaf) -> dict:
-    """Device -> bounds of the part that it holds. Without a sharding: None -> the whole."""
-    shape, sharding = leaf.array.shape, getattr(leaf.array, "sharding", None)
+def _device_bounds(stacked: StackedArray) -> dict[jax.Device | None, Bounds]:
+    """Returns device -> bounds of its shard, or None -> bounds of the whole array if there is no sharding."""
+    shape, sharding = stacked.array.shape, getattr(stacked.array, "sharding", None)
     if sharding is None:
         return {None: tuple((0, size) for size in shape)}
     return {
@@ -227,9 +160,9 @@ def _places(leaf: stacking.Leaf) -> dict:
     }
 
 
-def _placed(leaf: stacking.Leaf, parts) -> np.ndarray | jax.Array:
-    parts, places = parts.result(), _places(leaf)
-    if None in places:
-        return parts[places[None]]
-    arrays = [jax.device_put(parts[bounds], device) for device, bounds in places.items()]
-    return jax.make_array_from_single_device_arrays(leaf.array.shape, leaf.array.sharding, arrays)
+def _to_devices(stacked: StackedArray, future: Future) -> np.ndarray | jax.Array:
+    parts, bounds_of = future.result(), _device_bounds(stacked)
+    if None in bounds_of:
+        return parts[bounds_of[None]]
+    arrays = [jax.device_put(parts[bounds], device) for device, bounds in bounds_of.items()]
+    return jax.make_array_from_single_device_arrays(stacked.array.shape, stacked.array.sharding, arrays)

@@ -1,5 +1,6 @@
-"""The facts beside a checkpoint: what the run was, and where its data stood."""
+"""The files beside a checkpoint: `metadata.json` describes the run, `dataset.json` is the position in its data."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -7,18 +8,20 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from typing import Any
 
-from EasyLM.checkpoints import msgpack_arrays, restricted_pickle
+from EasyLM.checkpoints import restricted_pickle
 from EasyLM.errors import UserError
+from EasyLM.storage import open_binary
 
 
 def load_metadata(path: str) -> dict:
-    """The metadata of a run: JSON, or a pickle of a run of the LVM release, read without running anything.
+    """Reads the metadata of a run: JSON, or a pickle of the LVM release, of which no code is executed.
 
     Raises:
-      UserError: if the file is neither, or its pickle names anything but settings.
+      UserError: if the file is neither, or its pickle refers to anything but settings.
     """
-    with msgpack_arrays.open_binary(path, "rb") as file:
+    with contextlib.closing(open_binary(path)) as file:
         data = file.read()
     if data[:1] != b"{":
         return restricted_pickle.loads(data, path)
@@ -31,16 +34,16 @@ def load_metadata(path: str) -> dict:
 load_dataset_state = load_metadata  # the same two formats
 
 
-def make_metadata(step: int, flags: Mapping, **facts) -> dict:
-    """What is saved beside a checkpoint: step, flags, the caller's facts (model, mesh), versions, git revision."""
+def make_metadata(step: int, flags: Mapping, **sections: Any) -> dict:
+    """Returns a checkpoint's metadata: step, flags, the caller's sections (model, mesh), versions, git revision."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     versions["python"] = platform.python_version()
-    return {"step": step, "flags": dict(flags), **facts, "versions": versions, "git_revision": _git_revision()}
+    return {"step": step, "flags": dict(flags), **sections, "versions": versions, "git_revision": _git_revision()}
 
 
 @functools.cache
 def _git_revision() -> str | None:
-    """The commit of this code, with `+changes` if files differ from it; None outside a git checkout."""
+    """Returns the commit of this code, with `+changes` if the working tree is modified; None outside a git checkout."""
     git = ["git", "-C", os.path.dirname(__file__)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

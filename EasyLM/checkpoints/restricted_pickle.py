@@ -1,13 +1,14 @@
-"""Reads the pickles of older runs, which hold settings, without running anything that a pickle may name."""
+"""Reads the settings in pickles of the LVM release without executing code that a pickle refers to."""
 
 import io
 import pickle
+from typing import Any
 
 from EasyLM.errors import UserError
 
 
 class _Settings:
-    """Stands in for ml_collections' ConfigDict and FieldReference: it takes their attributes and does nothing."""
+    """Replaces ml_collections' ConfigDict and FieldReference: holds their attributes and has no behaviour."""
 
 
 _ALLOWED = {
@@ -18,7 +19,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> type:
         if (module, name) not in _ALLOWED:
             raise _RefusedError(f"{module}.{name}")
         return _ALLOWED[module, name]
@@ -28,21 +29,24 @@ class _RefusedError(Exception):
     pass
 
 
-def loads(data: bytes, path: str):
-    """The content of a pickle as plain dicts, lists, tuples and values; a ConfigDict is a dict, a reference its value.
+def loads(data: bytes, path: str) -> Any:
+    """Returns the content of a pickle as plain dicts, lists, tuples and values.
+
+    A ConfigDict becomes a dict, a FieldReference its value.
 
     Raises:
-      UserError: naming the file, and what it must not name: anything but ConfigDict, FieldReference and plain types.
+      UserError: naming `path`, if the pickle is broken or refers to anything but ConfigDict, FieldReference and plain
+        types.
     """
     try:
         return _plain(_Unpickler(io.BytesIO(data)).load())
     except _RefusedError as error:
-        raise UserError(f"{path}: refused: the pickle names {error}, and only settings are read from pickles") from None
-    except Exception as error:  # a broken pickle may raise nearly anything
+        raise UserError(f"{path}: refused: the pickle refers to {error}; only settings are read from pickles") from None
+    except Exception as error:  # a broken pickle may raise almost any exception
         raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, _Settings):
         attributes = vars(value)
         return _plain(attributes["_fields"] if "_fields" in attributes else attributes["_value"])

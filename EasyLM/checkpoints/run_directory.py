@@ -1,24 +1,25 @@
-"""The checkpoints of a run on disk: a directory per saved step, seen through links that move all at once.
+"""The checkpoints of a run on disk: a directory per saved step, and symbolic links that are updated atomically.
 
     RUN/checkpoints/step_00000020/{streaming_train_state, dataset.json, metadata.json}
     RUN/latest                    -> checkpoints/step_00000020
     RUN/streaming_train_state     -> latest/streaming_train_state     (dataset.json, metadata.json likewise)
     RUN/streaming_train_state_20  -> checkpoints/step_00000020/...    (a milestone; dataset_20.json, metadata_20.json)
 
-A checkpoint is written under a temporary name, synced, and renamed when whole; then `latest` is swapped in one rename,
-so that its files change together; then what no link names any more is deleted. A kill at any moment leaves the last
-whole checkpoint in place.
+A save writes to a temporary directory, calls fsync, and renames it. Then one rename replaces `latest`, which switches
+all of its files together. Then the directories without a link are deleted. A kill at any moment leaves the last
+complete checkpoint in place.
 
-Where there are no links (object stores, through fsspec) the directories are the same, and `metadata.json`, written
-last, makes one count. There `latest` is an object that holds the newest directory's name, and a run deletes of its own
-checkpoints the one before the newest, unless that is a milestone.
+Object stores (through fsspec) have no links. There the directories are the same, and a checkpoint is complete once
+`metadata.json` exists, which is written last. `latest` is an object with the name of the newest directory. A run
+deletes its own previous checkpoint, unless that is a milestone.
 """
 
 import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import BinaryIO
 
 import fsspec
 
@@ -27,68 +28,73 @@ from EasyLM.storage import is_remote
 
 CHECKPOINTS, LATEST, TEMPORARY = "checkpoints", "latest", ".tmp-"
 DATASET, METADATA = "dataset.json", "metadata.json"
-PREFIX_OF = {"streaming_train_state": "trainstate", "streaming_params": "params"}  # file -> how it is loaded
-_STEP = re.compile(r"step_(\d{8,})(_\d+)?")
+PREFIX_OF = {"streaming_train_state": "trainstate", "streaming_params": "params"}  # file name -> checkpoint prefix
+_STEP_DIRECTORY = re.compile(r"step_(\d{8,})(_\d+)?")
 
-Writers = Mapping[str, Callable]  # file name -> function that writes it to an open binary file
+Writers = Mapping[str, Callable[[BinaryIO], None]]  # file name -> function that writes the open file
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """A checkpoint of a run: how to load it, and the files with it."""
+class SavedCheckpoint:
+    """The paths of a complete checkpoint of a run."""
 
-    spec: str  # PREFIX::FILE
+    spec: str  # PREFIX::FILE of the state
     dataset_state: str
     metadata: str
 
 
-def newest(run_dir: str) -> Saved | None:
-    """The newest whole checkpoint of a run directory, or None. Its files stay until the run has saved again."""
-    return open_run_directory(run_dir).newest() if is_remote(run_dir) or os.path.isdir(run_dir) else None
-
-
-def open_run_directory(path: str):
-    """The run directory at `path`: with links, or without where a remote or mounted store has none."""
+def open_run_directory(path: str) -> "LinkedDirectory | PlainDirectory":
+    """Returns the run directory at `path`, which need not exist: with links if local, else without."""
     return PlainDirectory(path) if is_remote(path) else LinkedDirectory(path)
 
 
-def beside(checkpoint_path: str, name: str) -> str | None:
-    """The `metadata` or `dataset` file that belongs to a checkpoint file: JSON, or a release's pickle; else None."""
+def latest_checkpoint(run_dir: str) -> SavedCheckpoint | None:
+    """Returns the newest complete checkpoint of a run, or None. Its files exist until the next save of the run."""
+    return open_run_directory(run_dir).latest() if is_remote(run_dir) or os.path.isdir(run_dir) else None
+
+
+def sidecar_path(checkpoint_path: str, name: str) -> str | None:
+    """Returns the path of the `metadata` or `dataset` file beside a checkpoint file, or None.
+
+    The file is JSON, or a pickle of the LVM release.
+    """
     if is_remote(checkpoint_path):
         directory, base = checkpoint_path.rsplit("/", 1)
         exists = fsspec.url_to_fs(directory)[0].exists
     else:
-        directory, base = os.path.split(os.path.realpath(checkpoint_path))  # through the links: files of one save
+        directory, base = os.path.split(os.path.realpath(checkpoint_path))  # resolved: the files of one save
         exists = os.path.exists
-    milestone = re.fullmatch(rf"(?:{'|'.join(PREFIX_OF)})(_\d+)", base)  # a release's: its metadata is metadata_20.pkl
+    milestone = re.fullmatch(rf"(?:{'|'.join(PREFIX_OF)})(_\d+)", base)  # the release's: metadata_20.pkl
     candidates = [f"{directory}/{name}{milestone[1] if milestone else ''}{ending}" for ending in (".json", ".pkl")]
     return next((path for path in candidates if exists(path)), None)
 
 
-def _saved(directory: str, names) -> Saved | None:
+def _saved_checkpoint(directory: str, names: Collection[str]) -> SavedCheckpoint | None:
     state = next((name for name in PREFIX_OF if name in names), None)
     if state is None or METADATA not in names:
         return None
-    return Saved(f"{PREFIX_OF[state]}::{directory}/{state}", f"{directory}/{DATASET}", f"{directory}/{METADATA}")
+    return SavedCheckpoint(
+        f"{PREFIX_OF[state]}::{directory}/{state}", f"{directory}/{DATASET}", f"{directory}/{METADATA}"
+    )
 
 
 class LinkedDirectory:
-    """A run directory on a disk."""
+    """A run directory on a local file system, with symbolic links."""
 
     def __init__(self, path: str):
         self.path = path
         self._steps = os.path.join(path, CHECKPOINTS)
 
-    def newest(self) -> Saved | None:
-        """See `newest`."""
+    def latest(self) -> SavedCheckpoint | None:
+        """Returns the checkpoint that the link `latest` names, or None."""
         directory = os.path.realpath(os.path.join(self.path, LATEST))
-        return _saved(directory, os.listdir(directory)) if os.path.isdir(directory) else None
+        return _saved_checkpoint(directory, os.listdir(directory)) if os.path.isdir(directory) else None
 
     def prepare(self) -> None:
-        """Makes the directory, and removes what a killed run left half-written.
+        """Creates the directory and deletes the incomplete files of a killed run.
 
         Raises:
-          UserError: if it cannot be written, or was copied without its links.
+          UserError: if it is not writable, or is a copy without the links.
         """
         try:
             os.makedirs(self._steps, exist_ok=True)
@@ -98,13 +104,13 @@ class LinkedDirectory:
                     if name.startswith(TEMPORARY):
                         _remove(os.path.join(directory, name))
         except OSError as error:
-            raise UserError(f"{self.path}: checkpoints cannot be written there ({error.strerror})") from None
+            raise UserError(f"{self.path}: cannot write checkpoints there ({error.strerror})") from None
         latest = os.path.join(self.path, LATEST)
         if os.path.lexists(latest) and not os.path.islink(latest):
-            raise UserError(f"{latest}: not a link, as in a run directory copied without its links; move it away")
+            raise UserError(f"{latest}: not a symbolic link; the run directory was copied without its links: remove it")
 
     def write(self, step: int, writers: Writers, milestone: bool) -> None:
-        """Writes a checkpoint and makes it the newest. On an error nothing of it is left, and nothing else changed."""
+        """Writes a checkpoint and makes it the newest. An error leaves no files and changes no links."""
         temporary = os.path.join(self._steps, f"{TEMPORARY}{step}")
         try:
             os.mkdir(temporary)
@@ -114,34 +120,34 @@ class LinkedDirectory:
                     file.flush()
                     os.fsync(file.fileno())
             _sync(temporary)
-            whole = self._free_name(step)
-            os.rename(temporary, os.path.join(self._steps, whole))
+            directory_name = self._free_name(step)
+            os.rename(temporary, os.path.join(self._steps, directory_name))
         except BaseException:
             _remove(temporary)
             raise
         _sync(self._steps)
-        self._show(whole, step, list(writers), milestone)
+        self._update_links(directory_name, step, list(writers), milestone)
         self._prune()
 
     def _free_name(self, step: int) -> str:
-        """A step saved before (by a run that went back) keeps its directory until the links have left it."""
+        """Returns an unused directory name. If a run resumes from a milestone, the step may exist already."""
         name, count = f"step_{step:08d}", 0
         while os.path.lexists(os.path.join(self._steps, name)):
             count += 1
             name = f"step_{step:08d}_{count}"
         return name
 
-    def _show(self, whole: str, step: int, names: list[str], milestone: bool) -> None:
-        names = sorted(names, key=lambda name: name in PREFIX_OF)  # who sees the state, sees what belongs to it
+    def _update_links(self, directory_name: str, step: int, names: list[str], milestone: bool) -> None:
+        names = sorted(names, key=lambda name: name in PREFIX_OF)  # the state last: its sidecars exist before it
         if milestone:
             for name in names:
                 stem, ending = os.path.splitext(name)
-                self._link(f"{stem}_{step}{ending}", f"{CHECKPOINTS}/{whole}/{name}")
+                self._link(f"{stem}_{step}{ending}", f"{CHECKPOINTS}/{directory_name}/{name}")
         for name in names:
             self._link(name, f"{LATEST}/{name}")
-        self._link(LATEST, f"{CHECKPOINTS}/{whole}")  # the one move that changes them all
+        self._link(LATEST, f"{CHECKPOINTS}/{directory_name}")  # switches all files atomically
         _sync(self.path)
-        for name in PREFIX_OF:  # of a run that saved the other kind before
+        for name in PREFIX_OF:  # dangling if the run saved the other kind before
             link = os.path.join(self.path, name)
             if os.path.islink(link) and not os.path.exists(link):
                 os.remove(link)
@@ -156,15 +162,15 @@ class LinkedDirectory:
         os.replace(temporary, link)
 
     def _prune(self) -> None:
-        """Deletes the steps that no link names."""
+        """Deletes the step directories without a link."""
         links = [entry.path for entry in os.scandir(self.path) if entry.is_symlink()]
         kept = {
             os.path.relpath(os.path.realpath(link), os.path.realpath(self._steps)).split(os.sep)[0] for link in links
         }
         for name in os.listdir(self._steps):
-            if _STEP.fullmatch(name) and name not in kept:
+            if _STEP_DIRECTORY.fullmatch(name) and name not in kept:
                 doomed = os.path.join(self._steps, f"{TEMPORARY}{name}")
-                os.rename(os.path.join(self._steps, name), doomed)  # a step's directory is whole or not there
+                os.rename(os.path.join(self._steps, name), doomed)  # a step directory is never incomplete
                 _remove(doomed)
 
 
@@ -174,42 +180,46 @@ class PlainDirectory:
     def __init__(self, path: str):
         self.path = path.rstrip("/")
         self._files, _ = fsspec.url_to_fs(self.path)
-        self._previous = None  # written by this run, and not a milestone
+        self._previous: str | None = None  # the directory of this run's last save, unless a milestone
 
-    def newest(self) -> Saved | None:
-        """See `newest`."""
+    def latest(self) -> SavedCheckpoint | None:
+        """Returns the checkpoint that the object `latest` names, else the last complete one, or None."""
         steps = f"{self.path}/{CHECKPOINTS}"
         self._files.invalidate_cache()
         if not self._files.exists(steps):
             return None
-        found = {os.path.basename(name.rstrip("/")) for name in self._files.ls(steps, detail=False)}
-        order = sorted((name for name in found if _STEP.fullmatch(name)), reverse=True)
-        latest = f"{self.path}/{LATEST}"  # not the highest number, where a run has gone back to a milestone
+        directories = {os.path.basename(name.rstrip("/")) for name in self._files.ls(steps, detail=False)}
+        order = sorted((name for name in directories if _STEP_DIRECTORY.fullmatch(name)), reverse=True)
+        latest = f"{self.path}/{LATEST}"  # not the highest step if the run resumed from a milestone
         if self._files.exists(latest) and (name := self._files.cat_file(latest).decode()) in order:
             order.insert(0, name)
         for name in order:
             names = {os.path.basename(path) for path in self._files.ls(f"{steps}/{name}", detail=False)}
-            if saved := _saved(f"{steps}/{name}", names):
+            if saved := _saved_checkpoint(f"{steps}/{name}", names):
                 return saved
         return None
 
     def prepare(self) -> None:
-        """Checks that the store can be written. Raises UserError if not."""
+        """Checks that the store is writable.
+
+        Raises:
+          UserError: if it is not.
+        """
         probe = f"{self.path}/{TEMPORARY}probe"
         try:
             self._files.makedirs(f"{self.path}/{CHECKPOINTS}", exist_ok=True)
             self._files.pipe_file(probe, b"x")
             self._files.rm_file(probe)
-        except Exception as error:  # each store has its own
-            raise UserError(f"{self.path}: checkpoints cannot be written there ({error})") from None
+        except Exception as error:  # each store has its own exceptions
+            raise UserError(f"{self.path}: cannot write checkpoints there ({error})") from None
 
     def write(self, step: int, writers: Writers, milestone: bool) -> None:
-        """Writes a checkpoint; its metadata comes last and makes it count. One of the same step is there until then."""
+        """Writes a checkpoint, its metadata last. A checkpoint of the same step is deleted after that."""
         directory, replaced = f"{self.path}/{CHECKPOINTS}/step_{step:08d}", []
         while self._files.exists(f"{directory}/{METADATA}"):
             replaced.append(directory)
             directory = f"{self.path}/{CHECKPOINTS}/step_{step:08d}_{len(replaced)}"
-        if self._files.exists(directory):  # half-written
+        if self._files.exists(directory):  # incomplete
             self._files.rm(directory, recursive=True)
         self._files.makedirs(directory, exist_ok=True)
         for name in sorted(writers, key=lambda name: name == METADATA):
@@ -222,7 +232,7 @@ class PlainDirectory:
 
 
 def _sync(directory: str) -> None:
-    """Makes names in a directory durable."""
+    """Flushes the names in a directory to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,14 +1,11 @@
-"""Checkpoints of a run: saved in the background, loaded by prefix, with the facts beside them.
-
-The parts: `streaming` is the byte format, `stacking` the names of layers, `loading` reads `PREFIX::PATH`,
-`run_directory` places files so that a kill loses nothing, `metadata` is what lies beside. Here they come together.
-"""
+"""Saves the checkpoints of a run in the background."""
 
 import functools
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -16,28 +13,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM.checkpoints import msgpack_arrays, run_directory, stacking, streaming
-from EasyLM.checkpoints.loading import PREFIXES, load, open_checkpoint
-from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata, make_metadata
-from EasyLM.checkpoints.run_directory import Saved, beside, newest
+from EasyLM.checkpoints import entries, run_directory, stacking, streaming
+from EasyLM.checkpoints.stacking import Key, StackedArray
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 
-__all__ = [
-    "CHECKPOINTER_FLAGS",
-    "FLOAT_DTYPES",
-    "PREFIXES",
-    "Checkpointer",
-    "Saved",
-    "beside",
-    "load",
-    "load_dataset_state",
-    "load_metadata",
-    "make_metadata",
-    "newest",
-    "open_checkpoint",
-]
-
+# The names that `--checkpointer.float_dtype` and `--float_dtype` accept for the type of saved parameters.
 FLOAT_DTYPES = {
     name: np.dtype(dtype)
     for dtype, names in {
@@ -51,67 +32,74 @@ FLOAT_DTYPES = {
 CHECKPOINTER_FLAGS = {
     "float_dtype": Flag(
         "",
-        "Type of the saved parameters (never of the optimizer's state). Empty: as they are in a train state, so that "
-        "it resumes exactly; bf16 for parameters alone.",
+        "Type of the saved parameters (the optimizer's state keeps its types). Empty: in a train state unchanged, for "
+        "an exact resume; bf16 for parameters alone.",
         choices=("", *FLOAT_DTYPES),
     ),
-    "save_optimizer_state": Flag(False, "Save the whole train state, to resume from; else the parameters alone."),
+    "save_optimizer_state": Flag(False, "Save the whole train state, for resuming; else the parameters alone."),
 }
 
 
 class Checkpointer:
-    """Saves a run's states. `save` copies the state to host memory and returns; a thread writes the copy.
+    """Saves a run's states asynchronously. `save` copies the state to host memory; a thread writes the copy.
 
-    The host memory is kept from save to save: one copy of what is saved, on process 0 alone. `prepare`, called while
-    something else is slow, keeps the first save from waiting for that memory.
-    Every process of a multi-host run calls every method at the same step; process 0 writes.
+    Process 0 writes. It keeps one host copy of the saved arrays and reuses the memory for every save; `prepare`
+    allocates it in advance. Every process of a multi-host run calls every method at the same step.
 
     Args:
       run_dir: local, or remote through fsspec (see `run_directory`).
       config: values of CHECKPOINTER_FLAGS.
 
     Raises:
-      UserError: if the run directory cannot be written.
+      UserError: if the run directory is not writable.
     """
 
-    def __init__(self, run_dir: str, config):
-        self._whole = config.save_optimizer_state
+    def __init__(self, run_dir: str, config: Any):
+        self._whole_state = config.save_optimizer_state
         name = choose("checkpointer.float_dtype", config.float_dtype, CHECKPOINTER_FLAGS["float_dtype"].choices)
-        self._dtype = FLOAT_DTYPES.get(name, None if self._whole else FLOAT_DTYPES["bf16"])
+        self._dtype = FLOAT_DTYPES.get(name, None if self._whole_state else FLOAT_DTYPES["bf16"])
         self._directory = run_directory.open_run_directory(run_dir)
-        self._buffers: dict[tuple[str, ...], np.ndarray] = {}
-        self._thread = self._failure = None
+        self._buffers: dict[Key, np.ndarray] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         if jax.process_index() == 0:
             self._directory.prepare()
 
-    def prepare(self, state) -> None:
-        """Takes the host memory for a state of these shapes, in the background: fresh memory is slow to come by."""
+    def prepare(self, state: Any) -> None:
+        """Allocates the host memory for a state of these shapes in the background, because page faults are slow."""
         if jax.process_index() == 0:
-            self._start(lambda: [self._buffer(leaf).fill(0) for leaf in stacking.leaves(self._saved_part(state))])
+            arrays = stacking.stacked_arrays(self._saved_part(state))
 
-    def save(self, state, step: int, dataset_state: Mapping, metadata: Mapping, milestone: bool = False) -> None:
-        """Saves a state (`step`, `params`, `opt_state`). On return its arrays may be given away.
+            def touch_pages() -> None:
+                for stacked in arrays:
+                    self._buffer(stacked).fill(0)
 
-        A save still in progress is waited for.
+            self._start(touch_pages)
+
+    def save(self, state: Any, step: int, dataset_state: Mapping, metadata: Mapping, milestone: bool = False) -> None:
+        """Saves a state (`step`, `params`, `opt_state`). On return its arrays may be donated.
+
+        Waits for a save that is still in progress.
 
         Raises:
-          UserError: if the save before this one failed. What was saved before is untouched.
+          UserError: if the previous save failed. Earlier checkpoints are intact.
         """
         self.wait()
         tree = self._saved_part(state)
-        self._copy(stacking.leaves(tree))
+        self._copy(stacking.stacked_arrays(tree))
         if jax.process_index() != 0:
             return
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
-        facts = {run_directory.DATASET: _json(dataset_state), run_directory.METADATA: _json(metadata)}
-        writers = {
-            "streaming_train_state" if self._whole else "streaming_params": lambda file: self._write(file, shapes),
-            **{name: functools.partial(_write_bytes, data) for name, data in facts.items()},
+        state_name = "streaming_train_state" if self._whole_state else "streaming_params"
+        writers: run_directory.Writers = {
+            state_name: lambda file: self._write(file, shapes),
+            run_directory.DATASET: functools.partial(_write_bytes, _json(dataset_state)),
+            run_directory.METADATA: functools.partial(_write_bytes, _json(metadata)),
         }
         self._start(lambda: self._directory.write(step, writers, milestone))
 
     def wait(self) -> None:
-        """Returns when all is on disk.
+        """Blocks until the last save is on disk.
 
         Raises:
           UserError: on every process, if the last save failed.
@@ -124,90 +112,86 @@ class Checkpointer:
             failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
         if isinstance(failure, OSError):
             raise UserError(
-                f"{self._directory.path}: the checkpoint was not saved ({failure.strerror or failure}); the one before "
-                "it is untouched"
+                f"{self._directory.path}: the checkpoint was not saved ({failure.strerror or failure}); the previous "
+                "one is intact"
             ) from failure
         if failed:
             raise failure or UserError(f"{self._directory.path}: process 0 could not save the checkpoint")
 
     def close(self) -> None:
-        """Returns when what is being written is written. Asks no other process, as `wait` does: after an error of this
-        one alone the others are in the middle of a step, and would never answer."""
+        """Blocks until the last save is written, without communication: for use after an error on this process alone,
+        when the other processes are inside a step."""
         if self._thread is not None:
             self._thread.join()
 
-    def _saved_part(self, state):
-        return state if self._whole else state.params.get("params", state.params)
+    def _saved_part(self, state: Any) -> Any:
+        return state if self._whole_state else state.params.get("params", state.params)
 
-    def _start(self, work) -> None:
-        def run():
+    def _start(self, work: Callable[[], Any]) -> None:
+        def run() -> None:
             try:
                 work()
-            except BaseException as failure:  # raised where the loop asks, by `wait`
+            except BaseException as failure:  # `wait` raises it
                 self._failure = failure
                 logging.error("saving a checkpoint failed: %s", failure)
 
         self._thread = threading.Thread(target=run, name="checkpoint writer")
         self._thread.start()
 
-    def _buffer(self, leaf: stacking.Leaf) -> np.ndarray:
-        shape, dtype = leaf.array.shape, leaf.array.dtype
-        found = self._buffers.get(leaf.key)
-        if found is None or found.shape != shape or found.dtype != dtype:
-            found = self._buffers[leaf.key] = msgpack_arrays.host_memory(shape, dtype)
-        return found
+    def _buffer(self, stacked: StackedArray) -> np.ndarray:
+        shape, dtype = stacked.array.shape, stacked.array.dtype
+        buffer = self._buffers.get(stacked.key)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
+            buffer = self._buffers[stacked.key] = entries.host_memory(shape, dtype)
+        return buffer
 
-    def _copy(self, leaves: list[stacking.Leaf]) -> None:
-        """Fills the buffers. A real copy: the next step overwrites the arrays."""
-        local = [leaf for leaf in leaves if getattr(leaf.array, "is_fully_addressable", True)]
-        for leaf in local:
-            if isinstance(leaf.array, jax.Array):
-                leaf.array.copy_to_host_async()
-        for leaf in local if jax.process_index() == 0 else ():
-            buffer = self._buffer(leaf)
-            for index, part in _parts(leaf.array):
+    def _copy(self, arrays: list[StackedArray]) -> None:
+        """Copies the arrays into the buffers. The copies share no memory with the arrays, which may be donated."""
+        local = [stacked for stacked in arrays if getattr(stacked.array, "is_fully_addressable", True)]
+        for stacked in local:
+            if isinstance(stacked.array, jax.Array):
+                stacked.array.copy_to_host_async()
+        for stacked in local if jax.process_index() == 0 else ():
+            buffer = self._buffer(stacked)
+            for index, part in _local_parts(stacked.array):
                 np.copyto(buffer[index], part)
-        for leaf in leaves:
-            if not getattr(leaf.array, "is_fully_addressable", True):
-                self._gather(leaf)
+        for stacked in arrays:
+            if not getattr(stacked.array, "is_fully_addressable", True):
+                self._gather(stacked)
 
-    def _gather(self, leaf: stacking.Leaf) -> None:
-        """Brings an array that is spread over processes to process 0, one layer at a time."""
-        replicated = NamedSharding(leaf.array.sharding.mesh, P())
-        for layer in range(len(leaf.file_keys)):
-            index = (layer,) if leaf.stacked else ()
-            # On every process: programs of several processes on CPUs (gloo) hang if two are under way at a time.
-            whole = _take(replicated)(leaf.array, *index).block_until_ready()
+    def _gather(self, stacked: StackedArray) -> None:
+        """Gathers an array that is sharded over processes to process 0, one layer at a time."""
+        replicated = NamedSharding(stacked.array.sharding.mesh, P())
+        for layer in range(len(stacked.file_keys)):
+            index = (layer,) if stacked.is_stacked else ()
+            # Blocks on every process: two concurrent multi-process programs deadlock on CPUs (gloo).
+            gathered = _gather_program(replicated)(stacked.array, *index).block_until_ready()
             if jax.process_index() == 0:
-                np.copyto(self._buffer(leaf)[(*index, ...)], np.asarray(whole.addressable_data(0)))
+                np.copyto(self._buffer(stacked)[(*index, ...)], np.asarray(gathered.addressable_data(0)))
 
-    def _write(self, file, shapes) -> None:
-        for key, leaf, layer in stacking.file_order(shapes):
-            array = self._buffers[leaf.key]
+    def _write(self, file: BinaryIO, shapes: Any) -> None:
+        for key, stacked, layer in stacking.file_order(shapes):
+            array = self._buffers[stacked.key]
             array = array if layer is None else array[layer, ...]
-            if self._dtype is not None and _is_parameter(key, self._whole) and _is_float(array.dtype):
+            is_parameter = not self._whole_state or key[0] == "params"
+            if self._dtype is not None and is_parameter and jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
                 array = array.astype(self._dtype)
             streaming.write_entry(file, key, array)
 
 
-def _is_parameter(key: tuple[str, ...], whole: bool) -> bool:
-    return not whole or key[0] == "params"
-
-
-def _is_float(dtype) -> bool:
-    return jax.numpy.issubdtype(dtype, jax.numpy.floating)
-
-
-def _parts(array):
-    """(index, values) of each part of an array on this host, each part once."""
+def _local_parts(array: np.ndarray | jax.Array) -> Iterator[tuple[tuple, np.ndarray]]:
+    """Yields (index, values) of each part of an array on this host, without replicas."""
     if not isinstance(array, jax.Array):
-        return [((...,), array)]
-    return [((*s.index, ...), np.asarray(s.data)) for s in array.addressable_shards if s.replica_id == 0]
+        yield (...,), array
+        return
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            yield (*shard.index, ...), np.asarray(shard.data)
 
 
 @functools.cache
-def _take(replicated: NamedSharding):
-    def take(array, *index):
+def _gather_program(replicated: NamedSharding) -> Callable[..., jax.Array]:
+    def take(array: jax.Array, *index: int) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(array, index[0], keepdims=False) if index else array
 
     return jax.jit(take, out_shardings=replicated)
@@ -217,5 +201,5 @@ def _json(value: Mapping) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _write_bytes(data: bytes, file) -> None:
+def _write_bytes(data: bytes, file: BinaryIO) -> None:
     file.write(data)

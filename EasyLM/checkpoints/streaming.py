@@ -1,83 +1,90 @@
-"""Files of arrays, entry by entry: streaming checkpoints and plain flax msgpack files.
+"""Files of arrays, read and written entry by entry: streaming checkpoints and plain flax msgpack files.
 
-A streaming file is a run of msgpack arrays `[key, value]`: key is the path, an array of strings; value is a bin that
-holds `flax.serialization.to_bytes(array)`. There is no header and no index. A flax msgpack file is one nested map with
-the same arrays as leaves. `msgpack_arrays` has the format of one array.
+A streaming file is a sequence of msgpack arrays `[key, value]`. The key is the path, an array of strings. The value is
+a bin with `flax.serialization.to_bytes(array)`. There is no header and no index. A flax msgpack file is one nested map
+with the same arrays as leaves. `msgpack_arrays` defines the format of one array.
 """
 
+import os
 from collections.abc import Iterable
+from typing import BinaryIO
 
 import msgpack
 import numpy as np
 
-from EasyLM.checkpoints.msgpack_arrays import CHUNKED, Entry, HeaderReader, bin_header, value_parts
+from EasyLM.checkpoints.entries import Entry
+from EasyLM.checkpoints.msgpack_arrays import CHUNKED, HeaderReader, bin_header, value_parts
 from EasyLM.errors import UserError
 
 
-def read_streaming(path: str) -> list[Entry]:
-    """The entries of a streaming file, by a pass over its headers only.
+def read_streaming(path: str | os.PathLike) -> list[Entry]:
+    """Returns the entries of a streaming file. Reads only the headers.
 
     Raises:
-      UserError: naming file, key and byte offset, if the file is cut short or is something else.
+      UserError: naming file, key and byte offset, if the file is truncated or has another format.
     """
-    entries = []
+    entries: list[Entry] = []
     with HeaderReader(path) as reader:
         while reader.offset < reader.size:
-            reader.where = f"entry {len(entries)}"
+            reader.location = f"entry {len(entries)}"
             reader.expect("array", length=2)
             key = tuple(reader.text() for _ in range(reader.expect("array")))
-            reader.where = "/".join(key)
+            reader.location = "/".join(key)
             end = reader.expect("bin") + reader.offset
             entries.append(reader.value(key))
             if reader.offset != end:
-                raise reader.error(f"the entry should end at byte {end}")
+                reader.fail(f"the entry should end at byte {end}")
     return entries
 
 
-def read_flax(path: str) -> list[Entry]:
-    """The entries of a plain flax msgpack file (a nested map of arrays), by a pass over its headers only.
+def read_flax(path: str | os.PathLike) -> list[Entry]:
+    """Returns the entries of a plain flax msgpack file (a nested map of arrays). Reads only the headers.
 
     Raises:
-      UserError: naming file, key and byte offset, if the file is cut short or is something else.
+      UserError: naming file, key and byte offset, if the file is truncated or has another format.
     """
 
-    def walk(key):
+    def walk(key: tuple[str, ...]) -> list[Entry]:
         kind, length = reader.token()
         if kind != "map":
             reader.step_back()
             return [reader.value(key)]
-        found = []
+        entries = []
         for i in range(length):
             name = reader.text()
             if i == 0 and name == CHUNKED:
                 return [reader.chunked(key, length)]
-            reader.where = "/".join((*key, name))
-            found += walk((*key, name))
-        return found
+            reader.location = "/".join((*key, name))
+            entries += walk((*key, name))
+        return entries
 
     with HeaderReader(path) as reader:
         reader.expect("map")
         reader.offset = 0
         entries = walk(())
         if reader.offset != reader.size:
-            raise reader.error(f"the file should end here, and has {reader.size} bytes")
+            reader.fail(f"the file should end here, but has {reader.size} bytes")
     return entries
 
 
-def write_entry(file, key: tuple[str, ...], array: np.ndarray) -> None:
-    """Appends one entry to a streaming file, byte for byte as the LVM release does."""
+def write_entry(file: BinaryIO, key: tuple[str, ...], array: np.ndarray) -> None:
+    """Appends one entry to a streaming file, byte for byte as the LVM release does.
+
+    Raises:
+      UserError: if the array has 4 GiB or more, which one entry cannot hold.
+    """
     parts = list(value_parts(array))
     num_bytes = sum(memoryview(part).nbytes for part in parts)
     if num_bytes >= 2**32:
-        raise UserError(f"{'/'.join(key)}: {num_bytes} bytes are more than an entry of a streaming file can hold")
+        raise UserError(f"{'/'.join(key)}: {num_bytes} bytes exceed the limit of a streaming file's entry, 4 GiB")
     file.write(b"\x92" + msgpack.packb(key) + bin_header(num_bytes))
     for part in parts:
         file.write(part)
 
 
-def write_flax(file, entries: Iterable[Entry]) -> None:
-    """Writes a plain flax msgpack file: one nested map, keys in order."""
-    tree = {}
+def write_flax(file: BinaryIO, entries: Iterable[Entry]) -> None:
+    """Writes a plain flax msgpack file: one nested map with sorted keys."""
+    tree: dict = {}
     for entry in entries:
         node = tree
         for name in entry.key[:-1]:

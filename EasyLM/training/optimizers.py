@@ -146,4 +146,4 @@ def _add_scheduled_decay(schedule) -> optax.GradientTransformation:
 
 def _stacked(params):
     """Which arrays hold all layers along axis 0."""
-    return jax.tree.structure(params).unflatten(leaf.stacked for leaf in stacking.leaves(params))
+    return jax.tree.structure(params).unflatten(stacked.is_stacked for stacked in stacking.stacked_arrays(params))

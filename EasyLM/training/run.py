@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from EasyLM.checkpoints import saving
+from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS, batch_sharding, check_same, shardings
@@ -47,7 +47,7 @@ RUN_FLAGS = {
     "log_all_worker": Flag(False, "Every process writes its figures, not only the first."),
     "max_nonfinite_steps": Flag(10, "Stop after so many steps in a row whose loss is not finite.", least=1),
     "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: by the device's kind.", least=0),
-    "checkpointer": saving.CHECKPOINTER_FLAGS,
+    "checkpointer": checkpoints.CHECKPOINTER_FLAGS,
     "logger": metrics_log.LOGGER_FLAGS,
     "jax_distributed": JAX_DISTRIBUTED_FLAGS,
 }
@@ -74,7 +74,8 @@ class Problem:
     unit: str = "tokens"
     accumulate_gradient_steps: int = 1  # micro-steps to an update
     saved_settings: Callable = lambda spec: {}  # --load_checkpoint -> what settings its model had, as far as known
-    prefixes: Mapping = dataclasses.field(default_factory=lambda: saving.PREFIXES)  # of --load_checkpoint
+    # The prefixes of --load_checkpoint.
+    prefixes: Mapping = dataclasses.field(default_factory=lambda: checkpoints.CHECKPOINT_FORMATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +118,16 @@ def find_start(config, run_dir: str) -> Start:
       UserError: if the run directory holds a run that began elsewhere.
     """
     given = Start(config.load_checkpoint, config.load_dataset_state, config.load_metadata, (config.load_checkpoint,))
-    own = saving.newest(run_dir)
+    own = checkpoints.latest_checkpoint(run_dir)
     if own is None:
         return given
-    metadata = saving.load_metadata(own.metadata)
+    metadata = checkpoints.load_metadata(own.metadata)
     history = tuple(metadata.get("started_from", [metadata["flags"]["load_checkpoint"]]))
     if given.checkpoint in ("", *history):
         return Start(own.spec, own.dataset_state, own.metadata, history)
     path = config.load_checkpoint.partition("::")[2]
     if os.path.realpath(path).startswith(os.path.realpath(run_dir) + os.sep):
-        beside = (saving.beside(path, name) for name in ("dataset", "metadata"))
+        beside = (checkpoints.sidecar_path(path, name) for name in ("dataset", "metadata"))
         dataset_state, metadata = (one or other for one, other in zip((given.dataset_state, given.metadata), beside))
         return Start(given.checkpoint, dataset_state, metadata, (*history, given.checkpoint))
     raise UserError(
@@ -135,7 +136,7 @@ def find_start(config, run_dir: str) -> Start:
     )
 
 
-def check(config, run_dir: str, prefixes: Mapping = saving.PREFIXES) -> None:
+def check(config, run_dir: str, prefixes: Mapping = checkpoints.CHECKPOINT_FORMATS) -> None:
     """Complains of the run's flags, and of the files that it is to begin with, before data is indexed.
 
     Raises:
@@ -146,11 +147,11 @@ def check(config, run_dir: str, prefixes: Mapping = saving.PREFIXES) -> None:
             raise UserError(f"--{name}={config[name]}: no such file")
     start = find_start(config, run_dir)
     if start.checkpoint:
-        saving.open_checkpoint(start.checkpoint, prefixes)
+        checkpoints.open_checkpoint(start.checkpoint, prefixes)
     if start.metadata:
-        saving.load_metadata(start.metadata)
+        checkpoints.load_metadata(start.metadata)
     if start.dataset_state:
-        saving.load_dataset_state(start.dataset_state)
+        checkpoints.load_dataset_state(start.dataset_state)
 
 
 def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
@@ -170,7 +171,7 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
     start = find_start(config, run_dir)
     if start.checkpoint:
         logging.info("starting from %s", start.checkpoint)
-    metadata = saving.load_metadata(start.metadata) if start.metadata else {}
+    metadata = checkpoints.load_metadata(start.metadata) if start.metadata else {}
     _check_settings(problem, start, metadata)
     position = _position(problem, start)
     facts = {"a checkpoint": bool(start.checkpoint), "its step": metadata.get("step", 0), "its data's row": position}
@@ -180,7 +181,7 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
     batches = Batches(problem.data, problem.batch_size, batch_sharding(mesh), position)
     flags = config.to_dict()
     figures = metrics_log.Logger(config.logger, run_dir, flags, config.log_all_worker)
-    saver = saving.Checkpointer(run_dir, config.checkpointer)
+    saver = checkpoints.Checkpointer(run_dir, config.checkpointer)
 
     def save(state, step, position, milestone):
         facts = {problem.settings_name: dict(problem.settings), "mesh": dict(mesh.shape)}
@@ -189,7 +190,7 @@ def train_run(config, run_dir: str, mesh: Mesh, problem: Problem) -> None:
             state,
             step,
             dataset_state(problem.data, position),
-            saving.make_metadata(step, flags, **facts),
+            checkpoints.make_metadata(step, flags, **facts),
             milestone=milestone,
         )
 
@@ -245,7 +246,7 @@ def _differences(problem: Problem, saved: Mapping) -> str:
 def _position(problem: Problem, start: Start) -> int:
     if not start.dataset_state:
         return 0
-    return rows_consumed(saving.load_dataset_state(start.dataset_state), problem.data)
+    return rows_consumed(checkpoints.load_dataset_state(start.dataset_state), problem.data)
 
 
 def _first_state(config, mesh, problem, start: Start, metadata: Mapping):
@@ -256,8 +257,8 @@ def _first_state(config, mesh, problem, start: Start, metadata: Mapping):
         return init_state(problem.init_params, problem.optimizer, config.seed, places), places
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
     if start.checkpoint.startswith("trainstate::"):
-        return saving.load(start.checkpoint, target, problem.prefixes), places
-    params = saving.load(start.checkpoint, target.params, problem.prefixes)
+        return checkpoints.load(start.checkpoint, target, problem.prefixes), places
+    params = checkpoints.load(start.checkpoint, target.params, problem.prefixes)
     step = int(metadata.get("step", 0))
     if step:
         logging.warning("the optimizer's moments begin anew at step %d; its schedule goes on", step)

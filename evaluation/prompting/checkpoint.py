@@ -5,7 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from EasyLM.checkpoints import loading
+from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
@@ -29,13 +29,13 @@ def load_model(spec: str, load_llama_config: str, mesh: jax.sharding.Mesh, dtype
     if not spec:
         raise UserError("--checkpoint is missing: PREFIX::FILE, or a Hugging Face directory")
     named = spec if "::" in spec or os.path.isfile(spec) else f"huggingface::{spec}"  # a file says not what it holds
-    prefix, path = loading.parse(named, hf_layout.PREFIXES, f"--checkpoint={spec}")
+    prefix, path = checkpoints.parse_spec(named, hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}")
     config = _config(prefix, path, load_llama_config)
     shapes = jax.eval_shape(lambda params: llama_model.with_kernels(params, dtype), hf_layout.parameter_shapes(config))
     places = shardings(mesh, llama_config.PARTITION_RULES, shapes)
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
     prefix = "trainstate_params" if prefix == "trainstate" else prefix
-    return config, loading.load(f"{prefix}::{path}", target, hf_layout.PREFIXES)
+    return config, checkpoints.load(f"{prefix}::{path}", target, hf_layout.CHECKPOINT_FORMATS)
 
 
 def _config(prefix: str, path: str, load_llama_config: str) -> llama_config.LLaMAConfig:

@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_run import finish
 
-from EasyLM import flags
-from EasyLM.checkpoints import saving, stacking, streaming
+from EasyLM import checkpoints, flags
+from EasyLM.checkpoints import stacking, streaming
 from EasyLM.errors import UserError
 from EasyLM.parallel import make_mesh
 from EasyLM.training import metrics_log
@@ -29,7 +29,7 @@ from EasyLM.training.step import TrainState
 
 @pytest.mark.parametrize("run", ["init", "step15", "final"])
 def test_golden_state_is_saved_again_byte_for_byte(golden, tmp_path, run):
-    saver = saving.Checkpointer(str(tmp_path), settings())
+    saver = checkpoints.Checkpointer(str(tmp_path), settings())
     saver.save(jax.tree.map(jnp.asarray, golden_state(golden, run)), 30, {}, METADATA)
     saver.wait()
     expected = (golden / "lvm_tiny" / run / "streaming_train_state").read_bytes()
@@ -48,7 +48,9 @@ def test_keys_are_those_of_flax(tmp_path):
             return {path}
         return set().union(*(flatten(value, (*path, key)) for key, value in tree.items()))
 
-    assert {leaf.key for leaf in stacking.leaves({"opt_state": opt_state, "params": params})} == flatten(expected)
+    assert {leaf.key for leaf in stacking.stacked_arrays({"opt_state": opt_state, "params": params})} == flatten(
+        expected
+    )
 
 
 def test_float_dtype_casts_parameters_and_nothing_else(golden, tmp_path):
@@ -56,20 +58,20 @@ def test_float_dtype_casts_parameters_and_nothing_else(golden, tmp_path):
     reference = file_content(tiny / "final" / "streaming_train_state")
     for float_dtype, whole in (("", False), ("bf16", False), ("fp32", False), ("bf16", True), ("fp16", True)):
         run = tmp_path / f"{float_dtype}{whole}"
-        saver = saving.Checkpointer(str(run), settings(float_dtype, whole))
+        saver = checkpoints.Checkpointer(str(run), settings(float_dtype, whole))
         saver.save(state, 30, {}, METADATA)
         saver.wait()
         saved = file_content(run / ("streaming_train_state" if whole else "streaming_params"))
         expected = {key if whole else key[2:]: x for key, x in reference.items() if whole or key[0] == "params"}
         assert list(saved) == list(expected)
-        dtype = saving.FLOAT_DTYPES[float_dtype or "bf16"]
+        dtype = checkpoints.FLOAT_DTYPES[float_dtype or "bf16"]
         for key, array in expected.items():
             wanted = array.astype(dtype) if not whole or key[0] == "params" else array
             assert saved[key].dtype == wanted.dtype and saved[key].tobytes() == wanted.tobytes(), key
     released = (tiny / "streaming_params_bf16").read_bytes()
     assert (tmp_path / "False" / "streaming_params").read_bytes() == released
     with pytest.raises(UserError, match=r"checkpointer.float_dtype='int8': choose one of '', 'fp32'"):
-        saving.Checkpointer(str(tmp_path), settings("int8"))
+        checkpoints.Checkpointer(str(tmp_path), settings("int8"))
 
 
 @pytest.mark.parametrize("mesh_dim", ["1,1,1", "1,8,1", "2,2,2"])
@@ -84,7 +86,7 @@ def test_the_copy_is_real(tmp_path, mesh_dim):
     params = {"params": {"h": {"w": np.zeros((2, 512, 128), np.float32)}, "b": np.zeros((64, 3), np.float32)}}
     state = jax.tree.map(put, TrainState(np.zeros((), np.int32), params, {"mu": params}))
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    saver = saving.Checkpointer(str(tmp_path), settings())
+    saver = checkpoints.Checkpointer(str(tmp_path), settings())
     saver.prepare(state)
     for i in range(4):
         saver.save(state, i, {}, METADATA, milestone=True)
@@ -96,8 +98,8 @@ def test_the_copy_is_real(tmp_path, mesh_dim):
 
 
 def test_layout_milestones_and_pruning(tmp_path):
-    saver = saving.Checkpointer(str(tmp_path), settings())
-    assert saving.newest(str(tmp_path)) is None
+    saver = checkpoints.Checkpointer(str(tmp_path), settings())
+    assert checkpoints.latest_checkpoint(str(tmp_path)) is None
     for step in range(1, 7):
         save(saver, step, milestone=step in (2, 4))
         assert contents(str(tmp_path)) == (step, step, step)
@@ -109,18 +111,20 @@ def test_layout_milestones_and_pruning(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000002", "step_00000004", "step_00000006"]
     assert set(os.listdir(tmp_path / "latest")) == names
     for step in (2, 4):
-        milestone = saving.load(f"trainstate::{tmp_path}/streaming_train_state_{step}", small_state(0))
+        milestone = checkpoints.load(f"trainstate::{tmp_path}/streaming_train_state_{step}", small_state(0))
         assert_equal(milestone, small_state(step))
-        beside = saving.beside(f"{tmp_path}/streaming_train_state_{step}", "metadata")
-        assert saving.load_metadata(beside)["step"] == step
-    assert saving.load_metadata(saving.beside(f"{tmp_path}/streaming_train_state", "dataset"))["step"] == 6
+        beside = checkpoints.sidecar_path(f"{tmp_path}/streaming_train_state_{step}", "metadata")
+        assert checkpoints.load_metadata(beside)["step"] == step
+    assert (
+        checkpoints.load_metadata(checkpoints.sidecar_path(f"{tmp_path}/streaming_train_state", "dataset"))["step"] == 6
+    )
 
 
 def test_a_run_directory_that_was_moved_still_works(tmp_path):
-    save(saving.Checkpointer(str(tmp_path / "a"), settings()), 3, milestone=True)
+    save(checkpoints.Checkpointer(str(tmp_path / "a"), settings()), 3, milestone=True)
     os.rename(tmp_path / "a", tmp_path / "b")
     assert contents(str(tmp_path / "b")) == (3, 3, 3)
-    saver = saving.Checkpointer(str(tmp_path / "b"), settings())
+    saver = checkpoints.Checkpointer(str(tmp_path / "b"), settings())
     save(saver, 4)
     assert contents(str(tmp_path / "b")) == (4, 4, 4)
     assert os.path.exists(tmp_path / "b" / "streaming_train_state_3")
@@ -129,7 +133,7 @@ def test_a_run_directory_that_was_moved_still_works(tmp_path):
 def test_a_step_may_be_saved_again(tmp_path):
     """A run that went back to a milestone comes past the later ones once more."""
     for _ in range(3):
-        saver = saving.Checkpointer(str(tmp_path), settings())
+        saver = checkpoints.Checkpointer(str(tmp_path), settings())
         for step in (5, 6):
             save(saver, step, milestone=True)
             assert contents(str(tmp_path)) == (step, step, step)
@@ -139,40 +143,40 @@ def test_a_step_may_be_saved_again(tmp_path):
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_load_never_mixes_two_checkpoints(tmp_path, kept):
     """Its file's name leads to the next checkpoint before all is read, as evaluations of a run at work meet it."""
-    saver = saving.Checkpointer(str(tmp_path), settings())
+    saver = checkpoints.Checkpointer(str(tmp_path), settings())
     save(saver, 1, milestone=kept)
-    entries = saving.open_checkpoint(f"trainstate::{tmp_path}/streaming_train_state")
+    entries = checkpoints.open_checkpoint(f"trainstate::{tmp_path}/streaming_train_state")
     save(saver, 2)
     if kept:
         assert all(np.all(entry.read() == 1) for entry in entries)
     else:
-        with pytest.raises(UserError, match="step_00000001/streaming_train_state: was deleted while it was read"):
+        with pytest.raises(UserError, match="step_00000001/streaming_train_state: was deleted during the load"):
             entries[0].read()
 
 
 def test_a_run_may_change_what_it_saves(tmp_path):
-    save(saving.Checkpointer(str(tmp_path), settings()), 1)
-    save(saving.Checkpointer(str(tmp_path), settings(save_optimizer_state=False)), 2)
+    save(checkpoints.Checkpointer(str(tmp_path), settings()), 1)
+    save(checkpoints.Checkpointer(str(tmp_path), settings(save_optimizer_state=False)), 2)
     assert not os.path.lexists(tmp_path / "streaming_train_state")
-    saved = saving.newest(str(tmp_path))
-    assert saved.spec.startswith("params::") and saving.load_metadata(saved.metadata)["step"] == 2
-    params = saving.load(saved.spec)
+    saved = checkpoints.latest_checkpoint(str(tmp_path))
+    assert saved.spec.startswith("params::") and checkpoints.load_metadata(saved.metadata)["step"] == 2
+    params = checkpoints.load(saved.spec)
     assert np.all(params["params"]["transformer"]["ln_f"] == 2)
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
-    save(saving.Checkpointer(str(tmp_path), settings()), 1)
+    save(checkpoints.Checkpointer(str(tmp_path), settings()), 1)
     leftover = tmp_path / "checkpoints" / ".tmp-7"
     leftover.mkdir()
     (leftover / "streaming_train_state").write_bytes(b"half")
     os.symlink("nowhere", tmp_path / ".tmp-link")
-    save(saving.Checkpointer(str(tmp_path), settings()), 2)
+    save(checkpoints.Checkpointer(str(tmp_path), settings()), 2)
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000002"]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
 
 
 def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
-    saver = saving.Checkpointer(str(tmp_path), settings())
+    saver = checkpoints.Checkpointer(str(tmp_path), settings())
     save(saver, 1)
     written, write_entry = [], streaming.write_entry
 
@@ -197,9 +201,9 @@ def test_a_file_size_limit_leaves_the_previous_checkpoint(tmp_path):
     program = f"""
         import resource, signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        from checkpoint_kit import save, saving, settings
+        from checkpoint_kit import checkpoints, save, settings
         from EasyLM.errors import UserError
-        saver = saving.Checkpointer({str(tmp_path)!r}, settings())
+        saver = checkpoints.Checkpointer({str(tmp_path)!r}, settings())
         save(saver, 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
         try:
@@ -229,7 +233,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
     """Kills a save of step 2 before its first, second, ... change to the disk, until one gets through."""
     program = f"""
         import os, signal, sys
-        from checkpoint_kit import contents, save, saving, settings, streaming
+        from checkpoint_kit import checkpoints, contents, save, settings, streaming
 
         def killed_at(moment, run_dir):
             count = 0
@@ -250,14 +254,14 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
                 tick("write")
 
             streaming.write_entry = write
-            saver = saving.Checkpointer(run_dir, settings())
+            saver = checkpoints.Checkpointer(run_dir, settings())
             sys.addaudithook(tick)
             save(saver, 2, {milestone})
 
         old = new = 0
         for moment in range(1, 100):
             run_dir = os.path.join({str(tmp_path)!r}, str(moment))
-            save(saving.Checkpointer(run_dir, settings()), 1, True)
+            save(checkpoints.Checkpointer(run_dir, settings()), 1, True)
             child = os.fork()
             if child == 0:
                 killed_at(moment, run_dir)
@@ -266,7 +270,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
             state, data, metadata = contents(run_dir)
             assert state == data == metadata and state in (1, 2), (moment, state, data, metadata)
             old, new = old + (state == 1), new + (state == 2)
-            save(saving.Checkpointer(run_dir, settings()), 3)
+            save(checkpoints.Checkpointer(run_dir, settings()), 3)
             assert contents(run_dir) == (3, 3, 3)
             assert not [name for name in os.listdir(run_dir + "/checkpoints") if "tmp" in name]
             if status == 0:
@@ -280,15 +284,15 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
 def test_the_first_process_of_a_run_says_where_it_cannot_write(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(UserError, match=rf"{blocked}/run: checkpoints cannot be written there \(Not a directory\)"):
-        saving.Checkpointer(str(blocked / "run"), settings())
+    with pytest.raises(UserError, match=rf"{blocked}/run: cannot write checkpoints there \(Not a directory\)"):
+        checkpoints.Checkpointer(str(blocked / "run"), settings())
     (tmp_path / "copied" / "latest").mkdir(parents=True)
     with pytest.raises(UserError, match="copied without its links"):
-        saving.Checkpointer(str(tmp_path / "copied"), settings())
+        checkpoints.Checkpointer(str(tmp_path / "copied"), settings())
 
 
 def test_other_failures_are_not_hidden(tmp_path, monkeypatch):
-    saver = saving.Checkpointer(str(tmp_path), settings())
+    saver = checkpoints.Checkpointer(str(tmp_path), settings())
     monkeypatch.setattr(streaming, "write_entry", lambda *_: 1 / 0)
     saver.save(small_state(1), 1, {}, METADATA)
     with pytest.raises(ZeroDivisionError):
@@ -298,8 +302,8 @@ def test_other_failures_are_not_hidden(tmp_path, monkeypatch):
 
 def test_a_remote_run_directory(monkeypatch):
     run_dir = "memory://bucket/run"
-    saver = saving.Checkpointer(run_dir, settings())
-    assert saving.newest(run_dir) is None
+    saver = checkpoints.Checkpointer(run_dir, settings())
+    assert checkpoints.latest_checkpoint(run_dir) is None
     for step in range(1, 5):
         save(saver, step, milestone=step == 2)
         assert contents(run_dir) == (step, step, step)
@@ -307,7 +311,7 @@ def test_a_remote_run_directory(monkeypatch):
     steps = sorted(name.rsplit("/", 1)[1] for name in files.ls("/bucket/run/checkpoints", detail=False))
     assert steps == ["step_00000002", "step_00000004"]
     path = f"{run_dir}/checkpoints/step_00000002/streaming_train_state"
-    assert saving.load_metadata(saving.beside(path, "metadata"))["step"] == 2
+    assert checkpoints.load_metadata(checkpoints.sidecar_path(path, "metadata"))["step"] == 2
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
         with pytest.raises(UserError, match="was not saved"):
@@ -315,7 +319,7 @@ def test_a_remote_run_directory(monkeypatch):
     assert contents(run_dir) == (4, 4, 4)
     save(saver, 6)
     assert contents(run_dir) == (6, 6, 6)
-    back = saving.Checkpointer(run_dir, settings())  # of a run that went back to the milestone
+    back = checkpoints.Checkpointer(run_dir, settings())  # of a run that went back to the milestone
     save(back, 3)
     assert contents(run_dir) == (3, 3, 3)
 
@@ -323,11 +327,11 @@ def test_a_remote_run_directory(monkeypatch):
 def test_a_remote_step_that_is_saved_again_is_there_until_the_new_one_is(monkeypatch):
     """As when the command of a finished run is repeated."""
     run_dir = "memory://bucket/again"
-    save(saving.Checkpointer(run_dir, settings()), 4)
-    again = saving.Checkpointer(run_dir, settings())
+    save(checkpoints.Checkpointer(run_dir, settings()), 4)
+    again = checkpoints.Checkpointer(run_dir, settings())
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
-        with pytest.raises(UserError, match="the one before it is untouched"):
+        with pytest.raises(UserError, match="the previous one is intact"):
             save(again, 4)
     assert contents(run_dir) == (4, 4, 4)
     for _ in range(3):
@@ -348,19 +352,19 @@ def test_the_figures_of_a_remote_run_lie_beside_its_checkpoints(monkeypatch):
 
 
 def test_metadata(tmp_path, golden):
-    metadata = saving.make_metadata(7, {"seed": 1}, llama_config={"hidden_size": 4}, mesh={"dp": 2})
+    metadata = checkpoints.make_metadata(7, {"seed": 1}, llama_config={"hidden_size": 4}, mesh={"dp": 2})
     assert metadata["step"] == 7 and metadata["llama_config"] == {"hidden_size": 4} and metadata["mesh"] == {"dp": 2}
     assert metadata["versions"]["jax"] == jax.__version__ and len(metadata["git_revision"]) >= 40
     path = tmp_path / "metadata.json"
     path.write_text(json.dumps(metadata))
-    assert saving.load_metadata(str(path)) == metadata
+    assert checkpoints.load_metadata(str(path)) == metadata
     path.write_text('{"step": ')
     with pytest.raises(UserError, match=rf"{path}: not JSON"):
-        saving.load_metadata(str(path))
+        checkpoints.load_metadata(str(path))
     released = str(golden / "lvm_tiny" / "step15" / "streaming_train_state")
-    assert saving.load_metadata(saving.beside(released, "metadata"))["step"] == 15
-    assert saving.load_dataset_state(saving.beside(released, "dataset"))["total_tokens"] == 7680
-    assert saving.beside(str(golden / "lvm_tiny" / "streaming_params_bf16"), "metadata") is None
+    assert checkpoints.load_metadata(checkpoints.sidecar_path(released, "metadata"))["step"] == 15
+    assert checkpoints.load_dataset_state(checkpoints.sidecar_path(released, "dataset"))["total_tokens"] == 7680
+    assert checkpoints.sidecar_path(str(golden / "lvm_tiny" / "streaming_params_bf16"), "metadata") is None
 
 
 @pytest.mark.slow
@@ -374,7 +378,9 @@ def test_two_processes_save_what_they_share(tmp_path, port):
         jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
         import errno
         import numpy as np
-        from EasyLM.checkpoints import saving, streaming
+        from EasyLM.errors import UserError
+        from EasyLM import checkpoints
+        from EasyLM.checkpoints import streaming
         from EasyLM.parallel import make_mesh
         from EasyLM.training.step import TrainState
         from jax.sharding import NamedSharding, PartitionSpec as P
@@ -388,12 +394,12 @@ def test_two_processes_save_what_they_share(tmp_path, port):
         params = {"params": {"h": layers, "b": make((5,), P()), "c": make((8, 2), P("fsdp"))}}
         state = TrainState(make((), P()).astype("int32"), params, {"mu": params})
         config = ml_collections.ConfigDict({"float_dtype": "", "save_optimizer_state": True})
-        saver = saving.Checkpointer(run_dir, config)
+        saver = checkpoints.Checkpointer(run_dir, config)
         saver.prepare(state)
         saver.save(state, 1, {}, {})
         saver.wait()
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        loaded = saving.load(f"trainstate::{run_dir}/streaming_train_state", target)
+        loaded = checkpoints.load(f"trainstate::{run_dir}/streaming_train_state", target)
         for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(state)):
             assert x.sharding == y.sharding
             for a, b in zip(x.addressable_shards, y.addressable_shards):
@@ -404,7 +410,7 @@ def test_two_processes_save_what_they_share(tmp_path, port):
         saver.save(state, 2, {}, {})
         try:
             saver.wait()
-        except checkpoint.UserError as error:
+        except UserError as error:
             print("stopped:", error)
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

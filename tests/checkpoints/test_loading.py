@@ -9,7 +9,8 @@ from checkpoint_kit import METADATA, assert_equal, file_content, golden_state, s
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM.checkpoints import msgpack_arrays, saving, stacking
+from EasyLM import checkpoints
+from EasyLM.checkpoints import msgpack_arrays, stacking
 from EasyLM.errors import UserError
 from EasyLM.parallel import make_mesh
 from EasyLM.training.step import TrainState
@@ -22,24 +23,24 @@ def test_every_prefix_gives_the_same_parameters(golden, tmp_path):
     state = golden_state(golden)
     params = state.params
     assert params["params"]["transformer"]["h"]["attention"]["wq"]["kernel"].shape == (2, 64, 64)
-    assert_equal(saving.load(f"trainstate_params::{tiny}/final/streaming_train_state", params), params)
-    assert_equal(saving.load(f"flax_params::{tiny}/flax_params.msgpack", params), params)
+    assert_equal(checkpoints.load(f"trainstate_params::{tiny}/final/streaming_train_state", params), params)
+    assert_equal(checkpoints.load(f"flax_params::{tiny}/flax_params.msgpack", params), params)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert_equal(saving.load(f"params::{tiny}/streaming_params_bf16"), half)
-    assert_equal(saving.load(f"params::{tiny}/streaming_params_bf16", half), half)
+    assert_equal(checkpoints.load(f"params::{tiny}/streaming_params_bf16"), half)
+    assert_equal(checkpoints.load(f"params::{tiny}/streaming_params_bf16", half), half)
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "params", params)
         saver.save(tmp_path / "state", {"step": state.step, "params": params, "opt_state": state.opt_state})
-    assert_equal(saving.load(f"orbax::{tmp_path}/params", params), params)
-    assert_equal(saving.load(f"orbax::{tmp_path}/state"), params)
+    assert_equal(checkpoints.load(f"orbax::{tmp_path}/params", params), params)
+    assert_equal(checkpoints.load(f"orbax::{tmp_path}/state"), params)
 
 
 def test_layers_are_stacked_on_loading(golden):
     path = golden / "lvm_tiny" / "final" / "streaming_train_state"
     state, files = golden_state(golden), file_content(path)
-    for leaf in stacking.leaves({"params": state.params, "step": state.step}):
+    for leaf in stacking.stacked_arrays({"params": state.params, "step": state.step}):
         for layer, key in enumerate(leaf.file_keys):
-            np.testing.assert_array_equal(leaf.array[layer] if leaf.stacked else leaf.array, files[key])
+            np.testing.assert_array_equal(leaf.array[layer] if leaf.is_stacked else leaf.array, files[key])
     assert set(files) == {key for key, _, _ in stacking.file_order(state)}
 
 
@@ -55,7 +56,7 @@ def test_arrays_go_where_their_sharding_says(golden, mesh_dim):
 
     target = jax.tree.map(struct, params)
     spec = f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state"
-    loaded = saving.load(spec, target)
+    loaded = checkpoints.load(spec, target)
     for x, y, t in zip(*map(jax.tree.leaves, (loaded, params, target)), strict=True):
         assert x.sharding == t.sharding and x.dtype == jnp.bfloat16
         for shard in x.addressable_shards:
@@ -70,7 +71,7 @@ def test_stacked_layers_split_over_devices(golden):
     target["params"]["transformer"]["h"] = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), layers
     )
-    loaded = saving.load(f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state", target)
+    loaded = checkpoints.load(f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state", target)
     assert_equal(loaded["params"]["transformer"]["h"], layers)
 
 
@@ -80,7 +81,7 @@ def test_a_real_optimizer_state_is_restored(golden):
         lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), jax.tree.map(jnp.asarray, golden_state(golden).params)
     )
     path = golden / "lvm_tiny" / "step15" / "streaming_train_state"
-    state = saving.load(f"trainstate::{path}", target)
+    state = checkpoints.load(f"trainstate::{path}", target)
     assert isinstance(state, TrainState) and isinstance(state.opt_state[1][0], optax.ScaleByAdamState)
     assert int(state.step) == int(state.opt_state[1][0].count) == int(state.opt_state[1][2].count) == 15
     nu = state.opt_state[1][0].nu["params"]["lm_head"]["kernel"]
@@ -102,19 +103,19 @@ def accumulating_states():
 def test_accumulation_may_be_switched_on_and_off(tmp_path, caplog):
     plain, multi = accumulating_states()
     for name, state in {"plain": plain, "multi": multi}.items():
-        saver = saving.Checkpointer(str(tmp_path / name), settings())
+        saver = checkpoints.Checkpointer(str(tmp_path / name), settings())
         saver.save(state, 5, {}, METADATA)
         saver.wait()
-    on = saving.load(f"trainstate::{tmp_path}/plain/streaming_train_state", shapes_of(multi))
+    on = checkpoints.load(f"trainstate::{tmp_path}/plain/streaming_train_state", shapes_of(multi))
     assert_equal(on.opt_state.inner_opt_state, plain.opt_state)
     assert_equal((on.step, on.params), (plain.step, plain.params))
     assert (int(on.opt_state.mini_step), int(on.opt_state.gradient_step)) == (0, 5)
     assert not any(np.any(x) for x in jax.tree.leaves(on.opt_state.acc_grads))
     assert not caplog.records
-    off = saving.load(f"trainstate::{tmp_path}/multi/streaming_train_state", shapes_of(plain))
+    off = checkpoints.load(f"trainstate::{tmp_path}/multi/streaming_train_state", shapes_of(plain))
     assert_equal(off.opt_state, multi.opt_state.inner_opt_state)
     assert "gradients of 1 steps are dropped" in caplog.text
-    same = saving.load(f"trainstate::{tmp_path}/multi/streaming_train_state", shapes_of(multi))
+    same = checkpoints.load(f"trainstate::{tmp_path}/multi/streaming_train_state", shapes_of(multi))
     assert_equal(same, multi)
 
 
@@ -139,18 +140,18 @@ def test_what_cannot_be_loaded_is_said_before_anything_is_read(golden, tmp_path,
         ),
         (path, None, r"PREFIX::PATH"),
         ("params::/no/such/file", None, r"there is no /no/such/file"),
-        (f"params::{tmp_path}", None, r"is not a file, which params:: names"),
+        (f"params::{tmp_path}", None, r"is not a file, as params:: needs"),
         (f"orbax::{path}", None, r"is not a directory"),
         (f"params::{text}", None, rf"{text}: entry 0: byte 0: not a checkpoint of this kind"),
-        (f"params::{cut}", None, rf"{cut}: transformer/.*: byte \d+: the file is cut short"),
-        (f"flax_params::{path}", None, r"not a checkpoint of this kind: map expected"),
-        (f"params::{path}", params, r"a train state: name it trainstate_params::"),
+        (f"params::{cut}", None, rf"{cut}: transformer/.*: byte \d+: the file is truncated"),
+        (f"flax_params::{path}", None, r"not a checkpoint of this kind: expected map"),
+        (f"params::{path}", params, r"a train state; load its parameters as trainstate_params::"),
         (f"trainstate_params::{tiny}/streaming_params_bf16", params, r"not a train state.*params::"),
-        (f"trainstate_params::{path}", wider, r"params/lm_head/kernel has shape \(64, 512\), where \(64, 8292\)"),
-        (f"trainstate_params::{path}", deeper, r"it lacks params/transformer/h/2/attention/wk/kernel.* and 3 more$"),
-        (f"trainstate_params::{path}", other, r"it lacks params/extra/kernel$"),
-        (f"trainstate::{path}", params, r"it has besides step, params/params/lm_head/kernel, .*more$"),
+        (f"trainstate_params::{path}", wider, r"params/lm_head/kernel has shape \(64, 512\), expected \(64, 8292\)"),
+        (f"trainstate_params::{path}", deeper, r"missing params/transformer/h/2/attention/wk/kernel.* and 3 more$"),
+        (f"trainstate_params::{path}", other, r"missing params/extra/kernel$"),
+        (f"trainstate::{path}", params, r"unexpected step, params/params/lm_head/kernel, .*more$"),
     ):
         with pytest.raises(UserError, match=said) as caught:
-            saving.load(spec, target)
+            checkpoints.load(spec, target)
         assert "\n" not in str(caught.value) and spec.partition("::")[2] in str(caught.value)

@@ -82,7 +82,7 @@ def test_a_file_cut_anywhere_is_refused_with_its_place(tmp_path):
         if size in ends:  # nothing in the format tells; the names that are missing do (test_checkpoint)
             assert len(streaming.read_streaming(path)) == ends.index(size) + 1
             continue
-        with pytest.raises(UserError, match=rf"{path}: .*byte \d+: .*cut short") as caught:
+        with pytest.raises(UserError, match=rf"{path}: .*byte \d+: .*truncated") as caught:
             streaming.read_streaming(path)
         assert "\n" not in str(caught.value)
     path.write_bytes(whole.getvalue()[: ends[0] + 40])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from checkpoint_kit import random_params
 
-from EasyLM import flags
-from EasyLM.checkpoints import saving, streaming
+from EasyLM import checkpoints, flags
+from EasyLM.checkpoints import streaming
 from EasyLM.errors import UserError
 from EasyLM.models.llama import convert_easylm_to_hf, convert_hf_to_easylm, hf_files, hf_layout, llama_model
 from EasyLM.models.llama.llama_config import PRESETS
@@ -67,12 +67,12 @@ def test_export_and_import_give_back_identical_arrays(golden, tmp_path, as_strea
     export(tiny_state(golden), tmp_path / "hf")
     import_(tmp_path / "hf", tmp_path / "back" / "params", streaming=as_stream)
     path = tmp_path / "back" / "params"
-    params = saving.load(tiny_state(golden))
-    assert_equal(saving.load(f"{'params' if as_stream else 'flax_params'}::{path}"), params)
-    assert_equal(saving.load(f"huggingface::{tmp_path}/hf", params, hf_layout.PREFIXES), params)
+    params = checkpoints.load(tiny_state(golden))
+    assert_equal(checkpoints.load(f"{'params' if as_stream else 'flax_params'}::{path}"), params)
+    assert_equal(checkpoints.load(f"huggingface::{tmp_path}/hf", params, hf_layout.CHECKPOINT_FORMATS), params)
     if not as_stream:
         assert path.read_bytes() == (golden / "lvm_tiny" / "flax_params.msgpack").read_bytes()
-    metadata = saving.load_metadata(saving.beside(str(path), "metadata"))
+    metadata = checkpoints.load_metadata(checkpoints.sidecar_path(str(path), "metadata"))
     assert metadata["llama_config"]["hidden_size"] == 64 and metadata["llama_config"]["num_hidden_layers"] == 2
     export(f"{'params' if as_stream else 'flax_params'}::{path}", tmp_path / "again")  # by the metadata beside it
     for name in os.listdir(tmp_path / "hf"):
@@ -115,7 +115,7 @@ def test_a_tied_head_stays_tied(tmp_path):
     np.testing.assert_allclose(torch_logits(directory, tokens_BT), expected, atol=2e-5, rtol=0)
     torch_model(directory).save_pretrained(tmp_path / "theirs")
     import_(tmp_path / "theirs", tmp_path / "back" / "params")
-    assert_equal(saving.load(f"params::{tmp_path}/back/params", params), params)
+    assert_equal(checkpoints.load(f"params::{tmp_path}/back/params", params), params)
 
 
 @pytest.mark.parametrize("float_dtype", ["", "bf16", "fp16", "fp32"])
@@ -126,17 +126,17 @@ def test_export_keeps_the_checkpoints_type_unless_told(golden, tmp_path, float_d
         os.link(golden / "lvm_tiny" / name, tmp_path / "in" / os.path.basename(name))
     source = f"params::{tmp_path}/in/streaming_params_bf16"
     export(source, tmp_path / "hf", float_dtype=float_dtype)
-    wanted = saving.FLOAT_DTYPES[float_dtype or "bf16"]
+    wanted = checkpoints.FLOAT_DTYPES[float_dtype or "bf16"]
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == wanted.name
-    expected = jax.tree.map(lambda x: x.astype(wanted), saving.load(source))
-    assert_equal(saving.load(f"huggingface::{tmp_path}/hf", None, hf_layout.PREFIXES), expected)
+    expected = jax.tree.map(lambda x: x.astype(wanted), checkpoints.load(source))
+    assert_equal(checkpoints.load(f"huggingface::{tmp_path}/hf", None, hf_layout.CHECKPOINT_FORMATS), expected)
 
 
 @pytest.mark.parametrize(
     "kind", ["safetensors", "shards", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bin", "bf16 bin"))]
 )
 def test_every_kind_of_weight_file_is_read(golden, tmp_path, monkeypatch, kind):
-    params = saving.load(tiny_state(golden))
+    params = checkpoints.load(tiny_state(golden))
     if kind == "shards":
         monkeypatch.setattr(hf_files, "MAX_SHARD_BYTES", 100_000)
     directory = export(tiny_state(golden), tmp_path / "hf", float_dtype="bf16" if kind == "bf16 bin" else "")
@@ -156,7 +156,7 @@ def test_every_kind_of_weight_file_is_read(golden, tmp_path, monkeypatch, kind):
     if kind == "bf16 bin":
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     import_(directory, tmp_path / "back" / "params")
-    assert_equal(saving.load(f"params::{tmp_path}/back/params"), params)
+    assert_equal(checkpoints.load(f"params::{tmp_path}/back/params"), params)
 
 
 # ---- The same answers
@@ -190,7 +190,7 @@ def test_transformers_reads_our_settings(tmp_path):
 def test_greedy_decoding_agrees_over_256_tokens(golden, tmp_path):
     torch = pytest.importorskip("torch")
     model = hf_layout.read_model(export(tiny_state(golden), tmp_path / "hf"))[0]
-    params = saving.load(tiny_state(golden))
+    params = checkpoints.load(tiny_state(golden))
     prompt = np.load(golden / "lvm_tiny" / "golden.npz")["input_tokens"][:1, :100]
     theirs = torch_model(str(tmp_path / "hf")).generate(torch.tensor(prompt).long(), max_new_tokens=256)[0].numpy()
 
@@ -214,7 +214,9 @@ def test_a_deepened_model_answers_as_before(tmp_path, monkeypatch):
     deepen_model.main()
     model, entries = hf_layout.read_model(str(tmp_path / "deep"))
     assert model.num_hidden_layers == 4 and len(entries) > 0
-    deep = saving.load(f"huggingface::{tmp_path}/deep", hf_layout.parameter_shapes(model), hf_layout.PREFIXES)
+    deep = checkpoints.load(
+        f"huggingface::{tmp_path}/deep", hf_layout.parameter_shapes(model), hf_layout.CHECKPOINT_FORMATS
+    )
     tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 8192, (2, 9)))
     before = llama_model.apply(PRESETS["vqlm_debug"], params, tokens_BT)
     np.testing.assert_allclose(llama_model.apply(model, deep, tokens_BT), before, atol=1e-5, rtol=0)
@@ -248,7 +250,7 @@ def test_bad_exports_are_refused_and_leave_nothing(golden, tmp_path, monkeypatch
         ({"load_checkpoint": bf16, "model_size": "7b"}, "--model_size='7b': choose one of 'vqlm_debug'"),
         (
             {"load_checkpoint": bf16, "model_size": "vqlm_debug"},
-            r"lm_head/kernel has shape \(64, 512\), where \(128, 8292\)",
+            r"lm_head/kernel has shape \(64, 512\), expected \(128, 8292\)",
         ),
         ({"load_checkpoint": f"trainstate::{state}"}, "only parameters are exported: trainstate_params::"),
     ):
@@ -288,7 +290,7 @@ def test_bad_imports_are_refused_and_leave_nothing(golden, tmp_path, monkeypatch
         ({"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu'"),
         ({"num_hidden_layers": 3}, r"missing \['model.layers.2.input_layernorm.weight'"),
         ({"num_hidden_layers": 1}, r"unknown \['model.layers.1.input_layernorm.weight'"),
-        ({"intermediate_size": 64}, r"feed_forward/w1/kernel has shape \(64, 128\), where \(64, 64\)"),
+        ({"intermediate_size": 64}, r"feed_forward/w1/kernel has shape \(64, 128\), expected \(64, 64\)"),
     ):
         config.write_text(json.dumps(good_config | change))
         with pytest.raises(UserError, match=said):

@@ -11,7 +11,7 @@ from checkpoint_kit import random_params
 from scipy import stats
 
 from EasyLM import flags
-from EasyLM.checkpoints.saving import load
+from EasyLM.checkpoints import load
 from EasyLM.errors import UserError
 from EasyLM.models.generate import Sampling, check_sampling, generate, left_padded, sample
 from EasyLM.models.llama import convert_easylm_to_hf, llama_model

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from EasyLM.checkpoints import loading
+from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.models import losses
 from EasyLM.models.llama import llama_config, llama_model
@@ -37,7 +37,7 @@ VARIANTS = [  # of how the same is computed
 @pytest.fixture(scope="module")
 def reference():
     directory = pathlib.Path(__file__).parents[1] / "golden" / "lvm_tiny"
-    params = loading.load(f"trainstate_params::{directory}/final/streaming_train_state")
+    params = checkpoints.load(f"trainstate_params::{directory}/final/streaming_train_state")
     return params, dict(np.load(directory / "golden.npz"))
 
 

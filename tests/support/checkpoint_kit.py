@@ -6,7 +6,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from EasyLM.checkpoints import saving, streaming
+from EasyLM import checkpoints
+from EasyLM.checkpoints import streaming
 from EasyLM.models.llama import hf_layout
 from EasyLM.training.step import TrainState
 
@@ -18,7 +19,7 @@ def settings(float_dtype="", save_optimizer_state=True):
 
 
 def golden_state(golden, run="final") -> TrainState:
-    tree = saving.load(f"trainstate::{golden}/lvm_tiny/{run}/streaming_train_state")
+    tree = checkpoints.load(f"trainstate::{golden}/lvm_tiny/{run}/streaming_train_state")
     return TrainState(tree["step"], tree["params"], tree["opt_state"])
 
 
@@ -46,12 +47,12 @@ def file_content(path) -> dict:
 
 def contents(run_dir) -> tuple[int, int, int]:
     """The step that each of the newest files says it is of; the state is checked to be whole."""
-    saved = saving.newest(run_dir)
-    state = saving.load(saved.spec, small_state(0))
+    saved = checkpoints.latest_checkpoint(run_dir)
+    state = checkpoints.load(saved.spec, small_state(0))
     steps = {int(value) for array in jax.tree.leaves(state) for value in np.ravel(array)}
     assert len(steps) == 1
     files = saved.dataset_state, saved.metadata
-    return steps.pop(), *(saving.load_metadata(path)["step"] for path in files)
+    return steps.pop(), *(checkpoints.load_metadata(path)["step"] for path in files)
 
 
 def save(saver, step, milestone=False):
@@ -76,8 +77,8 @@ def random_params(directory, model):
         return noise * np.float32(gain * x.shape[-2] ** -0.5)
 
     params = jax.tree_util.tree_map_with_path(draw, hf_layout.parameter_shapes(model))
-    saver = saving.Checkpointer(str(directory), settings("fp32", save_optimizer_state=False))
+    saver = checkpoints.Checkpointer(str(directory), settings("fp32", save_optimizer_state=False))
     state = type("State", (), {"params": params})
-    saver.save(state, 0, {}, saving.make_metadata(0, {}, llama_config=dataclasses.asdict(model)))
+    saver.save(state, 0, {}, checkpoints.make_metadata(0, {}, llama_config=dataclasses.asdict(model)))
     saver.wait()
     return params

@@ -56,7 +56,7 @@ WRONG = {
     "no checkpoint": ({"load_checkpoint": "trainstate::missing"}, "there is no missing"),
     "other shape": (
         {"load_checkpoint": f"trainstate::{STATE}", "update_llama_config": "dict(vocab_size=512,hidden_size=32)"},
-        rf"{STATE}: params/params/lm_head/kernel has shape \(64, 512\), where \(32, 512\) is asked for",
+        rf"{STATE}: params/params/lm_head/kernel has shape \(64, 512\), expected \(32, 512\)",
     ),
     "other settings": (
         {
@@ -138,7 +138,7 @@ def test_empty_data_is_refused(tmp_path, content):
 def test_truncated_checkpoint_is_refused(tmp_path):
     path = tmp_path / "state"
     path.write_bytes((GOLDEN / "init" / "streaming_train_state").read_bytes()[:-1000])
-    with pytest.raises(UserError, match=rf"{path}: opt_state/.*/embedding: byte \d+: the file is cut short") as caught:
+    with pytest.raises(UserError, match=rf"{path}: opt_state/.*/embedding: byte \d+: the file is truncated") as caught:
         train(tmp_path / "out", load_checkpoint=f"trainstate::{path}")
     assert str(caught.value).endswith(f"the file ends at {path.stat().st_size}")
     assert not left_by_the_run(tmp_path / "out")

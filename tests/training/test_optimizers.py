@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from EasyLM import flags
-from EasyLM.checkpoints.stacking import leaves
+from EasyLM.checkpoints.stacking import stacked_arrays
 from EasyLM.errors import UserError
 from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
 
@@ -111,8 +111,8 @@ def test_equals_optax_layer_by_layer(config):
 def keys_of(config):
     tree = {"params": {"transformer": jax.eval_shape(lambda: random_tree(0))}}
     state = jax.eval_shape(make_optimizer(config)[0].init, tree)
-    entries = {"/".join(file_key) for leaf in leaves(state) for file_key in leaf.file_keys}
-    return {e.split("/params/")[0] for e in entries}, {leaf.key: leaf.file_shape for leaf in leaves(state)}
+    entries = {"/".join(file_key) for leaf in stacked_arrays(state) for file_key in leaf.file_keys}
+    return {e.split("/params/")[0] for e in entries}, {leaf.key: leaf.file_shape for leaf in stacked_arrays(state)}
 
 
 @pytest.mark.parametrize(

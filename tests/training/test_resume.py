@@ -11,7 +11,7 @@ import pytest
 from tiny_run import GOLDEN, MODEL_FIGURES, TINY, assert_close, await_figures, finish, metrics, start, train
 
 from EasyLM import flags
-from EasyLM.checkpoints import run_directory, streaming
+from EasyLM.checkpoints import load_metadata, run_directory, streaming
 from EasyLM.checkpoints.run_directory import LinkedDirectory
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
@@ -221,7 +221,7 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path, monkeypatch):
     whole = train_on(4, "whole", STEPS)
     for devices, stop in ((4, 5), (2, 10), (1, STEPS)):
         resumed = train_on(devices, "resumed", stop)
-        assert run.saving.load_metadata(str(resumed / "metadata.json"))["mesh"]["fsdp"] == devices
+        assert load_metadata(str(resumed / "metadata.json"))["mesh"]["fsdp"] == devices
     assert metrics(resumed, "dataset_total_tokens") == metrics(whole, "dataset_total_tokens")
     assert_close(metrics(resumed, *MODEL_FIGURES), metrics(whole, *MODEL_FIGURES), 1e-4)
 

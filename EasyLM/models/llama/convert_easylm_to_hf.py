@@ -9,9 +9,8 @@ import shutil
 
 from tqdm import tqdm
 
-from EasyLM import flags
-from EasyLM.checkpoints import saving
-from EasyLM.checkpoints.msgpack_arrays import Entry
+from EasyLM import checkpoints, flags
+from EasyLM.checkpoints import Entry
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
@@ -22,7 +21,7 @@ DEFINITIONS = {
     "model_size": Flag("", "Preset of the model; empty: as the metadata beside the checkpoint says."),
     "output_dir": Flag("", "Directory for config.json, generation_config.json and the safetensors shards."),
     "float_dtype": Flag(
-        "", "Type of the exported weights; empty: the checkpoint's.", choices=("", *saving.FLOAT_DTYPES)
+        "", "Type of the exported weights; empty: the checkpoint's.", choices=("", *checkpoints.FLOAT_DTYPES)
     ),
 }
 
@@ -38,9 +37,9 @@ def main(config) -> None:
         raise UserError(
             f"--load_checkpoint={config.load_checkpoint}: only parameters are exported: trainstate_params::"
         )
-    entries = saving.open_checkpoint(config.load_checkpoint)
+    entries = checkpoints.open_checkpoint(config.load_checkpoint)
     model = _model(config)
-    dtype = saving.FLOAT_DTYPES.get(config.float_dtype)
+    dtype = checkpoints.FLOAT_DTYPES.get(config.float_dtype)
     export(model, hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype), config.output_dir)
     print(f"exported to {config.output_dir}")
 

@@ -9,8 +9,8 @@ import os
 
 from tqdm import tqdm
 
-from EasyLM import flags
-from EasyLM.checkpoints import saving, streaming
+from EasyLM import checkpoints, flags
+from EasyLM.checkpoints import streaming
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
@@ -34,7 +34,7 @@ def main(config) -> None:
         if os.path.exists(path):
             raise UserError(f"--output_file={config.output_file}: {path} exists; name a file in a directory of its own")
     model, entries = hf_layout.read_model(config.hf_model)
-    facts = saving.make_metadata(0, config.to_dict(), llama_config=dataclasses.asdict(model))
+    facts = checkpoints.make_metadata(0, config.to_dict(), llama_config=dataclasses.asdict(model))
 
     def write_weights(file):
         with tqdm(total=len(entries), desc="importing", unit="tensor") as bar:

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from EasyLM.checkpoints import msgpack_arrays
-from EasyLM.checkpoints.msgpack_arrays import Entry
+from EasyLM.checkpoints import entries
+from EasyLM.checkpoints.entries import Entry
 from EasyLM.errors import UserError
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -58,7 +58,7 @@ def _write_shard(file, tensors: Iterable[Entry]) -> None:
     data += b" " * (-len(data) % 8)  # tensors begin at a multiple of 8, as readers like
     file.write(len(data).to_bytes(8, "little") + data)
     for tensor in tensors:
-        file.write(msgpack_arrays.bytes_of(tensor.read()))
+        file.write(entries.bytes_of(tensor.read()))
 
 
 def _num_bytes(tensor: Entry) -> int:
@@ -95,7 +95,7 @@ def _read_safetensors(path: str) -> list[Entry]:
             shape, dtype = tuple(facts["shape"]), np.dtype(_DTYPES[facts["dtype"]])
             if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
                 raise ValueError(f"{name}: {end - begin} bytes of {size} do not make {shape} of {dtype}")
-            read = functools.partial(msgpack_arrays.read_pieces, path, ((8 + length + begin, end - begin),))
+            read = functools.partial(entries.read_pieces, path, ((8 + length + begin, end - begin),))
             tensors.append(Entry((name,), shape, dtype, read))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({type(error).__name__}: {error})") from None

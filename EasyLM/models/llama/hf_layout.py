@@ -11,8 +11,8 @@ import os
 import jax
 import numpy as np
 
-from EasyLM.checkpoints import loading, stacking
-from EasyLM.checkpoints.msgpack_arrays import Entry
+from EasyLM import checkpoints
+from EasyLM.checkpoints import Entry, stacking
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig, config_from_dict
@@ -73,7 +73,7 @@ def hf_tensors(config: LLaMAConfig, entries: list[Entry], source: str, dtype: np
     """
     found = {entry.key: entry for entry in entries}
     shapes = parameter_shapes(config)
-    loading.check(source, found, stacking.leaves(shapes))
+    checkpoints.check_entries(source, found, stacking.stacked_arrays(shapes))
     return [_hf_tensor(config, found[key], dtype) for key, _, _ in stacking.file_order(shapes)]
 
 
@@ -113,7 +113,9 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     if missing or unknown:
         raise UserError(f"{directory}: not the tensors of a LLaMA: missing {missing[:4]}, unknown {unknown[:4]}")
     entries = [_entry(config, key, tensors[name]) for name, key in names.items()]
-    loading.check(directory, {entry.key: entry for entry in entries}, stacking.leaves(parameter_shapes(config)))
+    checkpoints.check_entries(
+        directory, {entry.key: entry for entry in entries}, stacking.stacked_arrays(parameter_shapes(config))
+    )
     return config, entries
 
 
@@ -132,8 +134,8 @@ def parameter_shapes(config: LLaMAConfig) -> dict:
     return jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
 
 
-# For `checkpoint.load(spec, target, PREFIXES)`: all prefixes, `huggingface::DIR` among them.
-PREFIXES = {**loading.PREFIXES, "huggingface": lambda directory: read_model(directory)[1]}
+# The formats that LLaMA commands accept: those of `EasyLM.checkpoints`, and `huggingface::DIR`.
+CHECKPOINT_FORMATS = {**checkpoints.CHECKPOINT_FORMATS, "huggingface": lambda directory: read_model(directory)[1]}
 
 
 def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import PartitionSpec as P
 
-from EasyLM.checkpoints.saving import beside, load_metadata
+from EasyLM.checkpoints import load_metadata, sidecar_path
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.vocab import BOS, EOS, PAD, VOCAB_SIZE
@@ -200,7 +200,7 @@ def load_config(spec: str) -> LLaMAConfig:
 
 def config_beside(path: str) -> LLaMAConfig | None:
     """The config in the metadata beside a checkpoint file; None if there is none."""
-    metadata = beside(path, "metadata")
+    metadata = sidecar_path(path, "metadata")
     return None if metadata is None else config_from_dict(load_metadata(metadata), metadata)
 
 

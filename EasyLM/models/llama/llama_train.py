@@ -45,7 +45,7 @@ def main(config) -> None:
         if config[name].type == "json":
             expand_path_groups(f"{name}.json_dataset.path", config[name].json_dataset.path)
     run_dir = run.run_directory(config)
-    run.check(config, run_dir, hf_layout.PREFIXES)
+    run.check(config, run_dir, hf_layout.CHECKPOINT_FORMATS)
     sources = {}
     for name in used:
         make_source = partial(dataset.make_dataset, config[name], tokenizer, model.vocab_size, name)
@@ -68,7 +68,7 @@ def main(config) -> None:
         units_per_row=seq_length,
         flops_per_row=seq_length * llama_config.flops_per_token(model, seq_length),
         accumulate_gradient_steps=config.optimizer.accumulate_gradient_steps,
-        prefixes=hf_layout.PREFIXES,
+        prefixes=hf_layout.CHECKPOINT_FORMATS,
     )
     run.train_run(config, run_dir, mesh, problem)
 

@@ -13,7 +13,7 @@ import pytest
 from prompting_kit import tiny_checkpoint, tiny_logits, tiny_params, tiny_prompter
 from tokenizer_kit import run_main
 
-from EasyLM.checkpoints import loading
+from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.models.llama import convert_easylm_to_hf, llama_config, llama_model
 from EasyLM.parallel import make_mesh
@@ -119,7 +119,7 @@ def made(tmp_path_factory):
 
     folder, spec = tmp_path_factory.mktemp("made"), SPECS["trainstate_params"].format(tiny=GOLDEN)
     with ocp.StandardCheckpointer() as saver:
-        saver.save(folder / "orbax", loading.load(spec))
+        saver.save(folder / "orbax", checkpoints.load(spec))
     run_main(convert_easylm_to_hf, load_checkpoint=spec, output_dir=str(folder / "hf"))
     return folder
 
@@ -133,7 +133,7 @@ def test_every_kind_of_checkpoint_is_the_same_model(made, tmp_path, prefix):
     given = "" if alone else f"json::{tmp_path}/model.json"
     mesh = make_mesh("1,1,1", jax.devices()[:1])
     config, params = load_model(SPECS[prefix].format(tiny=GOLDEN, made=made), given, mesh)
-    expected = loading.load(SPECS["trainstate_params"].format(tiny=GOLDEN))
+    expected = checkpoints.load(SPECS["trainstate_params"].format(tiny=GOLDEN))
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     for found, wanted in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
         wanted = wanted.astype(jnp.bfloat16).astype(np.float32) if prefix == "params" else wanted  # as the file has it
@@ -146,10 +146,13 @@ def test_every_kind_of_checkpoint_is_the_same_model(made, tmp_path, prefix):
 @pytest.mark.parametrize(
     "spec, said",
     [
-        ("{0}/file", "--checkpoint={0}/file: say what it is, PREFIX::PATH, with one of trainstate, trainstate_params,"),
+        (
+            "{0}/file",
+            "--checkpoint={0}/file: must be PREFIX::PATH, with one of the prefixes trainstate, trainstate_params,",
+        ),
         ("weights::{0}/file", "--checkpoint=weights::{0}/file: prefix='weights': choose one of 'trainstate', "),
         ("params::{0}/none", "--checkpoint=params::{0}/none: there is no {0}/none"),
-        ("params::{0}", "--checkpoint=params::{0}: {0} is not a file, which params:: names"),
+        ("params::{0}", "--checkpoint=params::{0}: {0} is not a file, as params:: needs"),
         ("{0}/none", "--checkpoint={0}/none: there is no {0}/none"),
         ("{0}", "--checkpoint={0}: no config.json there"),
     ],

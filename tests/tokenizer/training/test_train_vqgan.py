@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tiny_run import await_figures, finish
 from tokenizer_kit import run_main, write_picture
 
-from EasyLM.checkpoints import loading, saving
+from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.training import batches
 from tokenizer import train_vqgan
@@ -133,7 +133,7 @@ def test_lpips_is_a_loss_whose_network_stays(folder, monkeypatch):
     assert sorted(rows) == list(range(5)) and all(
         row["perceptual"] > 0 and "gradient" not in row for row in rows.values()
     )
-    state = loading.load(saving.newest(str(folder / "lpips")).spec)
+    state = checkpoints.load(checkpoints.latest_checkpoint(str(folder / "lpips")).spec)
     expected = lpips.load(settings["perceptual__vgg_weights"])
     assert state["params"]["perceptual"].keys() == expected.keys()
     for name, array in expected.items():

@@ -1,0 +1,97 @@
+"""Checkpoint formats: `PREFIX::PATH` names a checkpoint, and its prefix selects the reader of the file."""
+
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from EasyLM.checkpoints import stacking, streaming
+from EasyLM.checkpoints.entries import Entry
+from EasyLM.errors import UserError, choose
+from EasyLM.storage import is_remote
+
+Reader = Callable[[str], list[Entry]]
+
+
+def _train_state(path: str) -> list[Entry]:
+    return streaming.read_streaming(path)
+
+
+def _train_state_params(path: str) -> list[Entry]:
+    entries = [entry.renamed(entry.key[1:]) for entry in streaming.read_streaming(path) if entry.key[0] == "params"]
+    if not any(entry.key[0] == "params" for entry in entries):
+        raise UserError(f"{path}: not a train state; load a file of parameters alone as params::{path}")
+    return entries
+
+
+def _params(path: str) -> list[Entry]:
+    return _below_params(path, streaming.read_streaming(path))
+
+
+def _flax_params(path: str) -> list[Entry]:
+    return _below_params(path, streaming.read_flax(path))
+
+
+def _below_params(path: str, entries: list[Entry]) -> list[Entry]:
+    if any(entry.key[0] == "step" for entry in entries):
+        raise UserError(f"{path}: a train state; load its parameters as trainstate_params::{path}")
+    return [entry.renamed(("params", *entry.key)) for entry in entries]
+
+
+def _orbax(path: str) -> list[Entry]:
+    import orbax.checkpoint as ocp  # the import takes a second
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(os.path.abspath(path))
+    tree = tree["params"] if "opt_state" in tree else tree
+    return [
+        Entry(key, stacked.file_shape, np.dtype(stacked.array.dtype), _copier(stacked.array, layer))
+        for key, stacked, layer in stacking.file_order(tree)
+    ]
+
+
+def _copier(array, layer: int | None) -> Callable[[np.ndarray], None]:
+    return lambda out: np.copyto(out, array if layer is None else array[layer])
+
+
+# Prefix -> reader of the entries: of a whole train state, or of parameters under the keys they have in a train state.
+CHECKPOINT_FORMATS: dict[str, Reader] = {
+    "trainstate": _train_state,
+    "trainstate_params": _train_state_params,
+    "params": _params,
+    "flax_params": _flax_params,
+    "orbax": _orbax,
+}
+_DIRECTORY_FORMATS = ("orbax", "huggingface")
+
+
+def open_checkpoint(spec: str, formats: Mapping[str, Reader] = CHECKPOINT_FORMATS) -> list[Entry]:
+    """Returns the entries of the checkpoint `PREFIX::PATH` without reading their arrays.
+
+    Raises:
+      UserError: for an unknown prefix, a missing path or one of the wrong kind, and a broken file.
+    """
+    prefix, path = parse_spec(spec, formats, f"checkpoint {spec!r}")
+    return formats[prefix](path)
+
+
+def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str, str]:
+    """Returns prefix and path of `PREFIX::PATH`.
+
+    Args:
+      name: what the spec is called in error messages.
+
+    Raises:
+      UserError: for an unknown prefix, and a missing path or one of the wrong kind.
+    """
+    prefix, separator, path = spec.partition("::")
+    if not separator:
+        raise UserError(f"{name}: must be PREFIX::PATH, with one of the prefixes {', '.join(formats)}")
+    choose(f"{name}: prefix", prefix, formats)
+    if not is_remote(path):
+        kind, is_kind = ("directory", os.path.isdir) if prefix in _DIRECTORY_FORMATS else ("file", os.path.isfile)
+        if not os.path.exists(path):
+            raise UserError(f"{name}: there is no {path}")
+        if not is_kind(path):
+            raise UserError(f"{name}: {path} is not a {kind}, as {prefix}:: needs")
+    return prefix, path
