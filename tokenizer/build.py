@@ -41,16 +41,18 @@ VERSION = 1  # of the sentences that follow from flags and inputs: a build that 
 # Flags that decide the sentences; a build that was stopped goes on only with the same.
 SENTENCE_FLAGS = {
     "kind": Flag("images", "The sentences to make.", choices=tuple(KINDS)),
-    "input_dir": Flag("", "Folder of the inputs (folders below it included)."),
+    "input_dir": Flag("", "Folder of the inputs (folders below it included).", required=True),
     "target_dir": Flag("", "Folder of the labels or further sequences; for multi_* several, with commas between."),
-    "n_shots": Flag(8, "Pairs, images, or classes of a sentence."),
-    "images_per_shot": Flag(1, "category: pictures of each class of a sentence."),
-    "n_epochs": Flag(1, "How often all inputs are gone through, each time in another way."),
-    "n_frames": Flag(16, "Frames of a sentence."),
-    "max_stride": Flag(1, "frames, multi_sequence, co3d: the largest random step from one frame to the next."),
+    "n_shots": Flag(8, "Pairs, images, or classes of a sentence.", least=1),
+    "images_per_shot": Flag(1, "category: pictures of each class of a sentence.", least=1),
+    "n_epochs": Flag(1, "How often all inputs are gone through, each time in another way.", least=1),
+    "n_frames": Flag(16, "Frames of a sentence.", least=1),
+    "max_stride": Flag(1, "frames, multi_sequence, co3d: the largest random step from one frame to the next.", least=1),
     "strides": Flag("1", "video: steps from one frame to the next, with commas between; each gives its own sentences."),
-    "hole_mask_ratio": Flag(0.5, "inpainting: probability that what is masked is one hole, not many patches."),
-    "seed": Flag(0, "Of every random choice."),
+    "hole_mask_ratio": Flag(
+        0.5, "inpainting: probability that what is masked is one hole, not many patches.", least=0, most=1
+    ),
+    "seed": Flag(0, "Of every random choice.", least=0),
     "shard": Flag("0/1", "i/n: make only the i-th of n parts (from 0), which stand one behind the other in the whole."),
     "vqgan": CODEC_FLAGS["vqgan"],
     "dtype": CODEC_FLAGS["dtype"],
@@ -58,11 +60,15 @@ SENTENCE_FLAGS = {
 FLAGS = {
     **SENTENCE_FLAGS,
     "batch_size": CODEC_FLAGS["batch_size"],
-    "output_file": Flag("", "The JSONL file to write; it appears when it is whole, OUTPUT_FILE.report.json beside it."),
-    "max_errors": Flag(0, "Skip up to so many broken, unmatched or short inputs, each named; then end."),
+    "output_file": Flag(
+        "", "The JSONL file to write; it appears when it is whole, OUTPUT_FILE.report.json beside it.", required=True
+    ),
+    "max_errors": Flag(0, "Skip up to so many broken, unmatched or short inputs, each named; then end.", least=0),
     "fresh": Flag(False, "Begin again, though a build was stopped here, or has ended with the same settings."),
-    "workers": Flag(os.cpu_count() or 1, "Processes that read pictures."),
-    "cache_pictures": Flag(1 << 21, "Codes kept on disk for further epochs, of so many pictures at 2 bytes a token."),
+    "workers": Flag(os.cpu_count() or 1, "Processes that read pictures.", least=1),
+    "cache_pictures": Flag(
+        1 << 21, "Codes kept on disk for further epochs, of so many pictures at 2 bytes a token.", least=1
+    ),
 }
 
 
@@ -99,19 +105,10 @@ def _told(report: dict) -> str:
 def _checked(config):
     """A frozen copy of the settings with lists parsed. Raises UserError for the first that cannot be."""
     kind = KINDS[config.kind]
-    for name in ("input_dir", "output_file", *(["target_dir"] if kind.targets != "none" else [])):
-        if not config[name]:
-            raise UserError(f"--{name} is missing: --kind={config.kind} needs it")
+    if kind.targets != "none" and not config.target_dir:
+        raise UserError(f"--target_dir is missing: --kind={config.kind} needs it")
     if kind.targets == "one" and "," in config.target_dir:
         raise UserError(f"--target_dir={config.target_dir}: --kind={config.kind} takes one folder")
-    least = {"seed": 0, "max_errors": 0} | dict.fromkeys(
-        ("n_shots", "images_per_shot", "n_epochs", "n_frames", "max_stride", "workers", "cache_pictures"), 1
-    )
-    for name, value in least.items():
-        if config[name] < value:
-            raise UserError(f"--{name}={config[name]}: must be at least {value}")
-    if not 0 <= config.hole_mask_ratio <= 1:
-        raise UserError(f"--hole_mask_ratio={config.hole_mask_ratio}: must be 0..1")
     settings = config.copy_and_resolve_references()
     with settings.ignore_type():
         settings.strides = _numbers("strides", config.strides, ",")

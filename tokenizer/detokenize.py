@@ -30,14 +30,6 @@ Sentence = tuple[int, np.ndarray, dict]  # its number, its pictures as bytes [n,
 
 def main(config) -> None:
     """Draws the sentences."""
-    for name in ("input_file", "output_dir"):
-        if not config[name]:
-            raise UserError(f"--{name} is missing")
-    for name, least in {"limit": 0, "columns": 1}.items():
-        if config[name] < least:
-            raise UserError(f"--{name}={config[name]}: must be at least {least}")
-    if config.format in ("mp4", "gif") and not 0 < config.fps <= 100:
-        raise UserError(f"--fps={config.fps}: must be above 0, at most 100")
     parse_ranges(config.sentences)  # before the model is loaded
     file_version(config.input_file)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
@@ -185,14 +177,14 @@ def section(number: int, pictures: np.ndarray, record: dict) -> str:
 WRITERS = {"png": write_pictures, "html": write_sheet, "mp4": write_videos, "gif": write_videos}
 
 FLAGS = {
-    "input_file": Flag("", "File of sentences: JSONL, also .gz and .zst, or packed."),
-    "output_dir": Flag("", "Folder for what is drawn."),
+    "input_file": Flag("", "File of sentences: JSONL, also .gz and .zst, or packed.", required=True),
+    "output_dir": Flag("", "Folder for what is drawn.", required=True),
     "format": Flag("png", "A PNG file, a video or an animation a sentence, or one sheet.", choices=tuple(WRITERS)),
     "sentences": Flag("", "Numbers and ranges of the sentences to draw, as 0,5,10-20; empty: all."),
     "kinds": Flag("", "Comma list: draw only sentences of these kinds; empty: of all."),
-    "limit": Flag(0, "Draw only the first so many of them; 0: all."),
-    "columns": Flag(8, "png: pictures in a row."),
-    "fps": Flag(4.0, "mp4, gif: pictures a second."),
+    "limit": Flag(0, "Draw only the first so many of them; 0: all.", least=0),
+    "columns": Flag(8, "png: pictures in a row.", least=1),
+    "fps": Flag(4.0, "mp4, gif: pictures a second.", above=0, most=100),
     **CODEC_FLAGS,
 }
 

@@ -19,14 +19,14 @@ from tokenizer.media import images
 from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
 
 FLAGS = {
-    "input_dirs": Flag("", "Comma list of folders of pictures, those below them included."),
-    "limit": Flag(0, "Take only the first so many pictures of each folder; 0: all."),
+    "input_dirs": Flag("", "Comma list of folders of pictures, those below them included.", required=True),
+    "limit": Flag(0, "Take only the first so many pictures of each folder; 0: all.", least=0),
     "inception_weights": Flag("", "File of pytorch-fid's InceptionV3. Adds rFID."),
     "output_json": Flag("", "File for the figures."),
     "output_picture": Flag(
         "", "Picture file: a row of each folder's first pictures above what the codes keep of them."
     ),
-    "columns": Flag(12, "Pictures of a row there."),
+    "columns": Flag(12, "Pictures of a row there.", least=1),
     **CODEC_FLAGS,
 }
 
@@ -35,10 +35,7 @@ def main(config) -> None:
     """Measures and prints."""
     folders = [name for name in config.input_dirs.split(",") if name]
     if not folders:
-        raise UserError("--input_dirs is missing: a comma list of folders of pictures")
-    for name, least in {"limit": 0, "columns": 1}.items():
-        if config[name] < least:
-            raise UserError(f"--{name}={config[name]}: must be at least {least}")
+        raise UserError(f"--input_dirs={config.input_dirs}: names no folder")
     if config.output_json:
         check_output(config.output_json, "output_json")
     if config.output_picture:

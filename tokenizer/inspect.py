@@ -10,7 +10,6 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output, expand_paths, write_json
 from EasyLM.vocab import CODEBOOK_SIZE, TOKENS_PER_IMAGE, VOCAB_SIZE
@@ -18,11 +17,13 @@ from tokenizer.media import charts, images
 from tokenizer.sentence_files import reader
 
 FLAGS = {
-    "input_files": Flag("", "JSONL files, also .gz and .zst, and packed ones: a comma list of paths and globs."),
-    "vocab_size": Flag(VOCAB_SIZE, "A line with an id that is not below it is bad."),
-    "codebook_size": Flag(CODEBOOK_SIZE, "Codes of the tokenizer; ids from there on are special."),
-    "tokens_per_image": Flag(TOKENS_PER_IMAGE, "Codes of a picture, in which lengths are counted."),
-    "max_listed": Flag(20, "Bad lines that are listed; all are counted."),
+    "input_files": Flag(
+        "", "JSONL files, also .gz and .zst, and packed ones: a comma list of paths and globs.", required=True
+    ),
+    "vocab_size": Flag(VOCAB_SIZE, "A line with an id that is not below it is bad.", least=1),
+    "codebook_size": Flag(CODEBOOK_SIZE, "Codes of the tokenizer; ids from there on are special.", least=1),
+    "tokens_per_image": Flag(TOKENS_PER_IMAGE, "Codes of a picture, in which lengths are counted.", least=1),
+    "max_listed": Flag(20, "Bad lines that are listed; all are counted.", least=0),
     "output_json": Flag("", "Write the figures to this file."),
     "output_picture": Flag("", "Write charts of lengths, codes and kinds to this picture file."),
 }
@@ -109,9 +110,6 @@ class Summary:
 
 def main(config) -> None:
     """Reads the files and shows what is in them."""
-    for name, least in {"vocab_size": 1, "codebook_size": 1, "tokens_per_image": 1, "max_listed": 0}.items():
-        if config[name] < least:
-            raise UserError(f"--{name}={config[name]}: must be at least {least}")
     if config.output_json:
         check_output(config.output_json, "output_json")
     if config.output_picture:

@@ -33,15 +33,21 @@ from tokenizer.sentence_files import disk_shuffle
 from tokenizer.sentence_files.skipped_inputs import Problems
 
 FLAGS = {
-    "inputs": Flag("", "JSONL files, also .gz and .zst: a comma list of paths and globs; a glob is one input."),
-    "output_file": Flag("", "The JSONL file to write; it appears when it is whole."),
+    "inputs": Flag(
+        "", "JSONL files, also .gz and .zst: a comma list of paths and globs; a glob is one input.", required=True
+    ),
+    "output_file": Flag("", "The JSONL file to write; it appears when it is whole.", required=True),
     "weights": Flag("", "Comma list, one an input: its share of the mixed sentences. Empty: each sentence once."),
-    "total": Flag(0, "weights: how many sentences to mix; 0: as many as no input has to repeat a sentence for."),
+    "total": Flag(
+        0, "weights: how many sentences to mix; 0: as many as no input has to repeat a sentence for.", least=0
+    ),
     "counts": Flag("", "Comma list, one an input: how many of its sentences to take; more than it has: repeated."),
-    "seed": Flag(0, "Of the order, and of which sentences are taken."),
-    "vocab_size": Flag(VOCAB_SIZE, "Ids must be below it."),
-    "max_errors": Flag(0, "Leave out up to so many lines that are no records, each named; one more is an error."),
-    "memory_mb": Flag(512, "Megabytes of lines held at a time; the rest waits on disk, beside the output."),
+    "seed": Flag(0, "Of the order, and of which sentences are taken.", least=0),
+    "vocab_size": Flag(VOCAB_SIZE, "Ids must be below it.", least=1),
+    "max_errors": Flag(
+        0, "Leave out up to so many lines that are no records, each named; one more is an error.", least=0
+    ),
+    "memory_mb": Flag(512, "Megabytes of lines held at a time; the rest waits on disk, beside the output.", least=1),
     "output_json": Flag("", "File for a report of what went in."),
 }
 _DRAWS = 4096  # random numbers drawn at a time
@@ -91,12 +97,6 @@ def main(config) -> None:
 
 def _sources(config) -> list[Source]:
     """The inputs. Checks all settings that can be checked without reading them."""
-    for name in ("inputs", "output_file"):
-        if not config[name]:
-            raise UserError(f"--{name} is missing")
-    for name, least in {"total": 0, "seed": 0, "max_errors": 0, "vocab_size": 1, "memory_mb": 1}.items():
-        if config[name] < least:
-            raise UserError(f"--{name}={config[name]}: must be at least {least}")
     if config.weights and config.counts:
         raise UserError(f"--weights={config.weights} and --counts={config.counts}: give one of them")
     if config.total and not config.weights:

@@ -22,14 +22,22 @@ from tokenizer.sentence_files.skipped_inputs import Problems
 _UNPACKED = 4  # bytes of JSONL in one of .gz or .zst, about: of an id's 43 bits of base64, 13 say something
 
 FLAGS = {
-    "input_files": Flag("", "JSONL files, also .gz and .zst, or packed ones: a comma list of paths and globs."),
+    "input_files": Flag(
+        "", "JSONL files, also .gz and .zst, or packed ones: a comma list of paths and globs.", required=True
+    ),
     "output_file": Flag(
-        "", f"The file to write, *{packed_file.ENDING}; with --unpack, JSONL. It appears when it is whole."
+        "",
+        f"The file to write, *{packed_file.ENDING}; with --unpack, JSONL. It appears when it is whole.",
+        required=True,
     ),
     "unpack": Flag(False, "Make JSONL of packed files."),
     "keep_others": Flag(True, "Keep what rides along with the ids (kind, sources)."),
-    "vocab_size": Flag(VOCAB_SIZE, f"Ids must be below it; at most {packed_file.LARGEST_ID + 1}."),
-    "max_errors": Flag(0, "Leave out up to so many lines that are no records, each named; one more is an error."),
+    "vocab_size": Flag(
+        VOCAB_SIZE, "Ids must be below it; they take two bytes.", least=1, most=packed_file.LARGEST_ID + 1
+    ),
+    "max_errors": Flag(
+        0, "Leave out up to so many lines that are no records, each named; one more is an error.", least=0
+    ),
 }
 
 
@@ -58,14 +66,6 @@ def main(config) -> None:
 
 
 def _check(config) -> list[str]:
-    if not config.output_file:
-        raise UserError("--output_file is missing")
-    if not 1 <= config.vocab_size <= packed_file.LARGEST_ID + 1:
-        raise UserError(
-            f"--vocab_size={config.vocab_size}: must be 1 to {packed_file.LARGEST_ID + 1}, ids take two bytes"
-        )
-    if config.max_errors < 0:
-        raise UserError(f"--max_errors={config.max_errors}: must be at least 0")
     paths = expand_paths("input_files", config.input_files)
     for path in paths:
         if packed_file.is_packed(path) != config.unpack:

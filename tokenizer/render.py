@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import end_with_parent
 from tokenizer.builders import image_ref
@@ -24,28 +23,22 @@ from tokenizer.synthetic import photos, scenes
 _SEEDS = 10**6  # room between two values of --seed, so that their pictures differ
 
 FLAGS = {
-    "output_dir": Flag("", "Folder to write into."),
-    "num": Flag(100, "Scenes, each with its annotations."),
-    "num_photos": Flag(0, "Squares of photographs, each in colour and in gray."),
-    "num_clips": Flag(0, "Scenes in motion."),
-    "clip_frames": Flag(8, "Pictures of a clip."),
-    "size": Flag(64, "Side of a picture in pixels."),
-    "seed": Flag(0, "Another seed gives other pictures."),
+    "output_dir": Flag("", "Folder to write into.", required=True),
+    "num": Flag(100, "Scenes, each with its annotations.", least=0, most=_SEEDS - 1),
+    "num_photos": Flag(0, "Squares of photographs, each in colour and in gray.", least=0, most=_SEEDS - 1),
+    "num_clips": Flag(0, "Scenes in motion.", least=0, most=_SEEDS - 1),
+    "clip_frames": Flag(8, "Pictures of a clip.", least=1, most=_SEEDS - 1),
+    "size": Flag(64, "Side of a picture in pixels.", least=8, most=_SEEDS - 1),
+    "seed": Flag(0, "Another seed gives other pictures.", least=0, most=_SEEDS - 1),
     "held_out_photos": Flag(False, "Squares of the photographs that no training set has."),
     "recolour_photos": Flag(False, "Change the colours of photographs at random."),
     "layouts": Flag(False, "Also label ids, classes, depth of clips, videos, and CO3D's layout."),
-    "workers": Flag(os.cpu_count() or 1, "Worker processes."),
+    "workers": Flag(os.cpu_count() or 1, "Worker processes.", least=1, most=_SEEDS - 1),
 }
 
 
 def main(config) -> None:
     """Writes the pictures."""
-    if not config.output_dir:
-        raise UserError("--output_dir is missing")
-    least = {"num": 0, "num_photos": 0, "num_clips": 0, "clip_frames": 1, "size": 8, "seed": 0, "workers": 1}
-    for name, value in least.items():
-        if not value <= config[name] < _SEEDS:
-            raise UserError(f"--{name}={config[name]}: must be {value}..{_SEEDS - 1}")
     photo_flags = {"held_out": config.held_out_photos, "recolour": config.recolour_photos}
     jobs = [
         *(partial(_scene, i, labels=config.layouts) for i in range(config.num)),

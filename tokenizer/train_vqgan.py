@@ -55,22 +55,28 @@ def _model_flags() -> dict[str, Flag]:
 DEFINITIONS = {
     **run.RUN_FLAGS,
     "total_steps": Flag(250_000, "Steps to train in total, those before a resume included."),
-    "save_model_freq": Flag(1000, "Steps between checkpoints; must be positive: the model comes from the last one."),
+    "save_model_freq": Flag(1000, "Steps between checkpoints; the model comes from the last one.", least=1),
     "checkpointer": {**checkpoints.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
     "dtype": Flag("fp32", "Type of the computation; parameters and losses are float32.", choices=tuple(DTYPES)),
-    "input_dirs": Flag("", "Comma list of folders of pictures, those below them included."),
+    "input_dirs": Flag("", "Comma list of folders of pictures, those below them included.", required=True),
     "eval_dirs": Flag("", "Comma list of folders of held-out pictures, for --eval_steps and reconstructions.png."),
-    "batch_size": Flag(64, "Pictures of a step, over all devices."),
-    "lr": Flag(1e-4, "Largest learning rate; a cosine takes it to a hundredth at total_steps. Small models want 2e-3."),
-    "lr_warmup_steps": Flag(1000, "Steps of linear warm-up."),
-    "weight_decay": Flag(1e-4, "Decoupled weight decay."),
-    "clip_gradient": Flag(1.0, "The network's gradient is scaled down to at most this norm."),
-    "average_decay": Flag(0.999, "A step, of the running mean of the network that is kept in the end."),
-    "gradient_weight": Flag(0.5, "Weight of the error in pixels' differences to neighbours; not used beside LPIPS."),
-    "locality_weight": Flag(0.0, "Weight of codes staying as they are when the picture changes elsewhere."),
+    "batch_size": Flag(64, "Pictures of a step, over all devices.", least=1),
+    "lr": Flag(
+        1e-4, "Largest learning rate; a cosine takes it to a hundredth at total_steps. Small models want 2e-3.", above=0
+    ),
+    "lr_warmup_steps": Flag(1000, "Steps of linear warm-up.", least=1),
+    "weight_decay": Flag(1e-4, "Decoupled weight decay.", least=0),
+    "clip_gradient": Flag(1.0, "The network's gradient is scaled down to at most this norm.", above=0),
+    "average_decay": Flag(
+        0.999, "A step, of the running mean of the network that is kept in the end.", least=0, below=1
+    ),
+    "gradient_weight": Flag(
+        0.5, "Weight of the error in pixels' differences to neighbours; not used beside LPIPS.", least=0
+    ),
+    "locality_weight": Flag(0.0, "Weight of codes staying as they are when the picture changes elsewhere.", least=0),
     "perceptual": {
         "vgg_weights": Flag("", "Local file, or two with a comma, of VGG16's and LPIPS' weights: a loss."),
-        "weight": Flag(1.0, "Weight of LPIPS."),
+        "weight": Flag(1.0, "Weight of LPIPS.", least=0),
     },
     "adversary": ADVERSARY_FLAGS,
     "vqgan": _model_flags(),
@@ -132,11 +138,6 @@ def main(config) -> None:
 def _check(config) -> None:
     if is_remote(config.logger.output_dir):
         raise UserError(f"--logger.output_dir={config.logger.output_dir}: must be on a disk; copy the model afterwards")
-    for name in ("save_model_freq", "batch_size", "lr_warmup_steps"):
-        if config[name] < 1:
-            raise UserError(f"--{name}={config[name]}: must be at least 1")
-    if not 0 <= config.average_decay < 1:  # with 1 what is kept in the end would be what training began with
-        raise UserError(f"--average_decay={config.average_decay}: must be at least 0 and below 1")
     if config.total_steps <= config.lr_warmup_steps:
         raise UserError(
             f"--total_steps={config.total_steps}: must be more than lr_warmup_steps={config.lr_warmup_steps}"

@@ -25,6 +25,7 @@ SPECIAL_IDS = {"bos_token_id": 8192, "eos_token_id": 8193, "pad_token_id": 8192}
 def run(tool, **values):
     config = flags.defaults(tool.DEFINITIONS)
     config.update(values)
+    flags.validate(tool.DEFINITIONS, config)
     tool.main(config)
 
 
@@ -243,8 +244,8 @@ def test_bad_exports_are_refused_and_leave_nothing(golden, tmp_path, monkeypatch
     out, state = tmp_path / "out", golden / "lvm_tiny" / "final" / "streaming_train_state"
     bf16 = f"params::{golden}/lvm_tiny/streaming_params_bf16"
     for values, said in (
-        ({"load_checkpoint": ""}, "--load_checkpoint is needed"),
-        ({"output_dir": ""}, "--output_dir is needed"),
+        ({"load_checkpoint": ""}, "--load_checkpoint is missing"),
+        ({"output_dir": ""}, "--output_dir is missing"),
         ({"load_checkpoint": "params::missing", "model_size": "vqlm_7b"}, "there is no missing"),
         ({"load_checkpoint": bf16}, "--model_size is empty, and no metadata.json lies beside .*vqlm_7b"),
         ({"load_checkpoint": bf16, "model_size": "7b"}, "--model_size='7b': choose one of 'vqlm_debug'"),

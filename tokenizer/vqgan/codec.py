@@ -26,7 +26,9 @@ _LEAST = 2  # pictures of a piece: XLA rounds a picture alone in another way tha
 CODEC_FLAGS = {
     "vqgan": Flag(PRETRAINED, "Folder of the tokenizer: config.json with pytorch_model.bin or *.safetensors."),
     "dtype": Flag("fp32", "Type of the tokenizer's computation.", choices=tuple(DTYPES)),
-    "batch_size": Flag(32, "Pictures that are computed at a time, over all devices; on CPUs it changes no code."),
+    "batch_size": Flag(
+        32, "Pictures that are computed at a time, over all devices; on CPUs it changes no code.", least=1
+    ),
 }
 
 

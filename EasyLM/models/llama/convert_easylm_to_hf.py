@@ -17,9 +17,13 @@ from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_beside
 
 DEFINITIONS = {
-    "load_checkpoint": Flag("", "PREFIX::FILE of the parameters: trainstate_params, params, flax_params, ..."),
+    "load_checkpoint": Flag(
+        "", "PREFIX::FILE of the parameters: trainstate_params, params, flax_params, ...", required=True
+    ),
     "model_size": Flag("", "Preset of the model; empty: as the metadata beside the checkpoint says."),
-    "output_dir": Flag("", "Directory for config.json, generation_config.json and the safetensors shards."),
+    "output_dir": Flag(
+        "", "Directory for config.json, generation_config.json and the safetensors shards.", required=True
+    ),
     "float_dtype": Flag(
         "", "Type of the exported weights; empty: the checkpoint's.", choices=("", *checkpoints.FLOAT_DTYPES)
     ),
@@ -28,9 +32,6 @@ DEFINITIONS = {
 
 def main(config) -> None:
     """Exports as the flags say. The output appears when it is whole."""
-    for name in ("load_checkpoint", "output_dir"):
-        if not config[name]:
-            raise UserError(f"--{name} is needed")
     if found := hf_files.holds_model(config.output_dir):
         raise UserError(f"--output_dir={config.output_dir}: already holds a model ({found}); name another directory")
     if config.load_checkpoint.startswith("trainstate::"):

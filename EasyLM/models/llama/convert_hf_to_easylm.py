@@ -17,17 +17,16 @@ from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.storage import atomic_file, write_json
 
 DEFINITIONS = {
-    "hf_model": Flag("", "Directory of the Hugging Face model: config.json and weights."),
-    "output_file": Flag("", "File to write; it is loaded as params::FILE, or flax_params::FILE if not streaming."),
+    "hf_model": Flag("", "Directory of the Hugging Face model: config.json and weights.", required=True),
+    "output_file": Flag(
+        "", "File to write; it is loaded as params::FILE, or flax_params::FILE if not streaming.", required=True
+    ),
     "streaming": Flag(True, "Write a streaming checkpoint; else plain flax msgpack."),
 }
 
 
 def main(config) -> None:
     """Imports as the flags say. The output appears when it is whole."""
-    for name in ("hf_model", "output_file"):
-        if not config[name]:
-            raise UserError(f"--{name} is needed")
     directory = os.path.dirname(os.path.abspath(config.output_file))
     metadata = os.path.join(directory, "metadata.json")
     for path in (config.output_file, metadata):

@@ -168,8 +168,6 @@ def test_eight_devices_do_as_one(params, batch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight": -1.0}, "--adversary.weight=-1.0: must be positive"),
-        ({"start_step": -1}, "--adversary.start_step=-1"),
         ({"channels": 48}, "--adversary.channels=48"),
         ({"layers": 3}, "--adversary.layers=3: leaves no patch of 8 pixels"),
     ],

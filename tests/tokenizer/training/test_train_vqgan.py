@@ -246,6 +246,8 @@ def test_the_outline_term_sees_what_the_mean_error_does_not():
     ("settings", "message"),
     [
         ({"input_dirs": ""}, "--input_dirs is missing"),
+        ({"adversary__weight": -1.0}, "--adversary.weight=-1.0: must be at least 0"),
+        ({"adversary__start_step": -1}, "--adversary.start_step=-1: must be at least 0"),
         ({"adversary__weight": 0.8}, "--adversary.layers=3: leaves no patch of 8 pixels"),
         ({"perceptual__vgg_weights": "none.pth"}, r"--perceptual.vgg_weights=none\.pth: none\.pth: no such file"),
         ({"vqgan__channel_mult": "1,x"}, "--vqgan.channel_mult=1,x"),
