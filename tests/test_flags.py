@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -251,9 +252,10 @@ def test_help_of_every_command(command, option, monkeypatch, capsys):
     assert "--flagfile=FILE" in text
 
 
-def test_every_command_is_found():
-    assert len(COMMANDS) >= 18
-    assert {"EasyLM.models.llama.llama_train", "tokenizer.build", "evaluation.serve"} <= set(COMMANDS)
+def test_every_command_is_a_console_script():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        scripts = tomllib.load(file)["project"]["scripts"]
+    assert sorted(scripts.values()) == [f"{command}:cli" for command in COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
