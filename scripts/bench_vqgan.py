@@ -18,14 +18,15 @@ from flax import nnx
 
 from EasyLM.flags import Flag, run
 from tokenizer.vqgan import codec, weights
-from tokenizer.vqgan.model import VQGAN, VQGANConfig
+from tokenizer.vqgan.config import VQGANConfig
+from tokenizer.vqgan.model import VQGAN
 
 LEAST_RATIO = 1.0
 FLAGS = {
     "resolution": Flag(64, "Side of the pictures for the released layout."),
     "batch_size": Flag(32, "Pictures of that size at a time; the shipped tokenizer takes as many pixels."),
     "turns": Flag(5, "Times that each runs, after one that does not count."),
-    "dtype": Flag("fp32", "Type of our computation.", choices=tuple(codec.DTYPES)),
+    "dtype": Flag("fp32", "Type of our computation.", choices=tuple(codec.COMPUTE_DTYPES)),
 }
 
 

@@ -31,7 +31,7 @@ from tokenizer.builders.pipeline import Encoder, Pipeline
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.media import images, videos
 from tokenizer.sentence_files.skipped_inputs import Problems
-from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
+from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 _BATCHES = 6  # under way at a time: up to three on the device or before it, the others being read
 _SEVERAL_TIMES = (arrangements.video, arrangements.multi_sequence)  # orders that show a picture twice in an epoch

@@ -21,7 +21,7 @@ from EasyLM.storage import atomic_path, file_version
 from tokenizer.media import images, videos
 from tokenizer.sentence_files import reader
 from tokenizer.sentence_files.skipped_inputs import Problems
-from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
+from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 SHEET = "sentences.html"
 THUMBNAIL = 128  # pixels, of a picture on the sheet

@@ -16,7 +16,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output, write_json
 from tokenizer.image_quality import inception, metrics
 from tokenizer.media import images
-from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
+from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 FLAGS = {
     "input_dirs": Flag("", "Comma list of folders of pictures, those below them included.", required=True),

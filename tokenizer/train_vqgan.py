@@ -25,9 +25,7 @@ from tokenizer.image_quality import lpips
 from tokenizer.media import images
 from tokenizer.training import losses
 from tokenizer.training.discriminator import ADVERSARY_FLAGS, Adversary
-from tokenizer.vqgan import weights
-from tokenizer.vqgan.codec import DTYPES, Codec
-from tokenizer.vqgan.model import VQGANConfig
+from tokenizer.vqgan import COMPUTE_DTYPES, Codec, VQGANConfig, weights
 
 _MODEL_HELP = {
     "resolution": "Side of a picture in pixels.",
@@ -57,7 +55,7 @@ DEFINITIONS = {
     "total_steps": Flag(250_000, "Steps to train in total, those before a resume included."),
     "save_model_freq": Flag(1000, "Steps between checkpoints; the model comes from the last one.", least=1),
     "checkpointer": {**checkpoints.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
-    "dtype": Flag("fp32", "Type of the computation; parameters and losses are float32.", choices=tuple(DTYPES)),
+    "dtype": Flag("fp32", "Type of the computation; parameters and losses are float32.", choices=tuple(COMPUTE_DTYPES)),
     "input_dirs": Flag("", "Comma list of folders of pictures, those below them included.", required=True),
     "eval_dirs": Flag("", "Comma list of folders of held-out pictures, for --eval_steps and reconstructions.png."),
     "batch_size": Flag(64, "Pictures of a step, over all devices.", least=1),
@@ -170,7 +168,7 @@ def make_objective(config, settings: VQGANConfig) -> losses.Objective:
     Raises:
       UserError: naming the flag.
     """
-    dtype = DTYPES[config.dtype]
+    dtype = COMPUTE_DTYPES[config.dtype]
     asked = config.adversary.weight != 0
     return losses.Objective(
         settings,

@@ -16,7 +16,7 @@ from EasyLM.models import generate
 from EasyLM.models.llama import llama_decode
 from EasyLM.parallel import BATCH_AXES, make_mesh
 from evaluation.prompting.checkpoint import MODEL_FLAGS, load_model
-from tokenizer.vqgan.codec import CODEC_FLAGS, Codec
+from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 PROMPTER_FLAGS = {

@@ -13,7 +13,7 @@ from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
 from EasyLM.parallel import make_mesh, shardings
 from evaluation.prompting.prompter import Prompter
-from tokenizer.vqgan.codec import Codec
+from tokenizer.vqgan import Codec
 
 MODEL = {
     "vocab_size": 40,  # a few more than the tokenizer has codes

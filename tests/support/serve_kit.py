@@ -16,7 +16,7 @@ from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.parallel import make_mesh
 from evaluation.prompting.prompter import Prompter
 from evaluation.serving.engine import ENGINE_FLAGS, Engine
-from tokenizer.vqgan.codec import Codec
+from tokenizer.vqgan import Codec
 
 CODES = TINY.num_embeddings
 MODEL = LLaMAConfig(

@@ -8,8 +8,7 @@ from flax import nnx
 from PIL import Image
 
 from EasyLM import flags
-from tokenizer.vqgan import weights
-from tokenizer.vqgan.model import VQGAN, VQGANConfig
+from tokenizer.vqgan import VQGAN, VQGANConfig, weights
 
 TINY = VQGANConfig(
     resolution=16,

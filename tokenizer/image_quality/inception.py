@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from EasyLM.errors import UserError
-from tokenizer.vqgan import weights
-from tokenizer.vqgan.device_batches import Spread
+from tokenizer.vqgan import DeviceBatches, weights
 
 SIDE = 299  # pixels that the network takes
 LENGTH = 2048  # of a picture's features
@@ -111,14 +110,14 @@ class Inception:
 
     def __init__(self, path: str, batch_size: int):
         """Loads it; raises UserError as `load` does."""
-        self._spread = Spread(batch_size)
-        self._params = self._spread.copied(load(path))
+        self._batches = DeviceBatches(batch_size)
+        self._params = self._batches.replicate(load(path))
 
     def __call__(self, pixels_nHW3: np.ndarray) -> np.ndarray:
         """Features, float32 [n,D], of n > 0 pictures in [0, 1]."""
-        parts = self._spread.cut(pixels_nHW3)
+        batches = self._batches.split(pixels_nHW3)
         function = partial(_jitted_features, self._params)
-        return np.concatenate(list(self._spread.map(function, parts, pixels_nHW3.shape[1:], np.float32)))
+        return np.concatenate(list(self._batches.map(function, batches, pixels_nHW3.shape[1:], np.float32)))
 
 
 def warn_of_few(what: str, count: int) -> None:

@@ -12,8 +12,7 @@ from flax import nnx
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from tokenizer.vqgan import weights
-from tokenizer.vqgan.model import GroupNorm
+from tokenizer.vqgan import GroupNorm, weights
 
 ADVERSARY_FLAGS = {
     "weight": Flag(

@@ -18,8 +18,7 @@ from flax import nnx
 
 from tokenizer.image_quality import lpips
 from tokenizer.training.discriminator import TICK, Adversary, adaptive_weight
-from tokenizer.vqgan import weights
-from tokenizer.vqgan.model import VQGAN, VQGANConfig
+from tokenizer.vqgan import VQGAN, VQGANConfig, weights
 
 DECAY = 0.99  # of a running mean, a step
 # Of the even share 1/K: a code used less than _DEAD is given a new place with the weight _FRESH. An unused code so

@@ -1,88 +1,107 @@
-"""A function of batches over all devices: inputs of any length in, batches of one size on the devices, results out.
+"""Applies a function to batches over all devices: inputs of any length become batches of one size.
 
-Shapes: n pictures of a part, B of a batch.
+Shapes: n images of an input, B images of a batch.
 """
 
 import collections
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import DTypeLike
 
 from EasyLM.errors import UserError
 
 
-class Spread:
-    """Devices that share each batch. `batch_size`, what they compute at a time, is a multiple of their number.
+class DeviceBatches:
+    """Batches that are sharded over devices.
 
-    XLA computes a convolution on one core, so on CPUs a batch is cut once more: pieces that threads take in turns, one
-    a core.
+    XLA runs a convolution on one CPU core. On CPUs a batch is therefore split into chunks that a pool of threads, one
+    per core, computes.
+
+    Attributes:
+      batch_size: images of a batch, a multiple of the number of devices and of the chunks.
     """
 
-    def __init__(self, batch_size: int, devices=None, piece: int | None = None, least: int = 1):
-        """Takes `devices` (default: all); `batch_size` grows to a multiple of their number, and of the pieces.
+    def __init__(
+        self,
+        batch_size: int,
+        devices: Sequence[jax.Device] | None = None,
+        max_chunk: int | None = None,
+        min_chunk: int = 1,
+    ):
+        """Rounds `batch_size` up to a multiple of the number of devices and of the chunks.
 
-        `piece`: how many pictures a core had best compute at a time (default: its share of a batch).
-        `least`: how many it must; where the batch has fewer, it grows.
+        Args:
+          devices: default: all.
+          max_chunk: the most images that a core computes at a time (default: its share of a batch).
+          min_chunk: the fewest; `batch_size` grows if a batch has fewer.
 
         Raises:
           UserError: if `batch_size` is below 1.
         """
         if batch_size < 1:
-            raise UserError(f"--batch_size={batch_size}: must be at least 1")
+            raise UserError(f"batch_size={batch_size}: must be at least 1")
         devices = devices or jax.devices()
-        mesh = jax.make_mesh((len(devices),), ("picture",), axis_types=(AxisType.Auto,), devices=devices)
-        self._split, self._everywhere = NamedSharding(mesh, P("picture")), NamedSharding(mesh, P())
+        mesh = jax.make_mesh((len(devices),), ("image",), axis_types=(AxisType.Auto,), devices=devices)
+        self._sharded, self._replicated = NamedSharding(mesh, P("image")), NamedSharding(mesh, P())
         cores = os.cpu_count() or 1 if devices[0].platform == "cpu" else 1
-        threads = max(min(cores, batch_size // least) // len(devices), 1)
+        threads = max(min(cores, batch_size // min_chunk) // len(devices), 1)
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
-        share = -(-batch_size // (threads * len(devices)))  # of a thread, on each device
-        share, piece = max(share, least), max(piece or share, least)
-        self._pieces = threads * -(-share // min(piece, share)) if threads > 1 else 1
-        each = self._pieces * len(devices)
-        self.batch_size = max(-(-batch_size // each), least) * each
+        share = max(-(-batch_size // (threads * len(devices))), min_chunk)  # of a thread, on each device
+        chunk = max(max_chunk or share, min_chunk)
+        self._chunks = threads * -(-share // min(chunk, share)) if threads > 1 else 1
+        multiple = self._chunks * len(devices)
+        self.batch_size = max(-(-batch_size // multiple), min_chunk) * multiple
 
-    def copied(self, tree):
-        """The arrays of a tree, whole on every device."""
-        return jax.device_put(tree, self._everywhere)
+    def replicate(self, tree: Any) -> Any:
+        """Copies the arrays of a pytree to every device."""
+        return jax.device_put(tree, self._replicated)
 
-    def cut(self, array: np.ndarray) -> Iterator[np.ndarray]:
-        """Parts of an array, `batch_size` long; the last one may be shorter."""
-        return (array[start : start + self.batch_size] for start in range(0, len(array), self.batch_size))
+    def split(self, array_n: np.ndarray) -> Iterator[np.ndarray]:
+        """Slices of `batch_size` rows; the last one may be shorter."""
+        return (array_n[start : start + self.batch_size] for start in range(0, len(array_n), self.batch_size))
 
-    def map(self, function: Callable, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype) -> Iterator:
-        """`function` of each part [n, *shape], n at most `batch_size`, as arrays of the host; the parts are padded.
+    def map(
+        self,
+        function: Callable[[jax.Array], jax.Array],
+        batches: Iterable[np.ndarray],
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+    ) -> Iterator[np.ndarray]:
+        """Yields `function` of each batch [n, *shape], n at most `batch_size`, as host arrays. Pads short batches.
 
-        A part is asked for, and given to the devices, before the result of the one before it is waited for.
+        Fetches and dispatches a batch before it waits for the result of the previous one.
         """
         pending: collections.deque = collections.deque()
-        for part in parts:
-            assert part.shape[1:] == shape and len(part) <= self.batch_size, part.shape
+        for batch in batches:
+            assert batch.shape[1:] == shape and len(batch) <= self.batch_size, batch.shape
             padded = np.zeros((self.batch_size, *shape), dtype)
-            padded[: len(part)] = part
-            pending.append((self._begin(function, padded), len(part)))
+            padded[: len(batch)] = batch
+            pending.append((self._dispatch(function, padded), len(batch)))
             if len(pending) > 1:
                 yield _fetch(*pending.popleft())
         while pending:
             yield _fetch(*pending.popleft())
 
-    def _begin(self, function: Callable, padded: np.ndarray) -> list[jax.Array | Future]:
-        """The results of the pieces of a batch, under way."""
+    def _dispatch(self, function: Callable, padded: np.ndarray) -> list[jax.Array | Future]:
+        """The results of a batch's chunks, being computed."""
         if self._threads is None:
-            result = function(jax.device_put(padded, self._split))
+            result = function(jax.device_put(padded, self._sharded))
             result.copy_to_host_async()
             return [result]
 
-        def compute(piece):
-            return np.asarray(function(jax.device_put(piece, self._split)))
+        def compute(chunk):
+            return np.asarray(function(jax.device_put(chunk, self._sharded)))
 
-        return [self._threads.submit(compute, piece) for piece in np.split(padded, self._pieces)]
+        return [self._threads.submit(compute, chunk) for chunk in np.split(padded, self._chunks)]
 
 
-def _fetch(pieces: list[jax.Array | Future], count: int) -> np.ndarray:
-    arrays = [piece.result() if isinstance(piece, Future) else np.asarray(piece) for piece in pieces]
+def _fetch(chunks: list[jax.Array | Future], count: int) -> np.ndarray:
+    arrays = [chunk.result() if isinstance(chunk, Future) else np.asarray(chunk) for chunk in chunks]
     return np.concatenate(arrays)[:count]

@@ -1,72 +1,74 @@
-"""A VQGAN's directory: config.json and weights under open-muse's names, as they come and as we write them.
+"""Reads and writes the folder of a VQGAN: config.json and weights under open-muse's names.
 
-A name is the path of the module with dots, its last part `weight` or `bias`; a convolution is [out, in, height, width]
-in the file and [height, width, in, out] here.
+The name of a tensor is its module path with dots, then `weight` or `bias`. A convolution's kernel has the shape
+[out, in, height, width] in files and [height, width, in, out] in memory.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from numpy.typing import DTypeLike
 
 from EasyLM.errors import UserError
 from EasyLM.storage import atomic_path, write_json
-from tokenizer.vqgan.model import VQGAN, VQGANConfig
+from tokenizer.vqgan.config import VQGANConfig
+from tokenizer.vqgan.model import VQGAN
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight", "bias": "bias"}
+_OPEN_MUSE_GROUPS = 32
+_NAMES_SHOWN = 4  # in an error
 
 
-def load(directory: str, dtype=jnp.float32) -> VQGAN:
-    """Reads a VQGAN: config.json with pytorch_model.bin (needs torch) or *.safetensors. Parameters become float32.
+def load(directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> VQGAN:
+    """Loads config.json and pytorch_model.bin (needs torch) or *.safetensors. Parameters are converted to float32.
 
     Raises:
-      UserError: naming the directory or file and what is missing, unexpected or of another shape.
+      UserError: naming the folder or file, and the tensors that are missing, unexpected or of another shape.
     """
     config = read_config(directory)
-    source, found = _read_directory(directory)
+    source, tensors = _read_directory(directory)
     abstract = nnx.eval_shape(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
-    wanted = {file_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
-    check_tensors(source, found, {name: file_shape(leaf) for name, (_, leaf) in wanted.items()}, "config.json")
+    leaves = {file_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    check_tensors(source, tensors, {name: file_shape(leaf) for name, (_, leaf) in leaves.items()}, "config.json")
     flat = []
-    for name, (path, leaf) in wanted.items():
-        flat.append((path, leaf.replace(jnp.asarray(from_file(found[name].astype(np.float32))))))
+    for name, (path, leaf) in leaves.items():
+        flat.append((path, leaf.replace(jnp.asarray(from_file(tensors[name].astype(np.float32))))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def save(model: VQGAN, directory: str, dtype=np.float32) -> None:
-    """Writes config.json and model.safetensors (tensors in `dtype`), each atomically."""
+def save(model: VQGAN, directory: str | os.PathLike, dtype: DTypeLike = np.float32) -> None:
+    """Atomically writes model.safetensors, with tensors in `dtype`, and config.json."""
     from safetensors.numpy import save_file
 
     os.makedirs(directory, exist_ok=True)
     arrays = {file_name(path): np.asarray(leaf.get_value()).astype(dtype) for path, leaf in flat_parameters(model)}
     tensors = {name: to_file(array) for name, array in arrays.items()}
-    target = pathlib.Path(directory)
-    with atomic_path(target / "model.safetensors") as temporary:
+    with atomic_path(os.path.join(directory, "model.safetensors")) as temporary:
         save_file(tensors, temporary)
     config = dataclasses.asdict(model.config)
-    if config["norm_groups"] == 32:  # what open-muse has always had; its readers do not know the key
+    if config["norm_groups"] == _OPEN_MUSE_GROUPS:  # open-muse's readers do not know this key
         del config["norm_groups"]
-    write_json(target / "config.json", {"_class_name": "VQGANModel", **config})
+    write_json(os.path.join(directory, "config.json"), {"_class_name": "VQGANModel", **config})
 
 
-def read_config(directory: str) -> VQGANConfig:
-    """The settings of the VQGAN in `directory`, without its weights.
+def read_config(directory: str | os.PathLike) -> VQGANConfig:
+    """Reads config.json of the VQGAN in `directory`, without its weights.
 
     Raises:
       UserError: naming the path.
     """
     path = pathlib.Path(directory) / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"--vqgan={directory}: no config.json there; a VQGAN is a directory with config.json and weights"
-        )
+        raise UserError(f"{path}: no such file; the folder of a tokenizer holds config.json and weights")
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
@@ -77,12 +79,12 @@ def read_config(directory: str) -> VQGANConfig:
 
 
 def file_name(path: tuple) -> str:
-    """Where a parameter stands in the module -> its name in a file, e.g. `decoder.up.0.block.1.norm1.weight`."""
+    """The name in a file of the parameter at a module path, e.g. `decoder.up.0.block.1.norm1.weight`."""
     return ".".join([*map(str, path[:-1]), _LEAF_NAMES[path[-1]]])
 
 
-def file_shape(leaf) -> tuple[int, ...]:
-    """The shape that a parameter (or its abstract value) has in a file."""
+def file_shape(leaf: nnx.Variable) -> tuple[int, ...]:
+    """The shape in a file of a parameter or its abstract value."""
     shape = tuple(leaf.get_value().shape)
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape
 
@@ -97,15 +99,15 @@ def parameters(module: nnx.Module) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat_parameters(module)}
 
 
-def with_parameters(make: Callable[[], nnx.Module], arrays: dict[str, jax.Array]) -> nnx.Module:
-    """The module that `make` builds, of these arrays (see `parameters`) in place of its own, which are never made."""
+def with_parameters(make: Callable[[], nnx.Module], arrays: Mapping[str, jax.Array]) -> Any:
+    """The module that `make` builds, with `arrays` (see `parameters`) instead of its own, which are never created."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a file: *.safetensors, or what torch saved (needs torch; weights only, never other objects).
+    """The tensors of a *.safetensors file, or of a torch file (needs torch; `weights_only`, so it runs no code).
 
     Raises:
       UserError: naming the file.
@@ -119,48 +121,67 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.float().numpy() for name, tensor in tensors.items()}
-    except Exception as error:  # torch has no one class for a file that is cut short, foreign, or names other objects
+    except Exception as error:  # torch raises many classes for truncated files, other formats and other objects
         raise UserError(f"{path}: not a file of tensors ({type(error).__name__})") from error
 
 
-def check_tensors(source: str, tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], by: str) -> None:
-    """Sees that the tensors of a file are those of `shapes`, which follow from what `by` names.
+def check_tensors(
+    source: str, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], expected_by: str
+) -> None:
+    """Checks the names and shapes of a file's tensors.
+
+    Args:
+      source: the name of the file, for errors.
+      shapes: the expected shapes by name.
+      expected_by: what the shapes follow from, for errors.
 
     Raises:
-      UserError: naming the file and what is missing, unexpected or of another shape.
+      UserError: naming the file and the tensors that are missing, unexpected or of another shape.
     """
     missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     if missing or unexpected:
-        raise UserError(f"{source}: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}")
+        raise UserError(f"{source}: missing keys: {_shortened(missing)}; unexpected keys: {_shortened(unexpected)}")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            raise UserError(f"{source}: {name} has shape {tensors[name].shape}, {by} makes it {shape}")
+            raise UserError(f"{source}: {name} has shape {tensors[name].shape}; {expected_by} requires {shape}")
 
 
-def _read_directory(directory: str) -> tuple[str, dict[str, np.ndarray]]:
-    root = pathlib.Path(directory)
-    shards = sorted(root.glob("*.safetensors"))
-    path = root / "pytorch_model.bin"
+def to_file(array: np.ndarray) -> np.ndarray:
+    """Transposes a convolution's kernel from memory order to file order; returns other arrays as they are."""
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
+
+
+def from_file(array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_file`."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+
+
+def _read_directory(directory: str | os.PathLike) -> tuple[str, dict[str, np.ndarray]]:
+    """The name of the weights, for errors, and their tensors."""
+    folder = pathlib.Path(directory)
+    shards = sorted(folder.glob("*.safetensors"))
+    path = folder / "pytorch_model.bin"
     if shards:
-        return f"{root}/*.safetensors", _joined(shards)
+        return f"{folder}/*.safetensors", _merge(shards)
     if not path.is_file():
-        raise UserError(f"--vqgan={directory}: no weights there: pytorch_model.bin or *.safetensors")
+        raise UserError(f"{directory}: no weights: pytorch_model.bin or *.safetensors")
     return str(path), read_tensors(path)
 
 
-def _joined(shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
-    tensors, owners = {}, {}
+def _merge(shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    owners: dict[str, pathlib.Path] = {}
     for shard in shards:
         for name, array in read_tensors(shard).items():
             if name in owners:  # two models, or two versions of one
-                raise UserError(f"{owners[name]} and {shard} both hold {name}: leave the files of one model there")
+                raise UserError(f"{owners[name]} and {shard} both hold {name}: keep the files of one model only")
             tensors[name], owners[name] = array, shard
     return tensors
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
-    from safetensors.flax import load_file  # knows bfloat16, which numpy's own does not
+    from safetensors.flax import load_file  # reads bfloat16, which safetensors.numpy does not
 
     try:
         with jax.default_device(jax.devices("cpu")[0]):
@@ -169,16 +190,6 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a safetensors file ({error})") from error
 
 
-def to_file(array: np.ndarray) -> np.ndarray:
-    """A convolution's kernel from our order to the files'; other arrays as they are."""
-    return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
-
-
-def from_file(array: np.ndarray) -> np.ndarray:
-    """The way back."""
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "none"
+def _shortened(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_NAMES_SHOWN])
+    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown or "none"

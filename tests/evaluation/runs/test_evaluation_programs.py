@@ -21,7 +21,7 @@ from evaluation.runs import clips, loops
 from evaluation.runs.lines import EXAMPLE_FLAGS, Line, Results, read_lines
 from evaluation.tasks import metrics
 from tokenizer.media import images, videos
-from tokenizer.vqgan.codec import Codec
+from tokenizer.vqgan import Codec
 
 LENGTHS = (2, 3, 2, 2)  # pictures before the target, of each line
 

@@ -28,7 +28,7 @@ from tokenizer import build
 from tokenizer.builders import image_ref, resumable_file
 from tokenizer.builders.kinds import KINDS
 from tokenizer.media import videos
-from tokenizer.vqgan.codec import PRETRAINED, Codec
+from tokenizer.vqgan import PRETRAINED, Codec
 
 N, SIDE = TINY.tokens_per_image, TINY.resolution
 CLASSES = {"ant": 5, "bee": 4, "cat": 2, "dog": 3}

@@ -15,7 +15,7 @@ from tokenizer.builders import image_ref
 from tokenizer.image_quality import metrics
 from tokenizer.media import images
 from tokenizer.synthetic import photos, scenes
-from tokenizer.vqgan.codec import PRETRAINED, Codec
+from tokenizer.vqgan import PRETRAINED, Codec
 
 
 @pytest.mark.slow

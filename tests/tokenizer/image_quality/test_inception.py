@@ -12,7 +12,7 @@ from tokenizer import eval_vqgan
 from tokenizer.image_quality import inception
 from tokenizer.image_quality.metrics import Gaussian, frechet_distance
 from tokenizer.media import images
-from tokenizer.vqgan.codec import Codec
+from tokenizer.vqgan import Codec
 
 DIVISOR = 8
 

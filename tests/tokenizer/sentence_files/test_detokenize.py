@@ -15,7 +15,7 @@ from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
 from tokenizer import detokenize
 from tokenizer.media import images, videos
-from tokenizer.vqgan.codec import Codec
+from tokenizer.vqgan import Codec
 
 N, S = TINY.tokens_per_image, TINY.resolution
 KINDS = ["paired", "frames", "images"]

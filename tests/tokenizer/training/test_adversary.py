@@ -16,7 +16,7 @@ from EasyLM.training.step import TrainState, jit_train_step, make_train_step
 from tokenizer.training import losses
 from tokenizer.training.discriminator import TICK, Adversary, Discriminator
 from tokenizer.vqgan import weights
-from tokenizer.vqgan.model import VQGANConfig
+from tokenizer.vqgan.config import VQGANConfig
 
 CONFIG = VQGANConfig(
     resolution=8,
@@ -110,7 +110,7 @@ def test_network_learns_from_both_losses_by_the_adaptive_weight(params, batch):
         network = losses.make_model(CONFIG, params | {"model": model}, "model")
         hidden, codes = network.encode(batch["pixels"])
         chosen = network.quantize(codes).reshape(hidden.shape)
-        drawn = network.draw(hidden + jax.lax.stop_gradient(chosen - hidden))
+        drawn = network.decode_vectors(hidden + jax.lax.stop_gradient(chosen - hidden))
         return -jnp.mean(ADVERSARY.discriminator(params)(drawn))
 
     adversarial = jax.jit(jax.grad(generator))(params["model"])

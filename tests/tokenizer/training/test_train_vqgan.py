@@ -20,9 +20,8 @@ from EasyLM.training import batches
 from tokenizer import train_vqgan
 from tokenizer.image_quality import lpips
 from tokenizer.training import losses
-from tokenizer.vqgan import weights
-from tokenizer.vqgan.codec import Codec
-from tokenizer.vqgan.model import VQGANConfig
+from tokenizer.vqgan import Codec, weights
+from tokenizer.vqgan.config import VQGANConfig
 
 SMALLEST = {
     "vqgan__resolution": 8,

@@ -1,0 +1,96 @@
+"""The network: equal to open-muse on reference data and to torch on random weights; released shapes; settings."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+from tokenizer_kit import TINY, random_vqgan, smooth_picture, tiny_vqgan
+
+from EasyLM.errors import UserError
+from tokenizer.vqgan import VQGAN, VQGANConfig, weights
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.stack([smooth_picture(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
+
+
+def test_reference_data_of_open_muse_is_reproduced(golden):
+    pytest.importorskip("torch")
+    model = weights.load(golden / "vqgan_small")
+    reference = np.load(golden / "vqgan_small" / "golden.npz")
+    hidden, codes = nnx.jit(lambda model, pixels: model.encode(pixels))(model, reference["pixel_values"])
+    decoded = nnx.jit(lambda model, codes: model.decode(codes))(model, reference["codes"])
+    np.testing.assert_allclose(hidden, reference["hidden"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(codes, reference["codes"])
+    np.testing.assert_allclose(decoded, reference["decoded"], rtol=0, atol=1e-3)
+
+
+def test_default_config_has_the_released_shapes(golden):
+    model = nnx.eval_shape(lambda: VQGAN(VQGANConfig(), rngs=nnx.Rngs(0)))
+    shapes = {weights.file_name(p): list(weights.file_shape(leaf)) for p, leaf in weights.flat_parameters(model)}
+    assert shapes == json.loads((golden / "vqgan_released_shapes.json").read_text())
+    assert VQGANConfig().tokens_per_image == 256
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        dataclasses.replace(TINY, attn_resolutions=(8, 16), num_res_blocks=2),
+        dataclasses.replace(TINY, resample_with_conv=True, attn_resolutions=(8, 16), num_res_blocks=2),
+    ],
+)
+def test_torch_computes_the_same_from_our_files(tmp_path, config):
+    torch = pytest.importorskip("torch")
+    from torch_vqgan import TorchVQGAN
+
+    model = random_vqgan(config)
+    weights.save(model, tmp_path)
+    peer = TorchVQGAN(weights.read_config(tmp_path)).eval()
+    peer.load_state_dict(
+        {name: torch.tensor(array) for name, array in load_file(tmp_path / "model.safetensors").items()}
+    )
+    pixels = np.random.default_rng(1).random((2, 16, 16, 3), np.float32)
+    with torch.no_grad():
+        hidden, codes = peer.encode(torch.tensor(pixels))
+        decoded = peer.decode(codes)
+    ours = nnx.jit(lambda model, pixels: model.encode(pixels))(model, pixels)
+    np.testing.assert_allclose(ours[0], hidden, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(ours[1], codes)
+    pixels = nnx.jit(lambda model, codes: model.decode(codes))(model, np.asarray(codes, np.int32))
+    np.testing.assert_allclose(pixels, decoded, rtol=0, atol=1e-5)
+    assert len(np.unique(codes)) > 2
+
+
+def test_codes_are_the_nearest_vectors_row_by_row(tiny, pixels):
+    model = weights.load(tiny)
+    hidden, codes = nnx.jit(lambda model, pixels: model.encode(pixels))(model, pixels[:2])
+    table = np.asarray(model.quantize.embedding[...])
+    distance = np.sum((np.asarray(hidden).reshape(2, -1, 1, table.shape[1]) - table) ** 2, axis=-1)
+    np.testing.assert_array_equal(codes, distance.argmin(-1))
+    assert codes.shape == (2, TINY.tokens_per_image)
+    assert len(np.unique(codes)) > 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution": 18, "channel_mult": (1, 2, 4)}, "resolution=18: must be divisible by 4"),
+        ({"num_embeddings": 8193}, r"num_embeddings=8193: must be 1\.\.8192"),
+        ({"hidden_channels": 48}, "hidden_channels=48: .*norm_groups=32"),
+        ({"colour": 1}, "unknown key 'colour'"),
+        ({"resolution": "large"}, "wrong type"),
+    ],
+)
+def test_invalid_settings_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        VQGANConfig.from_dict(settings)
