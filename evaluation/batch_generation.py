@@ -16,7 +16,7 @@ from EasyLM.flags import Flag, run
 from evaluation.prompting.prompter import PROMPTER_FLAGS
 from evaluation.runs import loops
 from evaluation.runs.lines import EXAMPLE_FLAGS, LINE_FLAGS, Line, read_lines
-from tokenizer.media import images
+from tokenizer.media import grids, images
 
 FLAGS = {
     **PROMPTER_FLAGS,
@@ -53,7 +53,7 @@ def main(config) -> None:
         rows = resized(images.to_uint8(np.stack(rows)), _shown_size(line.inputs[-1]) if size == "original" else size)
         paths = _paths(config, line)
         for path, part in zip(paths, [rows, *rows[:, None]], strict=False):
-            images.save(path, images.tiled(part))
+            images.save(path, grids.tile(part))
         return paths
 
     loops.draw(config, lines, load, lambda line: (len(line.inputs), len(line.targets)), save, config.output_base_dir)
@@ -86,7 +86,7 @@ def _check_lines(config, lines: list[Line]) -> None:
     readers = {os.path.realpath(path): line.name for line in lines for path in (*line.inputs, *line.truths)}
     owners = {}
     for line in lines:
-        images.check_ending(line.output, f"{line.name}: {line.output}")
+        images.check_extension(line.output, f"{line.name}: {line.output}")
         for path in _paths(config, line):
             real = os.path.realpath(path)
             if real in readers:

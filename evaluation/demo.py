@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run
@@ -22,7 +21,7 @@ from evaluation.serving import page_examples, uploads
 from evaluation.serving.batcher import ClosedError, QueueFullError
 from evaluation.serving.engine import ENGINE_FLAGS, Engine, Prompt, Settings
 from evaluation.serving.uploads import Limits, Refused
-from tokenizer.media import images
+from tokenizer.media import grids, images
 
 FLAGS = {
     **ENGINE_FLAGS,
@@ -311,7 +310,7 @@ def _save(pictures_CF: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
                 old.unlink()
     flat = images.to_uint8(pictures_CF.reshape(-1, *pictures_CF.shape[2:]))
     with tempfile.NamedTemporaryFile(dir=folder, prefix="answer_", suffix=".png", delete=False) as file:
-        Image.fromarray(images.grid(flat, pictures_CF.shape[1])).save(file, "PNG")
+        file.write(images.png_bytes(grids.grid(flat, pictures_CF.shape[1])))
     return pathlib.Path(file.name)
 
 
@@ -330,7 +329,7 @@ def _sheets(
     for i, example in enumerate(found):
         path = folder / f"{name}_{i}.png"
         enlarged = np.stack([_enlarged(example.pictures[k]) for k in order])
-        images.save(path, images.grid(enlarged, -(-len(order) // 2), gap=16))
+        images.save(path, grids.grid(enlarged, -(-len(order) // 2), gap=16))
         sheets.append((str(path), example.name))
     return sheets
 

@@ -30,7 +30,7 @@ from evaluation.runs.loops import UNFINISHED
 from evaluation.tasks import benchmarks, contact_sheet, metrics, plots, tasks
 from tokenizer.image_quality import inception, lpips
 from tokenizer.image_quality.metrics import Gaussian, frechet_distance
-from tokenizer.media import images
+from tokenizer.media import charts, images
 from tokenizer.synthetic import scenes
 
 FLAGS = {
@@ -138,13 +138,12 @@ def _check(config, judges: dict[str, Callable]) -> tuple[list[int], list[int]]:
 
 def _check_outputs(config) -> None:
     """Raises UserError for what would fail only once all is measured."""
-    for name in ("output_json", "output_plot"):
-        if config[name]:
-            check_output(config[name], name)
+    if config.output_json:
+        check_output(config.output_json, "output_json")
     if config.output_picture:
         images.check_output(config.output_picture, "output_picture")
     if config.output_plot:
-        plots.canvas()
+        charts.check_output(config.output_plot, "output_plot")
 
 
 def _counts(config, name: str, least: int) -> list[int]:

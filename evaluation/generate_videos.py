@@ -14,7 +14,7 @@ from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run
 from evaluation.prompting.prompter import PROMPTER_FLAGS
 from evaluation.runs import clips, lines, loops
-from tokenizer.media import images, videos
+from tokenizer.media import grids, images, video_writer
 
 FLAGS = {
     **PROMPTER_FLAGS,
@@ -35,8 +35,8 @@ def main(config) -> None:
     loops.check(config, "n_context_frames", "n_new_frames", "n_candidates", "batch_size_factor", "n_workers")
     if not config.output_dir:
         raise UserError("--output_dir is missing: the folder for the answers")
-    if not 0 <= config.fps <= videos.MOST_FPS:
-        raise UserError(f"--fps={config.fps}: must be 0 (no videos) to {videos.MOST_FPS}")
+    if not 0 <= config.fps <= video_writer.MAX_FPS:
+        raise UserError(f"--fps={config.fps}: must be 0 (no videos) to {video_writer.MAX_FPS}")
     if config.fps:
         check_installed("--fps", "video", "av")
     truths = config.n_new_frames if config.evaluate_mse else 0  # frames of the clip that the new ones are measured by
@@ -48,7 +48,7 @@ def main(config) -> None:
     def save(clip, prompt_PSS3, answers_CFSS3):
         base = _base(config, clip)
         rows = images.to_uint8(np.stack([np.concatenate([prompt_PSS3, answer]) for answer in answers_CFSS3]))
-        pictures = {f"{base}.png": images.tiled(rows)}
+        pictures = {f"{base}.png": grids.tile(rows)}
         for candidate, row in enumerate(rows):
             for number, frame in enumerate(row[len(prompt_PSS3) :]):
                 pictures[os.path.join(base, str(candidate), f"{number:03d}.png")] = frame
@@ -56,7 +56,7 @@ def main(config) -> None:
             images.save(path, picture)
         films = [os.path.join(base, f"{candidate}.mp4") for candidate in range(len(rows))] if config.fps else []
         for path, row in zip(films, rows, strict=False):
-            videos.write(path, row, config.fps)
+            video_writer.write(path, row, config.fps)
         return [*pictures, *films]
 
     cases = clips.find_clips(config, config.n_context_frames + truths)

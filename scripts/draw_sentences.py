@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from EasyLM.data import records
 from EasyLM.vocab import CODEBOOK_SIZE
 from tokenizer.builders import image_ref
-from tokenizer.media import images
+from tokenizer.media import grids, images
 
 SIDE, GAP, LABEL, MOST = 64, 4, 128, 12  # pixels; pixels; pixels; pictures of a row
 
@@ -29,7 +29,7 @@ def main(output: str, paths: list[str]) -> None:
         row = np.full((longest, SIDE, SIDE, 3), 255, np.uint8)
         for i, picture in enumerate(sentence):
             row[i] = image_ref.read([picture], SIDE)[0]
-        rows.append(np.concatenate([_label(kind), images.grid(row, longest, GAP)], axis=1))
+        rows.append(np.concatenate([_label(kind), grids.grid(row, longest, GAP)], axis=1))
     between = np.full((GAP, rows[0].shape[1], 3), 255, np.uint8)
     images.save(output, np.concatenate([part for row in rows for part in (row, between)][:-1]))
 

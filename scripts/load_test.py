@@ -11,7 +11,6 @@ import asyncio
 import base64
 import collections
 import contextlib
-import io
 import json
 import os
 import signal
@@ -23,13 +22,13 @@ import zlib
 from functools import partial
 
 import numpy as np
-from PIL import Image
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output
 from evaluation.demo import FLAGS as DEMO_FLAGS
 from evaluation.prompting.prompter import PROMPTER_FLAGS
+from tokenizer.media import images
 from tokenizer.synthetic import scenes
 
 FLAGS = {
@@ -190,14 +189,8 @@ def valid(number: int, pictures: int) -> bytes:
     """A prompt of frames of a scene; its seed is its number."""
     frames = [one["image"] for one in scenes.clip(number, 64, pictures)]
     return json.dumps(
-        {"pictures": [base64.b64encode(png(frame)).decode() for frame in frames], "seed": number}
+        {"pictures": [base64.b64encode(images.png_bytes(frame)).decode() for frame in frames], "seed": number}
     ).encode()
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 async def alone(config, port: int, report: Report) -> None:
@@ -265,7 +258,7 @@ async def too_large(port: int) -> None:
 
 async def bomb(port: int) -> None:
     """A PNG file of some bytes that promises 10 gigabytes of pixels."""
-    file = bytearray(png(np.zeros((1, 1, 3), np.uint8)))
+    file = bytearray(images.png_bytes(np.zeros((1, 1, 3), np.uint8)))
     file[16:24] = struct.pack(">II", 60_000, 60_000)
     file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
     await refused(port, 413, json.dumps({"pictures": [base64.b64encode(file).decode()]}).encode(), path="/tokenize")

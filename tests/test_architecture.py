@@ -20,11 +20,11 @@ ALLOWED = {
     "EasyLM.models",
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
-    "tokenizer.synthetic": "",
+    "tokenizer.synthetic": "tokenizer.media",
     "tokenizer.vqgan": "EasyLM.storage",
     "tokenizer.image_quality": "tokenizer.vqgan",
     "tokenizer.training": "tokenizer.vqgan tokenizer.image_quality",
-    "tokenizer.sentence_files": "EasyLM.storage EasyLM.data",
+    "tokenizer.sentence_files": "EasyLM.storage EasyLM.data tokenizer.media",
     "tokenizer.builders": "EasyLM.storage EasyLM.data tokenizer.media",
     "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training tokenizer.media "
     "tokenizer.synthetic tokenizer.vqgan tokenizer.image_quality tokenizer.training tokenizer.sentence_files "

@@ -29,7 +29,7 @@ from tokenizer.builders.image_ref import Picture
 from tokenizer.builders.kinds import KINDS, Kind, compose
 from tokenizer.builders.pipeline import Encoder, Pipeline
 from tokenizer.builders.resumable_file import ResumableFile
-from tokenizer.media import images, videos
+from tokenizer.media import folders, images, videos
 from tokenizer.sentence_files.skipped_inputs import Problems
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
@@ -77,7 +77,7 @@ def main(config) -> None:
     settings = _checked(config)
     kind, problems = KINDS[config.kind], Problems(config.max_errors)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
-    extensions = videos.EXTENSIONS if kind.videos else images.EXTENSIONS
+    extensions = videos.VIDEO_EXTENSIONS if kind.videos else images.IMAGE_EXTENSIONS
     inputs = Inputs(kind.layout, _sides(kind, config), extensions, problems)
     group = kind.group(inputs, settings)
     shard, shards = settings.shard
@@ -87,7 +87,7 @@ def main(config) -> None:
         if file.whole is not None:
             print(f"{config.output_file} is whole already: {_told(file.whole)}")
             return
-        images.tell_others(inputs.others, "inputs")
+        folders.report_ignored(inputs.others, "inputs")
         composed = functools.partial(compose, kind, group, settings)
         report = _build(config, codec, composed, span, file, problems)
         if not report["sentences"] and shards == 1:

@@ -18,9 +18,8 @@ from tqdm import tqdm
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.storage import atomic_path, file_version
-from tokenizer.media import images, videos
+from tokenizer.media import grids, images, video_writer
 from tokenizer.sentence_files import reader
-from tokenizer.sentence_files.skipped_inputs import Problems
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 SHEET = "sentences.html"
@@ -33,7 +32,7 @@ def main(config) -> None:
     parse_ranges(config.sentences)  # before the model is loaded
     file_version(config.input_file)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
-    lines = reader.read(config.input_file, codec.config.num_embeddings, Problems(0))
+    lines = reader.read(config.input_file, codec.config.num_embeddings)
     chosen = choose(lines, config)
     drawn = (
         (number, pictures_of(codec, ids, f"{config.input_file}: sentence {number}"), record)
@@ -104,7 +103,7 @@ def draw(codec: Codec, tokens: np.ndarray, columns: int, source: str) -> np.ndar
 
 def in_rows(pictures: np.ndarray, columns: int) -> np.ndarray:
     """Pictures [n,S,S,3] in rows of at most so many."""
-    return images.grid(pictures, min(columns, len(pictures)))
+    return grids.grid(pictures, min(columns, len(pictures)))
 
 
 def write_pictures(sentences: Iterable[Sentence], config) -> int:
@@ -120,7 +119,7 @@ def write_videos(sentences: Iterable[Sentence], config) -> int:
     """A video or an animation a sentence; returns how many."""
     count = 0
     for number, pictures, _ in sentences:
-        videos.write(os.path.join(config.output_dir, f"{number:06d}.{config.format}"), pictures, config.fps)
+        video_writer.write(os.path.join(config.output_dir, f"{number:06d}.{config.format}"), pictures, config.fps)
         count += 1
     return count
 

@@ -15,7 +15,7 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output, write_json
 from tokenizer.image_quality import inception, metrics
-from tokenizer.media import images
+from tokenizer.media import folders, grids, images
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 FLAGS = {
@@ -33,19 +33,19 @@ FLAGS = {
 
 def main(config) -> None:
     """Measures and prints."""
-    folders = [name for name in config.input_dirs.split(",") if name]
-    if not folders:
+    directories = [name for name in config.input_dirs.split(",") if name]
+    if not directories:
         raise UserError(f"--input_dirs={config.input_dirs}: names no folder")
     if config.output_json:
         check_output(config.output_json, "output_json")
     if config.output_picture:
         images.check_output(config.output_picture, "output_picture")
-    found = [images.find(folder, "input_dirs")[: config.limit or None] for folder in folders]
+    found = [folders.list_images(folder, "input_dirs")[: config.limit or None] for folder in directories]
     network = inception.Inception(config.inception_weights, config.batch_size) if config.inception_weights else None
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
     figures, used, rows = {}, np.zeros(codec.config.num_embeddings, np.int64), []
     sides = metrics.Gaussian(), metrics.Gaussian()
-    for folder, paths in zip(folders, found, strict=True):
+    for folder, paths in zip(directories, found, strict=True):
         figures[folder], counts_K, row, parts = measure(codec, network, paths, config)
         used += counts_K
         rows += row
@@ -62,7 +62,7 @@ def main(config) -> None:
     if config.output_json:
         write_json(config.output_json, figures)
     if config.output_picture:
-        images.save(config.output_picture, images.grid(np.concatenate(rows), config.columns))
+        images.save(config.output_picture, grids.grid(np.concatenate(rows), config.columns))
 
 
 def measure(codec: Codec, network: inception.Inception | None, paths, config) -> tuple[dict, np.ndarray, list, tuple]:

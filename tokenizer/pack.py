@@ -49,7 +49,7 @@ def main(config) -> None:
     with tqdm(unit=" sentences", desc="unpacking" if config.unpack else "packing") as bar:
 
         def sentences(path: str) -> Iterator:
-            for sentence in reader.read(path, config.vocab_size, problems):
+            for sentence in reader.read(path, config.vocab_size, problems.add):
                 bar.update()
                 yield sentence
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import end_with_parent
 from tokenizer.builders import image_ref
-from tokenizer.media import images, videos
+from tokenizer.media import images, video_writer
 from tokenizer.synthetic import photos, scenes
 
 _SEEDS = 10**6  # room between two values of --seed, so that their pictures differ
@@ -92,7 +92,7 @@ def _clip(index: int, *, frames: int, layouts: bool, first_seed: int, size: int,
             _co3d_frame(os.path.join(root, "co3d", "scene", f"{index:06d}"), f"frame{number + 1:06d}", moment)
     if layouts:
         video = os.path.join(root, "videos", f"{index:06d}.mp4")
-        videos.write(video, np.stack([moment["image"] for moment in clip]), fps=8)
+        video_writer.write(video, np.stack([moment["image"] for moment in clip]), fps=8)
 
 
 def _co3d_frame(sequence: str, name: str, moment: dict[str, np.ndarray]) -> None:

@@ -22,7 +22,7 @@ from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh
 from EasyLM.storage import is_remote, json_digest
 from EasyLM.training import run
 from tokenizer.image_quality import lpips
-from tokenizer.media import images
+from tokenizer.media import folders, grids, images
 from tokenizer.training import losses
 from tokenizer.training.discriminator import ADVERSARY_FLAGS, Adversary
 from tokenizer.vqgan import COMPUTE_DTYPES, Codec, VQGANConfig, weights
@@ -91,7 +91,7 @@ class PictureRows:
         names = [name for name in directories.split(",") if name]
         if not names:
             raise UserError(f"--{flag} is missing: a comma list of folders of pictures")
-        found = {name: sorted((entry.name, entry.size) for entry in images.walk(name, flag)) for name in names}
+        found = {name: sorted((entry.name, entry.size) for entry in folders.walk(name, flag)) for name in names}
         self._paths = [os.path.join(name, file) for name in names for file, _ in found[name]]
         self._size, self._seed = size, seed
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
@@ -220,7 +220,7 @@ def draw_reconstructions(run_dir: str, data: PictureRows, count: int = 12) -> No
     codec = Codec(os.path.join(run_dir, "vqgan"))
     pixels = data.rows(0, 3 * count)["pixels"].reshape(3, count, codec.config.resolution, -1, 3)
     rows = [part for row in pixels for part in (row, codec.decode(codec.encode(row)))]
-    images.save(os.path.join(run_dir, "reconstructions.png"), images.grid(images.to_uint8(np.concatenate(rows)), count))
+    images.save(os.path.join(run_dir, "reconstructions.png"), grids.grid(images.to_uint8(np.concatenate(rows)), count))
 
 
 def cli() -> None:

@@ -17,6 +17,7 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.storage import read_text_lines
 from tokenizer.media import images, videos
+from tokenizer.media.folders import natural_key
 
 CLIP_FLAGS = {
     "input_files": Flag("", "Glob of video files, or, with --frame_input, of folders of frames."),
@@ -102,20 +103,23 @@ def _listed(config) -> tuple[list[str], str]:
 
 def _is_clip(config, path: str) -> bool:
     return (
-        os.path.isdir(path) if config.frame_input else os.path.isfile(path) and path.lower().endswith(videos.EXTENSIONS)
+        os.path.isdir(path)
+        if config.frame_input
+        else os.path.isfile(path) and path.lower().endswith(videos.VIDEO_EXTENSIONS)
     )
 
 
 def _what(config) -> str:
     if config.frame_input:
         return "folder"
-    return f"video file ({', '.join(videos.EXTENSIONS)}; folders of frames need --frame_input)"
+    return f"video file ({', '.join(videos.VIDEO_EXTENSIONS)}; folders of frames need --frame_input)"
 
 
 def _clip(config, path: str, name: str, count: int) -> Clip | None:
     if config.frame_input:
-        names = [f for f in sorted(os.listdir(path)) if f.lower().endswith(images.EXTENSIONS) and f[0] != "."]
-        names.sort(key=lambda name: images.natural(os.path.splitext(name)[0]))
+        names = [name for name in sorted(os.listdir(path)) if name[0] != "."]
+        names = [name for name in names if name.lower().endswith(images.IMAGE_EXTENSIONS)]
+        names.sort(key=lambda name: natural_key(os.path.splitext(name)[0]))
         frames = [os.path.join(path, name) for name in names]
     else:
         frames = videos.timestamps(path).tolist()

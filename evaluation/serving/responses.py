@@ -3,20 +3,18 @@
 import asyncio
 import base64
 import contextlib
-import io
 import json
 import logging
 import threading
 from concurrent.futures import CancelledError
 
 import numpy as np
-from PIL import Image
 
 from EasyLM.errors import UserError
 from evaluation.serving.batcher import ClosedError, QueueFullError
 from evaluation.serving.engine import Answer
 from evaluation.serving.uploads import Refused
-from tokenizer.media import images
+from tokenizer.media import grids, images
 
 UNFINISHED = "the service stops, and this request was not done in time"
 _HEARTBEAT_SECONDS = 10.0  # of a stream in which nothing else happens
@@ -41,19 +39,13 @@ def answer_body(answer: Answer) -> dict:
 
 
 def _encoded(pictures_CF: np.ndarray) -> list[list[str]]:
-    return [[base64.b64encode(_png(images.to_uint8(one))).decode() for one in row] for row in pictures_CF]
+    return [[base64.b64encode(images.png_bytes(images.to_uint8(one))).decode() for one in row] for row in pictures_CF]
 
 
 def sheet(pictures_CF: np.ndarray) -> bytes:
     """One PNG file: a row for each candidate, a column for each new picture."""
     candidates, frames, *shape = pictures_CF.shape
-    return _png(images.grid(images.to_uint8(pictures_CF.reshape(candidates * frames, *shape)), frames))
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return images.png_bytes(grids.grid(images.to_uint8(pictures_CF.reshape(candidates * frames, *shape)), frames))
 
 
 class News:

@@ -19,7 +19,7 @@ import numpy as np
 from EasyLM.errors import UserError, choose
 from evaluation.tasks.tasks import Pair, Source
 from tokenizer.builders import image_ref
-from tokenizer.media import images
+from tokenizer.media import folders, images
 from tokenizer.synthetic import scenes
 
 VOC_CLASSES = (
@@ -103,7 +103,7 @@ def pascal_segmentation(config, frames: int) -> list[Source]:
     pairs = []
     for name in names:
         mask = _voc_mask(root, name)
-        with images.opened(mask) as image:
+        with images.open_image(mask) as image:
             present = np.unique(np.asarray(image))
         picture = partial(images.read, _existing(root / "JPEGImages" / f"{name}.jpg"))
         pairs += [Pair(picture, partial(_class_mask, mask, i), VOC_CLASSES[i - 1]) for i in ids if i in present]
@@ -135,7 +135,7 @@ def imagenet_colorization(config, frames: int) -> list[Source]:
     Raises:
       UserError: if there is no picture.
     """
-    paths = images.find(config.data_dir, "data_dir")
+    paths = folders.list_images(config.data_dir, "data_dir")
     pairs = [Pair(partial(_gray, path), partial(images.read, path)) for path in paths]
     return [Source("imagenet_colorization", "", pairs=pairs)]
 

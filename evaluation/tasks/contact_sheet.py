@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from tokenizer.media import images
+
 GAP, CAPTION, MARGIN = 4, 20, 116  # pixels between pictures; height of a line of text; width of the names
 PAPER, INK, FRAME = (255, 255, 255), (40, 40, 40), (216, 60, 40)
 
@@ -54,5 +56,5 @@ def _title(row: Row) -> tuple:
 
 
 def _image(picture: np.ndarray, size: int) -> Image.Image:
-    pixels = (np.clip(np.asarray(picture, np.float32), 0, 1) * 255 + 0.5).astype(np.uint8)
+    pixels = images.to_uint8(np.asarray(picture, np.float32))
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)

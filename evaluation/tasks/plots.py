@@ -1,7 +1,7 @@
 """Curves over the number of shots, drawn with matplotlib."""
 
-from EasyLM.errors import UserError
 from evaluation.tasks.metrics import HIGHER_IS_BETTER
+from tokenizer.media import charts
 
 _MODEL, _UNIGRAM = "#c8321e", "#7a4fa5"
 _LINES = {
@@ -12,31 +12,14 @@ _LINES = {
 }
 
 
-def canvas() -> tuple[type, type]:
-    """What matplotlib draws with: its FigureCanvasAgg and its Figure.
-
-    Raises:
-      UserError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--output_plot needs matplotlib: pip install matplotlib") from None
-    return FigureCanvasAgg, Figure
-
-
 def curves(results: dict, path: str) -> None:
-    """Writes a PNG: for each task a column, perplexity above and the task's own figure (or the squared error) below.
+    """Writes a chart: for each task a column, perplexity above and the task's own figure (or the squared error) below.
 
     Args:
       results: the `tasks` of fewshot's JSON; bars are standard errors.
-
-    Raises: as `canvas`.
+      path: checked with `charts.check_output`.
     """
-    FigureCanvasAgg, Figure = canvas()
-    figure = Figure(figsize=(2.5 * len(results) + 1, 5.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = charts.new_figure(2.5 * len(results) + 1, 5.4)
     axes = figure.subplots(2, len(results), squeeze=False)
     for column, (name, result) in enumerate(results.items()):
         _perplexity(axes[0, column], result["curve"])
@@ -49,14 +32,13 @@ def curves(results: dict, path: str) -> None:
     axes[0, 0].set_ylabel("perplexity", fontsize=9)
     handles = {}
     for axis in axes.flat:
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        charts.style(axis)
         axis.xaxis.get_major_locator().set_params(integer=True)
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False
     )
-    figure.savefig(path)
+    charts.save(figure, path)
 
 
 def _perplexity(axis, curve: list[dict]) -> None:

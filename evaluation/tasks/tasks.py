@@ -13,7 +13,7 @@ import numpy as np
 
 from EasyLM.errors import UserError
 from evaluation.tasks import prompt_layout
-from tokenizer.media import images
+from tokenizer.media import folders, images
 
 Load = Callable[[int], np.ndarray]  # side -> uint8 [S,S,3]
 
@@ -110,7 +110,7 @@ def folder_pairs(input_dir: str, target_dir: str, figure: str) -> Source:
       UserError: naming the flag and the folder.
     """
     sides = [
-        images.stems(images.find(directory, flag), directory, flag)
+        folders.by_stem(folders.list_images(directory, flag), directory, flag)
         for directory, flag in ((input_dir, "input_dirs"), (target_dir, "target_dirs"))
     ]
     stems = sorted(sides[0].keys() & sides[1].keys())
@@ -127,6 +127,6 @@ def folder_clips(clip_dir: str) -> Source:
       UserError: naming the flag, if there is no picture.
     """
     clips: dict[pathlib.Path, list[Load]] = {}
-    for path in sorted(images.find(clip_dir, "clip_dirs"), key=lambda path: images.natural(path.stem)):
+    for path in sorted(folders.list_images(clip_dir, "clip_dirs"), key=lambda path: folders.natural_key(path.stem)):
         clips.setdefault(path.parent, []).append(partial(images.read, path))
     return Source(pathlib.Path(clip_dir).name, "", clips=[clips[folder] for folder in sorted(clips)])

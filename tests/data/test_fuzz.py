@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 from PIL import Image
-from tokenizer_kit import TINY, run_main, smooth_picture, tiny_vqgan
+from tokenizer_kit import TINY, run_main, smooth_image, tiny_vqgan
 from video_kit import write_video
 
 from EasyLM import flags
@@ -61,7 +61,7 @@ def test_mutated_pictures(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for name, options in FORMATS.items():
-        Image.fromarray(smooth_picture(0, 24)).save(tmp_path / f"whole.{name}", **options)
+        Image.fromarray(smooth_image(0, 24)).save(tmp_path / f"whole.{name}", **options)
         whole = (tmp_path / f"whole.{name}").read_bytes()
         for i, data in enumerate(mutations(whole, rng, 250)):
             (tmp_path / "in" / f"{name}_{i}.{name}").write_bytes(data)
@@ -123,7 +123,7 @@ def test_mutated_labels_and_depths(tmp_path, kind):
             mutated[sequence / "depths" / f"{name}.jpg.geometric.png"] = data
         else:
             (tmp_path / "in").mkdir(exist_ok=True)
-            Image.fromarray(smooth_picture(i, 16)).save(tmp_path / "in" / f"{name}.png")
+            Image.fromarray(smooth_image(i, 16)).save(tmp_path / "in" / f"{name}.png")
             mutated[tmp_path / "labels" / f"{name}.png"] = data
     for path, data in mutated.items():
         path.parent.mkdir(exist_ok=True)

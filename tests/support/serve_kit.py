@@ -8,7 +8,7 @@ import zlib
 
 import jax
 from PIL import Image
-from tokenizer_kit import TINY, smooth_picture, tiny_vqgan
+from tokenizer_kit import TINY, smooth_image, tiny_vqgan
 
 from EasyLM import flags
 from EasyLM.models.llama import llama_model
@@ -55,7 +55,7 @@ def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
 
 
 def png(seed: int, size: int = 20, **options) -> bytes:
-    """A file of `smooth_picture`."""
+    """A file of `smooth_image`."""
     file = io.BytesIO()
-    Image.fromarray(smooth_picture(seed, size)).save(file, "PNG", **options)
+    Image.fromarray(smooth_image(seed, size)).save(file, "PNG", **options)
     return file.getvalue()

@@ -32,7 +32,7 @@ def tiny_vqgan(directory) -> str:
 def _tiny_model() -> VQGAN:
     model = random_vqgan(TINY)
     rng = np.random.default_rng(0)
-    pixels = np.stack([smooth_picture(seed, TINY.resolution) / np.float32(255) for seed in range(8)])
+    pixels = np.stack([smooth_image(seed, TINY.resolution) / np.float32(255) for seed in range(8)])
     vectors_MZ = np.asarray(nnx.jit(lambda model, pixels: model.encode(pixels)[0])(model, pixels)).reshape(-1, 4)
     model.quantize.embedding[...] = jnp.asarray(rng.permutation(vectors_MZ)[: TINY.num_embeddings])
     return model
@@ -50,16 +50,16 @@ def random_vqgan(config: VQGANConfig) -> VQGAN:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def smooth_picture(seed: int, size: int) -> np.ndarray:
+def smooth_image(seed: int, size: int) -> np.ndarray:
     """Random colours that run into each other, others for each seed: bytes [size,size,3]."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def write_picture(path, seed: int, size: int = 20) -> None:
-    """A file of `smooth_picture`."""
+def write_image(path, seed: int, size: int = 20) -> None:
+    """A file of `smooth_image`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(smooth_picture(seed, size)).save(path)
+    Image.fromarray(smooth_image(seed, size)).save(path)
 
 
 def run_main(module, **settings) -> None:

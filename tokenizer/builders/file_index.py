@@ -17,7 +17,7 @@ import orjson
 
 from EasyLM.errors import UserError
 from tokenizer.builders.image_ref import Picture
-from tokenizer.media import images
+from tokenizer.media import folders
 
 CO3D = ("images", "masks", "depths", "depth_masks")  # folders of a sequence, CATEGORY/SEQUENCE/images/frame000001.jpg
 _CACHE_KIB = 64 << 10
@@ -52,7 +52,7 @@ def by_stem(name: str) -> tuple[str, str]:
 def clips(name: str) -> tuple[str, str]:
     """The files of a folder are the rows of an item, numbers in names counting as numbers: frame_2 before frame_10."""
     folder, _, file = name.rpartition("/")
-    return folder, images.natural(_stem(file))
+    return folder, folders.natural_key(_stem(file))
 
 
 def classes(name: str) -> tuple[str, str]:
@@ -66,7 +66,7 @@ def classes(name: str) -> tuple[str, str]:
 def co3d(name: str) -> tuple[str, str]:
     """The frames of CATEGORY/SEQUENCE are the rows of an item; frame000001.jpg.geometric.png is of frame000001."""
     sequence, _, file = name.rpartition("/")
-    return sequence.rpartition("/")[0], images.natural(file.split(".")[0])
+    return sequence.rpartition("/")[0], folders.natural_key(file.split(".")[0])
 
 
 def _stem(name: str) -> str:
@@ -112,15 +112,17 @@ class Inputs:
         for number, side in enumerate(sides):
             of_folder[side.directory] = collections.Counter()  # one, as of co3d all sides lie in one folder
             for entry in self._add(number, side, layout, extensions, of_folder[side.directory], problems):
-                mark = f"{number} {entry.size} {entry.changed_ns} {entry.name}".encode()
+                mark = f"{number} {entry.size} {entry.modified_ns} {entry.name}".encode()
                 # A sum, as the file system lists them in any order.
                 total += int.from_bytes(hashlib.blake2b(mark, digest_size=16).digest())
         self.others = dict(sum(of_folder.values(), collections.Counter()))
         return f"{total % 2**128:032x}", self._join(sides, problems)
 
-    def _add(self, number: int, side: Side, layout: Layout, extensions, others, problems) -> Iterator[images.Entry]:
+    def _add(
+        self, number: int, side: Side, layout: Layout, extensions, others, problems
+    ) -> Iterator[folders.FileEntry]:
         root = pathlib.Path(side.directory)
-        for entry in images.walk(side.directory, side.flag, extensions, others):
+        for entry in folders.walk(side.directory, side.flag, extensions, others):
             if side.folder and side.folder != os.path.basename(os.path.dirname(entry.name)):
                 continue
             yield entry

@@ -98,8 +98,8 @@ def label_ids(path, size: int) -> np.ndarray:
     Raises:
       UserError: naming the path, if it cannot be read or has colours of its own.
     """
-    with images.opened(path) as image:
-        if image.mode not in ("1", "L", "P", *images.SIXTEEN_BIT):
+    with images.open_image(path) as image:
+        if image.mode not in ("1", "L", "P", *images.SIXTEEN_BIT_MODES):
             raise ValueError(f"its values are {image.mode}, no label ids: save it in gray or with a palette")
         return _nearest(np.asarray(image).astype(np.int64), size)
 
@@ -110,11 +110,11 @@ def co3d_depth(path, size: int) -> np.ndarray:
     The file's 16-bit values are the bits of float16 depths; `depth_masks/` beside its folder says which are valid. Each
     picture is scaled by its own nearest and farthest point, as the unit differs from sequence to sequence.
     """
-    with images.opened(path) as image:
-        if image.mode not in images.SIXTEEN_BIT:
+    with images.open_image(path) as image:
+        if image.mode not in images.SIXTEEN_BIT_MODES:
             raise ValueError(f"its values are {image.mode}, not 16-bit depths of CO3D")
         depth = _nearest(np.asarray(image).astype(np.uint16), size).view(np.float16).astype(np.float64)
-    with images.opened(co3d_depth_mask(path)) as image:
+    with images.open_image(co3d_depth_mask(path)) as image:
         valid = _nearest(np.asarray(image.convert("L")), size) > 0
     valid &= np.isfinite(depth) & (depth > 0)
     shown = depth[valid]

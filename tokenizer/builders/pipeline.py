@@ -44,7 +44,7 @@ class Encoder:
         return self._threads.submit(self._encode, pixels_nSS3)
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        pixels = images.scaled(pixels)
+        pixels = images.to_float32(pixels)
         with self._lock:
             if not self._at_work:
                 self._idle += time.monotonic() - self._idle_since

@@ -1,0 +1,20 @@
+"""Image files, video files, folders of them, and charts. Imports EasyLM.storage only; never JAX.
+
+Import the modules as namespaces: `from tokenizer.media import images`.
+
+  images        one image file: decode to RGB pixels, encode as PNG, write atomically
+  folders       list a folder's files, match them by stem, sort names in natural order
+  grids         several images as one
+  videos        frame times of a video file, and the frames at given times
+  video_clock   frame times and seek points, from packets or by decoding (used by videos)
+  video_writer  frames to an MP4 or GIF file
+  charts        what all charts share: a matplotlib figure, its style, an atomic save
+
+Vocabulary:
+  pixels        RGB, channels last: uint8, or float32 in [0, 1]
+  stem          a file's path within its folder, without the extension: `cats/0001`
+  natural order numbers in names compare as numbers: 2.png before 10.png
+  seek point    a frame of a video from which decoding can begin
+  tick          the unit of a video stream's time stamps
+Shapes: n images or frames, k selected frames, S the side in pixels.
+"""

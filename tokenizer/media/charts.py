@@ -1,81 +1,51 @@
-"""Charts without a plotting package: panels of bars or a curve, one below the other, as bytes [height,width,3]."""
+"""What all charts share: a matplotlib figure, its style, and an atomic save. Needs the extra `quickstart`."""
 
-import dataclasses
-from collections.abc import Sequence
+import os
+import pathlib
+from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from EasyLM import storage
+from EasyLM.errors import UserError, check_installed
 
-WIDTH, HEIGHT = 900, 300  # of a panel
-LEFT, RIGHT, TOP, BOTTOM = 90, 20, 40, 50  # around its plot
-INK, BAR, GRID = (40, 40, 40), (66, 113, 174), (225, 225, 225)
-MOST_LABELS = 12  # along the x axis; of more, every second (third, ...) is written
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One chart: a bar a value, or a curve through them. With `log`, the y axis has powers of ten."""
-
-    title: str
-    x_title: str
-    labels: Sequence[str]  # of the places along the x axis
-    values: Sequence[float]  # 0 or more; at most as many
-    curve: bool = False
-    log: bool = False
+CHART_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")
+DPI = 110
+TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 11, 9, 8  # points
 
 
-def draw(panels: Sequence[Panel]) -> np.ndarray:
-    """The panels, top to bottom."""
-    canvas = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white")
-    drawing, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    for number, panel in enumerate(panels):
-        _draw_panel(drawing, font, panel, HEIGHT * number)
-    return np.asarray(canvas)
+def check_output(path: str, flag: str) -> None:
+    """Checks that `save` can write the path, and creates its folder, before the work for the chart begins.
+
+    Raises:
+      UserError: naming the flag, if the extension is unknown, matplotlib is missing or the file cannot be written.
+    """
+    if not path.lower().endswith(CHART_EXTENSIONS):
+        raise UserError(f"--{flag}={path}: must end with one of {', '.join(CHART_EXTENSIONS)}")
+    check_installed(f"--{flag}", "quickstart", "matplotlib")
+    storage.check_output(path, flag)
 
 
-def _draw_panel(drawing, font, panel: Panel, top: int) -> None:
-    left, right, upper, lower = LEFT, WIDTH - RIGHT, top + TOP, top + HEIGHT - BOTTOM
-    drawing.text((left, top + 10), panel.title, INK, font)
-    drawing.text(((left + right) // 2, lower + 38), panel.x_title, INK, font, anchor="mm")
-    ticks = _log_ticks(panel.values) if panel.log else _ticks(max(panel.values, default=0))
+def new_figure(width: float, height: float) -> "Figure":
+    """Returns an empty figure, width and height in inches, that draws without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    def height(value: float) -> float:
-        """The y of a value: the lowest tick lies on the axis."""
-        if panel.log:
-            share = np.log10(max(value, ticks[0]) / ticks[0]) / np.log10(ticks[-1] / ticks[0])
-        else:
-            share = value / ticks[-1]
-        return lower - share * (lower - upper)
-
-    for tick in ticks:
-        drawing.line((left, height(tick), right, height(tick)), GRID)
-        drawing.text((left - 8, height(tick)), f"{tick:,g}", INK, font, anchor="rm")
-    count = max(len(panel.labels), 1)
-    step = (right - left) / count
-    middles = [left + step * (i + 0.5) for i in range(count)]
-    if panel.curve:
-        points = [(x, height(value)) for x, value in zip(middles, panel.values)]
-        drawing.line(points, BAR, width=2)
-    else:
-        for x, value in zip(middles, panel.values):
-            drawing.rectangle((x - step * 0.4, height(value), x + step * 0.4, lower), BAR)
-    drawing.line((left, lower, right, lower), INK)
-    for i in range(0, len(panel.labels), -(-count // MOST_LABELS)):
-        drawing.text((middles[i], lower + 14), panel.labels[i], INK, font, anchor="mm")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def _ticks(largest: float) -> list[float]:
-    """0 and up to five round numbers, the last of them at least `largest`."""
-    if largest <= 0:
-        return [0, 1]
-    rough = largest / 5
-    power = 10 ** np.floor(np.log10(rough))
-    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= rough * (1 - 1e-9))
-    return [step * i for i in range(int(np.ceil(largest / step - 1e-9)) + 1)]
+def style(axes: "Axes") -> None:
+    """Applies the common style: no upper and right frame, small tick labels."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=TICK_SIZE)
 
 
-def _log_ticks(values: Sequence[float]) -> list[float]:
-    """Powers of ten around the positive values, two at least."""
-    positive = [value for value in values if value > 0] or [1]
-    low, high = int(np.floor(np.log10(min(positive)))), int(np.ceil(np.log10(max(positive))))
-    return [10.0**power for power in range(low, max(high, low + 1) + 1)]
+def save(figure: "Figure", path: str | os.PathLike) -> None:
+    """Atomically writes the figure in the format of the path's extension."""
+    path = pathlib.Path(path)
+    with storage.atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower())

@@ -1,21 +1,25 @@
-"""The sentences of a file, whatever its form: JSONL, .gz, .zst, packed."""
+"""Reads the sentences of a file in any form: JSONL, .gz, .zst or packed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from EasyLM.data import packed_file, records
+from EasyLM.errors import UserError
 from EasyLM.storage import read_lines
-from tokenizer.sentence_files.skipped_inputs import Problems
 
 
-def read(path: str, vocab_size: int, problems: Problems) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yields (ids [n], the JSON object, or of a packed sentence what rode along) of each line that is a record.
+def read(
+    path: str, vocab_size: int, on_bad_line: Callable[[str, str], None] | None = None
+) -> Iterator[tuple[np.ndarray, dict]]:
+    """Yields (ids [n], JSON object of the record) of each sentence. The object of a packed sentence lacks its ids.
 
-    Lines that are none become problems, addressed `file:line`; a packed file has no such lines.
+    Args:
+      on_bad_line: called with (`file:line`, message) of each line that is not a record, which is then skipped; None:
+        raise the message. A packed file has no such lines.
 
     Raises:
-      UserError: if the file is missing or broken, or those are too many.
+      UserError: if the file is missing or broken, or on a bad line without `on_bad_line`.
     """
     if packed_file.is_packed(path):
         yield from packed_file.read(path, vocab_size)
@@ -24,6 +28,9 @@ def read(path: str, vocab_size: int, problems: Problems) -> Iterator[tuple[np.nd
         try:
             sentence = records.read_record(line, vocab_size)
         except records.RecordError as reason:
-            problems.add(f"{path}:{number}", f"{path}:{number}: {reason}")
+            address = f"{path}:{number}"
+            if on_bad_line is None:
+                raise UserError(f"{address}: {reason}") from None
+            on_bad_line(address, f"{address}: {reason}")
             continue
         yield sentence

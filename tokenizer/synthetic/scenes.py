@@ -8,6 +8,8 @@ import dataclasses
 
 import numpy as np
 
+from tokenizer.media import images
+
 SHAPES = ("sphere", "box", "cylinder", "cone")
 NEW_SHAPES = ("pyramid", "egg")
 BACKGROUND, PALETTE = (
@@ -206,14 +208,14 @@ def draw(layout: Scene, frame: int, size: int) -> dict[str, np.ndarray]:
     solid_SS = centre(hits.solid)[..., 0]
     depth_SS = centre(hits.distance * (rays_P3 @ axes_33[2]))[..., 0]
     normal_SS3 = centre(hits.normal @ axes_33.T)
-    shade_SS1 = 255 * np.clip((FAR - depth_SS[..., None]) / (FAR - NEAR), 0, 1)
+    shade_SS1 = np.clip((FAR - depth_SS[..., None]) / (FAR - NEAR), 0, 1)
     table = np.array([*(PALETTE[solid.shape] for solid in solids), BACKGROUND], np.uint8)  # index -1 is the last
     facing_SS3 = normal_SS3 * np.array([1, 1, -1])  # blue grows towards the viewer
     return {
-        "image": _to_uint8(255 * np.clip(image, 0, 1)),
+        "image": images.to_uint8(image),
         "segmentation": table[solid_SS],
-        "depth": _to_uint8(np.repeat(shade_SS1, 3, axis=-1)),
-        "normals": _to_uint8(127.5 * (facing_SS3 + 1)),
+        "depth": images.to_uint8(np.repeat(shade_SS1, 3, axis=-1)),
+        "normals": np.round(127.5 * (facing_SS3 + 1)).astype(np.uint8),
         "edges": np.repeat(np.where(edges(solid_SS, normal_SS3), np.uint8(255), np.uint8(0))[..., None], 3, axis=-1),
     }
 
@@ -228,10 +230,6 @@ def edges(solid_SS: np.ndarray, normal_SS3: np.ndarray) -> np.ndarray:
         found[one] |= differs
         found[other] |= differs
     return found
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    return np.round(array).astype(np.uint8)
 
 
 def _camera(side: int) -> tuple[np.ndarray, np.ndarray]:

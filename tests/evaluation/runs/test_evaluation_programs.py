@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from prompting_kit import tiny_checkpoint, tiny_logits
-from tokenizer_kit import run_main, write_picture
+from tokenizer_kit import run_main, write_image
 
 from EasyLM import flags
 from EasyLM.errors import UserError
@@ -20,7 +20,7 @@ from evaluation import batch_generation, eval_perplexity, eval_video_perplexity,
 from evaluation.runs import clips, loops
 from evaluation.runs.lines import EXAMPLE_FLAGS, Line, Results, read_lines
 from evaluation.tasks import metrics
-from tokenizer.media import images, videos
+from tokenizer.media import images, video_writer
 from tokenizer.vqgan import Codec
 
 LENGTHS = (2, 3, 2, 2)  # pictures before the target, of each line
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 def lines(tmp_path):
     """A file of examples; returns the flags that name it."""
     for i in range(8):
-        write_picture(tmp_path / "in" / f"{i}.png", i)
+        write_image(tmp_path / "in" / f"{i}.png", i)
     Image.fromarray(np.zeros((30, 50, 3), np.uint8)).save(tmp_path / "in" / "wide.png")
     inputs = [[f"{(i + j) % 8}.png" for j in range(count)] for i, count in enumerate(LENGTHS)]
     inputs[3][-1] = "wide.png"
@@ -118,7 +118,7 @@ def test_a_stopped_run_goes_on(model, lines, tmp_path):
         {"input": ["0.png", "5.png"], "target": ["1.png"], "output": "0.png"},
         {"input": ["0.png", "4.png"], "target": ["1.png"], "output": "1.png"},
     )
-    with pytest.raises(UserError, match=r"lines\.jsonl:3: .*4\.png: not a readable picture"):
+    with pytest.raises(UserError, match=r"lines\.jsonl:3: .*4\.png: not a readable image"):
         run_main(batch_generation, **settings)
     before = modified(out)
     (unfinished,) = out.glob("unfinished.*.jsonl")
@@ -178,7 +178,7 @@ def of_program(program, lines, root) -> dict:
 )
 def test_a_killed_run_goes_on_to_the_same_figures(model, lines, tmp_path, monkeypatch, program):
     for i in range(8):
-        write_picture(tmp_path / "out" / f"{i}.png", 100 + i)
+        write_image(tmp_path / "out" / f"{i}.png", 100 + i)
     for name in "ab":
         write_clip(tmp_path / "clips" / name, 4)
     (tmp_path / "palette.txt").write_text("0 0 0\n255 0 0\n0 0 255\n")
@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_figures(model, lines, tmp_path, monkey
 def test_results_count_while_nothing_changed(tmp_path):
     config = clip_settings(checkpoint="", vqgan="", temperature=1.0)
     case = Line("a:1", (str(tmp_path / "x.png"),))
-    write_picture(tmp_path / "x.png", 1)
+    write_image(tmp_path / "x.png", 1)
     path = str(tmp_path / "r.jsonl")
     Results(path, config).add(case, {"written": [str(tmp_path / "x.png")]})
     assert Results(path, config).missing([case]) == []
@@ -245,7 +245,7 @@ def test_each_list_has_a_file_of_its_own_which_may_be_gone_at_the_end(tmp_path, 
 )
 @pytest.mark.parametrize("measured", [False, True])
 def test_no_answer_replaces_a_picture_that_a_line_names(lines, tmp_path, output, said, measured):
-    write_picture(tmp_path / "in" / "a_1.png", 1)
+    write_image(tmp_path / "in" / "a_1.png", 1)
     (tmp_path / "link").symlink_to(tmp_path / "in")
     write_lines(
         tmp_path / "lines.jsonl",
@@ -427,7 +427,7 @@ def test_the_middle_is_cut_out(tmp_path):
 def test_a_video_gives_its_frames(tmp_path):
     pytest.importorskip("av")
     frames = np.stack([np.full((16, 16, 3), 20 * i, np.uint8) for i in range(10)])
-    videos.write(tmp_path / "v.mp4", frames, fps=5)
+    video_writer.write(tmp_path / "v.mp4", frames, fps=5)
     (clip,) = clips.find_clips(clip_settings(input_files=f"{tmp_path}/*.mp4", stride=4, random_start=False), 3)
     assert clip.name == "v.mp4"
     np.testing.assert_allclose(clips.load(clip, 16, 1.0).mean((1, 2, 3)) * 255, [0, 80, 160], atol=3)

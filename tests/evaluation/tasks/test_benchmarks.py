@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizer_kit import write_picture
+from tokenizer_kit import write_image
 
 from EasyLM import flags
 from EasyLM.errors import UserError
@@ -22,7 +22,7 @@ def settings(**values):
 
 def voc(root, name: str, labels: np.ndarray, objects=()) -> None:
     """A picture of Pascal VOC with its label picture and boxes, and its line in the list."""
-    write_picture(root / "JPEGImages" / f"{name}.jpg", seed=len(name), size=40)
+    write_image(root / "JPEGImages" / f"{name}.jpg", seed=len(name), size=40)
     path = root / "SegmentationClass" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(labels.astype(np.uint8), "P")
@@ -88,8 +88,8 @@ def test_missing_and_broken_files_of_pascal_are_named(tmp_path):
 
 
 def test_imagenet_colorization_is_gray_then_colour_of_the_same_picture(tmp_path):
-    write_picture(tmp_path / "n01440764" / "ILSVRC2012_val_00000293.JPEG", seed=1)
-    write_picture(tmp_path / "ILSVRC2012_val_00000002.JPEG", seed=2)
+    write_image(tmp_path / "n01440764" / "ILSVRC2012_val_00000293.JPEG", seed=1)
+    write_image(tmp_path / "ILSVRC2012_val_00000002.JPEG", seed=2)
     (source,) = benchmarks.imagenet_colorization(settings(data_dir=str(tmp_path)), 2)
     assert len(source.pairs) == 2
     for pair in source.pairs:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from prompting_kit import tiny_prompter
-from tokenizer_kit import TINY, write_picture
+from tokenizer_kit import TINY, write_image
 
 from EasyLM import flags
 from EasyLM.errors import UserError
@@ -216,8 +216,8 @@ def prompter(tmp_path_factory):
 
 def folders(root, count: int = 5) -> tasks.Source:
     for i in range(count):
-        write_picture(root / "image" / f"{i}.png", seed=i)
-        write_picture(root / "other" / f"{i}.png", seed=100 + i)
+        write_image(root / "image" / f"{i}.png", seed=i)
+        write_image(root / "other" / f"{i}.png", seed=100 + i)
     return tasks.folder_pairs(str(root / "image"), str(root / "other"), "")
 
 
@@ -234,7 +234,7 @@ def test_a_task_reads_each_picture_where_its_prompts_say_it_is(tmp_path):
 
 def test_frames_of_a_clip_are_in_the_order_of_their_numbers(tmp_path):
     for number in (1, 2, 10, 11):
-        write_picture(tmp_path / "clip" / f"{number}.png", seed=number)
+        write_image(tmp_path / "clip" / f"{number}.png", seed=number)
     (clip,) = tasks.folder_clips(str(tmp_path)).clips
     expected = [images.read(tmp_path / "clip" / f"{number}.png", 8) for number in (1, 2, 10, 11)]
     assert np.array_equal([frame(8) for frame in clip], expected)
@@ -264,8 +264,8 @@ def test_outputs_that_cannot_be_written_are_named_before_the_model_is_loaded(tmp
 
 
 def test_a_plot_wants_matplotlib_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match="--output_plot needs matplotlib"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="--output_plot needs the package matplotlib"):
         fewshot.main(settings(benchmark="rendered", output_plot=f"{tmp_path}/x.png", checkpoint="none"))
 
 
@@ -299,7 +299,7 @@ def test_a_curve_is_what_each_number_of_shots_gives_by_itself(tmp_path, prompter
     folders(tmp_path)
     for i in range(4):
         for frame in range(3):
-            write_picture(tmp_path / "clips" / str(i) / f"{frame}.png", seed=50 * i + frame)
+            write_image(tmp_path / "clips" / str(i) / f"{frame}.png", seed=50 * i + frame)
     where = {"input_dirs": f"{tmp_path}/image", "target_dirs": f"{tmp_path}/other", "clip_dirs": f"{tmp_path}/clips"}
     outputs = {f"output_{name}": f"{tmp_path}/out/{name}.{end}" for name, end in
                (("json", "json"), ("plot", "png"), ("picture", "png"))}  # fmt: skip

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizer_kit import TINY, run_main, tiny_vqgan, write_picture
+from tokenizer_kit import TINY, run_main, tiny_vqgan, write_image
 from tqdm import tqdm
 from video_kit import number_of, numbered_frame
 
@@ -27,7 +27,7 @@ from EasyLM.errors import UserError
 from tokenizer import build
 from tokenizer.builders import image_ref, resumable_file
 from tokenizer.builders.kinds import KINDS
-from tokenizer.media import videos
+from tokenizer.media import video_writer
 from tokenizer.vqgan import PRETRAINED, Codec
 
 N, SIDE = TINY.tokens_per_image, TINY.resolution
@@ -57,9 +57,9 @@ def tree(tmp_path_factory):
     """A small input for every kind, which no test changes; the labels have other extensions than their images."""
     root = tmp_path_factory.mktemp("inputs")
     for i in range(5):
-        write_picture(root / "image" / f"{i}.png", i)
-        write_picture(root / "label" / f"{i}.BMP", 100 + i)
-        write_picture(root / "other" / f"{i}.webp", 200 + i)
+        write_image(root / "image" / f"{i}.png", i)
+        write_image(root / "label" / f"{i}.BMP", 100 + i)
+        write_image(root / "other" / f"{i}.webp", 200 + i)
         (root / "ids").mkdir(exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 300, (20, 24)).astype(np.uint16)).save(
             root / "ids" / f"{i}.png"
@@ -67,14 +67,14 @@ def tree(tmp_path_factory):
     # Unpadded numbers: frame 10 comes after frame 9.
     for (clip, length), seed in itertools.product({"a": 11, "b": 3}.items(), (1, 2)):
         for i in range(length):
-            write_picture(root / f"clips{seed}" / clip / f"frame_{i}.png", seed * 1000 + ord(clip) * 100 + i)
+            write_image(root / f"clips{seed}" / clip / f"frame_{i}.png", seed * 1000 + ord(clip) * 100 + i)
     for name, size in CLASSES.items():
         for i in range(size):
-            write_picture(root / "classes" / name / f"{i}.jpg", ord(name[0]) * 100 + i)
+            write_image(root / "classes" / name / f"{i}.jpg", ord(name[0]) * 100 + i)
     (root / "videos").mkdir()
     for name, length in {"one.mp4": 9, "two.MP4": 5}.items():
         frames = np.stack([numbered_frame(i) for i in range(length)])
-        videos.write(root / "videos" / name.lower(), frames, fps=10)
+        video_writer.write(root / "videos" / name.lower(), frames, fps=10)
         (root / "videos" / name.lower()).rename(root / "videos" / name)
     for i in range(4):
         _write_co3d_frame(root / "co3d" / "apple" / "110_1", i)
@@ -82,7 +82,7 @@ def tree(tmp_path_factory):
 
 
 def _write_co3d_frame(sequence, i):
-    write_picture(sequence / "images" / f"frame{i:06d}.jpg", 400 + i, size=24)
+    write_image(sequence / "images" / f"frame{i:06d}.jpg", 400 + i, size=24)
     rng = np.random.default_rng(i)
     depth = (2 + rng.random((12, 16))).astype(np.float16)
     depth[0, :4] = 0, np.inf, np.nan, 60000  # none of them a depth: the last one is outside the mask
@@ -218,7 +218,7 @@ def test_label_ids_of_palette_files_are_numbers_and_colours_are_refused(tmp_path
     image.putpalette([200] * 768)
     image.save(tmp_path / "a.png")
     np.testing.assert_array_equal(image_ref.label_ids(tmp_path / "a.png", 4), ids.repeat(2, 0).repeat(2, 1))
-    write_picture(tmp_path / "b.png", 0)
+    write_image(tmp_path / "b.png", 0)
     with pytest.raises(UserError, match=r"b\.png: .*RGB, no label ids"):
         image_ref.label_ids(tmp_path / "b.png", 4)
     assert len(np.unique(image_ref.colours(np.arange(1 << 16)), axis=0)) == 1 << 16
@@ -495,21 +495,21 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tree, tiny, tmp_path, monkeypa
 
 def test_a_stopped_build_is_not_continued_with_other_settings_or_inputs(tree, tiny, tmp_path, monkeypatch):
     for i in range(5):
-        write_picture(tmp_path / "in" / f"{i}.png", i)
+        write_image(tmp_path / "in" / f"{i}.png", i)
     output = tmp_path / "out.jsonl"
     monkeypatch.setattr(resumable_file, "MARK_SECONDS", 0)
     (tmp_path / "in" / "3.png").write_bytes(b"broken")
     settings = {"kind": "images", "input_dir": str(tmp_path / "in")}
-    with pytest.raises(UserError, match=r"3\.png: not a readable picture.*max_errors=0"):
+    with pytest.raises(UserError, match=r"3\.png: not a readable image.*max_errors=0"):
         make(tree, tiny, output, **settings)
     with pytest.raises(UserError, match=r"out\.jsonl\.partial was begun .* seed=6 \(then: 5\)"):
         make(tree, tiny, output, **settings, seed=6)
     assert len(make(tree, tiny, output, **settings, max_errors=1)) == 4  # goes on: it decides no sentence
-    write_picture(tmp_path / "in" / "3.png", 3)
+    write_image(tmp_path / "in" / "3.png", 3)
     (tmp_path / "in" / "4.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"4\.png: not"):
         make(tree, tiny, output, **settings)
-    write_picture(tmp_path / "in" / "4.png", 4)
+    write_image(tmp_path / "in" / "4.png", 4)
     with pytest.raises(UserError, match=r"other settings or inputs: inputs=\w+ \(then: \w+\)"):
         make(tree, tiny, output, **settings)
     assert len(make(tree, tiny, output, **settings, fresh=True)) == 5
@@ -559,7 +559,7 @@ flags.run(build.main, build.FLAGS)
 def test_sigkill_at_any_time(tree, tiny, tmp_path):
     """Real processes, killed after random times."""
     for i in range(150):
-        write_picture(tmp_path / "in" / f"{i}.png", i)
+        write_image(tmp_path / "in" / f"{i}.png", i)
 
     def command(sentences, name):
         flags = ["--kind=colorization", f"--input_dir={tmp_path / 'in'}", "--n_shots=2", "--n_epochs=2", "--workers=2",
@@ -598,8 +598,8 @@ def test_sigkill_at_any_time(tree, tiny, tmp_path):
 def pairs(tmp_path):
     """Five images with labels, to be spoilt."""
     for i in range(5):
-        write_picture(tmp_path / "image" / f"{i}.png", i)
-        write_picture(tmp_path / "label" / f"{i}.png", 100 + i)
+        write_image(tmp_path / "image" / f"{i}.png", i)
+        write_image(tmp_path / "label" / f"{i}.png", 100 + i)
     return tmp_path
 
 
@@ -608,7 +608,7 @@ def skipped(output):
 
 
 def test_stems_without_partner_are_named_or_counted(pairs, tiny, capsys):
-    write_picture(pairs / "image" / "lone.png", 9)
+    write_image(pairs / "image" / "lone.png", 9)
     output = pairs / "out.jsonl"
     with pytest.raises(UserError, match=r"lone\.png has no partner in --target_dir"):
         make(pairs, tiny, output, "paired")
@@ -624,7 +624,7 @@ def test_a_sentence_with_a_broken_picture_is_left_out_and_nothing_takes_its_plac
     broken = pairs / "label" / "2.png"
     broken.write_bytes(broken.read_bytes()[:90])
     output = pairs / "out.jsonl"
-    with pytest.raises(UserError, match=r"2\.png: not a readable picture"):
+    with pytest.raises(UserError, match=r"2\.png: not a readable image"):
         make(pairs, tiny, output, "paired", n_epochs=4)
     assert not output.exists()
     found = make(pairs, tiny, output, "paired", n_epochs=4, max_errors=1)
@@ -632,7 +632,7 @@ def test_a_sentence_with_a_broken_picture_is_left_out_and_nothing_takes_its_plac
     assert [record["sources"] for _, record in found] == expected and len(expected) < len(before)
     report = report_of(output)
     assert report["sentences"] == len(expected) and report["sentences_left_out"] == len(before) - len(expected)
-    assert "not a readable picture" in skipped(output)["2.png"] and len(report["skipped"]) == 1
+    assert "not a readable image" in skipped(output)["2.png"] and len(report["skipped"]) == 1
 
 
 def test_short_and_broken_clips_are_named(tree, tiny, tmp_path, capsys):
@@ -654,7 +654,7 @@ def test_short_and_broken_clips_are_named(tree, tiny, tmp_path, capsys):
 
 
 def test_two_pictures_of_one_stem_are_named(pairs, tiny):
-    write_picture(pairs / "label" / "3.bmp", 9)
+    write_image(pairs / "label" / "3.bmp", 9)
     with pytest.raises(UserError, match=r"3\.bmp and 3\.png share the stem '3'"):
         make(pairs, tiny, pairs / "out.jsonl", "paired")
 
@@ -672,7 +672,7 @@ def test_two_pictures_of_one_stem_are_named(pairs, tiny):
         ("category", {"input_dir": "image"}, r"\d\.png lies in no folder of a class"),
         ("video", {"strides": "1,two"}, "--strides=1,two: must be whole numbers with ',' between"),
         ("video", {"strides": "0"}, "--strides=0: each must be at least 1"),
-        ("video", {"input_dir": "image"}, "--input_dir=.*image: no file of .mp4, .*there"),
+        ("video", {"input_dir": "image"}, "--input_dir=.*image: contains no file with extension .mp4, "),
         ("images", {"shard": "2/2"}, "--shard=2/2: must be i/n"),
         ("inpainting", {"hole_mask_ratio": 1.5}, "--hole_mask_ratio=1.5: must be 0..1"),
         ("co3d", {"input_dir": "image"}, "not one sentence"),

@@ -19,7 +19,7 @@ from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.file_index import Inputs, Side
 from tokenizer.builders.image_ref import Picture
 from tokenizer.builders.pipeline import Encoder, Pipeline
-from tokenizer.media import images
+from tokenizer.media import folders, images
 from tokenizer.sentence_files.skipped_inputs import Problems
 
 TOKENS, SIDE = 4, 2
@@ -183,12 +183,12 @@ def listed(monkeypatch, names, layout, count=1):
     by_directory = [names] * count if isinstance(names[0], str) else names
 
     def walk(directory, flag, extensions, others):
-        return (images.Entry(name, 1, 2) for name in by_directory[int(directory)])
+        return (folders.FileEntry(name, 1, 2) for name in by_directory[int(directory)])
 
-    monkeypatch.setattr(images, "walk", walk)
+    monkeypatch.setattr(folders, "walk", walk)
     sides = [Side(str(i), "input_dir") for i in range(len(by_directory))]
     problems = Problems(99)
-    return Inputs(layout, sides, images.EXTENSIONS, problems), problems
+    return Inputs(layout, sides, images.IMAGE_EXTENSIONS, problems), problems
 
 
 def test_inputs_are_items_of_rows_in_order_and_know_a_change(monkeypatch):
@@ -218,7 +218,7 @@ def test_files_passed_over_are_counted_once_a_folder(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     sides = [Side(str(tmp_path), "input_dir", folder) for folder in ("images", "masks")]
-    assert Inputs(file_index.co3d, sides, images.EXTENSIONS, Problems(0)).others == {".ply": 2, ".jgz": 1}
+    assert Inputs(file_index.co3d, sides, images.IMAGE_EXTENSIONS, Problems(0)).others == {".ply": 2, ".jgz": 1}
 
 
 def test_a_disk_without_room_for_the_list_is_named(monkeypatch):

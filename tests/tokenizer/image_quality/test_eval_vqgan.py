@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizer_kit import TINY, run_main, tiny_vqgan, write_picture
+from tokenizer_kit import TINY, run_main, tiny_vqgan, write_image
 
 from EasyLM.errors import UserError
 from tokenizer import eval_vqgan, render
@@ -24,7 +24,7 @@ def test_figures_and_sheet_are_of_the_reconstructions(tmp_path, capsys):
     counts = {"one": 11, "other": 2}
     for folder, count in counts.items():
         for i in range(count):
-            write_picture(tmp_path / folder / f"{i:02d}.png", len(folder) + i, 16)
+            write_image(tmp_path / folder / f"{i:02d}.png", len(folder) + i, 16)
     folders = [str(tmp_path / folder) for folder in counts]
     settings = {"vqgan": vqgan, "batch_size": 8, "columns": 4, "input_dirs": ",".join(folders)}
     run_main(eval_vqgan, **settings, output_json=f"{tmp_path}/f.json", output_picture=f"{tmp_path}/sheet.png")
@@ -33,7 +33,7 @@ def test_figures_and_sheet_are_of_the_reconstructions(tmp_path, capsys):
     codec, used = Codec(vqgan, batch_size=8), set()
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     for row, folder in enumerate(folders):
-        pixels = np.stack([images.load(path, 16) for path in images.find(folder, "input_dirs")])
+        pixels = np.stack([images.load(path, 16) for path in folders.list_images(folder, "input_dirs")])
         codes = codec.encode(pixels)
         drawn = codec.decode(codes)
         used |= set(codes.ravel().tolist())

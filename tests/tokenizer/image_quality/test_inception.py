@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tokenizer_kit import run_main, tiny_vqgan, write_picture
+from tokenizer_kit import run_main, tiny_vqgan, write_image
 
 from EasyLM.errors import UserError
 from tokenizer import eval_vqgan
@@ -171,13 +171,13 @@ def test_rfid_is_of_what_a_tokenizer_keeps_of_each_folder_and_of_all(network, tm
     path, network = network
     for folder, count in {"one": 11, "other": 4}.items():
         for i in range(count):
-            write_picture(tmp_path / folder / f"{i:02d}.png", len(folder) + i, 16)
+            write_image(tmp_path / folder / f"{i:02d}.png", len(folder) + i, 16)
     vqgan, folders = tiny_vqgan(tmp_path / "vqgan"), [f"{tmp_path}/one", f"{tmp_path}/other"]
     settings = {"vqgan": vqgan, "batch_size": 8, "inception_weights": path, "output_json": f"{tmp_path}/f.json"}
     run_main(eval_vqgan, **settings, input_dirs=",".join(folders))
     figures = json.loads((tmp_path / "f.json").read_text())
 
-    parts = [np.stack([images.load(file, 16) for file in images.find(folder, "")]) for folder in folders]
+    parts = [np.stack([images.load(file, 16) for file in folders.list_images(folder, "")]) for folder in folders]
     for name, pixels in zip([*folders, "all"], [*parts, np.concatenate(parts)], strict=True):
         codec = Codec(vqgan, batch_size=8)
         expected = fid(network, pixels, codec.decode(codec.encode(pixels)))

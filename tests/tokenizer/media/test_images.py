@@ -1,15 +1,15 @@
-"""Every kind of picture file becomes the right RGB pixels, or an error with its path; folders are listed whole."""
+"""Every image format is read as the right RGB pixels, or raises an error that names its path."""
 
-import os
+import io
 import struct
 
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizer_kit import smooth_picture
+from tokenizer_kit import smooth_image
 
 from EasyLM.errors import UserError
-from tokenizer.media import images
+from tokenizer.media import folders, images
 
 SIDE = 8
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8).repeat(4, 0).repeat(4, 1)
@@ -24,7 +24,7 @@ def palette(mode: str = "P") -> Image.Image:
 
 
 def with_alpha(mode: str) -> Image.Image:
-    """Opaque on the left; on the right fully transparent, over a colour that must not show."""
+    """Opaque on the left; fully transparent on the right, over colours that must not show."""
     image = rgb().convert(mode)
     alpha = Image.new("L", (SIDE, SIDE), 255)
     alpha.paste(0, (4, 0, SIDE, SIDE))
@@ -33,7 +33,7 @@ def with_alpha(mode: str) -> Image.Image:
 
 
 def gray_of(colours: np.ndarray) -> np.ndarray:
-    """Pillow's own gray, in three channels."""
+    """Pillow's gray values in three channels."""
     return np.asarray(Image.fromarray(colours).convert("L").convert("RGB"))
 
 
@@ -41,7 +41,7 @@ HALF_WHITE = COLOURS.copy()
 HALF_WHITE[:, 4:] = 255
 RAMP = np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 1000
 RAMP_RGB = np.round(RAMP / 257).astype(np.uint8)[..., None].repeat(3, -1)
-# name -> (image, options of saving, pixels, tolerance: of lossy formats and colour spaces)
+# name -> (image, save options, expected pixels, tolerance of lossy formats and colour spaces)
 FILES = {
     "plain.png": (rgb(), {}, COLOURS, 0),
     "UPPER.PNG": (rgb(), {}, COLOURS, 0),
@@ -77,20 +77,20 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_format_becomes_rgb(tmp_path, name):
+def test_every_format_is_read_as_rgb(tmp_path, name):
     image, options, expected, tolerance = FILES[name]
-    if expected is None:  # the transparent colour turns white
+    if expected is None:  # the transparent colour becomes white
         expected = np.where((COLOURS[7, 7] == COLOURS).all(-1, keepdims=True), 255, COLOURS)
     image.save(tmp_path / name, **options)
-    found = images.read(tmp_path / name, SIDE)
-    assert found.dtype == np.uint8 and found.shape == (SIDE, SIDE, 3)
+    pixels = images.read(tmp_path / name, SIDE)
+    assert pixels.dtype == np.uint8 and pixels.shape == (SIDE, SIDE, 3)
     # Bicubic resizing to the same size is the identity.
-    np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=tolerance)
-    np.testing.assert_array_equal(images.load(tmp_path / name, SIDE), found.astype(np.float32) / 255)
-    assert [path.name for path in images.find(str(tmp_path), "input_dir")] == [name]
+    np.testing.assert_allclose(pixels.astype(int), expected.astype(int), atol=tolerance)
+    np.testing.assert_array_equal(images.load(tmp_path / name, SIDE), pixels.astype(np.float32) / 255)
+    assert [path.name for path in folders.list_images(str(tmp_path), "input_dir")] == [name]
 
 
-# What a camera that was held so writes: from the shown picture to the stored one.
+# By EXIF orientation: from the shown pixels to the stored ones.
 STORED = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
@@ -103,16 +103,16 @@ STORED = {
 }
 
 
-def test_the_cameras_rotation_is_applied_beside_an_odd_note(tmp_path):
-    notes = [(274, 3, struct.pack("<HH", 6, 0)), (256, 9, struct.pack("<i", -6))]  # turned; a width below 0
-    entries = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in notes)
-    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(notes)) + entries + bytes(4)
+def test_exif_orientation_is_applied_beside_a_malformed_entry(tmp_path):
+    tags = [(274, 3, struct.pack("<HH", 6, 0)), (256, 9, struct.pack("<i", -6))]  # orientation 6; a negative width
+    entries = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in tags)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
     rgb().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
     assert np.abs(images.read(tmp_path / "a.jpg", SIDE).astype(int) - COLOURS).max() <= 6
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_the_cameras_rotation_is_applied(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     stored = np.ascontiguousarray(STORED[orientation](COLOURS))
@@ -120,8 +120,8 @@ def test_the_cameras_rotation_is_applied(tmp_path, orientation):
     np.testing.assert_allclose(images.read(tmp_path / "a.jpg", SIDE).astype(int), COLOURS.astype(int), atol=6)
 
 
-def test_resizing_is_bicubic_and_keeps_no_aspect(tmp_path):
-    wide = smooth_picture(0, 40)[:24]
+def test_resize_is_bicubic_and_ignores_the_aspect_ratio(tmp_path):
+    wide = smooth_image(0, 40)[:24]
     Image.fromarray(wide).save(tmp_path / "a.png")
     expected = Image.fromarray(wide).resize((16, 16), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(images.read(tmp_path / "a.png", 16), np.asarray(expected))
@@ -129,21 +129,21 @@ def test_resizing_is_bicubic_and_keeps_no_aspect(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "bits.png"])
 def test_broken_files_are_named(tmp_path, name):
-    """Cut off, emptied, or with wrong bytes: an error with the path, or a picture; never another exception."""
+    """A truncated, empty or corrupt file raises a UserError with its path, or is read; it raises nothing else."""
     image, options, *_ = FILES[name]
     path = tmp_path / name
     image.resize((64, 64)).save(path, **options)
     whole = path.read_bytes()
-    for bad in (b"", whole[:7], whole[: len(whole) // 2], b"\0" * 400, b"no picture" * 9):
+    for bad in (b"", whole[:7], whole[: len(whole) // 2], b"\0" * 400, b"no image" * 9):
         path.write_bytes(bad)
-        with pytest.raises(UserError, match=f"{name}: not a readable picture") as caught:
+        with pytest.raises(UserError, match=f"{name}: not a readable image") as caught:
             images.read(path, SIDE)
         assert "\n" not in str(caught.value)
     rng = np.random.default_rng(0)
     for _ in range(20):
         mutated = bytearray(whole)
-        for place in rng.integers(0, len(whole), 4):
-            mutated[place] = rng.integers(256)
+        for position in rng.integers(0, len(whole), 4):
+            mutated[position] = rng.integers(256)
         path.write_bytes(mutated)
         try:
             assert images.read(path, SIDE).shape == (SIDE, SIDE, 3)
@@ -170,54 +170,8 @@ def test_floating_point_and_missing_files_are_named(tmp_path):
         images.read(tmp_path / "gone.png", SIDE)
 
 
-def test_folders_are_listed_whole_by_name(tmp_path):
-    for name in ("b/2.png", "b/1.JPG", "a.png", "a-1.png", "notes.txt", ".hidden.png", ".cache/3.png", "c.png/4.gif"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    os.symlink(tmp_path / "nowhere.png", tmp_path / "link.png")
-    found = [path.relative_to(tmp_path).as_posix() for path in images.find(str(tmp_path), "input_dir")]
-    assert found == ["a-1.png", "a.png", "b/1.JPG", "b/2.png", "c.png/4.gif", "link.png"]
-    sizes = {entry.name: entry.size for entry in images.walk(str(tmp_path), "input_dir", (".txt",))}
-    assert sizes == {"notes.txt": 1}
-    for directory, said in {tmp_path / "none": "no such folder", tmp_path / "b": "no file of .mp4 there"}.items():
-        with pytest.raises(UserError, match=f"--input_dir=.*: {said}"):
-            list(images.walk(str(directory), "input_dir", (".mp4",)))
-
-
-def test_what_is_passed_over_is_told_by_extension(tmp_path, capsys, monkeypatch):
-    for name in ("1.png", "a/2.HEIC", "a/3.heic", "notes.txt", "README", ".hidden.txt", ".git/4.txt", "5.1", "5.2"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    assert images.find(str(tmp_path), "input_dir") == [tmp_path / "1.png"]
-    told = "2 .heic, 1 .1, 1 .2, 1 .txt, 1 without one\n"
-    assert capsys.readouterr().err == f"--input_dir={tmp_path}: passed over files of other extensions: {told}"
-    (tmp_path / "5.2").rename(tmp_path / os.fsdecode(b"5.\xe9"))  # a name that is no text
-    images.find(str(tmp_path), "input_dir")
-    assert "1 .1, 1 .?, 1 .txt" in capsys.readouterr().err
-    monkeypatch.setattr(images, "_MOST_TOLD", 0)
-    images.find(str(tmp_path), "input_dir")
-    assert capsys.readouterr().err.endswith(": 6 of further ones\n")
-
-
-def test_linked_folders_are_followed_but_for_loops(tmp_path):
-    for name in ("in/own/1.png", "elsewhere/2.png", "elsewhere/deep/3.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    root = tmp_path / "in"
-    for link, target in {
-        root / "linked": tmp_path / "elsewhere",
-        root / "again": tmp_path / "elsewhere",
-        root / "own" / "up": root,
-        tmp_path / "elsewhere" / "deep" / "round": tmp_path / "elsewhere",
-        root / "self.png": root / "self.png",
-    }.items():
-        os.symlink(target, link)
-    found = [path.relative_to(root).as_posix() for path in images.find(str(root), "input_dir")]
-    linked = [f"{link}/{name}" for link in ("again", "linked") for name in ("2.png", "deep/3.png")]
-    assert found == [*linked, "own/1.png", "self.png"]
-
-
-def test_a_name_that_is_no_text_is_named(tmp_path):
-    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
-    with pytest.raises(UserError, match=r"caf\\xe9.png' is not UTF-8"):
-        images.find(str(tmp_path), "input_dir")
+def test_pixels_survive_float32_and_png(tmp_path):
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    np.testing.assert_array_equal(images.to_uint8(images.to_float32(pixels)), pixels)
+    np.testing.assert_array_equal(images.read(io.BytesIO(images.png_bytes(pixels)), 16), pixels)
+    assert images.to_uint8(np.array([-1.0, 2.0])).tolist() == [0, 255]

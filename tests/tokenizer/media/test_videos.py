@@ -1,4 +1,4 @@
-"""Videos: the frame shown at a time is the right one, in every container, by any way of reading it."""
+"""The frame of a time is the right one, in every container, decoded from the beginning or after a seek."""
 
 import os
 
@@ -9,7 +9,7 @@ from PIL import Image
 from video_kit import number_of, numbered_frame, write_video
 
 from EasyLM.errors import UserError
-from tokenizer.media import videos
+from tokenizer.media import video_writer, videos
 
 STEADY = np.arange(0, 4000, 50)  # 80 frames, 20 a second
 UNEVEN = np.cumsum(np.random.default_rng(0).integers(10, 300, 80))
@@ -39,20 +39,20 @@ def made(tmp_path_factory):
 
 
 def numbers(pixels):
-    return [number_of(picture) for picture in pixels]
+    return [number_of(frame) for frame in pixels]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_frame_at_its_time(made, name):
+def test_timestamps_and_frames_of_every_container(made, name):
     milliseconds = FILES[name][1]
     times = videos.timestamps(made / name)
     assert times.dtype == np.float64 and len(times) == 80
-    # A container's clock may begin elsewhere and tick coarsely.
+    # A container's clock can begin at another time and have coarse ticks.
     np.testing.assert_allclose(times - times[0], (milliseconds - milliseconds[0]) / 1000, atol=2e-3)
     assert numbers(videos.read(made / name, times)) == list(range(80))
 
 
-def test_a_title_in_another_encoding_is_no_hindrance(made, tmp_path):
+def test_a_title_in_another_encoding_is_accepted(made, tmp_path):
     path = tmp_path / "titled.mkv"
     with av.open(str(made / "steady.avi")) as source, av.open(str(path), "w") as target:
         target.metadata["title"] = "TITLE!"
@@ -68,8 +68,8 @@ def test_a_title_in_another_encoding_is_no_hindrance(made, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_any_times_in_any_order(made, name):
-    """Single frames, and a few of them with repetitions, as reading the whole gives them, to the bit."""
+def test_times_in_any_order(made, name):
+    """Single and repeated frames are bit-equal to those of a complete read."""
     times = videos.timestamps(made / name)
     whole = videos.read(made / name, times)
     rng = np.random.default_rng(1)
@@ -80,42 +80,43 @@ def test_any_times_in_any_order(made, name):
 
 
 @pytest.mark.parametrize("name", ["b_frames.mp4", "open_gop.mkv", "uneven.webm", "steady.avi"])
-def test_sparse_frames_are_sought(made, name, monkeypatch):
+def test_sparse_frames_use_seeks(made, name, monkeypatch):
     decoded = []
-    plain = videos._frames
+    decode_from = videos._decode_from
 
     def counting(*arguments):
-        for found in plain(*arguments):
-            decoded.append(found)
-            yield found
+        for frame in decode_from(*arguments):
+            decoded.append(frame)
+            yield frame
 
-    monkeypatch.setattr(videos, "_frames", counting)
+    monkeypatch.setattr(videos, "_decode_from", counting)
     times = videos.timestamps(made / name)
     assert numbers(videos.read(made / name, times[[2, 78]])) == [2, 78]
     assert len(decoded) < 40  # of 80
 
 
-def test_a_file_that_is_entered_behind_the_frame(made, monkeypatch):
-    """Where a seek lands too far, reading begins at the beginning."""
-    plain = videos._frames
+def test_decoding_restarts_after_a_seek_past_the_frame(made, monkeypatch):
+    """Decoding restarts from the beginning."""
+    decode_from = videos._decode_from
 
-    def astray(container, stream, clock, key):
-        return plain(container, stream, clock, key if key in (None, clock.ticks[0]) else clock.keys[-1])
+    def seek_too_far(container, stream, clock, seek_point):
+        is_start = seek_point in (None, clock.ticks[0])
+        return decode_from(container, stream, clock, seek_point if is_start else clock.seek_points[-1])
 
-    monkeypatch.setattr(videos, "_frames", astray)
+    monkeypatch.setattr(videos, "_decode_from", seek_too_far)
     times = videos.timestamps(made / "b_frames.mp4")
     assert numbers(videos.read(made / "b_frames.mp4", times[[30, 31, 50, 79]])) == [30, 31, 50, 79]
 
 
-def test_packets_that_are_never_shown(made, tmp_path):
-    """VP8 encoders in two passes write frames that others are predicted from and nobody sees."""
+def test_hidden_packets_are_not_frames(made, tmp_path):
+    """Two-pass VP8 encoders write frames for prediction only, which are never shown."""
     with av.open(str(made / "vp8.webm")) as source, av.open(str(tmp_path / "hidden.webm"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
             data, pts, base = bytes(packet), packet.pts, packet.time_base
             packet.stream = stream
             target.mux(packet)
-            if number == 0:  # again, with the bit cleared that shows it
+            if number == 0:  # once more, with its show bit cleared
                 hidden = av.Packet(bytes([data[0] & ~(1 << 4)]) + data[1:])
                 hidden.stream, hidden.time_base, hidden.pts, hidden.dts = stream, base, pts + 20, pts + 20
                 target.mux(hidden)
@@ -125,28 +126,27 @@ def test_packets_that_are_never_shown(made, tmp_path):
 
 
 @pytest.mark.parametrize("rotation, turns", [(90, 1), (180, 2), (-90, 3)])
-def test_rotation_of_phones(tmp_path, rotation, turns):
+def test_rotation_metadata_is_applied(tmp_path, rotation, turns):
     write_video(tmp_path / "phone.mp4", "libx264", STEADY[:3], rotation=rotation, crf="1")
-    (picture,) = videos.read(tmp_path / "phone.mp4", [0.05])
+    (frame,) = videos.read(tmp_path / "phone.mp4", [0.05])
     expected = np.rot90(numbered_frame(1), turns)
-    assert picture.shape == expected.shape
-    assert np.abs(picture * 255 - expected).mean() < 12  # chroma is halved: the borders of colours blur
+    assert frame.shape == expected.shape
+    assert np.abs(frame * 255 - expected).mean() < 12  # chroma subsampling blurs the borders of colours
 
 
-def test_pixels_are_those_of_pictures(made):
-    """Range, type, colours; and PIL's own bicubic."""
-    own = videos.read(made / "b_frames.mp4", [0.5, 1.0])
-    assert own.dtype == np.float32 and own.shape == (2, 24, 64, 3) and own.min() >= 0 and own.max() <= 1
-    assert np.abs(own[0] * 255 - numbered_frame(10)).mean() < 12
+def test_pixels_are_float32_resized_by_pillow(made):
+    native = videos.read(made / "b_frames.mp4", [0.5, 1.0])
+    assert native.dtype == np.float32 and native.shape == (2, 24, 64, 3) and native.min() >= 0 and native.max() <= 1
+    assert np.abs(native[0] * 255 - numbered_frame(10)).mean() < 12
     small = videos.read(made / "b_frames.mp4", [0.5, 1.0], 16)
-    for large, got in zip(own, small):
+    for large, got in zip(native, small):
         image = Image.fromarray(np.round(large * 255).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(got, np.asarray(image, np.float32) / 255)
 
 
 class TestErrors:
     @pytest.mark.parametrize("name", ["b_frames.mp4", "uneven.mp4", "uneven.webm", "open_gop.mkv", "steady.avi"])
-    def test_cut_off(self, made, tmp_path, name):
+    def test_truncated_files(self, made, tmp_path, name):
         data = (made / name).read_bytes()
         for share in (0.0, 0.01, 0.3, 0.8):
             cut = tmp_path / name
@@ -154,8 +154,8 @@ class TestErrors:
             with pytest.raises(UserError, match=f"{cut}: "):
                 videos.timestamps(cut)
 
-    def test_cut_off_behind_its_head(self, made, tmp_path):
-        with av.open(str(made / "b_frames.mp4")) as source:  # the table of frames at the front, as for the web
+    def test_truncated_after_the_index(self, made, tmp_path):
+        with av.open(str(made / "b_frames.mp4")) as source:  # faststart: the index precedes the frames
             with av.open(str(tmp_path / "web.mp4"), "w", options={"movflags": "faststart"}) as target:
                 stream = target.add_stream_from_template(source.streams.video[0])
                 for packet in source.demux(video=0):
@@ -165,7 +165,7 @@ class TestErrors:
         data = (tmp_path / "web.mp4").read_bytes()
         (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 3 // 4])
         assert len(videos.timestamps(tmp_path / "web.mp4")) == 80
-        with pytest.raises(UserError, match=r"cut.mp4: is cut off: \d+ of 80 frames are there"):
+        with pytest.raises(UserError, match=r"cut.mp4: is truncated: it has \d+ of 80 frames"):
             videos.timestamps(tmp_path / "cut.mp4")
 
     def test_not_videos(self, tmp_path):
@@ -176,31 +176,31 @@ class TestErrors:
             silence.sample_rate = 8000
             container.mux(stream.encode(silence))
             container.mux(stream.encode())
-        for name, said in (
+        for name, message in (
             ("none.mp4", "no such file"),
             ("text.mp4", "not a readable video"),
             ("sound.mp4", "no video stream"),
             (".", "no such file"),
         ):
-            for use in (videos.timestamps, lambda path: videos.read(path, [0.0])):
-                with pytest.raises(UserError, match=f"^{tmp_path / name}: .*{said}"):
-                    use(tmp_path / name)
+            for function in (videos.timestamps, lambda path: videos.read(path, [0.0])):
+                with pytest.raises(UserError, match=f"^{tmp_path / name}: .*{message}"):
+                    function(tmp_path / name)
 
     @pytest.mark.parametrize("second", [-0.1, 4.2, float("nan"), float("inf")])
     def test_times_outside(self, made, second):
         with pytest.raises(UserError, match=r"b_frames.mp4: no frame is shown at .* s \(its frames: 0 to 3.95 s\)"):
             videos.read(made / "b_frames.mp4", [1.0, second])
 
-    def test_damaged_bytes_never_crash(self, made, tmp_path):
-        """Frames, or one UserError with the path."""
+    def test_corrupt_bytes_are_read_or_reported(self, made, tmp_path):
+        """A corrupt file is read, or raises a UserError with its path."""
         rng = np.random.default_rng(0)
         outcomes = set()
         for name in ("b_frames.mp4", "uneven.webm", "steady.avi"):
             data = np.frombuffer((made / name).read_bytes(), np.uint8)
             for number in range(20):
                 mutated = data.copy()
-                at = rng.integers(0, len(data), 1 + number * 3)
-                mutated[at] = rng.integers(0, 256, len(at))
+                positions = rng.integers(0, len(data), 1 + number * 3)
+                mutated[positions] = rng.integers(0, 256, len(positions))
                 path = tmp_path / f"{number}_{name}"
                 path.write_bytes(mutated.tobytes())
                 try:
@@ -209,14 +209,14 @@ class TestErrors:
                     outcomes.add("read")
                 except UserError as error:
                     assert str(error).startswith(f"{path}: ")
-                    outcomes.add("named")
-        assert outcomes == {"read", "named"}
+                    outcomes.add("reported")
+        assert outcomes == {"read", "reported"}
 
 
 class TestWrite:
     def test_mp4_back_again(self, tmp_path):
         frames = np.stack([numbered_frame(number)[:23, :63] for number in range(12)])  # odd sizes
-        videos.write(tmp_path / "deep" / "out.mp4", frames, 12.5)
+        video_writer.write(tmp_path / "deep" / "out.mp4", frames, 12.5)
         np.testing.assert_allclose(videos.timestamps(tmp_path / "deep" / "out.mp4"), np.arange(12) / 12.5, atol=1e-3)
         back = videos.read(tmp_path / "deep" / "out.mp4", np.arange(12) / 12.5)
         assert back.shape == (12, 24, 64, 3)
@@ -226,15 +226,15 @@ class TestWrite:
 
     def test_gif(self, tmp_path):
         frames = np.stack([numbered_frame(number) for number in range(12)])
-        videos.write(tmp_path / "out.gif", frames, 10)
+        video_writer.write(tmp_path / "out.gif", frames, 10)
         with Image.open(tmp_path / "out.gif") as animation:
             assert animation.n_frames == 12 and animation.info["duration"] == 100
             for number in range(12):
                 animation.seek(number)
                 np.testing.assert_array_equal(np.asarray(animation.convert("RGB")), frames[number])
 
-    @pytest.mark.parametrize("name, fps, said", [("a.avi", 5, "'.avi' cannot be written"), ("a.mp4", 0, "above 0")])
-    def test_refused(self, tmp_path, name, fps, said):
-        with pytest.raises(UserError, match=f"{tmp_path / name}: .*{said}"):
-            videos.write(tmp_path / name, np.zeros((1, 8, 8, 3), np.uint8), fps)
+    @pytest.mark.parametrize("name, fps, message", [("a.avi", 5, "'.avi' cannot be written"), ("a.mp4", 0, "above 0")])
+    def test_invalid_arguments(self, tmp_path, name, fps, message):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: .*{message}"):
+            video_writer.write(tmp_path / name, np.zeros((1, 8, 8, 3), np.uint8), fps)
         assert not os.listdir(tmp_path)

@@ -1,8 +1,10 @@
-"""What is told of a file equals what a plain count finds; bad lines are all counted and listed by address."""
+"""Statistics equal those of a plain count; bad lines are counted and listed by address; charts show the counts."""
 
 import collections
 import gzip
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from PIL import Image
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
 from tokenizer import inspect
-from tokenizer.media import charts
+from tokenizer.sentence_files import summary
 
-EACH = 4  # tokens of a picture here
+EACH = 4  # tokens per image
 
 
 @pytest.fixture
@@ -33,8 +35,8 @@ def sentences(tmp_path):
     return made
 
 
-def figures(tmp_path, names="a.jsonl,b.jsonl.gz,c.packed", **settings) -> dict:
-    """What the tool writes."""
+def statistics(tmp_path, names="a.jsonl,b.jsonl.gz,c.packed", **settings) -> dict:
+    """The JSON that the command writes."""
     paths = ",".join(str(tmp_path / name) for name in names.split(","))
     output = str(tmp_path / "out" / "f.json")
     settings = {"tokens_per_image": EACH, "codebook_size": 128, "output_json": output, **settings}
@@ -42,10 +44,10 @@ def figures(tmp_path, names="a.jsonl,b.jsonl.gz,c.packed", **settings) -> dict:
     return json.loads((tmp_path / "out" / "f.json").read_text())
 
 
-@pytest.mark.parametrize("pending", [1, 1 << 20])
-def test_figures_are_those_of_a_plain_count(sentences, tmp_path, monkeypatch, pending):
-    monkeypatch.setattr(inspect, "_PENDING", pending)
-    got = figures(tmp_path)
+@pytest.mark.parametrize("batched_ids", [1, 1 << 20])
+def test_statistics_equal_a_plain_count(sentences, tmp_path, monkeypatch, batched_ids):
+    monkeypatch.setattr(summary, "_BATCHED_IDS", batched_ids)
+    got = statistics(tmp_path)
     ids = np.concatenate([ids for ids, _ in sentences])
     counts = collections.Counter(ids[ids < 128].tolist())
     shares = np.array(list(counts.values())) / sum(counts.values())
@@ -63,54 +65,71 @@ def test_figures_are_those_of_a_plain_count(sentences, tmp_path, monkeypatch, pe
 
 
 def test_bad_lines_are_counted_and_the_first_listed(sentences, tmp_path, capsys):
-    got = figures(tmp_path, max_listed=2)
+    got = statistics(tmp_path, max_listed=2)
     assert got["bad_lines"] == 3
     first, second = got["first_bad_lines"]
     assert first.startswith(f"{tmp_path}/a.jsonl:1: not JSON") and second.startswith(f"{tmp_path}/a.jsonl:202: field")
-    said = capsys.readouterr().out
-    assert first in said and "and 1 more bad lines" in said
+    output = capsys.readouterr().out
+    assert first in output and "and 1 more bad lines" in output
 
 
-def test_evenly_used_codes(tmp_path):
-    """The perplexity of n codes used alike is n."""
+def test_perplexity_of_evenly_used_codes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(records.record_line(np.arange(32)) * 3)
-    got = figures(tmp_path, "a.jsonl")
+    got = statistics(tmp_path, "a.jsonl")
     assert got["codes_perplexity"] == pytest.approx(32) and got["codes_used_share"] == 0.25
 
 
-def test_nothing_but_bad_lines(tmp_path, capsys):
+def test_a_file_of_bad_lines_only(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(b"?\n")
-    got = figures(tmp_path, "a.jsonl", output_picture=str(tmp_path / "p.png"))
+    got = statistics(tmp_path, "a.jsonl", output_picture=str(tmp_path / "p.png"))
     assert (got["sentences"], got["bad_lines"], got["codes_perplexity"]) == (0, 1, 0.0)
 
 
-def test_kinds_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect, "MOST_KINDS", 5)
+def test_the_number_of_kinds_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "MAX_KINDS", 5)
     (tmp_path / "a.jsonl").write_bytes(b"".join(records.record_line([1], kind=str(n)) for n in range(50)))
-    assert figures(tmp_path, "a.jsonl")["kinds"] == {"(others)": 45} | {str(n): 1 for n in range(5)}
+    assert statistics(tmp_path, "a.jsonl")["kinds"] == {"(others)": 45} | {str(n): 1 for n in range(5)}
 
 
-def test_picture(sentences, tmp_path):
-    figures(tmp_path, output_picture=str(tmp_path / "charts" / "p.png"))
-    with Image.open(tmp_path / "charts" / "p.png") as picture:
-        assert picture.size == (charts.WIDTH, 3 * charts.HEIGHT)
+def test_charts_show_lengths_codes_and_kinds():
+    """A panel each: bars and points have the heights of the counts."""
+    counts = summary.Summary(vocab_size=12, codebook_size=10, tokens_per_image=EACH)
+    for kind, ids in (("paired", [0, 1, 1, 2] * 2), ("frames", [1, 1, 1, 3]), ("frames", [11, 1, 0, 2])):
+        counts.add(np.array(ids), {"kind": kind})
+    lengths, codes, kinds = summary.plot(counts.statistics(), counts.code_counts()).axes
+    for axes, names, heights in ((lengths, ["1", "2"], [2, 1]), (kinds, ["frames", "paired"], [2, 1])):
+        assert [bar.get_height() for bar in axes.patches] == heights
+        assert [label.get_text() for label in axes.get_xticklabels()] == names
+    (curve,) = codes.lines
+    assert curve.get_ydata().tolist() == [8, 3, 3, 1] and codes.get_yscale() == "log"
+    assert "4 of 10 codes used" in codes.get_title(loc="left")
 
 
-@pytest.mark.parametrize("largest", [0.3, 1, 7, 10, 99, 12345])
-def test_bars_are_as_high_as_their_values(largest):
-    values = [largest, largest / 2, 0]
-    picture = charts.draw([charts.Panel("t", "x", ["a", "b", "c"], values)])
-    plot = picture[charts.TOP : charts.HEIGHT - charts.BOTTOM, charts.LEFT :]
-    step = (charts.WIDTH - charts.LEFT - charts.RIGHT) // 3
-    first, second, third = ((plot[:, int(step * (i + 0.5))] == charts.BAR).all(axis=1).sum() for i in range(3))
-    ticks = charts._ticks(largest)
-    assert ticks[-1] >= largest * (1 - 1e-9) and len(ticks) <= 7
-    height = charts.HEIGHT - charts.TOP - charts.BOTTOM
-    assert abs(first - height * largest / ticks[-1]) <= 2 and abs(second - first / 2) <= 2 and third <= 1
+def test_charts_of_many_lengths_have_few_labels():
+    counts = summary.Summary(vocab_size=12, codebook_size=10, tokens_per_image=1)
+    for length in range(100):
+        counts.add(np.zeros(length, np.int64), {})
+    lengths, _, _ = summary.plot(counts.statistics(), counts.code_counts()).axes
+    assert len(lengths.patches) == 100 and len(lengths.get_xticklabels()) <= 12
+
+
+def test_charts_are_written_as_an_image(sentences, tmp_path):
+    statistics(tmp_path, output_picture=str(tmp_path / "charts" / "p.png"))
+    with Image.open(tmp_path / "charts" / "p.png") as image:
+        assert image.format == "PNG" and min(image.size) > 500
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
+    assert (0x42, 0x72, 0xAE) in colours
+    assert os.listdir(tmp_path / "charts") == ["p.png"]
+
+
+def test_missing_matplotlib_is_reported_before_the_files_are_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"--output_picture needs the package matplotlib: pip install .*quickstart"):
+        statistics(tmp_path, "none.jsonl", output_picture=str(tmp_path / "p.png"))
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"tokens_per_image": 0}, "--tokens_per_image=0: must be at least 1"),
         ({"names": "no", "output_picture": "p.txt"}, "--output_picture=p.txt: must end with one of .png, .jpg"),
@@ -119,6 +138,6 @@ def test_bars_are_as_high_as_their_values(largest):
         ({"names": "d.jsonl"}, "d.jsonl: no such file"),
     ],
 )
-def test_settings(sentences, tmp_path, settings, said):
-    with pytest.raises(UserError, match=said):
-        figures(tmp_path, **settings)
+def test_invalid_settings(sentences, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        statistics(tmp_path, **settings)

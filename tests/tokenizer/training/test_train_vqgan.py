@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny_run import await_figures, finish
-from tokenizer_kit import run_main, write_picture
+from tokenizer_kit import run_main, write_image
 
 from EasyLM import checkpoints
 from EasyLM.errors import UserError
@@ -57,7 +57,7 @@ def train(folder, name, **settings):
 @pytest.fixture
 def folder(tmp_path):
     for i in range(6):
-        write_picture(tmp_path / "pictures" / f"{i}.png", i, 8)
+        write_image(tmp_path / "pictures" / f"{i}.png", i, 8)
     return tmp_path
 
 

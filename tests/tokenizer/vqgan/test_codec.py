@@ -5,7 +5,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from tokenizer_kit import TINY, smooth_picture, tiny_vqgan
+from tokenizer_kit import TINY, smooth_image, tiny_vqgan
 
 from tokenizer.synthetic import scenes
 from tokenizer.vqgan import Codec
@@ -19,7 +19,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels():
-    return np.stack([smooth_picture(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
+    return np.stack([smooth_image(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
 
 
 def test_batch_size_devices_and_cores_change_no_code(tiny, pixels, monkeypatch):

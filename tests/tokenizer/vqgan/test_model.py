@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from tokenizer_kit import TINY, random_vqgan, smooth_picture, tiny_vqgan
+from tokenizer_kit import TINY, random_vqgan, smooth_image, tiny_vqgan
 
 from EasyLM.errors import UserError
 from tokenizer.vqgan import VQGAN, VQGANConfig, weights
@@ -20,7 +20,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels():
-    return np.stack([smooth_picture(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
+    return np.stack([smooth_image(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
 
 
 def test_reference_data_of_open_muse_is_reproduced(golden):

@@ -1,0 +1,72 @@
+"""Folders are listed completely, by extension, through links but not in loops; errors name the flag."""
+
+import os
+import pathlib
+
+import pytest
+
+from EasyLM.errors import UserError
+from tokenizer.media import folders
+
+
+def test_images_are_listed_by_name(tmp_path):
+    for name in ("b/2.png", "b/1.JPG", "a.png", "a-1.png", "notes.txt", ".hidden.png", ".cache/3.png", "c.png/4.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "link.png")
+    names = [path.relative_to(tmp_path).as_posix() for path in folders.list_images(str(tmp_path), "input_dir")]
+    assert names == ["a-1.png", "a.png", "b/1.JPG", "b/2.png", "c.png/4.gif", "link.png"]
+    sizes = {entry.name: entry.size for entry in folders.walk(str(tmp_path), "input_dir", (".txt",))}
+    assert sizes == {"notes.txt": 1}
+    errors = {"none": "no such folder", "b": "contains no file with extension .mp4"}
+    for name, message in errors.items():
+        with pytest.raises(UserError, match=f"--input_dir=.*: {message}"):
+            list(folders.walk(str(tmp_path / name), "input_dir", (".mp4",)))
+
+
+def test_ignored_files_are_reported_by_extension(tmp_path, capsys, monkeypatch):
+    for name in ("1.png", "a/2.HEIC", "a/3.heic", "notes.txt", "README", ".hidden.txt", ".git/4.txt", "5.1", "5.2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert folders.list_images(str(tmp_path), "input_dir") == [tmp_path / "1.png"]
+    listing = "2 .heic, 1 .1, 1 .2, 1 .txt, 1 without extension\n"
+    assert capsys.readouterr().err == f"--input_dir={tmp_path}: ignored files with other extensions: {listing}"
+    (tmp_path / "5.2").rename(tmp_path / os.fsdecode(b"5.\xe9"))  # a name that is not UTF-8
+    folders.list_images(str(tmp_path), "input_dir")
+    assert "1 .1, 1 .?, 1 .txt" in capsys.readouterr().err
+    monkeypatch.setattr(folders, "_MAX_NAMED_EXTENSIONS", 0)
+    folders.list_images(str(tmp_path), "input_dir")
+    assert capsys.readouterr().err.endswith(": 6 with further extensions\n")
+
+
+def test_linked_folders_are_followed_except_loops(tmp_path):
+    for name in ("in/own/1.png", "elsewhere/2.png", "elsewhere/deep/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    root = tmp_path / "in"
+    for link, target in {
+        root / "linked": tmp_path / "elsewhere",
+        root / "again": tmp_path / "elsewhere",
+        root / "own" / "up": root,
+        tmp_path / "elsewhere" / "deep" / "round": tmp_path / "elsewhere",
+        root / "self.png": root / "self.png",
+    }.items():
+        os.symlink(target, link)
+    names = [path.relative_to(root).as_posix() for path in folders.list_images(str(root), "input_dir")]
+    linked = [f"{link}/{name}" for link in ("again", "linked") for name in ("2.png", "deep/3.png")]
+    assert names == [*linked, "own/1.png", "self.png"]
+
+
+def test_a_name_that_is_not_utf8_is_reported(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"caf\\xe9.png' is not UTF-8"):
+        folders.list_images(str(tmp_path), "input_dir")
+
+
+def test_files_by_stem_and_names_in_natural_order():
+    paths = [pathlib.Path("d/b/2.png"), pathlib.Path("d/a.jpg")]
+    assert folders.by_stem(paths, "d", "input_dir") == {"b/2": paths[0], "a": paths[1]}
+    with pytest.raises(UserError, match=r"--input_dir=d: a\.jpg and a\.png share the stem 'a'"):
+        folders.by_stem([*paths, pathlib.Path("d/a.png")], "d", "input_dir")
+    names = ["f10", "f9", "f09", "f9a", "g1"]
+    assert sorted(names, key=folders.natural_key) == ["f09", "f9", "f9a", "f10", "g1"]

@@ -1,0 +1,27 @@
+"""Grids and tiles hold every image at its place, and white elsewhere."""
+
+import numpy as np
+
+from tokenizer.media import grids
+
+HEIGHT, WIDTH, GAP = 4, 3, 2
+
+
+def random_images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (count, HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def test_a_grid_separates_images_by_white_gaps():
+    pixels_nHW3 = random_images(5)
+    sheet = grids.grid(pixels_nHW3, columns=3, gap=GAP)
+    expected = np.full((2 * HEIGHT + GAP, 3 * WIDTH + 2 * GAP, 3), 255, np.uint8)
+    for i, image in enumerate(pixels_nHW3):
+        top, left = i // 3 * (HEIGHT + GAP), i % 3 * (WIDTH + GAP)
+        expected[top : top + HEIGHT, left : left + WIDTH] = image
+    np.testing.assert_array_equal(sheet, expected)
+
+
+def test_tiles_are_edge_to_edge():
+    pixels_RCHW3 = random_images(6).reshape(2, 3, HEIGHT, WIDTH, 3)
+    expected = np.concatenate([np.concatenate(row, axis=1) for row in pixels_RCHW3])
+    np.testing.assert_array_equal(grids.tile(pixels_RCHW3), expected)

@@ -1,0 +1,132 @@
+"""When each frame of a video file is shown, and from which frames decoding can begin.
+
+Packet time stamps are used where they are exact, which requires reading the file but not decoding it.
+"""
+
+import contextlib
+import dataclasses
+import fractions
+import functools
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from EasyLM.errors import UserError
+
+# Codecs with one shown frame a packet, at the packet's time. (VP8, for one, has packets that are never shown.)
+_ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "prores", "ffv1"}
+# Formats (FFmpeg's names) with an index of their frames. Seeking in others is a search, after which a frame can have
+# another time stamp than when the file is decoded from its beginning: those are decoded from the beginning.
+_INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
+_DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end: smaller gaps are rounding
+_CACHED_CLOCKS = 16  # a builder reads the times of a video, then its frames, possibly several times
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoClock:
+    """The frames of a file, in ticks of its video stream.
+
+    Attributes:
+      ticks: int64 [n], ascending.
+      seek_points: ticks of the frames from which decoding can begin, int64, ascending; contains the first frame.
+      by_index: the file has no reliable time stamps: the i-th decoded frame is shown at ticks[i].
+      tick_seconds: duration of a tick.
+    """
+
+    ticks: np.ndarray
+    seek_points: np.ndarray
+    by_index: bool
+    tick_seconds: fractions.Fraction
+
+
+def import_av() -> ModuleType:
+    """Imports PyAV. Raises UserError naming the extra if it is not installed."""
+    try:
+        import av
+    except ImportError:
+        raise UserError("video files need the package av: pip install -e '.[video]'") from None
+    return av
+
+
+@contextlib.contextmanager
+def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
+    """Opens a file as (container, video stream). Converts errors of PyAV inside the context to UserErrors."""
+    av = import_av()
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    # Titles can have any encoding. PyAV 18 and older refuse other encodings than UTF-8 unless this is set.
+    options = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    try:
+        with av.open(os.fspath(path), **options) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: has no video stream")
+            if container.streams.video[0].codec_context is None:
+                raise UserError(f"{path}: its video stream has an unknown codec")
+            yield container, container.streams.video[0]
+    except UserError:
+        raise
+    except (av.FFmpegError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: not a readable video ({error})") from error
+
+
+def read_clock(path: str | os.PathLike) -> VideoClock:
+    """Reads the clock of a file. Clocks are cached until the file changes.
+
+    Raises:
+      UserError: naming the path, if the file is missing, broken or truncated, or has no frame.
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: no such file" if isinstance(error, FileNotFoundError) else str(error)) from None
+    return _read_clock(os.fspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(_CACHED_CLOCKS)
+def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
+    with open_video(path) as (container, stream):
+        container_format, rate, tick_seconds = container.format.name, stream.average_rate, stream.time_base
+        # AVI has no time stamps: they are guesses if frames are decoded in another order than shown.
+        by_index = container_format == "avi" and bool(stream.codec_context.has_b_frames) and bool(rate)
+        packets = _read_packets(path, container, stream)
+        ticks = [tick for tick, _ in packets]
+        seek_points = [tick for tick, is_key in packets if is_key and tick is not None]
+        is_exact = stream.codec_context.name in _ONE_FRAME_PER_PACKET and None not in ticks
+    if by_index or not is_exact:
+        with open_video(path) as (container, stream):
+            ticks = [frame.pts for frame in container.decode(stream)]
+    if container_format not in _INDEXED_FORMATS:
+        seek_points = []
+    if by_index:
+        ticks, seek_points, tick_seconds = list(range(len(ticks))), [], 1 / rate
+    ticks_n = np.unique(np.array([tick for tick in ticks if tick is not None], np.int64))
+    if not len(ticks_n):
+        raise UserError(f"{path}: its video stream has no frame")
+    return VideoClock(ticks_n, np.union1d(ticks_n[:1], np.array(seek_points, np.int64)), by_index, tick_seconds)
+
+
+def _read_packets(path: str, container: Any, stream: Any) -> list[tuple[int | None, bool]]:
+    """Returns (tick or None, whether it is a key frame) of each shown packet. Keeps no packet: all are the whole file.
+
+    Raises:
+      UserError: naming the path, if the file is truncated.
+    """
+    shown, count, end = [], 0, 0.0
+    for packet in container.demux():
+        if packet.dts is None and not packet.size:
+            continue  # PyAV's end marker
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index == stream.index:
+            count += 1
+            if packet.size and not packet.is_discard:
+                shown.append((packet.pts, packet.is_keyframe))
+    if count < stream.frames:
+        raise UserError(f"{path}: is truncated: it has {count} of {stream.frames} frames")
+    duration = (container.duration or 0) / 1e6 if container.format.name == "matroska,webm" else 0.0
+    if end < duration - _DURATION_TOLERANCE:
+        raise UserError(f"{path}: is truncated: it has {end:.1f} of {duration:.1f} seconds")
+    return shown

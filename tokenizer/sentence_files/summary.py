@@ -1,0 +1,168 @@
+"""Statistics of the sentences in files, as a table and as charts. Memory does not grow with the files."""
+
+import collections
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokenizer.media import charts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_KINDS = 1000  # counted by name: a file with more has something else under the key `kind`
+OTHER_KINDS = "(others)"
+NO_KIND = "(none)"
+_BATCHED_IDS = 1 << 20  # ids counted at a time
+_BAR_CHARACTERS = 40  # of the longest bar in the table
+_MAX_ROWS = 20  # of a table or a bar chart
+_MAX_TICKS = 12  # labels along the x axis
+_COLOUR = "#4272ae"
+
+
+class BadLines:
+    """Counts the lines that are not records, and lists the first ones."""
+
+    def __init__(self, max_listed: int):
+        self._max_listed = max_listed
+        self._count = 0
+        self._listed: list[str] = []
+
+    def add(self, address: str, message: str) -> None:
+        """Counts a line. See `reader.read`."""
+        self._count += 1
+        if len(self._listed) < self._max_listed:
+            self._listed.append(message)
+
+    def statistics(self) -> dict[str, Any]:
+        """Returns the count and the listed lines as JSON values."""
+        return {"bad_lines": self._count, "first_bad_lines": self._listed}
+
+
+class Summary:
+    """Counts sentences as they are read."""
+
+    def __init__(self, vocab_size: int, codebook_size: int, tokens_per_image: int):
+        self._codebook_size, self._tokens_per_image = codebook_size, tokens_per_image
+        self._id_counts = np.zeros(vocab_size, np.int64)
+        self._batch: list[np.ndarray] = []
+        self._batch_ids = 0
+        self._sentences = self._tokens = self._partial_images = self._longest = 0
+        self._shortest: int | None = None
+        self._lengths: collections.Counter[int] = collections.Counter()  # images of a sentence -> sentences
+        self._kinds: collections.Counter[str] = collections.Counter()
+
+    def add(self, ids: np.ndarray, record: Mapping[str, Any]) -> None:
+        """Counts a sentence: its ids [n], and its record, which can have a `kind`."""
+        length = len(ids)
+        self._sentences, self._tokens = self._sentences + 1, self._tokens + length
+        self._longest = max(self._longest, length)
+        self._shortest = length if self._shortest is None else min(self._shortest, length)
+        self._partial_images += bool(length % self._tokens_per_image)
+        self._lengths[length // self._tokens_per_image] += 1
+        kind = str(record.get("kind", NO_KIND))
+        self._kinds[kind if kind in self._kinds or len(self._kinds) < MAX_KINDS else OTHER_KINDS] += 1
+        self._batch.append(ids)
+        self._batch_ids += length
+        if self._batch_ids > _BATCHED_IDS:
+            self._count_batch()
+
+    def code_counts(self) -> np.ndarray:
+        """Returns the number of uses of each code, int64 [codebook_size]."""
+        self._count_batch()
+        return self._id_counts[: self._codebook_size]
+
+    def statistics(self) -> dict[str, Any]:
+        """Returns all statistics as JSON values."""
+        codes = self.code_counts()
+        codes_used = int(np.count_nonzero(codes))
+        shares = codes[codes > 0] / max(codes.sum(), 1)
+        special = self._id_counts[self._codebook_size :]
+        return {
+            "sentences": self._sentences,
+            "tokens": self._tokens,
+            "shortest": self._shortest,
+            "longest": self._longest,
+            "mean_length": self._tokens / max(self._sentences, 1),
+            "not_whole_images": self._partial_images,
+            "lengths_in_images": {str(length): self._lengths[length] for length in sorted(self._lengths)},
+            "codes_used": codes_used,
+            "codes_used_share": codes_used / self._codebook_size,
+            "codes_perplexity": float(np.exp(-(shares * np.log(shares)).sum())) if codes_used else 0.0,
+            "special_ids": {str(self._codebook_size + i): int(count) for i, count in enumerate(special) if count},
+            "kinds": dict(self._kinds.most_common()),
+        }
+
+    def _count_batch(self) -> None:
+        if self._batch_ids:
+            self._id_counts += np.bincount(np.concatenate(self._batch), minlength=len(self._id_counts))
+        self._batch, self._batch_ids = [], 0
+
+
+def table(statistics: Mapping[str, Any], codebook_size: int, tokens_per_image: int) -> str:
+    """Formats the statistics, with those of bad lines, for a terminal."""
+    values = {
+        "files": f"{statistics['files']:,}",
+        "sentences": f"{statistics['sentences']:,}",
+        "tokens": f"{statistics['tokens']:,}",
+        "shortest": f"{statistics['shortest'] or 0:,} tokens",
+        "longest": f"{statistics['longest']:,} tokens",
+        "average": f"{statistics['mean_length']:,.1f} tokens",
+        "codes used": f"{statistics['codes_used']:,} of {codebook_size:,} ({statistics['codes_used_share']:.1%})",
+        "perplexity of codes": f"{statistics['codes_perplexity']:,.1f}",
+        "special ids": f"{sum(statistics['special_ids'].values()):,}",
+        "bad lines": f"{statistics['bad_lines']:,}",
+    }
+    lines = [f"{name:<20} {value}" for name, value in values.items()]
+    if statistics["not_whole_images"]:
+        lines.append(
+            f"{statistics['not_whole_images']:,} sentences are not a whole number of images, {tokens_per_image} tokens "
+            "each (--tokens_per_image)"
+        )
+    lines += ["", "  images  sentences", *_text_bars(statistics["lengths_in_images"], 8)]
+    width = max([len(kind) for kind in statistics["kinds"]] + [4])
+    lines += ["", f"{'kind':{width}}  sentences", *_text_bars(statistics["kinds"], width)]
+    lines += ["", *statistics["first_bad_lines"]] if statistics["bad_lines"] else []
+    unlisted = statistics["bad_lines"] - len(statistics["first_bad_lines"])
+    return "\n".join([*lines, *([f"and {unlisted:,} more bad lines"] if unlisted else [])])
+
+
+def _text_bars(counts: Mapping[str, int], width: int) -> list[str]:
+    """Returns a line for each of the first entries, and one with the number of the others."""
+    largest = max(counts.values(), default=1)
+    lines = [
+        f"{name:>{width}}  {count:>9,} {'#' * round(_BAR_CHARACTERS * count / largest)}"
+        for name, count in list(counts.items())[:_MAX_ROWS]
+    ]
+    return lines + ([f"and {len(counts) - _MAX_ROWS:,} more"] if len(counts) > _MAX_ROWS else [])
+
+
+def plot(statistics: Mapping[str, Any], code_counts: np.ndarray) -> "Figure":
+    """Plots sentences by length, uses of each code (the most used first), and sentences by kind."""
+    figure = charts.new_figure(8, 9)
+    lengths, codes, kinds = figure.subplots(3)
+    _plot_bars(lengths, "Sentences by length", "images", statistics["lengths_in_images"])
+    uses = np.sort(code_counts[code_counts > 0])[::-1]
+    codes.plot(np.arange(1, len(uses) + 1), uses, color=_COLOUR)
+    codes.set_xlim(0, len(code_counts))
+    if len(uses):
+        codes.set_yscale("log")
+    usage = f"{len(uses):,} of {len(code_counts):,} codes used, perplexity {statistics['codes_perplexity']:,.0f}"
+    _label(codes, f"Uses of each code: {usage}", "codes, the most used first")
+    _plot_bars(kinds, "Sentences by kind", "kind", dict(list(statistics["kinds"].items())[:_MAX_ROWS]))
+    return figure
+
+
+def _plot_bars(axes: "Axes", title: str, x_label: str, counts: Mapping[str, int]) -> None:
+    axes.bar(range(len(counts)), list(counts.values()), color=_COLOUR)
+    ticks = range(0, len(counts), max(1, -(-len(counts) // _MAX_TICKS)))
+    axes.set_xticks(ticks, [list(counts)[i] for i in ticks])
+    _label(axes, title, x_label)
+
+
+def _label(axes: "Axes", title: str, x_label: str) -> None:
+    charts.style(axes)
+    axes.set_title(title, fontsize=charts.TITLE_SIZE, loc="left")
+    axes.set_xlabel(x_label, fontsize=charts.LABEL_SIZE)
