@@ -41,7 +41,7 @@ ALLOWED = {
 # Users know this command by its old name. It imports the service inside its main function.
 ALIASES = {"EasyLM.models.llama.llama_serve"}
 OPTIONAL = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", "av", "gradio", "fastapi", "uvicorn"}
-OPTIONAL |= {"skimage", "sklearn", "wandb", "matplotlib", "starlette", "fastapi_offline"}
+OPTIONAL |= {"skimage", "sklearn", "wandb", "tensorboardX", "matplotlib", "starlette", "fastapi_offline"}
 MOST_MODULES = 9  # directly in a package
 MOST_FUNCTION_LINES, MOST_FILE_LINES, MOST_TEST_LINES = 60, 300, 400
 # Folders that are being rebuilt; the limits hold in the rest.

@@ -105,6 +105,8 @@ CONTRACT = {
     "llama": dict.fromkeys(llama_config.FIELDS),
     "logger": {
         "online": False,
+        "wandb": True,
+        "tensorboard": False,
         "prefix": "",
         "project": "lvm",
         "output_dir": "runs",

@@ -1,5 +1,8 @@
-"""What reaches wandb, and what a killed run's `metrics.jsonl` goes on as."""
+"""Metrics: `metrics.jsonl` after a kill, what reaches wandb and TensorBoard, and services that fail."""
 
+import json
+import subprocess
+import sys
 import types
 
 import jax
@@ -8,7 +11,7 @@ import wandb
 
 from EasyLM import flags
 from EasyLM.errors import UserError
-from EasyLM.training import metrics_log
+from EasyLM.training import metrics_log, metrics_sinks
 
 SETTINGS = {"seed": 42}
 
@@ -23,19 +26,19 @@ def calls(monkeypatch):
         return types.SimpleNamespace(log=seen.rows.append, finish=lambda: seen.rows.append("finished"))
 
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(metrics_log, "random", types.SimpleNamespace(uniform=lambda *bounds: bounds))
-    monkeypatch.setattr(metrics_log, "time", types.SimpleNamespace(sleep=seen.delays.append))
+    monkeypatch.setattr(metrics_sinks, "random", types.SimpleNamespace(uniform=lambda *bounds: bounds))
+    monkeypatch.setattr(metrics_sinks, "time", types.SimpleNamespace(sleep=seen.delays.append))
     monkeypatch.delenv("WANDB_MODE")
     return seen
 
 
-def log(run_dir, *figures, all_processes=False, **values):
+def log(run_dir, *rows, all_processes=False, **values):
     config = flags.defaults(metrics_log.LOGGER_FLAGS)
     config.update(values)
-    figures_log = metrics_log.Logger(config, str(run_dir), SETTINGS, all_processes)
-    for row in figures:
-        figures_log.log(row)
-    figures_log.close()
+    logger = metrics_log.Logger(config, str(run_dir), SETTINGS, all_processes)
+    for row in rows:
+        logger.log(row)
+    logger.close()
 
 
 DEFAULT = {
@@ -69,27 +72,27 @@ def test_flags_reach_wandb(tmp_path, calls, given, passed):
     assert calls.rows == [{"step": 0, "loss": None}, "finished"] and calls.delays == []
 
 
-def test_the_environment_has_the_last_word(tmp_path, calls, monkeypatch):
+def test_wandb_mode_takes_precedence(tmp_path, calls, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log(tmp_path / "a", online=True)
     assert calls.inits[0]["mode"] == "disabled"
 
 
-def test_wandb_writes_where_it_is_told_and_starts_late(tmp_path, calls):
+def test_wandb_dir_and_random_delay(tmp_path, calls):
     log(tmp_path / "a", wandb_dir=str(tmp_path / "w" / "b"), random_delay=5.0)
     assert calls.inits[0]["dir"] == str(tmp_path / "w" / "b") and (tmp_path / "w" / "b").is_dir()
     assert calls.delays == [(0, 5.0)]
 
 
 @pytest.mark.parametrize("all_processes", [True, False])
-def test_another_process_writes_on_request_under_a_name_of_its_own(tmp_path, calls, monkeypatch, all_processes):
+def test_processes_above_0_log_on_request_under_their_own_names(tmp_path, calls, monkeypatch, all_processes):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     log(tmp_path / "a", {"step": 0}, all_processes=all_processes)
     assert [(call["id"], call["name"]) for call in calls.inits] == [("a-1", "a-1")] * all_processes
     assert [path.name for path in tmp_path.rglob("*.jsonl")] == ["metrics_1.jsonl"] * all_processes
 
 
-def test_wandb_that_does_not_start_says_so(tmp_path, calls, monkeypatch):
+def test_wandb_that_does_not_start_is_an_error(tmp_path, calls, monkeypatch):
     def init(**_):
         raise wandb.Error("no API key")
 
@@ -99,18 +102,99 @@ def test_wandb_that_does_not_start_says_so(tmp_path, calls, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "found, kept",
+    "content, kept",
     [
         (None, ""),
         ("", ""),
         ('{"step": 0}\n', '{"step": 0}\n'),
         ('{"step": 0}\n{"step": 1, "lo', '{"step": 0}\n{"step": 1, "lo\n'),
-        ('{"step": 0}', '{"step": 0}\n'),  # all of it, but for the line's end
+        ('{"step": 0}', '{"step": 0}\n'),  # whole but for the newline
     ],
 )
-def test_what_follows_half_a_line_is_on_one_of_its_own(tmp_path, calls, found, kept):
+def test_a_torn_last_line_is_ended(tmp_path, calls, content, kept):
     path = tmp_path / "metrics.jsonl"
-    if found is not None:
-        path.write_text(found)
+    if content is not None:
+        path.write_text(content)
     log(tmp_path, {"step": 1}, {"step": 2})
     assert path.read_text() == kept + '{"step": 1}\n{"step": 2}\n'
+
+
+def test_wandb_false_does_not_import_wandb(tmp_path):
+    program = f"""
+import sys
+sys.modules["wandb"] = None  # an import raises ImportError
+from EasyLM import flags
+from EasyLM.training import metrics_log
+config = flags.defaults(metrics_log.LOGGER_FLAGS)
+config.wandb = False
+logger = metrics_log.Logger(config, {str(tmp_path)!r}, {{}})
+logger.log({{"step": 0}})
+logger.close()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_wandb_is_needed_only_online(tmp_path, monkeypatch, caplog):
+    for module in (metrics_log, metrics_sinks):
+        monkeypatch.setattr(module, "wandb_is_installed", lambda: False)
+    log(tmp_path, {"step": 0})
+    assert "wandb is not installed" in caplog.text
+    with pytest.raises(UserError, match=r"--logger\.online=True needs the package wandb: pip install wandb"):
+        log(tmp_path, {"step": 0}, online=True)
+
+
+def test_a_service_that_fails_does_not_end_the_run(tmp_path, calls, monkeypatch, caplog):
+    def fail(*_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: types.SimpleNamespace(log=fail, finish=fail))
+    log(tmp_path, {"step": 0}, {"step": 1})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert caplog.text.count("WandbSink failed and is not used any more: no network") == 1
+
+
+def test_a_service_that_does_not_close_does_not_end_the_run(tmp_path, calls, monkeypatch, caplog):
+    def fail():
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: types.SimpleNamespace(log=lambda row: None, finish=fail))
+    log(tmp_path, {"step": 0})
+    assert "WandbSink did not close: no network" in caplog.text
+
+
+class FakeWriter:
+    """Stands for tensorboardX.SummaryWriter."""
+
+    def __init__(self, directory):
+        self.path = f"{directory}.json"
+        self.scalars = []
+
+    def add_scalar(self, *scalar):
+        self.scalars.append(scalar)
+
+    def close(self):
+        with open(self.path, "w") as file:
+            json.dump(self.scalars, file)
+
+
+def test_tensorboard_gets_each_finite_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_sinks, "check_installed", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=FakeWriter))
+    rows = [{"step": 3, "loss": 2.5, "lr": float("nan"), "device": "cpu"}, {"step": 4, "loss": 2.25, "epoch": 1}]
+    log(tmp_path, *rows, wandb=False, tensorboard=True)
+    scalars = json.loads((tmp_path / "tensorboard.json").read_text())
+    assert scalars == [["loss", 2.5, 3], ["loss", 2.25, 4], ["epoch", 1, 4]]
+
+
+def test_tensorboard_without_its_package_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--logger.tensorboard=True needs the package tensorboardX: pip .*tensorboard"):
+        log(tmp_path, wandb=False, tensorboard=True)
+
+
+def test_tensorboard_event_files_hold_the_metrics(tmp_path):
+    pytest.importorskip("tensorboardX")
+    log(tmp_path, {"step": 7, "loss": 2.5}, wandb=False, tensorboard=True)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in path.read_bytes()

@@ -1,0 +1,169 @@
+"""Where metrics are written: `metrics.jsonl`, wandb, TensorBoard. Each is a `MetricsSink`."""
+
+import importlib.util
+import io
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import IO, Any, Literal, Protocol, cast
+
+import fsspec
+
+from EasyLM.errors import UserError, check_installed
+from EasyLM.storage import is_remote
+
+_REMOTE_FLUSH_SECONDS = 60  # between two uploads of a file on an object store
+Row = dict[str, Any]  # metrics of a step: JSON values by name, `step` among them
+
+
+class MetricsSink(Protocol):
+    """Takes the metrics of the logged steps."""
+
+    def log(self, row: Row) -> None:
+        """Writes the metrics of a step."""
+
+    def close(self) -> None:
+        """Writes what is buffered and releases the file or the connection."""
+
+
+class JsonLinesSink:
+    """Appends one JSON object a line. A torn last line, which a killed run leaves, is ended first.
+
+    Args:
+      path: a local path, whose directory is made if missing, or a remote one.
+
+    Raises:
+      OSError: if the file cannot be opened.
+    """
+
+    def __init__(self, path: str):
+        self._file = _open_to_append(path)
+        if self._file.seek(0, os.SEEK_END):
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+
+    def log(self, row: Row) -> None:
+        """Writes and flushes a line."""
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _open_to_append(path: str) -> IO[bytes]:
+    if is_remote(path):
+        return _RemoteFile(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return open(path, "ab+")
+
+
+class _RemoteFile(io.BytesIO):
+    """A file on an object store, which cannot append: uploaded whole, at most once a minute and when it is closed."""
+
+    def __init__(self, path: str):
+        self._store, self._name = fsspec.url_to_fs(path)
+        super().__init__(self._store.cat_file(self._name) if self._store.exists(self._name) else b"")
+        self.seek(0, os.SEEK_END)
+        self._uploaded = time.monotonic()
+
+    def flush(self) -> None:
+        if time.monotonic() - self._uploaded > _REMOTE_FLUSH_SECONDS:
+            self._store.pipe_file(self._name, self.getvalue())
+            self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._store.pipe_file(self._name, self.getvalue())
+        super().close()
+
+
+class WandbSink:
+    """A wandb run, online or as offline files.
+
+    Args:
+      settings: the values of LOGGER_FLAGS.
+      run_dir: the run directory; its last part names the wandb run.
+      run_settings: all settings of the run, shown by wandb.
+      process: the index of this process; processes above 0 log to runs of their own.
+
+    Raises:
+      UserError: if wandb is not installed, or does not start.
+    """
+
+    def __init__(self, settings: Any, run_dir: str, run_settings: Mapping[str, Any], process: int):
+        if not wandb_is_installed():
+            raise UserError("--logger.online=True needs the package wandb: pip install wandb")
+        import wandb
+
+        if settings.random_delay > 0:
+            time.sleep(random.uniform(0, settings.random_delay))
+        directory = settings.wandb_dir or (tempfile.gettempdir() if is_remote(run_dir) else run_dir)
+        name = os.path.basename(os.path.normpath(run_dir)) + (f"-{process}" if process else "")
+        # WANDB_MODE, wandb's own variable, takes precedence: a cluster without a network sets it to offline.
+        mode = os.environ.get("WANDB_MODE") or ("online" if settings.online else "offline")
+        try:
+            os.makedirs(directory, exist_ok=True)
+            self._run = wandb.init(
+                mode=cast(Literal["online", "offline", "disabled"], mode),
+                project=f"{settings.prefix}--{settings.project}" if settings.prefix else settings.project,
+                dir=directory,
+                id=name,
+                name=name,
+                resume="allow",
+                config=dict(run_settings),
+                notes=settings.notes or None,
+                entity=settings.entity or None,
+                settings=wandb.Settings(silent=True),
+                **({"anonymous": settings.anonymous} if settings.anonymous else {}),  # deprecated: warns if given
+            )
+        except (wandb.Error, OSError) as error:
+            raise UserError(
+                f"--logger.online={settings.online} --logger.wandb_dir={directory}: wandb did not start ({error}); "
+                "run `wandb login`, or set --logger.online=False or --logger.wandb=False"
+            ) from error
+
+    def log(self, row: Row) -> None:
+        """Sends the metrics, or adds them to the offline files."""
+        self._run.log(row)
+
+    def close(self) -> None:
+        """Ends the wandb run."""
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """TensorBoard event files, each metric a scalar over the steps.
+
+    Args:
+      directory: where the event files are written.
+
+    Raises:
+      UserError: if the package tensorboardX is missing.
+    """
+
+    def __init__(self, directory: str):
+        check_installed("--logger.tensorboard=True", "tensorboard", "tensorboardX")
+        import tensorboardX
+
+        self._writer = tensorboardX.SummaryWriter(directory)
+
+    def log(self, row: Row) -> None:
+        """Adds the numbers of a step; a metric that is not finite is left out."""
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Writes the last events and closes the file."""
+        self._writer.close()
+
+
+def wandb_is_installed() -> bool:
+    """Whether wandb can be imported; looks for it without importing it."""
+    return importlib.util.find_spec("wandb") is not None
