@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Pictures and visual sentences for the demonstration models: rendered scenes with exact annotations, the scenes also seen
-# through a hole and in gray, photographs that scikit-image and scikit-learn carry, and clips. Every sentence is 8
-# pictures of 64 tokens: one row of 512.
-#   bash scripts/demo_sentences.sh FOLDER SEED SCENES EPOCHS PHOTOS CLIPS    -> FOLDER/pictures/..., FOLDER/*.jsonl
+# Renders images and builds visual sentences for the demonstration models.
+#
+#   bash scripts/demo_sentences.sh FOLDER SEED SCENES EPOCHS PHOTOS CLIPS
+#
+# Writes FOLDER/pictures/... and FOLDER/*.jsonl: scenes with their annotations (EPOCHS epochs), scenes with a hole and gray
+# scenes (2 epochs), photographs of scikit-image and scikit-learn (2 epochs), and clips. SCENES, PHOTOS and CLIPS are
+# numbers; 0 leaves them out. Each sentence has 8 images of 64 tokens: one row of 512 tokens.
+# Needs the extra `quickstart`, no GPU and no download.
 set -euo pipefail
 out=$1 seed=$2 scenes=$3 epochs=$4 photos=$5 clips=$6
 pictures=$out/pictures

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# From pictures to a picture that the model made, on a CPU, in about ten minutes after the installation:
-# photographs and rendered scenes -> visual sentences -> training -> export to Hugging Face -> few-shot prompts.
+# Runs the complete pipeline on a CPU: images -> visual sentences -> training -> Hugging Face export -> few-shot prompts.
+#
 #   bash scripts/quickstart.sh [FOLDER]     (default: runs/quickstart)
-# The model that ships with the project (made by scripts/make_demo_model.sh) goes on learning from new pictures here.
-# QUICKSTART_STEPS=20 makes it shorter (and its answers no better than the shipped model's).
+#
+# Takes three to ten minutes after the installation. Needs Python 3.11 or newer; scripts/setup.sh installs the rest.
+# Training starts from evaluation/demo_model and continues on newly rendered images. QUICKSTART_STEPS=20 shortens it; the
+# answers are then no better than those of evaluation/demo_model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -14,11 +16,11 @@ scenes=$((steps * 2))
 rm -rf "$out/model"
 export WANDB_MODE=${WANDB_MODE:-disabled}
 
-echo "== 1. Pictures and visual sentences"
+echo "== 1. Render images, build visual sentences"
 bash scripts/demo_sentences.sh "$out/data" 100 "$scenes" 1 "$scenes" $((scenes / 5))
 python -m tokenizer.detokenize --input_file="$out/data/depth.jsonl" --output_dir="$out/sentences" --limit=3
 
-echo "== 2. Training goes on from the shipped model"
+echo "== 2. Continue training from evaluation/demo_model"
 files=$(ls "$out"/data/*.jsonl | paste -sd,)
 python -m EasyLM.models.llama.llama_train \
     --load_llama_config=json::scripts/demo_model.json --load_checkpoint=huggingface::evaluation/demo_model \
@@ -35,7 +37,7 @@ echo "== 3. Export to Hugging Face"
 python -m EasyLM.models.llama.convert_easylm_to_hf \
     --load_checkpoint="params::$run/streaming_params" --output_dir="$out/model"
 
-echo "== 4. Prompts with scenes and photographs that no model has seen"
+echo "== 4. Evaluate few-shot prompts on held-out scenes and photographs"
 held_out=$out/held_out
 python -m tokenizer.render --output_dir="$held_out" --seed=101 --size=32 --num=24 --num_photos=24 --num_clips=24 \
     --clip_frames=8 --held_out_photos=True

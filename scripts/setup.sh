@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv (or $VENV) and installs the project into it, on a machine that has Python >= 3.11 and
-# nothing else: no torch, no CUDA. Takes about two minutes.
+# Creates the virtual environment .venv (or $VENV) and installs the project into it.
 #
-#   bash scripts/setup.sh                 what the quickstart needs
-#   bash scripts/setup.sh gpu             a machine with NVIDIA GPUs; tpu: a TPU host; several as gpu,video
+#   bash scripts/setup.sh                 for the quickstart, on a CPU
+#   bash scripts/setup.sh gpu             with further extras: gpu, tpu, video, serve, text, dev; several as gpu,video
+#
+# Takes about two minutes. Needs Python 3.11 or newer (set $PYTHON to choose one); no torch, no CUDA toolkit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 if [ ! -x "$venv/bin/python" ]; then
     for python in ${PYTHON:-python3.12 python3.11 python3.13 python3}; do
-        # Tried, not only looked for: a name on the PATH may lead nowhere.
+        # Run it, because a name on the PATH can be a broken link.
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
         python=
     done
