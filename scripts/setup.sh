@@ -2,7 +2,7 @@
 # Creates the virtual environment .venv (or $VENV) and installs the project into it.
 #
 #   bash scripts/setup.sh                 for the quickstart, on a CPU
-#   bash scripts/setup.sh gpu             with further extras: gpu, tpu, video, serve, text, dev; several as gpu,video
+#   bash scripts/setup.sh gpu             with further extras: gpu, tpu, torch, video, text, serve, dev (several: gpu,video)
 #
 # Takes about two minutes. Needs Python 3.11 or newer (set $PYTHON to choose one); no torch, no CUDA toolkit.
 set -euo pipefail

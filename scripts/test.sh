@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# The whole test: lint, types, layout, fast and slow tests on 8 virtual CPU devices, then the commands of the documents on small
-# sizes. Installs what it needs into .venv (or $VENV). About 30 minutes on two cores; `scripts/test.sh fast` takes 3.
+# Runs all checks: lint, types, fast and slow tests on 8 virtual CPU devices, the commands of the documents, the quickstart.
+#
+#   bash scripts/test.sh          everything: about 30 minutes on two CPU cores
+#   bash scripts/test.sh fast     lint, types and fast tests: about 3 minutes
+#
+# Needs Python 3.11 or newer and a network connection; installs its dependencies into .venv (or $VENV).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev,text,serve
 . "${VENV:-.venv}/bin/activate"
-# Pinned: a plain `torch` brings gigabytes of CUDA. Needed only to read .bin weights and to check exports.
+# torch reads .bin weights and checks exports. The version is pinned, because other builds install gigabytes of CUDA.
 python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5"
 ruff check .
 ruff format --check .
@@ -14,12 +18,12 @@ if [ "${1:-all}" = fast ]; then
     exec python -m pytest -q -m "not slow"
 fi
 python -m pytest -q -m "not slow"
-# The page is tried in a browser where one can be had; elsewhere its test says why it is skipped.
+# The test of the demo page needs a browser. Without one, it is skipped and prints the reason.
 if ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
     apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null || true
 fi
 python -m pytest -q -m slow
-rm -rf /tmp/lvm # where the documents' commands write
+rm -rf /tmp/lvm # output folder of the documents' commands
 for document in DATASET.md evaluation/EVAL.md; do
     WANDB_MODE=disabled bash scripts/run_commands.sh "$document"
 done
@@ -35,7 +39,7 @@ for task, measured in json.load(open(sys.argv[1]))["tasks"].items():
     figures["mse"] = last["mse"]["model"], last["mse"]["copy_last"]
     for name, (ours, baseline) in figures.items():
         print(f"{task} {name}: {ours['mean']:.4g}, baseline {baseline['mean']:.4g}")
-        # Within the error: another machine rounds otherwise, and so draws a few other tokens.
+        # mse is compared up to its standard error: rounding differs between machines and changes a few tokens.
         least = ours["mean"] - (ours["standard_error"] if name == "mse" else 0)
         assert least < baseline["mean"], "the quickstart's answers must beat their baselines"
 EOF
