@@ -1,6 +1,8 @@
 """The one exception that means: the user can mend this."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -9,6 +11,15 @@ class UserError(ValueError):
     Entry points print it as one line and exit with code 2 (`flags.run`); any other exception is a fault of ours and
     keeps its traceback.
     """
+
+
+@contextlib.contextmanager
+def prefix_errors(subject: str) -> Iterator[None]:
+    """Puts `subject: `, such as `--flag=value: `, before the message of a UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{subject}: {error}") from error
 
 
 def choose(name: str, value: str, choices) -> str:

@@ -28,8 +28,7 @@ from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter
 from evaluation.runs.lines import Results
 from evaluation.runs.loops import UNFINISHED
 from evaluation.tasks import benchmarks, contact_sheet, metrics, plots, tasks
-from tokenizer.image_quality import inception, lpips
-from tokenizer.image_quality.metrics import Gaussian, frechet_distance
+from tokenizer.image_quality import FeatureStatistics, frechet_distance, inception, lpips, warn_if_few
 from tokenizer.media import charts, images
 from tokenizer.synthetic import scenes
 
@@ -181,7 +180,7 @@ def _sources(config, frames: int) -> list[tasks.Source]:
 def _figures(lpips_weights: str) -> dict[str, Callable]:
     if not lpips_weights:
         return metrics.PICTURE_FIGURES
-    params = lpips.load(lpips_weights, "lpips_weights")
+    params = lpips.load(lpips_weights)
     return metrics.PICTURE_FIGURES | {"lpips": partial(jax.jit(lpips.distance), params)}
 
 
@@ -213,7 +212,7 @@ def measure(
     true_tokens_QN = tokens_nN[task.prompts.answer_Q]
     through_tokenizer = prompter.draw(true_tokens_QN)
     if network:
-        inception.warn_of_few(task.name, len(truths))
+        warn_if_few(task.name, len(truths))
     by_frequency_QN = metrics.unigram_log_likelihoods(true_tokens_QN, prompter.codec.config.num_embeddings)
     curve = []
     least_QN = None  # the likelihoods at the fewest shots
@@ -269,8 +268,8 @@ def _answers(config, prompter: Prompter, prompts_QPN, true_tokens_QN, what: str)
 
 def fids(network: inception.Inception, compared: dict[str, np.ndarray], truths: np.ndarray) -> dict[str, float]:
     """FID of each one's answers against the truths, both [Q,S,S,3]."""
-    true = Gaussian.of(network(truths))
-    return {who: frechet_distance(Gaussian.of(network(drawn)), true) for who, drawn in compared.items()}
+    true = FeatureStatistics.of(network(truths))
+    return {who: frechet_distance(FeatureStatistics.of(network(drawn)), true) for who, drawn in compared.items()}
 
 
 def baselines(task: tasks.Task, shots: int) -> dict[str, np.ndarray]:

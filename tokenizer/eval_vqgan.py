@@ -1,38 +1,57 @@
-"""What a tokenizer keeps of pictures: `python -m tokenizer.eval_vqgan --vqgan=DIR --input_dirs=D1,D2`.
+"""Measures the reconstructions of a tokenizer: `python -m tokenizer.eval_vqgan --vqgan=DIR --input_dirs=D1,D2`.
 
-Prints, for each folder, PSNR and SSIM (means over its pictures) and how its pictures use the codebook, with
-`--inception_weights` also rFID, the distance between the features of pictures and of what their codes keep; with
-`--output_json` the same as JSON, with `--output_picture` a sheet of pictures, each above what its codes keep of it.
+Prints PSNR, SSIM (means over images) and code usage of each folder, and with `--inception_weights` rFID. Writes the
+same as JSON with `--output_json`, and originals above their reconstructions as one image with `--output_picture`.
 """
 
 import concurrent.futures
+import dataclasses
 import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output, write_json
-from tokenizer.image_quality import inception, metrics
+from tokenizer.image_quality import FeatureStatistics, code_usage, frechet_distance, inception, psnr, ssim, warn_if_few
 from tokenizer.media import folders, grids, images
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 FLAGS = {
-    "input_dirs": Flag("", "Comma list of folders of pictures, those below them included.", required=True),
-    "limit": Flag(0, "Take only the first so many pictures of each folder; 0: all.", least=0),
+    "input_dirs": Flag("", "Comma list of folders of images, searched recursively.", required=True),
+    "limit": Flag(0, "Number of images taken from each folder, in name order; 0: all.", least=0),
     "inception_weights": Flag("", "File of pytorch-fid's InceptionV3. Adds rFID."),
-    "output_json": Flag("", "File for the figures."),
-    "output_picture": Flag(
-        "", "Picture file: a row of each folder's first pictures above what the codes keep of them."
-    ),
-    "columns": Flag(12, "Pictures of a row there.", least=1),
+    "output_json": Flag("", "File for the metrics."),
+    "output_picture": Flag("", "Image file: a row of each folder's first images above their reconstructions."),
+    "columns": Flag(12, "Images in a row of --output_picture.", least=1),
     **CODEC_FLAGS,
 }
 
 
-def main(config) -> None:
-    """Measures and prints."""
+@dataclasses.dataclass(frozen=True)
+class FolderResult:
+    """What `measure` returns for the images of a folder.
+
+    Attributes:
+      metrics: as in the JSON file, without rFID.
+      counts_K: how often each code occurs.
+      rows: the first originals, and their reconstructions: two arrays of bytes [columns,S,S,3].
+      features: statistics of the features of originals and of reconstructions; empty without a network.
+    """
+
+    metrics: dict[str, float]
+    counts_K: np.ndarray  # noqa: N815
+    rows: list[np.ndarray]
+    features: tuple[FeatureStatistics, FeatureStatistics]
+
+
+def main(config: ConfigDict) -> None:
+    """Measures each folder and prints and writes the results."""
     directories = [name for name in config.input_dirs.split(",") if name]
     if not directories:
         raise UserError(f"--input_dirs={config.input_dirs}: names no folder")
@@ -40,86 +59,94 @@ def main(config) -> None:
         check_output(config.output_json, "output_json")
     if config.output_picture:
         images.check_output(config.output_picture, "output_picture")
-    found = [folders.list_images(folder, "input_dirs")[: config.limit or None] for folder in directories]
-    network = inception.Inception(config.inception_weights, config.batch_size) if config.inception_weights else None
+    paths = {folder: folders.list_images(folder, "input_dirs")[: config.limit or None] for folder in directories}
+    network = None
+    if config.inception_weights:
+        with prefix_errors(f"--inception_weights={config.inception_weights}"):
+            network = inception.Inception(config.inception_weights, config.batch_size)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
-    figures, used, rows = {}, np.zeros(codec.config.num_embeddings, np.int64), []
-    sides = metrics.Gaussian(), metrics.Gaussian()
-    for folder, paths in zip(directories, found, strict=True):
-        figures[folder], counts_K, row, parts = measure(codec, network, paths, config)
-        used += counts_K
-        rows += row
+
+    metrics: dict[str, dict[str, Any]] = {}
+    counts_K, rows = np.zeros(codec.config.num_embeddings, np.int64), []
+    features = FeatureStatistics(), FeatureStatistics()
+    for folder in directories:
+        result = measure(codec, network, paths[folder], config.batch_size, config.columns)
+        metrics[folder] = result.metrics
+        counts_K += result.counts_K
+        rows += result.rows
         if network:
-            figures[folder]["rfid"] = rfid(folder, *parts)
-            for side, part in zip(sides, parts, strict=True):
-                side.join(part)
-        print(_line(folder, figures[folder]))
-    usage = figures["all"] = {"pictures": sum(map(len, found)), **code_usage(used)}
+            metrics[folder]["rfid"] = rfid(folder, *result.features)
+            for total, part in zip(features, result.features, strict=True):
+                total.merge(part)
+        print(_summary(folder, metrics[folder]))
+    total = metrics["all"] = {"pictures": sum(map(len, paths.values())), **_code_usage(counts_K)}
     if network:
-        usage["rfid"] = rfid("all", *sides)
-    shares = f"{usage['codes_used']:.1%} of {len(used)} codes used, perplexity {usage['code_perplexity']:.0f}"
-    print(f"all: {shares}{_rfid_words(usage)}")
+        total["rfid"] = rfid("all", *features)
+    usage = f"{total['codes_used']:.1%} of {len(counts_K)} codes used, perplexity {total['code_perplexity']:.0f}"
+    print(f"all: {usage}{_rfid_suffix(total)}")
     if config.output_json:
-        write_json(config.output_json, figures)
+        write_json(config.output_json, metrics)
     if config.output_picture:
         images.save(config.output_picture, grids.grid(np.concatenate(rows), config.columns))
 
 
-def measure(codec: Codec, network: inception.Inception | None, paths, config) -> tuple[dict, np.ndarray, list, tuple]:
-    """(figures of the pictures, how often each code was chosen [K], the sheet's two rows of bytes, gaussians).
+def measure(
+    codec: Codec, network: inception.Inception | None, paths: Sequence[pathlib.Path], batch_size: int, columns: int
+) -> FolderResult:
+    """Encodes and decodes the images of a folder and compares them with the originals.
 
-    The gaussians are of the features of the pictures and of what is kept of them, or empty without a network.
+    Args:
+      network: for the features; None: without.
+      columns: how many images the rows have.
     """
-    values, rows, sides = {"psnr": [], "ssim": []}, [], (metrics.Gaussian(), metrics.Gaussian())
+    values: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
+    pairs, features = [], (FeatureStatistics(), FeatureStatistics())
     counts_K = np.zeros(codec.config.num_embeddings, np.int64)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), unit="image") as bar:
-        for start in range(0, len(paths), config.batch_size):
-            part = paths[start : start + config.batch_size]
-            pixels = np.stack(list(pool.map(lambda path: images.load(path, codec.config.resolution), part)))
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            pixels = np.stack(list(pool.map(lambda path: images.load(path, codec.config.resolution), batch)))
             codes = codec.encode(pixels)
-            drawn = codec.decode(codes)
+            reconstructions = codec.decode(codes)
             counts_K += np.bincount(codes.ravel(), minlength=len(counts_K))
-            values["psnr"].append(metrics.psnr(drawn, pixels))
-            values["ssim"].append(metrics.ssim(drawn, pixels))
+            values["psnr"].append(psnr(reconstructions, pixels))
+            values["ssim"].append(ssim(reconstructions, pixels))
             if network:
-                for side, shown in zip(sides, (pixels, drawn), strict=True):
-                    side.join(metrics.Gaussian.of(network(shown)))
-            if start < config.columns:
-                rows.append((pixels, drawn))
-            bar.update(len(part))
+                for statistics, side in zip(features, (pixels, reconstructions), strict=True):
+                    statistics.merge(FeatureStatistics.of(network(side)))
+            if start < columns:
+                pairs.append((pixels, reconstructions))
+            bar.update(len(batch))
     means = {name: float(np.concatenate(parts).mean()) for name, parts in values.items()}
-    sheet = [images.to_uint8(_filled(np.concatenate(side), config.columns)) for side in zip(*rows)]
-    return {"pictures": len(paths), **means, **code_usage(counts_K)}, counts_K, sheet, sides
+    rows = [images.to_uint8(_fill_row(np.concatenate(side), columns)) for side in zip(*pairs)]
+    return FolderResult({"pictures": len(paths), **means, **_code_usage(counts_K)}, counts_K, rows, features)
 
 
-def rfid(what: str, pictures: metrics.Gaussian, kept: metrics.Gaussian) -> float:
-    """FID of what is kept of pictures against the pictures themselves; a warning where they are too few."""
-    inception.warn_of_few(what, pictures.count)
-    return metrics.frechet_distance(pictures, kept)
+def rfid(name: str, originals: FeatureStatistics, reconstructions: FeatureStatistics) -> float:
+    """FID of reconstructions against their originals. Logs a warning if there are too few."""
+    warn_if_few(name, originals.count)
+    return frechet_distance(originals, reconstructions)
 
 
-def code_usage(counts_K: np.ndarray) -> dict[str, float]:
-    """`codes_used`, the share of the codebook in use, and `code_perplexity`, exp of the codes' entropy."""
-    share_K = counts_K / counts_K.sum()
-    entropy = -(share_K[share_K > 0] * np.log(share_K[share_K > 0])).sum()
-    return {"codes_used": float((counts_K > 0).mean()), "code_perplexity": float(np.exp(entropy))}
+def _code_usage(counts_K: np.ndarray) -> dict[str, float]:
+    return {name: float(value) for name, value in code_usage(counts_K).items()}
 
 
-def _filled(pixels_nSS3: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` pictures, white ones after them where there are fewer."""
-    white = np.ones((max(count - len(pixels_nSS3), 0), *pixels_nSS3.shape[1:]), np.float32)
-    return np.concatenate([pixels_nSS3[:count], white])
+def _fill_row(pixels_nSS3: np.ndarray, columns: int) -> np.ndarray:
+    """The first `columns` images, followed by white ones if there are fewer."""
+    white = np.ones((max(columns - len(pixels_nSS3), 0), *pixels_nSS3.shape[1:]), np.float32)
+    return np.concatenate([pixels_nSS3[:columns], white])
 
 
-def _line(folder: str, figures: dict) -> str:
+def _summary(folder: str, metrics: dict[str, float]) -> str:
     return (
-        f"{folder}: {figures['pictures']} pictures, PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}, "
-        f"codes used {figures['codes_used']:.1%}, perplexity {figures['code_perplexity']:.0f}{_rfid_words(figures)}"
+        f"{folder}: {metrics['pictures']} pictures, PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}, "
+        f"codes used {metrics['codes_used']:.1%}, perplexity {metrics['code_perplexity']:.0f}{_rfid_suffix(metrics)}"
     )
 
 
-def _rfid_words(figures: dict) -> str:
-    return f", rFID {figures['rfid']:.2f}" if "rfid" in figures else ""
+def _rfid_suffix(metrics: dict[str, float]) -> str:
+    return f", rFID {metrics['rfid']:.2f}" if "rfid" in metrics else ""
 
 
 def cli() -> None:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM import checkpoints, flags
 from EasyLM.data.token_rows import permuted
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh
 from EasyLM.storage import is_remote, json_digest
@@ -170,13 +170,16 @@ def make_objective(config, settings: VQGANConfig) -> losses.Objective:
     """
     dtype = COMPUTE_DTYPES[config.dtype]
     asked = config.adversary.weight != 0
+    vgg_weights = config.perceptual.vgg_weights
+    with prefix_errors(f"--perceptual.vgg_weights={vgg_weights}"):
+        vgg = lpips.load(vgg_weights) if vgg_weights else None
     return losses.Objective(
         settings,
         dtype,
         gradient_weight=config.gradient_weight,
         perceptual_weight=config.perceptual.weight,
         locality_weight=config.locality_weight,
-        vgg=lpips.load(config.perceptual.vgg_weights) if config.perceptual.vgg_weights else None,
+        vgg=vgg,
         adversary=Adversary(**config.adversary, resolution=settings.resolution, dtype=dtype) if asked else None,
     )
 

@@ -10,16 +10,10 @@ import numpy as np
 
 from EasyLM.errors import UserError
 from EasyLM.storage import read_text_lines
-from tokenizer.image_quality.metrics import psnr, ssim
+from tokenizer.image_quality import mse, psnr, ssim
 from tokenizer.synthetic import scenes
 
 EDGE_TOLERANCE = 0.0075  # of the diagonal, as the Berkeley benchmark of boundaries has it
-
-
-def mse(pictures: np.ndarray, truths: np.ndarray) -> np.ndarray:
-    """Mean squared error of each picture; both [B, H, W, 3] in [0, 1]. Shape [B]."""
-    assert pictures.shape == truths.shape
-    return np.square(np.asarray(pictures, np.float64) - truths).mean(axis=(1, 2, 3))
 
 
 def nearest_colours(pictures_BHW3: np.ndarray, palette_C3: np.ndarray) -> np.ndarray:

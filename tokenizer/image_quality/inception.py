@@ -1,12 +1,12 @@
-"""Features for FID (arXiv 1706.08500): what InceptionV3 (arXiv 1512.00567) sees in a picture.
+"""Features of images for FID: the pooled activations of InceptionV3 (arXiv 1512.00567).
 
-The weights come from a local file: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, the network of the first
-FIDs, or the same tensors as safetensors. Where it differs from InceptionV3 elsewhere, so does this one: average pools
-leave the padding out, and the last block's pool takes the maximum.
-Shapes: n pictures, B of a batch, H W pixels, h w positions of a layer, C channels, D = 2048 features.
+The weights come from a local file: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, the network of the original
+FID, or the same tensors as safetensors. That network differs from other versions of InceptionV3, and this one follows
+it: average pools exclude the padding, and the pool of the last block takes the maximum.
+
+Shapes: n images, B images of a batch, H W pixels, h w positions of a layer, C channels, D = 2048 features.
 """
 
-import logging
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -19,14 +19,13 @@ import numpy as np
 from EasyLM.errors import UserError
 from tokenizer.vqgan import DeviceBatches, weights
 
-SIDE = 299  # pixels that the network takes
-LENGTH = 2048  # of a picture's features
-_NORM = ("weight", "bias", "running_mean", "running_var")  # of the batch normalization, as in the files
-_EPSILON = 1e-3  # of the same
+SIDE = 299  # pixels of the network's input
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")  # names in the files
+_BATCH_NORM_EPSILON = 1e-3
 
 
 class Conv(NamedTuple):
-    """A convolution, its batch normalization and relu. Its name is that of the files."""
+    """A convolution with batch normalization and ReLU, under its name in the files."""
 
     name: str
     out: int
@@ -41,19 +40,19 @@ def _pool(x_BhwC: jax.Array, initial: float, join: Callable, stride: int = 1, pa
 
 
 def _average(x_BhwC: jax.Array) -> jax.Array:
-    """Means of 3 x 3 positions, of those that are there: padding does not count."""
+    """Means of 3x3 positions without the padding."""
     rows_h, columns_w = (np.convolve(np.ones(extent), np.ones(3))[1:-1] for extent in x_BhwC.shape[1:3])
-    there_hw = np.outer(rows_h, columns_w).astype(np.float32)
-    return _pool(x_BhwC, 0.0, jax.lax.add) / there_hw[None, :, :, None]
+    count_hw = np.outer(rows_h, columns_w).astype(np.float32)
+    return _pool(x_BhwC, 0.0, jax.lax.add) / count_hw[None, :, :, None]
 
 
 _maximum = partial(_pool, initial=-jnp.inf, join=jax.lax.max)
-_HALF = (2, "VALID")  # stride and padding of what halves
-_halved = partial(_maximum, stride=2, padding="VALID")
+_HALVING = (2, "VALID")  # stride and padding of layers that halve the side
+_halve = partial(_maximum, stride=2, padding="VALID")
 
 
 def _chain(name: str, *settings: tuple) -> list[Conv]:
-    """Convolutions one after the other, numbered from 1."""
+    """A sequence of convolutions, numbered from 1."""
     return [Conv(f"{name}_{i}", *setting) for i, setting in enumerate(settings, 1)]
 
 
@@ -64,8 +63,8 @@ def _block_a(at: str, pooled: int) -> tuple:
 
 
 def _block_b(at: str) -> tuple:
-    double = _chain(f"{at}.branch3x3dbl", (64,), (96, 3, 3), (96, 3, 3, *_HALF))
-    return Conv(f"{at}.branch3x3", 384, 3, 3, *_HALF), double, _halved
+    double = _chain(f"{at}.branch3x3dbl", (64,), (96, 3, 3), (96, 3, 3, *_HALVING))
+    return Conv(f"{at}.branch3x3", 384, 3, 3, *_HALVING), double, _halve
 
 
 def _block_c(at: str, inner: int) -> tuple:
@@ -75,8 +74,8 @@ def _block_c(at: str, inner: int) -> tuple:
 
 
 def _block_d(at: str) -> tuple:
-    long = _chain(f"{at}.branch7x7x3", (192,), (192, 1, 7), (192, 7, 1), (192, 3, 3, *_HALF))
-    return _chain(f"{at}.branch3x3", (192,), (320, 3, 3, *_HALF)), long, _halved
+    long = _chain(f"{at}.branch7x7x3", (192,), (192, 1, 7), (192, 7, 1), (192, 3, 3, *_HALVING))
+    return _chain(f"{at}.branch3x3", (192,), (320, 3, 3, *_HALVING)), long, _halve
 
 
 def _block_e(at: str, pool: Callable) -> tuple:
@@ -88,15 +87,15 @@ def _block_e(at: str, pool: Callable) -> tuple:
     return Conv(f"{at}.branch1x1", 320), single, double, [pool, Conv(f"{at}.branch_pool", 192)]
 
 
-# A list is applied one after the other; a tuple side by side, its results joined along the channels.
+# A list is a sequence. A tuple holds parallel branches, whose results are concatenated along the channels.
 NETWORK = [
-    Conv("Conv2d_1a_3x3", 32, 3, 3, *_HALF),
+    Conv("Conv2d_1a_3x3", 32, 3, 3, *_HALVING),
     Conv("Conv2d_2a_3x3", 32, 3, 3, padding="VALID"),
     Conv("Conv2d_2b_3x3", 64, 3, 3),
-    _halved,
+    _halve,
     Conv("Conv2d_3b_1x1", 80),
     Conv("Conv2d_4a_3x3", 192, 3, 3, padding="VALID"),
-    _halved,
+    _halve,
     *(_block_a("Mixed_5b", 32), _block_a("Mixed_5c", 64), _block_a("Mixed_5d", 64)),
     _block_b("Mixed_6a"),
     *(_block_c("Mixed_6b", 128), _block_c("Mixed_6c", 160), _block_c("Mixed_6d", 160), _block_c("Mixed_6e", 192)),
@@ -106,80 +105,72 @@ NETWORK = [
 
 
 class Inception:
-    """The network of a file, ready to use: pictures of any number, in batches over all devices."""
+    """A network loaded from a file, applied to any number of images in batches over all devices."""
 
     def __init__(self, path: str, batch_size: int):
-        """Loads it; raises UserError as `load` does."""
+        """Loads the weights. Raises UserError as `load` does."""
         self._batches = DeviceBatches(batch_size)
         self._params = self._batches.replicate(load(path))
 
     def __call__(self, pixels_nHW3: np.ndarray) -> np.ndarray:
-        """Features, float32 [n,D], of n > 0 pictures in [0, 1]."""
+        """Features, float32 [n,D], of n > 0 images in [0, 1]."""
         batches = self._batches.split(pixels_nHW3)
         function = partial(_jitted_features, self._params)
         return np.concatenate(list(self._batches.map(function, batches, pixels_nHW3.shape[1:], np.float32)))
 
 
-def warn_of_few(what: str, count: int) -> None:
-    """Says so where a FID is of fewer pictures than a gaussian of `LENGTH` dimensions needs."""
-    if count < LENGTH:
-        few = f"FID of {count} pictures, fewer than the {LENGTH} dimensions of its features"
-        logging.warning("%s: %s: a figure without meaning", what, few)
-
-
 def load(path: str) -> dict[str, np.ndarray]:
-    """Reads a file (*.safetensors, or torch's); the classifier and what else pooled features do not need is left out.
+    """Reads *.safetensors or a torch file. Ignores the classifier and other tensors that pooled features do not need.
 
     Returns:
-      For each convolution NAME.weight [height, width, in, out] and NAME.bias, the batch normalization within them.
+      For each convolution NAME.weight [height, width, in, out] and NAME.bias, with the batch normalization folded in.
 
     Raises:
-      UserError: naming the file if it is missing or no file of tensors, and what is missing in it, unexpected or of
-        another shape.
+      UserError: naming the file, and the tensors that are missing, unexpected or of another shape.
     """
     if not pathlib.Path(path).is_file():
-        raise UserError(f"--inception_weights={path}: no such file")
+        raise UserError(f"{path}: no such file")
     tensors = {
         name: array.astype(np.float64)
         for name, array in weights.read_tensors(pathlib.Path(path)).items()
         if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(".num_batches_tracked")
     }
-    weights.check_tensors(f"--inception_weights={path}", tensors, shapes(), "FID's InceptionV3")
+    weights.check_tensors(path, tensors, shapes(), "pytorch-fid's InceptionV3")
     params = {}
     for name in [name.removesuffix(".conv.weight") for name in tensors if name.endswith(".conv.weight")]:
-        gain, bias, mean, variance = (tensors[f"{name}.bn.{leaf}"] for leaf in _NORM)
-        scale = gain / np.sqrt(variance + _EPSILON)
+        gain, bias, mean, variance = (tensors[f"{name}.bn.{leaf}"] for leaf in _BATCH_NORM)
+        scale = gain / np.sqrt(variance + _BATCH_NORM_EPSILON)
         params[f"{name}.weight"] = (weights.from_file(tensors[f"{name}.conv.weight"]) * scale).astype(np.float32)
         params[f"{name}.bias"] = (bias - mean * scale).astype(np.float32)
     return params
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Name and shape, as in the files, of every tensor that is needed."""
-    found = {}
+    """Names and shapes in the files of all required tensors."""
+    shapes_by_name: dict[str, tuple[int, ...]] = {}
 
-    def zeros(conv: Conv, channels: int):
-        found[f"{conv.name}.conv.weight"] = (conv.out, channels, conv.height, conv.width)
-        found.update({f"{conv.name}.bn.{leaf}": (conv.out,) for leaf in _NORM})
+    def record(conv: Conv, channels: int):
+        shapes_by_name[f"{conv.name}.conv.weight"] = (conv.out, channels, conv.height, conv.width)
+        shapes_by_name.update({f"{conv.name}.bn.{leaf}": (conv.out,) for leaf in _BATCH_NORM})
         return jnp.zeros((conv.height, conv.width, channels, conv.out)), jnp.zeros(conv.out)
 
-    jax.eval_shape(lambda x: _apply(NETWORK, x, zeros), jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32))
-    return found
+    jax.eval_shape(lambda x: _apply(NETWORK, x, record), jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32))
+    return shapes_by_name
 
 
 def features(params: dict, pixels_BHW3: jax.Array) -> jax.Array:
-    """The means over the last positions, float32 [B,D], of pictures in [0, 1] of any size."""
+    """Means over the last layer's positions, float32 [B,D], of images in [0, 1] of any size."""
     size = (len(pixels_BHW3), SIDE, SIDE, 3)
     x = 2 * jax.image.resize(pixels_BHW3, size, "bilinear", antialias=False) - 1
     x_BhwC = _apply(NETWORK, x, lambda conv, _: (params[f"{conv.name}.weight"], params[f"{conv.name}.bias"]))
     return x_BhwC.mean(axis=(1, 2))
 
 
-_jitted_features = jax.jit(features)  # compiled once for all files and calls
+_jitted_features = jax.jit(features)  # one cache for all instances
 
 
 def _apply(step, x_BhwC: jax.Array, parameters: Callable) -> jax.Array:
-    """Applies a part of NETWORK; `parameters` gives kernel and bias of a convolution of so many channels."""
+    """Applies a part of NETWORK. `parameters` maps a convolution and its input channels to its kernel and bias."""
     if isinstance(step, list):
         for inner in step:
             x_BhwC = _apply(inner, x_BhwC, parameters)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokenizer.image_quality import code_usage
 from tokenizer.media import charts
 
 if TYPE_CHECKING:
@@ -78,7 +79,6 @@ class Summary:
         """Returns all statistics as JSON values."""
         codes = self.code_counts()
         codes_used = int(np.count_nonzero(codes))
-        shares = codes[codes > 0] / max(codes.sum(), 1)
         special = self._id_counts[self._codebook_size :]
         return {
             "sentences": self._sentences,
@@ -90,7 +90,7 @@ class Summary:
             "lengths_in_images": {str(length): self._lengths[length] for length in sorted(self._lengths)},
             "codes_used": codes_used,
             "codes_used_share": codes_used / self._codebook_size,
-            "codes_perplexity": float(np.exp(-(shares * np.log(shares)).sum())) if codes_used else 0.0,
+            "codes_perplexity": float(code_usage(codes)["code_perplexity"]) if codes_used else 0.0,
             "special_ids": {str(self._codebook_size + i): int(count) for i, count in enumerate(special) if count},
             "kinds": dict(self._kinds.most_common()),
         }

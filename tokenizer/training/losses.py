@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tokenizer.image_quality import lpips
+from tokenizer.image_quality import code_usage, lpips
 from tokenizer.training.discriminator import TICK, Adversary, adaptive_weight
 from tokenizer.vqgan import VQGAN, VQGANConfig, weights
 
@@ -82,8 +82,9 @@ class Objective:
         (reconstruction, figures), slope_BHWC = jax.value_and_grad(self._reconstruction, argnums=1, has_aux=True)(
             jax.lax.stop_gradient(params.get("perceptual")), jax.lax.stop_gradient(drawn_BHWC), pixels_BHWC
         )
+        counts_K = jnp.bincount(codes_BN.reshape(-1), length=self.config.num_embeddings)
         commitment = self.config.commitment_cost * commitment_error(hidden_BhwZ, chosen_BhwZ)
-        figures |= {"commitment": commitment, **code_figures(codes_BN, self.config.num_embeddings)}
+        figures |= {"commitment": commitment, **code_usage(counts_K)}
         loss = reconstruction + commitment
         if not training:
             return loss, figures
@@ -208,13 +209,6 @@ def gradient_error(error_BHWC: jax.Array) -> jax.Array:
         total += jnp.mean(jnp.abs(jnp.diff(error_BHWC, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error_BHWC, axis=2)))
         error_BHWC = nnx.avg_pool(error_BHWC, (2, 2), (2, 2))
     return total
-
-
-def code_figures(codes_BN: jax.Array, num_codes: int) -> dict[str, jax.Array]:
-    """`codes_used`, the share of the codebook that the batch uses, and `code_perplexity`, exp of the codes' entropy."""
-    share_K = jnp.bincount(codes_BN.reshape(-1), length=num_codes) / codes_BN.size
-    entropy = -jnp.sum(jnp.where(share_K > 0, share_K * jnp.log(jnp.maximum(share_K, 1e-12)), 0.0))
-    return {"codes_used": jnp.mean(share_K > 0), "code_perplexity": jnp.exp(entropy)}
 
 
 def pull(means, targets) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from EasyLM.errors import UserError
+from EasyLM.errors import prefix_errors
 from EasyLM.flags import Flag
 from tokenizer.vqgan import weights
 from tokenizer.vqgan.device_batches import DeviceBatches
@@ -53,10 +53,8 @@ class Codec:
         Raises:
           UserError: naming --vqgan and the file that is missing or invalid.
         """
-        try:
+        with prefix_errors(f"--vqgan={directory}"):
             model = weights.load(directory, COMPUTE_DTYPES[dtype])
-        except UserError as error:
-            raise UserError(f"--vqgan={directory}: {error}") from error
         self.config = model.config
         max_chunk = max(MAX_CHUNK_PIXELS // self.config.resolution**2, 1)
         self._batches = DeviceBatches(batch_size, devices, max_chunk, MIN_CHUNK_IMAGES)

@@ -16,8 +16,7 @@ from EasyLM import flags
 from EasyLM.errors import UserError
 from evaluation import fewshot
 from evaluation.tasks import contact_sheet, metrics, prompt_layout, tasks
-from tokenizer.image_quality import inception
-from tokenizer.image_quality.metrics import Gaussian, frechet_distance
+from tokenizer.image_quality import FeatureStatistics, frechet_distance, inception
 from tokenizer.media import images
 from tokenizer.synthetic import scenes
 
@@ -377,9 +376,9 @@ def test_fid_is_of_all_answers_against_all_truths(tmp_path, prompter, monkeypatc
     queries, truths = task.pixels[task.prompts.query_Qq[:, -1]], task.pixels[task.prompts.answer_Q]
     kept = prompter.draw(prompter.encode(truths))
     for who, drawn in {"copy_query": queries, "tokenizer": kept}.items():
-        expected = frechet_distance(Gaussian.of(features(drawn)), Gaussian.of(features(truths)))
+        expected = frechet_distance(FeatureStatistics.of(features(drawn)), FeatureStatistics.of(features(truths)))
         assert expected > 0.1 and point["fid"][who] == pytest.approx(expected, rel=1e-4)
-    assert "other: FID of 3 pictures, fewer than the 2048" in caplog.text
+    assert "other: FID of 3 images, fewer than the 2048" in caplog.text
 
 
 def test_baselines_are_the_pictures_that_they_are_named_after(tmp_path):

@@ -1,4 +1,4 @@
-"""The figures of a tokenizer are those of its reconstructions, folder by folder."""
+"""The metrics of a tokenizer are those of its reconstructions, folder by folder."""
 
 import json
 import pathlib
@@ -12,39 +12,39 @@ from tokenizer_kit import TINY, run_main, tiny_vqgan, write_image
 from EasyLM.errors import UserError
 from tokenizer import eval_vqgan, render
 from tokenizer.builders import image_ref
-from tokenizer.image_quality import metrics
-from tokenizer.media import images
+from tokenizer.image_quality import psnr, ssim
+from tokenizer.media import folders, images
 from tokenizer.synthetic import photos, scenes
 from tokenizer.vqgan import PRETRAINED, Codec
 
 
 @pytest.mark.slow
-def test_figures_and_sheet_are_of_the_reconstructions(tmp_path, capsys):
+def test_metrics_and_image_show_the_reconstructions(tmp_path, capsys):
     vqgan = tiny_vqgan(tmp_path / "vqgan")
     counts = {"one": 11, "other": 2}
     for folder, count in counts.items():
         for i in range(count):
             write_image(tmp_path / folder / f"{i:02d}.png", len(folder) + i, 16)
-    folders = [str(tmp_path / folder) for folder in counts]
-    settings = {"vqgan": vqgan, "batch_size": 8, "columns": 4, "input_dirs": ",".join(folders)}
+    directories = [str(tmp_path / folder) for folder in counts]
+    settings = {"vqgan": vqgan, "batch_size": 8, "columns": 4, "input_dirs": ",".join(directories)}
     run_main(eval_vqgan, **settings, output_json=f"{tmp_path}/f.json", output_picture=f"{tmp_path}/sheet.png")
-    figures = json.loads((tmp_path / "f.json").read_text())
+    results = json.loads((tmp_path / "f.json").read_text())
 
     codec, used = Codec(vqgan, batch_size=8), set()
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    for row, folder in enumerate(folders):
+    for row, folder in enumerate(directories):
         pixels = np.stack([images.load(path, 16) for path in folders.list_images(folder, "input_dirs")])
         codes = codec.encode(pixels)
-        drawn = codec.decode(codes)
+        reconstructions = codec.decode(codes)
         used |= set(codes.ravel().tolist())
-        assert figures[folder]["pictures"] == len(pixels)
-        np.testing.assert_allclose(figures[folder]["psnr"], metrics.psnr(drawn, pixels).mean(), rtol=1e-6)
-        np.testing.assert_allclose(figures[folder]["ssim"], metrics.ssim(drawn, pixels).mean(), rtol=1e-6)
-        assert figures[folder]["codes_used"] == len(np.unique(codes)) / TINY.num_embeddings
-        assert f"PSNR {figures[folder]['psnr']:.2f} dB" in capsys.readouterr().out or row
+        assert results[folder]["pictures"] == len(pixels)
+        np.testing.assert_allclose(results[folder]["psnr"], psnr(reconstructions, pixels).mean(), rtol=1e-6)
+        np.testing.assert_allclose(results[folder]["ssim"], ssim(reconstructions, pixels).mean(), rtol=1e-6)
+        assert results[folder]["codes_used"] == len(np.unique(codes)) / TINY.num_embeddings
+        assert f"PSNR {results[folder]['psnr']:.2f} dB" in capsys.readouterr().out or row
         np.testing.assert_array_equal(sheet[36 * row : 36 * row + 16, :16], images.to_uint8(pixels[0]))
-        np.testing.assert_array_equal(sheet[36 * row + 18 : 36 * row + 34, 18:34], images.to_uint8(drawn[1]))
-    assert figures["all"]["codes_used"] == len(used) / TINY.num_embeddings
+        np.testing.assert_array_equal(sheet[36 * row + 18 : 36 * row + 34, 18:34], images.to_uint8(reconstructions[1]))
+    assert results["all"]["codes_used"] == len(used) / TINY.num_embeddings
     assert sheet.shape == (4 * 18 - 2, 4 * 18 - 2, 3)
 
 
@@ -53,41 +53,41 @@ def test_code_usage_counts_and_spreads():
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"output_picture": "p.txt"}, "--output_picture=p.txt: must end with one of .png"),
         ({"output_picture": "/dev/null/p.png"}, "--output_picture=/dev/null/p.png: cannot be written"),
         ({"output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
     ],
 )
-def test_outputs_that_cannot_be_are_named_before_the_work(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_outputs_are_named_before_the_work(settings, message):
+    with pytest.raises(UserError, match=message):
         run_main(eval_vqgan, input_dirs="/nowhere", **settings)
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_missing_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="--input_dirs is missing"):
         run_main(eval_vqgan)
     with pytest.raises(UserError, match="--input_dirs=/nowhere: no such folder"):
         run_main(eval_vqgan, input_dirs="/nowhere")
 
 
-def test_the_shipped_tokenizer_is_small():
+def test_shipped_tokenizer_is_small():
     assert sum(file.stat().st_size for file in pathlib.Path(PRETRAINED).iterdir()) <= 4_000_000
 
 
 @pytest.mark.slow
-def test_the_shipped_tokenizer_keeps_what_its_table_says():
-    """A few of the held-out pictures of pretrained/README.md: at most 1 dB below the means there."""
+def test_shipped_tokenizer_reaches_the_psnr_of_its_table():
+    """Some of the held-out images of pretrained/README.md: at most 1 dB below the means there."""
     table = re.findall(r"^\| (\w[\w, ]*) \| (\d+\.\d+) \|", (pathlib.Path(PRETRAINED) / "README.md").read_text(), re.M)
     first = 2 * render._SEEDS  # --seed=2
-    shown = [scenes.scene(first + i, 32) for i in range(24)]
+    rendered = [scenes.scene(first + i, 32) for i in range(24)]
     colour = np.stack([photos.crop(first + i, 32, held_out=True) for i in range(24)])
-    found = {name: np.stack([scene[name] for scene in shown]) for name in shown[0]}
-    found |= {"photographs, colour": colour, "photographs, gray": image_ref.gray(colour)}
-    found["scenes"] = found.pop("image")
-    assert found.keys() == dict(table).keys()
+    sets = {name: np.stack([scene[name] for scene in rendered]) for name in rendered[0]}
+    sets |= {"photographs, colour": colour, "photographs, gray": image_ref.gray(colour)}
+    sets["scenes"] = sets.pop("image")
+    assert sets.keys() == dict(table).keys()
     codec = Codec(batch_size=24)
     for name, floor in table:
-        pixels = found[name].astype(np.float32) / 255
-        assert metrics.psnr(codec.decode(codec.encode(pixels)), pixels).mean() > float(floor) - 1, name
+        pixels = sets[name].astype(np.float32) / 255
+        assert psnr(codec.decode(codec.encode(pixels)), pixels).mean() > float(floor) - 1, name

@@ -1,4 +1,4 @@
-"""Features for FID are those of torch: pytorch-fid's InceptionV3, written out here, with random weights."""
+"""Features for FID equal torch: InceptionV3 of pytorch-fid, written out here, with random weights."""
 
 import json
 
@@ -9,9 +9,9 @@ from tokenizer_kit import run_main, tiny_vqgan, write_image
 
 from EasyLM.errors import UserError
 from tokenizer import eval_vqgan
-from tokenizer.image_quality import inception
-from tokenizer.image_quality.metrics import Gaussian, frechet_distance
-from tokenizer.media import images
+from tokenizer.image_quality import FeatureStatistics, frechet_distance, inception
+from tokenizer.image_quality.fid import NUM_FEATURES
+from tokenizer.media import folders, images
 from tokenizer.vqgan import Codec
 
 DIVISOR = 8
@@ -19,20 +19,20 @@ DIVISOR = 8
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The same network with an eighth of the channels, on a side that leaves 3 x 3 positions at its end: quick."""
+    """The network with an eighth of the channels and a side that leaves 3x3 positions at its end."""
 
-    def thinner(step):
+    def narrowed(step):
         if isinstance(step, inception.Conv):
             return step._replace(out=step.out // DIVISOR)
-        return step if callable(step) else type(step)(map(thinner, step))
+        return step if callable(step) else type(step)(map(narrowed, step))
 
-    monkeypatch.setattr(inception, "NETWORK", thinner(inception.NETWORK))
+    monkeypatch.setattr(inception, "NETWORK", narrowed(inception.NETWORK))
     monkeypatch.setattr(inception, "SIDE", 139)
 
 
 def random_tensors() -> dict[str, np.ndarray]:
-    """Weights under which a picture's features neither vanish nor grow."""
-    rng, found = np.random.default_rng(0), {}
+    """Weights under which features neither vanish nor explode."""
+    rng, tensors = np.random.default_rng(0), {}
     for name, shape in inception.shapes().items():
         if len(shape) == 4:
             array = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
@@ -40,12 +40,12 @@ def random_tensors() -> dict[str, np.ndarray]:
             array = rng.uniform(0.5, 1.5, shape)
         else:
             array = rng.standard_normal(shape) * 0.1
-        found[name] = array.astype(np.float32)
-    return found
+        tensors[name] = array.astype(np.float32)
+    return tensors
 
 
 def torch_features(tensors, pixels_nHW3, side):
-    """pytorch-fid's arithmetic, block by block, on tensors by its names."""
+    """The arithmetic of pytorch-fid, block by block."""
     import torch
     from torch.nn import functional as F
 
@@ -92,8 +92,8 @@ def torch_features(tensors, pixels_nHW3, side):
     return x.mean((2, 3)).numpy()
 
 
-def test_names_and_shapes_are_those_of_the_file():
-    """Of torchvision's InceptionV3 without its heads, by its number of parameters and shapes that tell them apart."""
+def test_names_and_shapes_equal_the_file():
+    """InceptionV3 of torchvision without heads: its number of parameters, and shapes that distinguish the blocks."""
     shapes = inception.shapes()
     convolutions = [name for name in shapes if name.endswith(".conv.weight")]
     assert len(convolutions) == 94 and len(shapes) == 5 * 94
@@ -113,7 +113,7 @@ def test_names_and_shapes_are_those_of_the_file():
     assert {name: shapes[name] for name in expected} == expected
 
 
-def equals_torch(path, count, height, width):
+def check_against_torch(path, count, height, width):
     torch = pytest.importorskip("torch")
     tensors = random_tensors()
     extra = {"fc.weight": torch.zeros(8, 8), "AuxLogits.conv0.conv.weight": torch.zeros(1)}
@@ -129,20 +129,20 @@ def equals_torch(path, count, height, width):
 
 
 @pytest.mark.slow
-def test_a_narrow_one_equals_torch_whatever_the_batch(narrow, tmp_path):
-    """Pictures larger than its side, more than a batch: so resizing without antialiasing counts, and the padding."""
-    found = equals_torch(tmp_path / "inception.pth", 9, 150, 190)
-    assert found.shape == (9, 2048 // DIVISOR) and found.dtype == np.float32
-    assert found.std(axis=0).mean() > 0.01 * found.mean()
+def test_features_of_a_narrow_network_are_those_of_torch(narrow, tmp_path):
+    """Images larger than the network's side, more than a batch: covers resizing without antialiasing and padding."""
+    features = check_against_torch(tmp_path / "inception.pth", 9, 150, 190)
+    assert features.shape == (9, NUM_FEATURES // DIVISOR) and features.dtype == np.float32
+    assert features.std(axis=0).mean() > 0.01 * features.mean()
 
 
 @pytest.mark.slow
-def test_it_equals_torch(tmp_path):
-    assert equals_torch(tmp_path / "inception.pth", 1, 40, 24).shape == (1, inception.LENGTH)
+def test_features_of_the_full_network_are_those_of_torch(tmp_path):
+    assert check_against_torch(tmp_path / "inception.pth", 1, 40, 24).shape == (1, NUM_FEATURES)
 
 
-def test_wrong_files_are_named(narrow, tmp_path):
-    with pytest.raises(UserError, match=r"--inception_weights=/none\.pth: no such file"):
+def test_missing_and_invalid_files_are_named(narrow, tmp_path):
+    with pytest.raises(UserError, match=r"^/none\.pth: no such file"):
         inception.load("/none.pth")
     tensors, path = random_tensors(), f"{tmp_path}/inception.safetensors"
     removed = tensors.pop("Conv2d_1a_3x3.bn.bias")
@@ -150,38 +150,38 @@ def test_wrong_files_are_named(narrow, tmp_path):
     with pytest.raises(UserError, match=r"missing keys: Conv2d_1a_3x3\.bn\.bias; unexpected keys: another"):
         inception.load(path)
     save_file({**tensors, "Conv2d_1a_3x3.bn.bias": np.zeros(5, np.float32)}, path)
-    with pytest.raises(UserError, match=r"Conv2d_1a_3x3\.bn\.bias has shape \(5,\), FID's InceptionV3 makes it \(4,\)"):
+    with pytest.raises(UserError, match=r"Conv2d_1a_3x3\.bn\.bias has shape \(5,\); .* requires \(4,\)"):
         inception.load(path)
 
 
 @pytest.fixture
 def network(narrow, tmp_path):
-    """A file of weights, and the network that it holds."""
+    """A file of weights, and its network."""
     path = f"{tmp_path}/inception.safetensors"
     save_file(random_tensors(), path)
     return path, inception.Inception(path, batch_size=8)
 
 
-def fid(network, one, other) -> float:
-    return frechet_distance(Gaussian.of(network(one)), Gaussian.of(network(other)))
+def fid(network, a, b) -> float:
+    return frechet_distance(FeatureStatistics.of(network(a)), FeatureStatistics.of(network(b)))
 
 
 @pytest.mark.slow
-def test_rfid_is_of_what_a_tokenizer_keeps_of_each_folder_and_of_all(network, tmp_path, capsys, caplog):
+def test_rfid_compares_originals_and_reconstructions_of_each_folder_and_of_all(network, tmp_path, capsys, caplog):
     path, network = network
     for folder, count in {"one": 11, "other": 4}.items():
         for i in range(count):
             write_image(tmp_path / folder / f"{i:02d}.png", len(folder) + i, 16)
-    vqgan, folders = tiny_vqgan(tmp_path / "vqgan"), [f"{tmp_path}/one", f"{tmp_path}/other"]
+    vqgan, directories = tiny_vqgan(tmp_path / "vqgan"), [f"{tmp_path}/one", f"{tmp_path}/other"]
     settings = {"vqgan": vqgan, "batch_size": 8, "inception_weights": path, "output_json": f"{tmp_path}/f.json"}
-    run_main(eval_vqgan, **settings, input_dirs=",".join(folders))
-    figures = json.loads((tmp_path / "f.json").read_text())
+    run_main(eval_vqgan, **settings, input_dirs=",".join(directories))
+    metrics = json.loads((tmp_path / "f.json").read_text())
 
-    parts = [np.stack([images.load(file, 16) for file in folders.list_images(folder, "")]) for folder in folders]
-    for name, pixels in zip([*folders, "all"], [*parts, np.concatenate(parts)], strict=True):
+    parts = [np.stack([images.load(file, 16) for file in folders.list_images(folder, "")]) for folder in directories]
+    for name, pixels in zip([*directories, "all"], [*parts, np.concatenate(parts)], strict=True):
         codec = Codec(vqgan, batch_size=8)
         expected = fid(network, pixels, codec.decode(codec.encode(pixels)))
         assert expected > 1e-3
-        np.testing.assert_allclose(figures[name]["rfid"], expected, rtol=1e-4)
-        assert f"rFID {figures[name]['rfid']:.2f}" in capsys.readouterr().out or name != folders[0]
-        assert f"{name}: FID of {len(pixels)} pictures, fewer than the 2048" in caplog.text
+        np.testing.assert_allclose(metrics[name]["rfid"], expected, rtol=1e-4)
+        assert f"rFID {metrics[name]['rfid']:.2f}" in capsys.readouterr().out or name != directories[0]
+        assert f"{name}: FID of {len(pixels)} images, fewer than the 2048" in caplog.text

@@ -1,4 +1,4 @@
-"""LPIPS is that of torch: VGG16 and the lpips package's arithmetic, built here, with random weights."""
+"""LPIPS equals torch: VGG16 and the arithmetic of the lpips package, written out here, with random weights."""
 
 import jax
 import numpy as np
@@ -12,11 +12,11 @@ from tokenizer.vqgan.weights import from_file
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """VGG16 with fewer channels, so that a test is quick: only this table knows the widths."""
+    """VGG16 with fewer channels; only this table holds the widths."""
     monkeypatch.setattr(lpips, "STAGES", ((4, 4), (6, 6), (8, 8, 8), (8, 8, 8), (8, 8, 8)))
 
 
-def test_names_are_torchvisions():
+def test_names_and_shapes_equal_torchvision():
     names = [name for name in lpips.shapes() if name.endswith("weight")]
     layers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     expected = [f"features.{i}.weight" for i in layers] + [f"lin{i}.model.1.weight" for i in range(5)]
@@ -61,14 +61,14 @@ def test_equals_torch(narrow, tmp_path):
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
-def test_equal_pictures_have_no_distance_and_a_finite_gradient(narrow):
+def test_equal_images_have_zero_distance_and_a_finite_gradient(narrow):
     params = {name: from_file(np.zeros(shape, np.float32)) for name, shape in lpips.shapes().items()}
     black = np.zeros((1, 16, 16, 3), np.float32)
     value, slope = jax.jit(jax.value_and_grad(lambda x: lpips.distance(params, x, black).sum()))(black)
     assert value == 0 and np.all(np.isfinite(slope))
 
 
-def test_missing_and_foreign_files_are_named(narrow, tmp_path):
+def test_missing_and_invalid_files_are_named(narrow, tmp_path):
     with pytest.raises(UserError, match=r"vgg\.pth: no such file"):
         lpips.load(f"{tmp_path}/vgg.pth")
     save_file({"features.0.weight": np.zeros((4, 3, 3, 3), np.float32)}, tmp_path / "part.safetensors")
