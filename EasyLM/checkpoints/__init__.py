@@ -24,7 +24,7 @@ Modules:
 
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.formats import CHECKPOINT_FORMATS, open_checkpoint, parse_spec
-from EasyLM.checkpoints.loading import check_entries, load
+from EasyLM.checkpoints.loading import check_entries, load, load_entries
 from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata, make_metadata
 from EasyLM.checkpoints.run_directory import SavedCheckpoint, latest_checkpoint, sidecar_path
 from EasyLM.checkpoints.saving import CHECKPOINTER_FLAGS, FLOAT_DTYPES, Checkpointer
@@ -40,6 +40,7 @@ __all__ = [
     "latest_checkpoint",
     "load",
     "load_dataset_state",
+    "load_entries",
     "load_metadata",
     "make_metadata",
     "open_checkpoint",

@@ -2,7 +2,7 @@
 
 import collections
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -46,7 +46,17 @@ def load(spec: str, target: Any = None, formats: Mapping[str, Reader] = CHECKPOI
       UserError: for an unknown prefix, a missing path or one of the wrong kind, a broken file, and names or shapes that
         differ from the target's. All errors are raised before any array is read.
     """
-    entries = {entry.key: entry for entry in open_checkpoint(spec, formats)}
+    return load_entries(spec, open_checkpoint(spec, formats), target)
+
+
+def load_entries(spec: str, opened: Sequence[Entry], target: Any = None) -> Any:
+    """Loads a checkpoint that has been opened; see `load`.
+
+    Args:
+      spec: the checkpoint's name in errors.
+      opened: its entries, as returned by `open_checkpoint`.
+    """
+    entries = {entry.key: entry for entry in opened}
     if target is None:
         target = stacking.shapes_in_memory(entries.values())
     wanted = stacking.stacked_arrays(target)

@@ -1,0 +1,49 @@
+"""Training for any model: state and step, loop, checkpoints and metrics of a run. Knows no model and no data format.
+
+May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
+
+    step          the train state, and the pure functions that change it
+    task          what a run trains: model, optimizer, data, units
+    run           `open_run` validates flags and starting files; `train` does the rest
+    start         where a run starts: fresh, from its latest checkpoint, or from --load_checkpoint
+    loop          the training loop
+    batches       global batches on the mesh, prefetched; the data state
+    optimizers    optimizers from flags
+    throughput    items per second, seconds by activity, MFU
+    stop_signal   SIGINT and SIGTERM stop all processes after the same step
+    metrics_log   metrics.jsonl, and the services that show metrics
+
+Vocabulary:
+    micro-step    one batch: forward and backward pass; `step` counts micro-steps from 0
+    update        one change of the parameters, after one or more micro-steps (accumulation)
+    row           one training example of fixed size; a batch has `batch_size` rows over all devices
+    item          what throughput counts: a token, or an image
+    extra         state that the loss function updates and no gradient reaches, such as running means
+    data state    rows consumed, and the fingerprint of the data that they came from
+    milestone     a checkpoint that is kept; of the others only the latest is
+"""
+
+from EasyLM.training.batches import RowSource
+from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
+from EasyLM.training.run import RUN_FLAGS, RunSettings, open_run, train
+from EasyLM.training.step import Optimizer, TrainState, make_train_step
+from EasyLM.training.task import Accounting, Model, ModelSettings, TrainingData, TrainingTask, model_without_extra
+
+__all__ = [
+    "OPTIMIZER_FLAGS",
+    "RUN_FLAGS",
+    "Accounting",
+    "Model",
+    "ModelSettings",
+    "Optimizer",
+    "RowSource",
+    "RunSettings",
+    "TrainState",
+    "TrainingData",
+    "TrainingTask",
+    "make_optimizer",
+    "make_train_step",
+    "model_without_extra",
+    "open_run",
+    "train",
+]

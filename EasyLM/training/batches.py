@@ -1,84 +1,103 @@
-"""Global batches on the mesh from any row source, and the state from which a run continues: one integer, rows consumed.
-
-A row source has `rows(start, count) -> {name: array [count, ...]}`, a pure function; `metrics(rows_consumed) -> {name:
-number}`; and `identity`, JSON values that must be found again for a run to continue exactly.
-"""
+"""Global batches on the mesh, and the data state: the number of rows consumed, from which a run continues exactly."""
 
 import contextlib
 import functools
 import queue
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from EasyLM.errors import UserError
 
 
-def dataset_state(source, rows_consumed: int) -> dict:
-    """What a run needs to continue with the row after `rows_consumed`, as JSON values."""
-    return {"rows_consumed": rows_consumed, "source": source.identity}
+class RowSource(Protocol):
+    """Rows of training data by their number.
+
+    Attributes:
+      fingerprint: JSON values that determine every row. A run continues exactly only on the same fingerprint.
+    """
+
+    fingerprint: dict[str, Any]
+
+    def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Returns rows start..start+count-1 as {name: array [count, ...]}; a pure function."""
+        ...
+
+    def metrics(self, rows_consumed: int) -> dict[str, float]:
+        """Returns metrics of the data after so many rows."""
+        ...
 
 
-def rows_consumed(state: dict, source) -> int:
-    """The row at which `source` continues from a state: one of `dataset_state`, or a `dataset.pkl` of the LVM release.
+def dataset_state(source: RowSource, rows_consumed: int) -> dict[str, Any]:
+    """Returns the data state, JSON values."""
+    return {"rows_consumed": rows_consumed, "source": source.fingerprint}
 
-    Of the release's, `total_tokens` counts, which is exact: its file position is that of its reader, ahead of training.
+
+def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
+    """Returns the row at which `source` continues exactly from a data state.
+
+    Args:
+      state: from `dataset_state`, or from a `dataset.pkl` of the LVM release. Of the latter `total_tokens` counts, which
+        is exact; its file position is that of its reader, which is ahead of training.
 
     Raises:
-      UserError: if the data, its order or the length of a row has changed such that no row continues exactly.
+      UserError: if the data, its order or the length of a row has changed so that no row continues exactly.
     """
-    now = source.identity
-    length = now.get("seq_length", 1)
+    current = source.fingerprint
+    length = current.get("seq_length", 1)
     if "rows_consumed" in state:
         saved = state["source"]
-        changed = [name for name in now if name != "seq_length" and saved.get(name) != now[name]]
+        changed = [name for name in current if name != "seq_length" and saved.get(name) != current[name]]
         if changed:
-            raise UserError(
-                f"the saved data state is of other data, or of another order ({', '.join(changed)} changed): it "
-                "cannot be continued exactly; to begin on this data anew, load the checkpoint without its data state, "
-                "under another --logger.experiment_id"
-            )
+            raise UserError(f"the data or its order differs from that of the saved data state: {', '.join(changed)}")
         saved_length = saved.get("seq_length", 1)
         tokens = state["rows_consumed"] * saved_length
-    else:
-        if "total_tokens" not in state:
-            raise UserError("the saved data state is none: it has neither rows_consumed nor total_tokens")
+    elif "total_tokens" in state:
         saved = state.get("config", {})
         saved_length = None
         tokens = state["total_tokens"] - saved.get("tokens_count_at_start", 0)
-    if saved_length != length and (now.get("shuffle_seed", -1) >= 0 or tokens % length):
+    else:
+        raise UserError("not a data state: it has neither rows_consumed nor total_tokens")
+    if saved_length != length and (current.get("shuffle_seed", -1) >= 0 or tokens % length):
         raise UserError(
             f"the saved data state ends after token {tokens} of the data in rows of "
             f"{saved_length or saved.get('seq_length', 'unknown')}; no row of seq_length={length}, "
-            f"shuffle_seed={now.get('shuffle_seed', -1)} continues it exactly"
+            f"shuffle_seed={current.get('shuffle_seed', -1)} continues it exactly"
         )
     return tokens // length
 
 
 class Batches:
-    """Endless iterator of global batches {name: jax.Array [batch_size, ...]}, made ahead by a thread.
+    """Endless iterator of global batches {name: jax.Array [batch_size, ...]}, prefetched by a thread.
 
-    Each process reads the rows of its own devices, and no others. The thread's exceptions are raised by `next`.
+    Each process reads only the rows of its own devices. `next` raises the thread's exceptions.
+
+    Args:
+      ahead: batches to prefetch.
 
     Attributes:
-      position: rows consumed by the batches that were yielded: where to start again.
-      wait_seconds: how long `next` has waited for the thread so far, in total.
+      position: rows consumed by the batches so far, where a resumed run continues.
+      wait_seconds: seconds that `next` has waited for the thread so far.
     """
 
-    def __init__(self, source, batch_size: int, sharding: NamedSharding, start_row: int = 0, ahead: int = 2):
-        """Begins to read at once; `ahead`: batches kept ready. Call `close` when done."""
+    def __init__(
+        self, source: RowSource, batch_size: int, sharding: NamedSharding, start_row: int = 0, ahead: int = 2
+    ):
         self.position, self.wait_seconds = start_row, 0.0
         self._source, self._batch_size, self._sharding = source, batch_size, sharding
-        self._runs = _local_runs(batch_size, sharding)
-        self._ready = queue.Queue(maxsize=ahead)
+        self._ranges = _local_ranges(batch_size, sharding)
+        self._ready: queue.Queue = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start_row,), name="batches", daemon=True)
         self._thread.start()
 
-    def __iter__(self):
+    def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
@@ -87,19 +106,19 @@ class Batches:
         batch = self._ready.get()
         self.wait_seconds += time.perf_counter() - begin
         if isinstance(batch, BaseException):
-            self._ready.put(batch)  # the thread has ended: every further call raises it again
+            self._ready.put(batch)  # the thread has ended: every further call raises this again
             raise batch
         self.position += self._batch_size
         return batch
 
     def close(self) -> None:
-        """Stops the thread and drops the batches made ahead."""
+        """Stops the thread and discards prefetched batches."""
         self._stop.set()
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.01)  # it may be waiting for room
+                self._ready.get(timeout=0.01)  # the thread may be blocked on a full queue
 
-    def _work(self, row):
+    def _work(self, row: int) -> None:
         try:
             while not self._stop.is_set():
                 self._ready.put(self._batch(row))
@@ -107,31 +126,30 @@ class Batches:
         except BaseException as error:
             self._ready.put(error)
 
-    def _batch(self, row):
-        runs = {begin: self._source.rows(row + begin, end - begin) for begin, end in self._runs}
+    def _batch(self, row: int) -> dict[str, jax.Array]:
+        parts = {begin: self._source.rows(row + begin, end - begin) for begin, end in self._ranges}
 
-        def part(name, index):
-            """The rows of one device: a slice of the run that they lie in."""
+        def rows_of_device(name, index):
             begin, end, _ = index[0].indices(self._batch_size)
-            first = max(start for start in runs if start <= begin)
-            return runs[first][name][(slice(begin - first, end - first), *index[1:])]
+            first = max(start for start in parts if start <= begin)
+            return parts[first][name][(slice(begin - first, end - first), *index[1:])]
 
         return {
             name: jax.make_array_from_callback(
-                (self._batch_size, *array.shape[1:]), self._sharding, functools.partial(part, name)
+                (self._batch_size, *array.shape[1:]), self._sharding, functools.partial(rows_of_device, name)
             )
-            for name, array in runs[self._runs[0][0]].items()
+            for name, array in parts[self._ranges[0][0]].items()
         }
 
 
-def _local_runs(batch_size: int, sharding: NamedSharding) -> list[tuple[int, int]]:
-    """The rows [begin, end) that this process's devices hold, runs that touch merged."""
+def _local_ranges(batch_size: int, sharding: NamedSharding) -> list[tuple[int, int]]:
+    """The rows [begin, end) of this process's devices; adjacent ranges are merged."""
     rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1]))
     indices = rows.addressable_devices_indices_map((batch_size,)).values()
-    runs = []
+    ranges: list[tuple[int, int]] = []
     for begin, end, _ in sorted({index[0].indices(batch_size) for index in indices}):
-        if runs and runs[-1][1] == begin:
-            runs[-1] = (runs[-1][0], end)
+        if ranges and ranges[-1][1] == begin:
+            ranges[-1] = (ranges[-1][0], end)
         else:
-            runs.append((begin, end))
-    return runs
+            ranges.append((begin, end))
+    return ranges

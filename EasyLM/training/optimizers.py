@@ -1,6 +1,8 @@
 """Optimizers from settings. The structure of each state gives the keys of the LVM release's checkpoints."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +11,30 @@ import optax
 from EasyLM.checkpoints import stacking
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
+from EasyLM.training.step import Optimizer
 
 _SHARED = {
     "clip_gradient": Flag(1.0, "Gradients are scaled down to at most this global norm.", above=0),
-    "weight_decay": Flag(1e-4, "Decoupled weight decay, of every parameter.", least=0),
+    "weight_decay": Flag(1e-4, "Decoupled weight decay of every parameter.", least=0),
     "bf16_momentum": Flag(False, "Keep the first moment in bfloat16."),
 }
 OPTIMIZER_FLAGS = {
-    "type": Flag("adamw", "adamw, or palm: Adafactor without factors, as PaLM used.", choices=("adamw", "palm")),
+    "type": Flag("adamw", "adamw, or palm: Adafactor without factoring, as in PaLM.", choices=("adamw", "palm")),
     "accumulate_gradient_steps": Flag(1, "Micro-steps whose mean gradient makes one update.", least=1),
     "adamw_optimizer": {
         "init_lr": Flag(0.0, "Learning rate of the first update.", least=0),
         "end_lr": Flag(0.001, "Learning rate from lr_decay_steps on.", least=0),
-        "lr": Flag(0.01, "Largest learning rate, after the warm-up.", least=0),
+        "lr": Flag(0.01, "Peak learning rate, after the warm-up.", least=0),
         "lr_warmup_steps": Flag(2000, "Updates of linear warm-up.", least=0),
-        "lr_decay_steps": Flag(500000, "Update at which the cosine decay ends, the warm-up included."),
+        "lr_decay_steps": Flag(500000, "Update at which the cosine decay ends, counted from the start of the warm-up."),
         "b1": Flag(0.9, "Decay rate of the first moment.", least=0, below=1),
         "b2": Flag(0.95, "Decay rate of the second moment.", above=0, below=1),
-        "multiply_by_parameter_scale": Flag(False, "Scale each tensor's update by its own size, as Adafactor does."),
+        "multiply_by_parameter_scale": Flag(False, "Scale each tensor's update by its root mean square, as in Adafactor."),
         **_SHARED,
     },
     "palm_optimizer": {
-        "lr": Flag(0.01, "Learning rate in hundredths of 1 / sqrt(step).", least=0),
-        "lr_warmup_steps": Flag(10000, "Updates during which the rate stays at its largest.", least=1),
+        "lr": Flag(0.01, "Learning rate in units of 0.01: the rate is (lr / 0.01) / sqrt(step).", least=0),
+        "lr_warmup_steps": Flag(10000, "Updates during which the rate stays at its peak.", least=1),
         "b1": Flag(0.9, "Decay rate of the momentum.", least=0, below=1),
         "b2": Flag(0.99, "Exponent of the second moment's decay: 1 - t^-b2 at update t.", above=0, below=1),
         **_SHARED,
@@ -39,29 +42,64 @@ OPTIMIZER_FLAGS = {
 }
 
 
-def make_optimizer(config) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimizer of `config` (the settings of `OPTIMIZER_FLAGS`), and its learning rate.
+@dataclasses.dataclass(frozen=True)
+class AdamwSettings:
+    """Values of the flags `adamw_optimizer.*`."""
 
-    Returns:
-      (transform, learning_rate): `learning_rate(opt_state)` is the rate that the next update uses. Under accumulation
-      that is the update to which the micro-steps in hand will lead.
+    init_lr: float
+    end_lr: float
+    lr: float
+    lr_warmup_steps: int
+    lr_decay_steps: int
+    b1: float
+    b2: float
+    multiply_by_parameter_scale: bool
+    clip_gradient: float
+    weight_decay: float
+    bf16_momentum: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PalmSettings:
+    """Values of the flags `palm_optimizer.*`."""
+
+    lr: float
+    lr_warmup_steps: int
+    b1: float
+    b2: float
+    clip_gradient: float
+    weight_decay: float
+    bf16_momentum: bool
+
+
+def make_optimizer(config: Any) -> Optimizer:
+    """Returns the optimizer of the flags.
+
+    With accumulation, `learning_rate` is the rate of the update that the current micro-steps lead to.
+
+    Args:
+      config: values of OPTIMIZER_FLAGS.
 
     Raises:
-      UserError: naming the flag, its value and the rule or the choices.
+      UserError: if the decay ends before the warm-up.
     """
-    transform, schedule = OPTIMIZERS[config.type](config[f"{config.type}_optimizer"])
+    if config.type == "adamw":
+        transform, schedule = _adamw(AdamwSettings(**config.adamw_optimizer))
+    else:
+        transform, schedule = _palm(PalmSettings(**config.palm_optimizer))
+    micro_steps = config.accumulate_gradient_steps
 
     def learning_rate(opt_state):
-        inner = opt_state.inner_opt_state if config.accumulate_gradient_steps > 1 else opt_state
-        # The chains differ in which member holds the schedule, but only one scales by it.
+        inner = opt_state.inner_opt_state if micro_steps > 1 else opt_state
+        # The position of the schedule in the chain differs; there is only one.
         return schedule(next(state.count for state in inner[1] if isinstance(state, optax.ScaleByScheduleState)))
 
-    if config.accumulate_gradient_steps > 1:
-        transform = optax.MultiSteps(transform, config.accumulate_gradient_steps).gradient_transformation()
-    return transform, learning_rate
+    if micro_steps > 1:
+        transform = optax.MultiSteps(transform, micro_steps).gradient_transformation()
+    return Optimizer(transform, learning_rate, micro_steps)
 
 
-def _adamw(c):
+def _adamw(c: AdamwSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:
     if c.lr_decay_steps <= c.lr_warmup_steps:
         raise UserError(
             f"--optimizer.adamw_optimizer.lr_decay_steps={c.lr_decay_steps}: "
@@ -74,8 +112,8 @@ def _adamw(c):
     return optax.chain(optax.clip_by_global_norm(c.clip_gradient), adamw), schedule
 
 
-def _palm(c):
-    """PaLM's (arXiv 2204.02311, section 5): rate and weight decay fall as 1 / sqrt(step) and 1 / step."""
+def _palm(c: PalmSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """PaLM's optimizer (arXiv 2204.02311, section 5): the rate decays as 1 / sqrt(step), the weight decay as 1 / step."""
 
     def schedule(count):
         return c.lr / 0.01 / jnp.sqrt(jnp.maximum(count, c.lr_warmup_steps))
@@ -83,10 +121,9 @@ def _palm(c):
     return _adafactor(c, schedule, lambda count: -c.weight_decay / 1e-4 * jnp.square(schedule(count))), schedule
 
 
-OPTIMIZERS = {"adamw": _adamw, "palm": _palm}
-
-
-def _adafactor(c, schedule, decay_schedule):
+def _adafactor(
+    c: AdamwSettings | PalmSettings, schedule: optax.Schedule, decay_schedule: optax.Schedule
+) -> optax.GradientTransformation:
     """Clipping, then Adafactor with a full second moment (arXiv 1804.04235), then decay by its own schedule."""
     adafactor = optax.chain(
         _scale_by_second_moment(c.b2),
@@ -95,17 +132,17 @@ def _adafactor(c, schedule, decay_schedule):
         optax.ema(c.b1, debias=False, accumulator_dtype=_momentum_dtype(c)),
         optax.scale(-1),
     )
-    # The mask takes in every parameter; it is there for the keys that the release's state has.
+    # The mask selects every parameter; it gives the state the keys of the release.
     decay = optax.masked(_add_scheduled_decay(decay_schedule), lambda params: jax.tree.map(lambda _: True, params))
     return optax.chain(optax.clip_by_global_norm(c.clip_gradient), adafactor, decay)
 
 
-def _momentum_dtype(c):
+def _momentum_dtype(c: AdamwSettings | PalmSettings) -> Any:
     return jnp.bfloat16 if c.bf16_momentum else jnp.float32
 
 
 def _scale_by_second_moment(exponent: float, epsilon: float = 1e-30) -> optax.GradientTransformation:
-    """`optax.scale_by_factored_rms(factored=False)` whose placeholders of factors have one row a layer, as the rest."""
+    """`optax.scale_by_factored_rms(factored=False)`; its placeholders for factors have one row per stacked layer."""
 
     def init(params):
         def placeholder(param, stacked):
@@ -123,17 +160,17 @@ def _scale_by_second_moment(exponent: float, epsilon: float = 1e-30) -> optax.Gr
     return optax.GradientTransformation(init, update)
 
 
-def _scale_by_parameter_size(least: float = 1e-3) -> optax.GradientTransformation:
-    """Scales each tensor's update by the tensor's root mean square. Of stacked layers each is a tensor of its own."""
+def _scale_by_parameter_size(minimum: float = 1e-3) -> optax.GradientTransformation:
+    """Scales each tensor's update by the tensor's root mean square. Each of the stacked layers is a tensor."""
 
     def scale(update, param, stacked):
         axes = tuple(range(1, param.ndim)) if stacked else None
-        return update * jnp.maximum(jnp.sqrt(jnp.square(param).mean(axes, keepdims=True)), least)
+        return update * jnp.maximum(jnp.sqrt(jnp.square(param).mean(axes, keepdims=True)), minimum)
 
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params, _stacked(params)))
 
 
-def _add_scheduled_decay(schedule) -> optax.GradientTransformation:
+def _add_scheduled_decay(schedule: optax.Schedule) -> optax.GradientTransformation:
     """Adds `schedule(count) * parameter` to the update; `schedule` is negative."""
 
     def update(updates, state, params):
@@ -144,6 +181,6 @@ def _add_scheduled_decay(schedule) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
 
 
-def _stacked(params):
-    """Which arrays hold all layers along axis 0."""
+def _stacked(params: Any) -> Any:
+    """Whether each array holds stacked layers along axis 0."""
     return jax.tree.structure(params).unflatten(stacked.is_stacked for stacked in stacking.stacked_arrays(params))

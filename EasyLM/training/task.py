@@ -1,0 +1,107 @@
+"""What a run trains, as five frozen parts. The trainer of each model fills them in."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from EasyLM.parallel.partition import Rules
+from EasyLM.training.batches import RowSource
+from EasyLM.training.step import Batch, EvalFn, InitFn, LossFn, Metrics, Optimizer, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The functions of a model (see `step`), and the partition rules of its train state."""
+
+    init: InitFn
+    loss: LossFn
+    evaluate: EvalFn
+    partition_rules: Rules
+
+
+def model_without_extra(
+    init_params: Callable[[jax.Array], Params],
+    loss_fn: Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]],
+    partition_rules: Rules,
+) -> Model:
+    """Returns a model whose only state is its parameters.
+
+    Args:
+      init_params: key -> parameters.
+      loss_fn: (params, batch, key) -> (loss, metrics). The key None means evaluation: no dropout.
+      partition_rules: see `EasyLM.parallel`.
+    """
+
+    def loss(params, extra, batch, step, key):
+        value, metrics = loss_fn(params, batch, key)
+        return value, (metrics, extra)
+
+    def evaluate(params, extra, batch):
+        value, metrics = loss_fn(params, batch, None)
+        return {"loss": value, **metrics}
+
+    return Model(lambda key: (init_params(key), {}), loss, evaluate, partition_rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The settings of a model, as saved in the metadata of its checkpoints and compared on resume.
+
+    Attributes:
+      name: their key in metadata.json.
+      values: the settings by name; JSON values, or tuples of them.
+      resumable: the settings that may change on resume.
+      saved: PREFIX::FILE -> the settings of the model in a checkpoint without metadata, as far as they are known.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    resumable: frozenset[str]
+    saved: Callable[[str], Mapping[str, Any]] = lambda spec: {}
+
+    def differences(self, saved: Mapping[str, Any]) -> str:
+        """Returns the settings that differ from the saved ones as text; empty if the run can resume."""
+        values = json.loads(json.dumps(dict(self.values)))  # JSON has lists in place of tuples
+        return ", ".join(
+            f"{name}={value!r} (saved: {saved[name]!r})"
+            for name, value in values.items()
+            if name in saved and name not in self.resumable and saved[name] != value
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The rows to train on, and the rows to evaluate on, if any. Batch sizes are global."""
+
+    train: RowSource
+    batch_size: int
+    eval: RowSource | None = None
+    eval_batch_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Accounting:
+    """The units of the throughput metrics.
+
+    Attributes:
+      unit: the name of an item.
+      items_per_row: tokens (or images) of a row.
+      flops_per_row: model FLOPs of a row, forward and backward.
+    """
+
+    unit: str
+    items_per_row: int
+    flops_per_row: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingTask:
+    """What a run trains, on what, and how it counts."""
+
+    model: Model
+    optimizer: Optimizer
+    data: TrainingData
+    accounting: Accounting
