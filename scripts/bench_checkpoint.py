@@ -90,9 +90,9 @@ def speed(directory: str, rounds: int) -> None:
 
 def make_state() -> step.TrainState:
     def init(key):
-        return llama_model.init_params(PRESETS["vqlm_100m"], key)
+        return llama_model.init_params(PRESETS["vqlm_100m"], key), {}
 
-    shapes = step.state_shapes(init, optax.adamw(1e-3))
+    shapes = step.state_shapes(init, step.Optimizer(optax.adamw(1e-3), lambda opt_state: 1e-3))
     return jax.tree.map(lambda shape: jnp.full(shape.shape, 1, shape.dtype), shapes)
 
 

@@ -7,6 +7,7 @@ half, nothing computed twice is counted). Bounds: half of the matmul rate, 20 se
 
 import statistics
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,7 @@ import numpy as np
 from EasyLM import flags
 from EasyLM.flags import Flag
 from EasyLM.models.llama import llama_config, llama_model
-from EasyLM.training import optimizers
-from EasyLM.training.step import TrainState, make_train_step
+from EasyLM.training import OPTIMIZER_FLAGS, TrainState, make_optimizer, make_train_step, model_without_extra
 
 SIDE = 2048  # of the matmul: 17 GFLOP, 50 MB, at the best rate that larger ones reach
 LEAST_SHARE, MOST_COMPILE_SECONDS = 0.5, 20.0
@@ -27,18 +27,22 @@ FLAGS = {
     "batch_size": Flag(1, "Rows of a step."),
     "seq_length": Flag(1024, "Tokens of a row."),
     "steps": Flag(5, "Steps to time, after one that is not."),
-    "optimizer": optimizers.OPTIMIZER_FLAGS,
+    "optimizer": OPTIMIZER_FLAGS,
 }
 
 
 def main(config) -> None:
     """Compiles the step, times it, prints each figure with its bound."""
     model = llama_config.build_config(config.load_llama_config, {}, config.update_llama_config)
-    optimizer, learning_rate = optimizers.make_optimizer(config.optimizer)
-    loss_fn = llama_model.make_loss_fn(model, jnp.float32)
-    step = jax.jit(make_train_step(loss_fn, optimizer, learning_rate, seed=0), donate_argnums=0)
-    params = jax.jit(lambda key: llama_model.init_params(model, key))(jax.random.key(0))
-    state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
+    optimizer = make_optimizer(config.optimizer)
+    trained = model_without_extra(
+        partial(llama_model.init_params, model),
+        llama_model.make_loss_fn(model, jnp.float32),
+        llama_config.PARTITION_RULES,
+    )
+    step = jax.jit(make_train_step(trained.loss, optimizer, seed=0), donate_argnums=0)
+    params, _ = jax.jit(trained.init)(jax.random.key(0))
+    state = TrainState(jnp.int32(0), params, jax.jit(optimizer.transform.init)(params))
     shape = config.batch_size, config.seq_length
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
     batch = {"input_tokens": tokens[0], "target_tokens": tokens[1], "loss_masks": np.ones(shape, np.float32)}

@@ -20,7 +20,18 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh
 from EasyLM.storage import is_remote, json_digest
-from EasyLM.training import run
+from EasyLM.training import (
+    RUN_FLAGS,
+    Accounting,
+    ModelSettings,
+    Optimizer,
+    RunSettings,
+    TrainingData,
+    TrainingTask,
+    model_without_extra,
+    open_run,
+    train,
+)
 from tokenizer.image_quality import lpips
 from tokenizer.media import folders, grids, images
 from tokenizer.training import losses
@@ -51,7 +62,7 @@ def _model_flags() -> dict[str, Flag]:
 
 
 DEFINITIONS = {
-    **run.RUN_FLAGS,
+    **RUN_FLAGS,
     "total_steps": Flag(250_000, "Steps to train in total, those before a resume included."),
     "save_model_freq": Flag(1000, "Steps between checkpoints; the model comes from the last one.", least=1),
     "checkpointer": {**checkpoints.CHECKPOINTER_FLAGS, "save_optimizer_state": Flag(True, "So that a run can resume.")},
@@ -95,7 +106,7 @@ class PictureRows:
         self._paths = [os.path.join(name, file) for name in names for file, _ in found[name]]
         self._size, self._seed = size, seed
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-        self.identity = {
+        self.fingerprint = {
             "seed": seed,
             "pictures": len(self._paths),
             "directories": names,
@@ -122,15 +133,14 @@ def main(config) -> None:
     _check(config)
     mesh = make_mesh(config.mesh_dim)
     check_batch_size("--batch_size", config.batch_size, mesh)
-    run_dir = run.run_directory(config)
-    run.check(config, run_dir)
+    run = open_run(RunSettings.from_flags(config), _model_settings(settings))
     data = PictureRows(config.input_dirs, "input_dirs", settings.resolution, config.seed)
     held_out = config.eval_steps or config.eval_dirs
     eval_data = PictureRows(config.eval_dirs, "eval_dirs", settings.resolution, 0) if held_out else None
-    run.train_run(config, run_dir, mesh, make_problem(config, settings, data, eval_data))
+    train(run, make_task(config, settings, data, eval_data), mesh)
     if jax.process_index() == 0:
-        export(run_dir, settings)
-        draw_reconstructions(run_dir, eval_data or data)
+        export(run.directory, settings)
+        draw_reconstructions(run.directory, eval_data or data)
 
 
 def _check(config) -> None:
@@ -184,8 +194,12 @@ def make_objective(config, settings: VQGANConfig) -> losses.Objective:
     )
 
 
-def make_problem(config, settings: VQGANConfig, data, eval_data) -> run.Problem:
-    """The training problem for the loop that all models here share."""
+def _model_settings(settings: VQGANConfig) -> ModelSettings:
+    return ModelSettings("vqgan_config", dataclasses.asdict(settings), resumable=frozenset({"commitment_cost"}))
+
+
+def make_task(config, settings: VQGANConfig, data, eval_data) -> TrainingTask:
+    """The training task for the loop that all models here share."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.lr, config.lr_warmup_steps, config.total_steps, config.lr / 100
     )
@@ -193,22 +207,11 @@ def make_problem(config, settings: VQGANConfig, data, eval_data) -> run.Problem:
     optimizer, learning_rate = target.make_optimizer(
         rate, config.weight_decay, config.clip_gradient, config.average_decay
     )
-    return run.Problem(
-        init_params=target.init_params,
-        loss_fn=target.loss,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        partition_rules=((".*", P()),),
-        settings=dataclasses.asdict(settings),
-        settings_name="vqgan_config",
-        free_settings=frozenset({"commitment_cost"}),
-        data=data,
-        eval_data=eval_data,
-        batch_size=config.batch_size,
-        eval_batch_size=config.batch_size,
-        units_per_row=1,
-        flops_per_row=0.0,
-        unit="images",
+    return TrainingTask(
+        model_without_extra(target.init_params, target.loss, ((".*", P()),)),
+        Optimizer(optimizer, learning_rate),
+        TrainingData(data, config.batch_size, eval_data, config.batch_size),
+        Accounting(unit="images", items_per_row=1, flops_per_row=0.0),
     )
 
 

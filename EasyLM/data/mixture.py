@@ -39,7 +39,7 @@ class MixedRows:
 
     Attributes:
       seq_length: T.
-      identity: as of `rows.TokenRows`.
+      fingerprint: as of `rows.TokenRows`.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class MixedRows:
         self.seq_length = sources[0].seq_length
         self._throughput = Throughput(window * sources[0].batch_size)
         self._turns = functools.lru_cache(8)(self._block_turns)
-        self.identity = {
+        self.fingerprint = {
             "seq_length": self.seq_length,
             "shuffle_seed": max(shuffle_seed, -1),
             "weights": [count // math.gcd(*counts) for count in counts],
             # With their own seq_length: rows of another length never continue a mixture exactly.
-            "sources": [source.identity for source in sources],
+            "sources": [source.fingerprint for source in sources],
         }
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ class TokenRows:
       batch_size: rows of a global batch, as the settings say; for `Batches`, not used here.
       rows_per_epoch: ceil(N/T). Without a shuffle a further epoch need not begin where a row does.
       skipped_lines: bad lines left out.
-      identity: JSON values that a run must find again to continue exactly.
+      fingerprint: JSON values. A run continues exactly only on the same fingerprint.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TokenRows:
         self._first_token, self._first_example, self._token_count = first_token, first_example, token_count
         self._throughput = Throughput(window * batch_size)
         self._ones = np.ones((0, seq_length), np.float32)
-        self.identity = {
+        self.fingerprint = {
             "seq_length": seq_length,
             "shuffle_seed": max(shuffle_seed, -1),
             "first_token": first_token,

@@ -23,21 +23,20 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
       UserError: with the value and the violated rule.
     """
 
-    def fail(reason):
+    def fail(reason: str) -> UserError:
         return UserError(f"--mesh_dim={text}: {reason}")
 
-    parts = [part.strip() for part in text.removeprefix("!").split(",")]
-    if any(":" in part for part in parts):
-        names, _, sizes = zip(*(part.partition(":") for part in parts), strict=True)
+    names, texts = list(AXES), [part.strip() for part in text.removeprefix("!").split(",")]
+    if any(":" in part for part in texts):
+        names = [part.partition(":")[0] for part in texts]
+        texts = [part.partition(":")[2] for part in texts]
         if not set(AXES) <= set(names) or len(set(names)) != len(names):
             raise fail(f"a named mesh has each of the axes {', '.join(AXES)} once (further axes may be added)")
-    else:
-        names, sizes = AXES, parts
-        if len(sizes) != len(AXES):
-            raise fail(f"give {len(AXES)} sizes, for {', '.join(AXES)}; or named ones, as dp:1,fsdp:-1,mp:1")
-    if not all(re.fullmatch(r"-1|[1-9]\d*", size) for size in sizes):
+    elif len(texts) != len(AXES):
+        raise fail(f"give {len(AXES)} sizes, for {', '.join(AXES)}; or named ones, as dp:1,fsdp:-1,mp:1")
+    if not all(re.fullmatch(r"-1|[1-9]\d*", size) for size in texts):
         raise fail("each size is a positive integer, or -1 for all remaining devices")
-    sizes = [int(size) for size in sizes]
+    sizes = [int(size) for size in texts]
     if sizes.count(-1) > 1:
         raise fail("only one size may be -1")
     known = math.prod(size for size in sizes if size != -1)

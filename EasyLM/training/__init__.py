@@ -4,6 +4,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
 
     step          the train state, and the pure functions that change it
     task          what a run trains: model, optimizer, data, units
+    settings      the flags of every run, and their values
     run           `open_run` validates flags and starting files; `train` does the rest
     start         where a run starts: fresh, from its latest checkpoint, or from --load_checkpoint
     loop          the training loop
@@ -25,7 +26,8 @@ Vocabulary:
 
 from EasyLM.training.batches import RowSource
 from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
-from EasyLM.training.run import RUN_FLAGS, RunSettings, open_run, train
+from EasyLM.training.run import open_run, train
+from EasyLM.training.settings import RUN_FLAGS, RunSettings
 from EasyLM.training.step import Optimizer, TrainState, make_train_step
 from EasyLM.training.task import Accounting, Model, ModelSettings, TrainingData, TrainingTask, model_without_extra
 

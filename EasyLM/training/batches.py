@@ -43,8 +43,8 @@ def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
     """Returns the row at which `source` continues exactly from a data state.
 
     Args:
-      state: from `dataset_state`, or from a `dataset.pkl` of the LVM release. Of the latter `total_tokens` counts, which
-        is exact; its file position is that of its reader, which is ahead of training.
+      state: from `dataset_state`, or from a `dataset.pkl` of the LVM release. Of the latter only `total_tokens` is
+        used, which is exact; its file position is that of the reader, which is ahead of training.
 
     Raises:
       UserError: if the data, its order or the length of a row has changed so that no row continues exactly.
@@ -55,7 +55,7 @@ def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
         saved = state["source"]
         changed = [name for name in current if name != "seq_length" and saved.get(name) != current[name]]
         if changed:
-            raise UserError(f"the data or its order differs from that of the saved data state: {', '.join(changed)}")
+            raise UserError(f"the saved data state is of other data or another order: {', '.join(changed)} changed")
         saved_length = saved.get("seq_length", 1)
         tokens = state["rows_consumed"] * saved_length
     elif "total_tokens" in state:
@@ -86,9 +86,7 @@ class Batches:
       wait_seconds: seconds that `next` has waited for the thread so far.
     """
 
-    def __init__(
-        self, source: RowSource, batch_size: int, sharding: NamedSharding, start_row: int = 0, ahead: int = 2
-    ):
+    def __init__(self, source: RowSource, batch_size: int, sharding: NamedSharding, start_row: int = 0, ahead: int = 2):
         self.position, self.wait_seconds = start_row, 0.0
         self._source, self._batch_size, self._sharding = source, batch_size, sharding
         self._ranges = _local_ranges(batch_size, sharding)
@@ -147,7 +145,7 @@ def _local_ranges(batch_size: int, sharding: NamedSharding) -> list[tuple[int, i
     rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1]))
     indices = rows.addressable_devices_indices_map((batch_size,)).values()
     ranges: list[tuple[int, int]] = []
-    for begin, end, _ in sorted({index[0].indices(batch_size) for index in indices}):
+    for begin, end, _ in sorted({index[0].indices(batch_size) for index in indices if index is not None}):
         if ranges and ranges[-1][1] == begin:
             ranges[-1] = (ranges[-1][0], end)
         else:

@@ -169,7 +169,7 @@ def _save_batch(run_dir: str, step: int, batch: Batch) -> str:
     if not is_remote(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     with fsspec.open(path, "wb") as file:
-        np.savez(file, **{name: _local_rows(array) for name, array in batch.items()})
+        np.savez(file, **{name: _local_rows(array) for name, array in batch.items()})  # type: ignore[arg-type]
     return path
 
 

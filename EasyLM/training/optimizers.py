@@ -1,7 +1,6 @@
 """Optimizers from settings. The structure of each state gives the keys of the LVM release's checkpoints."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +28,9 @@ OPTIMIZER_FLAGS = {
         "lr_decay_steps": Flag(500000, "Update at which the cosine decay ends, counted from the start of the warm-up."),
         "b1": Flag(0.9, "Decay rate of the first moment.", least=0, below=1),
         "b2": Flag(0.95, "Decay rate of the second moment.", above=0, below=1),
-        "multiply_by_parameter_scale": Flag(False, "Scale each tensor's update by its root mean square, as in Adafactor."),
+        "multiply_by_parameter_scale": Flag(
+            False, "Scale each tensor's update by its root mean square, as in Adafactor."
+        ),
         **_SHARED,
     },
     "palm_optimizer": {
@@ -113,7 +114,7 @@ def _adamw(c: AdamwSettings) -> tuple[optax.GradientTransformation, optax.Schedu
 
 
 def _palm(c: PalmSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """PaLM's optimizer (arXiv 2204.02311, section 5): the rate decays as 1 / sqrt(step), the weight decay as 1 / step."""
+    """PaLM's optimizer (arXiv 2204.02311, section 5): rate ~ 1 / sqrt(step), weight decay ~ 1 / step."""
 
     def schedule(count):
         return c.lr / 0.01 / jnp.sqrt(jnp.maximum(count, c.lr_warmup_steps))
@@ -183,4 +184,5 @@ def _add_scheduled_decay(schedule: optax.Schedule) -> optax.GradientTransformati
 
 def _stacked(params: Any) -> Any:
     """Whether each array holds stacked layers along axis 0."""
-    return jax.tree.structure(params).unflatten(stacked.is_stacked for stacked in stacking.stacked_arrays(params))
+    flags = [stacked.is_stacked for stacked in stacking.stacked_arrays(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), flags)

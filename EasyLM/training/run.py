@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,71 +14,16 @@ from jax.sharding import Mesh
 
 from EasyLM import checkpoints
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag
-from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS, batch_sharding, check_same
+from EasyLM.parallel import batch_sharding, check_same
 from EasyLM.storage import is_remote, json_digest
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
-from EasyLM.training.loop import LoopSettings, Report, fit
-from EasyLM.training.start import CheckpointFormats, StartFiles, StartPoint, check_settings, find_start, first_state
+from EasyLM.training.loop import Report, fit
+from EasyLM.training.settings import RunSettings
+from EasyLM.training.start import CheckpointFormats, StartPoint, check_settings, find_start, first_state
 from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train_step
-from EasyLM.training.task import ModelSettings, TrainingData, TrainingTask
+from EasyLM.training.task import ModelSettings, TrainingTask
 from EasyLM.training.throughput import Throughput
-
-RUN_FLAGS = {
-    "seed": Flag(42, "Seed of the initial parameters and of dropout."),
-    "mesh_dim": Flag(
-        "1,-1,1",
-        "Mesh sizes dp,fsdp,mp; -1: all remaining devices; or with names, as dp:1,fsdp:-1,mp:2; a leading ! allows "
-        "splitting physical axes.",
-    ),
-    "total_steps": Flag(10000, "Micro-steps to train in total, including those before a resume.", least=0),
-    "load_checkpoint": Flag("", "PREFIX::FILE to start from: trainstate, trainstate_params, params, flax_params, ..."),
-    "load_dataset_state": Flag("", "dataset.json (or a release's dataset.pkl): continue the data after its rows."),
-    "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl): check the model settings, set the step."),
-    "log_freq": Flag(50, "Steps between logged steps.", least=1),
-    "save_model_freq": Flag(0, "Steps between checkpoints, of which the latest is kept; 0: only on a signal.", least=0),
-    "save_milestone_freq": Flag(0, "Steps between checkpoints that are all kept; 0: none.", least=0),
-    "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation.", least=0),
-    "log_all_worker": Flag(False, "Every process writes its metrics, not only process 0."),
-    "max_nonfinite_steps": Flag(10, "Stop after this many steps in a row with a non-finite loss.", least=1),
-    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: by the device's kind.", least=0),
-    "checkpointer": checkpoints.CHECKPOINTER_FLAGS,
-    "logger": metrics_log.LOGGER_FLAGS,
-    "jax_distributed": JAX_DISTRIBUTED_FLAGS,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSettings:
-    """Values of RUN_FLAGS.
-
-    Attributes:
-      flags: the values of all flags of the command, for metadata.json and wandb.
-    """
-
-    seed: int
-    loop: LoopSettings
-    start: StartFiles
-    eval_steps: int
-    log_all_worker: bool
-    peak_tflops: float
-    checkpointer: Any
-    logger: Any
-    flags: Mapping[str, Any]
-
-    @classmethod
-    def from_flags(cls, config: Any) -> "RunSettings":
-        """Reads the settings of a run from a config that has RUN_FLAGS, among other flags."""
-        return cls(
-            loop=LoopSettings(**{field.name: config[field.name] for field in dataclasses.fields(LoopSettings)}),
-            start=StartFiles(config.load_checkpoint, config.load_dataset_state, config.load_metadata),
-            flags=config.to_dict(),
-            **{
-                name: config[name]
-                for name in ("seed", "eval_steps", "log_all_worker", "peak_tflops", "checkpointer", "logger")
-            },
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,13 +174,13 @@ def _make_save(
 
 
 def _make_evaluate(task: TrainingTask, steps: int, mesh: Mesh) -> Callable[[TrainState], Metrics]:
-    """Returns the function state -> mean metrics over the first batches of the evaluation data, always the same ones."""
-    data: TrainingData = task.data
-    assert data.eval is not None
+    """Returns a function that averages metrics over the first batches of the evaluation data, the same in each call."""
+    source, batch_size = task.data.eval, task.data.eval_batch_size
+    assert source is not None
     step = jax.jit(task.model.evaluate)
 
     def evaluate(state: TrainState) -> Metrics:
-        batches = Batches(data.eval, data.eval_batch_size, batch_sharding(mesh), 0)
+        batches = Batches(source, batch_size, batch_sharding(mesh))
         try:
             rows = [step(state.params, state.extra, next(batches)) for _ in range(steps)]
         finally:

@@ -56,9 +56,7 @@ class Throughput:
       peak_tflops: see `peak_flops`.
     """
 
-    def __init__(
-        self, batches: WaitCounter, unit: str, items_per_step: int, flops_per_step: float, peak_tflops: float
-    ):
+    def __init__(self, batches: WaitCounter, unit: str, items_per_step: int, flops_per_step: float, peak_tflops: float):
         self.unit = unit
         self._batches, self._items_per_step, self._flops_per_step = batches, items_per_step, flops_per_step
         peak = peak_flops(peak_tflops)

@@ -528,7 +528,7 @@ class TestBatches:
 
     def test_rows_of_a_process_that_are_not_together(self, monkeypatch):
         source = Counting()
-        monkeypatch.setattr(batches, "_local_runs", lambda size, sharding: [(0, 4), (4, 10), (10, 16)])
+        monkeypatch.setattr(batches, "_local_ranges", lambda size, sharding: [(0, 4), (4, 10), (10, 16)])
         made = batches.Batches(source, 16, NamedSharding(mesh((8, 1, 1)), P("dp")))
         np.testing.assert_array_equal(next(made)["images"][:, 0, 0], np.arange(16))
         made.close()
@@ -543,14 +543,14 @@ class TestBatches:
     def test_a_process_reads_only_its_rows(self, monkeypatch):
         devices = jax.devices()
         sharding = NamedSharding(mesh((4, 1, 2), devices), P(("dp", "fsdp")))
-        assert batches._local_runs(16, sharding) == [(0, 16)]
+        assert batches._local_ranges(16, sharding) == [(0, 16)]
         everywhere = NamedSharding.addressable_devices_indices_map
 
         def of_two_hosts(self, shape):  # this process has the devices of dp 0 and 2
             return {device: index for device, index in everywhere(self, shape).items() if device.id in (0, 1, 4, 5)}
 
         monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", of_two_hosts)
-        assert batches._local_runs(16, sharding) == [(0, 4), (8, 12)]
+        assert batches._local_ranges(16, sharding) == [(0, 4), (8, 12)]
 
     def test_two_batches_ahead_and_no_more(self):
         source = Counting()
@@ -683,7 +683,7 @@ class TestPacked:
     @pytest.mark.parametrize("fields", [",{tokens},", "[{tokens}]", "<|300|>,[{tokens}],[<|301|>],<|302|>"])
     def test_the_same_rows(self, packed_files, fields, seed):
         plain, one = (dataset(path, 33, fields=fields, shuffle_seed=seed) for path in packed_files)
-        assert (one.num_tokens, one.identity) == (plain.num_tokens, plain.identity)
+        assert (one.num_tokens, one.fingerprint) == (plain.num_tokens, plain.fingerprint)
         for start in range(0, 2 * plain.rows_per_epoch, 7):
             assert_rows(one.rows(start, 7), *plain.rows(start, 7).values())
             if seed < 0:
@@ -696,7 +696,7 @@ class TestPacked:
         more, alone = two_files / "a.jsonl", tmp_path / "a.packed"
         packed_file.write(str(alone), [(str(more), records.read_records(str(more), 512))], keep_others=False)
         first, second = (dataset(f"{path},{packed_files[1]}", 20, weights=weights) for path in (more, alone))
-        assert first.identity == second.identity
+        assert first.fingerprint == second.fingerprint
         assert_rows(second.rows(3, 90), *first.rows(3, 90).values())
 
     def test_reads_only_its_tokens(self, packed_files):

@@ -186,7 +186,7 @@ class TestHuggingFace:
         np.testing.assert_array_equal(got["input_tokens"], inputs)
         np.testing.assert_array_equal(got["target_tokens"], targets)
         again = dataset.make_dataset(config_of("huggingface", path), tokenizer, 100)
-        assert again.identity == source.identity
+        assert again.fingerprint == source.fingerprint
 
     def test_a_dataset_of_the_hub_is_asked_for_by_its_settings(self, tokenizer_files, tmp_path, monkeypatch):
         datasets = pytest.importorskip("datasets")

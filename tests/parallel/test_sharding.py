@@ -15,22 +15,23 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_config, llama_model
 from EasyLM.parallel import check_batch_size, make_mesh, match_partition_rules, shardings
 from EasyLM.parallel.mesh import parse_mesh_dim
-from EasyLM.training import optimizers, step
+from EasyLM.training import OPTIMIZER_FLAGS, make_optimizer
+from EasyLM.training.step import state_shapes
 
 OPTIMIZERS = [("adamw", 1), ("adamw", 4), ("palm", 1)]
 
 
-def state_shapes(preset, optimizer="adamw", accumulate=1):
+def shapes_of_state(preset, optimizer="adamw", accumulate=1):
     config = llama_config.load_config(preset)
-    settings = flags.defaults(optimizers.OPTIMIZER_FLAGS)
+    settings = flags.defaults(OPTIMIZER_FLAGS)
     settings.type, settings.accumulate_gradient_steps = optimizer, accumulate
-    transform, _ = optimizers.make_optimizer(settings)
-    return step.state_shapes(lambda key: llama_model.init_params(config, key), transform)
+    optimizer = make_optimizer(settings)
+    return state_shapes(lambda key: (llama_model.init_params(config, key), {}), optimizer)
 
 
 @pytest.mark.parametrize("preset", llama_config.PRESETS)
 def test_each_array_has_one_rule_and_each_rule_an_array(preset):
-    params = state_shapes(preset).params
+    params = shapes_of_state(preset).params
     names = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     used = [[bool(re.search(pattern, name)) for pattern, _ in llama_config.PARTITION_RULES] for name in names]
     assert (np.sum(used, axis=1) == 1).all(), "each array has one rule"
@@ -39,7 +40,7 @@ def test_each_array_has_one_rule_and_each_rule_an_array(preset):
 
 @pytest.mark.parametrize("optimizer, accumulate", OPTIMIZERS)
 def test_optimizer_state_is_sharded_like_its_parameters(optimizer, accumulate):
-    state = state_shapes("vqlm_7b", optimizer, accumulate)
+    state = shapes_of_state("vqlm_7b", optimizer, accumulate)
     specs = match_partition_rules(llama_config.PARTITION_RULES, state)
     expected = {
         "wq": P(None, "fsdp", "mp"),

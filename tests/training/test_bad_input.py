@@ -1,4 +1,4 @@
-"""What a user gets wrong ends with one line that names it, before any step, and leaves nothing half-written."""
+"""Invalid input ends with one line that names it, before the first step, and leaves no partial files."""
 
 import base64
 import json
@@ -10,11 +10,11 @@ from tiny_run import GOLDEN, metrics, train
 
 from EasyLM.checkpoints import streaming
 from EasyLM.errors import UserError
-from EasyLM.training import step as train_module
+from EasyLM.training import run as run_module
 
 JSON = "train_dataset.json_dataset"
 STATE = f"{GOLDEN}/init/streaming_train_state"
-WRONG = {
+INVALID = {
     "preset": ({"load_llama_config": "vqlm_8b"}, "load_llama_config='vqlm_8b': choose one of 'vqlm_debug'"),
     "config file": ({"load_llama_config": "json::missing.json"}, "config=json::missing.json: no such file"),
     "setting": ({"update_llama_config": "dict(hiden_size=64)"}, "unknown setting hiden_size; choose from vocab_size"),
@@ -35,7 +35,7 @@ WRONG = {
     "no metadata": ({"load_metadata": "missing.json"}, "--load_metadata=missing.json: no such file"),
     "no data state": (
         {"load_checkpoint": f"trainstate::{STATE}", "load_dataset_state": f"{GOLDEN}/init/metadata.pkl"},
-        "the saved data state is none",
+        "not a data state",
     ),
     "held-out data": (
         {"eval_steps": 1, "eval_dataset.json_dataset.path": "missing.jsonl"},
@@ -69,27 +69,27 @@ WRONG = {
 }
 
 
-def left_by_the_run(output_dir) -> list:
+def files_of_the_run(output_dir) -> list:
     return sorted(output_dir.glob("run/**/*"))
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_setting_is_named(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(train_module, "jit_train_step", lambda *_: pytest.fail("compiled before the check"))
-    settings, said = WRONG[name]
-    with pytest.raises((UserError, FileNotFoundError), match=said) as caught:
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_setting_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run_module, "jit_train_step", lambda *_: pytest.fail("compiled before the check"))
+    settings, message = INVALID[name]
+    with pytest.raises((UserError, FileNotFoundError), match=message) as caught:
         train(tmp_path, **settings)
     assert "\n" not in str(caught.value)
-    assert not left_by_the_run(tmp_path), "nothing is written before the checks"
+    assert not files_of_the_run(tmp_path), "written before the checks"
 
 
-def test_what_to_begin_with_is_looked_at_before_the_data(tmp_path, monkeypatch):
+def test_starting_files_are_checked_before_data_is_indexed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "EasyLM.data.dataset.make_dataset", lambda *_: pytest.fail("the data was indexed before the check")
     )
     for name in ("checkpoint prefix", "no prefix", "no checkpoint", "no metadata", "log frequency", "held-out data"):
-        with pytest.raises(UserError, match=WRONG[name][1]):
-            train(tmp_path, **WRONG[name][0])
+        with pytest.raises(UserError, match=INVALID[name][1]):
+            train(tmp_path, **INVALID[name][0])
 
 
 def record(tokens) -> str:
@@ -107,14 +107,14 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_bad_line_has_an_address(tmp_path, name):
+def test_bad_line_is_named_by_file_and_number(tmp_path, name):
     path = tmp_path / "bad.jsonl"
-    line, said = BAD_LINES[name]
+    line, message = BAD_LINES[name]
     path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
-    with pytest.raises(UserError, match=rf"{path}:2: {said}") as caught:
+    with pytest.raises(UserError, match=rf"{path}:2: {message}") as caught:
         train(tmp_path / "out", **{f"{JSON}.path": str(path)})
     assert "\n" not in str(caught.value)
-    assert not left_by_the_run(tmp_path / "out")
+    assert not files_of_the_run(tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_empty_data_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(UserError, match=f"{path}: holds no tokens"):
         train(tmp_path / "out", **{f"{JSON}.path": str(path)})
-    assert not left_by_the_run(tmp_path / "out")
+    assert not files_of_the_run(tmp_path / "out")
 
 
 def test_truncated_checkpoint_is_refused(tmp_path):
@@ -141,24 +141,24 @@ def test_truncated_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=rf"{path}: opt_state/.*/embedding: byte \d+: the file is truncated") as caught:
         train(tmp_path / "out", load_checkpoint=f"trainstate::{path}")
     assert str(caught.value).endswith(f"the file ends at {path.stat().st_size}")
-    assert not left_by_the_run(tmp_path / "out")
+    assert not files_of_the_run(tmp_path / "out")
 
 
-def test_output_that_is_a_file_is_refused(tmp_path):
+def test_output_dir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("in the way")
     with pytest.raises(UserError, match=r"--logger\.output_dir=.*out: cannot write"):
         train(tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_another_beginning_in_the_same_directory_is_refused(tmp_path):
+def test_another_start_in_the_same_directory_is_refused(tmp_path):
     train(tmp_path, total_steps=1, save_model_freq=1)
-    with pytest.raises(UserError, match="already holds a run that began with ''"):
+    with pytest.raises(UserError, match="already holds a run that started from ''"):
         train(tmp_path, total_steps=2, load_checkpoint=f"trainstate::{STATE}")
 
 
 @pytest.mark.slow
-def test_nonfinite_loss_updates_nothing_keeps_the_batch_and_stops(tmp_path):
+def test_nonfinite_loss_updates_nothing_saves_the_batch_and_stops(tmp_path):
     run = train(tmp_path, total_steps=2, save_model_freq=1)
     before = {entry.key: entry.read() for entry in streaming.read_streaming(str(run / "streaming_train_state"))}
     poisoned = tmp_path / "poisoned"
@@ -171,10 +171,10 @@ def test_nonfinite_loss_updates_nothing_keeps_the_batch_and_stops(tmp_path):
     with pytest.raises(UserError, match="not finite 3 steps in a row"):
         train(tmp_path, **settings, **{"logger.experiment_id": "nan"})
     rows = metrics(tmp_path / "nan", "loss", "skipped_update")
-    assert rows == dict.fromkeys((2, 3, 4, 5), (None, True))  # the last one was under way
-    kept = sorted((tmp_path / "nan" / "nonfinite_batches").iterdir())
-    assert len(kept) == 4
-    assert set(np.load(kept[0])) == {"input_tokens", "target_tokens", "loss_masks"}
+    assert rows == dict.fromkeys((2, 3, 4, 5), (None, True))  # the last step was in progress
+    batches = sorted((tmp_path / "nan" / "nonfinite_batches").iterdir())
+    assert len(batches) == 4
+    assert set(np.load(batches[0])) == {"input_tokens", "target_tokens", "loss_masks"}
     after = {e.key: e.read() for e in streaming.read_streaming(str(tmp_path / "nan" / "streaming_train_state"))}
     for key, value in before.items():
         if key != ("step",) and "lm_head" not in key:
@@ -182,17 +182,19 @@ def test_nonfinite_loss_updates_nothing_keeps_the_batch_and_stops(tmp_path):
 
 
 @pytest.mark.slow
-def test_another_models_settings_are_told_when_its_parameters_begin_a_run(tmp_path, caplog):
+def test_changed_settings_are_logged_when_a_run_starts_from_parameters(tmp_path, caplog):
     run = train(tmp_path, total_steps=1, save_model_freq=1)
     caplog.clear()
     settings = {"load_checkpoint": f"trainstate_params::{run}/streaming_train_state", "logger.experiment_id": "new"}
     train(tmp_path, total_steps=1, **settings, **{"llama.rope_theta": 500.0})
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert any("was trained with other settings: rope_theta=500.0 (saved: 10000.0)" in line for line in told), told
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("was trained with other settings: rope_theta=500.0 (saved: 10000.0)" in line for line in warnings), (
+        warnings
+    )
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     run = train(tmp_path, total_steps=2, save_model_freq=1)
     write_entry = streaming.write_entry
 

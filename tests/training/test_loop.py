@@ -1,4 +1,4 @@
-"""The figures of speed that the loop logs, against a clock that the test turns."""
+"""The training loop: throughput metrics (on a simulated clock), the end of training, non-finite losses, signals."""
 
 import dataclasses
 import io
@@ -13,7 +13,8 @@ import pytest
 from tiny_run import train
 
 from EasyLM.models.llama.llama_config import PRESETS, flops_per_token
-from EasyLM.training import loop
+from EasyLM.training import loop, throughput
+from EasyLM.training.stop_signal import StopVote
 
 DEVICES = 8  # of tests/conftest.py
 WAIT, STEP, SAVE, EVAL = 0.25, 1.0, 0.5, 2.0  # seconds; sums of powers of two are exact
@@ -23,17 +24,17 @@ SETTINGS = loop.LoopSettings(
     save_model_freq=2,
     save_milestone_freq=0,
     max_nonfinite_steps=1,
-    units_per_step=768,
-    flops_per_step=6e9,
-    peak_tflops=0.002,
-    run_dir="",
 )
 
 
-def fit(monkeypatch, settings, evaluates=True) -> dict:
-    """The logged figures by step, of a run in which everything takes its seconds of the clock."""
+def make_report(batches, settings=SETTINGS, unit="tokens", peak_tflops=0.002, log=None, run_dir=""):
+    return loop.Report(settings, throughput.Throughput(batches, unit, 768, 6e9, peak_tflops), log, run_dir)
+
+
+def fit(monkeypatch, unit="tokens", peak_tflops=0.002, evaluates=True) -> dict:
+    """The logged metrics by step of a run in which each activity takes a fixed time of a simulated clock."""
     clock = types.SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(throughput, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
 
     def takes(seconds, result=None):
         def do(*_):
@@ -50,31 +51,31 @@ def fit(monkeypatch, settings, evaluates=True) -> dict:
             self.wait_seconds += WAIT
 
     state = types.SimpleNamespace(step=0, params=None)
-    rows = []
+    rows, batches = [], Batches()
     loop.fit(
         state,
         lambda *_: takes(STEP, (state, {"loss": 1.0, "finite": True}))(),
-        Batches(),
-        settings,
-        log=rows.append,
+        batches,
+        SETTINGS,
+        make_report(batches, unit=unit, peak_tflops=peak_tflops, log=rows.append),
         save=takes(SAVE),
         evaluate=takes(EVAL, {"eval_loss": 2.0}) if evaluates else None,
     )
     return {row["step"]: row for row in rows}
 
 
-def test_a_run_that_was_asked_for_less_than_it_has_is_finished():
+def test_a_run_beyond_total_steps_is_finished():
     state = types.SimpleNamespace(step=7, params=None)
     batches = types.SimpleNamespace(position=0, wait_seconds=0.0)
     settings = dataclasses.replace(SETTINGS, total_steps=5)
-    assert loop.fit(state, None, batches, settings, log=None, save=lambda *_: None, evaluate=None)[1]
+    assert loop.fit(state, None, batches, settings, make_report(batches, settings), save=lambda *_: None)[1]
 
 
 @pytest.mark.parametrize("unit", ["tokens", "images"])
-def test_rates_mfu_and_where_the_time_went(monkeypatch, unit):
-    rows = fit(monkeypatch, dataclasses.replace(SETTINGS, unit=unit))
+def test_rates_mfu_and_seconds_by_activity(monkeypatch, unit):
+    rows = fit(monkeypatch, unit)
     assert list(rows) == [0, 4, 8]
-    # From the figures of step 0 to those of step 4: four steps, two saves, one evaluation, which is no training.
+    # Between the metrics of step 0 and step 4: four steps, two saves, and one evaluation, which is not training time.
     seconds = 4 * WAIT + 4 * STEP + 2 * SAVE
     assert rows[4] == {
         "step": 4,
@@ -93,7 +94,7 @@ def test_rates_mfu_and_where_the_time_went(monkeypatch, unit):
 
 
 def test_without_a_known_peak_there_is_no_mfu(monkeypatch):
-    row = fit(monkeypatch, dataclasses.replace(SETTINGS, peak_tflops=0.0), evaluates=False)[4]
+    row = fit(monkeypatch, peak_tflops=0.0, evaluates=False)[4]
     assert "mfu" not in row and "eval_seconds" not in row and row["tokens_per_second"] == 512
 
 
@@ -102,18 +103,18 @@ def test_without_a_known_peak_there_is_no_mfu(monkeypatch):
     [
         ("NVIDIA H100 80GB HBM3", 0.0, 989),
         ("NVIDIA H100 PCIe", 0.0, 756),
-        ("NVIDIA H100 PCIe", 400.0, 400),  # --peak_tflops comes first
+        ("NVIDIA H100 PCIe", 400.0, 400),  # --peak_tflops has precedence
         ("cpu", 1.5, 1.5),
         ("cpu", 0.0, None),
     ],
 )
-def test_the_peak_of_one_device(monkeypatch, kind, given, tflops):
+def test_peak_flops_of_one_device(monkeypatch, kind, given, tflops):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
-    assert loop.peak_flops(given) == (tflops and tflops * 1e12)
+    assert throughput.peak_flops(given) == (tflops and tflops * 1e12)
 
 
 @pytest.mark.slow
-def test_the_trainer_counts_all_tokens_of_a_step(tmp_path):
+def test_throughput_counts_all_tokens_of_a_step(tmp_path):
     run_dir = train(tmp_path, total_steps=4, log_freq=2, save_model_freq=1, peak_tflops=0.5)
     model = dataclasses.replace(PRESETS["vqlm_debug"], vocab_size=512, hidden_size=64, intermediate_size=128)
     for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
@@ -125,8 +126,8 @@ def test_the_trainer_counts_all_tokens_of_a_step(tmp_path):
         assert row["mfu"] == pytest.approx(flops_per_second / (DEVICES * 0.5e12), rel=1e-9)
 
 
-def test_the_step_under_way_when_training_stops_is_reported_and_saved(tmp_path):
-    """Step 3 alone is not finite; step 4 has been dispatched when that is known."""
+def test_the_step_in_progress_when_training_stops_is_reported_and_saved(tmp_path):
+    """Only step 3 is not finite; step 4 has been dispatched by the time that is known."""
     rows, saved = [], []
 
     class Batches:
@@ -140,21 +141,23 @@ def test_the_step_under_way_when_training_stops_is_reported_and_saved(tmp_path):
         done = state.step + 1
         return types.SimpleNamespace(step=done), {"loss": float(done), "finite": done != 4}
 
+    settings = dataclasses.replace(SETTINGS, log_freq=1, save_model_freq=0)
+    batches = Batches()
     with pytest.raises(loop.NonFiniteLossError, match=r"step 3: .* none of these updates was applied"):
         loop.fit(
             types.SimpleNamespace(step=0),
             step,
-            Batches(),
-            dataclasses.replace(SETTINGS, log_freq=1, save_model_freq=0, run_dir=str(tmp_path)),
-            log=rows.append,
+            batches,
+            settings,
+            make_report(batches, settings, log=rows.append, run_dir=str(tmp_path)),
             save=lambda state, done, position, milestone: saved.append((state.step, done, position)),
         )
     assert [(row["step"], row["skipped_update"]) for row in rows] == [(n, n == 3) for n in range(5)]
     assert saved == [(5, 5, 40)]
 
 
-def test_a_signal_in_the_middle_of_a_print_is_heard(monkeypatch, capfd):
-    """The bar prints each step; a buffered file refuses a print within one."""
+def test_a_signal_during_a_print_stops_the_run(monkeypatch, capfd):
+    """The progress bar prints at each step; a buffered file raises on a nested print."""
     signals = [signal.SIGTERM]
 
     class Terminal(io.RawIOBase):
@@ -167,8 +170,8 @@ def test_a_signal_in_the_middle_of_a_print_is_heard(monkeypatch, capfd):
             return len(data)
 
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
-    with loop.StopVote() as votes:
-        assert not votes.stop({})
+    with StopVote() as vote:
+        assert not vote.stop({})
         print("step 1", file=sys.stderr, flush=True)
-        assert votes.stop({})
+        assert vote.stop({})
     assert capfd.readouterr().err == "\nSIGTERM: finishing the step, then saving\n"

@@ -1,4 +1,4 @@
-"""Every optimizer equals a plain optax chain over one tensor a layer, and keeps its state under the release's keys."""
+"""Every optimizer equals a plain optax chain with one tensor per layer; its state has the keys of the release."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def settings(type="adamw", accumulate=1, **values):
 
 def random_tree(seed):
     rng = np.random.default_rng(seed)
-    # Layers of different sizes: an optimizer that took a stack for one tensor would scale them alike.
+    # Layers of different magnitudes: an optimizer that treats a stack as one tensor scales them alike.
     scale = np.array([0.01, 1.0, 20.0])
     tree = jax.tree.map(lambda shape: rng.normal(size=shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
     tree["h"] = jax.tree.map(lambda x: x * scale.reshape(-1, *(1,) * (x.ndim - 1)), tree["h"])
@@ -45,7 +45,7 @@ def scheduled_decay(schedule):
 
 
 def reference(config):
-    """The definitions of the two optimizers, in optax's own words."""
+    """Returns the definition of the two optimizers in plain optax."""
     c = config[f"{config.type}_optimizer"]
     mu_dtype = jnp.bfloat16 if c.bf16_momentum else jnp.float32
     if config.type == "palm":
@@ -89,14 +89,14 @@ def reference(config):
     ids=["adamw", "adamw-bf16", "adamw-scaled", "palm", "palm-accumulated", "adamw-accumulated"],
 )
 def test_equals_optax_layer_by_layer(config):
-    optimizer, learning_rate = make_optimizer(config)
+    optimizer = make_optimizer(config)
     expected, schedule = reference(config)
     params = random_tree(0)
     expected_params = per_layer(params)
-    state, expected_state = optimizer.init(params), expected.init(expected_params)
-    step, expected_step = jax.jit(optimizer.update), jax.jit(expected.update)
+    state, expected_state = optimizer.transform.init(params), expected.init(expected_params)
+    step, expected_step = jax.jit(optimizer.transform.update), jax.jit(expected.update)
     for i in range(9):
-        rate = learning_rate(state)
+        rate = optimizer.learning_rate(state)
         np.testing.assert_allclose(rate, schedule(i // config.accumulate_gradient_steps), rtol=1e-6)
         gradients = random_tree(i + 1)
         updates, state = step(gradients, state, params)
@@ -110,7 +110,7 @@ def test_equals_optax_layer_by_layer(config):
 
 def keys_of(config):
     tree = {"params": {"transformer": jax.eval_shape(lambda: random_tree(0))}}
-    state = jax.eval_shape(make_optimizer(config)[0].init, tree)
+    state = jax.eval_shape(make_optimizer(config).transform.init, tree)
     entries = {"/".join(file_key) for leaf in stacked_arrays(state) for file_key in leaf.file_keys}
     return {e.split("/params/")[0] for e in entries}, {leaf.key: leaf.file_shape for leaf in stacked_arrays(state)}
 
@@ -134,14 +134,14 @@ def test_state_has_the_keys_of_the_release(config, expected):
     assert all(shape == (1,) for key, shape in shapes.items() if "v_row" in key or "v_col" in key)
 
 
-def test_bf16_momentum_halves_the_first_moment_only():
-    state = make_optimizer(settings(bf16_momentum=True))[0].init(random_tree(0))
+def test_bf16_momentum_applies_to_the_first_moment_only():
+    state = make_optimizer(settings(bf16_momentum=True)).transform.init(random_tree(0))
     assert {x.dtype.name for x in jax.tree.leaves(state[1][0].mu)} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(state[1][0].nu)} == {"float32"}
 
 
 @pytest.mark.parametrize(
-    "config, says",
+    "config, message",
     [
         (
             settings(lr_decay_steps=2),
@@ -154,8 +154,8 @@ def test_bf16_momentum_halves_the_first_moment_only():
         (settings(lr=float("nan")), "--optimizer.adamw_optimizer.lr=nan: must be at least 0"),
     ],
 )
-def test_bad_settings_are_named(config, says):
+def test_invalid_settings_are_named(config, message):
     with pytest.raises(UserError) as error:
         flags.validate({"optimizer": OPTIMIZER_FLAGS}, ConfigDict({"optimizer": config}))
         make_optimizer(config)
-    assert str(error.value) == says
+    assert str(error.value) == message

@@ -1,5 +1,6 @@
-"""A run that was stopped and resumed equals, bit for bit, the run that never was."""
+"""A run that was stopped and resumed equals an uninterrupted run bit for bit."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,9 +16,10 @@ from EasyLM.checkpoints import load_metadata, run_directory, streaming
 from EasyLM.checkpoints.run_directory import LinkedDirectory
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
+from EasyLM.models.llama import llama_train
 from EasyLM.parallel import make_mesh
-from EasyLM.training import run
-from EasyLM.training import step as train_module
+from EasyLM.training import RUN_FLAGS, metrics_log, run
+from EasyLM.training.start import StartFiles, locate_start
 
 STEPS = 14
 # 24 sentences of 768 to 1500 tokens are about 212 rows of 128: at 18 rows a step an epoch ends within the run.
@@ -45,15 +47,13 @@ def assert_same_run(run, reference):
         assert state[key].tobytes() == value.tobytes(), key
 
 
-def start_of(run_dir, load_checkpoint=""):
-    config = flags.defaults(run.RUN_FLAGS)
-    config.load_checkpoint = load_checkpoint
-    return run.find_start(config, str(run_dir))
+def start_of(run_dir, load_checkpoint="") -> StartFiles:
+    return locate_start(StartFiles(load_checkpoint), str(run_dir))[0]
 
 
 def save_step(run_dir, step, start, milestone=False):
-    """What a run that began at `start` leaves at a step, as far as the next start asks."""
-    metadata = {"step": step, "flags": {"load_checkpoint": "of this start alone"}, "started_from": start.history}
+    """Writes the files of a run that started at `start`, as far as the next start reads them."""
+    metadata = {"step": step, "flags": {"load_checkpoint": "of the last start only"}, "started_from": start.history}
     files = {"streaming_train_state": b"", "dataset.json": b"{}", "metadata.json": json.dumps(metadata).encode()}
     writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}
     LinkedDirectory(str(run_dir)).prepare()
@@ -61,27 +61,27 @@ def save_step(run_dir, step, start, milestone=False):
     return str(run_dir / "checkpoints" / f"step_{step:08d}")
 
 
-def test_a_requeued_command_goes_on_wherever_the_run_came_from(tmp_path):
+def test_a_requeued_command_resumes_the_run(tmp_path):
     run_dir, elsewhere = tmp_path / "run", "huggingface::elsewhere"
     assert start_of(run_dir, elsewhere).checkpoint == elsewhere
     save_step(run_dir, 4, start_of(run_dir, elsewhere), milestone=True)
     newest = save_step(run_dir, 6, start_of(run_dir))  # resumed without the flag
     for again in ("", elsewhere):
         assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
-    with pytest.raises(UserError, match="already holds a run that began with 'huggingface::elsewhere'"):
+    with pytest.raises(UserError, match="already holds a run that started from 'huggingface::elsewhere'"):
         start_of(run_dir, "huggingface::other")
 
     back = f"trainstate::{run_dir}/streaming_train_state_4"
     start = start_of(run_dir, back)
     assert start.checkpoint == back and start.metadata.endswith("step_00000004/metadata.json")
-    assert start_of(run_dir, back).checkpoint == back, "nothing was saved since"
+    assert start_of(run_dir, back).checkpoint == back, "nothing has been saved since"
     newest = save_step(run_dir, 5, start)
     for again in ("", elsewhere, back):
         assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
 
 
 @pytest.mark.slow
-def test_the_schedule_goes_on_where_parameters_alone_were_saved(tmp_path):
+def test_the_schedule_continues_from_parameters_only(tmp_path):
     settings = {"optimizer__accumulate_gradient_steps": 2, "checkpointer__save_optimizer_state": False}
     settings |= {"save_model_freq": 6}
     whole = train(tmp_path, total_steps=10, logger__experiment_id="whole", **settings)
@@ -91,28 +91,28 @@ def test_the_schedule_goes_on_where_parameters_alone_were_saved(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_model_setting_that_changed_is_listed(tmp_path):
+def test_every_changed_model_setting_is_listed(tmp_path):
     run_dir = train(tmp_path, total_steps=1, save_model_freq=1)
     before = sorted(run_dir.rglob("*"))
     with pytest.raises(UserError) as caught:
         train(tmp_path, total_steps=2, llama__rms_norm_eps=1e-5, llama__rope_theta=500.0, llama__scan_layers=False)
     path = run_dir / "checkpoints" / "step_00000001" / "metadata.json"
-    differences = "rms_norm_eps=1e-05 (saved: 1e-06), rope_theta=500.0 (saved: 10000.0)"  # a free setting is none
+    differences = "rms_norm_eps=1e-05 (saved: 1e-06), rope_theta=500.0 (saved: 10000.0)"  # scan_layers may change
     assert str(caught.value) == f"{path}: the checkpoint's model has other settings: {differences}"
     assert sorted(run_dir.rglob("*")) == before
     assert sorted(metrics(run_dir, "loss")) == [0]
 
 
 @pytest.mark.slow
-def test_evaluation_is_compiled_once_and_is_no_part_of_a_step(tmp_path, monkeypatch):
+def test_evaluation_is_compiled_once_and_its_time_is_logged(tmp_path, monkeypatch):
     traced = []
-    original = train_module.make_eval_step
+    original = llama_train.model_without_extra
 
-    def counted(loss_fn):
-        step = original(loss_fn)
-        return lambda *arguments: (traced.append(1), step(*arguments))[1]
+    def counted(*arguments):
+        model = original(*arguments)
+        return dataclasses.replace(model, evaluate=lambda *values: (traced.append(1), model.evaluate(*values))[1])
 
-    monkeypatch.setattr(train_module, "make_eval_step", counted)
+    monkeypatch.setattr(llama_train, "model_without_extra", counted)
     held_out = {"eval_dataset__" + name.removeprefix("train_dataset."): value for name, value in TINY.items()
                 if name.startswith("train_dataset.")}  # fmt: skip
     run_dir = train(tmp_path, total_steps=3, eval_steps=2, **{k.replace(".", "__"): v for k, v in held_out.items()})
@@ -122,12 +122,12 @@ def test_evaluation_is_compiled_once_and_is_no_part_of_a_step(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("prefix", ["", "p"])
-def test_the_command_that_is_printed_leads_to_the_same_run(tmp_path, prefix):
-    config = flags.defaults(run.RUN_FLAGS)
+def test_the_printed_command_leads_to_the_same_run(tmp_path, prefix):
+    config = flags.defaults(RUN_FLAGS)
     config.logger.update(output_dir=str(tmp_path), experiment_id="a/b", prefix=prefix, prefix_to_id=True)
-    run_dir = run.run_directory(config)
-    config.logger.experiment_id = run.metrics_log.given_id(config.logger, run_dir)
-    assert run.run_directory(config) == run_dir
+    run_dir = run.run_directory(config.logger)
+    config.logger.experiment_id = metrics_log.given_id(config.logger, run_dir)
+    assert run.run_directory(config.logger) == run_dir
 
 
 @pytest.mark.slow
@@ -136,20 +136,20 @@ def test_resume_is_bit_equal(tmp_path, variant):
     settings = {name.replace(".", "__"): value for name, value in VARIANTS[variant].items()}
     settings |= {"save_model_freq": 100}
     reference = train(tmp_path / "reference", total_steps=STEPS, **settings)
-    run = None
+    resumed = None
     for stop in (4, 9, STEPS):  # 4 is in the middle of an accumulation cycle of 3
-        run = train(tmp_path / "resumed", total_steps=stop, **settings)
-    assert_same_run(run, reference)
+        resumed = train(tmp_path / "resumed", total_steps=stop, **settings)
+    assert_same_run(resumed, reference)
 
 
 def half_written(run_dir) -> int | None:
-    """The step whose checkpoint is being written, or was when its writer was killed."""
+    """The step whose checkpoint is being written, or was being written when the process was killed."""
     names = (path.name.removeprefix(run_directory.TEMPORARY) for path in (run_dir / "checkpoints").glob("*"))
     return next((int(name) for name in names if name.isdigit()), None)
 
 
 def wait_for_a_save(process, run_dir, delay):
-    """Until so long after the run's next checkpoint is whole."""
+    """Waits until `delay` seconds after the next checkpoint is complete."""
     newest = os.path.realpath(run_dir / "latest")
     deadline = time.monotonic() + 240
     while os.path.realpath(run_dir / "latest") == newest and process.poll() is None and time.monotonic() < deadline:
@@ -158,7 +158,7 @@ def wait_for_a_save(process, run_dir, delay):
 
 
 def wait_until_it_saves(process, run_dir, delay):
-    """Until the run is at a save, not its first. It is stopped there: else the save might be over by then."""
+    """Waits until the run is saving, not for the first time, and stops it so that the save does not complete."""
     wait_for_a_save(process, run_dir, delay)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -168,13 +168,13 @@ def wait_until_it_saves(process, run_dir, delay):
             if half_written(run_dir):
                 return
             process.send_signal(signal.SIGCONT)
-        assert process.poll() is None, "finished without being met at a save"
+        assert process.poll() is None, "finished before a save was observed"
     raise AssertionError("no save in 120 s")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wait", [wait_for_a_save, wait_until_it_saves], ids=["after a save", "while it saves"])
-def test_kill_at_any_moment_of_saving_loses_nothing(tmp_path, wait):
+@pytest.mark.parametrize("wait", [wait_for_a_save, wait_until_it_saves], ids=["after a save", "during a save"])
+def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path, wait):
     settings = {"save_model_freq": 1, "mesh_dim": "1,1,1"}
     run, reference = tmp_path / "killed" / "run", tmp_path / "reference" / "run"
     for delay in (0.0, 0.01, 0.03):
@@ -182,11 +182,11 @@ def test_kill_at_any_moment_of_saving_loses_nothing(tmp_path, wait):
         wait(process, run, delay)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert process.returncode == -signal.SIGKILL, "killed, not finished before"
+        assert process.returncode == -signal.SIGKILL, "killed before it finished"
         state = final_state(run)
-        assert state, "the newest checkpoint is readable after a kill"
+        assert state, "the latest checkpoint is readable after a kill"
         if saving := half_written(run):
-            assert saving == int(state["step",]) + 1, "the last good state is that of the save before"
+            assert saving == int(state["step",]) + 1, "the latest state is that of the previous save"
     settings["total_steps"] = int(state["step",]) + 5
     for output_dir in (tmp_path / "killed", tmp_path / "reference"):
         finish(start(output_dir, devices=1, **settings))
@@ -196,22 +196,22 @@ def test_kill_at_any_moment_of_saving_loses_nothing(tmp_path, wait):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, number):
+def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, number):
     settings = {"total_steps": 10**6, "mesh_dim": "1,1,1"}
     process = start(tmp_path, devices=1, **settings)
     await_figures([process], tmp_path / "run" / "metrics.jsonl")
     process.send_signal(number)
-    said = finish(process)
-    assert "to resume" in said and "--logger.experiment_id=run" in said
+    output = finish(process)
+    assert "to resume" in output and "--logger.experiment_id=run" in output
     done = max(metrics(tmp_path / "run", "loss")) + 1
     assert int(final_state(tmp_path / "run")[("step",)]) == done
-    said = finish(start(tmp_path, devices=1, **settings | {"total_steps": done + 2}))
-    assert f"finished after step {done + 2}" in said
+    output = finish(start(tmp_path, devices=1, **settings | {"total_steps": done + 2}))
+    assert f"finished after step {done + 2}" in output
     assert sorted(metrics(tmp_path / "run", "loss")) == list(range(done + 2))
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_fewer_devices(tmp_path, monkeypatch):
+def test_a_run_resumes_on_fewer_devices(tmp_path, monkeypatch):
     def train_on(devices, name, stop):
         mesh = make_mesh("1,-1,1", jax.devices()[:devices])
         with monkeypatch.context() as patch:
@@ -227,8 +227,8 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_mixture_goes_on_packed_or_not(tmp_path):
-    """Weighted parts, shuffled: begun on JSONL, continued with one part packed, as if never stopped."""
+def test_a_mixture_resumes_packed_or_not(tmp_path):
+    """A shuffled mixture starts on JSONL files and resumes with one part packed; the result is the same."""
     lines = (GOLDEN / "dataset.jsonl").read_bytes().splitlines(keepends=True)
     for name, part in (("a", lines[:8]), ("b", lines[8:])):
         (tmp_path / f"{name}.jsonl").write_bytes(b"".join(part))

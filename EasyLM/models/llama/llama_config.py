@@ -129,7 +129,7 @@ class LLaMAConfig:
 
 FIELDS = {field.name: field for field in dataclasses.fields(LLaMAConfig)}
 # What a resumed run may set otherwise: how the model is computed, and ids that training never looks at.
-FREE_SETTINGS = frozenset(
+RESUMABLE_SETTINGS = frozenset(
     name
     for name in FIELDS
     if name.startswith(("remat_", "scan_")) or name.endswith("_token_id") or name == "attention_implementation"

@@ -98,7 +98,7 @@ def _model_settings(model: LLaMAConfig) -> ModelSettings:
     return ModelSettings(
         name="llama_config",
         values=dataclasses.asdict(model),
-        resumable=llama_config.FREE_SETTINGS,
+        resumable=llama_config.RESUMABLE_SETTINGS,
         saved=_saved_settings,
     )
 
@@ -106,10 +106,9 @@ def _model_settings(model: LLaMAConfig) -> ModelSettings:
 def _saved_settings(spec: str) -> Mapping[str, Any]:
     """Returns the model settings beside the checkpoint PREFIX::PATH; empty if there are none."""
     prefix, _, path = spec.partition("::")
-    if prefix == "huggingface":
-        saved = llama_config.load_config(f"json::{os.path.join(path, 'config.json')}")
-    else:
-        saved = llama_config.config_beside(path)
+    is_huggingface = prefix == "huggingface"
+    config_file = f"json::{os.path.join(path, 'config.json')}"
+    saved = llama_config.load_config(config_file) if is_huggingface else llama_config.config_beside(path)
     return dataclasses.asdict(saved) if saved else {}
 
 

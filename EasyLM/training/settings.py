@@ -1,0 +1,66 @@
+"""The flags of every training run, and their values as a frozen dataclass."""
+
+import dataclasses
+from typing import Any
+
+from EasyLM import checkpoints
+from EasyLM.flags import Flag
+from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS
+from EasyLM.training import metrics_log
+from EasyLM.training.loop import LoopSettings
+from EasyLM.training.start import StartFiles
+
+RUN_FLAGS = {
+    "seed": Flag(42, "Seed of the initial parameters and of dropout."),
+    "mesh_dim": Flag(
+        "1,-1,1",
+        "Mesh sizes dp,fsdp,mp; -1: all remaining devices; or with names, as dp:1,fsdp:-1,mp:2; a leading ! allows "
+        "splitting physical axes.",
+    ),
+    "total_steps": Flag(10000, "Micro-steps to train in total, including those before a resume.", least=0),
+    "load_checkpoint": Flag("", "PREFIX::FILE to start from: trainstate, trainstate_params, params, flax_params, ..."),
+    "load_dataset_state": Flag("", "dataset.json (or a release's dataset.pkl): continue the data after its rows."),
+    "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl): check the model settings, set the step."),
+    "log_freq": Flag(50, "Steps between logged steps.", least=1),
+    "save_model_freq": Flag(0, "Steps between checkpoints, of which the latest is kept; 0: only on a signal.", least=0),
+    "save_milestone_freq": Flag(0, "Steps between checkpoints that are all kept; 0: none.", least=0),
+    "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation.", least=0),
+    "log_all_worker": Flag(False, "Every process writes its metrics, not only process 0."),
+    "max_nonfinite_steps": Flag(10, "Stop after this many steps in a row with a non-finite loss.", least=1),
+    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: by the device's kind.", least=0),
+    "checkpointer": checkpoints.CHECKPOINTER_FLAGS,
+    "logger": metrics_log.LOGGER_FLAGS,
+    "jax_distributed": JAX_DISTRIBUTED_FLAGS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Values of RUN_FLAGS.
+
+    Attributes:
+      flags: the values of all flags of the command, for metadata.json and wandb.
+    """
+
+    seed: int
+    loop: LoopSettings
+    start: StartFiles
+    eval_steps: int
+    log_all_worker: bool
+    peak_tflops: float
+    checkpointer: Any
+    logger: Any
+    flags: dict[str, Any]
+
+    @classmethod
+    def from_flags(cls, config: Any) -> "RunSettings":
+        """Reads the settings of a run from a config that has RUN_FLAGS, among other flags."""
+        return cls(
+            loop=LoopSettings(**{field.name: config[field.name] for field in dataclasses.fields(LoopSettings)}),
+            start=StartFiles(config.load_checkpoint, config.load_dataset_state, config.load_metadata),
+            flags=config.to_dict(),
+            **{
+                name: config[name]
+                for name in ("seed", "eval_steps", "log_all_worker", "peak_tflops", "checkpointer", "logger")
+            },
+        )
