@@ -39,30 +39,18 @@ Definitions = Mapping[str, Any]  # each value is a Flag or further Definitions, 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A setting.
+    """A setting. The limits apply to numbers; NaN is never valid."""
 
-    Attributes:
-      default: the value if the flag is not given; None means unset.
-      help: one or two sentences.
-      choices: the valid values of a text flag.
-      least: the smallest valid number.
-      above: the number that a value must exceed.
-      most: the largest valid number.
-      below: the number that a value must stay below.
-      required: whether the flag must be given a value that is not empty.
-      type: the type of the value, needed where the default is None.
-    """
-
-    default: Any
+    default: Any  # None: unset
     help: str
     _: dataclasses.KW_ONLY
-    choices: tuple[str, ...] | None = None
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    required: bool = False
-    type: builtins.type | None = None
+    choices: tuple[str, ...] | None = None  # the valid texts
+    least: float | None = None  # the smallest valid number
+    above: float | None = None  # an exclusive lower limit
+    most: float | None = None  # the largest valid number
+    below: float | None = None  # an exclusive upper limit
+    required: bool = False  # must be given, and not empty
+    type: builtins.type | None = None  # of the value, where the default is None
 
     @property
     def value_type(self) -> builtins.type:
@@ -141,24 +129,48 @@ def run(main: Callable[[ConfigDict], None], definitions: Definitions, argv: list
     if "--version" in options:
         print(f"EasyLM-LVM {EasyLM.__version__}")
         sys.exit(0)
-    for name, flag in leaves(definitions).items():
-        if flag.choices:
-            flags.DEFINE_enum(name, flag.default, flag.choices, flag.help)
-        else:
-            _DEFINERS[flag.value_type](name, flag.default, flag.help)
+    try:
+        config = parse(definitions, argv)
+    except (flags.Error, UserError) as error:
+        print(f"error: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
-    def checked_main(positional):
+    def checked_main(_: list[str]) -> None:
         try:
-            if len(positional) > 1:
-                raise UserError(f"unexpected argument {positional[1]!r}: every setting is a flag, --name=value")
-            config = _read(definitions, lambda name, flag: expand_variables(name, flags.FLAGS[name].value))
-            validate(definitions, config)
             main(config)
         except (UserError, OSError) as error:  # OSError: a missing file, a full disk, a lost network
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
-    app.run(checked_main, argv=argv, flags_parser=lambda arguments: _parse(arguments, list(leaves(definitions))))
+    flags.FLAGS.mark_as_parsed()
+    app.run(checked_main, argv=argv[:1], flags_parser=lambda program: program)
+
+
+def parse(definitions: Definitions, argv: list[str]) -> ConfigDict:
+    """Parses and validates a command line, whose first item is the program's name; absl's own flags are accepted too.
+
+    Raises:
+      flags.Error: if a flag does not exist, or its value has another type.
+      UserError: see `validate`, `expand_variables`.
+    """
+    registry = flags.FlagValues()
+    registry.append_flag_values(flags.FLAGS)
+    for name, flag in leaves(definitions).items():
+        if flag.choices:
+            flags.DEFINE_enum(name, flag.default, flag.choices, flag.help, flag_values=registry)
+        else:
+            _DEFINERS[flag.value_type](name, flag.default, flag.help, flag_values=registry)
+    try:
+        positional = registry(argv)
+    except flags.UnrecognizedFlagError as error:
+        similar = " or ".join(f"--{name}" for name in nearest_names(error.flagname, list(leaves(definitions))))
+        hint = f"did you mean {similar}? " if similar else ""
+        raise flags.Error(f"--{error.flagname}: no such flag; {hint}--help lists all") from None
+    if len(positional) > 1:
+        raise UserError(f"unexpected argument {positional[1]!r}: every setting is a flag, --name=value")
+    config = _read(definitions, lambda name, flag: expand_variables(name, registry[name].value))
+    validate(definitions, config)
+    return config
 
 
 def help_text(main: Callable[[ConfigDict], None], definitions: Definitions) -> str:
@@ -194,19 +206,6 @@ def nearest_names(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name, names, n=3, cutoff=0.75) or [
         full_name for full_name in names if full_name.rpartition(".")[2] == last_part
     ]
-
-
-def _parse(argv: list[str], names: list[str]) -> list[str]:
-    """Parses the command line into absl's FLAGS; exits with code 1 if that fails. Returns the positional arguments."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        similar = nearest_names(error.flagname, names)
-        hint = f"did you mean {' or '.join(f'--{name}' for name in similar)}? " if similar else ""
-        print(f"error: --{error.flagname}: no such flag; {hint}--help lists all", file=sys.stderr)
-    except flags.Error as error:
-        print(f"error: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
-    sys.exit(1)
 
 
 def _program(main: Callable) -> str:

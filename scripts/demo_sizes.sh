@@ -14,17 +14,13 @@ export WANDB_MODE=${WANDB_MODE:-disabled}
 
 for size in 64,176,2,2 96,256,3,3 128,384,4,4; do
     IFS=, read -r width inner layers heads <<<"$size"
-    python -m EasyLM.models.llama.llama_train --mesh_dim=-1,1,1 \
-        --load_llama_config=json::scripts/demo_model.json --llama.hidden_size="$width" \
+    python -m EasyLM.models.llama.llama_train --flagfile=configs/demo.flags --llama.hidden_size="$width" \
         --llama.intermediate_size="$inner" --llama.num_hidden_layers="$layers" --llama.num_attention_heads="$heads" \
         --total_steps="$steps" --log_freq="$steps" --save_model_freq="$steps" --eval_steps=26 \
         --train_dataset.json_dataset.path="$data/clips/*.jsonl,$data/scenes/*.jsonl" \
-        --train_dataset.text_processor.fields='{tokens}' --train_dataset.json_dataset.seq_length=512 \
-        --train_dataset.json_dataset.batch_size=4 --train_dataset.json_dataset.shuffle_seed=0 \
         --eval_dataset.json_dataset.path="$out/held_out/*.jsonl" --eval_dataset.text_processor.fields='{tokens}' \
         --eval_dataset.json_dataset.seq_length=512 --eval_dataset.json_dataset.batch_size=8 \
-        --optimizer.adamw_optimizer.lr=3e-3 --optimizer.adamw_optimizer.end_lr=3e-5 \
-        --optimizer.adamw_optimizer.lr_warmup_steps=50 --optimizer.adamw_optimizer.lr_decay_steps="$steps" \
-        --optimizer.adamw_optimizer.weight_decay=0.01 --logger.output_dir="$out" --logger.experiment_id="width_$width"
+        --optimizer.adamw_optimizer.lr=3e-3 --optimizer.adamw_optimizer.lr_decay_steps="$steps" \
+        --checkpointer.save_optimizer_state=False --logger.output_dir="$out" --logger.experiment_id="width_$width"
     echo "width $width, $layers layers: $(tail -1 "$out/width_$width/metrics.jsonl")"
 done

@@ -22,15 +22,10 @@ bash scripts/demo_sentences.sh "$out/more" 4 16384 1 0 0
 # Two CPU devices that split a batch are up to 25% faster than one device with two threads.
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2"
 train() { # EXPERIMENT LAYERS STEPS RATE ORDER FILES WEIGHTS FLAGS...
-    python -m EasyLM.models.llama.llama_train --mesh_dim=-1,1,1 \
-        --load_llama_config=json::scripts/demo_model.json --llama.num_hidden_layers="$2" --total_steps="$3" \
-        --log_freq=50 --save_model_freq=200 \
+    python -m EasyLM.models.llama.llama_train --flagfile=configs/demo.flags \
+        --llama.num_hidden_layers="$2" --total_steps="$3" --train_dataset.json_dataset.shuffle_seed="$5" \
         --train_dataset.json_dataset.path="$6" --train_dataset.json_dataset.weights="$7" \
-        --train_dataset.text_processor.fields='{tokens}' --train_dataset.json_dataset.seq_length=512 \
-        --train_dataset.json_dataset.batch_size=4 --train_dataset.json_dataset.shuffle_seed="$5" \
-        --optimizer.adamw_optimizer.lr="$4" --optimizer.adamw_optimizer.end_lr=3e-5 \
-        --optimizer.adamw_optimizer.lr_warmup_steps=50 --optimizer.adamw_optimizer.lr_decay_steps="${DECAY:-$3}" \
-        --optimizer.adamw_optimizer.weight_decay=0.01 --checkpointer.save_optimizer_state=True \
+        --optimizer.adamw_optimizer.lr="$4" --optimizer.adamw_optimizer.lr_decay_steps="${DECAY:-$3}" \
         --logger.output_dir="$out" --logger.experiment_id="$1" "${@:8}"
 }
 to_hf() { # EXPERIMENT FOLDER FLAGS...
