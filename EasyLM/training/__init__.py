@@ -12,7 +12,8 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     optimizers    optimizers from flags
     throughput    items per second, seconds by activity, MFU
     stop_signal   SIGINT and SIGTERM stop all processes after the same step
-    metrics_log   metrics.jsonl, and the services that show metrics
+    metrics_log   the metrics of a run; their flags
+    metrics_sinks metrics.jsonl, wandb, TensorBoard
 
 Vocabulary:
     micro-step    one batch: forward and backward pass; `step` counts micro-steps from 0
