@@ -15,7 +15,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 import EasyLM
 from EasyLM.errors import UserError, choose
 
+Settings = TypeVar("Settings")  # a frozen dataclass
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 _HELP = {dashes + name for dashes in ("-", "--") for name in ("h", "help", "helpshort", "helpfull")}
 _WIDTH = 110  # columns of the help
@@ -247,3 +248,8 @@ def _read(definitions: Definitions, value_of: Callable[[str, Flag], Any], prefix
         else:
             config[name] = _read(value, value_of, f"{prefix}{name}.")
     return config
+
+
+def to_dataclass(kind: type[Settings], config: Mapping[str, Any]) -> Settings:
+    """Copies the values that a dataclass has fields for out of a config: the form in which settings go below `main`."""
+    return kind(**{field.name: config[field.name] for field in dataclasses.fields(kind)})

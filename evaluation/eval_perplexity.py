@@ -1,35 +1,36 @@
 """Perplexity of true answers: `python -m evaluation.eval_perplexity --checkpoint=C --input_file=J --input_base_dir=D`.
 
-A line of J is `{"input": [paths], "target": [paths]}`: the prompt (examples and query) and what should follow it. An
-example's perplexity is exp(mean negative log-likelihood) of its target's tokens, given all tokens before each; the
-figure is the mean over the examples.
+A line of J is `{"input": [paths], "target": [paths]}`: the prompt (shots and query) and the images that follow it. The
+perplexity of an example is exp(mean negative log-likelihood) of its target's tokens, each given all tokens before it.
+The reported metric is the mean over the examples.
 """
 
 import numpy as np
 
 from EasyLM.flags import Flag, run
-from evaluation.prompting.prompter import PROMPTER_FLAGS
-from evaluation.runs import loops
-from evaluation.runs.lines import EXAMPLE_FLAGS, LINE_FLAGS, read_lines
+from evaluation.prompting import PROMPTER_FLAGS
+from evaluation.runs import EXAMPLE_FLAGS, LINE_FLAGS, EvaluationRun, Line, loops, read_lines
+from evaluation.runs.lines import LineFormat
 from tokenizer.media import images
 
 FLAGS = {
     **PROMPTER_FLAGS,
     **LINE_FLAGS,
     **EXAMPLE_FLAGS,
-    "batch_size": Flag(2, "Examples at a time, over all devices; changes no result."),
+    "batch_size": Flag(2, "Examples at a time, over all devices; does not change results.", least=1),
 }
 
 
 def main(config) -> None:
-    """Measures every line, prints and writes the figures."""
-    loops.check(config, "batch_size", "n_workers")
-    lines = read_lines(config, target="needed")
+    """Measures every line, prints and writes the metrics."""
+    line_format = LineFormat.from_config(config, targets="required")
+    lines = read_lines(config.input_file, line_format, config.max_examples)
+    loops.measure(EvaluationRun.from_config(config, config.batch_size, lines, _load, lambda line: line.lengths))
 
-    def load(line, side):
-        return tuple(np.stack([images.load(path, side) for path in paths]) for paths in (line.inputs, line.targets))
 
-    loops.measure(config, lines, load, lambda line: (len(line.inputs), len(line.targets)))
+def _load(line: Line, side: int) -> tuple[np.ndarray, np.ndarray]:
+    prompt, target = (np.stack([images.load(path, side) for path in paths]) for paths in (line.inputs, line.targets))
+    return prompt, target
 
 
 def cli() -> None:

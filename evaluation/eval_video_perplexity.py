@@ -1,33 +1,35 @@
 """Perplexity of frames: `python -m evaluation.eval_video_perplexity --checkpoint=C --input_files='D/*.mp4'`.
 
-Of each clip `n_context_frames` are the prompt, and the `n_target_frames` after them are measured, as by
+The first `n_context_frames` of each clip are the prompt, and the `n_target_frames` after them are measured as by
 `evaluation.eval_perplexity`. With `--frame_input` clips are folders of frames.
 """
 
-from EasyLM.flags import Flag, run
-from evaluation.prompting.prompter import PROMPTER_FLAGS
-from evaluation.runs import clips, lines, loops
+import numpy as np
+
+from EasyLM.flags import Flag, run, to_dataclass
+from evaluation.prompting import PROMPTER_FLAGS
+from evaluation.runs import EXAMPLE_FLAGS, EvaluationRun, clips, loops
 
 FLAGS = {
     **PROMPTER_FLAGS,
     **clips.CLIP_FLAGS,
-    **lines.EXAMPLE_FLAGS,
-    "n_context_frames": Flag(15, "Frames before those that are measured."),
-    "n_target_frames": Flag(1, "Frames that are measured."),
-    "batch_size": Flag(2, "Clips at a time, over all devices; changes no result."),
+    **EXAMPLE_FLAGS,
+    "n_context_frames": Flag(15, "Frames before the measured ones.", least=1),
+    "n_target_frames": Flag(1, "Frames that are measured.", least=1),
+    "batch_size": Flag(2, "Clips at a time, over all devices; does not change results.", least=1),
 }
 
 
 def main(config) -> None:
-    """Measures every clip, prints and writes the figures."""
-    loops.check(config, "n_context_frames", "n_target_frames", "batch_size", "n_workers")
+    """Measures every clip, prints and writes the metrics."""
     lengths = config.n_context_frames, config.n_target_frames
+    examples = clips.find_clips(to_dataclass(clips.ClipSettings, config), sum(lengths))
 
-    def load(clip, side):
+    def load(clip: clips.Clip, side: int) -> tuple[np.ndarray, np.ndarray]:
         frames = clips.load(clip, side, config.center_crop)
         return frames[: config.n_context_frames], frames[config.n_context_frames :]
 
-    loops.measure(config, clips.find_clips(config, sum(lengths)), load, lambda clip: lengths)
+    loops.measure(EvaluationRun.from_config(config, config.batch_size, examples, load, lambda clip: lengths))
 
 
 def cli() -> None:

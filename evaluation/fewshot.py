@@ -21,12 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.errors import UserError, choose
-from EasyLM.flags import Flag, run
+from EasyLM.flags import Flag, run, to_dataclass
 from EasyLM.models.generate import check_sampling, check_seed
 from EasyLM.storage import check_output, write_json
-from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter
-from evaluation.runs.lines import Results
-from evaluation.runs.loops import UNFINISHED
+from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, Prompter, PrompterSettings
+from evaluation.runs import UNFINISHED, Results
 from evaluation.tasks import benchmarks, contact_sheet, metrics, plots, tasks
 from tokenizer.image_quality import FeatureStatistics, frechet_distance, inception, lpips, warn_if_few
 from tokenizer.media import charts, images
@@ -68,10 +67,10 @@ def main(config) -> None:
     shots, frames = _check(config, judges)
     sources = _sources(config, max(frames) + 1)
     _check_outputs(config)
-    kept = Results(config.output_json and f"{config.output_json}.{UNFINISHED}", config)
+    kept = Results(config.output_json and f"{config.output_json}.{UNFINISHED}", dict(config))
     wanted = _figures(config.lpips_weights)
     network = inception.Inception(config.inception_weights, config.batch_size) if config.inception_weights else None
-    prompter = Prompter.load(config)
+    prompter = Prompter.load(to_dataclass(PrompterSettings, config))
     results, rows = {}, []
     for source in sources:
         counts = frames if source.clips else shots
@@ -89,7 +88,7 @@ def main(config) -> None:
             "curve": kept[case]["curve"],
         }
         if config.output_picture:
-            rows.append((task, max(counts), prompter.draw(np.array(kept[case]["answers"], np.int32))))
+            rows.append((task, max(counts), prompter.decode(np.array(kept[case]["answers"], np.int32))))
     _print_table(results)
     _write(config, results, rows)
     kept.discard()
@@ -100,7 +99,7 @@ class Case(NamedTuple):
 
     name: str
     files: tuple[str, ...]
-    facts: tuple[str, ...]
+    parameters: tuple[str, ...]
 
 
 def _case(config, task: tasks.Task) -> Case:
@@ -186,10 +185,10 @@ def _figures(lpips_weights: str) -> dict[str, Callable]:
 
 def _check_length(prompter: Prompter, source: tasks.Source, shots: int) -> None:
     name, count = ("n_context_frames", shots + 1) if source.clips else ("n_shots", 2 * shots + 2)
-    if count > prompter.max_pictures:
+    if count > prompter.max_images:
         raise UserError(
             f"--{name}={shots}: with the answer {count} pictures; the model's longest sequence holds "
-            f"{prompter.max_pictures}"
+            f"{prompter.max_images}"
         )
 
 
@@ -210,7 +209,7 @@ def measure(
     tokens_nN = prompter.encode(task.pixels)
     truths = task.pixels[task.prompts.answer_Q]
     true_tokens_QN = tokens_nN[task.prompts.answer_Q]
-    through_tokenizer = prompter.draw(true_tokens_QN)
+    through_tokenizer = prompter.decode(true_tokens_QN)
     if network:
         warn_if_few(task.name, len(truths))
     by_frequency_QN = metrics.unigram_log_likelihoods(true_tokens_QN, prompter.codec.config.num_embeddings)
@@ -220,7 +219,7 @@ def measure(
         prompts_QPN = tokens_nN[task.prompts.shown(shots)]
         drawn_QN, likelihoods_QN = _answers(config, prompter, prompts_QPN, true_tokens_QN, f"{task.name}: {shots}")
         least_QN = likelihoods_QN if least_QN is None else least_QN
-        answers = prompter.draw(drawn_QN)
+        answers = prompter.decode(drawn_QN)
         compared = {"model": answers, **baselines(task, shots), "tokenizer": through_tokenizer}
         of_tokens = {
             "perplexity": metrics.perplexity(likelihoods_QN),
@@ -254,12 +253,14 @@ def _answers(config, prompter: Prompter, prompts_QPN, true_tokens_QN, what: str)
     drawn, likelihoods = [], []
     for start in tqdm(range(0, len(prompts_QPN), config.batch_size), desc=what, unit="batch"):
         part = slice(start, start + config.batch_size)
-        answers_BCFN = prompter.answer(
+        answers_BCFN = prompter.generate(
             prompts_QPN[part],
-            context_pictures=prompts_QPN.shape[1] + 1,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=config.seed,
+            GenerationSettings(
+                context_images=prompts_QPN.shape[1] + 1,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                seed=config.seed,
+            ),
         )
         drawn.append(answers_BCFN[:, 0, 0])
         likelihoods.append(prompter.log_likelihoods(prompts_QPN[part], true_tokens_QN[part]))

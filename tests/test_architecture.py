@@ -32,7 +32,7 @@ ALLOWED = {
     # Prompts and answers.
     "evaluation.prompting": "EasyLM.checkpoints EasyLM.parallel EasyLM.models EasyLM.models.llama tokenizer.vqgan",
     "evaluation.tasks": "EasyLM.storage tokenizer.media tokenizer.builders tokenizer.image_quality tokenizer.synthetic",
-    "evaluation.runs": "EasyLM.storage EasyLM.models tokenizer.media evaluation.prompting evaluation.tasks",
+    "evaluation.runs": "EasyLM.storage tokenizer.media evaluation.prompting evaluation.tasks",
     "evaluation.serving": "EasyLM.models tokenizer.media tokenizer.builders tokenizer.synthetic evaluation.prompting "
     "evaluation.tasks",
     "evaluation": "EasyLM.storage EasyLM.models tokenizer.media tokenizer.synthetic tokenizer.image_quality "

@@ -1,0 +1,26 @@
+"""Prompting: a trained model and its tokenizer answer prompts of images with new images.
+
+May import: EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.vqgan. Knows no files of images and no HTTP.
+
+Modules:
+  settings     how images are sampled; the only place that checks these values
+  checkpoint   loads the model of any checkpoint onto a mesh
+  prompter     `Prompter`: encode, generate, decode, log-likelihoods
+
+Vocabulary:
+  prompt       images in order. Analogy prompt: shots, then a query. Sequential prompt: frames.
+  shot         an (image, annotation) pair that shows the task
+  query        the image whose annotation the model generates
+  context      the images that the model attends to, the generated one included
+  candidate    one of several samples for the same prompt
+  image, token an image is `tokens_per_image` tokens, the codes of the tokenizer
+
+Shape letters: B prompts, P images of a prompt, F new images, C candidates, N tokens of an image, S side in pixels,
+n tokens so far. Images are RGB float32 in [0, 1] at the tokenizer's resolution.
+"""
+
+from evaluation.prompting.checkpoint import load_model
+from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter, PrompterSettings
+from evaluation.prompting.settings import GenerationSettings
+
+__all__ = ["PROMPTER_FLAGS", "GenerationSettings", "Prompter", "PrompterSettings", "load_model"]

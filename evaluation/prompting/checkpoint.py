@@ -1,6 +1,7 @@
-"""A trained model from any checkpoint, ready to prompt."""
+"""Loads the model of any checkpoint onto a mesh."""
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,33 +13,44 @@ from EasyLM.models.llama import hf_layout, llama_config, llama_model
 from EasyLM.parallel import shardings
 
 MODEL_FLAGS = {
-    "checkpoint": Flag("", "The model: PREFIX::FILE, as for training, or a Hugging Face directory."),
-    "load_llama_config": Flag("", "Preset or json::PATH; empty: as the metadata beside the checkpoint says."),
+    "checkpoint": Flag("", "The model: PREFIX::FILE, as for training, or a Hugging Face directory.", required=True),
+    "load_llama_config": Flag("", "Preset or json::PATH. Empty: read the metadata beside the checkpoint."),
 }
 
 
-def load_model(spec: str, load_llama_config: str, mesh: jax.sharding.Mesh, dtype=jnp.float32):
-    """The settings and the parameters of a checkpoint, on the mesh.
+def load_model(
+    spec: str, load_llama_config: str, mesh: jax.sharding.Mesh, dtype: jnp.dtype = jnp.float32
+) -> tuple[llama_config.LLaMAConfig, Any]:
+    """Returns a checkpoint's model settings, and its parameters sharded over the mesh.
 
-    Kernels are in `dtype`, that of the computation, so that a 7B in bf16 takes 13 GB of a device; norms and embedding,
-    which are computed with in float32 always, in float32.
+    Kernels are cast to `dtype`, the compute type: a 7B model in bf16 takes 13 GB of device memory. Norms and the
+    embedding stay float32, because they are always computed in float32.
+
+    Args:
+      spec: PREFIX::FILE or a Hugging Face directory.
+      load_llama_config: preset or json::PATH; empty: use the checkpoint's own metadata.
+      mesh: the mesh of devices.
+      dtype: type of the kernels.
 
     Raises:
-      UserError: if there is no such checkpoint, or nothing says what model it is of.
+      UserError: if the checkpoint does not exist, or its model settings are unknown.
     """
-    if not spec:
-        raise UserError("--checkpoint is missing: PREFIX::FILE, or a Hugging Face directory")
-    named = spec if "::" in spec or os.path.isfile(spec) else f"huggingface::{spec}"  # a file says not what it holds
-    prefix, path = checkpoints.parse_spec(named, hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}")
-    config = _config(prefix, path, load_llama_config)
+    is_prefixed = "::" in spec or os.path.isfile(spec)  # a plain file needs a prefix: `parse` refuses it
+    prefix, path = checkpoints.parse_spec(
+        spec if is_prefixed else f"huggingface::{spec}", hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}"
+    )
+    config = _model_config(prefix, path, load_llama_config)
     shapes = jax.eval_shape(lambda params: llama_model.with_kernels(params, dtype), hf_layout.parameter_shapes(config))
-    places = shardings(mesh, llama_config.PARTITION_RULES, shapes)
-    target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
+    target = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings(mesh, llama_config.PARTITION_RULES, shapes),
+    )
     prefix = "trainstate_params" if prefix == "trainstate" else prefix
     return config, checkpoints.load(f"{prefix}::{path}", target, hf_layout.CHECKPOINT_FORMATS)
 
 
-def _config(prefix: str, path: str, load_llama_config: str) -> llama_config.LLaMAConfig:
+def _model_config(prefix: str, path: str, load_llama_config: str) -> llama_config.LLaMAConfig:
     if load_llama_config:
         return llama_config.load_config(load_llama_config)
     if prefix == "huggingface":
@@ -48,7 +60,7 @@ def _config(prefix: str, path: str, load_llama_config: str) -> llama_config.LLaM
                 f"--checkpoint={path}: no config.json there: name a Hugging Face directory, or PREFIX::FILE"
             )
         return llama_config.load_config(f"json::{file}")
-    found = llama_config.config_beside(path)
-    if found is None:
-        raise UserError(f"--load_llama_config is empty, and no metadata.json lies beside {path}")
-    return found
+    config = llama_config.config_beside(path)
+    if config is None:
+        raise UserError(f"--load_llama_config is empty, and there is no metadata.json beside {path}")
+    return config

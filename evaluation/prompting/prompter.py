@@ -1,12 +1,14 @@
-"""A tokenizer and a model together: prompts of pictures go in, the pictures that follow come out.
+"""A tokenizer and a model together: prompts of images in, the images that follow out.
 
-Shapes: B prompts, P pictures of a prompt, F new pictures, C candidates, N tokens of an image, S the side in pixels.
-Pictures are float32 in [0, 1], RGB, at the tokenizer's resolution.
+Shapes: see `evaluation.prompting`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,27 +16,41 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models import generate
 from EasyLM.models.llama import llama_decode
+from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.parallel import BATCH_AXES, make_mesh
 from evaluation.prompting.checkpoint import MODEL_FLAGS, load_model
-from tokenizer.vqgan import CODEC_FLAGS, Codec
+from evaluation.prompting.settings import GenerationSettings
+from tokenizer.vqgan import CODEC_FLAGS, COMPUTE_DTYPES, PRETRAINED, Codec
 
-DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 PROMPTER_FLAGS = {
     **MODEL_FLAGS,
     "vqgan": CODEC_FLAGS["vqgan"],
-    "dtype": Flag("fp32", "Type of the model's and the tokenizer's computation.", choices=tuple(DTYPES)),
+    "dtype": Flag("fp32", "Compute type of the model and the tokenizer.", choices=tuple(COMPUTE_DTYPES)),
     "mesh_dim": Flag("1,-1,1", "Mesh of devices, as for training."),
 }
 
 
-class Prompter:
-    """What every tool that prompts a model is built on."""
+@dataclasses.dataclass(frozen=True)
+class PrompterSettings:
+    """Values of PROMPTER_FLAGS."""
 
-    def __init__(self, codec: Codec, config, params, mesh, dtype=jnp.float32):
-        """Joins a tokenizer and a model (`load_model`'s settings and parameters, on `mesh`).
+    checkpoint: str
+    load_llama_config: str = ""
+    vqgan: str = PRETRAINED
+    dtype: str = "fp32"
+    mesh_dim: str = "1,-1,1"
+
+
+class Prompter:
+    """Encodes prompts, generates the images that follow, and decodes them. All evaluation commands use it."""
+
+    def __init__(
+        self, codec: Codec, config: LLaMAConfig, params: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype = jnp.float32
+    ):
+        """Joins a tokenizer and a model: settings and parameters from `load_model`, sharded over `mesh`.
 
         Raises:
-          UserError: if the model's vocabulary lacks codes of the tokenizer.
+          UserError: if the model's vocabulary is smaller than the codebook.
         """
         if config.vocab_size < codec.config.num_embeddings:
             raise UserError(
@@ -46,136 +62,147 @@ class Prompter:
         self._decoder = llama_decode.LLaMADecoder(config, dtype, mesh)
 
     @classmethod
-    def load(cls, config, pictures_at_a_time: int = 32) -> "Prompter":
-        """The prompter of the flags PROMPTER_FLAGS; the tokenizer computes so many pictures at a time, no fewer.
+    def load(cls, settings: PrompterSettings, images_at_a_time: int = 32) -> "Prompter":
+        """Loads tokenizer and model. The tokenizer always computes batches of `images_at_a_time`, padded if needed.
 
         Raises:
           UserError: naming the flag or the file that is wrong.
         """
-        mesh = make_mesh(config.mesh_dim)
-        codec = Codec(config.vqgan, config.dtype, pictures_at_a_time)
-        dtype = DTYPES[config.dtype]
-        model, params = load_model(config.checkpoint, config.load_llama_config, mesh, dtype)
-        return cls(codec, model, params, mesh, dtype)
+        mesh = make_mesh(settings.mesh_dim)
+        codec = Codec(settings.vqgan, settings.dtype, images_at_a_time)
+        dtype = COMPUTE_DTYPES[settings.dtype]
+        config, params = load_model(settings.checkpoint, settings.load_llama_config, mesh, dtype)
+        return cls(codec, config, params, mesh, dtype)
 
     @property
     def tokens_per_image(self) -> int:
         return self.codec.config.tokens_per_image
 
     @property
-    def max_pictures(self) -> int:
-        """Pictures that the model's longest sequence holds."""
+    def max_images(self) -> int:
+        """Images in the model's longest sequence."""
         return self.config.max_sequence_length // self.tokens_per_image
 
     @property
-    def ways(self) -> int:
-        """Parts that the mesh splits a batch into. Prompts are filled up with copies to a multiple of it."""
+    def batch_shards(self) -> int:
+        """Shards of a batch on the mesh. Batches are padded with copies to a multiple of this number."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
-    def encode(self, pictures: np.ndarray) -> np.ndarray:
+    def encode(self, images: np.ndarray) -> np.ndarray:
         """[..., S, S, 3] -> tokens [..., N]."""
-        codes = self.codec.encode(pictures.reshape(-1, *pictures.shape[-3:]))
-        return codes.reshape(*pictures.shape[:-3], -1)
+        codes = self.codec.encode(images.reshape(-1, *images.shape[-3:]))
+        return codes.reshape(*images.shape[:-3], -1)
 
-    def draw(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens [..., N] -> pictures [..., S, S, 3]."""
-        pictures = self.codec.decode(tokens.reshape(-1, tokens.shape[-1]))
-        return pictures.reshape(*tokens.shape[:-1], *pictures.shape[1:])
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens [..., N] -> images [..., S, S, 3]."""
+        images = self.codec.decode(tokens.reshape(-1, tokens.shape[-1]))
+        return images.reshape(*tokens.shape[:-1], *images.shape[1:])
 
-    def answer(
+    def generate(
         self,
         prompts: Sequence[np.ndarray],
+        settings: GenerationSettings,
         *,
-        new_pictures: int = 1,
-        candidates: int = 1,
-        context_pictures: int = 16,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
+        seeds: Sequence[int] | None = None,
         progress: Callable[[np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """The tokens of the pictures that follow each prompt: int32 [B, C, F, N].
+        """Generates the images that follow each prompt.
 
-        What is drawn for a prompt is a function of its tokens, the settings and the seed: the same in any batch.
+        The samples of a prompt depend on its tokens, the settings and its seed only, not on the rest of the batch.
+        Images before the window (`settings.context_images`, at most `max_images`) are dropped.
 
         Args:
-          prompts: tokens of each prompt, [P, N]; P may differ.
-          context_pictures: the window: the picture being drawn and those before it that are seen. Pictures that no
-            longer fit, or that the model's longest sequence has no room for, are dropped from the front.
-          temperature, top_k, top_p: see `generate.generate`.
-          seed: one for all prompts, or one for each.
-          progress: called with the tokens so far, [B, C, n], every few tokens.
+          prompts: tokens [P, N] of each prompt; P may differ.
+          settings: how to generate.
+          seeds: a seed for each prompt, in place of `settings.seed`.
+          progress: called every few tokens with the tokens so far, [B, C, n]. See `evaluation.serving.progress`.
+
+        Returns:
+          Tokens, int32 [B, C, F, N].
 
         Raises:
-          UserError: for a setting out of its range or an empty prompt.
+          UserError: for an empty prompt, or a model that is too short to generate.
         """
-        window = min(context_pictures, self.max_pictures)
-        if window < 2:
-            raise UserError(
-                f"context_frames={context_pictures}: must be at least 2, the picture that is drawn and one before it "
-                f"(the model's longest sequence holds {self.max_pictures})"
+        window = min(settings.context_images, self.max_images)
+        prompts = _last_images(prompts, window)
+        seeds_B = np.broadcast_to(settings.seed if seeds is None else seeds, len(prompts))
+        # New images share one cache while the window has room. Prompts with different room are generated separately:
+        # the samples of one prompt must not depend on the others.
+        room_B = np.array([min(window - len(prompt), settings.num_new_images) for prompt in prompts])
+        tokens_BCFN = np.empty(
+            (len(prompts), settings.num_candidates, settings.num_new_images, self.tokens_per_image), np.int32
+        )
+        for room in np.unique(room_B):
+            rows = np.flatnonzero(room_B == room)
+            tokens_BCFN[rows] = self._generate_same_room(
+                [prompts[row] for row in rows], settings, seeds_B[rows], window, int(room), progress
             )
-        if new_pictures < 1:
-            raise UserError(f"n_new_frames={new_pictures}: must be at least 1")
-        prompts = [np.asarray(prompt)[-(window - 1) :] for prompt in prompts]
-        if not prompts or min(map(len, prompts)) == 0:
-            raise UserError("a prompt without pictures: give at least one")
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        seeds = np.broadcast_to(seed, len(prompts))
-        # As many pictures as the window has room for come from one cache. Prompts whose room differs are drawn apart,
-        # so that what is drawn for one does not depend on the others.
-        room = np.array([min(window - len(prompt), new_pictures) for prompt in prompts])
-        answers = np.empty((len(prompts), candidates, new_pictures, self.tokens_per_image), np.int32)
-        for count in np.unique(room):
-            rows = np.flatnonzero(room == count)
-            drawn_RCFN = self._draw_tokens(
-                [prompts[row] for row in rows], count, candidates, settings | {"seed": seeds[rows]}, progress
-            )
-            answers[rows, :, :count] = drawn_RCFN
-            for f in range(count, new_pictures):  # the window moves, and each candidate is a prompt of its own
-                seen = [
-                    np.concatenate([prompts[row], answers[row, c, :f]])[-(window - 1) :]
-                    for row in rows
-                    for c in range(candidates)
-                ]
-                each = settings | {"seed": np.repeat(seeds[rows], candidates)}
-                drawn = self._draw_tokens(seen, 1, 1, each, progress)
-                answers[rows, :, f] = drawn.reshape(len(rows), candidates, -1)
-        return answers
+        return tokens_BCFN
 
-    def _draw_tokens(self, prompts, count, candidates, settings, progress) -> np.ndarray:
-        """The next `count` pictures of each prompt: [B, C, count, N]."""
-        filled = self._filled([prompt.reshape(-1) for prompt in prompts])
-        tokens_BP, mask_BP = generate.left_padded(filled)
+    def _generate_same_room(self, prompts, settings, seeds_B, window, room, progress) -> np.ndarray:
+        """`generate` for prompts whose first `room` new images fit into the window: [B, C, F, N]."""
+        num_candidates = settings.num_candidates
+        tokens_BCFN = self._sample(prompts, room, num_candidates, settings, seeds_B, progress)
+        for _ in range(room, settings.num_new_images):  # the window moves: each candidate becomes its own prompt
+            continued = [
+                np.concatenate([prompt_PN, tokens_FN])
+                for prompt_PN, tokens_CFN in zip(prompts, tokens_BCFN, strict=True)
+                for tokens_FN in tokens_CFN
+            ]
+            seeds_BC = np.repeat(seeds_B, num_candidates)
+            next_images = self._sample(_last_images(continued, window), 1, 1, settings, seeds_BC, progress)
+            next_images = next_images.reshape(len(prompts), num_candidates, 1, -1)
+            tokens_BCFN = np.concatenate([tokens_BCFN, next_images], axis=2)
+        return tokens_BCFN
+
+    def _sample(self, prompts, num_images, num_candidates, settings, seeds_B, progress) -> np.ndarray:
+        """The next images of each prompt, from one cache: [B, C, num_images, N]."""
+        tokens_BP, mask_BP = generate.left_padded(
+            _padded([prompt.reshape(-1) for prompt in prompts], self.batch_shards)
+        )
         tokens_BCT = generate.generate(
             self._decoder,
             self._params,
             tokens_BP,
-            num_new_tokens=int(count) * self.tokens_per_image,
-            num_candidates=candidates,
+            num_new_tokens=num_images * self.tokens_per_image,
+            num_candidates=num_candidates,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=_padded(list(seeds_B), self.batch_shards),
             allowed_ids=self.codec.config.num_embeddings,
             prompt_mask_BP=mask_BP,
             progress=None if progress is None else lambda tokens_BCn: progress(tokens_BCn[: len(prompts)]),
-            **settings | {"seed": self._filled(list(settings["seed"]))},
         )[: len(prompts)]
-        return tokens_BCT.reshape(*tokens_BCT.shape[:2], int(count), -1)
-
-    def _filled(self, rows: list) -> list:
-        return rows + rows[-1:] * (-len(rows) % self.ways)
+        return tokens_BCT.reshape(*tokens_BCT.shape[:2], num_images, -1)
 
     def log_likelihoods(self, prompts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
-        """log p, in nats, of each token of `targets` (tokens [F, N] each, one F for all) after its prompt: [B, F N].
+        """Returns log p, in nats, of each target token after its prompt: [B, F N].
+
+        `prompts` are tokens [P, N], P may differ; `targets` are tokens [F, N], one F for all.
 
         Raises:
-          UserError: if a prompt and its target are longer than the model's longest sequence.
+          UserError: if a prompt and its target exceed the model's longest sequence.
         """
         rows = [
             np.concatenate([np.asarray(prompt).reshape(-1), np.asarray(target).reshape(-1)])
             for prompt, target in zip(prompts, targets, strict=True)
         ]
-        tokens_BT, mask_BT = generate.left_padded(self._filled(rows))
+        tokens_BT, mask_BT = generate.left_padded(_padded(rows, self.batch_shards))
         begin = tokens_BT.shape[1] - np.asarray(targets[0]).size
         return llama_decode.log_likelihoods(
             self.config, self._params, tokens_BT, begin, mask_BT=mask_BT, dtype=self._dtype, mesh=self.mesh
         )[: len(rows)]
+
+
+def _last_images(prompts: Sequence[np.ndarray], window: int) -> list[np.ndarray]:
+    """The prompts without the images before the window, in which the next image takes the last place."""
+    if window < 2:
+        raise UserError("the model's longest sequence holds fewer than two images: it cannot generate")
+    if len(prompts) == 0 or min(map(len, prompts)) == 0:
+        raise UserError("a prompt without images: give at least one")
+    return [np.asarray(prompt)[-(window - 1) :] for prompt in prompts]
+
+
+def _padded(rows: list, multiple: int) -> list:
+    return rows + rows[-1:] * (-len(rows) % multiple)

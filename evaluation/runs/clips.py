@@ -1,6 +1,6 @@
-"""Clips to evaluate on: video files or folders of frames, and which of their frames are taken.
+"""Clips: video files or folders of frames, and which of their frames an evaluation uses.
 
-Shapes: T frames taken, S the side in pixels.
+Shapes: see `evaluation.runs`.
 """
 
 import dataclasses
@@ -21,129 +21,160 @@ from tokenizer.media.folders import natural_key
 
 CLIP_FLAGS = {
     "input_files": Flag("", "Glob of video files, or, with --frame_input, of folders of frames."),
-    "read_file_list": Flag("", "Instead: a text file with one such path a line."),
-    "frame_input": Flag(False, "Clips are folders of frames, in the order of the numbers in their names."),
-    "stride": Flag(8, "Take every so-manieth frame; of a clip that is too short for it, the largest stride that fits."),
-    "random_start": Flag(
-        True, "Begin anywhere in the clip (a function of the seed and the clip's name), not at its start."
-    ),
-    "center_crop": Flag(1.0, "Cut this share of width and height out of the middle."),
-    "shuffle": Flag(False, "Take the clips in another order (a function of the seed): matters with --max_examples."),
-    "skip_short_clips": Flag(False, "Leave out clips that have too few frames, and say how many."),
-    "seed": Flag(0, "Of all that is random."),
+    "read_file_list": Flag("", "Alternative to --input_files: a text file with one path per line."),
+    "frame_input": Flag(False, "Clips are folders of frames, ordered by the numbers in their names."),
+    "stride": Flag(8, "Frames from one used frame to the next. Short clips use the largest that fits.", least=1),
+    "random_start": Flag(True, "Start at a random frame (a function of seed and clip name), else at the first."),
+    "center_crop": Flag(1.0, "Share of width and height that the centre crop keeps; 1: all.", above=0, most=1),
+    "shuffle": Flag(False, "Shuffle the clips (a function of the seed) before --max_examples applies."),
+    "skip_short_clips": Flag(False, "Skip clips with too few frames and print how many; else they are an error."),
+    "seed": Flag(0, "Seed of the random start and the order.", least=0, most=2**31 - 1),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
-    """The frames of a clip that are taken."""
+class ClipSettings:
+    """Values of CLIP_FLAGS, `max_examples` and `n_workers`."""
 
-    name: str  # its path within the folder that all clips share
+    input_files: str
+    read_file_list: str
+    frame_input: bool
+    stride: int
+    random_start: bool
+    center_crop: float
+    shuffle: bool
+    skip_short_clips: bool
+    seed: int
+    max_examples: int
+    n_workers: int
+
+    @property
+    def list_path(self) -> str:
+        """The file or the glob that lists the clips."""
+        return self.read_file_list or self.input_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip and its used frames.
+
+    Attributes:
+      name: path relative to the folder that all clips share.
+      path: the video file or the folder.
+      frames: paths of images, or times in seconds of a video.
+    """
+
+    name: str
     path: str
-    frames: tuple  # paths of pictures, or times in seconds of a video
+    frames: tuple
 
     @property
     def files(self) -> tuple[str, ...]:
         return self.frames if os.path.isdir(self.path) else (self.path,)
 
     @property
-    def facts(self) -> tuple:
+    def parameters(self) -> tuple:
         return self.frames
 
 
-def find_clips(config, count: int) -> list[Clip]:
-    """The clips of the flags CLIP_FLAGS, `count` frames chosen of each.
+def find_clips(settings: ClipSettings, num_frames: int) -> list[Clip]:
+    """Returns the clips of the settings with `num_frames` used frames each.
 
     Raises:
       UserError: naming the flag, the line of the file list, or the clip that is broken or too short.
     """
-    if config.stride < 1:
-        raise UserError(f"--stride={config.stride}: must be at least 1")
-    if not 0 < config.center_crop <= 1:
-        raise UserError(f"--center_crop={config.center_crop}: must be above 0 and at most 1 (all)")
-    paths, root = _listed(config) if config.read_file_list else _matching(config)
-    if config.shuffle:
-        paths = [paths[i] for i in np.random.default_rng(config.seed).permutation(len(paths))]
-    paths = paths[: config.max_examples or None]
-    with ThreadPoolExecutor(config.n_workers) as pool:  # the frames of a video are known only when it has been read
-        found = pool.map(lambda path: _clip(config, path, os.path.relpath(path, root), count), paths)
-        chosen = [clip for clip in tqdm(found, total=len(paths), desc="looking", unit="clip") if clip is not None]
-    if len(chosen) < len(paths):
-        print(f"{len(paths) - len(chosen)} of {len(paths)} clips have fewer than {count} frames and are left out")
-    if not chosen:
-        raise UserError(f"no clip has {count} frames")
-    return chosen
+    paths, root = _listed(settings) if settings.read_file_list else _matching(settings)
+    if settings.shuffle:
+        paths = [paths[i] for i in np.random.default_rng(settings.seed).permutation(len(paths))]
+    paths = paths[: settings.max_examples or None]
+
+    def open_clip(path: str) -> Clip | None:
+        return _open_clip(settings, path, os.path.relpath(path, root), num_frames)
+
+    with ThreadPoolExecutor(settings.n_workers) as pool:  # counting the frames of a video means reading it
+        bar = tqdm(pool.map(open_clip, paths), total=len(paths), desc="reading clips", unit="clip")
+        clips = [clip for clip in bar if clip is not None]
+    if len(clips) < len(paths):
+        print(f"{len(paths) - len(clips)} of {len(paths)} clips have fewer than {num_frames} frames and are skipped")
+    if not clips:
+        raise UserError(f"no clip has {num_frames} frames")
+    return clips
 
 
-def _matching(config) -> tuple[list[str], str]:
-    if not config.input_files:
+def _matching(settings: ClipSettings) -> tuple[list[str], str]:
+    """The clips of the glob, and the folder that they share."""
+    pattern = settings.input_files
+    if not pattern:
         raise UserError("--input_files is missing: a glob of clips (or give --read_file_list)")
-    paths = [path for path in sorted(glob.glob(config.input_files, recursive=True)) if _is_clip(config, path)]
+    paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if _is_clip(settings, path)]
     if not paths:
-        raise UserError(f"--input_files={config.input_files}: matches no {_what(config)}")
-    fixed = re.split(r"[*?\[]", config.input_files)[0]
-    return paths, os.path.dirname(fixed.rstrip("/") if fixed == config.input_files else fixed) or "."
+        raise UserError(f"--input_files={pattern}: matches no {_clip_noun(settings)}")
+    fixed = re.split(r"[*?\[]", pattern)[0]
+    return paths, os.path.dirname(fixed.rstrip("/") if fixed == pattern else fixed) or "."
 
 
-def _listed(config) -> tuple[list[str], str]:
-    if config.input_files:
+def _listed(settings: ClipSettings) -> tuple[list[str], str]:
+    """The clips of the file list, and the folder that they share."""
+    file_list = settings.read_file_list
+    if settings.input_files:
         raise UserError("--input_files and --read_file_list: give one of the two")
-    paths = []
-    for number, line in read_text_lines(config.read_file_list):
+    paths: list[str] = []
+    for number, line in read_text_lines(file_list):
         path = line.strip()
-        if not _is_clip(config, path):
-            raise UserError(f"{config.read_file_list}:{number}: {path} is no {_what(config)}")
+        if not _is_clip(settings, path):
+            raise UserError(f"{file_list}:{number}: {path} is no {_clip_noun(settings)}")
         if path in paths:
-            raise UserError(f"{config.read_file_list}:{number}: {path} is there twice")
+            raise UserError(f"{file_list}:{number}: {path} is listed twice")
         paths.append(path)
     if not paths:
-        raise UserError(f"--read_file_list={config.read_file_list}: no clip there")
+        raise UserError(f"--read_file_list={file_list}: no clip in it")
     return paths, os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
 
 
-def _is_clip(config, path: str) -> bool:
-    return (
-        os.path.isdir(path)
-        if config.frame_input
-        else os.path.isfile(path) and path.lower().endswith(videos.VIDEO_EXTENSIONS)
-    )
+def _is_clip(settings: ClipSettings, path: str) -> bool:
+    if settings.frame_input:
+        return os.path.isdir(path)
+    return os.path.isfile(path) and path.lower().endswith(videos.VIDEO_EXTENSIONS)
 
 
-def _what(config) -> str:
-    if config.frame_input:
+def _clip_noun(settings: ClipSettings) -> str:
+    if settings.frame_input:
         return "folder"
     return f"video file ({', '.join(videos.VIDEO_EXTENSIONS)}; folders of frames need --frame_input)"
 
 
-def _clip(config, path: str, name: str, count: int) -> Clip | None:
-    if config.frame_input:
-        names = [name for name in sorted(os.listdir(path)) if name[0] != "."]
-        names = [name for name in names if name.lower().endswith(images.IMAGE_EXTENSIONS)]
-        names.sort(key=lambda name: natural_key(os.path.splitext(name)[0]))
-        frames = [os.path.join(path, name) for name in names]
-    else:
-        frames = videos.timestamps(path).tolist()
-    if len(frames) < count and config.skip_short_clips:
+def _open_clip(settings: ClipSettings, path: str, name: str, num_frames: int) -> Clip | None:
+    """The clip with its used frames; None: it is too short and may be skipped."""
+    frames = _frames_of_folder(path) if settings.frame_input else videos.timestamps(path).tolist()
+    if len(frames) < num_frames and settings.skip_short_clips:
         return None
-    if len(frames) < count:
-        raise UserError(f"{path}: {len(frames)} frames, {count} are needed (--skip_short_clips leaves it out)")
-    stride = min(config.stride, (len(frames) - 1) // max(count - 1, 1))
-    starts = len(frames) - (count - 1) * stride
-    rng = np.random.default_rng([config.seed, zlib.crc32(name.encode())])
-    start = int(rng.integers(starts)) if config.random_start else 0
-    return Clip(name, path, tuple(frames[start + i * stride] for i in range(count)))
+    if len(frames) < num_frames:
+        raise UserError(f"{path}: {len(frames)} frames, {num_frames} are needed (--skip_short_clips skips it)")
+    stride = min(settings.stride, (len(frames) - 1) // max(num_frames - 1, 1))
+    num_starts = len(frames) - (num_frames - 1) * stride
+    rng = np.random.default_rng([settings.seed, zlib.crc32(name.encode())])
+    start = int(rng.integers(num_starts)) if settings.random_start else 0
+    return Clip(name, path, tuple(frames[start + i * stride] for i in range(num_frames)))
+
+
+def _frames_of_folder(path: str) -> list[str]:
+    names = [
+        name for name in sorted(os.listdir(path)) if name.lower().endswith(images.IMAGE_EXTENSIONS) and name[0] != "."
+    ]
+    names.sort(key=lambda name: natural_key(os.path.splitext(name)[0]))
+    return [os.path.join(path, name) for name in names]
 
 
 def load(clip: Clip, side: int, center_crop: float) -> np.ndarray:
-    """The frames of a clip, [T,S,S,3] in [0, 1]. The crop is exact to half a pixel.
+    """Returns the used frames of a clip, [T,S,S,3] in [0, 1]. The crop is exact to half a pixel.
 
     Raises:
       UserError: naming the file that is broken.
     """
-    whole = round(side / center_crop)  # resized and cut is the same as cut and resized, for pictures and videos alike
+    full_side = round(side / center_crop)  # resize, then crop: the same for images and videos
     if os.path.isdir(clip.path):
-        pixels = np.stack([images.load(path, whole) for path in clip.frames])
+        frames = np.stack([images.load(path, full_side) for path in clip.frames])
     else:
-        pixels = videos.read(clip.path, clip.frames, whole)
-    margin = (whole - side) // 2
-    return pixels[:, margin : margin + side, margin : margin + side]
+        frames = videos.read(clip.path, clip.frames, full_side)
+    margin = (full_side - side) // 2
+    return frames[:, margin : margin + side, margin : margin + side]

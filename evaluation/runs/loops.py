@@ -1,148 +1,159 @@
-"""The loops of the evaluation programs: over many examples, in batches, going on where a stopped run ended.
+"""The loops of the evaluation programs: over all examples, in batches, resuming a stopped run.
 
-Shapes: B examples, P pictures of a prompt, F that follow it, C candidates, N tokens of an image, S the side in pixels.
+Shapes: see `evaluation.prompting`.
 """
 
-import hashlib
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag
-from EasyLM.models.generate import check_sampling, check_seed
+from EasyLM.flags import Flag, to_dataclass
 from EasyLM.storage import check_output
-from evaluation.prompting.prompter import Prompter
-from evaluation.runs.lines import Example, Results, loaded_batches, progress_bar
+from evaluation.prompting.prompter import Prompter, PrompterSettings
+from evaluation.prompting.settings import GenerationSettings
+from evaluation.runs.example import Example
+from evaluation.runs.prefetch import loaded_batches
+from evaluation.runs.results import UNFINISHED, Results, unfinished_name
 from evaluation.tasks import metrics
 
 GENERATION_FLAGS = {
-    "n_new_frames": Flag(1, "Pictures to draw after each prompt."),
-    "n_candidates": Flag(2, "Different answers to each prompt."),
-    "context_frames": Flag(16, "The picture that is drawn and those before it that are seen."),
-    "temperature": Flag(1.0, "Of the sampling; 0: the likeliest token."),
-    "top_k": Flag(0, "Sample from so many likeliest tokens; 0: from all."),
-    "top_p": Flag(1.0, "Sample from the likeliest tokens whose probabilities add up to this."),
-    "seed": Flag(0, "Of the sampling."),
-    "evaluate_mse": Flag(False, "Measure the answers against the true pictures."),
+    "n_new_frames": Flag(1, "Images to generate after each prompt.", least=1),
+    "n_candidates": Flag(2, "Samples for each prompt.", least=1),
+    "context_frames": Flag(16, "Images that the model attends to, the generated one included.", least=2),
+    "temperature": Flag(1.0, "Sampling temperature; 0: take the most likely token.", least=0),
+    "top_k": Flag(0, "Sample from the k most likely tokens; 0: from all.", least=0),
+    "top_p": Flag(1.0, "Sample from the most likely tokens that together have this probability.", above=0, most=1),
+    "seed": Flag(0, "Seed of the sampling.", least=0, most=2**31 - 1),
+    "evaluate_mse": Flag(False, "Measure the samples against the target images."),
 }
-_PICTURES = 32  # that the tokenizer takes at a time, at most
-UNFINISHED = "unfinished.jsonl"  # what a stopped run leaves behind
+_MAX_CODEC_BATCH = 32  # images that the tokenizer computes at a time
 
 
-def check(config, *counts: str) -> None:
-    """Raises UserError unless these flags, and, if there are any, sampling and seed, have values that can be."""
-    for name in counts:
-        if config[name] < 1:
-            raise UserError(f"--{name}={config[name]}: must be at least 1")
-    if config.max_examples < 0:
-        raise UserError(f"--max_examples={config.max_examples}: must be at least 0 (all)")
-    if "context_frames" in config and config.context_frames < 2:
-        raise UserError(
-            f"--context_frames={config.context_frames}: must be at least 2, the picture that is drawn and one before it"
+@dataclasses.dataclass(frozen=True)
+class EvaluationRun:
+    """What both loops need.
+
+    Attributes:
+      examples: the examples, in the order of the results.
+      load: (example, side in pixels) -> the images of its prompt [P,S,S,3] and of its target [F,S,S,3], or None.
+      lengths: example -> (P, F); F is 0 without a target.
+      prompter: the tokenizer and the model.
+      batch_size: examples at a time: in all for `measure`, on each device for `generate`.
+      num_workers: threads that load images.
+      output_json: file for the metrics; empty: print only.
+      settings: values of all flags. A stopped run resumes only if those that change results are equal.
+    """
+
+    examples: Sequence[Any]
+    load: Callable[[Any, int], tuple[np.ndarray, np.ndarray | None]]
+    lengths: Callable[[Any], tuple[int, int]]
+    prompter: PrompterSettings
+    batch_size: int
+    num_workers: int
+    output_json: str
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], batch_size: int, examples: Sequence[Example], load: Callable, lengths: Callable
+    ) -> "EvaluationRun":
+        """A run with the flags PROMPTER_FLAGS and EXAMPLE_FLAGS."""
+        prompter = to_dataclass(PrompterSettings, config)
+        return cls(
+            examples, load, lengths, prompter, batch_size, config["n_workers"], config["output_json"], dict(config)
         )
-    if "temperature" in config:
-        check_sampling(config.temperature, config.top_k, config.top_p)
-    if "seed" in config:
-        check_seed(config.seed)
 
 
-def measure(config, cases: Sequence[Example], load: Callable, lengths: Callable) -> None:
-    """Perplexity of what follows each example's prompt: prints and writes the figures.
-
-    Args:
-      config: values of PROMPTER_FLAGS, EXAMPLE_FLAGS and `batch_size`.
-      load: (example, S) -> pixels of its prompt [P,S,S,3] and of its target [F,S,S,3].
-      lengths: example -> (P, F).
+def measure(run: EvaluationRun) -> None:
+    """Measures the perplexity of each example's target. Prints and writes the metrics.
 
     Raises:
-      UserError: naming the flag, or the example that is too long for the model or cannot be read.
+      UserError: naming the flag, or the example that exceeds the model's longest sequence or cannot be read.
     """
-    if config.output_json:
-        check_output(config.output_json, "output_json")
-    results = Results(config.output_json and f"{config.output_json}.{UNFINISHED}", config)
-    prompter = _load(config, config.batch_size, cases, lengths)
-    for case in cases:
-        if sum(lengths(case)) > prompter.max_pictures:
-            prompt, target = lengths(case)
+    if run.output_json:
+        check_output(run.output_json, "output_json")
+    results = Results(run.output_json and f"{run.output_json}.{UNFINISHED}", run.settings)
+    prompter = _load_prompter(run)
+    for example in run.examples:
+        num_context, num_target = run.lengths(example)
+        if num_context + num_target > prompter.max_images:
             raise UserError(
-                f"{case.name}: {prompt} pictures and {target} to measure: the model's longest sequence holds "
-                f"{prompter.max_pictures}"
+                f"{example.name}: {num_context} images and {num_target} to measure: the model's longest sequence holds "
+                f"{prompter.max_images}"
             )
 
-    def score(batch, pixels):
-        prompts_BPN, targets_BFN = (prompter.encode(np.stack(part)) for part in zip(*pixels, strict=True))
+    def score(batch: list, loaded: list) -> Iterable[dict]:
+        prompts_BPN, targets_BFN = (prompter.encode(np.stack(images)) for images in zip(*loaded, strict=True))
         perplexity_B = metrics.perplexity(prompter.log_likelihoods(prompts_BPN, targets_BFN))
         return [{"perplexity": perplexity, "tokens": targets_BFN[0].size} for perplexity in perplexity_B.tolist()]
 
-    _each_batch(config, cases, results, prompter, config.batch_size, load, lengths, score)
-    results.finish(cases, ["perplexity"], config.output_json)
+    _for_each_batch(run, results, prompter, run.batch_size, score)
+    results.finish(run.examples, ["perplexity"], run.output_json)
 
 
-def draw(config, cases: Sequence[Example], load: Callable, lengths: Callable, save: Callable, output_dir: str) -> None:
-    """Draws what follows each example's prompt and saves it: prints and writes the figures.
+def generate(
+    run: EvaluationRun,
+    settings: GenerationSettings,
+    save: Callable[[Any, np.ndarray, np.ndarray], list[str]],
+    *,
+    output_dir: str,
+    list_path: str,
+    evaluate_mse: bool,
+) -> None:
+    """Generates the images that follow each prompt and saves them. Prints and writes the metrics.
 
     Args:
-      config: values of PROMPTER_FLAGS, EXAMPLE_FLAGS, GENERATION_FLAGS and `batch_size_factor`.
-      load: (example, S) -> pixels of its prompt [P,S,S,3] and of what truly follows [F,S,S,3], or None.
-      lengths: example -> (P, F), F 0 where nothing is measured.
-      save: (example, prompt [P,S,S,3], answers [C,F,S,S,3]) -> the paths that it has written.
-      output_dir: where they lie, for the results of a stopped run.
+      run: the examples and the model.
+      settings: how to generate.
+      save: (example, prompt [P,S,S,3], samples [C,F,S,S,3]) -> the paths of the files that it wrote.
+      output_dir: folder of these files, and of the results of a stopped run.
+      list_path: the list of the examples, see `unfinished_name`.
+      evaluate_mse: report the mean squared error of the samples.
 
     Raises:
       UserError: naming the flag, or the example that cannot be read.
     """
-    if config.output_json:
-        check_output(config.output_json, "output_json")
-    results = Results(os.path.join(output_dir, unfinished_name(config)), config)
-    prompter = _load(config, config.batch_size_factor, cases, lengths)
-    settings = {name: config[name] for name in ("temperature", "top_k", "top_p", "seed")}
+    if run.output_json:
+        check_output(run.output_json, "output_json")
+    results = Results(os.path.join(output_dir, unfinished_name(list_path)), run.settings)
+    prompter = _load_prompter(run)
 
-    def answer(batch, loaded):
-        prompts_BPSS3 = [prompt for prompt, _ in loaded]
-        answers_BCFSS3 = prompter.draw(
-            prompter.answer(
-                prompter.encode(np.stack(prompts_BPSS3)),
-                new_pictures=config.n_new_frames,
-                candidates=config.n_candidates,
-                context_pictures=config.context_frames,
-                **settings,
-            )
-        )
-        for case, (prompt, truth), answers in zip(batch, loaded, answers_BCFSS3, strict=False):
-            values = {"written": save(case, prompt, answers)}
-            if truth is not None:
-                errors_C = [float(metrics.mse(answer_FSS3, truth).mean()) for answer_FSS3 in answers]
-                values |= {"mse": errors_C, "best_mse": min(errors_C)}
+    def answer(batch: list, loaded: list) -> Iterable[dict]:
+        prompts_BPN = prompter.encode(np.stack([prompt for prompt, _ in loaded]))
+        samples_BCFSS3 = prompter.decode(prompter.generate(prompts_BPN, settings))
+        for example, (prompt, target), samples in zip(batch, loaded, samples_BCFSS3, strict=False):
+            values: dict[str, Any] = {"written": save(example, prompt, samples)}
+            if target is not None:
+                mse_C = [float(metrics.mse(sample_FSS3, target).mean()) for sample_FSS3 in samples]
+                values |= {"mse": mse_C, "best_mse": min(mse_C)}
             yield values
 
-    size = config.batch_size_factor * prompter.ways
-    _each_batch(config, cases, results, prompter, size, load, lengths, answer)
-    results.finish(cases, ["mse", "best_mse"] if config.evaluate_mse else [], config.output_json)
-    print(f"{output_dir}: answers to {len(cases)} prompts")
+    _for_each_batch(run, results, prompter, run.batch_size * prompter.batch_shards, answer)
+    results.finish(run.examples, ["mse", "best_mse"] if evaluate_mse else [], run.output_json)
+    print(f"{output_dir}: answers to {len(run.examples)} prompts")
 
 
-def unfinished_name(config) -> str:
-    """The file of a stopped run's results: each list of examples has its own, as several may draw into one folder."""
-    listed = next(config[name] for name in ("input_file", "read_file_list", "input_files") if config.get(name))
-    digest = hashlib.blake2b(os.path.realpath(listed).encode(), digest_size=4).hexdigest()
-    return UNFINISHED.replace(".", f".{digest}.")
+def _load_prompter(run: EvaluationRun) -> Prompter:
+    """Loads the prompter. Its tokenizer computes no more images at a time than a batch has."""
+    longest = max(max(run.lengths(example)) for example in run.examples)
+    return Prompter.load(run.prompter, min(_MAX_CODEC_BATCH, run.batch_size * longest))
 
 
-def _load(config, size: int, cases, lengths) -> Prompter:
-    """The prompter of the flags. Its tokenizer takes no more pictures at a time than a batch has."""
-    return Prompter.load(config, min(_PICTURES, size * max(max(lengths(case)) for case in cases)))
-
-
-def _each_batch(config, cases, results, prompter, size, load, lengths, work) -> None:
-    """Adds `work(examples, what load gives)` to the results of the examples that have none."""
-    missing = results.missing(cases)
-    load = partial(load, side=prompter.codec.config.resolution)
-    size = -(-size // prompter.ways) * prompter.ways  # so that no device computes copies
-    with progress_bar(len(cases) - len(missing), len(cases)) as bar:
-        for batch, loaded in loaded_batches(missing, size, load, config.n_workers, lengths):
-            for case, values in zip(batch, work(batch, loaded), strict=False):
-                results.add(case, values)
+def _for_each_batch(
+    run: EvaluationRun, results: Results, prompter: Prompter, batch_size: int, compute: Callable
+) -> None:
+    """Adds the results of `compute(examples, loaded values)` for all examples without a result."""
+    missing = results.missing(run.examples)
+    load = partial(run.load, side=prompter.codec.config.resolution)
+    batch_size = -(-batch_size // prompter.batch_shards) * prompter.batch_shards  # no device computes copies
+    with tqdm(total=len(run.examples), initial=len(run.examples) - len(missing), unit="example") as bar:
+        for batch, loaded in loaded_batches(missing, batch_size, load, run.num_workers, run.lengths):
+            for example, values in zip(batch, compute(batch, loaded), strict=False):
+                results.add(example, values)
                 bar.update()

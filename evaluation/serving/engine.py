@@ -14,9 +14,9 @@ from concurrent.futures import Future
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, to_dataclass
 from EasyLM.models import generate
-from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter
+from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, Prompter, PrompterSettings
 from evaluation.serving.batcher import Batcher, Job
 from evaluation.serving.progress import Partial, Progress
 from evaluation.tasks import metrics
@@ -88,7 +88,7 @@ class Engine:
         if config.batch_window_ms < 0:
             raise UserError(f"--batch_window_ms={config.batch_window_ms}: must be at least 0")
         self._prompter, self._config = prompter, config
-        self._warm_up_lengths = _lengths(config.warm_up, prompter.max_pictures - 1)
+        self._warm_up_lengths = _lengths(config.warm_up, prompter.max_images - 1)
         self._warm = threading.Event()
         self.fault = ""  # why warming up failed
         self._batcher = Batcher(
@@ -105,7 +105,7 @@ class Engine:
         Raises:
           UserError: naming the flag or the file that is wrong.
         """
-        return cls(Prompter.load(config, config.pictures_at_a_time), config)
+        return cls(Prompter.load(to_dataclass(PrompterSettings, config), config.pictures_at_a_time), config)
 
     @property
     def resolution(self) -> int:
@@ -119,7 +119,7 @@ class Engine:
     @property
     def max_pictures(self) -> int:
         """Pictures that a prompt may have: one fewer than the model's longest sequence holds."""
-        return self._prompter.max_pictures - 1
+        return self._prompter.max_images - 1
 
     @property
     def state(self) -> str:
@@ -187,10 +187,10 @@ class Engine:
         """
         self._check(prompt)
         self._check(target)
-        if len(prompt) + len(target) > self._prompter.max_pictures:
+        if len(prompt) + len(target) > self._prompter.max_images:
             raise UserError(
                 f"{len(prompt)} pictures and {len(target)} targets: the model's longest sequence holds "
-                f"{self._prompter.max_pictures}"
+                f"{self._prompter.max_images}"
             )
         return self._batcher.submit(("log_likelihoods", len(prompt), len(target)), (prompt, target))
 
@@ -226,15 +226,10 @@ class Engine:
         _, _, alike = jobs[0].key
         prompts = _filled_up(self._tokens([job.item[0] for job in jobs]))
         seeds = _filled_up([job.item[1].seed for job in jobs])
-        tokens_BCFN = self._prompter.answer(
+        tokens_BCFN = self._prompter.generate(
             prompts,
-            new_pictures=alike.n_new_frames,
-            candidates=alike.n_candidates,
-            context_pictures=alike.context_frames,
-            temperature=alike.temperature,
-            top_k=alike.top_k,
-            top_p=alike.top_p,
-            seed=seeds,
+            GenerationSettings.from_user(dataclasses.asdict(alike)),
+            seeds=seeds,
             progress=Progress(self._prompter, jobs, len(prompts), alike.n_new_frames),
         )
         drawn = [tokens_BCFN[i, : job.item[1].n_candidates] for i, job in enumerate(jobs)]
@@ -281,7 +276,7 @@ class Engine:
 
     def _draw(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures of several [C,F,N], C may differ; all go through the tokenizer together."""
-        pictures = self._prompter.draw(np.concatenate(tokens))
+        pictures = self._prompter.decode(np.concatenate(tokens))
         return np.split(pictures, np.cumsum([len(part) for part in tokens])[:-1])
 
 

@@ -72,7 +72,7 @@ def draw_partial(prompter: Prompter, tokens_Cn: np.ndarray, frames: int) -> np.n
     tokens_CFN = np.pad(tokens_Cn, ((0, 0), (0, begun * per_image - done)), mode="edge").reshape(
         candidates, begun, per_image
     )
-    drawn = prompter.draw(tokens_CFN)
+    drawn = prompter.decode(tokens_CFN)
     side = drawn.shape[2]
     rows = (done - (begun - 1) * per_image) // columns
     drawn[:, -1, rows * side // columns :] = _GRAY

@@ -24,6 +24,7 @@ from serve_kit import CODES, TINY, bomb, png, tiny_engine, tiny_prompter
 from EasyLM import flags
 from EasyLM.errors import UserError
 from evaluation import demo, serve
+from evaluation.prompting import GenerationSettings
 from evaluation.serving import responses
 from evaluation.serving.app import make_app
 from evaluation.serving.engine import Prompt, Settings
@@ -109,10 +110,10 @@ def test_files_base64_and_tokens_are_the_same_prompt(app):
     assert all(answer.status_code == 200 for answer in answers), answers[0].text
     assert answers[0].json() == answers[1].json() == answers[2].json()
     answer = answers[0].json()
-    drawn = tiny_prompter().answer([np.array(tokens)], candidates=2, seed=5)
+    drawn = tiny_prompter().generate([np.array(tokens)], GenerationSettings(num_candidates=2, seed=5))
     np.testing.assert_array_equal(answer["tokens"], drawn[0])
     shown = np.stack([[pixels(base64.b64decode(file)) for file in row] for row in answer["pictures"]])
-    np.testing.assert_array_equal(shown, images.to_uint8(tiny_prompter().draw(drawn[0])))
+    np.testing.assert_array_equal(shown, images.to_uint8(tiny_prompter().decode(drawn[0])))
 
 
 def test_what_a_seed_gives_is_the_same_alone_and_in_a_batch(app):
@@ -290,15 +291,15 @@ class HeldPrompter:
     def __getattr__(self, name):
         return getattr(tiny_prompter(), name)
 
-    def answer(self, prompts, *, candidates, progress, **settings):
+    def generate(self, prompts, settings, *, seeds, progress):
         if self.failing:
             raise RuntimeError("the device is on fire")
         self.begun.set()
         for _ in range(SECONDS * 1000):
             if self.may_go_on.wait(0.001):
                 break
-            progress(np.zeros((len(prompts), candidates, 16), np.int32))
-        return np.zeros((len(prompts), candidates, 1, TOKENS), np.int32)
+            progress(np.zeros((len(prompts), settings.num_candidates, 16), np.int32))
+        return np.zeros((len(prompts), settings.num_candidates, 1, TOKENS), np.int32)
 
     def log_likelihoods(self, prompts, targets):
         return np.zeros((len(prompts), TOKENS), np.float32)
@@ -553,7 +554,7 @@ def test_a_warm_up_ends_early_when_the_service_stops_and_says_when_it_fails(capl
     prompter = HeldPrompter()
     engine = tiny_engine(prompter, warm_up="1,2", max_batch=2)
     drawn = []
-    prompter.answer = lambda prompts, **_: drawn.append(len(prompts)) or _held(prompter, prompts)
+    prompter.generate = lambda prompts, *_, **__: drawn.append(len(prompts)) or _held(prompter, prompts)
     future = engine.warm_up(Settings())
     assert prompter.begun.wait(SECONDS) and not engine.close(0.01)
     prompter.may_go_on.set()

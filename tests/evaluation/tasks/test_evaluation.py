@@ -343,7 +343,7 @@ def test_figures_are_of_a_batch_of_pictures_at_a_time(tmp_path, prompter, monkey
 
     (point,), _ = fewshot.measure(settings(batch_size=2), prompter, task, [0], {"mse": figure}, None)
     assert sizes == [2, 1] * 3  # the model, a copy of the query, through the tokenizer
-    drawn, truths = prompter.draw(answers), task.pixels[task.prompts.answer_Q]
+    drawn, truths = prompter.decode(answers), task.pixels[task.prompts.answer_Q]
     assert point["per_query"]["mse"] == metrics.mse(drawn, truths).tolist()
 
 
@@ -374,7 +374,7 @@ def test_fid_is_of_all_answers_against_all_truths(tmp_path, prompter, monkeypatc
     point = json.loads((tmp_path / "f.json").read_text())["tasks"]["other"]["curve"][0]
     assert point["fid"].keys() == point["mse"].keys()
     queries, truths = task.pixels[task.prompts.query_Qq[:, -1]], task.pixels[task.prompts.answer_Q]
-    kept = prompter.draw(prompter.encode(truths))
+    kept = prompter.decode(prompter.encode(truths))
     for who, drawn in {"copy_query": queries, "tokenizer": kept}.items():
         expected = frechet_distance(FeatureStatistics.of(features(drawn)), FeatureStatistics.of(features(truths)))
         assert expected > 0.1 and point["fid"][who] == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,54 @@
+"""How images are generated: one dataclass from a flag or a request field to the model, checked once."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from EasyLM.errors import UserError
+from EasyLM.models.generate import check_sampling, check_seed
+
+# Flags and request fields keep the names of the LVM release. Errors use these names.
+USER_NAMES = {"num_new_images": "n_new_frames", "num_candidates": "n_candidates", "context_images": "context_frames"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """How the images that follow a prompt are generated. An instance is valid: other code does not check again.
+
+    Attributes:
+      num_new_images: images to generate, one after the other.
+      num_candidates: samples for each prompt. They share the prompt's cache.
+      context_images: the window: the image being generated and the images before it that the model attends to.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: sample from the k most likely tokens; 0: from all.
+      top_p: sample from the fewest most likely tokens that together have this probability; 1: from all.
+      seed: of the sampling.
+
+    Raises:
+      UserError: naming the setting that is out of range, its value and the range.
+    """
+
+    num_new_images: int = 1
+    num_candidates: int = 1
+    context_images: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_least("num_new_images", 1)
+        self._check_least("num_candidates", 1)
+        self._check_least("context_images", 2, ": the generated image and one image before it")
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        check_seed(self.seed)
+
+    def _check_least(self, name: str, least: int, reason: str = "") -> None:
+        if getattr(self, name) < least:
+            raise UserError(f"{USER_NAMES[name]}={getattr(self, name)}: must be at least {least}{reason}")
+
+    @classmethod
+    def from_user(cls, values: Mapping[str, Any]) -> "GenerationSettings":
+        """Settings from flags or request fields, under the names that users type. Other values are ignored."""
+        names = {field.name: USER_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
+        return cls(**{name: values[user_name] for name, user_name in names.items() if user_name in values})

@@ -1,0 +1,146 @@
+"""Results by example, appended to a file as they come. A stopped run resumes from that file.
+
+The file exists only while a run is unfinished. Its first line holds the run's settings; each other line is a result
+with a fingerprint of the example's files.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from EasyLM.errors import UserError
+from EasyLM.storage import check_output, is_remote, write_json
+from evaluation.runs.example import EXAMPLE_FLAGS, Example
+from evaluation.tasks import metrics
+
+UNFINISHED = "unfinished.jsonl"  # ending of the file's name
+# Settings that do not change a result: a stopped run may resume with other values.
+_RESUMABLE_SETTINGS = {
+    *("input_file", "input_files", "read_file_list", "shuffle", "output_dir", "output_base_dir", "mesh_dim"),
+    *("batch_size", "batch_size_factor", "output_plot", "output_picture", *EXAMPLE_FLAGS),
+}
+
+
+class Results:
+    """Results by example. With a path, they are appended to that file and resumed from it."""
+
+    def __init__(self, path: str, settings: Mapping[str, Any]):
+        """Reads the results that a stopped run with the same settings left at `path`.
+
+        Args:
+          path: the file; empty: results are kept in memory only.
+          settings: values of the command's flags.
+
+        Raises:
+          UserError: if the file belongs to other settings, or cannot be written.
+        """
+        self._path = path
+        self._values: dict[str, dict] = {}
+        if not path:
+            return
+        self._settings = _fingerprinted(settings)
+        check_output(path)  # the file itself is written with the first result: a failed start leaves nothing behind
+        if os.path.exists(path):
+            self._resume()
+
+    def _resume(self) -> None:
+        with open(self._path, "r+b") as file:
+            text = file.read()
+            text = text[: text.rfind(b"\n") + 1]  # drops a truncated last line
+            file.truncate(len(text))
+        first, *rest = [json.loads(line) for line in text.splitlines()] or [{}]
+        if not rest:
+            self.discard()
+            return
+        for name, value in self._settings.items():
+            if value != first.get(name):
+                raise UserError(
+                    f"{self._path}: left by a stopped run with --{name}={first.get(name)}, now it is {value}: resume "
+                    "with the same settings, or delete the file to start again"
+                )
+        self._values = {values.pop("example"): values for values in rest}
+
+    def missing(self, examples: Sequence[Example]) -> list[Example]:
+        """Returns the examples without a valid result.
+
+        A result is invalid if the example or its files have changed, or a file that was written for it is gone.
+        """
+
+        def is_missing(example: Example) -> bool:
+            values = self._values.get(example.name)
+            if values is None or values["mark"] != _fingerprint(example.files, example.parameters):
+                return True
+            return not all(map(os.path.exists, values.get("written", ())))
+
+        return [example for example in examples if is_missing(example)]
+
+    def add(self, example: Example, values: dict) -> None:
+        """Keeps a result. `values["written"]` lists files that belong to it; they must exist."""
+        row = {"mark": _fingerprint(example.files, example.parameters), **values}
+        self._values[example.name] = row
+        if self._path:
+            new = [] if os.path.exists(self._path) else [self._settings]
+            new.append({"example": example.name, **row})
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in new))
+
+    def __getitem__(self, example: Example) -> dict:
+        """The values that `add` received."""
+        return self._values[example.name]
+
+    def finish(self, examples: Sequence[Example], metric_names: Sequence[str], output_json: str) -> None:
+        """Prints the mean and standard error of each metric, writes them with all results, and discards the file.
+
+        Examples without a metric are left out of its mean. A metric that is a list counts by its mean.
+        """
+        rows = [{"example": example.name, **self._values[example.name]} for example in examples]
+        totals: dict[str, Any] = {"examples": len(rows)}
+        for name in metric_names:
+            values = [_mean(row[name]) for row in rows if name in row]
+            result = metrics.with_standard_error(values)
+            totals |= {name: result["mean"], f"{name}_standard_error": result["standard_error"]}
+            print(f"{name}: {result['mean']:.6g} ± {result['standard_error']:.2g} ({len(values)} examples)")
+        if output_json:
+            per_example = [{name: value for name, value in row.items() if name != "mark"} for row in rows]
+            write_json(output_json, {**totals, "per_example": per_example})
+        self.discard()  # only after the metrics are written
+
+    def discard(self) -> None:
+        """Removes the file, if it exists: the next run starts from the first example."""
+        if self._path:
+            pathlib.Path(self._path).unlink(missing_ok=True)
+
+
+def unfinished_name(list_path: str) -> str:
+    """The name of a stopped run's file. It depends on the list of examples: several runs may share an output folder."""
+    digest = hashlib.blake2b(os.path.realpath(list_path).encode(), digest_size=4).hexdigest()
+    return UNFINISHED.replace(".", f".{digest}.")
+
+
+def _mean(value: float | list[float]) -> float:
+    return sum(value) / len(value) if isinstance(value, list) else value
+
+
+def _fingerprinted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that results depend on. Paths of models carry a fingerprint of their files."""
+    kept = {name: value for name, value in settings.items() if name not in _RESUMABLE_SETTINGS}
+    for name in ("checkpoint", "vqgan"):
+        path = kept[name].split("::")[-1]
+        files = sorted(map(str, pathlib.Path(path).rglob("*"))) if os.path.isdir(path) else [path]
+        kept[name] += f" (files {_fingerprint(files)})"
+    return kept
+
+
+def _fingerprint(paths: Sequence[str], parameters: Sequence = ()) -> str:
+    """A digest of the parameters and of each file's size and modification time. Remote files count by name only."""
+    values = list(parameters)
+    for path in paths:
+        if is_remote(path) or not os.path.exists(path):
+            values.append(path)
+        else:
+            stat = os.stat(path)
+            values.append([os.path.realpath(path), stat.st_size, stat.st_mtime_ns])
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
