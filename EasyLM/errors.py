@@ -1,28 +1,19 @@
-"""The one exception that means: the user can mend this."""
+"""The exception that means that the user can fix the problem, and checks that raise it."""
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 
 class UserError(ValueError):
-    """Bad input: a flag, a file, a line, a checkpoint. Its message names the thing, its value and the valid choices.
+    """Bad input: a flag, a file, a line, a checkpoint. The message names it, its value and the valid choices.
 
-    Entry points print it as one line and exit with code 2 (`flags.run`); any other exception is a fault of ours and
-    keeps its traceback.
+    Commands print the message as one line and exit with code 2 (`flags.run`). Any other exception is a bug, and keeps
+    its traceback.
     """
 
 
-@contextlib.contextmanager
-def prefix_errors(subject: str) -> Iterator[None]:
-    """Puts `subject: `, such as `--flag=value: `, before the message of a UserError that is raised inside."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{subject}: {error}") from error
-
-
-def choose(name: str, value: str, choices) -> str:
+def choose(name: str, value: str, choices: Collection[str]) -> str:
     """Returns `value` if it is one of `choices`.
 
     Raises:
@@ -33,12 +24,21 @@ def choose(name: str, value: str, choices) -> str:
     return value
 
 
-def check_installed(what: str, extra: str, *packages: str) -> None:
-    """Looks for packages without importing them, which takes seconds, before other work that they are needed after.
+@contextlib.contextmanager
+def prefix_errors(subject: str, separator: str = ": ") -> Iterator[None]:
+    """Puts a subject, such as `--flag=value`, before the message of a UserError raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{subject}{separator}{error}") from error
+
+
+def check_installed(feature: str, extra: str, *packages: str) -> None:
+    """Checks that optional packages are installed, without importing them, which takes seconds.
 
     Raises:
-      UserError: naming what needs them, the package that is missing, and the extra that brings it.
+      UserError: naming the feature, the missing package, and the extra that installs it.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{what} needs the package {package}: pip install -e '.[{extra}]'")
+            raise UserError(f"{feature} needs the package {package}: pip install -e '.[{extra}]'")

@@ -1,4 +1,4 @@
-"""Work on data files in processes of their own."""
+"""A pool of worker processes for data files, which survives the death of a worker."""
 
 import contextlib
 import dataclasses
@@ -8,87 +8,92 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from EasyLM.errors import UserError
 
 
 class Workers:
-    """A context that runs functions in this process, or, if there are to be several, in processes of their own.
+    """A context manager that runs functions in worker processes, or in this process if there is to be only one.
 
-    What they run lies in modules that do not import JAX, so that the processes start fast. When one of them dies (the
-    machine killed it, or a library crashed), all that was submitted and has not ended is lost with it, and run again,
-    one after the other, in one further process: what kills that one, too, is at fault.
+    The functions are in modules that do not import JAX, so that workers start fast. When a worker dies (out of memory,
+    or a crash in a library), every submitted function that has not finished is lost. Each is then run again, one at a
+    time, in a separate process; a function that kills this process too fails with BrokenProcessPool.
     """
 
     def __init__(self, processes: int):
-        self._processes, self._single = processes, None
-        self._pool = _pool(processes) if processes > 1 else None
+        self._processes = processes
+        self._pool = _make_pool(processes) if processes > 1 else None
+        self._retry_pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Workers":
         return self
 
-    def map(self, function, *arguments, chunksize: int = 1):
-        """`function` of all arguments, which are taken at once; results in order."""
+    def map(self, function: Callable, *arguments: Iterable, chunksize: int = 1) -> Iterator:
+        """Applies `function` to all arguments, which are read at once; yields the results in order."""
         if self._pool is None:
             return map(function, *arguments)
-        with _hidden_main():
+        with _hidden_main_module():
             return self._pool.map(function, *arguments, chunksize=chunksize)
 
-    def submit(self, function, *arguments) -> "Future | _Repeatable":
-        """`function` of these arguments, begun now: in this process it has ended when this returns."""
+    def submit(self, function: Callable, *arguments: Any) -> "Future | _RetriedFuture":
+        """Starts `function` with these arguments. Without worker processes it has finished when this returns."""
         if self._pool is not None:
             try:
-                future = _submitted(self._pool, function, arguments)
+                future = _submit(self._pool, function, arguments)
             except BrokenProcessPool:
                 self._pool.shutdown(wait=False)
-                self._pool = _pool(self._processes)
-                future = _submitted(self._pool, function, arguments)
-            return _Repeatable(future, functools.partial(self._again, function, arguments))
+                self._pool = _make_pool(self._processes)
+                future = _submit(self._pool, function, arguments)
+            return _RetriedFuture(future, functools.partial(self._retry, function, arguments))
         future = Future()
         try:
             future.set_result(function(*arguments))
-        except Exception as error:  # whoever asks for the result gets it
+        except Exception as error:  # raised by `result`
             future.set_exception(error)
         return future
 
-    def _again(self, function, arguments: tuple):
-        """The result of what was lost, or BrokenProcessPool."""
-        self._single = self._single or _pool(1)
+    def _retry(self, function: Callable, arguments: tuple) -> Any:
+        """Returns the result of a lost function, or raises BrokenProcessPool."""
+        self._retry_pool = self._retry_pool or _make_pool(1)
         try:
-            return _submitted(self._single, function, arguments).result()
+            return _submit(self._retry_pool, function, arguments).result()
         except BrokenProcessPool:
-            self._single.shutdown(wait=False)
-            self._single = None
+            self._retry_pool.shutdown(wait=False)
+            self._retry_pool = None
             raise
 
-    def __exit__(self, *exception):
-        for pool in (self._pool, self._single):
+    def __exit__(self, *exception: object) -> None:
+        for pool in (self._pool, self._retry_pool):
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass
-class _Repeatable:
-    """What was submitted to a pool, and how to run it again if it is lost with the pool."""
+class _RetriedFuture:
+    """A submitted function, and how to run it again if it is lost with the pool."""
 
     future: Future
-    again: Callable
+    retry: Callable[[], Any]
 
-    def result(self):
+    def result(self) -> Any:
         try:
             return self.future.result()
         except BrokenProcessPool:
-            return self.again()
+            return self.retry()
 
 
-def result(future, subject: str):
-    """What became of a submitted function that is at work on `subject`.
+def result(future: "Future | _RetriedFuture", subject: str) -> Any:
+    """Returns the result of a submitted function.
+
+    Args:
+      subject: the file that the function reads, for the message.
 
     Raises:
-      UserError: naming the subject, if it killed its process twice; else what the function raised.
+      UserError: naming the subject, if the function killed its process twice; otherwise what the function raised.
     """
     try:
         return future.result()
@@ -96,29 +101,37 @@ def result(future, subject: str):
         raise UserError(f"{subject}: the process that reads it dies (out of memory, or a crash in a library)") from None
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
-    return ProcessPoolExecutor(processes, spawn, end_with_parent)
+def exit_with_parent() -> None:
+    """In a worker: exits when the parent dies, even by SIGKILL."""
 
-
-def _submitted(pool: ProcessPoolExecutor, function, arguments: tuple) -> Future:
-    with _hidden_main():
-        return pool.submit(function, *arguments)
-
-
-def end_with_parent() -> None:
-    """In a worker: ends it when the process that started it is gone, which a kill gives no chance to say so."""
-
-    def watch():
-        multiprocessing.parent_process().join()
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _make_pool(processes: int) -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
+    return ProcessPoolExecutor(processes, spawn, exit_with_parent)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable, arguments: tuple) -> Future:
+    with _hidden_main_module():
+        return pool.submit(function, *arguments)
+
+
 @contextlib.contextmanager
-def _hidden_main():
-    """Processes started in here do not import the main module: it may import JAX, or, without a guard, run again."""
+def _hidden_main_module() -> Iterator[None]:
+    """Keeps worker processes that start inside from importing the main module.
+
+    A spawned process imports the parent's main module, to find functions defined there. Ours are not, and the import
+    would load JAX, or run a user's script again that has no main guard. `multiprocessing` has no option to skip it and
+    looks the module up in `sys.modules`, so an empty module replaces it. The executor starts its processes on
+    submission, not in its constructor, so every submission happens inside.
+    """
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
         yield

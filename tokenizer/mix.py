@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM.data import packed_file, proportions, records
-from EasyLM.errors import UserError
+from EasyLM.data import packed_file, records
+from EasyLM.data.mixture import parse_numbers, proportional
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.storage import (
     atomic_file,
@@ -140,13 +141,15 @@ def _check_lines(sources: list[Source], vocab_size: int, problems: Problems) -> 
 def _taken(sources: list[Source], config) -> list[int]:
     """How many sentences of each source go into the mixture."""
     if config.counts:
-        return proportions.parse_numbers("counts", config.counts, len(sources), int)
+        with prefix_errors(f"--counts={config.counts}"):
+            return parse_numbers(config.counts, len(sources), int)
     if not config.weights:
         return [source.sentences for source in sources]
-    weights = proportions.parse_numbers("weights", config.weights, len(sources))
+    with prefix_errors(f"--weights={config.weights}"):
+        weights = parse_numbers(config.weights, len(sources))
     weighty = [(source.sentences, weight) for source, weight in zip(sources, weights) if weight]
     total = config.total or int(min(count * sum(weights) / weight for count, weight in weighty))
-    return proportions.proportional(total, weights)
+    return proportional(total, weights)
 
 
 def _check_disk(directory: str, expected: int, config) -> None:

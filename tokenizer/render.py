@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.flags import Flag, run
-from EasyLM.process_pool import end_with_parent
+from EasyLM.process_pool import exit_with_parent
 from tokenizer.builders import image_ref
 from tokenizer.media import images, video_writer
 from tokenizer.synthetic import photos, scenes
@@ -48,7 +48,7 @@ def main(config) -> None:
     ]
     jobs = [partial(job, first_seed=config.seed * _SEEDS, size=config.size, root=config.output_dir) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(config.workers, spawn, end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(config.workers, spawn, exit_with_parent) as pool:
         done = pool.map(_call, jobs, chunksize=max(1, min(16, len(jobs) // (4 * config.workers))))
         for _ in tqdm(done, total=len(jobs), unit="scene", desc="rendering"):
             pass

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from EasyLM import checkpoints, flags
-from EasyLM.data.token_rows import permuted
+from EasyLM.data import shuffled_number
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh
@@ -116,7 +116,7 @@ class PictureRows:
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Rows start..start+count-1."""
         total = len(self._paths)
-        order = [permuted(row % total, total, self._seed, row // total) for row in range(start, start + count)]
+        order = [shuffled_number(row, total, self._seed) for row in range(start, start + count)]
         pictures = self._pool.map(lambda i: images.load(self._paths[i], self._size), order)
         return {"pixels": np.stack(list(pictures))}
 

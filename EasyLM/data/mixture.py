@@ -1,96 +1,138 @@
-"""Rows of several sources in given proportions, without a copy: whose turn it is, is a function of the row number.
+"""Mixtures: weights of several sources, and rows of row sources in these proportions, without a copy of the data.
 
-With weights n_0, n_1, ... (whole numbers, P in all), each block of P rows has n_i rows of source i. They are spread
-evenly: the k-th of them lies in the k-th of n_i equal stretches of the block, at a random place of it (with a shuffle),
-or in its middle. So every run of L rows, wherever it begins, has L n_i / P of them, give or take a few.
-T: tokens a row.
+A block of P rows has n_i rows of source i, for weights n_0, n_1, ... in whole numbers that add up to P. The rows of a
+source are spread evenly: its k-th row lies in the k-th of n_i equal stretches of the block, at a random place (with a
+shuffle) or in the middle. So any L consecutive rows have about L n_i / P rows of source i, within a few.
+T: tokens in a row.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from EasyLM.data.token_rows import Throughput, TokenRows
 from EasyLM.errors import UserError
 
-LEAST_BLOCK = 512  # rows: computing an order costs more than a row
+LEAST_BLOCK = 512  # rows: computing the order of a block takes longer than reading a row
 LARGEST_BLOCK = 1 << 16
 
 
-def block_counts(name: str, weights: list[Fraction]) -> list[int]:
-    """The rows of each source in a block: whole numbers in exactly these proportions.
+def parse_numbers(text: str, count: int, kind: Callable[[str], Any] = float) -> list:
+    """Returns the numbers of a comma list, one for each of `count` sources.
 
     Raises:
-      UserError: naming the flag, if no small block has them.
+      UserError: if the list has other elements or another length, or a number is negative, or all are 0.
+    """
+    try:
+        numbers = [kind(element) for element in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"not a comma list of {'whole ' if kind is int else ''}numbers") from None
+    if len(numbers) != count:
+        raise UserError(f"{len(numbers)} numbers for {count} inputs (a glob is one input)")
+    if not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
+        raise UserError("each must be 0 or more, one of them more than 0")
+    return numbers
+
+
+def proportional(total: int, weights: Sequence[float]) -> list[int]:
+    """Returns whole numbers that add up to `total`, each within 1 of its share by weight (largest remainder)."""
+    shares = [total * weight / sum(weights) for weight in weights]
+    numbers = [int(share) for share in shares]
+    by_remainder = sorted(range(len(weights)), key=lambda i: numbers[i] - shares[i])
+    for i in by_remainder[: total - sum(numbers)]:
+        numbers[i] += 1
+    return numbers
+
+
+def block_counts(weights: Sequence[Fraction]) -> list[int]:
+    """Returns the rows of each source in a block: whole numbers in exactly these proportions.
+
+    Raises:
+      UserError: if the block would be too large.
     """
     scale = math.lcm(*(weight.denominator for weight in weights))
-    counts = [int(weight * scale) for weight in weights]
-    counts = [count // math.gcd(*counts) for count in counts]
+    counts = _reduced([int(weight * scale) for weight in weights])
     if sum(counts) > LARGEST_BLOCK:
-        text = ",".join(map(str, weights))
-        raise UserError(f"--{name}={text}: their exact proportions need {sum(counts)} rows; give fewer digits")
+        raise UserError(f"their exact proportions need {sum(counts)} rows; give fewer digits")
     return [count * -(-LEAST_BLOCK // sum(counts)) for count in counts]
 
 
+def _reduced(counts: Sequence[int]) -> list[int]:
+    """Divides whole numbers by their greatest common divisor."""
+    divisor = math.gcd(*counts)
+    return [count // divisor for count in counts]
+
+
 class MixedRows:
-    """A row source (see `batches`) of row sources. Each goes through its own epochs, in its own order.
+    """A row source (`EasyLM.training.batches.RowSource`) over row sources.
+
+    Each source has its own epochs and its own order.
 
     Attributes:
       seq_length: T.
-      fingerprint: as of `rows.TokenRows`.
+      fingerprint: JSON values that determine every row.
     """
 
     def __init__(
-        self, sources: list[TokenRows], counts: list[int], *, shuffle_seed: int = -1, token_count: int = 0, window: int
+        self,
+        sources: Sequence[TokenRows],
+        counts: Sequence[int],
+        *,
+        shuffle_seed: int = -1,
+        token_count: int = 0,
+        window: int,
     ):
-        """Mixes `sources`, all of the same T.
+        """Mixes sources of the same T.
 
         Args:
-          counts: rows of each in a block, as `block_counts` gives them.
-          shuffle_seed, token_count, window: as of `rows.TokenRows`; a negative seed spreads the turns regularly.
+          counts: rows of each source in a block, from `block_counts`.
+          shuffle_seed: selects the orders of the blocks; negative for the same regular order in each block.
+          token_count, window: as of `token_rows.RowSettings`.
         """
         self._sources, self._counts, self._seed, self._token_count = sources, counts, shuffle_seed, token_count
         self.seq_length = sources[0].seq_length
         self._throughput = Throughput(window * sources[0].batch_size)
-        self._turns = functools.lru_cache(8)(self._block_turns)
-        self.fingerprint = {
+        self._block = functools.lru_cache(8)(self._make_block)
+        self.fingerprint: dict[str, Any] = {
             "seq_length": self.seq_length,
             "shuffle_seed": max(shuffle_seed, -1),
-            "weights": [count // math.gcd(*counts) for count in counts],
-            # With their own seq_length: rows of another length never continue a mixture exactly.
+            "weights": _reduced(counts),
+            # These include seq_length: a mixture with another seq_length never continues exactly.
             "sources": [source.fingerprint for source in sources],
         }
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
-        """As `TokenRows.rows`."""
-        turns = self.turns(start, count)
+        """Returns rows as `TokenRows.rows` does."""
+        row_sources = self.sources_of(start, count)
         firsts = self.rows_before(start)
         rows: dict[str, np.ndarray] = {}
         for number, (source, first) in enumerate(zip(self._sources, firsts)):
-            mine = turns == number
-            if mine.any():
-                for name, array in source.rows(first, int(mine.sum())).items():
-                    rows.setdefault(name, np.empty((count, self.seq_length), array.dtype))[mine] = array
+            selected = row_sources == number
+            if selected.any():
+                for name, array in source.rows(first, int(selected.sum())).items():
+                    rows.setdefault(name, np.empty((count, self.seq_length), array.dtype))[selected] = array
         return rows
 
-    def turns(self, start: int, count: int) -> np.ndarray:
-        """The number of the source of each of the rows start..start+count-1."""
+    def sources_of(self, start: int, count: int) -> np.ndarray:
+        """Returns the source number of each of the rows start..start+count-1, int64 [count]."""
         size = sum(self._counts)
         blocks = range(start // size, (start + count - 1) // size + 1)
         begin = start - blocks.start * size
-        return np.concatenate([self._turns(block) for block in blocks])[begin : begin + count]
+        return np.concatenate([self._block(block) for block in blocks])[begin : begin + count]
 
     def rows_before(self, row: int) -> list[int]:
-        """How many rows each source has had before a row."""
+        """Returns how many rows of each source precede a row."""
         block, place = divmod(row, sum(self._counts))
-        had = np.bincount(self._turns(block)[:place], minlength=len(self._counts)).tolist()
-        return [block * count + here for count, here in zip(self._counts, had)]
+        in_block = np.bincount(self._block(block)[:place], minlength=len(self._counts)).tolist()
+        return [block * count + rows for count, rows in zip(self._counts, in_block)]
 
     def metrics(self, rows_consumed: int) -> dict[str, float]:
-        """As `TokenRows.metrics`; `dataset_epoch_{i}` counts how often source i has been gone through."""
-        accumulated, average = self._throughput(rows_consumed)
+        """Returns metrics as `TokenRows.metrics` does; `dataset_epoch_{i}` is the epoch of source i."""
+        since_start, recent = self._throughput(rows_consumed)
         epochs = [
             rows * self.seq_length / source.num_tokens
             for rows, source in zip(self.rows_before(rows_consumed), self._sources)
@@ -100,13 +142,14 @@ class MixedRows:
             "dataset_total_tokens": self._token_count + tokens,
             "dataset_epoch": tokens / sum(source.num_tokens for source in self._sources),
             **{f"dataset_epoch_{number}": epoch for number, epoch in enumerate(epochs)},
-            "dataset_accumulated_tps": accumulated * self.seq_length,
-            "dataset_average_tps": average * self.seq_length,
+            "dataset_accumulated_tps": since_start * self.seq_length,
+            "dataset_average_tps": recent * self.seq_length,
             "dataset_bytes_read": sum(source.bytes_read for source in self._sources),
             "dataset_skipped_lines": sum(source.skipped_lines for source in self._sources),
         }
 
-    def _block_turns(self, block: int) -> np.ndarray:
+    def _make_block(self, block: int) -> np.ndarray:
+        """Returns the source number of each row of a block, int64 [P]."""
         rng = np.random.default_rng([self._seed, block]) if self._seed >= 0 else None
         places = [(np.arange(n) + (0.5 if rng is None else rng.random(n))) / n for n in self._counts if n]
         numbers = np.repeat(np.arange(len(self._counts)), self._counts)

@@ -1,10 +1,12 @@
-"""Records: one JSON object a line, `{"tokens": base64(int32 little-endian ids)}`, other keys riding along.
+"""Records: one JSON object a line, {"tokens": base64(int32 little-endian ids)}, with any other keys.
 
-The only reader and writer of a record. `EasyLM.fields` says which parts of a record become tokens.
+Every reader and writer of records uses these functions. `record_fields` selects the parts of a record that become
+tokens.
 """
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import orjson
@@ -18,29 +20,29 @@ TOKEN_DTYPE = "<i4"
 
 
 class RecordError(ValueError):
-    """Why a line is no record. Whoever knows the line's address turns it into a UserError `file:line: reason`."""
+    """The reason why a line is not a record. The caller that knows FILE:LINE raises it as a UserError."""
 
 
 @functools.lru_cache
 def token_type(dtype: str) -> np.dtype:
-    """The little-endian item type of that name."""
+    """Returns the little-endian item type of a name such as "i4"."""
     return np.dtype(dtype).newbyteorder("<")
 
 
-def encode_tokens(tokens, dtype: str = TOKEN_DTYPE) -> str:
-    """Base64 of the ids [n] as little-endian integers. Ids that `dtype` cannot hold are our fault, not the user's."""
+def encode_tokens(tokens: np.typing.ArrayLike, dtype: str = TOKEN_DTYPE) -> str:
+    """Returns the base64 of ids [n] as little-endian integers of the given item type, which must hold them."""
     ids = np.asarray(tokens)
-    assert ids.ndim == 1 and (ids.size == 0 or np.can_cast(ids.dtype, np.int64)), f"no ids: {ids.dtype} {ids.shape}"
+    assert ids.ndim == 1 and (ids.size == 0 or np.can_cast(ids.dtype, np.int64)), f"not ids: {ids.dtype} {ids.shape}"
     narrow = ids.astype(token_type(dtype))
     assert np.array_equal(narrow, ids), f"an id does not fit into {dtype}"
     return pybase64.b64encode_as_string(narrow.tobytes())
 
 
-def decode_tokens(text, key: str = TOKENS_KEY, dtype: str = TOKEN_DTYPE) -> np.ndarray:
-    """The ids [n] of a base64 field as a read-only array of the given item type.
+def decode_tokens(text: Any, key: str = TOKENS_KEY, dtype: str = TOKEN_DTYPE) -> np.ndarray:
+    """Returns the ids of a base64 field, a read-only array [n] of the given item type.
 
     Raises:
-      RecordError: if it is not base64 text, or its length is not a multiple of the item size.
+      RecordError: if `text` is not base64 text, or its length is not a multiple of the item size.
     """
     if not isinstance(text, str):
         raise RecordError(f"field {key!r} is of type {type(text).__name__}, not base64 text")
@@ -57,14 +59,14 @@ def decode_tokens(text, key: str = TOKENS_KEY, dtype: str = TOKEN_DTYPE) -> np.n
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """Raises RecordError, naming the first id that is outside 0..vocab_size-1."""
-    unsigned = ids.view(f"u{ids.dtype.itemsize}")  # a negative id becomes a huge one: one comparison for both ends
+    """Raises RecordError, naming the first id outside 0..vocab_size-1."""
+    unsigned = ids.view(f"u{ids.dtype.itemsize}")  # negative ids become huge: one comparison checks both bounds
     if ids.size and unsigned.max() >= vocab_size:
         raise RecordError(f"id {ids[unsigned >= vocab_size][0]} is outside the vocabulary 0..{vocab_size - 1}")
 
 
-def parse_line(line) -> dict:
-    """The JSON object of a line (bytes). Raises RecordError if it is none."""
+def parse_line(line: bytes | memoryview) -> dict[str, Any]:
+    """Returns the JSON object of a line. Raises RecordError if the line is not a JSON object."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -74,32 +76,36 @@ def parse_line(line) -> dict:
     return record
 
 
-def field(record: dict, key: str):
-    """`record[key]`. Raises RecordError listing the fields that are there."""
+def field(record: dict[str, Any], key: str) -> Any:
+    """Returns `record[key]`. Raises RecordError, listing the fields of the record, if the key is missing."""
     if key not in record:
         raise RecordError(f"lacks the field {key!r} (fields here: {', '.join(map(str, record)) or 'none'})")
     return record[key]
 
 
-def record_line(tokens, **others) -> bytes:
-    """The line of a record, with its newline: ids [n] and any further JSON values under their own keys."""
+def record_line(tokens: np.typing.ArrayLike, **others: Any) -> bytes:
+    """Returns the line of a record, with its newline, from ids [n] and other keys with JSON values."""
     assert TOKENS_KEY not in others
     return orjson.dumps({TOKENS_KEY: encode_tokens(tokens), **others}) + b"\n"
 
 
-def read_record(line, vocab_size: int) -> tuple[np.ndarray, dict]:
-    """(ids int32 [n], the whole JSON object) of a line. Raises RecordError if it is no record of that vocabulary."""
+def read_record(line: bytes, vocab_size: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns ids int32 [n] and the whole JSON object of a line.
+
+    Raises:
+      RecordError: if the line is not a record, or an id is outside the vocabulary.
+    """
     record = parse_line(line)
     ids = decode_tokens(field(record, TOKENS_KEY))
     check_ids(ids, vocab_size)
     return ids, record
 
 
-def read_records(path: str, vocab_size: int) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yields `read_record` of each line that is not blank; .gz and .zst files are unpacked.
+def read_records(path: str, vocab_size: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Yields `read_record` of each line that is not blank; .gz and .zst files are decompressed.
 
     Raises:
-      UserError: addressed `file:line`, for a line that is no record.
+      UserError: naming FILE:LINE, for a line that is not a record.
     """
     for number, line in read_lines(path):
         try:

@@ -4,43 +4,46 @@ import glob
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
+from EasyLM.data.protocols import Examples
 from EasyLM.errors import UserError
 from EasyLM.storage import check_line_start, content_digest, file_version, is_compressed, json_digest, open_binary
 
 
 class FileExamples:
-    """The lines of files: JSON objects, or of .txt files records {"text": line}. Blank lines are left out.
+    """The lines of files as `protocols.Examples`: JSON objects, or for .txt files records {"text": line}.
 
-    Iterating yields (number, offset, item): what `address` understands, the first byte counted over all files, and a
-    JSON line (bytes) or an example (dict).
+    Blank lines are skipped. An offset counts the bytes of all files; the number of an example is (file, line).
     """
 
-    total = None  # number of examples; unknown
+    total: int | None = None
 
     def __init__(self, paths: list[str]):
         self._paths = paths
         self.source = paths[0]
         self.name = os.path.basename(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
-    def version(self) -> dict:
-        """Equal as long as the files are the same."""
+    def version(self) -> dict[str, Any]:
+        """See `Examples`."""
         return {"files": json_digest([[os.path.abspath(path), file_version(path)] for path in self._paths])}
 
-    def identity(self) -> list:
-        """What is in the files, as JSON values, wherever they lie."""
+    def fingerprint(self) -> list[list]:
+        """See `Examples`: size and content digest of each file."""
         sizes = [file_version(path)["size"] for path in self._paths]
         return [[size, content_digest(path, size)] for path, size in zip(self._paths, sizes, strict=True)]
 
     def address(self, number: tuple[int, int]) -> str:
+        """See `Examples`."""
         file, line = number
         return f"{self._paths[file]}:{line}"
 
-    def check_line_begins(self, offset: int) -> None:
-        """UserError unless a line of the first file begins at that byte."""
+    def check_line_start(self, offset: int) -> None:
+        """See `Examples`."""
         check_line_start(self._paths[0], offset)
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], int, bytes | dict[str, str]]]:
+        """See `Examples`."""
         offset = 0
         for file, path in enumerate(self._paths):
             with open_binary(path) as lines:
@@ -58,63 +61,84 @@ def _text(path: str, line: int, data: bytes) -> dict[str, str]:
 
 
 class DatasetExamples:
-    """The examples of a `datasets` dataset. Iterating yields as `FileExamples` does; offset is the example's number."""
+    """The examples of a `datasets` dataset as `protocols.Examples`. The offset of an example is its number."""
 
-    def __init__(self, dataset, name: str, source: str):
+    def __init__(self, dataset: Any, name: str, source: str):
         self._dataset, self.name, self.source = dataset, name, source
         self.total = len(dataset) if hasattr(dataset, "__len__") else None
 
-    def version(self) -> dict:
+    def version(self) -> dict[str, Any]:
+        """See `Examples`."""
         return {"fingerprint": getattr(self._dataset, "_fingerprint", None)}  # a streamed dataset has none
 
-    def identity(self) -> dict:
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Examples`."""
         return {"name": self.name, **self.version()}
 
     def address(self, number: int) -> str:
+        """See `Examples`."""
         return f"{self.name}, example {number}"
 
-    def __iter__(self) -> Iterator:
+    def check_line_start(self, offset: int) -> None:
+        """See `Examples`: a dataset has no lines, so only offset 0 is valid."""
+        if offset:
+            raise UserError(f"no line of {self.name} starts at byte {offset}")
+
+    def __iter__(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """See `Examples`."""
         for number, example in enumerate(self._dataset):
             yield number, number, example
 
 
-def huggingface_examples(config, name: str):
-    """The examples of a `huggingface_dataset` config; `name` is how messages call its flags.
+def huggingface_examples(path: str, name: str, split: str, streaming: bool) -> Examples:
+    """Returns the examples of a dataset.
+
+    Args:
+      path: a dataset of the Hub, a `save_to_disk` directory, or .jsonl or .txt files or their directory.
+      name: configuration of a dataset of the Hub.
+      split: split of a dataset of the Hub or of a saved dataset.
+      streaming: read a dataset of the Hub while downloading it.
 
     Raises:
-      UserError: naming the flag, if there is no such dataset or split, or the package `datasets` is missing.
+      UserError: naming the argument, if there is no such dataset or split, or the package `datasets` is not installed.
     """
-    path = config.path.rstrip("/")
+    path = path.rstrip("/")
     if os.path.isfile(path):
         if is_compressed(path):
-            raise UserError(
-                f"--{name}.path={path}: is compressed, which cannot be read from a line on: unpack it first"
-            )
+            raise UserError(f"path={path}: is compressed, and examples are read from any line: decompress it first")
         return FileExamples([path])
-    saved = [file for file in ("dataset_dict.json", "state.json") if os.path.isfile(os.path.join(path, file))]
+    saved = any(os.path.isfile(os.path.join(path, file)) for file in ("dataset_dict.json", "state.json"))
     if os.path.isdir(path) and not saved:
-        found = sorted(itertools.chain(*(glob.glob(f"{glob.escape(path)}/*{end}") for end in (".jsonl", ".txt"))))
-        if not found:
-            raise UserError(f"--{name}.path={path}: holds no saved dataset, and no .jsonl or .txt file")
-        return FileExamples(found)
+        paths = sorted(itertools.chain(*(glob.glob(f"{glob.escape(path)}/*{end}") for end in (".jsonl", ".txt"))))
+        if not paths:
+            raise UserError(f"path={path}: holds no saved dataset, and no .jsonl or .txt file")
+        return FileExamples(paths)
     if os.path.isabs(path) and not saved:
-        raise UserError(f"--{name}.path={path}: no such file or directory")
+        raise UserError(f"path={path}: no such file or directory")
     try:
-        import datasets
-
-        if saved:
-            dataset = datasets.load_from_disk(path)
-            if isinstance(dataset, dict):
-                if config.split not in dataset:
-                    raise UserError(f"--{name}.split={config.split!r}: choose one of {', '.join(map(repr, dataset))}")
-                dataset = dataset[config.split]
-        else:
-            dataset = datasets.load_dataset(path, config.name or None, split=config.split, streaming=config.streaming)
+        dataset = _load_saved(path, split) if saved else _load_from_hub(path, name, split, streaming)
     except ImportError as error:
-        raise UserError(f"--{name}: needs the package {error.name}: pip install -e '.[text]'") from None
+        raise UserError(f"path={path}: needs the package {error.name}: pip install -e '.[text]'") from None
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"--{name}.path={path}: cannot load it ({str(error).splitlines()[0]})") from None
-    address = path if saved else f"hub://{path}/{config.name}"
-    return DatasetExamples(dataset, f"{path}[{config.split}]", f"{address}/{config.split}")
+        raise UserError(f"path={path}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    address = path if saved else f"hub://{path}/{name}"
+    return DatasetExamples(dataset, f"{path}[{split}]", f"{address}/{split}")
+
+
+def _load_saved(path: str, split: str) -> Any:
+    import datasets
+
+    dataset = datasets.load_from_disk(path)
+    if not isinstance(dataset, dict):
+        return dataset
+    if split not in dataset:
+        raise UserError(f"split={split!r}: choose one of {', '.join(map(repr, dataset))}")
+    return dataset[split]
+
+
+def _load_from_hub(path: str, name: str, split: str, streaming: bool) -> Any:
+    import datasets
+
+    return datasets.load_dataset(path, name or None, split=split, streaming=streaming)

@@ -4,6 +4,8 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
@@ -12,46 +14,43 @@ TOKENIZER_FLAGS = {
     "vocab_file": Flag(
         "", "Text tokenizer: a SentencePiece .model or a Hugging Face tokenizer.json; empty: none, as for images alone."
     ),
-    "add_bos_token": Flag(False, "Begin each encoded text with the tokenizer's beginning-of-sentence id."),
+    "add_bos_token": Flag(False, "Start each encoded text with the tokenizer's beginning-of-sentence id."),
     "add_eos_token": Flag(False, "End each encoded text with the tokenizer's end-of-sentence id."),
 }
 
-NO_ID = -1  # of a special token that the tokenizer does not have
-# Names that tokenizer.json files give to the special tokens, where no tokenizer_config.json beside them says which.
+NO_ID = -1  # of a special token that the tokenizer lacks
+# Common names of the special tokens, for a tokenizer.json without a tokenizer_config.json that names them.
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "[CLS]")
 EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "[EOS]", "<|endoftext|>", "[SEP]")
 
+Loaded = tuple[Callable[[str], list[int]], int, int, int]  # encode, vocab_size, bos_token_id, eos_token_id
+
 
 class TextTokenizer:
-    """Text -> ids. Pickles as its three settings, so that worker processes load their own.
-
-    Attributes:
-      vocab_size: ids are below it.
-      bos_token_id, eos_token_id: special ids, or -1 where the tokenizer has none.
-    """
+    """A `protocols.Tokenizer`. Pickled as its three settings: each worker process loads the file itself."""
 
     def __init__(self, vocab_file: str, add_bos_token: bool = False, add_eos_token: bool = False):
         self._settings = (vocab_file, add_bos_token, add_eos_token)
         load = _load_tokenizer_json if vocab_file.endswith(".json") else _load_sentencepiece
         self._encode, self.vocab_size, self.bos_token_id, self.eos_token_id = load(vocab_file)
-        for wanted, id, name in (
+        for added, token_id, name in (
             (add_bos_token, self.bos_token_id, "add_bos_token"),
             (add_eos_token, self.eos_token_id, "add_eos_token"),
         ):
-            if wanted and id == NO_ID:
+            if added and token_id == NO_ID:
                 raise UserError(f"--tokenizer.{name}=True: {vocab_file} has no such special token")
         self._before = [self.bos_token_id] if add_bos_token else []
         self._after = [self.eos_token_id] if add_eos_token else []
 
-    def __reduce__(self):
-        return _loaded_once, self._settings
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _load_once, self._settings
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special ids that the settings add and no others."""
+        """Returns the ids of a text, with the special ids of the settings and no others."""
         return self._before + self._encode(text) + self._after
 
-    def identity(self) -> dict:
-        """What the ids depend on, as JSON values: the file's content, not its name."""
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Tokenizer`: the digest of the file, and the settings."""
         path, add_bos, add_eos = self._settings
         with open(path, "rb") as file:
             digest = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
@@ -59,29 +58,29 @@ class TextTokenizer:
 
 
 @functools.lru_cache
-def _loaded_once(*settings) -> TextTokenizer:
-    """What a worker process unpickles with each piece of work."""
+def _load_once(*settings: Any) -> TextTokenizer:
+    """Unpickles a tokenizer; a worker process calls it in each task."""
     return TextTokenizer(*settings)
 
 
-def load_tokenizer(config) -> TextTokenizer | None:
-    """The text tokenizer of a `tokenizer` config, or None where no vocab_file is given.
+def load_tokenizer(vocab_file: str, add_bos_token: bool = False, add_eos_token: bool = False) -> TextTokenizer | None:
+    """Returns the text tokenizer of the values of `TOKENIZER_FLAGS`, or None if `vocab_file` is empty.
 
     Raises:
-      UserError: if the file is missing or holds no tokenizer, or the package that reads it is not installed.
+      UserError: if the file is missing or not a tokenizer, or the package that reads it is not installed.
     """
-    if not config.vocab_file:
+    if not vocab_file:
         return None
-    if not os.path.isfile(config.vocab_file):
-        raise UserError(f"--tokenizer.vocab_file={config.vocab_file}: no such file; give a .model or a tokenizer.json")
+    if not os.path.isfile(vocab_file):
+        raise UserError(f"--tokenizer.vocab_file={vocab_file}: no such file; give a .model or a tokenizer.json")
     try:
-        return TextTokenizer(config.vocab_file, config.add_bos_token, config.add_eos_token)
+        return TextTokenizer(vocab_file, add_bos_token, add_eos_token)
     except ImportError as error:
-        need = f"needs the package {error.name}: pip install -e '.[text]'"
-        raise UserError(f"--tokenizer.vocab_file={config.vocab_file}: {need}") from None
+        reason = f"needs the package {error.name}: pip install -e '.[text]'"
+        raise UserError(f"--tokenizer.vocab_file={vocab_file}: {reason}") from None
 
 
-def _load_sentencepiece(path):
+def _load_sentencepiece(path: str) -> Loaded:
     import sentencepiece
 
     try:
@@ -91,7 +90,7 @@ def _load_sentencepiece(path):
     return model.encode, model.vocab_size(), model.bos_id(), model.eos_id()
 
 
-def _load_tokenizer_json(path):
+def _load_tokenizer_json(path: str) -> Loaded:
     import tokenizers
 
     try:
@@ -99,18 +98,18 @@ def _load_tokenizer_json(path):
     except Exception as error:  # the package raises nothing narrower
         raise UserError(f"--tokenizer.vocab_file={path}: not a tokenizer.json ({error})") from None
 
-    def encode(text):
+    def encode(text: str) -> list[int]:
         return model.encode(text, add_special_tokens=False).ids
 
-    def special(setting, names):
-        beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-        if os.path.isfile(beside):
-            with open(beside) as file:
+    def special_id(setting: str, names: tuple[str, ...]) -> int:
+        config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+        if os.path.isfile(config):
+            with open(config) as file:
                 token = json.load(file).get(setting)
             names = (token["content"] if isinstance(token, dict) else token,) if token else ()
         ids = [model.token_to_id(name) for name in names]
-        return next((id for id in ids if id is not None), NO_ID)
+        return next((token_id for token_id in ids if token_id is not None), NO_ID)
 
-    # Ids may have gaps (added tokens), so the largest id counts, not the number of tokens.
+    # Ids may have gaps (added tokens): the largest id counts, not the number of tokens.
     vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
-    return encode, vocab_size, special("bos_token", BOS_NAMES), special("eos_token", EOS_NAMES)
+    return encode, vocab_size, special_id("bos_token", BOS_NAMES), special_id("eos_token", EOS_NAMES)

@@ -1,11 +1,15 @@
-"""Text, tokenized once: a stream of tokens in a memory-mapped file."""
+"""Text as a token stream: tokenized once, then cached in a memory-mapped file."""
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from EasyLM.data.protocols import Examples
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import RecordError, parse_line
 from EasyLM.errors import UserError
@@ -16,38 +20,46 @@ STORE_DTYPES = ("i4", "u4", "i2", "u2")
 REASON_CHARACTERS = 1000
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizationSettings:
+    """How examples are divided among processes.
+
+    Attributes:
+      processes: processes that tokenize.
+      chunk_size: examples in one task of a process.
+      batch_size: examples read ahead.
+    """
+
+    processes: int = 1
+    chunk_size: int = 32
+    batch_size: int = 1024
+
+
 class TokenStore:
-    """The tokens of all examples in order. Behaves as `json_lines.JsonLines` does."""
+    """A `protocols.TokenStream` of tokenized examples."""
 
     def __init__(
         self,
-        examples,
+        examples: Examples,
         processor: RecordProcessor,
+        settings: TokenizationSettings,
         dtype: str = "i4",
-        processes: int = 1,
-        chunk_size: int = 32,
-        batch_size: int = 1024,
         skip_bad_lines: bool = False,
     ):
-        """Tokenizes the examples, or opens what an earlier run made of them.
+        """Tokenizes the examples, or opens the cached result.
 
         Args:
-          examples: what is tokenized, as `examples.FileExamples`.
           dtype: item type of the stored ids.
-          processes, chunk_size, batch_size: processes that tokenize, examples that each is given at a time, examples
-            read ahead.
+          skip_bad_lines: leave out examples that are not records.
 
         Raises:
-          UserError: with the address of the first example that is no record, unless those are to be skipped; or if no
-            token is left.
+          UserError: with the address of the first bad example, unless bad ones are skipped; or if there are no tokens.
         """
         self._examples, self._processor = examples, processor
-        produce = functools.partial(
-            _produce, examples, processor, processes, chunk_size, batch_size, not skip_bad_lines
-        )
+        produce = functools.partial(_tokenize_all, examples, processor, settings, not skip_bad_lines)
         dtypes = {"ids": f"<{dtype}", "masks": "u1", "ends": "<i8", "offsets": "<i8"}
-        identity = {"processing": processor.identity(), "dtype": dtype, "examples": examples.name}
-        store = cached_columns(examples.source, ".tokens", identity, examples.version(), dtypes, produce)
+        cache_settings = {"processing": processor.fingerprint(), "dtype": dtype, "examples": examples.name}
+        store = cached_columns(examples.source, ".tokens", cache_settings, examples.version(), dtypes, produce)
         if store.metadata["bad_lines"] and not skip_bad_lines:
             raise UserError(store.metadata["first_bad"])
         self._ids, self._masks = store.arrays["ids"], store.arrays["masks"]
@@ -57,43 +69,49 @@ class TokenStore:
         self.bytes_read = 0
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """As `JsonLines.read`; ids have the store's item type."""
+        """See `TokenStream`; ids have the item type of the store."""
         ids = np.array(self._ids[start:stop])
         self.bytes_read += ids.nbytes
         return ids, None if self._processor.all_in_loss else self._masks[start:stop].astype(np.float32)
 
     def example_of(self, token: int) -> int:
-        """The number of the example that a token of the stream belongs to."""
+        """See `TokenStream`."""
         return int(np.searchsorted(self._ends, token, side="right"))
 
     def token_at(self, offset: int) -> int:
-        """The first token of the line that begins at a byte offset of the first file; UserError if none does."""
-        self._examples.check_line_begins(offset)
+        """See `TokenStream`."""
+        self._examples.check_line_start(offset)
         example = int(np.searchsorted(self._offsets, offset))
         return int(self._ends[example - 1]) if example else 0
 
-    def identity(self) -> dict:
-        """As `JsonLines.identity`."""
+    def fingerprint(self) -> dict[str, Any]:
+        """See `TokenStream`."""
         return {
-            "examples": self._examples.identity(),
+            "examples": self._examples.fingerprint(),
             "tokens": self.num_tokens,
-            "processing": self._processor.identity(),
+            "processing": self._processor.fingerprint(),
         }
 
 
-def _produce(examples, processor, processes, chunk_size, batch_size, strict, append) -> dict:
+def _tokenize_all(
+    examples: Examples,
+    processor: RecordProcessor,
+    settings: TokenizationSettings,
+    strict: bool,
+    append: Callable[..., None],
+) -> dict[str, Any]:
+    """Tokenizes examples in batches, appends their tokens in order, and returns the metadata."""
     tokens = bad_lines = 0
     first_bad = None
-    work = functools.partial(_tokenize, processor)
+    tokenize = functools.partial(_tokenize, processor)
     with (
         tqdm(desc=f"tokenizing {examples.name}", total=examples.total, unit=" examples", delay=2) as bar,
-        Workers(processes) as workers,
+        Workers(settings.processes) as workers,
     ):
         iterator = iter(examples)
-        while batch := list(itertools.islice(iterator, batch_size)):
-            for (number, offset, _), result in zip(
-                batch, workers.map(work, [item for _, _, item in batch], chunksize=chunk_size), strict=True
-            ):
+        while batch := list(itertools.islice(iterator, settings.batch_size)):
+            results = workers.map(tokenize, [example for _, _, example in batch], chunksize=settings.chunk_size)
+            for (number, offset, _), result in zip(batch, results, strict=True):
                 if isinstance(result, str):
                     bad_lines += 1
                     first_bad = first_bad or f"{examples.address(number)}: {result}"[:REASON_CHARACTERS]
@@ -109,9 +127,9 @@ def _produce(examples, processor, processes, chunk_size, batch_size, strict, app
     return {"bad_lines": bad_lines, "first_bad": first_bad}
 
 
-def _tokenize(processor: RecordProcessor, item):
-    """(ids, masks) of a JSON line (bytes) or an example (dict), or what is wrong with it."""
+def _tokenize(processor: RecordProcessor, example: bytes | dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | str:
+    """Returns ids and loss weights of a JSON line or a record, or the reason why it is not a record."""
     try:
-        return processor(parse_line(item) if isinstance(item, bytes) else item)
+        return processor(parse_line(example) if isinstance(example, bytes) else example)
     except RecordError as reason:
         return str(reason)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from EasyLM import flags
-from EasyLM.data import line_index, packed_file, records, token_rows, token_stream
+from EasyLM.data import jsonl_file, line_index, packed_file, permutation, records, token_rows
 from EasyLM.data.dataset import DATASET_FLAGS, make_dataset
 from EasyLM.errors import UserError
 from EasyLM.storage import columns
@@ -106,10 +106,10 @@ class TestRows:
             [[5, 6, 7, 5, 6, 7, 5, 6], [7, 5, 6, 7, 5, 6, 7, 5]],
         )
 
-    @pytest.mark.parametrize("window", [1, token_stream.WINDOW_BYTES])
+    @pytest.mark.parametrize("window", [1, jsonl_file.WINDOW_BYTES])
     @pytest.mark.parametrize("order", ["b.jsonl a.jsonl", "a.jsonl b.jsonl", "*.jsonl"])
     def test_several_files_in_the_order_given(self, two_files, monkeypatch, order, window):
-        monkeypatch.setattr(token_stream, "WINDOW_BYTES", window)
+        monkeypatch.setattr(jsonl_file, "WINDOW_BYTES", window)
         names = ["a.jsonl", "b.jsonl"] if order == "*.jsonl" else order.split()
         without_blanks = []
         for name in names:
@@ -248,19 +248,19 @@ class TestShuffle:
         """Chi-square of the numbers that come at the first, a middle and the last place, over many seeds and epochs."""
         draws = 20 * count
         for place in (0, count // 2, count - 1):
-            seen = [token_rows.permuted(place, count, seed, epoch) for seed in range(draws // 4) for epoch in range(4)]
+            seen = [permutation.permuted(place, count, seed, epoch) for seed in range(draws // 4) for epoch in range(4)]
             expected = len(seen) / count
             chi_square = ((np.bincount(seen, minlength=count) - expected) ** 2 / expected).sum()
             assert abs(chi_square - (count - 1)) < 5 * np.sqrt(2 * (count - 1))  # 5 standard deviations
 
     def test_neighbours_are_separated(self):
         """In a random order, the distance of rows that were neighbours averages a third of the range."""
-        order = np.array([token_rows.permuted(place, 5000, 7, 0) for place in range(5000)])
+        order = np.array([permutation.permuted(place, 5000, 7, 0) for place in range(5000)])
         assert abs(np.abs(np.diff(order)).mean() - 5000 / 3) < 100
         assert abs(np.corrcoef(order, np.arange(5000))[0, 1]) < 0.06
 
     def test_huge_ranges_take_no_memory(self):
-        numbers = {token_rows.permuted(place, 10**12, 1, 0) for place in range(100)}
+        numbers = {permutation.permuted(place, 10**12, 1, 0) for place in range(100)}
         assert len(numbers) == 100 and max(numbers) > 10**11
 
 
@@ -589,7 +589,7 @@ class TestMixedRows:
     @pytest.mark.parametrize("weights", ["1,1,1", "2,1,0", "0.7,0.2,0.1", "0.001,0.5,0.499", "1/3,2/3,5"])
     def test_every_window_has_its_proportions(self, parts, weights, seed):
         source = dataset(parts, 16, weights=weights, shuffle_seed=seed)
-        turns = source.turns(0, 20000)
+        turns = source.sources_of(0, 20000)
         shares = np.array([float(fractions.Fraction(weight)) for weight in weights.split(",")])
         shares /= shares.sum()
         had = np.stack([np.cumsum(turns == part) for part in range(3)], axis=1)
@@ -602,7 +602,7 @@ class TestMixedRows:
     def test_rows_are_those_of_the_parts_in_turn(self, parts, seed):
         """Each part's rows come in its own order, of which none is missing or comes twice in one of its epochs."""
         source = dataset(parts, 16, weights="3,2,1", shuffle_seed=seed)
-        got, turns = source.rows(0, 600), source.turns(0, 600)
+        got, turns = source.rows(0, 600), source.sources_of(0, 600)
         for part, paths in enumerate(parts.split(",")):
             alone = dataset(paths, 16, shuffle_seed=-1 if seed < 0 else seed + (part << 32))
             expected = alone.rows(0, 600)
@@ -611,7 +611,7 @@ class TestMixedRows:
         assert (got["input_tokens"] // 100 == turns[:, None]).all()
 
     def test_the_seed_decides_the_turns(self, parts):
-        turns = [dataset(parts, 16, weights="3,2,1", shuffle_seed=seed).turns(0, 3000) for seed in (-1, 3, 3, 4)]
+        turns = [dataset(parts, 16, weights="3,2,1", shuffle_seed=seed).sources_of(0, 3000) for seed in (-1, 3, 3, 4)]
         assert (turns[1] == turns[2]).all()
         assert (turns[0] != turns[1]).any() and (turns[1] != turns[3]).any()
         first, second = np.reshape([order[:1032] for order in turns], (4, 2, 516))[:2].swapaxes(1, 0)
@@ -659,7 +659,7 @@ class TestMixedRows:
             ({"weights": "1,2,1/0"}, "weights=1,2,1/0: not a comma list of numbers"),
             ({"weights": "0,0,0"}, "each must be 0 or more, one of them more than 0"),
             ({"weights": "1,1,0.1234567"}, "exact proportions need .* rows; give fewer digits"),
-            ({"weights": "1,1,1", "start_seek_loc": 3}, "start_seek_loc=3: has no meaning with .*weights=1,1,1"),
+            ({"weights": "1,1,1", "start_seek_loc": 3}, "start_seek_loc=3: has no effect with .*weights"),
         ],
     )
     def test_settings(self, parts, settings, said):
@@ -710,7 +710,7 @@ class TestPacked:
         renamed = [data.replace(name, b"x" * len(name), 1) for name in (b"largest_id", b"columns", b"ends", b"<u2")]
         for contents in (b"", b"{}", b"[]", base64_line([1]).encode(), data[:4096], data[:-100], data[100:], *renamed):
             bad.write_bytes(contents)
-            with pytest.raises(UserError, match=r"bad.packed: is cut off, or not of the format"):
+            with pytest.raises(UserError, match=r"bad.packed: is truncated, or not of the format"):
                 dataset(bad)
 
     @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from EasyLM import flags
 from EasyLM.data import record_fields, records
 from EasyLM.errors import UserError
 
@@ -25,9 +24,8 @@ class Words:
 
 
 def processor(fields_flag="", tokenizer=None, vocab_size=8292, **settings):
-    config = flags.defaults(record_fields.TEXT_PROCESSOR_FLAGS)
-    config.update(fields=fields_flag, **settings)
-    return record_fields.make_processor(config, vocab_size, tokenizer, "train_dataset.text_processor")
+    field_settings = record_fields.FieldSettings(fields_flag, **settings)
+    return record_fields.make_processor(field_settings, vocab_size, tokenizer)
 
 
 def test_a_record_survives_writing_and_reading(tmp_path):
@@ -84,7 +82,7 @@ def test_a_record_may_name_its_own_fields():
         own({"layout": "{more", **RECORD})
 
 
-@pytest.mark.parametrize("dtype", record_fields.DTYPES)
+@pytest.mark.parametrize("dtype", record_fields.FIELD_DTYPES)
 def test_item_types(dtype):
     record = {"tokens": base64.b64encode(IDS.astype(f"<{dtype}").tobytes()).decode()}
     ids, _ = processor("{tokens}", base64_token_dtype=dtype)(record)
@@ -95,7 +93,7 @@ def test_item_types(dtype):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({}, r"--train_dataset.text_processor.fields: '' names no field: give for instance '\{tokens\}'"),
+        ({}, r"^fields: '' names no field: give for instance '\{tokens\}'"),
         ({"fields_flag": ", ,"}, "names no field"),
         ({"fields_flag": "<|dog|>"}, r"cannot read '<\|dog\|>'.*choose <\|bos\|>, <\|eos\|> or an id"),
         ({"fields_flag": "{tokens"}, r"cannot read '\{tokens'.*choose \{key\}, <\|id\|>, \[x\] or text fields a\+b"),
@@ -104,10 +102,9 @@ def test_item_types(dtype):
         ({"fields_flag": "<|bos|>,{tokens}", "vocab_size": 512}, r"id 8192 is outside the vocabulary 0\.\.511"),
         (
             {"fields_flag": "tokens"},
-            r"'tokens' is a text field and needs --tokenizer.vocab_file; .* \{tokens\}",
+            r"'tokens' is a text field and needs a text tokenizer .* \{tokens\}",
         ),
         ({"fields_flag": "{tokens}", "prepend_text": "x"}, "prepend_text='x': the first of '{tokens}' is not text"),
-        ({"fields_flag": "{tokens}", "base64_token_dtype": "f4"}, "base64_token_dtype='f4': choose one of 'i4'"),
     ],
 )
 def test_wrong_settings_are_named(settings, said):

@@ -6,7 +6,7 @@ seed and the two numbers alone. No memory grows with the inputs, but for sixteen
 
 import numpy as np
 
-from EasyLM.data.token_rows import permuted
+from EasyLM.data import permuted
 from EasyLM.errors import UserError
 from tokenizer.builders.arrangements import Row
 
@@ -72,15 +72,15 @@ class Classes:
         first = (example - int(self._ends[turn - 1] if turn else 0)) * self._shots
         found = []
         for place in range(first, first + self._shots):
-            number = permuted(place, int(self._in_round[turn]), self._seed, _stream(epoch, 0, turn))
+            number = permuted(place, int(self._in_round[turn]), self._seed, _shuffle_id(epoch, 0, turn))
             number = int(self._classes[number])
             size = int(self._sizes[number])
-            shuffle = _stream(epoch, 1, number)
+            shuffle = _shuffle_id(epoch, 1, number)
             places = range(turn * self._each, (turn + 1) * self._each)
             found += [self._inputs.row(number, permuted(i, size, self._seed, shuffle)) for i in places]
         return found
 
 
-def _stream(epoch: int, what: int, number: int) -> int:
-    """A number of its own for every shuffle within a class or a round of an epoch."""
-    return (2 * epoch + what << 40) + number
+def _shuffle_id(epoch: int, kind: int, number: int) -> int:
+    """A distinct number for every shuffle of an epoch: of the classes in a round (kind 0), of a class (kind 1)."""
+    return ((2 * epoch + kind) << 40) + number

@@ -55,7 +55,7 @@ def main(config: Any) -> None:
     # Model
     model = llama_config.build_config(config.load_llama_config, config.llama, config.update_llama_config)
     optimizer = make_optimizer(config.optimizer)
-    tokenizer = text_tokenizer.load_tokenizer(config.tokenizer)
+    tokenizer = text_tokenizer.load_tokenizer(**config.tokenizer)
     mesh = make_mesh(config.mesh_dim)
 
     # Start

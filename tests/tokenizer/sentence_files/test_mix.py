@@ -16,7 +16,7 @@ import pytest
 import tokenizer_kit
 import zstandard
 
-from EasyLM.data import proportions, records
+from EasyLM.data import mixture, records
 from EasyLM.errors import UserError
 from EasyLM.storage import read_lines
 from tokenizer import mix
@@ -208,7 +208,7 @@ def test_proportional_numbers(total):
     rng = np.random.default_rng(total)
     for _ in range(50):
         weights = rng.uniform(0, 5, rng.integers(1, 9)).tolist()
-        numbers = proportions.proportional(total, weights)
+        numbers = mixture.proportional(total, weights)
         assert sum(numbers) == total
         shares = total * np.array(weights) / sum(weights)
         assert (np.abs(numbers - shares) < 1).all()

@@ -81,7 +81,7 @@ def test_bad_lines(sentences, tmp_path):
         ({"output": "x.packed", "unpack": True}, "a.jsonl is no .packed file"),
         ({"inputs": "a.packed", "output": "x.packed"}, "a.packed is packed already"),
         ({"inputs": "a.packed", "output": "x.packed", "unpack": True}, "x.packed: must end in .jsonl"),
-        ({"inputs": "a.packed", "output": "x.jsonl", "unpack": True}, "a.packed: is cut off, or not of the format"),
+        ({"inputs": "a.packed", "output": "x.jsonl", "unpack": True}, "a.packed: is truncated, or not of the format"),
         ({"vocab_size": 65537}, "--vocab_size=65537: must be 1..65536"),
         ({"vocab_size": 8}, r"a.jsonl:1: id 9 is outside the vocabulary 0..7"),
     ],
