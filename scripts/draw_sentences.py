@@ -22,7 +22,7 @@ def main(output: str, paths: list[str]) -> None:
     sentences = []
     for path in paths:
         _, record = next(iter(records.read_records(path, CODEBOOK_SIZE)))
-        sentences.append((record["kind"], image_ref.of_record(record)[:MOST]))
+        sentences.append((record["kind"], image_ref.from_record(record)[:MOST]))
     longest = max(len(sentence) for _, sentence in sentences)
     rows = []
     for kind, sentence in sentences:

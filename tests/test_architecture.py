@@ -25,7 +25,7 @@ ALLOWED = {
     "tokenizer.image_quality": "tokenizer.vqgan",
     "tokenizer.training": "tokenizer.vqgan tokenizer.image_quality",
     "tokenizer.sentence_files": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.image_quality",
-    "tokenizer.builders": "EasyLM.storage EasyLM.data tokenizer.media",
+    "tokenizer.builders": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.sentence_files",
     "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training tokenizer.media "
     "tokenizer.synthetic tokenizer.vqgan tokenizer.image_quality tokenizer.training tokenizer.sentence_files "
     "tokenizer.builders",

@@ -31,7 +31,7 @@ from EasyLM.storage import (
 )
 from EasyLM.vocab import VOCAB_SIZE
 from tokenizer.sentence_files import disk_shuffle
-from tokenizer.sentence_files.skipped_inputs import Problems
+from tokenizer.sentence_files.skipped_inputs import SkippedInputs
 
 FLAGS = {
     "inputs": Flag(
@@ -70,7 +70,7 @@ class Source:
 def main(config) -> None:
     """Mixes, and prints what went in."""
     sources = _sources(config)
-    _check_lines(sources, config.vocab_size, Problems(config.max_errors))
+    _check_lines(sources, config.vocab_size, SkippedInputs(config.max_errors))
     for source, taken in zip(sources, _taken(sources, config)):
         source.taken = taken
         if taken and not source.sentences:
@@ -119,7 +119,7 @@ def _sources(config) -> list[Source]:
     return sources
 
 
-def _check_lines(sources: list[Source], vocab_size: int, problems: Problems) -> None:
+def _check_lines(sources: list[Source], vocab_size: int, skipped: SkippedInputs) -> None:
     """Counts sentences and bytes of each source, and notes its bad lines."""
     known = [(source, path) for source in sources for path in source.paths]
     packed = any(is_compressed(path) for _, path in known)
@@ -131,7 +131,7 @@ def _check_lines(sources: list[Source], vocab_size: int, problems: Problems) -> 
                 try:
                     records.read_record(line, vocab_size)
                 except records.RecordError as reason:
-                    problems.add(f"{path}:{number}", f"{path}:{number}: {reason}")
+                    skipped.add(f"{path}:{number}", f"{path}:{number}: {reason}")
                     source.bad.add((path, number))
                     continue
                 source.sentences += 1

@@ -17,7 +17,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.storage import atomic_file, expand_paths, file_version, is_compressed
 from EasyLM.vocab import VOCAB_SIZE
 from tokenizer.sentence_files import reader
-from tokenizer.sentence_files.skipped_inputs import Problems
+from tokenizer.sentence_files.skipped_inputs import SkippedInputs
 
 _UNPACKED = 4  # bytes of JSONL in one of .gz or .zst, about: of an id's 43 bits of base64, 13 say something
 
@@ -45,11 +45,11 @@ def main(config) -> None:
     """Packs or unpacks, and prints what the file holds."""
     paths = _check(config)
     _check_disk(paths, config)
-    problems = Problems(config.max_errors)
+    skipped = SkippedInputs(config.max_errors)
     with tqdm(unit=" sentences", desc="unpacking" if config.unpack else "packing") as bar:
 
         def sentences(path: str) -> Iterator:
-            for sentence in reader.read(path, config.vocab_size, problems.add):
+            for sentence in reader.read(path, config.vocab_size, skipped.add):
                 bar.update()
                 yield sentence
 
@@ -61,7 +61,7 @@ def main(config) -> None:
             )
     size = os.path.getsize(config.output_file)
     each = f"{size / max(facts['tokens'], 1):.2f} bytes a token"
-    left_out = f", {len(problems)} bad lines left out" if len(problems) else ""
+    left_out = f", {len(skipped)} bad lines left out" if len(skipped) else ""
     print(f"{config.output_file}: {facts['sentences']} sentences, {facts['tokens']} tokens, {each}{left_out}")
 
 

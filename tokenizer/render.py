@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import exit_with_parent
-from tokenizer.builders import image_ref
+from tokenizer.builders import views
 from tokenizer.media import images, video_writer
 from tokenizer.synthetic import photos, scenes
 
@@ -79,7 +79,7 @@ def _photo(index: int, *, held_out: bool, recolour: bool, first_seed: int, size:
     colour = photos.crop(first_seed + index, size, held_out)
     if recolour:
         colour = photos.recoloured(colour, first_seed + index)
-    for name, picture in {"photo_color": colour, "photo_gray": image_ref.gray(colour)}.items():
+    for name, picture in {"photo_color": colour, "photo_gray": views.gray(colour)}.items():
         images.save(os.path.join(root, name, f"{index:06d}.png"), picture)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from EasyLM.errors import UserError
-from tokenizer.builders import image_ref
+from tokenizer.builders import views
 from tokenizer.synthetic import photos, scenes
 
 PAIRS, FRAMES = 3, 7  # both make prompts of seven pictures, which are compiled once
@@ -33,7 +33,7 @@ def analogies(size: int) -> list[Example]:
         colours = [photos.crop(_FIRST_SEED + i, size, held_out=True) for i in range(PAIRS + 1)]
     except UserError:  # the packages that carry photographs are not installed
         return found
-    return [*found, _analogy("colours", [(image_ref.gray(colour), colour) for colour in colours])]
+    return [*found, _analogy("colours", [(views.gray(colour), colour) for colour in colours])]
 
 
 def _analogy(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Example:

@@ -18,7 +18,7 @@ import numpy as np
 
 from EasyLM.errors import UserError, choose
 from evaluation.tasks.tasks import Pair, Source
-from tokenizer.builders import image_ref
+from tokenizer.builders import views
 from tokenizer.media import folders, images
 from tokenizer.synthetic import scenes
 
@@ -77,7 +77,7 @@ def _part(name: str) -> Callable:
 
 
 def _hole(scene: dict, rng: np.random.Generator) -> np.ndarray:
-    return image_ref.with_hole(scene["image"], rng)
+    return views.with_hole(scene["image"], rng)
 
 
 # name: (figure, views of a scene that are the prompt's image and its annotation); without views: the next frame.
@@ -86,7 +86,7 @@ RENDERED: dict[str, tuple[str, tuple[Callable, Callable] | None]] = {
     "depth": ("depth_abs_rel", (_part("image"), _part("depth"))),
     "normals": ("normal_degrees", (_part("image"), _part("normals"))),
     "edges": ("edge_f_score", (_part("image"), _part("edges"))),
-    "colorization": ("", (lambda scene, rng: image_ref.gray(scene["image"]), _part("image"))),
+    "colorization": ("", (lambda scene, rng: views.gray(scene["image"]), _part("image"))),
     "inpainting": ("", (_hole, _part("image"))),
     "rotation": ("", (_part("image"), lambda scene, rng: np.rot90(scene["image"]))),  # a quarter, counterclockwise
     "frames": ("", None),
@@ -172,11 +172,11 @@ def _voc_mask(root: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _class_mask(path: pathlib.Path, label: int, size: int) -> np.ndarray:
-    return _white(image_ref.label_ids(path, size) == label)
+    return _white(views.label_ids(path, size) == label)
 
 
 def _gray(path: pathlib.Path, size: int) -> np.ndarray:
-    return image_ref.gray(images.read(path, size))
+    return views.gray(images.read(path, size))
 
 
 def _voc_boxes(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, list[tuple[int, ...]]]]:

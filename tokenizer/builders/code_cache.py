@@ -1,7 +1,4 @@
-"""Codes of pictures that were encoded before, on disk, for those that come again in another epoch.
-
-Shapes: N tokens a picture.
-"""
+"""Codes of encoded images on disk, for images that are needed again in another epoch."""
 
 import hashlib
 import os
@@ -11,64 +8,68 @@ import tempfile
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer.builders.image_ref import Picture
+from tokenizer.builders.image_ref import ImageRef
 
-_WAYS = 8  # places that a picture may take: with half of them filled, few pictures are lost to others
+_WAYS = 8  # slots of a set: with half of the slots filled, few images are evicted
 
 
 class CodeCache:
-    """A table of a fixed size in a file without a name, which vanishes with the process: a set-associative cache.
+    """A set-associative cache of fixed size in an unnamed file, which vanishes with the process.
 
-    A picture that is not found, because it never came or another one took its place, is to be encoded again: the
-    cache saves time and decides nothing. So a full disk ends only the cache, and gives back what it took of it.
+    A missing image is encoded again: the cache changes the speed of a build, never its result. A full disk therefore
+    only disables the cache and frees its space.
     """
 
-    def __init__(self, pictures: int, tokens_per_image: int, directory: str):
-        """Room for at least `pictures` (0: no cache), 2 N bytes each on disk, used as it fills, and 8 in memory."""
-        self._sets, self._bytes = -(-pictures // _WAYS), 2 * tokens_per_image
-        self._keys = np.zeros((self._sets, _WAYS), np.uint64)
-        self._file = tempfile.TemporaryFile(dir=directory, buffering=0) if pictures else None  # noqa: SIM115
+    def __init__(self, capacity: int, tokens_per_image: int, directory: str):
+        """Creates a cache for at least `capacity` images; 0 disables it.
 
-    def get(self, picture: Picture) -> np.ndarray | None:
-        """Its codes, uint16 [N], if they are still there."""
+        It takes 2 * tokens_per_image bytes an image on the disk of `directory`, as it fills, and 8 bytes in memory.
+        """
+        self._sets, self._entry_bytes = -(-capacity // _WAYS), 2 * tokens_per_image
+        self._keys = np.zeros((self._sets, _WAYS), np.uint64)
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0) if capacity else None  # noqa: SIM115
+
+    def get(self, ref: ImageRef) -> np.ndarray | None:
+        """Returns the codes of the image, uint16 [N], if they are cached."""
         if self._file is None:
             return None
-        key = _key(picture)
+        key = _key(ref)
         (ways,) = np.nonzero(self._keys[key % self._sets] == np.uint64(key))
         if not len(ways):
             return None
         try:
-            data = os.pread(self._file.fileno(), self._bytes, self._place(key, ways[0]))
+            data = os.pread(self._file.fileno(), self._entry_bytes, self._offset(key, ways[0]))
         except OSError as error:
-            self._end(error)
+            self._disable(error)
             return None
         return np.frombuffer(data, np.uint16)
 
-    def put(self, picture: Picture, codes: np.ndarray) -> None:
-        """Keeps its codes [N], in place of another picture's if need be."""
+    def put(self, ref: ImageRef, codes: np.ndarray) -> None:
+        """Caches the codes [N] of an image. Evicts another image if its set is full."""
         if self._file is None:
             return
-        key = _key(picture)
-        of_set = self._keys[key % self._sets]
-        (fit,) = np.nonzero((of_set == np.uint64(key)) | (of_set == 0))
-        way = fit[0] if len(fit) else (key >> 32) % _WAYS
-        # Not mapped into memory: there a full disk is no exception but a signal that ends the process.
+        key = _key(ref)
+        set_keys = self._keys[key % self._sets]
+        (free,) = np.nonzero((set_keys == np.uint64(key)) | (set_keys == 0))
+        way = free[0] if len(free) else (key >> 32) % _WAYS
+        # Not memory-mapped: there a full disk is not an exception but a signal that ends the process.
         try:
-            written = os.pwrite(self._file.fileno(), codes.astype(np.uint16).tobytes(), self._place(key, way))
+            written = os.pwrite(self._file.fileno(), codes.astype(np.uint16).tobytes(), self._offset(key, way))
         except OSError as error:
-            self._end(error)
+            self._disable(error)
             return
-        of_set[way] = key if written == self._bytes else 0  # part of it: the next one that is written says why
+        set_keys[way] = key if written == self._entry_bytes else 0  # after a partial write the next one raises
 
-    def _place(self, key: int, way: int) -> int:
-        return (key % self._sets * _WAYS + int(way)) * self._bytes
+    def _offset(self, key: int, way: int) -> int:
+        return (key % self._sets * _WAYS + int(way)) * self._entry_bytes
 
-    def _end(self, error: OSError) -> None:
+    def _disable(self, error: OSError) -> None:
+        assert self._file is not None
         self._file.close()
         self._file = None
-        tqdm.write(f"warning: codes are not kept for further epochs any more: {error}", file=sys.stderr)
+        tqdm.write(f"warning: codes are no longer cached for further epochs: {error}", file=sys.stderr)
 
 
-def _key(picture: Picture) -> int:
-    """Never 0, which marks an empty place."""
-    return max(1, int.from_bytes(hashlib.blake2b(repr(picture).encode(), digest_size=8).digest()))
+def _key(ref: ImageRef) -> int:
+    """Returns a hash that is never 0, the key of an empty slot."""
+    return max(1, int.from_bytes(hashlib.blake2b(repr(ref).encode(), digest_size=8).digest()))

@@ -1,6 +1,6 @@
-"""Folders to inputs: which files stand together, and in which order.
+"""An index of the files in folders: which files belong together, and in which order.
 
-The list lies in a temporary database on disk (SQLite's, in $TMPDIR), so memory does not grow with the number of files.
+The index is a temporary SQLite database on disk (in $TMPDIR): memory does not grow with the number of files.
 """
 
 import collections
@@ -16,55 +16,69 @@ import numpy as np
 import orjson
 
 from EasyLM.errors import UserError
-from tokenizer.builders.image_ref import Picture
+from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import folders
+from tokenizer.sentence_files.skipped_inputs import SkippedInputs
 
-CO3D = ("images", "masks", "depths", "depth_masks")  # folders of a sequence, CATEGORY/SEQUENCE/images/frame000001.jpg
+# Folders of a CO3D sequence: CATEGORY/SEQUENCE/images/frame000001.jpg.
+CO3D_SUBFOLDERS = ("images", "masks", "depths", "depth_masks")
 _CACHE_KIB = 64 << 10
+_SCHEMA = f"""
+PRAGMA cache_size = -{_CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
+CREATE TABLE file (item TEXT, sort_key TEXT, folder INT, path TEXT, PRIMARY KEY (item, sort_key, folder)) WITHOUT ROWID;
+CREATE TABLE row (number INTEGER PRIMARY KEY, paths TEXT);
+CREATE TABLE item (number INTEGER PRIMARY KEY, first INT, size INT);
+"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """One of the pictures of every row: where its files are, and how a message names that place."""
+class InputFolder:
+    """The folder with one of the images of every row.
+
+    Attributes:
+      directory: its path; subfolders are included.
+      flag: the flag that names it, for messages.
+      subfolder: if set, only files directly in folders of this name.
+    """
 
     directory: str
     flag: str
-    folder: str = ""  # if set, only files that lie in folders of this name
+    subfolder: str = ""
 
     def __str__(self) -> str:
-        return f"--{self.flag}={self.directory}" + f" ({self.folder}/)" * bool(self.folder)
+        return f"--{self.flag}={self.directory}" + f" ({self.subfolder}/)" * bool(self.subfolder)
 
 
-# A layout takes a file's name within its folder, and says the item it belongs to, and its place in the item.
+# A layout maps a file's name within its folder to its item, and to its row's sort key within the item.
 Layout = Callable[[str], tuple[str, str]]
 
 
 def by_name(name: str) -> tuple[str, str]:
-    """Each file an item."""
+    """Makes each file an item."""
     return name, ""
 
 
 def by_stem(name: str) -> tuple[str, str]:
-    """Files of one stem, the name without its extension, are the row of an item."""
+    """Makes the files of one stem an item of one row."""
     return _stem(name), ""
 
 
-def clips(name: str) -> tuple[str, str]:
-    """The files of a folder are the rows of an item, numbers in names counting as numbers: frame_2 before frame_10."""
+def by_clip(name: str) -> tuple[str, str]:
+    """Makes each folder an item, whose rows are its files in natural order."""
     folder, _, file = name.rpartition("/")
     return folder, folders.natural_key(_stem(file))
 
 
-def classes(name: str) -> tuple[str, str]:
-    """The files below each folder of the first level are the rows of an item."""
+def by_class(name: str) -> tuple[str, str]:
+    """Makes each folder of the first level an item, whose rows are the files below it."""
     item, slash, _ = name.partition("/")
     if not slash:
-        raise UserError("lies in no folder of a class")
+        raise UserError("is not in the folder of a class")
     return item, name
 
 
-def co3d(name: str) -> tuple[str, str]:
-    """The frames of CATEGORY/SEQUENCE are the rows of an item; frame000001.jpg.geometric.png is of frame000001."""
+def by_co3d_sequence(name: str) -> tuple[str, str]:
+    """Makes each CATEGORY/SEQUENCE an item, whose rows are its frames: frame000001.jpg.geometric.png is frame000001."""
     sequence, _, file = name.rpartition("/")
     return sequence.rpartition("/")[0], folders.natural_key(file.split(".")[0])
 
@@ -73,89 +87,93 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-class Inputs:
-    """Items, numbered by name order, each of one or more rows; a row has a picture of every side.
+class FileIndex:
+    """Items, numbered in the order of their names, of one or more rows; a row has an image of every input folder.
 
     Attributes:
-      digest: changes when a file is added, removed, or written to.
-      others: files that were passed over, by extension, as these are read as no picture (or video).
+      digest: changes when a file is added, removed or written.
+      ignored: number of files with other extensions, by extension.
     """
 
-    def __init__(self, layout: Layout, sides: Sequence[Side], extensions: Sequence[str], problems):
-        """Lists the files. What stands in no row is added to `problems`.
+    def __init__(
+        self, layout: Layout, inputs: Sequence[InputFolder], extensions: Sequence[str], skipped: SkippedInputs
+    ):
+        """Lists the files. Files without a partner in another folder are added to `skipped`.
 
         Raises:
-          UserError: naming the flag, if there is no such folder, no such file in it, or two files claim one place; if
-            the disk has no room for the list.
+          UserError: naming the flag, if a folder does not exist or has no such file, or two files of one folder belong
+            at the same place; if the disk has no room for the index.
         """
         try:
-            self.digest, self._length = self._list(layout, sides, extensions, problems)
+            self.digest, self._length = self._build(layout, inputs, extensions, skipped)
         except sqlite3.OperationalError as error:
             folder = next(filter(None, map(os.environ.get, ("SQLITE_TMPDIR", "TMPDIR"))), "/var/tmp")
             raise UserError(
-                f"the list of files cannot be kept in {folder} ({error}): set $TMPDIR to a folder with more room"
+                f"the index of the files does not fit in {folder} ({error}): set $TMPDIR to a folder with more room"
             ) from error
 
-    def _list(self, layout: Layout, sides: Sequence[Side], extensions: Sequence[str], problems) -> tuple[str, int]:
-        """Fills the database; returns the digest, and how many items there are."""
+    def _build(
+        self, layout: Layout, inputs: Sequence[InputFolder], extensions: Sequence[str], skipped: SkippedInputs
+    ) -> tuple[str, int]:
+        """Fills the database; returns the digest and the number of items."""
         self._database = sqlite3.connect("")
-        self._database.executescript(
-            f"""
-            PRAGMA cache_size = -{_CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-            CREATE TABLE file (item TEXT, place TEXT, side INT, path TEXT, PRIMARY KEY (item, place, side))
-                WITHOUT ROWID;
-            CREATE TABLE row (number INTEGER PRIMARY KEY, paths TEXT);
-            CREATE TABLE item (number INTEGER PRIMARY KEY, first INT, size INT);
-            """
-        )
-        total, of_folder = 0, {}
-        for number, side in enumerate(sides):
-            of_folder[side.directory] = collections.Counter()  # one, as of co3d all sides lie in one folder
-            for entry in self._add(number, side, layout, extensions, of_folder[side.directory], problems):
-                mark = f"{number} {entry.size} {entry.modified_ns} {entry.name}".encode()
-                # A sum, as the file system lists them in any order.
-                total += int.from_bytes(hashlib.blake2b(mark, digest_size=16).digest())
-        self.others = dict(sum(of_folder.values(), collections.Counter()))
-        return f"{total % 2**128:032x}", self._join(sides, problems)
+        self._database.executescript(_SCHEMA)
+        total = 0
+        ignored: dict[str, collections.Counter] = {}
+        for number, folder in enumerate(inputs):
+            # Several inputs can be subfolders of one directory, as in CO3D: count its ignored files once.
+            ignored[folder.directory] = collections.Counter()
+            for entry in self._add_files(number, folder, layout, extensions, ignored[folder.directory], skipped):
+                line = f"{number} {entry.size} {entry.modified_ns} {entry.name}".encode()
+                # A sum does not depend on the order in which the file system lists the files.
+                total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest())
+        self.ignored = dict(sum(ignored.values(), collections.Counter()))
+        return f"{total % 2**128:032x}", self._join(inputs, skipped)
 
-    def _add(
-        self, number: int, side: Side, layout: Layout, extensions, others, problems
+    def _add_files(
+        self,
+        number: int,
+        folder: InputFolder,
+        layout: Layout,
+        extensions: Sequence[str],
+        ignored: collections.Counter,
+        skipped: SkippedInputs,
     ) -> Iterator[folders.FileEntry]:
-        root = pathlib.Path(side.directory)
-        for entry in folders.walk(side.directory, side.flag, extensions, others):
-            if side.folder and side.folder != os.path.basename(os.path.dirname(entry.name)):
+        """Inserts the files of one input folder; yields each of them."""
+        root = pathlib.Path(folder.directory)
+        for entry in folders.walk(folder.directory, folder.flag, extensions, ignored):
+            if folder.subfolder and folder.subfolder != os.path.basename(os.path.dirname(entry.name)):
                 continue
             yield entry
             path = f"{root}/{entry.name}"
             try:
-                item, place = layout(entry.name)
+                item, sort_key = layout(entry.name)
             except UserError as error:
-                problems.add(path, f"{path} {error}")
+                skipped.add(path, f"{path} {error}")
                 continue
             try:
-                self._database.execute("INSERT INTO file VALUES (?, ?, ?, ?)", (item, place, number, path))
+                self._database.execute("INSERT INTO file VALUES (?, ?, ?, ?)", (item, sort_key, number, path))
             except sqlite3.IntegrityError:
-                query = "SELECT path FROM file WHERE (item, place, side) = (?, ?, ?)"
-                (other,) = self._database.execute(query, (item, place, number)).fetchone()
-                one, two = (os.path.basename(p) for p in sorted([other, path]))
-                raise UserError(f"{side}: {one} and {two} share the stem {_stem(entry.name)!r}") from None
+                query = "SELECT path FROM file WHERE (item, sort_key, folder) = (?, ?, ?)"
+                (other,) = self._database.execute(query, (item, sort_key, number)).fetchone()
+                first, second = (os.path.basename(p) for p in sorted([other, path]))
+                raise UserError(f"{folder}: {first} and {second} share the stem {_stem(entry.name)!r}") from None
 
-    def _join(self, sides: Sequence[Side], problems) -> int:
-        """Files to rows and items; returns how many items there are."""
-        files = self._database.execute("SELECT item, place, side, path FROM file ORDER BY item, place, side")
+    def _join(self, inputs: Sequence[InputFolder], skipped: SkippedInputs) -> int:
+        """Joins files to rows and items; returns the number of items."""
+        files = self._database.execute("SELECT item, sort_key, folder, path FROM file ORDER BY item, sort_key, folder")
         items = rows = 0
-        for _, of_item in itertools.groupby(files, key=lambda file: file[0]):
+        for _, item_files in itertools.groupby(files, key=lambda file: file[0]):
             first = rows
-            for _, of_row in itertools.groupby(of_item, key=lambda file: file[1]):
-                paths = {side: path for _, _, side, path in of_row}
-                if len(paths) == len(sides):
-                    text = orjson.dumps(list(paths.values()))
-                    self._database.execute("INSERT INTO row VALUES (?, ?)", (rows, text))
+            for _, row_files in itertools.groupby(item_files, key=lambda file: file[1]):
+                paths = {folder: path for _, _, folder, path in row_files}
+                if len(paths) == len(inputs):
+                    self._database.execute("INSERT INTO row VALUES (?, ?)", (rows, orjson.dumps(list(paths.values()))))
                     rows += 1
                 else:
-                    missing = next(side for number, side in enumerate(sides) if number not in paths)
+                    missing = next(folder for number, folder in enumerate(inputs) if number not in paths)
                     path = min(paths.items())[1]
-                    problems.add(path, f"{path} has no partner in {missing}")
+                    skipped.add(path, f"{path} has no partner in {missing}")
             if rows > first:
                 self._database.execute("INSERT INTO item VALUES (?, ?, ?)", (items, first, rows - first))
                 items += 1
@@ -165,27 +183,27 @@ class Inputs:
     def __len__(self) -> int:
         return self._length
 
-    @property
     def sizes(self) -> np.ndarray:
-        """Rows of every item, int64 [items]."""
+        """Reads the number of rows of every item from the disk: int64 [items]."""
         query = self._database.execute("SELECT size FROM item ORDER BY number")
         return np.fromiter((size for (size,) in query), np.int64, self._length)
 
-    def rows(self, item: int) -> list[tuple[Picture, ...]]:
-        """All rows of an item."""
-        first, size = self._place(item)
+    def rows(self, item: int) -> list[tuple[ImageRef, ...]]:
+        """Returns all rows of an item."""
+        first, size = self._row_range(item)
         query = "SELECT paths FROM row WHERE number >= ? AND number < ? ORDER BY number"
-        return [_row(paths) for (paths,) in self._database.execute(query, (first, first + size))]
+        return [_to_row(paths) for (paths,) in self._database.execute(query, (first, first + size))]
 
-    def row(self, item: int, place: int) -> tuple[Picture, ...]:
-        """One row of an item."""
-        first, size = self._place(item)
-        assert 0 <= place < size
-        return _row(*self._database.execute("SELECT paths FROM row WHERE number = ?", (first + place,)).fetchone())
+    def row(self, item: int, number: int) -> tuple[ImageRef, ...]:
+        """Returns one row of an item."""
+        first, size = self._row_range(item)
+        assert 0 <= number < size
+        return _to_row(*self._database.execute("SELECT paths FROM row WHERE number = ?", (first + number,)).fetchone())
 
-    def _place(self, item: int) -> tuple[int, int]:
+    def _row_range(self, item: int) -> tuple[int, int]:
+        """Returns the first row of an item and the number of its rows."""
         return self._database.execute("SELECT first, size FROM item WHERE number = ?", (item,)).fetchone()
 
 
-def _row(paths: bytes) -> tuple[Picture, ...]:
-    return tuple(Picture(path) for path in orjson.loads(paths))
+def _to_row(paths: bytes) -> tuple[ImageRef, ...]:
+    return tuple(ImageRef(path) for path in orjson.loads(paths))

@@ -1,94 +1,108 @@
-"""The kinds of sentences, and all sentences of a build in order, as lists of pictures that nobody has read yet."""
+"""The kinds of sentences, and the sentences of a build in order, as references to images that are not read yet."""
 
 import collections
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.process_pool import result
+from EasyLM.process_pool import Workers, result
 from tokenizer.builders import arrangements, file_index, samplers
-from tokenizer.builders.image_ref import Picture
+from tokenizer.builders.arrangements import Arrangement, Row
+from tokenizer.builders.file_index import FileIndex, Layout
+from tokenizer.builders.image_ref import ImageRef
+from tokenizer.builders.samplers import Sampler
+from tokenizer.builders.settings import SentenceSettings
 from tokenizer.media import videos
+from tokenizer.sentence_files.skipped_inputs import SkippedInputs
 
-_VIDEOS_AHEAD = 16  # whose frames are counted before their turn comes
+_PREFETCHED_VIDEOS = 16  # whose frames are counted ahead of their turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a kind of sentence is made of, and by which functions.
+    """How sentences of a kind are made.
 
     Attributes:
-      layout: which files stand together.
-      group: which rows make an example.
-      order: which picture follows which.
-      targets: how many folders --target_dir names: none, one, or (many) one or more.
-      videos: the inputs are video files, whose frames are the rows.
-      folders: of one input folder, those that hold the pictures of a row.
+      layout: which files belong together.
+      sampler: which rows make an example.
+      arrangement: which image follows which.
+      targets: the number of target folders: "none", "one", or "many" (one or more).
+      is_video: the inputs are video files; their frames are the rows.
+      subfolders: names of the folders inside the input folder that hold the images of a row.
+      repeats_images: whether sentences of one example share images.
     """
 
-    layout: file_index.Layout
-    group: Callable
-    order: arrangements.Order
+    layout: Layout
+    sampler: Callable[[FileIndex, SentenceSettings], Sampler]
+    arrangement: Arrangement
     targets: str = "none"
-    videos: bool = False
-    folders: tuple[str, ...] = ()
+    is_video: bool = False
+    subfolders: tuple[str, ...] = ()
+    repeats_images: bool = False
 
 
 KINDS = {
-    "images": Kind(file_index.by_name, samplers.Single, arrangements.in_turn),
-    "paired": Kind(file_index.by_stem, samplers.Shots, arrangements.in_turn, targets="one"),
+    "images": Kind(file_index.by_name, samplers.SingleItems, arrangements.row_by_row),
+    "paired": Kind(file_index.by_stem, samplers.Shots, arrangements.row_by_row, targets="one"),
     "map_color": Kind(file_index.by_stem, samplers.Shots, arrangements.coloured_labels, targets="one"),
     "multi_dataset": Kind(file_index.by_stem, samplers.Shots, arrangements.shuffled_tasks, targets="many"),
     "colorization": Kind(file_index.by_name, samplers.Shots, arrangements.colorization),
     "inpainting": Kind(file_index.by_name, samplers.Shots, arrangements.inpainting),
-    "category": Kind(file_index.classes, samplers.Classes, arrangements.in_turn),
-    "frames": Kind(file_index.clips, samplers.Single, arrangements.frames),
-    "video": Kind(file_index.by_name, samplers.Single, arrangements.video, videos=True),
-    "multi_sequence": Kind(file_index.clips, samplers.Single, arrangements.multi_sequence, targets="many"),
-    "co3d": Kind(file_index.co3d, samplers.Single, arrangements.co3d, folders=file_index.CO3D),
+    "category": Kind(file_index.by_class, samplers.Classes, arrangements.row_by_row),
+    "frames": Kind(file_index.by_clip, samplers.SingleItems, arrangements.frames),
+    "video": Kind(file_index.by_name, samplers.SingleItems, arrangements.video, is_video=True, repeats_images=True),
+    "multi_sequence": Kind(
+        file_index.by_clip, samplers.SingleItems, arrangements.multi_sequence, targets="many", repeats_images=True
+    ),
+    "co3d": Kind(
+        file_index.by_co3d_sequence, samplers.SingleItems, arrangements.co3d, subfolders=file_index.CO3D_SUBFOLDERS
+    ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """The pictures of a sentence; `example` and `number` within it say where a build goes on after it."""
+    """The images of a sentence. Its example and its number within the example tell where a build resumes."""
 
     example: int
     number: int
-    pictures: list[Picture]
+    images: list[ImageRef]
 
 
-def compose(kind: Kind, group, settings, span: range, workers, problems) -> Iterator[Sentence]:
-    """The sentences of examples `span`, counted through all epochs; each follows from the seed and its numbers.
+def compose(
+    kind: Kind, sampler: Sampler, settings: SentenceSettings, examples: range, workers: Workers, skipped: SkippedInputs
+) -> Iterator[Sentence]:
+    """Yields the sentences of examples, which are numbered through all epochs.
 
-    An input that has no frames, or too few, is added to `problems`.
+    A sentence follows from the seed and its numbers. An input without frames, or with too few, is added to `skipped`.
     """
-    for example, rows, times in _examples(kind, group, span, workers):
-        epoch, in_epoch = divmod(example, group.examples)
-        rng = np.random.default_rng([settings.seed, epoch, in_epoch])
+    for example, rows, times in _rows(kind, sampler, examples, workers):
+        epoch, example_of_epoch = divmod(example, sampler.num_examples)
+        rng = np.random.default_rng([settings.seed, epoch, example_of_epoch])
         path = rows[0][0].path
         try:
-            if kind.videos:
-                rows = [(Picture(path, seconds),) for seconds in result(times, path).tolist()]
-            for number, ordered in enumerate(kind.order(rows, rng, settings)):
-                yield Sentence(example, number, ordered)
-        except arrangements.TooShortError as reason:
-            path = path if kind.videos else os.path.dirname(path)
-            problems.add(path, f"{path}: {reason}")
+            if kind.is_video:
+                rows = [(ImageRef(path, seconds),) for seconds in result(times, path).tolist()]
+            for number, images in enumerate(kind.arrangement(rows, rng, settings)):
+                yield Sentence(example, number, images)
+        except arrangements.TooShortError as error:
+            path = path if kind.is_video else os.path.dirname(path)
+            skipped.add(path, f"{path}: {error}")
         except UserError as error:
-            problems.add(path, str(error))
+            skipped.add(path, str(error))
 
 
-def _examples(kind: Kind, group, span: range, workers) -> Iterator[tuple]:
-    """(example, rows, future of the frames' times or None), in order; the workers look into videos ahead."""
-    ahead: collections.deque = collections.deque()
-    for example in span:
-        rows = group.rows(*divmod(example, group.examples))
-        times = workers.submit(videos.timestamps, rows[0][0].path) if kind.videos else None
-        ahead.append((example, rows, times))
-        if len(ahead) > (_VIDEOS_AHEAD if kind.videos else 0):
-            yield ahead.popleft()
-    yield from ahead
+def _rows(kind: Kind, sampler: Sampler, examples: range, workers: Workers) -> Iterator[tuple[int, list[Row], Any]]:
+    """Yields (example, rows, future of the video's frame times or None). Frame times are prefetched."""
+    prefetched: collections.deque = collections.deque()
+    for example in examples:
+        rows = sampler.rows(*divmod(example, sampler.num_examples))
+        times = workers.submit(videos.timestamps, rows[0][0].path) if kind.is_video else None
+        prefetched.append((example, rows, times))
+        if len(prefetched) > (_PREFETCHED_VIDEOS if kind.is_video else 0):
+            yield prefetched.popleft()
+    yield from prefetched

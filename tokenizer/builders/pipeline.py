@@ -1,7 +1,6 @@
-"""Sentences of pictures to sentences of codes, as a stream: read ahead by worker processes, encoded in batches.
+"""Sentences of image references to sentences of codes, as a stream: read ahead by worker processes, encoded in batches.
 
-What is in memory at a time depends on the batch and the longest sentence, not on how many sentences there are.
-Shapes: n pictures, S the side in pixels, N tokens a picture.
+Memory depends on the batch size and the longest sentence, not on the number of sentences.
 """
 
 import collections
@@ -9,7 +8,8 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,149 +17,183 @@ from EasyLM import process_pool
 from EasyLM.errors import UserError
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
-from tokenizer.builders.image_ref import Picture
+from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import images
 
-_ON_DEVICE = 2  # batches at a time: one is moved while the other is computed
+_ON_DEVICE = 2  # batches at a time: one is transferred while the other is computed
+
+
+class Codec(Protocol):
+    """The tokenizer, as far as a build uses it.
+
+    Attributes:
+      config: has `resolution`, `tokens_per_image` and `num_embeddings`.
+    """
+
+    config: Any
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Encodes float32 [n,S,S,3] in [0, 1] to codes [n,N]."""
+        ...
+
+
+class HasImages(Protocol):
+    """A sentence: anything with `images`."""
+
+    @property
+    def images(self) -> Sequence[ImageRef]:
+        """The images in order."""
+        ...
+
+
+SentenceT = TypeVar("SentenceT", bound=HasImages)
+Reader = Callable[[list[ImageRef]], Any]  # begins to read a group of `image_ref.group_by_file`; returns a future
 
 
 class Encoder:
-    """Batches on their way through the device, in threads, and how long the device had none.
+    """Encodes batches in threads, and measures how long the device was idle.
 
     Attributes:
-      pictures: encoded so far.
+      images_encoded: number of images so far.
     """
 
-    def __init__(self, codec):
-        """Compiles, so that this counts as no waiting."""
+    def __init__(self, codec: Codec):
+        """Compiles the encoder, so that compilation does not count as idle time."""
         self._codec, self._lock = codec, threading.Lock()
         side = codec.config.resolution
         codec.encode(np.zeros((1, side, side, 3), np.float32))
         self._threads = concurrent.futures.ThreadPoolExecutor(_ON_DEVICE)
-        self._at_work, self._idle_since, self._idle = 0, time.monotonic(), 0.0
-        self._begin, self.pictures = time.monotonic(), 0
+        self._active_batches, self._idle_since, self._idle_seconds = 0, time.monotonic(), 0.0
+        self._start, self.images_encoded = time.monotonic(), 0
 
-    def submit(self, pixels_nSS3: np.ndarray) -> concurrent.futures.Future:
-        """Begins to encode bytes; the result is the codes, uint16 [n,N]."""
+    def submit(self, pixels_nSS3: np.ndarray) -> concurrent.futures.Future[np.ndarray]:
+        """Begins to encode bytes; the future's result is codes, uint16 [n,N]."""
         return self._threads.submit(self._encode, pixels_nSS3)
 
-    def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        pixels = images.to_float32(pixels)
+    def _encode(self, pixels_nSS3: np.ndarray) -> np.ndarray:
+        pixels_nSS3 = images.to_float32(pixels_nSS3)
         with self._lock:
-            if not self._at_work:
-                self._idle += time.monotonic() - self._idle_since
-            self._at_work += 1
+            if not self._active_batches:
+                self._idle_seconds += time.monotonic() - self._idle_since
+            self._active_batches += 1
         try:
-            return self._codec.encode(pixels).astype(np.uint16)
+            return self._codec.encode(pixels_nSS3).astype(np.uint16)
         finally:
             with self._lock:
-                self._at_work -= 1
+                self._active_batches -= 1
                 self._idle_since = time.monotonic()
-                self.pictures += len(pixels)
+                self.images_encoded += len(pixels_nSS3)
 
-    def waiting_share(self) -> float:
-        """The share of the time since the beginning in which the device waited for pictures."""
+    def idle_share(self) -> float:
+        """Returns the share of the time since construction in which no batch was on the device."""
         with self._lock:
             now = time.monotonic()
-            idle = self._idle + (0 if self._at_work else now - self._idle_since)
-            return idle / max(now - self._begin, 1e-9)
+            idle_seconds = self._idle_seconds + (0 if self._active_batches else now - self._idle_since)
+            return idle_seconds / max(now - self._start, 1e-9)
 
-    def figures(self) -> str:
-        """What a progress bar says."""
-        return (
-            f"{self.pictures / (time.monotonic() - self._begin):.0f} images/s, device waits {self.waiting_share():.0%}"
-        )
+    def progress_text(self) -> str:
+        """Returns rate and idle share for a progress bar."""
+        rate = self.images_encoded / (time.monotonic() - self._start)
+        return f"{rate:.0f} images/s, device idle {self.idle_share():.0%}"
 
     def close(self) -> None:
+        """Stops the threads and discards batches that have not begun."""
         self._threads.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass
-class _Wanted:
-    """A picture of sentences that are under way: how many of them, and its codes [N] or what is wrong with it."""
+class _PendingImage:
+    """An image of pending sentences.
+
+    Attributes:
+      uses: number of pending sentences that contain it.
+      result: its codes [N], or why it cannot be read; None until known.
+    """
 
     uses: int = 0
-    found: np.ndarray | UserError | None = None
+    result: np.ndarray | UserError | None = None
 
 
 class Pipeline:
-    """The pictures between the first wish and the last use of each; every one is read and encoded once meanwhile."""
+    """Reads and encodes the images of pending sentences, each image once."""
 
-    def __init__(self, read: Callable, encoder: Encoder, cache: CodeCache, batch_size: int, depth: int):
-        """`read` begins to read one of `pictures.groups` and gives a future; `depth` pictures are under way at most,
-        or as many as one sentence has."""
+    def __init__(self, read: Reader, encoder: Encoder, cache: CodeCache, batch_size: int, max_pending: int):
+        """Creates a pipeline with at most `max_pending` pending images, or as many as the longest sentence has."""
         self._read, self._encoder, self._cache = read, encoder, cache
-        self._batch_size, self._depth = batch_size, depth
-        self._wanted: dict[Picture, _Wanted] = {}
-        self._reading: collections.deque = collections.deque()  # (group, future), in order
-        self._batch: list[tuple[Picture, np.ndarray]] = []
-        self._encoding: collections.deque = collections.deque()  # (pictures, future), in order
+        self._batch_size, self._max_pending = batch_size, max_pending
+        self._pending: dict[ImageRef, _PendingImage] = {}
+        self._reads: collections.deque = collections.deque()  # (group, future), in order
+        self._batch: list[tuple[ImageRef, np.ndarray]] = []
+        self._encodes: collections.deque = collections.deque()  # (refs, future), in order
 
-    def run(self, sentences: Iterable) -> Iterator[tuple[object, np.ndarray | dict[str, str]]]:
-        """Yields (sentence, codes uint16 [pictures,N]) of each sentence (anything with `pictures`), in order.
-
-        In place of the codes stands {path: reason} if pictures cannot be read.
-        """
-        waiting: collections.deque = collections.deque()
+    def run(self, sentences: Iterable[SentenceT]) -> Iterator[tuple[SentenceT, np.ndarray | dict[str, str]]]:
+        """Yields (sentence, codes uint16 [n,N]) in order; instead of codes {path: reason} if images are unreadable."""
+        waiting: collections.deque[SentenceT] = collections.deque()
         for sentence in sentences:
-            self._want(sentence.pictures)
+            self._request(sentence.images)
             waiting.append(sentence)
-            while len(self._wanted) > self._depth and self._advance():
-                yield from self._finished(waiting)
-            yield from self._finished(waiting)
+            while len(self._pending) > self._max_pending and self._advance():
+                yield from self._pop_finished(waiting)
+            yield from self._pop_finished(waiting)
         while self._advance():
-            yield from self._finished(waiting)
-        assert not waiting and not self._wanted
+            yield from self._pop_finished(waiting)
+        assert not waiting and not self._pending
 
-    def _want(self, sentence: list[Picture]) -> None:
-        new = []
-        for picture in dict.fromkeys(sentence):
-            if picture not in self._wanted:
-                self._wanted[picture] = _Wanted(found=self._cache.get(picture))
-                if self._wanted[picture].found is None:
-                    new.append(picture)
-            self._wanted[picture].uses += 1
-        self._reading.extend((group, self._read(group)) for group in image_ref.groups(new))
+    def _request(self, refs: Sequence[ImageRef]) -> None:
+        """Counts the uses of a sentence's images, and begins to read those that are neither pending nor cached."""
+        unread = []
+        for ref in dict.fromkeys(refs):
+            if ref not in self._pending:
+                self._pending[ref] = _PendingImage(result=self._cache.get(ref))
+                if self._pending[ref].result is None:
+                    unread.append(ref)
+            self._pending[ref].uses += 1
+        self._reads.extend((group, self._read(group)) for group in image_ref.group_by_file(unread))
 
-    def _finished(self, waiting: collections.deque) -> Iterator[tuple]:
-        while waiting and all(self._wanted[picture].found is not None for picture in waiting[0].pictures):
+    def _pop_finished(
+        self, waiting: collections.deque[SentenceT]
+    ) -> Iterator[tuple[SentenceT, np.ndarray | dict[str, str]]]:
+        while waiting and all(self._pending[ref].result is not None for ref in waiting[0].images):
             sentence = waiting.popleft()
-            found = [self._wanted[picture].found for picture in sentence.pictures]
-            for picture in set(sentence.pictures):
-                self._wanted[picture].uses -= 1
-                if not self._wanted[picture].uses:
-                    del self._wanted[picture]
-            wrong = {p.path: str(f) for p, f in zip(sentence.pictures, found) if isinstance(f, UserError)}
-            yield sentence, wrong or np.stack(found)
+            results = [self._pending[ref].result for ref in sentence.images]
+            for ref in set(sentence.images):
+                self._pending[ref].uses -= 1
+                if not self._pending[ref].uses:
+                    del self._pending[ref]
+            errors = {
+                ref.path: str(error) for ref, error in zip(sentence.images, results) if isinstance(error, UserError)
+            }
+            yield sentence, errors or np.stack(results)  # type: ignore[arg-type]  # no error: all are arrays
 
     def _advance(self) -> bool:
-        """Takes the next step for the oldest picture under way; False if there is none."""
-        if self._encoding and (len(self._encoding) > _ON_DEVICE or not (self._reading or self._batch)):
-            batch, future = self._encoding.popleft()
-            for picture, codes in zip(batch, future.result(), strict=True):
-                self._wanted[picture].found = codes
-                self._cache.put(picture, codes)
-        elif self._reading:
-            self._take(*self._reading.popleft())
+        """Takes the next step for the oldest pending image; returns False if nothing is pending."""
+        if self._encodes and (len(self._encodes) > _ON_DEVICE or not (self._reads or self._batch)):
+            refs, future = self._encodes.popleft()
+            for ref, codes in zip(refs, future.result(), strict=True):
+                self._pending[ref].result = codes
+                self._cache.put(ref, codes)
+        elif self._reads:
+            self._finish_read(*self._reads.popleft())
         elif self._batch:
-            self._flush()
+            self._submit_batch()
         else:
             return False
         return True
 
-    def _take(self, group: list[Picture], future: concurrent.futures.Future) -> None:
+    def _finish_read(self, group: list[ImageRef], future: concurrent.futures.Future) -> None:
+        """Waits for a group's pixels and adds them to the batch."""
         try:
-            pixels = process_pool.result(future, group[0].path)
+            pixels_nSS3 = process_pool.result(future, group[0].path)
         except UserError as error:
-            for picture in group:
-                self._wanted[picture].found = error
+            for ref in group:
+                self._pending[ref].result = error
             return
-        for picture, picture_pixels in zip(group, pixels, strict=True):
-            self._batch.append((picture, picture_pixels))
+        for ref, pixels_SS3 in zip(group, pixels_nSS3, strict=True):
+            self._batch.append((ref, pixels_SS3))
             if len(self._batch) == self._batch_size:
-                self._flush()
+                self._submit_batch()
 
-    def _flush(self) -> None:
-        batch, pixels = zip(*self._batch)
-        self._encoding.append((batch, self._encoder.submit(np.stack(pixels))))
+    def _submit_batch(self) -> None:
+        refs, pixels = zip(*self._batch)
+        self._encodes.append((refs, self._encoder.submit(np.stack(pixels))))
         self._batch = []

@@ -1,7 +1,7 @@
-"""A file that is written over a long time: whatever stops the writer, the same command goes on, to the same bytes.
+"""A file that grows over a long time. After any interruption, the same command resumes it, to the same bytes.
 
-`FILE.partial` grows; `FILE.progress.json` says how far it is whole, and what it is made from. When all is written,
-`FILE.report.json` appears, and then `FILE` itself, by renaming.
+`FILE.partial` grows. `FILE.progress.json` holds the number of its valid bytes and what it is made from. At the end
+`FILE.report.json` is written, then `FILE.partial` is renamed to `FILE`.
 """
 
 import errno
@@ -9,120 +9,129 @@ import fcntl
 import os
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 import orjson
 
 from EasyLM.errors import UserError
 from EasyLM.storage import write_json
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems that have none
-MARK_SECONDS = 10.0  # between two marks of progress: so much work is lost when the writer is killed
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
+SAVE_SECONDS = 10.0  # between two saves of the progress: a killed writer loses at most so much work
 
 
 class ResumableFile:
-    """The file under its temporary name.
+    """The partial file.
 
     Attributes:
-      whole: the report of an earlier run, if it ended, with the same identity; then there is nothing to do.
-      state: what the last mark said; None at the beginning.
+      finished_report: the report of an earlier run that finished with the same fingerprint: nothing is left to do.
+      state: the state of the last saved progress; None at the beginning.
     """
 
-    def __init__(self, path: str, identity: dict, fresh: bool):
-        """Opens the file where a stopped run left it.
+    def __init__(self, path: str, fingerprint: Mapping[str, Any], fresh: bool):
+        """Opens the file where an interrupted run left it.
 
         Args:
-          identity: JSON values, by flag, that the bytes follow from.
-          fresh: begin again, whatever is there.
+          path: the file.
+          fingerprint: JSON values by name that determine the bytes of the file.
+          fresh: discard what an earlier run left.
 
         Raises:
-          UserError: if a run with another identity was stopped here; names what differs.
+          UserError: naming the differences, if a run with another fingerprint was interrupted.
         """
-        self.path, self._identity = path, orjson.loads(orjson.dumps(identity))
+        self.path, self._fingerprint = path, orjson.loads(orjson.dumps(fingerprint))
         self._partial, self._progress, self._report = (
-            f"{path}.{n}" for n in ("partial", "progress.json", "report.json")
+            f"{path}.{suffix}" for suffix in ("partial", "progress.json", "report.json")
         )
-        self.whole, self.state, self._file, self._marked = None, None, None, time.monotonic()
+        self.finished_report: dict[str, Any] | None = None
+        self.state: dict[str, Any] | None = None
+        self._file: BinaryIO | None = None
+        self._saved_at = time.monotonic()
         if os.path.isdir(path):
-            raise UserError(f"--output_file={path}: is a folder")
-        begun = None if fresh else _read_json(self._progress)
-        if begun is not None and os.path.exists(self._partial):
-            self._continue(begun)
+            raise UserError(f"{path}: is a folder, name a file")
+        progress = None if fresh else _read_json(self._progress)
+        if progress is not None and os.path.exists(self._partial):
+            self._resume(progress)
         elif not fresh and os.path.exists(path) and not os.path.exists(self._partial):
-            # With a partial file, the report may speak of that one: `finish` was stopped before it got its name.
+            # With a partial file, the report can be of that file: `finish` was interrupted before the rename.
             report = _read_json(self._report) or {}
-            if (report.get("identity"), report.get("bytes")) == (self._identity, os.path.getsize(path)):
-                self.whole = report
+            if (report.get("identity"), report.get("bytes")) == (self._fingerprint, os.path.getsize(path)):
+                self.finished_report = report
                 _remove(self._progress)
 
-    def _continue(self, begun: dict) -> None:
-        before = begun["identity"]
-        names = [name for name in sorted({*before, *self._identity}) if before.get(name) != self._identity.get(name)]
+    def _resume(self, progress: dict[str, Any]) -> None:
+        before, now = progress["identity"], self._fingerprint
+        names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
         if names:
-            told = ", ".join(f"{name}={self._identity.get(name)} (then: {before.get(name)})" for name in names)
+            differences = ", ".join(f"{name}={now.get(name)} (then: {before.get(name)})" for name in names)
             raise UserError(
-                f"{self._partial} was begun by a build with other settings or inputs: {told}. "
-                "Give those again to go on, another --output_file, or --fresh=True to begin again"
+                f"{self._partial} was started with other settings or inputs: {differences}. "
+                "Resume it with the same ones, write another file, or discard it with --fresh=True"
             )
-        if os.path.getsize(self._partial) < begun["bytes"]:
-            raise UserError(f"{self._partial} is shorter than it was: --fresh=True begins again")
-        self.state = begun["state"]
-        self._open(begun["bytes"])
+        if os.path.getsize(self._partial) < progress["bytes"]:
+            raise UserError(f"{self._partial} is shorter than its saved progress: discard it with --fresh=True")
+        self.state = progress["state"]
+        self._open(progress["bytes"])
 
     def _open(self, size: int) -> None:
-        """Opens the partial file, locks it, and cuts it to `size`: not before, as another build may be writing it."""
-        self._file = open(self._partial, "ab")  # noqa: SIM115
+        """Opens and locks the partial file, then truncates it to `size`: before, another run could be writing it."""
+        self._file = file = open(self._partial, "ab")  # noqa: SIM115
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
-            raise UserError(f"--output_file={self.path}: another build is writing it") from None
+            file.close()
+            raise UserError(f"{self.path}: another build is writing it") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             print(f"warning: {self.path}: not locked against another build ({error.strerror})", file=sys.stderr)
         if not size:
-            _remove(self._progress)  # before the file that it speaks of is emptied
-        self._file.truncate(size)
-        self._file.seek(size)
+            _remove(self._progress)  # before the file that it describes is truncated
+        file.truncate(size)
+        file.seek(size)
 
     def write(self, data: bytes) -> None:
-        """Appends."""
+        """Appends data."""
         if self._file is None:
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             self._open(0)
+        assert self._file is not None
         self._file.write(data)
 
-    def due(self) -> bool:
-        """Whether it is time for a mark."""
-        return time.monotonic() - self._marked >= MARK_SECONDS
+    def save_is_due(self) -> bool:
+        """Returns whether SAVE_SECONDS have passed since the last save."""
+        return time.monotonic() - self._saved_at >= SAVE_SECONDS
 
-    def mark(self, state: dict) -> None:
-        """All that was written up to here counts, and `state` (JSON values) is how to go on."""
-        self.write(b"")
-        self._sync()
-        write_json(self._progress, {"identity": self._identity, "bytes": self._file.tell(), "state": state})
-        self._marked = time.monotonic()
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Saves the progress: all written bytes are valid, and `state` (JSON values) tells where to resume."""
+        size = self._sync()
+        write_json(self._progress, {"identity": self._fingerprint, "bytes": size, "state": state})
+        self._saved_at = time.monotonic()
 
-    def finish(self, report: dict) -> None:
-        """Gives the file its name, and the report (JSON values) its own."""
-        self.write(b"")
-        self._sync()
-        write_json(self._report, {**report, "bytes": self._file.tell(), "identity": self._identity})
-        os.replace(self._partial, self.path)  # before the lock ends: who took it then would cut the file
-        self._file.close()
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Writes the report (JSON values) and renames the partial file."""
+        size = self._sync()
+        write_json(self._report, {**report, "bytes": size, "identity": self._fingerprint})
+        os.replace(self._partial, self.path)  # before the lock is released: its next owner would truncate the file
+        self.close()
         _remove(self._progress)
 
     def close(self) -> None:
-        """What was written since the last mark is lost."""
+        """Closes the file. Bytes written since the last save are discarded on resume."""
         if self._file is not None:
             self._file.close()
 
-    def _sync(self) -> None:
+    def _sync(self) -> int:
+        """Flushes the file to the disk, and creates it if nothing was written; returns its size in bytes."""
+        self.write(b"")
+        assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
+        return self._file.tell()
 
 
-def _read_json(path: str) -> dict | None:
+def _read_json(path: str) -> dict[str, Any] | None:
     try:
         with open(path, "rb") as file:
             return orjson.loads(file.read())

@@ -1,86 +1,104 @@
-"""Which rows of the inputs make an example, the unit that a build goes through, splits into shards and resumes at.
+"""Which rows of the index make an example.
 
-Every group has `examples`, how many an epoch has, and `rows(epoch, example)`; which rows these are follows from the
-seed and the two numbers alone. No memory grows with the inputs, but for sixteen bytes a class.
+An example is the unit in which a build proceeds, is sharded and is resumed. A sampler's examples follow from the seed,
+the epoch and the example's number. Its memory does not grow with the inputs, except for sixteen bytes a class.
 """
+
+from typing import Protocol
 
 import numpy as np
 
 from EasyLM.data import permuted
-from EasyLM.errors import UserError
 from tokenizer.builders.arrangements import Row
+from tokenizer.builders.file_index import FileIndex
+from tokenizer.builders.settings import SentenceSettings
 
 
-class Single:
-    """Each item by itself, in order."""
+class Sampler(Protocol):
+    """Rows by epoch and example.
 
-    def __init__(self, inputs, settings):
-        self._inputs, self.examples = inputs, len(inputs)
+    Attributes:
+      num_examples: examples in an epoch.
+    """
+
+    num_examples: int
 
     def rows(self, epoch: int, example: int) -> list[Row]:
-        return self._inputs.rows(example)
+        """Returns the rows of an example, 0 <= example < num_examples."""
+        ...
+
+
+class SingleItems:
+    """Each item by itself, in order."""
+
+    def __init__(self, index: FileIndex, settings: SentenceSettings):
+        self._index, self.num_examples = index, len(index)
+
+    def rows(self, epoch: int, example: int) -> list[Row]:
+        """Returns all rows of one item."""
+        return self._index.rows(example)
 
 
 class Shots:
-    """`n_shots` items of one row: each epoch shuffles all and cuts them; those left over are others each time.
+    """`n_shots` items of one row each. Every epoch shuffles all items; which ones are left over changes with it."""
 
-    Raises:
-      UserError: if there are too few.
-    """
-
-    def __init__(self, inputs, settings):
-        self._inputs, self._shots, self._seed = inputs, settings.n_shots, settings.seed
-        self.examples = len(inputs) // settings.n_shots
-        if not self.examples:
-            raise UserError(f"--n_shots={settings.n_shots}: only {len(inputs)} are there")
+    def __init__(self, index: FileIndex, settings: SentenceSettings):
+        """Raises ValueError naming the setting, if there are too few items."""
+        self._index, self._shots, self._seed = index, settings.n_shots, settings.seed
+        self.num_examples = len(index) // settings.n_shots
+        if not self.num_examples:
+            raise ValueError(f"n_shots={settings.n_shots}: there are only {len(index)} inputs")
 
     def rows(self, epoch: int, example: int) -> list[Row]:
-        places = range(example * self._shots, (example + 1) * self._shots)
-        numbers = (permuted(place, len(self._inputs), self._seed, epoch) for place in places)
-        return [row for number in numbers for row in self._inputs.rows(number)]
+        """Returns the rows of `n_shots` items."""
+        positions = range(example * self._shots, (example + 1) * self._shots)
+        items = (permuted(position, len(self._index), self._seed, epoch) for position in positions)
+        return [row for item in items for row in self._index.rows(item)]
 
 
 class Classes:
-    """`images_per_shot` rows of each of `n_shots` items (classes), one class behind the other.
+    """`images_per_shot` rows of each of `n_shots` classes (items), class by class.
 
-    An epoch shuffles the rows of each class. Its first round takes the first `images_per_shot` of every class, the next
-    round the next ones of the classes that have so many left; in each round the classes are shuffled and cut into
-    sentences. So no picture comes twice in an epoch, nor a class twice in a sentence.
-
-    Raises:
-      UserError: if there are too few classes of that size.
+    An epoch shuffles the rows of each class. Its first round takes the first `images_per_shot` rows of every class, the
+    next round the next ones of the classes that have enough left. Each round shuffles its classes and cuts them into
+    examples. Therefore no image comes twice in an epoch, and no class twice in a sentence.
     """
 
-    def __init__(self, inputs, settings):
-        self._inputs, self._seed = inputs, settings.seed
-        self._shots, self._each = settings.n_shots, settings.images_per_shot
-        self._sizes = inputs.sizes  # each time, they are read from the disk
-        rounds_of = self._sizes // self._each
-        self._classes = np.argsort(-rounds_of, kind="stable")  # those of most rounds first: round r has the first few
-        in_round = np.searchsorted(-rounds_of[self._classes], -np.arange(rounds_of.max(initial=0)), side="left")
-        self._in_round = in_round[in_round >= self._shots]
-        self._ends = np.cumsum(self._in_round // self._shots)
-        if not len(self._ends):
-            count = int(np.sum(rounds_of > 0))
-            raise UserError(
-                f"--n_shots={self._shots}: only {count} classes have --images_per_shot={self._each} pictures"
+    def __init__(self, index: FileIndex, settings: SentenceSettings):
+        """Raises ValueError naming the setting, if too few classes have `images_per_shot` images."""
+        self._index, self._seed = index, settings.seed
+        self._shots, self._rows_per_class = settings.n_shots, settings.images_per_shot
+        self._sizes = index.sizes()
+        rounds = self._sizes // self._rows_per_class  # that each class takes part in
+        self._classes = np.argsort(-rounds, kind="stable")  # the first ones take part in the most rounds
+        class_counts = np.searchsorted(-rounds[self._classes], -np.arange(rounds.max(initial=0)), side="left")
+        self._class_counts = class_counts[class_counts >= self._shots]  # classes of each round
+        self._round_ends = np.cumsum(self._class_counts // self._shots)  # examples up to the end of each round
+        if not len(self._round_ends):
+            count = int(np.sum(rounds > 0))
+            raise ValueError(
+                f"n_shots={self._shots}: only {count} classes have images_per_shot={self._rows_per_class} images"
             )
-        self.examples = int(self._ends[-1])
+        self.num_examples = int(self._round_ends[-1])
 
     def rows(self, epoch: int, example: int) -> list[Row]:
-        turn = int(np.searchsorted(self._ends, example, side="right"))
-        first = (example - int(self._ends[turn - 1] if turn else 0)) * self._shots
-        found = []
-        for place in range(first, first + self._shots):
-            number = permuted(place, int(self._in_round[turn]), self._seed, _shuffle_id(epoch, 0, turn))
-            number = int(self._classes[number])
-            size = int(self._sizes[number])
-            shuffle = _shuffle_id(epoch, 1, number)
-            places = range(turn * self._each, (turn + 1) * self._each)
-            found += [self._inputs.row(number, permuted(i, size, self._seed, shuffle)) for i in places]
-        return found
+        """Returns the rows of `n_shots` classes."""
+        number = int(np.searchsorted(self._round_ends, example, side="right"))  # of the round
+        round_start = int(self._round_ends[number - 1]) if number else 0
+        first = (example - round_start) * self._shots
+        rows = []
+        for position in range(first, first + self._shots):
+            class_shuffle = _shuffle(epoch, 0, number)
+            item = int(self._classes[permuted(position, int(self._class_counts[number]), self._seed, class_shuffle)])
+            row_shuffle = _shuffle(epoch, 1, item)
+            row_positions = range(number * self._rows_per_class, (number + 1) * self._rows_per_class)
+            rows += [
+                self._index.row(item, permuted(i, int(self._sizes[item]), self._seed, row_shuffle))
+                for i in row_positions
+            ]
+        return rows
 
 
-def _shuffle_id(epoch: int, kind: int, number: int) -> int:
-    """A distinct number for every shuffle of an epoch: of the classes in a round (kind 0), of a class (kind 1)."""
-    return ((2 * epoch + kind) << 40) + number
+def _shuffle(epoch: int, purpose: int, number: int) -> int:
+    """Returns a distinct number for every shuffle of an epoch: of the classes of a round (0) or rows of a class (1)."""
+    return ((2 * epoch + purpose) << 40) + number

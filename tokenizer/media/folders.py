@@ -63,7 +63,8 @@ def walk(
     """
     if not os.path.isdir(directory):
         raise UserError(f"--{flag}={directory}: no such folder")
-    is_empty, subfolders = True, [("", ())]
+    is_empty = True
+    subfolders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # (name, device and inode of its ancestors)
     while subfolders:
         folder, ancestors = subfolders.pop()
         stat = os.stat(os.path.join(directory, folder))

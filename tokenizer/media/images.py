@@ -93,7 +93,7 @@ def _to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
 def upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation of an opened image."""
     image.load()  # a PNG file can store EXIF data after the pixels
-    transpose = _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    transpose = _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if transpose is None else image.transpose(transpose)
 
 

@@ -11,7 +11,7 @@ from tokenizer_kit import TINY, run_main, tiny_vqgan, write_image
 
 from EasyLM.errors import UserError
 from tokenizer import eval_vqgan, render
-from tokenizer.builders import image_ref
+from tokenizer.builders import views
 from tokenizer.image_quality import psnr, ssim
 from tokenizer.media import folders, images
 from tokenizer.synthetic import photos, scenes
@@ -84,7 +84,7 @@ def test_shipped_tokenizer_reaches_the_psnr_of_its_table():
     rendered = [scenes.scene(first + i, 32) for i in range(24)]
     colour = np.stack([photos.crop(first + i, 32, held_out=True) for i in range(24)])
     sets = {name: np.stack([scene[name] for scene in rendered]) for name in rendered[0]}
-    sets |= {"photographs, colour": colour, "photographs, gray": image_ref.gray(colour)}
+    sets |= {"photographs, colour": colour, "photographs, gray": views.gray(colour)}
     sets["scenes"] = sets.pop("image")
     assert sets.keys() == dict(table).keys()
     codec = Codec(batch_size=24)

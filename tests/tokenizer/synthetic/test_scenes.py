@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizer_kit import run_main
 
 from tokenizer import render
-from tokenizer.builders import image_ref
+from tokenizer.builders import views
 from tokenizer.synthetic import photos, scenes
 
 SIZE = 48
@@ -131,7 +131,7 @@ def test_photographs_crop_to_any_size_and_held_out_ones_are_apart():
     crop = photos.crop(3, 40)
     assert crop.shape == (40, 40, 3) and crop.std() > 5
     assert np.array_equal(crop, photos.crop(3, 40))
-    gray = image_ref.gray(crop)
+    gray = views.gray(crop)
     assert np.all(gray == gray[..., :1])
     assert np.all(np.abs(gray[..., 0] - (0.2989 * crop[..., 0] + 0.587 * crop[..., 1] + 0.114 * crop[..., 2])) <= 0.5)
 
@@ -177,12 +177,12 @@ def test_render_writes_a_tree_for_every_kind_of_sentence(tmp_path):
     }
     for i in range(4):
         drawn = scenes.scene(i, 24)["segmentation"]
-        ids = image_ref.label_ids(tmp_path / "labels" / f"{i:06d}.png", 24)
+        ids = views.label_ids(tmp_path / "labels" / f"{i:06d}.png", 24)
         table = np.array([scenes.BACKGROUND, *(scenes.PALETTE[shape] for shape in scenes.SHAPES)])
         assert np.array_equal(table[ids], drawn) and ids.max() > 0
     # Brighter where nearer, as the scene's own depth; both go from the nearest to the farthest point.
     own = scenes.clip(0, 24, 1)[0]["depth"][..., 0].astype(float)
-    stored = image_ref.co3d_depth(tmp_path / sequence / "depths" / "frame000001.jpg.geometric.png", 24)[..., 0]
+    stored = views.co3d_depth(tmp_path / sequence / "depths" / "frame000001.jpg.geometric.png", 24)[..., 0]
     expected = 255 * (0.2 + 0.8 * (own - own.min()) / np.ptp(own))
     assert np.abs(stored - expected).max() < 1.5
 

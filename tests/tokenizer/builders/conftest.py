@@ -1,0 +1,45 @@
+"""Fixtures of the build tests: a tiny tokenizer, loaded once, and inputs for every kind."""
+
+import pathlib
+
+import pytest
+from build_kit import load_codec, write_inputs
+from tokenizer_kit import tiny_vqgan, write_image
+
+from tokenizer import build
+from tokenizer.vqgan import Codec
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """The folder of a tiny tokenizer."""
+    return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> pathlib.Path:
+    """A small input for every kind. Tests must not change it."""
+    root = tmp_path_factory.mktemp("inputs")
+    write_inputs(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def load_codecs_once(monkeypatch) -> None:
+    """Replaces the codec of builds by a cached one."""
+    monkeypatch.setattr(build, "Codec", load_codec)
+
+
+@pytest.fixture
+def codec(tiny) -> Codec:
+    """The codec of the tiny tokenizer."""
+    return load_codec(tiny, "fp32", 8)
+
+
+@pytest.fixture
+def pairs(tmp_path) -> pathlib.Path:
+    """Five images with labels, which a test can damage."""
+    for i in range(5):
+        write_image(tmp_path / "image" / f"{i}.png", i)
+        write_image(tmp_path / "label" / f"{i}.png", 100 + i)
+    return tmp_path

@@ -1,0 +1,86 @@
+"""Unusable inputs and settings are reported by name, skipped when allowed, and counted."""
+
+import os
+
+import pytest
+from build_kit import build_records, clip_and_frames, report_of, skipped_names
+from tokenizer_kit import write_image
+
+from EasyLM.errors import UserError
+
+
+def test_files_without_partner_are_reported_or_skipped(pairs, tiny, capsys):
+    write_image(pairs / "image" / "lone.png", 9)
+    output = pairs / "out.jsonl"
+    with pytest.raises(UserError, match=r"lone\.png has no partner in --target_dir"):
+        build_records(pairs, tiny, output, "paired")
+    assert not output.exists()
+    assert len(build_records(pairs, tiny, output, "paired", max_errors=1)) == 4
+    printed = capsys.readouterr()
+    assert "skipped:" in printed.err and "1 inputs skipped" in printed.out
+    assert skipped_names(output).keys() == {"lone.png"}
+
+
+def test_a_sentence_with_a_broken_image_is_left_out_without_a_substitute(pairs, tiny):
+    before = build_records(pairs, tiny, pairs / "before.jsonl", "paired", n_epochs=4)
+    broken = pairs / "label" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:90])
+    output = pairs / "out.jsonl"
+    with pytest.raises(UserError, match=r"2\.png: not a readable image"):
+        build_records(pairs, tiny, output, "paired", n_epochs=4)
+    assert not output.exists()
+    sentences = build_records(pairs, tiny, output, "paired", n_epochs=4, max_errors=1)
+    expected = [record["sources"] for _, record in before if str(broken) not in record["sources"]]
+    assert [record["sources"] for _, record in sentences] == expected and len(expected) < len(before)
+    report = report_of(output)
+    assert report["sentences"] == len(expected) and report["sentences_left_out"] == len(before) - len(expected)
+    assert "not a readable image" in skipped_names(output)["2.png"] and len(report["skipped"]) == 1
+
+
+def test_short_and_broken_clips_are_reported(tree, tiny, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"clips1/b: too short: 3 frames, 4 needed"):
+        build_records(tree, tiny, tmp_path / "out.jsonl", "frames", n_frames=4)
+    sentences = build_records(tree, tiny, tmp_path / "out.jsonl", "frames", n_frames=4, max_errors=1)
+    assert {clip_and_frames(record, 4)[0] for _, record in sentences} == {"a"}
+    assert skipped_names(tmp_path / "out.jsonl").keys() == {"b"}
+    with pytest.raises(UserError, match="made no sentence, 2 inputs skipped"):
+        build_records(tree, tiny, tmp_path / "none.jsonl", "frames", n_frames=40, max_errors=2)
+    (tmp_path / "videos").mkdir()
+    whole = (tree / "videos" / "one.mp4").read_bytes()
+    (tmp_path / "videos" / "a.mp4").write_bytes(whole[: len(whole) // 3])
+    (tmp_path / "videos" / "b.mp4").write_bytes((tree / "videos" / "two.MP4").read_bytes())
+    (tmp_path / "videos" / "c.mp4").write_bytes(whole)
+    build_records(tmp_path, tiny, tmp_path / "video.jsonl", "video", n_frames=6, strides="1", max_errors=2)
+    assert skipped_names(tmp_path / "video.jsonl").keys() == {"a.mp4", "b.mp4"}
+    assert "too short: 5 frames, 6 needed" in skipped_names(tmp_path / "video.jsonl")["b.mp4"]
+
+
+def test_two_files_of_one_stem_are_reported(pairs, tiny):
+    write_image(pairs / "label" / "3.bmp", 9)
+    with pytest.raises(UserError, match=r"3\.bmp and 3\.png share the stem '3'"):
+        build_records(pairs, tiny, pairs / "out.jsonl", "paired")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("paired", {"input_dir": ""}, "--input_dir is missing"),
+        ("paired", {"input_dir": "nowhere"}, "--input_dir=.*nowhere: no such folder"),
+        ("paired", {"n_shots": 0}, "--n_shots=0: must be at least 1"),
+        ("paired", {"n_shots": 6}, "--n_shots=6: there are only 5 inputs"),
+        ("paired", {"target_dir": ""}, "--target_dir is missing"),
+        ("paired", {"target_dir": "label,other"}, "takes one folder"),
+        ("category", {"n_shots": 5}, "--n_shots=5: only 4 classes have images_per_shot=2 images"),
+        ("category", {"input_dir": "image"}, r"\d\.png is not in the folder of a class"),
+        ("video", {"strides": "1,two"}, "--strides=1,two: must be integers separated by ','"),
+        ("video", {"strides": "0"}, "--strides=0: each must be at least 1"),
+        ("video", {"input_dir": "image"}, "--input_dir=.*image: contains no file with extension .mp4, "),
+        ("images", {"shard": "2/2"}, "--shard=2/2: must be i/n"),
+        ("inpainting", {"hole_mask_ratio": 1.5}, "--hole_mask_ratio=1.5: must be 0..1"),
+        ("co3d", {"input_dir": "image"}, "made no sentence"),
+    ],
+)  # fmt: skip
+def test_invalid_settings_are_reported(tree, tiny, tmp_path, kind, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_records(tree, tiny, tmp_path / "out.jsonl", kind, **settings)
+    assert "\n" not in str(caught.value) and not os.listdir(tmp_path)

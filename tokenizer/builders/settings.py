@@ -1,0 +1,26 @@
+"""The settings that decide which images follow each other."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceSettings:
+    """Settings of the samplers and arrangements; each kind uses some of them.
+
+    Attributes:
+      seed: of every random choice.
+      n_shots: items of a sentence.
+      images_per_shot: images of each class of a sentence.
+      n_frames: frames of a window.
+      max_stride: the largest random stride between frames.
+      strides: the strides of a video's windows.
+      hole_mask_ratio: probability that a mask is a hole.
+    """
+
+    seed: int
+    n_shots: int
+    images_per_shot: int
+    n_frames: int
+    max_stride: int
+    strides: tuple[int, ...]
+    hole_mask_ratio: float

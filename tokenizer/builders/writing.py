@@ -1,0 +1,130 @@
+"""Writes the sentences of a build to a resumable file, with a progress bar and a report."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from EasyLM.data import records
+from EasyLM.process_pool import Workers
+from tokenizer.builders import image_ref
+from tokenizer.builders.code_cache import CodeCache
+from tokenizer.builders.kinds import KINDS, Sentence, compose
+from tokenizer.builders.pipeline import Codec, Encoder, Pipeline
+from tokenizer.builders.resumable_file import ResumableFile
+from tokenizer.builders.samplers import Sampler
+from tokenizer.builders.settings import SentenceSettings
+from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+
+_PENDING_BATCHES = 6  # up to three on the device or queued for it, the others being read
+_INITIAL_STATE = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildPlan:
+    """The sentences to write.
+
+    Attributes:
+      kind: a key of KINDS.
+      sampler: rows of the examples.
+      settings: of the arrangement.
+      n_epochs: passes over the inputs; decides only whether codes are cached.
+      examples: numbered through all epochs.
+    """
+
+    kind: str
+    sampler: Sampler
+    settings: SentenceSettings
+    n_epochs: int
+    examples: range
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a build may use; changes its speed, never its result.
+
+    Attributes:
+      batch_size: images encoded at a time.
+      workers: processes that read images.
+      cached_images: images whose codes are kept on disk for further epochs.
+    """
+
+    batch_size: int
+    workers: int
+    cached_images: int
+
+
+def write_sentences(
+    plan: BuildPlan, codec: Codec, file: ResumableFile, skipped: SkippedInputs, resources: Resources
+) -> dict[str, Any]:
+    """Writes the sentences that the file lacks, and returns the report."""
+    state = file.state or {**_INITIAL_STATE, "example": plan.examples.start}
+    skipped.restore(state["skipped"])
+    start = time.monotonic() - state["seconds"]
+    needs_cache = plan.n_epochs > 1 or KINDS[plan.kind].repeats_images
+    cache = CodeCache(
+        resources.cached_images if needs_cache else 0, codec.config.tokens_per_image, os.path.dirname(file.path) or "."
+    )
+    with (
+        Workers(resources.workers) as workers,
+        contextlib.closing(Encoder(codec)) as encoder,
+        progress_bar(plan.kind, state["example"] - plan.examples.start, len(plan.examples)) as bar,
+    ):
+        read = functools.partial(workers.submit, functools.partial(image_ref.read, size=codec.config.resolution))
+        max_pending = _PENDING_BATCHES * resources.batch_size + 2 * resources.workers
+        pipeline = Pipeline(read, encoder, cache, resources.batch_size, max_pending)
+        for sentence, codes in pipeline.run(_remaining(plan, state, workers, skipped)):
+            if isinstance(codes, dict):
+                for path, reason in codes.items():
+                    skipped.add(path, reason)
+                state["sentences_left_out"] += 1
+            else:
+                file.write(_record_line(plan.kind, sentence, codes, codec.config.num_embeddings))
+                state["sentences"] += 1
+                state["pictures"] += len(codes)
+            state |= {"example": sentence.example, "number": sentence.number + 1}
+            bar.set_postfix_str(encoder.progress_text(), refresh=False)
+            bar.update(sentence.example - plan.examples.start - bar.n)
+            if file.save_is_due():
+                file.save({**state, "seconds": time.monotonic() - start, "skipped": skipped.reasons})
+        bar.update(len(plan.examples) - bar.n)
+        return {
+            **{name: state[name] for name in ("sentences", "pictures", "sentences_left_out")},
+            "skipped": [{"input": path, "reason": reason} for path, reason in sorted(skipped.reasons.items())],
+            "seconds": round(time.monotonic() - start, 1),
+            "device_waiting_share": round(encoder.idle_share(), 3),
+        }
+
+
+def _remaining(
+    plan: BuildPlan, state: Mapping[str, Any], workers: Workers, skipped: SkippedInputs
+) -> Iterator[Sentence]:
+    """Yields the sentences from the resume point on."""
+    resume_point = state["example"], state["number"]
+    examples = range(resume_point[0], plan.examples.stop)
+    for sentence in compose(KINDS[plan.kind], plan.sampler, plan.settings, examples, workers, skipped):
+        if (sentence.example, sentence.number) >= resume_point:
+            yield sentence
+
+
+def progress_bar(description: str, done: int, total: int) -> tqdm:
+    """Returns a bar whose estimate of the remaining time ignores the examples of an earlier run."""
+    # Without a terminal, as in a job's log, one line a minute is enough.
+    bar = tqdm(unit="example", desc=description, mininterval=0.5 if sys.stderr.isatty() else 60)
+    bar.reset(total)
+    bar.initial = bar.n = bar.last_print_n = done
+    bar.refresh()
+    return bar
+
+
+def _record_line(kind: str, sentence: Sentence, codes: np.ndarray, num_codes: int) -> bytes:
+    tokens = codes.reshape(-1).astype(np.int32)
+    records.check_ids(tokens, num_codes)
+    return records.record_line(tokens, kind=kind, **image_ref.to_record(sentence.images))
