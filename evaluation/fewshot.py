@@ -29,7 +29,7 @@ from evaluation.runs import UNFINISHED, Results
 from evaluation.tasks import benchmarks, contact_sheet, metrics, plots, tasks
 from tokenizer.image_quality import FeatureStatistics, frechet_distance, inception, lpips, warn_if_few
 from tokenizer.media import charts, images
-from tokenizer.synthetic import scenes
+from tokenizer.synthetic import SPLITS
 
 FLAGS = {
     **PROMPTER_FLAGS,
@@ -43,7 +43,7 @@ FLAGS = {
     "data_dir": Flag("", "Folder of the benchmark's data; rendered: none."),
     "fold": Flag(0, "pascal_*: the classes 5 fold + 1 to 5 fold + 5 are asked for."),
     "tasks": Flag("", f"rendered: comma list of {', '.join(benchmarks.RENDERED)}; empty: all."),
-    "split": Flag("scenes", "rendered: what no training scene has, besides its seed.", choices=tuple(scenes.SPLITS)),
+    "split": Flag("scenes", "rendered: what no training scene has, besides its seed.", choices=tuple(SPLITS)),
     "n_examples": Flag(64, "rendered: scenes to draw queries and shots from."),
     "n_shots": Flag("3", "Comma list: examples before the query."),
     "n_context_frames": Flag("", "Comma list: frames before the one asked for; empty: as n_shots, but at least 1."),

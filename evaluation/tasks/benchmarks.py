@@ -20,14 +20,14 @@ from EasyLM.errors import UserError, choose
 from evaluation.tasks.tasks import Pair, Source
 from tokenizer.builders import views
 from tokenizer.media import folders, images
-from tokenizer.synthetic import scenes
+from tokenizer.synthetic import SPLITS, scenes
+from tokenizer.synthetic.seed_ranges import benchmark_seeds
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 _FOLD = 5  # classes
-_SEEDS = 10**6  # scenes of one seed
 
 
 def rendered(config, frames: int) -> list[Source]:
@@ -39,9 +39,9 @@ def rendered(config, frames: int) -> list[Source]:
     Raises:
       UserError: naming the flag.
     """
-    split = choose("--split", config.split, scenes.SPLITS)
+    split = choose("--split", config.split, SPLITS)
     names = [name for name in config.tasks.split(",") if name] or list(RENDERED)
-    seeds = range((config.seed + 500) * _SEEDS, (config.seed + 500) * _SEEDS + config.n_examples)
+    seeds = benchmark_seeds(config.seed, config.n_examples)
     sources = []
     for name in names:
         figure, sides = RENDERED[choose("--tasks", name, RENDERED)]

@@ -1,4 +1,4 @@
-"""Photographs that scikit-image and scikit-learn carry in their wheels: real pictures without a download."""
+"""Photographs from the wheels of scikit-image and scikit-learn: real images without a download."""
 
 import functools
 import importlib.util
@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 
 from EasyLM.errors import UserError
 
-# (package, path in it). A held-out photograph is in no training set, so figures on it are of a picture never seen.
+# (package, path in it). Held-out photographs are in no training set.
 TRAINING = (
     ("skimage", "data/astronaut.png"),
     ("skimage", "data/chelsea.png"),
@@ -27,14 +27,17 @@ HELD_OUT = (("skimage", "data/coffee.png"), ("sklearn", "datasets/images/flower.
 
 
 def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
-    """A square of a photograph, at least a third of its shorter side, perhaps mirrored: uint8 [size,size,3].
+    """A random square of a photograph, at least a third of its shorter side, mirrored half of the time.
+
+    Returns:
+      uint8 [size,size,3].
 
     Raises:
       UserError: if scikit-image or scikit-learn is not installed.
     """
     rng = np.random.default_rng([seed, 11])
-    names = HELD_OUT if held_out else TRAINING
-    photograph = _open(*names[rng.integers(len(names))])
+    files = HELD_OUT if held_out else TRAINING
+    photograph = _open(*files[rng.integers(len(files))])
     shorter = min(photograph.size)
     side = int(rng.uniform(max(size, shorter / 3), shorter))
     left, top = (int(rng.integers(extent - side + 1)) for extent in photograph.size)
@@ -43,22 +46,22 @@ def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
     return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels.copy()
 
 
-def recoloured(square: np.ndarray, seed: int) -> np.ndarray:
-    """The picture with other colours: hues turned, colours stronger or weaker, in one of four channels exchanged.
+def recolour(pixels: np.ndarray, seed: int) -> np.ndarray:
+    """Randomly shifts hues, scales saturation and, for one in four seeds, permutes channels: uint8 [S,S,3].
 
-    A few photographs have a few colours: who learns from these alone is sure of wrong ones elsewhere.
+    There are few photographs with few colours. Augmenting their colours prevents overfitting.
     """
     rng = np.random.default_rng([seed, 17])
-    hue, saturation, value = Image.fromarray(square).convert("HSV").split()
-    turned = hue.point(np.roll(np.arange(256), int(rng.normal(0, 24))).tolist())  # 24 of 256: about 34 degrees
-    picture = Image.merge("HSV", (turned, saturation, value)).convert("RGB")
-    pixels = np.asarray(ImageEnhance.Color(picture).enhance(rng.uniform(0.5, 1.5)))
-    return pixels[..., rng.permutation(3)] if rng.random() < 0.25 else pixels
+    hue, saturation, value = Image.fromarray(pixels).convert("HSV").split()
+    shifted = hue.point(np.roll(np.arange(256), int(rng.normal(0, 24))).tolist())  # 24 of 256: about 34 degrees
+    image = Image.merge("HSV", (shifted, saturation, value)).convert("RGB")
+    recoloured = np.asarray(ImageEnhance.Color(image).enhance(rng.uniform(0.5, 1.5)))
+    return recoloured[..., rng.permutation(3)] if rng.random() < 0.25 else recoloured
 
 
 @functools.cache
 def _open(package: str, path: str) -> Image.Image:
-    found = importlib.util.find_spec(package)
-    if found is None:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
         raise UserError(f"the photographs of {package} need it installed: pip install scikit-image scikit-learn")
-    return Image.open(pathlib.Path(found.origin).parent / path).convert("RGB")
+    return Image.open(pathlib.Path(spec.origin).parent / path).convert("RGB")

@@ -9,7 +9,7 @@ from EasyLM import flags
 from EasyLM.errors import UserError
 from evaluation import fewshot
 from evaluation.tasks import benchmarks, metrics
-from tokenizer.synthetic import scenes
+from tokenizer.synthetic import SPLITS, scenes
 
 SIDE = 24
 
@@ -120,7 +120,7 @@ def test_rendered_tasks_show_the_same_scenes(rendered):
 
 
 def test_rendered_queries_differ_from_training_scenes_by_seed_and_by_split():
-    for split in scenes.SPLITS:
+    for split in SPLITS:
         (source,) = benchmarks.rendered(settings(split=split, n_examples=1, tasks="depth"), 2)
         trained = [scenes.scene(seed * 10**6, SIDE)["image"] for seed in range(4)]
         assert not any(np.array_equal(source.pairs[0].input(SIDE), image) for image in trained)

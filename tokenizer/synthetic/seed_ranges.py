@@ -1,0 +1,44 @@
+"""Which seeds of scenes are for training and which are held out.
+
+A block is 10^6 consecutive seeds. `tokenizer.render --seed=B` draws from block B, so two values of --seed never share a
+scene. Blocks from `FIRST_HELD_OUT` on are reserved for evaluation:
+
+    blocks        seeds             used by
+    0..499        0..499,999,999    tokenizer.render: training sets, and test sets of your own
+    500 + S       500,000,000...    evaluation.fewshot --benchmark=rendered --seed=S
+    900           900,000,000...    the examples on the page of the service (also block of the benchmark's --seed=400)
+"""
+
+from EasyLM.errors import UserError
+
+SEEDS_PER_BLOCK = 10**6
+FIRST_HELD_OUT = 500
+_PAGE_EXAMPLES_BLOCK = 900
+
+
+def training_seed(block: int) -> int:
+    """The first seed of a block that may be rendered for training.
+
+    Raises:
+      UserError: if the block is reserved for evaluation.
+    """
+    if block >= FIRST_HELD_OUT:
+        raise UserError(
+            f"its scenes {block * SEEDS_PER_BLOCK:,}..{(block + 1) * SEEDS_PER_BLOCK - 1:,} are reserved: from "
+            f"{FIRST_HELD_OUT * SEEDS_PER_BLOCK:,} on, scenes are the test sets of evaluation.fewshot "
+            f"--benchmark=rendered and examples of the service; choose 0..{FIRST_HELD_OUT - 1}"
+        )
+    return block * SEEDS_PER_BLOCK
+
+
+def benchmark_seeds(seed: int, count: int) -> range:
+    """The seeds of `count` scenes of the rendered benchmark, other ones for each `seed`."""
+    assert seed >= 0
+    first = (FIRST_HELD_OUT + seed) * SEEDS_PER_BLOCK
+    return range(first, first + count)
+
+
+def page_example_seed(index: int) -> int:
+    """The seed of an example on the page of the service."""
+    assert 0 <= index < SEEDS_PER_BLOCK
+    return _PAGE_EXAMPLES_BLOCK * SEEDS_PER_BLOCK + index
