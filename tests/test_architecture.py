@@ -46,8 +46,8 @@ MOST_MODULES = 9  # directly in a package
 MOST_FUNCTION_LINES, MOST_FILE_LINES, MOST_TEST_LINES = 60, 300, 400
 # Folders that are being rebuilt; the limits hold in the rest.
 STILL_TO_DO = {
-    "EasyLM/models", "EasyLM/data", "EasyLM/storage", "EasyLM/training", "EasyLM/errors.py",
-    "EasyLM/process_pool.py", "tokenizer", "evaluation", "scripts", "tests",
+    "EasyLM/models", "EasyLM/training",
+    "tokenizer", "evaluation", "scripts", "tests",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Mutated files by the thousand: none ends a build, and none that cannot be used goes without being named."""
+"""Thousands of mutated files: none stops a build, and every unusable one is named."""
 
 import base64
 import gzip
@@ -30,7 +30,7 @@ FORMATS = {
 
 
 def mutations(whole: bytes, rng, count: int):
-    """Bytes changed, cut off, doubled, or swapped."""
+    """Yields copies with changed, removed or repeated bytes, or a changed header."""
     for i in range(count):
         data = bytearray(whole)
         place = int(rng.integers(len(data)))
@@ -57,7 +57,7 @@ def every_input_is_used_or_named(root, tiny, **settings):
 
 
 @pytest.mark.slow
-def test_mutated_pictures(tmp_path):
+def test_mutated_images(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for name, options in FORMATS.items():
@@ -81,13 +81,13 @@ def test_mutated_videos(tmp_path):
             (tmp_path / "in" / f"{i}.{name}").write_bytes(data)
     tiny = tiny_vqgan(tmp_path / "vqgan")
     used, named = every_input_is_used_or_named(tmp_path / "in", tiny, kind="video", n_frames=4, workers=2)
-    assert len(used) > 10 and len(named) > 100  # some are both: one of their two windows is sound
+    assert len(used) > 10 and len(named) > 100  # a file with one good window of two is in both
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_mutated_packed_files(tmp_path, ending):
-    """Each is mixed to sentences that were in it, or refused by its name."""
+def test_mutated_compressed_files(tmp_path, ending):
+    """Each file is mixed without a changed sentence, or refused by name."""
     rng = np.random.default_rng(0)
     lines = [records.record_line(rng.integers(0, 512, 40), number=i) for i in range(50)]
     pack = gzip.compress if ending == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
@@ -107,7 +107,7 @@ def test_mutated_packed_files(tmp_path, ending):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["map_color", "co3d"])
 def test_mutated_labels_and_depths(tmp_path, kind):
-    """Numbers in 16 bits, whose reading is not that of pictures: each is in a sentence or named."""
+    """16-bit label and depth images, which have their own reader: each is in a sentence or named."""
     rng = np.random.default_rng(0)
     numbers = rng.integers(0x3C00, 0x4400, (12, 16)).astype(np.uint16)  # as float16: 1 to 4
     Image.fromarray(numbers).save(tmp_path / "whole.png")
@@ -140,10 +140,10 @@ def test_mutated_labels_and_depths(tmp_path, kind):
 
 
 def is_record(line: bytes, vocab_size: int) -> bool:
-    """What a record is, by the standard library."""
+    """Whether the standard library reads the line as a record."""
     try:
         ids = np.frombuffer(base64.b64decode(json.loads(line)["tokens"], validate=True), "<i4")
-    except (ValueError, KeyError, TypeError):  # of which UnicodeDecodeError and binascii.Error are kinds
+    except (ValueError, KeyError, TypeError):  # and its kinds: UnicodeDecodeError, binascii.Error
         return False
     return not ids.size or (ids.min() >= 0 and ids.max() < vocab_size)
 
@@ -152,7 +152,7 @@ def test_mutated_lines(tmp_path, capsys):
     rng = np.random.default_rng(0)
     whole = records.record_line(rng.integers(0, 512, 40), kind="paired", sources=["a.png", "b.png"]).rstrip()
     lines = [line.replace(b"\n", b" ") for line in mutations(whole, rng, 2000)]
-    lines = [line for line in lines if line.strip()]  # blank lines are no sentences, and no errors
+    lines = [line for line in lines if line.strip()]  # blank lines are skipped
     path = tmp_path / "mutated.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
     good = [line for line in lines if is_record(line, 512)]

@@ -1,4 +1,4 @@
-"""Records and field lists: what a line says, which of its parts become tokens, and what a bad one is told."""
+"""Records and field lists: reading and writing, the parts that become tokens, messages about bad lines."""
 
 import base64
 import json
@@ -28,7 +28,7 @@ def processor(fields_flag="", tokenizer=None, vocab_size=8292, **settings):
     return record_fields.make_processor(field_settings, vocab_size, tokenizer)
 
 
-def test_a_record_survives_writing_and_reading(tmp_path):
+def test_record_round_trip(tmp_path):
     path = tmp_path / "two.jsonl"
     path.write_bytes(records.record_line(IDS, label="cat") + b"\n" + records.record_line([]))
     assert json.loads(path.read_text().splitlines()[0]) == {"tokens": RECORD["tokens"], "label": "cat"}
@@ -37,7 +37,7 @@ def test_a_record_survives_writing_and_reading(tmp_path):
     assert record["label"] == "cat" and len(none) == 0
 
 
-# What the release yields (tests/golden/README.md, "Record fields"); `,{tokens},` is where the release fails.
+# The results of the LVM release (tests/golden/README.md, "Record fields"), which fails on `,{tokens},`.
 @pytest.mark.parametrize(
     "names, ids, mask",
     [
@@ -58,7 +58,7 @@ def test_fields(names, ids, mask):
     assert got_ids.dtype == np.int32 and got_mask.dtype == np.float32
 
 
-def test_bos_and_eos_surround_a_record():
+def test_add_bos_and_eos():
     ids, mask = processor("{more}", add_bos_token=True, add_eos_token=True)(RECORD)
     np.testing.assert_array_equal(ids, [8192, *MORE, 8193])
     np.testing.assert_array_equal(mask, [0, 1, 1, 1])
@@ -73,7 +73,7 @@ def test_text_fields_are_joined_after_the_prepended_text():
     np.testing.assert_array_equal(ids, [98, 10, 99])
 
 
-def test_a_record_may_name_its_own_fields():
+def test_record_with_its_own_field_list():
     own = processor(fields_from_example="layout", add_eos_token=True)
     ids, mask = own({"layout": "[{more}],<|7|>", **RECORD})
     np.testing.assert_array_equal(ids, [*MORE, 7, 8193])
@@ -91,7 +91,7 @@ def test_item_types(dtype):
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({}, r"^fields: '' names no field: give for instance '\{tokens\}'"),
         ({"fields_flag": ", ,"}, "names no field"),
@@ -107,13 +107,13 @@ def test_item_types(dtype):
         ({"fields_flag": "{tokens}", "prepend_text": "x"}, "prepend_text='x': the first of '{tokens}' is not text"),
     ],
 )
-def test_wrong_settings_are_named(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
         processor(**settings)
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ("{tokens", r"not JSON \("),
         ("[1]", "not a JSON object but a list"),
@@ -127,8 +127,8 @@ def test_wrong_settings_are_named(settings, said):
         ('{"tokens": "/////w=="}', r"id -1 is outside the vocabulary 0\.\.8191"),
     ],
 )
-def test_a_bad_line_has_an_address(tmp_path, line, said):
+def test_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"tokens": "AQAAAA=="}\n\n' + line + "\n")
-    with pytest.raises(UserError, match=f"^{path}:3: {said}"):
+    with pytest.raises(UserError, match=f"^{path}:3: {message}"):
         list(records.read_records(str(path), 8192))

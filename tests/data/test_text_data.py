@@ -1,4 +1,4 @@
-"""Text becomes the same rows as images do: tokenizers made here, token stores, Hugging Face data sets."""
+"""Rows of text: text tokenizers, token stores, Hugging Face datasets."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def encoded(tokenizer, sentences=SENTENCES):
 
 
 @pytest.mark.parametrize("kind", ["model", "json"])
-def test_tokenizers_encode_and_add_their_own_special_ids(tokenizer_files, kind):
+def test_tokenizers_add_their_special_ids(tokenizer_files, kind):
     plain = load(tokenizer_files[kind])
     ids = plain.encode(SENTENCES[0])
     assert 7 <= len(ids) < 40 and min(ids) >= 0 and max(ids) < plain.vocab_size
@@ -89,9 +89,9 @@ def test_wrong_tokenizer_files(tmp_path):
     assert load("") is None
     with pytest.raises(UserError, match=r"--tokenizer.vocab_file=no.model: no such file"):
         load("no.model")
-    for name, said in (("bad.model", "not a SentencePiece model"), ("bad.json", "not a tokenizer.json")):
+    for name, message in (("bad.model", "not a SentencePiece model"), ("bad.json", "not a tokenizer.json")):
         (tmp_path / name).write_text("{}")
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             load(str(tmp_path / name))
 
 
@@ -112,7 +112,7 @@ def test_json_text(tokenizer_files, tmp_path, kind, processes):
     assert source.metrics(3)["dataset_example_index"] == np.searchsorted(ends, 3 * 16, side="right") > 0
 
 
-def test_tokenized_once(tokenizer_files, tmp_path, monkeypatch):
+def test_tokens_are_cached(tokenizer_files, tmp_path, monkeypatch):
     tokenizer = load(tokenizer_files["json"])
     path = write_jsonl(tmp_path / "text.jsonl")
     first = dataset.make_dataset(config_of("json", path), tokenizer, 100).rows(3, 5)
@@ -147,7 +147,7 @@ def test_masks_bos_shuffle_and_start(tokenizer_files, tmp_path):
     np.testing.assert_array_equal(got["loss_masks"], expected_rows(masks, source.rows_per_epoch)[1][order])
 
 
-def test_bad_text_has_an_address(tokenizer_files, tmp_path):
+def test_bad_text_is_named(tokenizer_files, tmp_path):
     tokenizer = load(tokenizer_files["json"])
     path = write_jsonl(tmp_path / "text.jsonl", SENTENCES[:3])
     path.write_text(path.read_text() + '{"text": 5}\n\n{"txt": ""}\n' + path.read_text())
@@ -162,7 +162,7 @@ def test_bad_text_has_an_address(tokenizer_files, tmp_path):
 
 class TestHuggingFace:
     @pytest.mark.parametrize("form", ["file", "directory", "text", "saved", "saved splits"])
-    def test_every_local_form_gives_the_same_rows(self, tokenizer_files, tmp_path, form):
+    def test_local_forms_give_the_same_rows(self, tokenizer_files, tmp_path, form):
         tokenizer = load(tokenizer_files["model"], add_eos_token=True)
         path = tmp_path / "data"
         if "saved" in form:
@@ -186,12 +186,12 @@ class TestHuggingFace:
         again = dataset.make_dataset(config_of("huggingface", path), tokenizer, 100)
         assert again.fingerprint == source.fingerprint
 
-    def test_a_dataset_of_the_hub_is_asked_for_by_its_settings(self, tokenizer_files, tmp_path, monkeypatch):
+    def test_hub_dataset_settings(self, tokenizer_files, tmp_path, monkeypatch):
         datasets = pytest.importorskip("datasets")
-        asked = []
+        calls = []
 
         def load_dataset(*arguments, **settings):
-            asked.append((arguments, settings))
+            calls.append((arguments, settings))
             made = datasets.Dataset.from_dict({"text": SENTENCES})
             return (example for example in made) if settings["streaming"] else made
 
@@ -202,7 +202,7 @@ class TestHuggingFace:
             config = config_of("huggingface", "some/corpus", name="en", split="validation", streaming=streaming)
             source = dataset.make_dataset(config, tokenizer, 100)
             np.testing.assert_array_equal(source.rows(0, 9)["input_tokens"], expected_rows(encoded(tokenizer), 9)[0])
-            assert asked.pop() == (("some/corpus", "en"), {"split": "validation", "streaming": streaming})
+            assert calls.pop() == (("some/corpus", "en"), {"split": "validation", "streaming": streaming})
 
     def test_batch_token_dtype(self, tokenizer_files, tmp_path):
         tokenizer = load(tokenizer_files["json"])
@@ -214,7 +214,7 @@ class TestHuggingFace:
         with pytest.raises(UserError, match="batch_token_dtype=i2: holds ids up to 32767, the vocabulary has 60000"):
             dataset.make_dataset(config_of("huggingface", path, batch_token_dtype="i2"), tokenizer, 60000)
 
-    def test_what_is_missing_is_named(self, tokenizer_files, tmp_path):
+    def test_missing_data_is_named(self, tokenizer_files, tmp_path):
         datasets = pytest.importorskip("datasets")
         tokenizer = load(tokenizer_files["json"])
         made = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": SENTENCES})})
@@ -222,7 +222,7 @@ class TestHuggingFace:
         (tmp_path / "nothing").mkdir()
         (tmp_path / "latin.txt").write_bytes(b"good\ncaf\xe9\n")
         (tmp_path / "a.jsonl.gz").touch()
-        for path, settings, said in (
+        for path, settings, message in (
             ("saved", {"split": "test"}, r"--train_dataset.huggingface_dataset.split='test': choose one of 'train'"),
             ("saved", {"fields": "txt"}, r"saved\[train\], example 0: lacks the field 'txt' \(fields here: text\)"),
             ("nothing", {}, r"huggingface_dataset.path=.*nothing: holds no saved dataset, and no .jsonl or .txt file"),
@@ -230,5 +230,5 @@ class TestHuggingFace:
             ("latin.txt", {}, r"latin.txt:2: not UTF-8 text"),
             ("a.jsonl.gz", {}, r"huggingface_dataset.path=.*a.jsonl.gz: is compressed"),
         ):
-            with pytest.raises(UserError, match=said):
+            with pytest.raises(UserError, match=message):
                 dataset.make_dataset(config_of("huggingface", tmp_path / path, **settings), tokenizer, 100)

@@ -45,7 +45,7 @@ def test_a_failed_rename_leaves_no_temporary_file(target, monkeypatch):
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_data_is_flushed_before_the_rename_if_asked(target, monkeypatch, sync):
+def test_sync_flushes_before_the_rename(target, monkeypatch, sync):
     calls = []
     replace, fsync = os.replace, os.fsync
     monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: calls.append("fsync") or fsync(descriptor))
