@@ -1,13 +1,11 @@
-"""How fast a vqlm_100m train state (1.4 GB) is saved and loaded, against plain reading and writing of as many bytes.
+"""Saves and loads a vqlm_100m train state (1.4 GB), and compares with plain reads and writes of as many bytes.
 
-    python scripts/bench_checkpoint.py [--dir=/tmp] [--rounds=5]
+    python scripts/bench_checkpoint.py --directory=/tmp --rounds=5
 
-Every figure is the median over the rounds; what is compared takes turns within each round, without a pause in between:
-a virtual machine may hand freed memory back to its host, and first use of it is slow afterwards. Run it on an idle
-machine.
+Prints medians over the rounds. In each round the operations alternate without a pause: a virtual machine may return
+freed memory to its host, and its first use afterwards is slow. Run it on an idle machine.
 """
 
-import argparse
 import os
 import pathlib
 import shutil
@@ -16,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -27,44 +27,48 @@ import optax
 from tqdm import trange
 
 from EasyLM import checkpoints
+from EasyLM.flags import Flag, run
 from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import PRESETS
 from EasyLM.training import step
 
-CONFIG = ml_collections.ConfigDict({"float_dtype": "", "save_optimizer_state": True})
-BLOCK = 64 << 20
-NOISE = np.random.default_rng(0).bytes(BLOCK)  # some disks are fast with zeros
+CHECKPOINTER = ml_collections.ConfigDict({"float_dtype": "", "save_optimizer_state": True})
+BLOCK_BYTES = 64 << 20
+NOISE = np.random.default_rng(0).bytes(BLOCK_BYTES)  # random: some disks are faster with zeros
+
+FLAGS = {
+    "directory": Flag(tempfile.gettempdir(), "Directory for temporary files; the benchmark measures its disk."),
+    "rounds": Flag(5, "Rounds, whose median counts.", least=1),
+    "only_memory": Flag(False, "Measure only the memory of two saves; the benchmark runs itself with this flag."),
+}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", default=tempfile.gettempdir(), help="where to write; its disk is what is measured")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only_memory", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    directory = tempfile.mkdtemp(dir=arguments.dir)
+def main(config: ml_collections.ConfigDict) -> None:
+    """Measures time in this process and memory in a second one."""
+    directory = tempfile.mkdtemp(dir=config.directory)
     try:
-        if arguments.only_memory:
+        if config.only_memory:
             print(extra_memory(directory))
-        else:
-            speed(directory, arguments.rounds)
-            command = [sys.executable, __file__, f"--dir={arguments.dir}", "--only_memory"]
-            ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            report("extra memory of two saves / state", ratio, 1.2)
+            return
+        measure_speed(directory, config.rounds)
+        command = [sys.executable, __file__, f"--directory={config.directory}", "--only_memory"]
+        ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        report("extra memory of two saves / state", ratio, 1.2)
     finally:
         shutil.rmtree(directory)
 
 
-def speed(directory: str, rounds: int) -> None:
+def measure_speed(directory: str, rounds: int) -> None:
+    """Prints the seconds of each operation, and its ratios with their bounds."""
     state = make_state()
-    saver = checkpoints.Checkpointer(directory, CONFIG)
+    saver = checkpoints.Checkpointer(directory, CHECKPOINTER)
     saver.prepare(state)
-    saver.wait()  # in training, compilation takes longer than this
+    saver.wait()  # during training, this overlaps with compilation
     path = os.path.join(directory, "streaming_train_state")
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    times = {name: [] for name in ("blocked", "save", "write", "read", "load")}
+    times: dict[str, list[float]] = {name: [] for name in ("blocked", "save", "write", "read", "load")}
 
-    def timed(name, function, *args):
+    def timed(name: str, function: Callable, *args: Any) -> Any:
         begin = time.perf_counter()
         result = function(*args)
         times[name].append(time.perf_counter() - begin)
@@ -89,6 +93,8 @@ def speed(directory: str, rounds: int) -> None:
 
 
 def make_state() -> step.TrainState:
+    """Returns a vqlm_100m train state filled with ones."""
+
     def init(key):
         return llama_model.init_params(PRESETS["vqlm_100m"], key), {}
 
@@ -97,19 +103,20 @@ def make_state() -> step.TrainState:
 
 
 def write(path: str, num_bytes: int) -> None:
+    """Writes and syncs a file of random bytes."""
     block = memoryview(NOISE)
     with open(path, "wb") as file:
-        for begin in range(0, num_bytes, BLOCK):
+        for begin in range(0, num_bytes, BLOCK_BYTES):
             file.write(block[: num_bytes - begin])
         file.flush()
         os.fsync(file.fileno())
 
 
 def extra_memory(directory: str) -> float:
-    """Peak of the process's memory over two saves, beyond what it has before, as a share of the state."""
+    """Returns the peak memory of two saves beyond that before them, as a share of the state's size."""
     state = jax.block_until_ready(make_state())
     before = resident("VmRSS")
-    saver = checkpoints.Checkpointer(directory, CONFIG)
+    saver = checkpoints.Checkpointer(directory, CHECKPOINTER)
     for i in range(2):
         saver.save(state, i, {}, {})
         saver.wait()
@@ -117,13 +124,20 @@ def extra_memory(directory: str) -> float:
 
 
 def resident(name: str) -> int:
+    """Returns VmRSS or VmHWM of this process, in bytes."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 def report(name: str, value: float, bound: float) -> None:
+    """Prints a value with its upper bound."""
     print(f"{name:45s} {value:6.2f}  (bound {bound}: {'met' if value < bound else 'NOT MET'})")
 
 
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
+    run(main, FLAGS)
+
+
 if __name__ == "__main__":
-    main()
+    cli()

@@ -1,11 +1,10 @@
-"""Peak memory of export to and import from Hugging Face, against the size of the parameters on disk.
+"""Measures the peak memory of export to and import from Hugging Face, as a multiple of the parameters on disk.
 
-    python scripts/bench_convert.py [--model_size=vqlm_1b] [--dir=/tmp]
+    python scripts/bench_convert.py --model_size=vqlm_1b --directory=/tmp
 
-Each conversion is a process of its own; needs three times the parameters' size (vqlm_1b: 4.6 GB) on the disk.
+Each conversion runs in its own process. The disk needs three times the size of the parameters (vqlm_1b: 4.6 GB).
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -18,34 +17,39 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from EasyLM.checkpoints import stacking, streaming
+from EasyLM.flags import Flag, run
 from EasyLM.models.llama import hf_layout
-from EasyLM.models.llama.llama_config import PRESETS
+from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig
 
 BOUND = 1.5
 
+FLAGS = {
+    "model_size": Flag("vqlm_1b", "Preset of the model.", choices=tuple(PRESETS)),
+    "directory": Flag(tempfile.gettempdir(), "Directory for temporary files."),
+}
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_size", default="vqlm_1b", choices=PRESETS)
-    parser.add_argument("--dir", default=tempfile.gettempdir())
-    arguments = parser.parse_args()
-    directory = tempfile.mkdtemp(dir=arguments.dir)
+
+def main(config: ConfigDict) -> None:
+    """Exports random parameters, imports them again, and compares the bytes."""
+    directory = tempfile.mkdtemp(dir=config.directory)
     try:
         path = os.path.join(directory, "params")
-        size = write_params(path, PRESETS[arguments.model_size])
-        print(f"{arguments.model_size}: {size / 1e9:.2f} GB of float32 parameters")
+        size = write_params(path, PRESETS[config.model_size])
+        print(f"{config.model_size}: {size / 1e9:.2f} GB of float32 parameters")
         export = f"--load_checkpoint=params::{path}", f"--output_dir={directory}/hf"
         measure("convert_easylm_to_hf", size, *export)
         measure("convert_hf_to_easylm", size, f"--hf_model={directory}/hf", f"--output_file={directory}/back/params")
-        print("the same bytes come back:", subprocess.call(["cmp", path, f"{directory}/back/params"]) == 0)
+        same = subprocess.call(["cmp", path, f"{directory}/back/params"]) == 0
+        print(f"the imported file is {'identical' if same else 'DIFFERENT'}")
     finally:
         shutil.rmtree(directory)
 
 
-def write_params(path: str, model) -> int:
-    """Writes random parameters, entry by entry, and the metadata beside them; returns the file's size."""
+def write_params(path: str, model: LLaMAConfig) -> int:
+    """Writes random parameters entry by entry, and the metadata beside them. Returns the size of the file."""
     rng = np.random.default_rng(0)
     with open(path, "wb") as file:
         for key, leaf, _ in stacking.file_order(hf_layout.parameter_shapes(model)):
@@ -56,6 +60,7 @@ def write_params(path: str, model) -> int:
 
 
 def measure(tool: str, size: int, *flags: str) -> None:
+    """Runs a conversion and prints its peak memory and time."""
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", f"EasyLM.models.llama.{tool}", *flags], stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -68,5 +73,10 @@ def measure(tool: str, size: int, *flags: str) -> None:
     )
 
 
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
+    run(main, FLAGS)
+
+
 if __name__ == "__main__":
-    main()
+    cli()

@@ -1,11 +1,12 @@
-"""How fast JSONL becomes rows, and in how much memory: `python scripts/bench_data.py` on an idle machine.
+"""Measures how fast JSONL becomes rows, and the memory it takes: `python scripts/bench_data.py` on an idle machine.
 
-Writes a file of random sentences, then prints one line for each figure with its bound: the rate of building the index
-on one core; the rate of reading rows in order, once indexed, over that of a plain loop (json.loads, base64.b64decode,
-numpy), both over the same lines in turn; the rate of rows of the same file packed (tokenizer.pack), over that of
-copying its memory-mapped ids, in turn; the rate of shuffled rows of either, for which drawing the order counts most;
-and the peak memory of a process that indexes and reads, beyond a bare Python. The shorter the lines, the more Python's
-own work a line counts, in all rates.
+Writes a file of random sentences and prints each measurement with its bound:
+- the rate of building the index on one core;
+- the rate of indexed rows in order, relative to a plain loop (json.loads, base64.b64decode, numpy);
+- the rate of rows of the packed file (tokenizer.pack), relative to a copy of its memory-mapped ids;
+- the rates of shuffled rows of both files, which drawing the order dominates;
+- the peak memory of a process that indexes and reads the file, beyond that of the interpreter.
+Relative rates alternate over the same lines. Shorter lines lower all rates.
 """
 
 import base64
@@ -18,28 +19,29 @@ import tempfile
 import time
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from EasyLM import flags
 from EasyLM.data import packed_file, records
 from EasyLM.data.dataset import DATASET_FLAGS, make_dataset
-from EasyLM.flags import Flag
+from EasyLM.data.token_rows import TokenRows
+from EasyLM.flags import Flag, defaults, run
 from EasyLM.storage import open_columns
 from EasyLM.vocab import CODEBOOK_SIZE, VOCAB_SIZE
 
 SEQ_LENGTH = 4096
 BATCH = 32
-TURNS = 8  # in which plain loop and rows alternate, so that a disturbance of the machine meets both
+TURNS = 8  # in which plain loop and rows alternate, so that other load on the machine slows both
 
-DEFINITIONS = {
-    "megabytes": Flag(1100, "Size of the file."),
-    "tokens_per_line": Flag(4096, "Average length of a sentence; 16 images of 256 tokens are 4096."),
-    "directory": Flag("", "Where the file is put for the time of the benchmark; empty: the system's place for such."),
-    "read_only": Flag("", "Used by the benchmark itself: index and read this file, and print what memory that took."),
+FLAGS = {
+    "megabytes": Flag(1100, "Size of the file.", least=1),
+    "tokens_per_line": Flag(4096, "Average length of a sentence; 16 images of 256 tokens are 4096.", least=4),
+    "directory": Flag("", "Directory of the temporary file; empty: the system's."),
+    "read_only": Flag("", "Index and read this file and print the memory; the benchmark runs itself with this flag."),
 }
 
 
-def main(config) -> None:
-    """Prints each figure with its bound; exits with code 1 if one is missed."""
+def main(config: ConfigDict) -> None:
+    """Prints each measurement with its bound. Exits with code 1 if one is missed."""
     if config.read_only:
         read_all(rows_of(config.read_only))
         with open("/proc/self/status") as status:
@@ -71,6 +73,7 @@ def main(config) -> None:
 
 
 def write_sentences(path: str, size: float, tokens_per_line: int) -> None:
+    """Writes at least `size` bytes of random sentences."""
     rng = np.random.default_rng(0)
     with open(path, "wb") as file:
         while file.tell() < size:
@@ -78,20 +81,22 @@ def write_sentences(path: str, size: float, tokens_per_line: int) -> None:
             file.write(records.record_line(rng.integers(0, CODEBOOK_SIZE, length)))
 
 
-def rows_of(path: str, shuffle_seed: int = -1):
-    config = flags.defaults(DATASET_FLAGS)
+def rows_of(path: str, shuffle_seed: int = -1) -> TokenRows:
+    """Returns the row source of a file."""
+    config = defaults(DATASET_FLAGS)
     config.text_processor.fields = "{tokens}"
     config.json_dataset.update(path=path, seq_length=SEQ_LENGTH, batch_size=BATCH, shuffle_seed=shuffle_seed)
     return make_dataset(config, None, VOCAB_SIZE)
 
 
-def read_all(source) -> None:
+def read_all(source: TokenRows) -> None:
+    """Reads one epoch of rows."""
     for row in range(0, source.rows_per_epoch, BATCH):
         source.rows(row, BATCH)
 
 
-def rates(path: str, source) -> tuple[float, float]:
-    """Million tokens a second of the plain loop and of the row source, over the same parts of the file in turn."""
+def rates(path: str, source: TokenRows) -> tuple[float, float]:
+    """Returns million tokens a second of the plain loop and of the row source, which alternate over the file."""
     tokens, seconds = np.zeros(2), np.zeros(2)
     with open(path) as lines:
         for turn in range(TURNS):
@@ -102,11 +107,12 @@ def rates(path: str, source) -> tuple[float, float]:
             while tokens[1] < source.num_tokens * (turn + 1) / TURNS:
                 tokens[1] += source.rows(int(tokens[1]) // SEQ_LENGTH, BATCH)["input_tokens"].size
             seconds += middle - begin, time.perf_counter() - middle
-    return tuple(tokens / seconds / 1e6)
+    plain, ours = tokens / seconds / 1e6
+    return plain, ours
 
 
 def shuffled_rate(path: str) -> float:
-    """Million tokens a second of the row source, in a random order."""
+    """Returns million tokens a second of shuffled rows."""
     source = rows_of(path, shuffle_seed=0)
     begin = time.perf_counter()
     read_all(source)
@@ -114,7 +120,7 @@ def shuffled_rate(path: str) -> float:
 
 
 def packed_rates(path: str) -> tuple[float, float]:
-    """Million tokens a second of copying the mapped ids to int32, a batch at a time, and of the row source, in turn."""
+    """Returns million tokens a second of copying mapped ids to int32 and of the row source, alternating by batch."""
     source = rows_of(path)
     ids = open_columns(path).arrays["ids"]
     batches = len(ids) // (BATCH * SEQ_LENGTH)
@@ -125,27 +131,27 @@ def packed_rates(path: str) -> tuple[float, float]:
         middle = time.perf_counter()
         source.rows(batch * BATCH, BATCH)
         seconds += middle - begin, time.perf_counter() - middle
-    return tuple(batches * BATCH * SEQ_LENGTH / seconds / 1e6)
+    copied, in_order = batches * BATCH * SEQ_LENGTH / seconds / 1e6
+    return copied, in_order
 
 
 def memory_beyond_interpreter(path: str) -> float:
-    """Megabytes at the peak of a process that indexes and reads the whole file, less those of one that does nothing."""
+    """Returns the peak megabytes of a process that indexes and reads the file, less those of a bare interpreter."""
     bare = [sys.executable, "-c", "print(open('/proc/self/status').read())"]
     reader = [sys.executable, __file__, f"--read_only={path}"]
-    # VmHWM, the most that was resident. (ru_maxrss begins with the memory of the process that started this one.)
-    empty, full = (
-        int(
-            re.search(r"VmHWM:\s*(\d+) kB", subprocess.run(command, check=True, capture_output=True, text=True).stdout)[
-                1
-            ]
-        )
-        for command in (bare, reader)
-    )
-    return (full - empty) * 1024 / 1e6
+    return (_peak_kilobytes(reader) - _peak_kilobytes(bare)) * 1024 / 1e6
+
+
+def _peak_kilobytes(command: list[str]) -> int:
+    """VmHWM of a command that prints /proc/self/status. (ru_maxrss includes the memory of the parent process.)"""
+    status = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    match = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert match, status
+    return int(match[1])
 
 
 def report(name: str, value: float, unit: str, at_least: float = -np.inf, at_most: float = np.inf) -> bool:
-    """Prints a figure with its bound; returns whether it is met."""
+    """Prints a measurement with its bound. Returns whether the bound is met."""
     met = at_least <= value <= at_most
     bound = f"at least {at_least}" if at_most == np.inf else f"at most {at_most}"
     print(f"{name}: {value:.1f} {unit} (required: {bound}) {'ok' if met else 'MISSED'}")
@@ -154,7 +160,7 @@ def report(name: str, value: float, unit: str, at_least: float = -np.inf, at_mos
 
 def cli() -> None:
     """Runs the command with the flags of the command line."""
-    flags.run(main, DEFINITIONS)
+    run(main, FLAGS)
 
 
 if __name__ == "__main__":

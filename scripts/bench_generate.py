@@ -1,15 +1,15 @@
-"""Generation speed against transformers' `generate`: `python scripts/bench_generate.py` (needs the extra `torch`).
+"""Compares generation speed with transformers' `generate`: `python scripts/bench_generate.py` (extra: `torch`).
 
 On a CPU: vqlm_100m, float32, random weights, a prompt of 1,024 tokens and 256 new ones, sampled from the image codes.
-Heads are split over devices made of the cores (evaluation/EVAL.md says how any program is told to).
-Both sides hold the same weights (exported by this project and loaded by transformers, with its KV cache) and take
-turns, so that what else the machine does falls on both; greedy tokens are compared first. For four candidates of one
-prompt the peer is `num_return_sequences=4`, which reads the prompt for each candidate, all four in one batch; the LVM
-release calls `generate` once for each, which is four times the time of one. Bounds: 2 and 5 times the peer's speed.
+Each core is a device, and the heads are split over the devices (evaluation/EVAL.md describes this for any program).
+Both sides have the same weights (exported by this project, loaded by transformers with its KV cache) and alternate,
+so that other load on the machine slows both. Greedy tokens are compared first. For four candidates of a prompt the
+peer uses `num_return_sequences=4`, which computes the prompt for each candidate in one batch; the LVM release calls
+`generate` for each candidate, which takes four times as long as one. Bounds: 2 and 5 times the peer's speed.
 
-On a GPU: vqlm_1b and vqlm_7b, bf16, random weights, batches of 1, 16 and 64 prompts, empty (one token) and 3,840 tokens
-long. A step's limit is the time to read the weights and the filled caches once, at the rate of a large copy measured
-beside it; where torch has the GPU too, the peer is transformers with a static cache and compilation.
+On a GPU: vqlm_1b and vqlm_7b, bf16, random weights, batches of 1, 16 and 64 prompts of 1 and 3,840 tokens. The limit
+of a step is the time to read the weights and the filled caches once at the rate of a large copy, measured in the same
+run. If torch has the GPU too, the peer is transformers with a static cache and compilation.
 """
 
 import math
@@ -17,8 +17,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
-# On a CPU each core is a device, which computes with that core alone.
+# On a CPU each core is a device, which computes with one thread.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs room on the same GPU
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
@@ -26,11 +28,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from EasyLM import flags
 from EasyLM.checkpoints import Entry, stacking
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, run
 from EasyLM.models import generate
 from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_decode import LLaMADecoder
@@ -43,15 +45,15 @@ GPU_MODELS, GPU_BATCHES, GPU_PROMPTS, GPU_SHARE = ("vqlm_1b", "vqlm_7b"), (1, 16
 FLAGS = {
     "load_llama_config": Flag("", "Comma list of presets; empty: vqlm_100m on a CPU, vqlm_1b,vqlm_7b on a GPU."),
     "candidates": Flag("1,4", "Comma list of numbers of candidates, on a CPU."),
-    "prompt_tokens": Flag(1024, "Length of the prompt, on a CPU."),
-    "new_tokens": Flag(256, "Tokens to generate."),
-    "rounds": Flag(3, "Turns that each side takes; the median counts."),
+    "prompt_tokens": Flag(1024, "Length of the prompt, on a CPU.", least=1),
+    "new_tokens": Flag(256, "Tokens to generate.", least=2),
+    "rounds": Flag(3, "Turns of each side, whose median counts.", least=1),
     "peer": Flag(True, "Measure transformers too."),
 }
 
 
-def main(config) -> None:
-    """Measures what this machine is for."""
+def main(config: ConfigDict) -> None:
+    """Measures each model on this machine's GPU, or on its CPU."""
     cores = len(os.sched_getaffinity(0))
     jax.config.update("jax_num_cpu_devices", cores)
     gpu = jax.default_backend() == "gpu"
@@ -62,8 +64,8 @@ def main(config) -> None:
         (on_gpu if gpu else on_cpu)(config, model)
 
 
-def on_cpu(config, model) -> None:
-    """Both sides in turns, for each number of candidates."""
+def on_cpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
+    """Measures both sides in turns for each number of candidates."""
     params = random_params(model, jnp.float32)
     peer = Peer(model, params, jnp.float32) if config.peer else None
     devices = jax.devices()[: math.gcd(jax.device_count(), model.num_attention_heads)]
@@ -71,7 +73,7 @@ def on_cpu(config, model) -> None:
     params = jax.device_put(params, shardings(mesh, llama_config.PARTITION_RULES, params))
     prompt_P = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, config.prompt_tokens).astype(np.int32)
 
-    def ours(candidates, new_tokens=config.new_tokens, temperature=1.0):
+    def ours(candidates: int, new_tokens: int = config.new_tokens, temperature: float = 1.0) -> np.ndarray:
         return generate.generate(
             LLaMADecoder(model, mesh=mesh),
             params,
@@ -109,12 +111,13 @@ def on_cpu(config, model) -> None:
                 )
 
 
-def rate(rows: int, config, seconds: float) -> str:
+def rate(rows: int, config: ConfigDict, seconds: float) -> str:
+    """Formats tokens a second."""
     return f"{rows * config.new_tokens / seconds:7.1f} tokens/s in {seconds:6.2f} s"
 
 
-def on_gpu(config, model) -> None:
-    """Each batch and prompt against the limit of the memory's bandwidth, and against the peer."""
+def on_gpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
+    """Compares each batch and prompt with the limit of the memory bandwidth, and with the peer."""
     params = random_params(model, jnp.bfloat16)
     bandwidth = copy_rate()
     print(f"copying: {bandwidth / 1e12:.2f} TB/s")
@@ -159,38 +162,41 @@ def _torch_has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def step_seconds(tokens, config) -> tuple[float, float]:
-    """Seconds of a step and of the prompt, by what `tokens(n)` takes for n = 1 and for all."""
+def step_seconds(tokens: Callable[[int], Any], config: ConfigDict) -> tuple[float, float]:
+    """Returns the seconds of a step and of the prompt, from the times of `tokens(1)` and `tokens(new_tokens)`."""
     tokens(config.new_tokens), tokens(1)  # compile
     seconds = in_turns({"all": lambda: tokens(config.new_tokens), "first": lambda: tokens(1)}, config.rounds)
     return (seconds["all"] - seconds["first"]) / (config.new_tokens - 1), seconds["first"]
 
 
-def step_bytes(model, batch: int, length: float) -> float:
-    """What a step reads in bf16: all weights but the embedding, and keys and values of `length` tokens of each row."""
+def step_bytes(model: llama_config.LLaMAConfig, batch: int, length: float) -> float:
+    """Returns the bytes that a step reads in bf16: all weights but the embedding, and the caches of `length` tokens."""
     weights = llama_config.num_parameters(model) - model.vocab_size * model.hidden_size
     return 2 * (weights + batch * length * 2 * model.num_hidden_layers * model.hidden_size)
 
 
-def memory(model, batch: int, length: int, new_tokens: int) -> float:
-    """Bytes at the worst moment, when the prompt has been read, in bf16: the weights as they are loaded and as steps
-    want them, the prompt's cache stacked and by layer, the candidates' cache, activations of one layer."""
+def memory(model: llama_config.LLaMAConfig, batch: int, length: int, new_tokens: int) -> float:
+    """Returns the peak bytes, which occur after the prompt, in bf16.
+
+    They are the weights as loaded and as unstacked for the steps, the prompt's cache stacked and by layer, the
+    candidates' cache, and the activations of one layer.
+    """
     weights = 2 * llama_config.num_parameters(model)
     caches = step_bytes(model, batch, 2 * length + new_tokens) - step_bytes(model, batch, 0)
     return 2 * weights + caches + 2 * batch * length * (6 * model.hidden_size + 3 * model.intermediate_size)
 
 
 def copy_rate() -> float:
-    """Bytes per second, read and written, of a copy of 4 GB."""
+    """Returns the bytes a second, read and written, of a copy of 4 GB."""
     array = jnp.zeros(2**31, jnp.bfloat16)
     add = jax.jit(lambda x: x + 1)
     seconds = in_turns({"copy": lambda: add(array).block_until_ready()}, 5)["copy"]
     return 2 * array.nbytes / seconds
 
 
-def in_turns(sides: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each side's calls."""
-    seconds = {name: [] for name in sides}
+def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Returns the median seconds of each side's calls, which alternate."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
             begin = time.perf_counter()
@@ -199,7 +205,9 @@ def in_turns(sides: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def random_params(model, dtype) -> dict:
+def random_params(model: llama_config.LLaMAConfig, dtype: Any) -> dict:
+    """Returns random parameters of this type."""
+
     def make(key):
         return jax.tree.map(lambda x: x.astype(dtype), llama_model.init_params(model, key))
 
@@ -209,7 +217,7 @@ def random_params(model, dtype) -> dict:
 class Peer:
     """transformers' LLaMA with the same weights."""
 
-    def __init__(self, model, params, dtype, device: str = "cpu"):
+    def __init__(self, model: llama_config.LLaMAConfig, params: dict, dtype: Any, device: str = "cpu"):
         try:
             import torch
             import transformers
@@ -225,8 +233,15 @@ class Peer:
             torch_dtype = {jnp.float32: torch.float32, jnp.bfloat16: torch.bfloat16}[dtype]
             self._model = transformers.LlamaForCausalLM.from_pretrained(output_dir, dtype=torch_dtype).to(device).eval()
 
-    def __call__(self, prompts_BP, candidates: int, new_tokens: int, temperature: float = 1.0, static: bool = False):
-        """The new tokens of each row, as the LVM release asks for them."""
+    def __call__(
+        self,
+        prompts_BP: np.ndarray,
+        candidates: int,
+        new_tokens: int,
+        temperature: float = 1.0,
+        static: bool = False,
+    ) -> np.ndarray:
+        """Generates like the LVM release. Returns the new tokens of each row."""
         prompts = self._torch.tensor(np.asarray(prompts_BP), dtype=self._torch.long, device=self._model.device)
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         if static:
@@ -244,7 +259,7 @@ class Peer:
 
 
 def _entry(key, stacked, layer) -> Entry:
-    """A tensor of the parameters as an entry of a checkpoint file."""
+    """Returns an array of the parameters as an entry of a checkpoint file."""
 
     def read_into(out):
         np.copyto(out, stacked.array if layer is None else stacked.array[layer])
@@ -254,7 +269,7 @@ def _entry(key, stacked, layer) -> Entry:
 
 def cli() -> None:
     """Runs the command with the flags of the command line."""
-    flags.run(main, FLAGS)
+    run(main, FLAGS)
 
 
 if __name__ == "__main__":

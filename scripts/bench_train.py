@@ -1,8 +1,8 @@
-"""Training speed on a CPU against the machine's own float32 matmul rate: `python scripts/bench_train.py`.
+"""Compares training speed on a CPU with the machine's float32 matmul rate: `python scripts/bench_train.py`.
 
-Times the trainer's own step of vqlm_100m, batch 1 x 1024, float32, and a large matmul before and after each step, so
-that what else the machine does falls on both. Model FLOPs as for MFU (llama_config.flops_per_token: causal attention at
-half, nothing computed twice is counted). Bounds: half of the matmul rate, 20 seconds to compile.
+Times the trainer's step of vqlm_100m, batch 1 x 1024, float32, and a large matmul before and after each step, so that
+other load on the machine slows both. Model FLOPs are those of MFU (llama_config.flops_per_token): causal attention
+counts half, recomputation does not count. Bounds: half of the matmul rate, 20 seconds to compile.
 """
 
 import statistics
@@ -12,27 +12,27 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from EasyLM import flags
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, run
 from EasyLM.models.llama import llama_config, llama_model
 from EasyLM.training import OPTIMIZER_FLAGS, TrainState, make_optimizer, make_train_step, model_without_extra
 
-SIDE = 2048  # of the matmul: 17 GFLOP, 50 MB, at the best rate that larger ones reach
+SIDE = 2048  # of the matmul: 17 GFLOP and 50 MB; larger ones reach no higher rate
 LEAST_SHARE, MOST_COMPILE_SECONDS = 0.5, 20.0
 
 FLAGS = {
-    "load_llama_config": Flag("vqlm_100m", "The model."),
+    "load_llama_config": Flag("vqlm_100m", "Preset of the model, or json::PATH."),
     "update_llama_config": Flag("", "A Python dict literal of settings to change."),
-    "batch_size": Flag(1, "Rows of a step."),
-    "seq_length": Flag(1024, "Tokens of a row."),
-    "steps": Flag(5, "Steps to time, after one that is not."),
+    "batch_size": Flag(1, "Rows of a step.", least=1),
+    "seq_length": Flag(1024, "Tokens of a row.", least=1),
+    "steps": Flag(5, "Steps to time, after one warm-up step.", least=1),
     "optimizer": OPTIMIZER_FLAGS,
 }
 
 
-def main(config) -> None:
-    """Compiles the step, times it, prints each figure with its bound."""
+def main(config: ConfigDict) -> None:
+    """Compiles the step, times it, and prints each measurement with its bound."""
     model = llama_config.build_config(config.load_llama_config, {}, config.update_llama_config)
     optimizer = make_optimizer(config.optimizer)
     trained = model_without_extra(
@@ -51,14 +51,14 @@ def main(config) -> None:
     begin = time.perf_counter()
     step = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - begin
-    state, _ = step(state, batch)  # touches all memory for the first time
+    state, _ = step(state, batch)  # warm-up: touches all memory for the first time
     jax.block_until_ready(state)
 
     square = jnp.asarray(np.random.default_rng(0).normal(size=(SIDE, SIDE)), jnp.float32)
     matmul = jax.jit(jnp.matmul)
     matmul(square, square).block_until_ready()
 
-    def matmul_rate():
+    def matmul_rate() -> float:
         begin = time.perf_counter()
         for _ in range(4):
             matmul(square, square).block_until_ready()
@@ -89,7 +89,7 @@ def _verdict(good: bool) -> str:
 
 def cli() -> None:
     """Runs the command with the flags of the command line."""
-    flags.run(main, FLAGS)
+    run(main, FLAGS)
 
 
 if __name__ == "__main__":

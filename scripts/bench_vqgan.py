@@ -1,20 +1,22 @@
-"""Speed of the tokenizer against torch with the same weights: `python scripts/bench_vqgan.py`; a minute on a CPU.
+"""Compares the tokenizer's speed with torch's, with the same weights: `python scripts/bench_vqgan.py` (a minute).
 
-Both models (ours as the tools use it, `Codec`; torch's is torch_vqgan.py, on as many threads as there are cores) run in
-this process, in turns: the released layout with random weights on small pictures, and the shipped tokenizer. The ratio
-is the median over turns of torch's time to ours, so that what else the machine does falls on both. Bound: at least 1.
-Results are compared first: a fast wrong answer counts for nothing. On an accelerator it prints our rates alone
-(`--resolution=256 --batch_size=64 --dtype=bf16`).
+Both models run in this process and alternate: ours is `Codec`, torch's is torch_vqgan.py with a thread for each core.
+They encode and decode with the released layout (random weights, small images) and with the shipped tokenizer. The
+ratio is the median of torch's time to ours, so that other load on the machine slows both; the bound is at least 1.
+The largest difference of the results is printed too. On an accelerator it prints our rates only (`--resolution=256
+--batch_size=64 --dtype=bf16`).
 """
 
 import dataclasses
 import os
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from EasyLM.flags import Flag, run
 from tokenizer.vqgan import codec, weights
@@ -23,14 +25,14 @@ from tokenizer.vqgan.model import VQGAN
 
 LEAST_RATIO = 1.0
 FLAGS = {
-    "resolution": Flag(64, "Side of the pictures for the released layout."),
-    "batch_size": Flag(32, "Pictures of that size at a time; the shipped tokenizer takes as many pixels."),
-    "turns": Flag(5, "Times that each runs, after one that does not count."),
+    "resolution": Flag(64, "Side of the images for the released layout.", least=16),
+    "batch_size": Flag(32, "Images of that size in a batch; the shipped tokenizer gets as many pixels.", least=1),
+    "turns": Flag(5, "Times that each runs, after one warm-up.", least=1),
     "dtype": Flag("fp32", "Type of our computation.", choices=tuple(codec.COMPUTE_DTYPES)),
 }
 
 
-def main(config) -> None:
+def main(config: ConfigDict) -> None:
     """Measures and prints."""
     shipped = weights.read_config(codec.PRETRAINED)
     batch_of_shipped = config.batch_size * config.resolution**2 // shipped.resolution**2
@@ -44,7 +46,7 @@ def main(config) -> None:
 
 
 def random_model(config: VQGANConfig) -> VQGAN:
-    """The released weights are not here; random ones take the same time."""
+    """Returns a model with random weights, which takes the same time as one with trained weights."""
     rng = np.random.default_rng(0)
     shapes = weights.parameters(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))
     arrays = {name: rng.normal(size=s.shape, scale=np.prod(s.shape[:-1]) ** -0.5) for name, s in shapes.items()}
@@ -52,8 +54,8 @@ def random_model(config: VQGANConfig) -> VQGAN:
     return weights.with_parameters(lambda: VQGAN(config, rngs=nnx.Rngs(0)), arrays)
 
 
-def compare(name: str, folder: str, batch: int, config) -> None:
-    """Prints both rates of encoding and decoding, and their ratio."""
+def compare(name: str, folder: str, batch: int, config: ConfigDict) -> None:
+    """Prints the rates of encoding and decoding of both models, and their ratios."""
     ours_of = codec.Codec(folder, config.dtype, batch)
     side = ours_of.config.resolution
     pixels = np.random.default_rng(1).random((batch, side, side, 3), np.float32)
@@ -77,8 +79,8 @@ def compare(name: str, folder: str, batch: int, config) -> None:
         print()
 
 
-def torch_peer(model: VQGAN, pixels: np.ndarray, codes: np.ndarray) -> dict:
-    """The same two tasks in torch, with the same weights and as many threads."""
+def torch_peer(model: VQGAN, pixels: np.ndarray, codes: np.ndarray) -> dict[str, Callable]:
+    """Returns the same two tasks in torch, with the same weights."""
     import torch
     from torch_vqgan import TorchVQGAN
 
@@ -91,17 +93,18 @@ def torch_peer(model: VQGAN, pixels: np.ndarray, codes: np.ndarray) -> dict:
     return {"encode": lambda: peer.encode(pixels)[1], "decode": lambda: peer.decode(codes).clip(0, 1)}
 
 
-def in_turns(function, peer, turns: int) -> tuple[list, list]:
-    """Seconds of each turn of ours and of the peer's (or none)."""
-    times = [], []
+def in_turns(ours: Callable, peer: Callable | None, turns: int) -> tuple[list[float], list[float]]:
+    """Returns the seconds of each turn of both functions, which alternate."""
+    our_seconds: list[float] = []
+    peer_seconds: list[float] = []
     for turn in range(turns + 1):
-        for seconds, run_it in zip(times, (function, peer)):
-            if run_it is not None:
+        for seconds, function in (our_seconds, ours), (peer_seconds, peer):
+            if function is not None:
                 begin = time.perf_counter()
-                run_it()
+                function()
                 if turn:  # the first is a warm-up
                     seconds.append(time.perf_counter() - begin)
-    return times
+    return our_seconds, peer_seconds
 
 
 def cli() -> None:

@@ -1,37 +1,45 @@
-"""Doubles the layers of a Hugging Face LLaMA that answers as before: `python scripts/deepen_model.py FROM TO`.
+"""Doubles the layers of a Hugging Face LLaMA without changing its outputs.
 
-After each layer comes a copy of it whose two outputs are zero, so it adds nothing until training says otherwise. To
-train a small model and to deepen it takes less time than the deep one from the beginning (progressive stacking: Gong et
-al., "Efficient Training of BERT by Progressively Stacking", ICML 2019; outputs of zero: Chen et al., "Net2Net",
+    python scripts/deepen_model.py --hf_model=DIR --output_dir=DIR
+
+A copy follows each layer, with its two output matrices set to zero, so it adds nothing until it is trained. Training a
+shallow model and deepening it takes less time than training the deep one from the start (progressive stacking: Gong et
+al., "Efficient Training of BERT by Progressively Stacking", ICML 2019; zero outputs: Chen et al., "Net2Net",
 arXiv 1511.05641).
 """
 
-import argparse
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 
 import numpy as np
+from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
 
-_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+from EasyLM.flags import Flag, run
+
+OUTPUT_MATRICES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+FLAGS = {
+    "hf_model": Flag("", "Directory of the model: config.json and one model.safetensors.", required=True),
+    "output_dir": Flag("", "Directory of the deeper model.", required=True),
+}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=pathlib.Path, help="folder of config.json and one model.safetensors")
-    parser.add_argument("target", type=pathlib.Path, help="folder to write")
-    arguments = parser.parse_args()
-    config = json.loads((arguments.source / "config.json").read_text())
-    tensors = deepened(load_file(arguments.source / "model.safetensors"))
-    arguments.target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, arguments.target / "model.safetensors")
-    config["num_hidden_layers"] *= 2
-    (arguments.target / "config.json").write_text(json.dumps(config, indent=2))
+def main(config: ConfigDict) -> None:
+    """Writes the deeper model."""
+    source, target = pathlib.Path(config.hf_model), pathlib.Path(config.output_dir)
+    settings = json.loads((source / "config.json").read_text())
+    tensors = deepened(load_file(source / "model.safetensors"))
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target / "model.safetensors")
+    settings["num_hidden_layers"] *= 2
+    (target / "config.json").write_text(json.dumps(settings, indent=2))
 
 
-def deepened(tensors: dict) -> dict:
-    """The tensors of the deeper model, by their names."""
+def deepened(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the tensors of the deeper model by name."""
     deep = {}
     for name, array in tensors.items():
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
@@ -40,9 +48,14 @@ def deepened(tensors: dict) -> dict:
             continue
         number, rest = int(layer[1]), layer[2]
         deep[f"model.layers.{2 * number}.{rest}"] = array
-        deep[f"model.layers.{2 * number + 1}.{rest}"] = np.zeros_like(array) if rest in _OUTPUTS else array
+        deep[f"model.layers.{2 * number + 1}.{rest}"] = np.zeros_like(array) if rest in OUTPUT_MATRICES else array
     return deep
 
 
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
+    run(main, FLAGS)
+
+
 if __name__ == "__main__":
-    main()
+    cli()

@@ -1,44 +1,60 @@
-"""Draws the first sentence of each JSONL file from its source pictures, one row a sentence, its kind beside it.
+"""Draws the first sentence of each JSONL file from its source images: one row a sentence, with its kind on the left.
 
-    python scripts/draw_sentences.py OUTPUT.png FILE.jsonl ...
+    python scripts/draw_sentences.py --input_dir=DIR --names=depth,frames --output_file=sentences.png
 
-`python -m tokenizer.detokenize` draws what the codes keep of them; this, what was meant.
+`python -m tokenizer.detokenize` draws what the codes decode to; this script draws the images that were encoded.
 """
 
-import sys
+import os
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from EasyLM.data import records
+from EasyLM.flags import Flag, run
 from EasyLM.vocab import CODEBOOK_SIZE
 from tokenizer.builders import image_ref
 from tokenizer.media import grids, images
 
-SIDE, GAP, LABEL, MOST = 64, 4, 128, 12  # pixels; pixels; pixels; pictures of a row
+SIDE, GAP, LABEL_WIDTH = 64, 4, 128  # pixels
+MOST_IMAGES = 12  # in a row
+
+FLAGS = {
+    "input_dir": Flag("", "Directory of the JSONL files.", required=True),
+    "names": Flag("", "Comma list of the files to draw, without .jsonl.", required=True),
+    "output_file": Flag("", "Image file to write.", required=True),
+}
 
 
-def main(output: str, paths: list[str]) -> None:
+def main(config: ConfigDict) -> None:
+    """Draws the sentences."""
     sentences = []
-    for path in paths:
+    for name in config.names.split(","):
+        path = os.path.join(config.input_dir, f"{name}.jsonl")
         _, record = next(iter(records.read_records(path, CODEBOOK_SIZE)))
-        sentences.append((record["kind"], image_ref.from_record(record)[:MOST]))
+        sentences.append((record["kind"], image_ref.from_record(record)[:MOST_IMAGES]))
     longest = max(len(sentence) for _, sentence in sentences)
     rows = []
     for kind, sentence in sentences:
         row = np.full((longest, SIDE, SIDE, 3), 255, np.uint8)
-        for i, picture in enumerate(sentence):
-            row[i] = image_ref.read([picture], SIDE)[0]
+        for i, image in enumerate(sentence):
+            row[i] = image_ref.read([image], SIDE)[0]
         rows.append(np.concatenate([_label(kind), grids.grid(row, longest, GAP)], axis=1))
-    between = np.full((GAP, rows[0].shape[1], 3), 255, np.uint8)
-    images.save(output, np.concatenate([part for row in rows for part in (row, between)][:-1]))
+    gap = np.full((GAP, rows[0].shape[1], 3), 255, np.uint8)
+    images.save(config.output_file, np.concatenate([part for row in rows for part in (row, gap)][:-1]))
 
 
 def _label(text: str) -> np.ndarray:
-    canvas = Image.new("RGB", (LABEL, SIDE), "white")
+    canvas = Image.new("RGB", (LABEL_WIDTH, SIDE), "white")
     ImageDraw.Draw(canvas).text((2, SIDE // 2), text, fill="black", font=ImageFont.load_default(14), anchor="lm")
     return np.asarray(canvas)
 
 
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
+    run(main, FLAGS)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    cli()

@@ -38,7 +38,7 @@ DECAY=8000 train copy 4 400 3e-3 0 "$out/clips/frames.jsonl,$out/scenes/inpainti
 train all 4 11000 2.5e-3 0 "$files" 4,2,2,3,2,2,3 \
     --load_checkpoint="trainstate_params::$out/copy/streaming_train_state"
 to_hf all shallow
-python scripts/deepen_model.py "$out/shallow" "$out/deepened"
+python scripts/deepen_model.py --hf_model="$out/shallow" --output_dir="$out/deepened"
 train deep 8 7000 1.5e-3 5 "$files" 4,2,2,3,2,2,5 --load_checkpoint="huggingface::$out/deepened"
 
 files=$(printf "$out/more/%s.jsonl," segmentation depth normals edges inpainting colorization)

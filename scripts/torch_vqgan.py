@@ -1,18 +1,20 @@
-"""The VQGAN in torch, as open-muse has it: the peer that the tests and `bench_vqgan.py` compare with.
+"""The VQGAN of open-muse in torch, which the tests and `bench_vqgan.py` compare with.
 
-Reads a state dict of the layout by `load_state_dict`, which is strict: every key once, of its shape.
+`load_state_dict` reads a state dict of the layout. It is strict: every key must exist, with its shape.
 Shapes: B images, H W pixels, N codes of an image.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tokenizer.vqgan.config import VQGANConfig
 
 
 class TorchVQGAN(nn.Module):
-    """`config` is a tokenizer.vqgan.VQGANConfig. Pixels in and out are [B,H,W,3], as for the model in JAX."""
+    """The whole network. Pixels in and out are [B,H,W,3], as for the model in JAX."""
 
-    def __init__(self, config):
+    def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
@@ -21,23 +23,25 @@ class TorchVQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.quantized_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.quantized_embed_dim, config.z_channels, 1)
 
-    def encode(self, pixels_BHWC):
-        """(vectors before quantization [B,h,w,Z], codes [B,N])."""
+    def encode(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the vectors before quantization [B,h,w,Z] and the codes [B,N]."""
         hidden_BhwZ = self.quant_conv(self.encoder(pixels_BHWC.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         table_KZ = self.quantize.embedding.weight
         flat_MZ = hidden_BhwZ.reshape(-1, table_KZ.shape[1])
         distance_MK = torch.addmm((table_KZ**2).sum(1), flat_MZ, table_KZ.T, alpha=-2)
         return hidden_BhwZ, distance_MK.argmin(1).reshape(len(pixels_BHWC), -1)
 
-    def decode(self, codes_BN):
-        """Pixels, not clamped."""
+    def decode(self, codes_BN: Tensor) -> Tensor:
+        """Returns pixels [B,H,W,3], not clipped."""
         side = self.config.side
         vectors = self.quantize.embedding(codes_BN).reshape(len(codes_BN), side, side, -1).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(vectors)).permute(0, 2, 3, 1)
 
 
 class Encoder(nn.Module):
-    def __init__(self, c):
+    """Pixels [B,3,H,W] to [B,C,h,w]."""
+
+    def __init__(self, c: VQGANConfig):
         super().__init__()
         widths = [c.hidden_channels * mult for mult in c.channel_mult]
         self.conv_in = nn.Conv2d(3, c.hidden_channels, 3, padding=1)
@@ -51,7 +55,7 @@ class Encoder(nn.Module):
         self.norm_out = _norm(c, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], c.z_channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = _run_level(level, x)
@@ -60,7 +64,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, c):
+    """[B,C,h,w] to pixels [B,3,H,W]."""
+
+    def __init__(self, c: VQGANConfig):
         super().__init__()
         widths = [c.hidden_channels * mult for mult in c.channel_mult]
         self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
@@ -74,7 +80,7 @@ class Decoder(nn.Module):
         self.norm_out = _norm(c, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = _run_middle(self.mid, self.conv_in(x))
         for level in reversed(self.up):
             x = _run_level(level, x)
@@ -83,26 +89,30 @@ class Decoder(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, c, width, out):
+    """Two convolutions with a skip connection."""
+
+    def __init__(self, c: VQGANConfig, width: int, out: int):
         super().__init__()
         self.norm1, self.conv1 = _norm(c, width), nn.Conv2d(width, out, 3, padding=1)
         self.norm2, self.conv2 = _norm(c, out), nn.Conv2d(out, out, 3, padding=1)
         if width != out:
             self.nin_shortcut = nn.Conv2d(width, out, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + y
 
 
 class AttnBlock(nn.Module):
-    def __init__(self, c, width):
+    """Self-attention with one head."""
+
+    def __init__(self, c: VQGANConfig, width: int):
         super().__init__()
         self.norm = _norm(c, width)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         q, k, v = (layer(y).flatten(2).mT for layer in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
@@ -110,22 +120,26 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, width, with_conv):
+    """Halves the side."""
+
+    def __init__(self, width: int, with_conv: bool):
         super().__init__()
         if with_conv:
             self.conv = nn.Conv2d(width, width, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1))) if hasattr(self, "conv") else F.avg_pool2d(x, 2)
 
 
 class Upsample(nn.Module):
-    def __init__(self, width, with_conv):
+    """Doubles the side."""
+
+    def __init__(self, width: int, with_conv: bool):
         super().__init__()
         if with_conv:
             self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if hasattr(self, "conv") else x
 

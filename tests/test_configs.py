@@ -25,7 +25,7 @@ def environment(monkeypatch):
 
 
 def parse(path: pathlib.Path, *arguments: str):
-    return flags.parse(llama_train.DEFINITIONS, ["llama_train", f"--flagfile={path}", *arguments])
+    return flags.parse(llama_train.FLAGS, ["llama_train", f"--flagfile={path}", *arguments])
 
 
 def test_there_is_a_config_for_each_recipe():
@@ -53,7 +53,7 @@ def test_the_command_of_the_header_parses(path, monkeypatch):
     command = re.search(r"llama_train (--flagfile=.*?)\n\n", header, re.DOTALL)[1].replace("\\\n", " ")
     arguments = [argument.replace("'", "") for argument in command.split()]
     assert arguments[0] == f"--flagfile=configs/{path.name}"
-    assert flags.parse(llama_train.DEFINITIONS, ["llama_train", *arguments])
+    assert flags.parse(llama_train.FLAGS, ["llama_train", *arguments])
     for heading in ("hardware:", "time", "result"):
         assert heading in header.lower()
 

@@ -129,7 +129,7 @@ CONTRACT = {
 
 
 def test_training_flags_and_defaults_are_the_contract():
-    assert flags.defaults(llama_train.DEFINITIONS).to_dict() == CONTRACT
+    assert flags.defaults(llama_train.FLAGS).to_dict() == CONTRACT
 
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -230,7 +230,7 @@ group flags:
     ("xyzzy", []),
 ])  # fmt: skip
 def test_a_misspelt_name_leads_to_the_nearest_flags(name, nearest):
-    names = list(flags.leaves(llama_train.DEFINITIONS))
+    names = list(flags.leaves(llama_train.FLAGS))
     assert set(nearest) <= set(flags.nearest_names(name, names))
     assert bool(nearest) == bool(flags.nearest_names(name, names))
 
@@ -246,8 +246,7 @@ def test_help_of_every_command(command, option, monkeypatch, capsys):
     assert exited.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: python -m {command} --flag=value ...\n\n{module.__doc__.strip().splitlines()[0]}")
-    definitions = getattr(module, "FLAGS", None) or module.DEFINITIONS
-    for name, flag in flags.leaves(definitions).items():
+    for name, flag in flags.leaves(module.FLAGS).items():
         assert len(flag.help) > 10, name
         assert f"\n  --{name}=" in text
     assert "absl" not in text
@@ -263,8 +262,7 @@ def test_every_command_is_a_console_script():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_defaults_are_in_range(command):
     module = importlib.import_module(command)
-    definitions = getattr(module, "FLAGS", None) or module.DEFINITIONS
-    for name, flag in flags.leaves(definitions).items():
+    for name, flag in flags.leaves(module.FLAGS).items():
         assert flag.allows(flag.default), name
         assert flag.choices is None or flag.default in (None, *flag.choices), name
 

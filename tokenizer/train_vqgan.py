@@ -61,7 +61,7 @@ def _model_flags() -> dict[str, Flag]:
     return {name: Flag(as_text[name], text) for name, text in _MODEL_HELP.items()}
 
 
-DEFINITIONS = {
+FLAGS = {
     **RUN_FLAGS,
     "total_steps": Flag(250_000, "Steps to train in total, those before a resume included."),
     "save_model_freq": Flag(1000, "Steps between checkpoints; the model comes from the last one.", least=1),
@@ -231,7 +231,7 @@ def draw_reconstructions(run_dir: str, data: PictureRows, count: int = 12) -> No
 
 def cli() -> None:
     """Runs the command with the flags of the command line."""
-    flags.run(main, DEFINITIONS)
+    flags.run(main, FLAGS)
 
 
 if __name__ == "__main__":

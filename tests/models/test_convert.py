@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import sys
 
 import deepen_model
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_kit import random_params
+from ml_collections import ConfigDict
 
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import streaming
@@ -23,9 +23,9 @@ SPECIAL_IDS = {"bos_token_id": 8192, "eos_token_id": 8193, "pad_token_id": 8192}
 
 
 def run(tool, **values):
-    config = flags.defaults(tool.DEFINITIONS)
+    config = flags.defaults(tool.FLAGS)
     config.update(values)
-    flags.validate(tool.DEFINITIONS, config)
+    flags.validate(tool.FLAGS, config)
     tool.main(config)
 
 
@@ -207,12 +207,11 @@ def test_greedy_decoding_agrees_over_256_tokens(golden, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_deepened_model_answers_as_before(tmp_path, monkeypatch):
+def test_a_deepened_model_answers_as_before(tmp_path):
     """Until it is trained; and every new layer can be: gradients reach its outputs."""
     params = random_params(tmp_path / "run", PRESETS["vqlm_debug"])
     directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf")
-    monkeypatch.setattr(sys, "argv", ["deepen_model.py", directory, str(tmp_path / "deep")])
-    deepen_model.main()
+    deepen_model.main(ConfigDict({"hf_model": directory, "output_dir": str(tmp_path / "deep")}))
     model, entries = hf_layout.read_model(str(tmp_path / "deep"))
     assert model.num_hidden_layers == 4 and len(entries) > 0
     deep = checkpoints.load(

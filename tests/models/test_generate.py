@@ -213,7 +213,7 @@ def test_transformers_takes_the_same_300_tokens_from_the_exported_model(tmp_path
     params = random_params(
         tmp_path / "run", CONFIG
     )  # of a trained model the likeliest tokens soon go round in a circle
-    config = flags.defaults(convert_easylm_to_hf.DEFINITIONS)
+    config = flags.defaults(convert_easylm_to_hf.FLAGS)
     config.update(load_checkpoint=f"params::{tmp_path}/run/streaming_params", output_dir=str(tmp_path / "hf"))
     convert_easylm_to_hf.main(config)
     prompts_BP = np.stack(prompts_of(24, 24))

@@ -37,9 +37,9 @@ TINY = {
 
 def train(output_dir, **settings) -> pathlib.Path:
     """Runs the trainer in this process; settings use `__` for dots. Returns the run directory."""
-    config = flags.defaults(llama_train.DEFINITIONS)
+    config = flags.defaults(llama_train.FLAGS)
     config.update_from_flattened_dict({**TINY, "logger.output_dir": str(output_dir)} | dotted(settings))
-    flags.validate(llama_train.DEFINITIONS, config)
+    flags.validate(llama_train.FLAGS, config)
     llama_train.main(config)
     return pathlib.Path(output_dir) / config.logger.experiment_id
 

@@ -64,8 +64,7 @@ def write_image(path, seed: int, size: int = 20) -> None:
 
 def run_main(module, **settings) -> None:
     """Validates and runs `module.main` with default flags except for `settings` (`a__b=1` for `--a.b=1`)."""
-    definitions = getattr(module, "FLAGS", None) or module.DEFINITIONS
-    config = flags.defaults(definitions)
+    config = flags.defaults(module.FLAGS)
     for name, value in settings.items():
         *groups, leaf = name.split("__")
         part = config
@@ -73,5 +72,5 @@ def run_main(module, **settings) -> None:
             part = part[group]
         assert leaf in part, name
         part[leaf] = value
-    flags.validate(definitions, config)
+    flags.validate(module.FLAGS, config)
     module.main(config)

@@ -16,7 +16,7 @@ from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_beside
 
-DEFINITIONS = {
+FLAGS = {
     "load_checkpoint": Flag(
         "", "PREFIX::FILE of the parameters: trainstate_params, params, flax_params, ...", required=True
     ),
@@ -84,7 +84,7 @@ def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
 
 def cli() -> None:
     """Runs the command with the flags of the command line."""
-    flags.run(main, DEFINITIONS)
+    flags.run(main, FLAGS)
 
 
 if __name__ == "__main__":

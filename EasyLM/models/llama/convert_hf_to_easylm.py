@@ -16,7 +16,7 @@ from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.storage import atomic_file, write_json
 
-DEFINITIONS = {
+FLAGS = {
     "hf_model": Flag("", "Directory of the Hugging Face model: config.json and weights.", required=True),
     "output_file": Flag(
         "", "File to write; it is loaded as params::FILE, or flax_params::FILE if not streaming.", required=True
@@ -62,7 +62,7 @@ def write(file, entries, as_stream: bool) -> None:
 
 def cli() -> None:
     """Runs the command with the flags of the command line."""
-    flags.run(main, DEFINITIONS)
+    flags.run(main, FLAGS)
 
 
 if __name__ == "__main__":

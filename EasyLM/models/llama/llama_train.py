@@ -34,7 +34,7 @@ from EasyLM.training import (
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
-DEFINITIONS = {
+FLAGS = {
     **RUN_FLAGS,
     "dtype": Flag("fp32", "Type of the computation; parameters, softmax and loss are float32.", choices=tuple(DTYPES)),
     "load_llama_config": Flag("", "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release)."),
@@ -128,7 +128,7 @@ def _check_dataset_flags(name: str, dataset_config: Any, model: LLaMAConfig, mes
 
 def cli() -> None:
     """Runs the command with the flags of the command line."""
-    flags.run(main, DEFINITIONS)
+    flags.run(main, FLAGS)
 
 
 if __name__ == "__main__":
