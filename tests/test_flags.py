@@ -253,6 +253,18 @@ def test_help_of_every_command(command, option, monkeypatch, capsys):
     assert "--flagfile=FILE" in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_help_of_every_script(path):
+    if "def cli()" not in path.read_text():
+        pytest.skip("a module of other scripts")
+    command = [sys.executable, str(path), "--help"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert ended.stdout.startswith(f"usage: python {path} --flag=value ...")
+
+
 def test_every_command_is_a_console_script():
     with open(ROOT / "pyproject.toml", "rb") as file:
         scripts = tomllib.load(file)["project"]["scripts"]
