@@ -7,7 +7,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import tomllib
 
 import pytest
 
@@ -263,12 +262,6 @@ def test_help_of_every_script(path):
         command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert ended.stdout.startswith(f"usage: python {path} --flag=value ...")
-
-
-def test_every_command_is_a_console_script():
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        scripts = tomllib.load(file)["project"]["scripts"]
-    assert sorted(scripts.values()) == [f"{command}:cli" for command in COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
