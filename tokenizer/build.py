@@ -27,7 +27,7 @@ from tokenizer.builders import (
     write_sentences,
 )
 from tokenizer.media import folders, images, videos
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+from tokenizer.sentence_files import SkippedInputs
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 1  # of how sentences follow from flags and inputs: an interrupted build resumes only under the same one

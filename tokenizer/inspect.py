@@ -13,7 +13,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output, expand_paths, write_json
 from EasyLM.vocab import CODEBOOK_SIZE, TOKENS_PER_IMAGE, VOCAB_SIZE
 from tokenizer.media import charts
-from tokenizer.sentence_files import reader
+from tokenizer.sentence_files import read_sentences
 from tokenizer.sentence_files.summary import BadLines, Summary, plot, table
 
 FLAGS = {
@@ -41,7 +41,7 @@ def main(config: ConfigDict) -> None:
     bad_lines = BadLines(config.max_listed)
     with tqdm(unit=" sentences", desc="reading", disable=not sys.stderr.isatty()) as bar:
         for path in paths:
-            for ids, record in reader.read(path, config.vocab_size, bad_lines.add):
+            for ids, record in read_sentences(path, config.vocab_size, bad_lines.add):
                 summary.add(ids, record)
                 bar.update()
     statistics = summary.statistics() | {"files": len(paths), **bad_lines.statistics()}

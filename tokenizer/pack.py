@@ -1,104 +1,101 @@
-"""JSONL to packed sentences and back: `python -m tokenizer.pack --input_files=a.jsonl --output_file=a.packed`.
+"""Packs JSONL files, or unpacks packed ones: `python -m tokenizer.pack --input_files=a.jsonl --output_file=a.packed`.
 
-A packed file takes two bytes a token instead of 5.33, needs no index, and is read in place of the JSONL file by the
-trainer, `tokenizer.inspect` and `tokenizer.detokenize`. Several files become one, in the order given.
+A packed file takes two bytes a token instead of 5.33, and needs no index. The trainer, `tokenizer.inspect` and
+`tokenizer.detokenize` read it in place of the JSONL file. Several files become one, in the given order.
 """
 
-import itertools
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from EasyLM.data import packed_file, records
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.storage import atomic_file, expand_paths, file_version, is_compressed
 from EasyLM.vocab import VOCAB_SIZE
-from tokenizer.sentence_files import reader
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+from tokenizer.sentence_files import SkippedInputs, read_sentences
+from tokenizer.sentence_files.disk_space import check_disk_space
 
-_UNPACKED = 4  # bytes of JSONL in one of .gz or .zst, about: of an id's 43 bits of base64, 13 say something
+_DECOMPRESSED = 4  # approximate bytes of JSONL per byte of .gz or .zst: 13 of the 43 bits of an id are information
+# Packing writes columns, 2 bytes for 5.33 bytes of JSONL, then joins them. Unpacking writes 5.33 bytes for 2.
+_PACKED_SHARE, _UNPACKED_SHARE = 0.8, 3.0
 
 FLAGS = {
     "input_files": Flag(
-        "", "JSONL files, also .gz and .zst, or packed ones: a comma list of paths and globs.", required=True
+        "", "JSONL files, also .gz and .zst, or packed files: a comma list of paths and globs.", required=True
     ),
     "output_file": Flag(
-        "",
-        f"The file to write, *{packed_file.ENDING}; with --unpack, JSONL. It appears when it is whole.",
-        required=True,
+        "", f"The file, *{packed_file.ENDING}; with --unpack, JSONL. It is written atomically.", required=True
     ),
-    "unpack": Flag(False, "Make JSONL of packed files."),
-    "keep_others": Flag(True, "Keep what rides along with the ids (kind, sources)."),
+    "unpack": Flag(False, "Convert packed files to JSONL."),
+    "keep_others": Flag(True, "Keep the other fields of the records (kind, sources)."),
     "vocab_size": Flag(
         VOCAB_SIZE, "Ids must be below it; they take two bytes.", least=1, most=packed_file.LARGEST_ID + 1
     ),
-    "max_errors": Flag(
-        0, "Leave out up to so many lines that are no records, each named; one more is an error.", least=0
-    ),
+    "max_errors": Flag(0, "Skip at most so many bad lines, each reported.", least=0),
 }
 
 
-def main(config) -> None:
-    """Packs or unpacks, and prints what the file holds."""
-    paths = _check(config)
-    _check_disk(paths, config)
+def main(config: ConfigDict) -> None:
+    """Packs or unpacks the files, and prints the size of the result."""
+    paths = _input_paths(config)
+    os.makedirs(os.path.dirname(os.path.abspath(config.output_file)), exist_ok=True)
+    with prefix_errors("--output_file", separator="="):
+        check_disk_space(config.output_file, _needed_space(paths, config.unpack))
     skipped = SkippedInputs(config.max_errors)
     with tqdm(unit=" sentences", desc="unpacking" if config.unpack else "packing") as bar:
 
-        def sentences(path: str) -> Iterator:
-            for sentence in reader.read(path, config.vocab_size, skipped.add):
+        def sentences(path: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+            for sentence in read_sentences(path, config.vocab_size, skipped.add):
                 bar.update()
                 yield sentence
 
         if config.unpack:
-            facts = _unpack(itertools.chain.from_iterable(map(sentences, paths)), config)
+            unpacked = (sentence for path in paths for sentence in sentences(path))
+            counts = unpack(unpacked, config.output_file, config.keep_others)
         else:
-            facts = packed_file.write(
-                config.output_file, ((path, sentences(path)) for path in paths), config.keep_others
-            )
-    size = os.path.getsize(config.output_file)
-    each = f"{size / max(facts['tokens'], 1):.2f} bytes a token"
-    left_out = f", {len(skipped)} bad lines left out" if len(skipped) else ""
-    print(f"{config.output_file}: {facts['sentences']} sentences, {facts['tokens']} tokens, {each}{left_out}")
+            sources = ((path, sentences(path)) for path in paths)
+            counts = packed_file.write(config.output_file, sources, config.keep_others)
+    bytes_per_token = os.path.getsize(config.output_file) / max(counts["tokens"], 1)
+    bad_lines = f", {len(skipped)} bad lines skipped" if len(skipped) else ""
+    print(
+        f"{config.output_file}: {counts['sentences']} sentences, {counts['tokens']} tokens, "
+        f"{bytes_per_token:.2f} bytes a token{bad_lines}"
+    )
 
 
-def _check(config) -> list[str]:
-    paths = expand_paths("input_files", config.input_files)
-    for path in paths:
-        if packed_file.is_packed(path) != config.unpack:
-            what = f"is no {packed_file.ENDING} file" if config.unpack else "is packed already (--unpack=True unpacks)"
-            raise UserError(f"--input_files={config.input_files}: {path} {what}")
-    if packed_file.is_packed(config.output_file) == config.unpack or is_compressed(config.output_file):
-        ending = ".jsonl" if config.unpack else packed_file.ENDING
-        raise UserError(f"--output_file={config.output_file}: must end in {ending}, by which it is recognised")
-    return paths
-
-
-def _check_disk(paths: list[str], config) -> None:
-    """Raises UserError if the output would not fit: a share of the input's size, or thrice that."""
-    directory = os.path.dirname(os.path.abspath(config.output_file))
-    os.makedirs(directory, exist_ok=True)
-    sizes = sum(file_version(path)["size"] * (_UNPACKED if is_compressed(path) else 1) for path in paths)
-    # Packing writes columns (2 of 5.33 bytes), then joins them; JSONL has 5.33 bytes for the 2 of a packed token.
-    needed, free = int(sizes * (3.0 if config.unpack else 0.8)), shutil.disk_usage(directory).free
-    if needed > free:
-        raise UserError(
-            f"--output_file={config.output_file}: needs about {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} "
-            "GB are free"
-        )
-
-
-def _unpack(sentences: Iterator, config) -> dict:
+def unpack(sentences: Iterator[tuple[np.ndarray, dict[str, Any]]], path: str, keep_others: bool) -> dict[str, int]:
+    """Atomically writes (ids, other fields) of sentences as JSONL; returns {"tokens", "sentences"}."""
     counts = {"tokens": 0, "sentences": 0}
-    with atomic_file(config.output_file) as file:
+    with atomic_file(path) as file:
         for ids, others in sentences:
-            file.write(records.record_line(ids, **(others if config.keep_others else {})))
+            file.write(records.record_line(ids, **(others if keep_others else {})))
             counts["tokens"] += len(ids)
             counts["sentences"] += 1
     return counts
+
+
+def _input_paths(config: ConfigDict) -> list[str]:
+    """Returns the input files. Raises UserError unless inputs and output have the forms that --unpack requires."""
+    paths = expand_paths("input_files", config.input_files)
+    for path in paths:
+        if packed_file.is_packed(path) != config.unpack:
+            reason = f"is not a {packed_file.ENDING} file" if config.unpack else "is packed (--unpack=True unpacks it)"
+            raise UserError(f"--input_files={config.input_files}: {path} {reason}")
+    if packed_file.is_packed(config.output_file) == config.unpack or is_compressed(config.output_file):
+        ending = ".jsonl" if config.unpack else packed_file.ENDING
+        raise UserError(f"--output_file={config.output_file}: must end in {ending}, which tells its format")
+    return paths
+
+
+def _needed_space(paths: Sequence[str], is_unpacking: bool) -> int:
+    """Estimates the bytes on disk that the output needs."""
+    sizes = sum(file_version(path)["size"] * (_DECOMPRESSED if is_compressed(path) else 1) for path in paths)
+    return int(sizes * (_UNPACKED_SHARE if is_unpacking else _PACKED_SHARE))
 
 
 def cli() -> None:

@@ -2,7 +2,7 @@
 
 from tokenizer.builders import FileIndex, InputFolder
 from tokenizer.media import folders, images
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+from tokenizer.sentence_files import SkippedInputs
 
 
 def make_index(monkeypatch, names, layout, count=1):

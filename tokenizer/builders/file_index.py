@@ -18,7 +18,7 @@ import orjson
 from EasyLM.errors import UserError
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import folders
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+from tokenizer.sentence_files import SkippedInputs
 
 # Folders of a CO3D sequence: CATEGORY/SEQUENCE/images/frame000001.jpg.
 CO3D_SUBFOLDERS = ("images", "masks", "depths", "depth_masks")

@@ -17,7 +17,7 @@ from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.samplers import Sampler
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.media import videos
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+from tokenizer.sentence_files import SkippedInputs
 
 _PREFETCHED_VIDEOS = 16  # whose frames are counted ahead of their turn
 

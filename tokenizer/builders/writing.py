@@ -21,7 +21,7 @@ from tokenizer.builders.pipeline import Codec, Encoder, Pipeline
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.samplers import Sampler
 from tokenizer.builders.settings import SentenceSettings
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+from tokenizer.sentence_files import SkippedInputs
 
 _PENDING_BATCHES = 6  # up to three on the device or queued for it, the others being read
 _INITIAL_STATE = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}

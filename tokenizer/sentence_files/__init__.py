@@ -1,0 +1,24 @@
+"""Files of visual sentences: read, mix, select, summarize and render them.
+
+May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.image_quality.code_usage; never JAX.
+
+  reader          read_sentences: the sentences of a file in any form
+  skipped_inputs  SkippedInputs: unusable inputs, reported and counted
+  selection       sentences by number and kind
+  rendering       decoded sentences as image files, videos, or one HTML page
+  mixing          sentences of several sources in a random order
+  disk_shuffle    a uniform permutation of lines in bounded memory
+  disk_space      checks that an output fits on its disk
+  summary         statistics of sentences, as a table and as charts
+
+Vocabulary:
+  sentence  the ids of one record, and its JSON object with further fields such as `kind` and `sources`
+  bad line  a line that is not a record; its address is `file:line`
+  source    an input of a mixture: the files of one path or glob
+Shapes: n images of a sentence, S the side in pixels, N codes of an image.
+"""
+
+from tokenizer.sentence_files.reader import read_sentences
+from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+
+__all__ = ["SkippedInputs", "read_sentences"]

@@ -1,7 +1,7 @@
-"""Lines in a random order, in bounded memory, whatever their number.
+"""A random order of any number of lines in bounded memory.
 
-Each line comes with a random key of 64 bits, and lines are sorted by key: a uniform permutation that depends on the
-keys alone, not on the memory that is allowed. What does not fit is first scattered to files, by key.
+Each line has a random key of 64 bits, and lines are sorted by key: a uniform permutation that depends on the keys, not
+on the memory limit. Lines that do not fit in memory are first scattered to files by key.
 """
 
 import array
@@ -12,77 +12,88 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 KEY_BITS = 64
-PARTS = 64  # files that one level scatters to; each keeps WRITE_BYTES in memory
-WRITE_BYTES = 128 << 10
-ENTRY = np.dtype([("key", "<u8"), ("size", "<u8")])
+_MAX_PARTS = 64  # files that one level scatters to; each buffers _BUFFER_BYTES
+_BUFFER_BYTES = 128 << 10
+_ENTRY_DTYPE = np.dtype([("key", "<u8"), ("size", "<u8")])
+
+KeyedLine = tuple[int, bytes]
 
 
-def by_key(
-    lines: Iterable[tuple[int, bytes]], total_bytes: int, memory: int, folder: str, low: int = 0, bits: int = KEY_BITS
+def sort_by_key(
+    lines: Iterable[KeyedLine],
+    total_bytes: int,
+    memory_bytes: int,
+    folder: str,
+    first_key: int = 0,
+    key_bits: int = KEY_BITS,
 ) -> Iterator[bytes]:
-    """Yields the lines of (key, line) by ascending key; of equal keys, the earlier one first.
+    """Yields lines by ascending key; lines with equal keys keep their order.
 
     Args:
-      lines: their keys lie in [low, low + 2^bits).
-      total_bytes: of all lines, as near as it is known.
-      memory: bytes of lines that may be held at a time.
-      folder: empty, for files that are removed as they are used up; all in all they are as large as the lines.
+      lines: (key, line); keys lie in [first_key, first_key + 2^key_bits).
+      total_bytes: size of all lines, as well as it is known.
+      memory_bytes: size of the lines that may be in memory.
+      folder: an empty folder for temporary files, together as large as the lines. Each is removed after its use.
     """
-    if total_bytes <= memory or bits == 0:
-        yield from _sorted(*_joined(lines))
+    if total_bytes <= memory_bytes or key_bits == 0:
+        yield from _sort(*_load(lines))
         return
-    # Halves of what is allowed: some parts are larger than others.
-    part_bits = min(bits, PARTS.bit_length() - 1, (2 * total_bytes // memory).bit_length())
-    rest = bits - part_bits
-    names = [os.path.join(folder, f"{rest}_{(low >> rest) + part:x}") for part in range(1 << part_bits)]
-    _scatter(lines, names, low, rest)
+    # Parts are half as large as memory on average, because their sizes vary.
+    part_bits = min(key_bits, _MAX_PARTS.bit_length() - 1, (2 * total_bytes // memory_bytes).bit_length())
+    rest_bits = key_bits - part_bits
+    names = [os.path.join(folder, f"{rest_bits}_{(first_key >> rest_bits) + part:x}") for part in range(1 << part_bits)]
+    _scatter(lines, names, first_key, rest_bits)
     for part, name in enumerate(names):
-        size, entries = os.path.getsize(name), np.fromfile(f"{name}.entries", ENTRY)
-        if size <= memory or len(entries) == 1:
-            yield from _sorted(entries, _taken(name))  # no name here keeps the bytes alive while the next part is read
+        size, entries = os.path.getsize(name), np.fromfile(f"{name}.entries", _ENTRY_DTYPE)
+        if size <= memory_bytes or len(entries) == 1:
+            # Passed on without a name, so that the bytes are freed before the next part is read.
+            yield from _sort(entries, _read_and_remove(name))
         else:
             del entries
-            yield from by_key(_gathered(name), size, memory, folder, low + (part << rest), rest)
+            part_key = first_key + (part << rest_bits)
+            yield from sort_by_key(_read_part(name), size, memory_bytes, folder, part_key, rest_bits)
             _remove(name)
 
 
-def _joined(lines: Iterable[tuple[int, bytes]]) -> tuple[np.ndarray, bytearray]:
-    keys, sizes, data = array.array("Q"), array.array("Q"), bytearray()  # a list of numbers would outweigh short lines
+def _load(lines: Iterable[KeyedLine]) -> tuple[np.ndarray, bytearray]:
+    """Returns the entries and the concatenated lines. (Lists of numbers would outweigh short lines.)"""
+    keys, sizes, data = array.array("Q"), array.array("Q"), bytearray()
     for key, line in lines:
         keys.append(key)
         sizes.append(len(line))
         data += line
-    entries = np.empty(len(keys), ENTRY)
+    entries = np.empty(len(keys), _ENTRY_DTYPE)
     entries["key"], entries["size"] = keys, sizes
     return entries, data
 
 
-def _sorted(entries: np.ndarray, data) -> Iterator[bytes]:
+def _sort(entries: np.ndarray, data: bytes | bytearray) -> Iterator[bytes]:
     ends = np.cumsum(entries["size"])
     for i in np.argsort(entries["key"], kind="stable"):
         yield bytes(data[int(ends[i]) - int(entries["size"][i]) : int(ends[i])])
 
 
-def _scatter(lines: Iterable[tuple[int, bytes]], names: list[str], low: int, rest: int) -> None:
-    """Appends each line to the file of its key, and (key, size) to `.entries` beside it."""
+def _scatter(lines: Iterable[KeyedLine], names: list[str], first_key: int, rest_bits: int) -> None:
+    """Appends each line to the file of its part, and (key, size) to `.entries` beside it."""
     with contextlib.ExitStack() as stack:
-        opened = [
-            [stack.enter_context(open(file, "wb", WRITE_BYTES)) for file in (name, f"{name}.entries")] for name in names
+        parts = [
+            [stack.enter_context(open(path, "wb", _BUFFER_BYTES)) for path in (name, f"{name}.entries")]
+            for name in names
         ]
         for key, line in lines:
-            data, entries = opened[key - low >> rest]
+            data, entries = parts[(key - first_key) >> rest_bits]
             data.write(line)
             entries.write(key.to_bytes(8, "little") + len(line).to_bytes(8, "little"))
 
 
-def _gathered(name: str) -> Iterator[tuple[int, bytes]]:
+def _read_part(name: str) -> Iterator[KeyedLine]:
     with open(name, "rb") as data, open(f"{name}.entries", "rb") as entries:
-        while entry := entries.read(ENTRY.itemsize):
-            key, size = np.frombuffer(entry, ENTRY)[0]
+        while entry := entries.read(_ENTRY_DTYPE.itemsize):
+            key, size = np.frombuffer(entry, _ENTRY_DTYPE)[0]
             yield int(key), data.read(int(size))
 
 
-def _taken(name: str) -> bytes:
+def _read_and_remove(name: str) -> bytes:
     with open(name, "rb") as file:
         data = file.read()
     _remove(name)

@@ -9,7 +9,7 @@ from EasyLM.errors import UserError
 from EasyLM.storage import read_lines
 
 
-def read(
+def read_sentences(
     path: str, vocab_size: int, on_bad_line: Callable[[str, str], None] | None = None
 ) -> Iterator[tuple[np.ndarray, dict]]:
     """Yields (ids [n], JSON object of the record) of each sentence. The object of a packed sentence lacks its ids.

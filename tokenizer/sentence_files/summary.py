@@ -32,7 +32,7 @@ class BadLines:
         self._listed: list[str] = []
 
     def add(self, address: str, message: str) -> None:
-        """Counts a line. See `reader.read`."""
+        """Counts a line. See `read_sentences`."""
         self._count += 1
         if len(self._listed) < self._max_listed:
             self._listed.append(message)

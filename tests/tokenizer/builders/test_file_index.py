@@ -8,7 +8,7 @@ from index_kit import make_index
 from EasyLM.errors import UserError
 from tokenizer.builders import FileIndex, ImageRef, InputFolder, file_index
 from tokenizer.media import images
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+from tokenizer.sentence_files import SkippedInputs
 
 
 def test_items_have_rows_in_order_and_the_digest_changes_with_the_files(monkeypatch):

@@ -1,4 +1,4 @@
-"""Sentences drawn: the chosen ones, as the tokenizer decodes them, in every format."""
+"""The selected sentences are written as the tokenizer decodes them, in every format."""
 
 import base64
 import html.parser
@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from tokenizer_kit import TINY, run_main, tiny_vqgan
 
-from EasyLM import flags
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
 from tokenizer import detokenize
 from tokenizer.media import images, videos
+from tokenizer.sentence_files.selection import Selection, parse_ranges, select
 from tokenizer.vqgan import Codec
 
 N, S = TINY.tokens_per_image, TINY.resolution
@@ -33,7 +33,7 @@ def codec(tiny):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Nine sentences of 1 to 3 pictures, of three kinds in turn; one's sources need escaping."""
+    """Nine sentences of 1 to 3 images and three kinds in turn; their sources need HTML escaping."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("sentences") / "s.jsonl"
     lines = []
@@ -46,22 +46,20 @@ def file(tmp_path_factory):
     return path
 
 
-def draw(file, tiny, directory, **settings) -> list[str]:
-    """The names of what is drawn."""
+def detokenize_file(file, tiny, directory, **settings) -> list[str]:
+    """Runs the command; returns the names of the written files."""
     run_main(detokenize, input_file=str(file), output_dir=str(directory), vqgan=tiny, **settings)
     return sorted(os.listdir(directory))
 
 
-def chosen(file, lines=None, **settings) -> list[int]:
-    """The numbers of the sentences that would be drawn."""
-    config = flags.defaults(detokenize.FLAGS)
-    config.update(input_file=str(file), **settings)
-    lines = records.read_records(str(file), 32) if lines is None else lines
-    return [number for number, _, _ in detokenize.choose(lines, config)]
+def selected(sentences, ranges="", kinds=(), limit=0) -> list[int]:
+    """The numbers of the selected sentences."""
+    selection = Selection(parse_ranges(ranges), frozenset(kinds), limit)
+    return [number for number, _, _ in select(sentences, selection)]
 
 
-def pictures(file, codec, number):
-    """What the tokenizer makes of a sentence."""
+def decoded_images(file, codec, number):
+    """The images of a sentence, uint8 [n,S,S,3]."""
     ids = [ids for ids, _ in records.read_records(str(file), TINY.num_embeddings)][number]
     return images.to_uint8(codec.decode(ids.reshape(-1, N)))
 
@@ -71,109 +69,119 @@ def pictures(file, codec, number):
     [
         ({}, range(9)),
         ({"limit": 2}, [0, 1]),
-        ({"sentences": "0,5,7-8"}, [0, 5, 7, 8]),
-        ({"sentences": " 7-8 , 0 "}, [0, 7, 8]),
-        ({"kinds": "frames"}, [1, 4, 7]),
-        ({"kinds": "frames, images", "sentences": "2-6"}, [2, 4, 5]),
-        ({"kinds": "images", "limit": 2}, [2, 5]),
+        ({"ranges": "0,5,7-8"}, [0, 5, 7, 8]),
+        ({"ranges": " 7-8 , 0 "}, [0, 7, 8]),
+        ({"kinds": ["frames"]}, [1, 4, 7]),
+        ({"kinds": ["frames", "images"], "ranges": "2-6"}, [2, 4, 5]),
+        ({"kinds": ["images"], "limit": 2}, [2, 5]),
     ],
 )
-def test_the_chosen_sentences(file, settings, numbers):
-    assert chosen(file, **settings) == list(numbers)
+def test_sentences_are_selected_by_number_kind_and_limit(file, settings, numbers):
+    assert selected(records.read_records(str(file), 32), **settings) == list(numbers)
 
 
-def test_nothing_is_read_behind_the_last_one(file):
-    def lines():
+def test_nothing_is_read_after_the_last_selected_sentence(file):
+    def sentences():
         yield from list(records.read_records(str(file), 32))[:5]
-        raise AssertionError("read on")
+        raise AssertionError("read too far")
 
-    assert chosen(file, lines(), sentences="0,4") == [0, 4]
-    assert chosen(file, lines(), kinds="frames", limit=2) == [1, 4]
+    assert selected(sentences(), ranges="0,4") == [0, 4]
+    assert selected(sentences(), kinds=["frames"], limit=2) == [1, 4]
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"sentences": "1-"}, "--sentences=1-: cannot read '1-'"),
         ({"sentences": "5-2"}, "cannot read '5-2'"),
         ({"sentences": "x"}, "cannot read 'x': give numbers from 0 and ranges"),
-        ({"sentences": "4,9"}, "--sentences=4,9: .*s.jsonl ends with sentence 8"),
-        ({"kinds": "video"}, "--kinds=video: no such sentence in .*; there are 'frames', 'images', 'paired'"),
+        ({"sentences": "4,9"}, "s.jsonl: ends with sentence 8, but sentence 9 is selected"),
+        (
+            {"kinds": "video"},
+            "s.jsonl: contains no sentence of kind 'video'; it has the kinds 'frames', 'images', 'paired'",
+        ),
     ],
 )
-def test_no_such_sentences(file, settings, said):
-    with pytest.raises(UserError, match=said):
-        chosen(file, **settings)
+def test_invalid_selections_are_reported(file, tiny, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        detokenize_file(file, tiny, tmp_path, **settings)
 
 
-def test_rows_of_pictures(file, tiny, codec, tmp_path):
-    draw(file, tiny, tmp_path, sentences="8", columns=2)
-    drawn, expected = np.asarray(Image.open(tmp_path / "000008.png")), pictures(file, codec, 8)
-    assert drawn.shape == (2 * S + 2, 2 * S + 2, 3)
-    for picture, (top, left) in zip(expected, [(0, 0), (0, S + 2), (S + 2, 0)]):
-        np.testing.assert_array_equal(drawn[top : top + S, left : left + S], picture)
+def test_a_file_without_sentences_is_reported(tiny, tmp_path):
+    (tmp_path / "s.jsonl").touch()
+    with pytest.raises(UserError, match=r"s\.jsonl: contains no sentence"):
+        detokenize_file(tmp_path / "s.jsonl", tiny, tmp_path / "d")
 
 
-def test_videos(file, tiny, codec, tmp_path):
-    assert draw(file, tiny, tmp_path, kinds="images", format="mp4", fps=5) == [f"{i:06d}.mp4" for i in (2, 5, 8)]
+def test_png_files_have_rows_of_images(file, tiny, codec, tmp_path):
+    detokenize_file(file, tiny, tmp_path, sentences="8", columns=2)
+    sheet, expected = np.asarray(Image.open(tmp_path / "000008.png")), decoded_images(file, codec, 8)
+    assert sheet.shape == (2 * S + 2, 2 * S + 2, 3)
+    for image, (top, left) in zip(expected, [(0, 0), (0, S + 2), (S + 2, 0)]):
+        np.testing.assert_array_equal(sheet[top : top + S, left : left + S], image)
+
+
+def test_mp4_files(file, tiny, codec, tmp_path):
+    names = detokenize_file(file, tiny, tmp_path, kinds="images", format="mp4", fps=5)
+    assert names == [f"{i:06d}.mp4" for i in (2, 5, 8)]
     np.testing.assert_allclose(videos.timestamps(tmp_path / "000005.mp4"), [0, 0.2, 0.4], atol=1e-3)
     frames = videos.read(tmp_path / "000005.mp4", [0, 0.2, 0.4])
-    expected = pictures(file, codec, 5) / 255
+    expected = decoded_images(file, codec, 5) / 255
     differences = [[np.abs(a - b).mean() for b in expected] for a in frames]
     assert (np.argmin(differences, axis=1) == range(3)).all()
 
 
-def test_animations(file, tiny, tmp_path):
-    assert draw(file, tiny, tmp_path, sentences="8", format="gif") == ["000008.gif"]
+def test_gif_files(file, tiny, tmp_path):
+    assert detokenize_file(file, tiny, tmp_path, sentences="8", format="gif") == ["000008.gif"]
     with Image.open(tmp_path / "000008.gif") as animation:
         assert (animation.n_frames, animation.info["duration"], animation.size) == (3, 250, (S, S))
 
 
-class Sheet(html.parser.HTMLParser):
-    """Headings, captions and pictures of a sheet, in order."""
+class Page(html.parser.HTMLParser):
+    """Headings, captions and images of a page in order, and its links to other files."""
 
     def __init__(self, text):
         super().__init__()
-        self.found, self._tag, self.outside = [], "", []
+        self.elements, self._tag, self.links = [], "", []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self._tag = tag
         for name, value in attributes:
             if name in ("src", "href") and not value.startswith("data:image/png;base64,"):
-                self.outside.append(value)
+                self.links.append(value)
             elif name == "src":
                 data = base64.b64decode(value.partition(",")[2])
-                self.found.append(np.asarray(Image.open(io.BytesIO(data))))
+                self.elements.append(np.asarray(Image.open(io.BytesIO(data))))
 
     def handle_data(self, data):
         if self._tag in ("h2", "figcaption", "p") and data.strip():
-            self.found.append(data)
+            self.elements.append(data)
 
 
-def test_sheet(file, tiny, codec, tmp_path):
-    assert draw(file, tiny, tmp_path, sentences="1,3-4", format="html") == ["sentences.html"]
-    sheet = Sheet((tmp_path / "sentences.html").read_text())
-    first, third = pictures(file, codec, 1), pictures(file, codec, 3)
+def test_html_page(file, tiny, codec, tmp_path):
+    assert detokenize_file(file, tiny, tmp_path, sentences="1,3-4", format="html") == ["sentences.html"]
+    page = Page((tmp_path / "sentences.html").read_text())
+    first, third = decoded_images(file, codec, 1), decoded_images(file, codec, 3)
     expected = ["sentence 1 · frames", first[0], "<1>/&0.png", first[1], "<1>/&1.png"]
     expected += ["sentence 3 · paired", "clip.mp4, 0.5 s", third[0], "sentence 4 · frames"]
-    fourth = pictures(file, codec, 4)
+    fourth = decoded_images(file, codec, 4)
     expected += [fourth[0], "<4>/&0.png, 0.5 s", fourth[1], "<4>/&1.png, 1.25 s"]
-    assert len(sheet.found) == len(expected) and not sheet.outside
-    for got, wanted in zip(sheet.found, expected):
-        np.testing.assert_array_equal(got, wanted)
+    assert len(page.elements) == len(expected) and not page.links
+    for element, expected_element in zip(page.elements, expected):
+        np.testing.assert_array_equal(element, expected_element)
 
 
 def test_packed_files(file, tiny, tmp_path):
     packed_file.write(str(tmp_path / "s.packed"), [(str(file), records.read_records(str(file), 32))], keep_others=True)
-    names = draw(tmp_path / "s.packed", tiny, tmp_path / "p", kinds="frames", limit=2)
-    assert names == draw(file, tiny, tmp_path / "j", kinds="frames", limit=2) and len(names) == 2
+    names = detokenize_file(tmp_path / "s.packed", tiny, tmp_path / "p", kinds="frames", limit=2)
+    assert names == detokenize_file(file, tiny, tmp_path / "j", kinds="frames", limit=2) and len(names) == 2
     for name in names:
         assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "j" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"format": "mp4", "fps": 0.0}, "--fps=0.0: must be above 0"),
         ({"columns": 0}, "--columns=0: must be at least 1"),
@@ -181,13 +189,13 @@ def test_packed_files(file, tiny, tmp_path):
         ({"input_file": ""}, "--input_file is missing"),
     ],
 )
-def test_settings(file, tiny, tmp_path, settings, said):
-    with pytest.raises(UserError, match=said):
-        draw(settings.pop("input_file", file), tiny, tmp_path, **settings)
+def test_invalid_settings_are_reported(file, tiny, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        detokenize_file(settings.pop("input_file", file), tiny, tmp_path, **settings)
 
 
-def test_no_whole_pictures(tiny, tmp_path):
+def test_tokens_that_are_not_whole_images_are_reported(tiny, tmp_path):
     (tmp_path / "s.jsonl").write_bytes(records.record_line(np.zeros(N + 1, np.int32)))
-    with pytest.raises(UserError, match=rf"s.jsonl: sentence 0: {N + 1} tokens are no whole number of pictures"):
-        draw(tmp_path / "s.jsonl", tiny, tmp_path / "d", format="html")
+    with pytest.raises(UserError, match=rf"s.jsonl: sentence 0: {N + 1} tokens are not a whole number of images"):
+        detokenize_file(tmp_path / "s.jsonl", tiny, tmp_path / "d", format="html")
     assert not os.listdir(tmp_path / "d")

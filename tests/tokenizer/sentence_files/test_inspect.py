@@ -23,16 +23,16 @@ EACH = 4  # tokens per image
 def sentences(tmp_path):
     """Sentences of random ids, some special, in three files of three forms, with bad lines among them."""
     rng = np.random.default_rng(0)
-    made = []
+    sentences = []
     for number in range(600):
         ids = rng.zipf(1.3, EACH * rng.integers(0, 6) + (number % 50 == 0)) % 100
         ids[:1] = np.where(rng.random(len(ids[:1])) < 0.2, 8192, ids[:1])
-        made.append((ids, {"kind": f"kind{number % 3}"} if number % 7 else {}))
-    lines = [records.record_line(ids, **others) for ids, others in made]
+        sentences.append((ids, {"kind": f"kind{number % 3}"} if number % 7 else {}))
+    lines = [records.record_line(ids, **others) for ids, others in sentences]
     (tmp_path / "a.jsonl").write_bytes(b"".join([b"{\n", *lines[:200], b'{"tokens": "?"}\n', b"\n"]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"".join([*lines[200:400], b"[]\n"])))
-    packed_file.write(str(tmp_path / "c.packed"), [(__file__, made[400:])], keep_others=True)
-    return made
+    packed_file.write(str(tmp_path / "c.packed"), [(__file__, sentences[400:])], keep_others=True)
+    return sentences
 
 
 def statistics(tmp_path, names="a.jsonl,b.jsonl.gz,c.packed", **settings) -> dict:
@@ -47,27 +47,31 @@ def statistics(tmp_path, names="a.jsonl,b.jsonl.gz,c.packed", **settings) -> dic
 @pytest.mark.parametrize("batched_ids", [1, 1 << 20])
 def test_statistics_equal_a_plain_count(sentences, tmp_path, monkeypatch, batched_ids):
     monkeypatch.setattr(summary, "_BATCHED_IDS", batched_ids)
-    got = statistics(tmp_path)
+    values = statistics(tmp_path)
     ids = np.concatenate([ids for ids, _ in sentences])
     counts = collections.Counter(ids[ids < 128].tolist())
     shares = np.array(list(counts.values())) / sum(counts.values())
     lengths = [len(ids) for ids, _ in sentences]
-    assert (got["files"], got["sentences"], got["tokens"]) == (3, 600, len(ids))
-    assert (got["shortest"], got["longest"], got["mean_length"]) == (min(lengths), max(lengths), np.mean(lengths))
-    assert got["lengths_in_images"] == {
+    assert (values["files"], values["sentences"], values["tokens"]) == (3, 600, len(ids))
+    assert (values["shortest"], values["longest"], values["mean_length"]) == (
+        min(lengths),
+        max(lengths),
+        np.mean(lengths),
+    )
+    assert values["lengths_in_images"] == {
         str(n): count for n, count in sorted(collections.Counter(n // EACH for n in lengths).items())
     }
-    assert got["not_whole_images"] == sum(n % EACH != 0 for n in lengths) == 12
-    assert got["codes_used"] == len(counts) and got["codes_used_share"] == len(counts) / 128
-    assert got["codes_perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
-    assert got["special_ids"] == {"8192": int((ids == 8192).sum())}
-    assert got["kinds"] == dict(collections.Counter(o.get("kind", "(none)") for _, o in sentences))
+    assert values["not_whole_images"] == sum(n % EACH != 0 for n in lengths) == 12
+    assert values["codes_used"] == len(counts) and values["codes_used_share"] == len(counts) / 128
+    assert values["codes_perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert values["special_ids"] == {"8192": int((ids == 8192).sum())}
+    assert values["kinds"] == dict(collections.Counter(others.get("kind", "(none)") for _, others in sentences))
 
 
 def test_bad_lines_are_counted_and_the_first_listed(sentences, tmp_path, capsys):
-    got = statistics(tmp_path, max_listed=2)
-    assert got["bad_lines"] == 3
-    first, second = got["first_bad_lines"]
+    values = statistics(tmp_path, max_listed=2)
+    assert values["bad_lines"] == 3
+    first, second = values["first_bad_lines"]
     assert first.startswith(f"{tmp_path}/a.jsonl:1: not JSON") and second.startswith(f"{tmp_path}/a.jsonl:202: field")
     output = capsys.readouterr().out
     assert first in output and "and 1 more bad lines" in output
@@ -75,14 +79,14 @@ def test_bad_lines_are_counted_and_the_first_listed(sentences, tmp_path, capsys)
 
 def test_perplexity_of_evenly_used_codes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(records.record_line(np.arange(32)) * 3)
-    got = statistics(tmp_path, "a.jsonl")
-    assert got["codes_perplexity"] == pytest.approx(32) and got["codes_used_share"] == 0.25
+    values = statistics(tmp_path, "a.jsonl")
+    assert values["codes_perplexity"] == pytest.approx(32) and values["codes_used_share"] == 0.25
 
 
 def test_a_file_of_bad_lines_only(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(b"?\n")
-    got = statistics(tmp_path, "a.jsonl", output_picture=str(tmp_path / "p.png"))
-    assert (got["sentences"], got["bad_lines"], got["codes_perplexity"]) == (0, 1, 0.0)
+    values = statistics(tmp_path, "a.jsonl", output_picture=str(tmp_path / "p.png"))
+    assert (values["sentences"], values["bad_lines"], values["codes_perplexity"]) == (0, 1, 0.0)
 
 
 def test_the_number_of_kinds_is_bounded(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Mixing: nothing is lost or invented, every order is as likely, memory is bounded, bad lines have an address."""
+"""Mixing loses and invents nothing, orders are equally likely, memory is bounded, bad lines have an address."""
 
 import collections
 import gzip
@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -20,42 +21,42 @@ from EasyLM.data import mixture, records
 from EasyLM.errors import UserError
 from EasyLM.storage import read_lines
 from tokenizer import mix
-from tokenizer.sentence_files import disk_shuffle
+from tokenizer.sentence_files import disk_shuffle, mixing
 
 
 def sentence(source: int, number: int) -> bytes:
-    """A line whose ids say which it is, its length another one for each number."""
+    """A line whose ids identify it. Lines differ in length."""
     return records.record_line([source, number, *range(number % 7)], kind="k", sources=[f"{source}/é{number}"])
 
 
 def write(path, source: int, count: int) -> list[bytes]:
-    """A file of `sentence`, packed as its ending says."""
+    """Writes a file of `sentence`s, compressed as its extension says; returns the lines."""
     lines = [sentence(source, number) for number in range(count)]
     data = b"".join(lines)
-    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
-    path.write_bytes(pack(data))
+    compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(data))
     return lines
 
 
 def mixed(tmp_path, inputs, **settings) -> list[bytes]:
-    """The lines that the tool writes."""
-    named = ",".join(str(tmp_path / name) for name in inputs.split(","))
-    tokenizer_kit.run_main(mix, inputs=named, output_file=str(tmp_path / "out" / "m.jsonl"), **settings)
+    """Runs the command; returns the lines of its output."""
+    paths = ",".join(str(tmp_path / name) for name in inputs.split(","))
+    tokenizer_kit.run_main(mix, inputs=paths, output_file=str(tmp_path / "out" / "m.jsonl"), **settings)
     assert [name for name in os.listdir(tmp_path / "out") if name != "m.jsonl"] == []
     return (tmp_path / "out" / "m.jsonl").read_bytes().splitlines(keepends=True)
 
 
-class TestWhatGoesIn:
+class TestTakenSentences:
     def test_every_sentence_once(self, tmp_path):
-        """Of plain and packed files, globs among them; blank lines and line ends of other systems do not count."""
+        """Of plain and compressed files and globs; blank lines and carriage returns are ignored."""
         lines = [
             *write(tmp_path / "a.jsonl", 0, 40),
             *write(tmp_path / "b1.jsonl.gz", 1, 30),
             *write(tmp_path / "b2.jsonl.zst", 2, 20),
         ]
         (tmp_path / "c.jsonl").write_bytes(sentence(3, 0).replace(b"\n", b"\r\n\n \n") + sentence(3, 1).rstrip(b"\n"))
-        got = mixed(tmp_path, "a.jsonl,b*,c.jsonl", output_json=str(tmp_path / "report.json"))
-        assert collections.Counter(got) == collections.Counter([*lines, sentence(3, 0), sentence(3, 1)])
+        lines_out = mixed(tmp_path, "a.jsonl,b*,c.jsonl", output_json=str(tmp_path / "report.json"))
+        assert collections.Counter(lines_out) == collections.Counter([*lines, sentence(3, 0), sentence(3, 1)])
         report = json.loads((tmp_path / "report.json").read_text())
         assert [(part["files"], part["sentences"], part["taken"]) for part in report["inputs"]] == [
             (1, 40, 40),
@@ -75,67 +76,67 @@ class TestWhatGoesIn:
         ],
     )
     def test_weights_and_counts(self, tmp_path, settings, taken):
-        """Each sentence of an input is there floor or ceil of taken/size times, and the total is exact."""
+        """Each sentence of an input comes floor or ceil of taken/size times, and the total is exact."""
         write(tmp_path / "a.jsonl", 0, 40)
         write(tmp_path / "b.jsonl", 1, 20)
-        got = collections.Counter(mixed(tmp_path, "a.jsonl,b.jsonl", **settings))
+        counts = collections.Counter(mixed(tmp_path, "a.jsonl,b.jsonl", **settings))
         for source, (count, size) in enumerate(zip(taken, (40, 20))):
-            times = [got.pop(sentence(source, number), 0) for number in range(size)]
+            times = [counts.pop(sentence(source, number), 0) for number in range(size)]
             assert sum(times) == count
             assert set(times) <= {count // size, -(-count // size)}
-        assert not got
+        assert not counts
 
-    def test_the_sentences_taken_are_a_uniform_choice(self, tmp_path):
+    def test_taken_sentences_are_a_uniform_choice(self, tmp_path):
         write(tmp_path / "a.jsonl", 0, 10)
-        source = mix.Source("a", [str(tmp_path / "a.jsonl")], sentences=10, taken=3)
-        seen, runs = collections.Counter(), 3000
+        source = mixing.Source("a", [str(tmp_path / "a.jsonl")], sentences=10, taken=3)
+        counts, runs = collections.Counter(), 3000
         for seed in range(runs):
-            lines = [line for _, line in mix._keyed_lines([source], seed, mix.tqdm(disable=True))]
+            lines = [line for _, line in mixing.keyed_lines([source], seed)]
             assert len(set(lines)) == 3
-            seen.update(lines)
+            counts.update(lines)
         expected = runs * 3 / 10
-        chi_square = sum((count - expected) ** 2 / expected for count in seen.values())
-        assert len(seen) == 10 and chi_square < 9 + 5 * np.sqrt(18)
+        chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+        assert len(counts) == 10 and chi_square < 9 + 5 * np.sqrt(18)
 
 
 class TestOrder:
-    def test_every_order_is_as_likely(self, tmp_path):
+    def test_orders_are_equally_likely(self, tmp_path):
         """Chi-square over the 24 orders of 4 sentences of two files."""
         write(tmp_path / "a.jsonl", 0, 3)
         write(tmp_path / "b.jsonl", 1, 1)
         sources = [
-            mix.Source("a", [str(tmp_path / "a.jsonl")], sentences=3, taken=3),
-            mix.Source("b", [str(tmp_path / "b.jsonl")], sentences=1, taken=1),
+            mixing.Source("a", [str(tmp_path / "a.jsonl")], sentences=3, taken=3),
+            mixing.Source("b", [str(tmp_path / "b.jsonl")], sentences=1, taken=1),
         ]
         orders, runs = collections.Counter(), 2400
         for seed in range(runs):
-            keyed = mix._keyed_lines(sources, seed, mix.tqdm(disable=True))
-            orders[tuple(disk_shuffle.by_key(keyed, 0, 1, ""))] += 1
+            keyed = mixing.keyed_lines(sources, seed)
+            orders[tuple(disk_shuffle.sort_by_key(keyed, 0, 1, ""))] += 1
         expected = runs / 24
         chi_square = sum((count - expected) ** 2 / expected for count in orders.values())
         assert len(orders) == 24 and abs(chi_square - 23) < 5 * np.sqrt(46)
 
-    def test_memory_changes_nothing(self, tmp_path):
-        """The same bytes from memory, from one level of files and from several; other bytes for another seed."""
+    def test_the_order_does_not_depend_on_the_memory_limit(self, tmp_path):
+        """The same lines from memory, from one level of files and from several."""
         lines = [sentence(0, number) for number in range(500)]
         total = sum(map(len, lines))
         keys = np.random.default_rng(0).integers(0, 1 << 64, len(lines), np.uint64).tolist()
-        keys[10:20] = [keys[0]] * 10  # equal keys: as they came
+        keys[10:20] = [keys[0]] * 10  # equal keys keep their order
         expected = [line for _, line in sorted(zip(keys, lines), key=lambda pair: pair[0])]
         for memory in (10 * total, total - 1, total // 5, total // 300, 1):
-            assert list(disk_shuffle.by_key(zip(keys, lines), total, memory, str(tmp_path))) == expected
+            assert list(disk_shuffle.sort_by_key(zip(keys, lines), total, memory, str(tmp_path))) == expected
             assert not os.listdir(tmp_path)
 
-    def test_the_seed_decides(self, tmp_path):
+    def test_the_order_follows_from_the_seed(self, tmp_path):
         write(tmp_path / "a.jsonl", 0, 60)
         first, again, other = (mixed(tmp_path, "a.jsonl", seed=seed) for seed in (1, 1, 2))
         assert first == again != other
-        places = [first.index(line) for line in other]
-        assert abs(np.corrcoef(places, range(60))[0, 1]) < 0.5
+        positions = [first.index(line) for line in other]
+        assert abs(np.corrcoef(positions, range(60))[0, 1]) < 0.5
 
 
 class TestErrors:
-    def test_bad_lines_by_address(self, tmp_path):
+    def test_bad_lines_are_reported_by_address(self, tmp_path):
         lines = write(tmp_path / "a.jsonl", 0, 10)
         broken = [*lines[:4], b"{\n", b"\n", *lines[4:7], b'{"tokens": "AAAAAQ=="}\n', *lines[7:]]
         (tmp_path / "a.jsonl").write_bytes(b"".join(broken))
@@ -147,7 +148,7 @@ class TestErrors:
         assert sorted(mixed(tmp_path, "a.jsonl", max_errors=2)) == sorted(lines)
 
     @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-    def test_packed_files_that_are_cut_off(self, tmp_path, name):
+    def test_truncated_and_corrupt_compressed_files_are_reported(self, tmp_path, name):
         write(tmp_path / name, 0, 500)
         whole = (tmp_path / name).read_bytes()
         for damaged in (whole[: len(whole) // 2], b"no packed file", whole[:40] + b"????" + whole[44:]):
@@ -155,26 +156,26 @@ class TestErrors:
             with pytest.raises(UserError, match=rf"^{tmp_path / name}:"):
                 mixed(tmp_path, name)
 
-    def test_disk_is_checked_first(self, tmp_path, monkeypatch):
+    def test_disk_space_is_checked_first(self, tmp_path, monkeypatch):
         write(tmp_path / "a.jsonl", 0, 60)
-        monkeypatch.setattr(mix.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-        with pytest.raises(UserError, match=r"--output_file=.*: needs 0.02 GB of disk space, 0.00 GB are free"):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+        with pytest.raises(UserError, match=r"--output_file=.*: needs about 0.02 GB of disk space, 0.00 GB are free"):
             mixed(tmp_path, "a.jsonl")
         assert not os.listdir(tmp_path / "out")
 
-    def test_a_failure_leaves_nothing(self, tmp_path, monkeypatch):
+    def test_a_failure_leaves_no_file(self, tmp_path, monkeypatch):
         write(tmp_path / "a.jsonl", 0, 60)
 
-        def cut(source):
-            return itertools.islice(read_lines(source.paths[0]), 5)
+        def first_lines(source):
+            return (line for _, line in itertools.islice(read_lines(source.paths[0]), 5))
 
-        monkeypatch.setattr(mix, "_good_lines", lambda source: (line for _, line in cut(source)))
+        monkeypatch.setattr(mixing, "_good_lines", first_lines)
         with pytest.raises(UserError, match="changed while it was read"):
             mixed(tmp_path, "a.jsonl")
         assert not os.listdir(tmp_path / "out")
 
     @pytest.mark.parametrize(
-        "settings, said",
+        "settings, message",
         [
             ({"inputs": "none.jsonl"}, "no such file"),
             ({"inputs": "*.txt"}, "no file matches"),
@@ -193,13 +194,13 @@ class TestErrors:
             ({"output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
         ],
     )
-    def test_settings(self, tmp_path, settings, said):
+    def test_invalid_settings_are_reported(self, tmp_path, settings, message):
         for number, name in enumerate("ab"):
             write(tmp_path / f"{name}.jsonl", number, 2)
         (tmp_path / "a.packed").touch()
         inputs = ",".join(str(tmp_path / name) for name in settings.pop("inputs", "a.jsonl,b.jsonl").split(","))
         output = str(tmp_path / settings.pop("output", "m.jsonl"))
-        with pytest.raises(UserError, match=re.escape(said)):
+        with pytest.raises(UserError, match=re.escape(message)):
             tokenizer_kit.run_main(mix, inputs=inputs, output_file=output, **settings)
 
 
@@ -214,11 +215,12 @@ def test_proportional_numbers(total):
         assert (np.abs(numbers - shares) < 1).all()
 
 
-def test_short_lines_are_not_outweighed_by_what_is_kept_about_them(tmp_path):
+def test_short_lines_have_little_overhead_in_memory(tmp_path):
     count, line = 50_000, b"x" * 29
     tracemalloc.start()
     try:
-        lines = disk_shuffle.by_key(((i * 2**40 + 2**39, line) for i in range(count)), count * 29, 10**9, str(tmp_path))
+        keyed = ((i * 2**40 + 2**39, line) for i in range(count))
+        lines = disk_shuffle.sort_by_key(keyed, count * 29, 10**9, str(tmp_path))
         assert sum(map(len, lines)) == count * 29
         assert tracemalloc.get_traced_memory()[1] < 3.5 * count * 29
     finally:
@@ -227,7 +229,7 @@ def test_short_lines_are_not_outweighed_by_what_is_kept_about_them(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
-    """300 MB of sentences with 30 MB allowed: the process stays under 160 MB, of which 60 are Python and numpy."""
+    """With 300 MB of sentences and a limit of 30 MB the process takes less than 160 MB, 60 of them Python and NumPy."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 8192, (64, 4096))
     with open(tmp_path / "a.jsonl", "wb") as file:
@@ -244,8 +246,8 @@ try:
 finally:
     print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    peak = int(done.stdout.split()[-1]) / 1000
+    process = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    peak = int(process.stdout.split()[-1]) / 1000
     print(f"{peak:.0f} MB at the peak")
     assert peak < 160
     numbers = [record["number"] for _, record in records.read_records(str(tmp_path / "m.jsonl"), 8192)]

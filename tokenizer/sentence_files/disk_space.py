@@ -1,0 +1,19 @@
+"""Checks that an output fits on its disk before it is written."""
+
+import os
+import shutil
+
+from EasyLM.errors import UserError
+
+
+def check_disk_space(path: str, needed_bytes: int) -> None:
+    """Checks the free space of the disk of a file.
+
+    Raises:
+      UserError: naming the path, if less than `needed_bytes` are free.
+    """
+    free_bytes = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    if needed_bytes > free_bytes:
+        raise UserError(
+            f"{path}: needs about {needed_bytes / 1e9:.2f} GB of disk space, {free_bytes / 1e9:.2f} GB are free"
+        )

@@ -1,0 +1,143 @@
+"""Sentences of several sources in a random order: check and count the lines, draw which ones to take, shuffle them.
+
+Each source is read twice: once to check and count its lines, once to mix them.
+"""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from EasyLM.data import records
+from EasyLM.errors import UserError
+from EasyLM.storage import atomic_file, file_version, is_compressed, read_lines
+from tokenizer.sentence_files import disk_shuffle
+from tokenizer.sentence_files.disk_shuffle import KEY_BITS, KeyedLine
+from tokenizer.sentence_files.skipped_inputs import SkippedInputs
+
+_BATCHED_NUMBERS = 4096  # random numbers drawn at a time
+_MARGIN_BYTES = 16 << 20  # left free on the disk
+
+
+@dataclasses.dataclass
+class Source:
+    """The files of one input, what `count_lines` finds in them, and the sentences to take.
+
+    Attributes:
+      name: the path or glob.
+      paths: its files.
+      bad_lines: (path, line number).
+      sentences: number of good lines.
+      bytes: size of the good lines.
+      taken: number of sentences to take; more than `sentences`: some repeatedly.
+    """
+
+    name: str
+    paths: list[str]
+    bad_lines: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    sentences: int = 0
+    bytes: int = 0
+    taken: int = 0
+
+    def statistics(self) -> dict[str, Any]:
+        """Returns the report of the source as JSON values."""
+        return {
+            "input": self.name,
+            "files": len(self.paths),
+            "sentences": self.sentences,
+            "bad_lines": len(self.bad_lines),
+            "taken": self.taken,
+            "times": self.taken / max(self.sentences, 1),
+        }
+
+
+def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInputs) -> None:
+    """Counts the sentences and bytes of each source, and its bad lines, which are added to `skipped`."""
+    files = [(source, path) for source in sources for path in source.paths]
+    is_size_known = not any(is_compressed(path) for _, path in files)
+    total = sum(file_version(path)["size"] for _, path in files) if is_size_known else None
+    with tqdm(total=total, unit="B", unit_scale=True, desc="checking") as bar:
+        for source, path in files:
+            for number, line in read_lines(path):
+                bar.update(len(line) + 1)
+                try:
+                    records.read_record(line, vocab_size)
+                except records.RecordError as error:
+                    skipped.add(f"{path}:{number}", f"{path}:{number}: {error}")
+                    source.bad_lines.add((path, number))
+                    continue
+                source.sentences += 1
+                source.bytes += len(line) + 1
+
+
+def needed_space(sources: Sequence[Source], memory_bytes: int) -> int:
+    """Returns the bytes on disk that `write_mixture` needs."""
+    size = _mixture_bytes(sources)
+    # Temporary files are removed as they are written out: beside the output there is one part, which fits in memory.
+    return size + (memory_bytes if size > memory_bytes else 0) + _MARGIN_BYTES
+
+
+def _mixture_bytes(sources: Sequence[Source]) -> int:
+    """Estimates the size of the mixture from the mean length of each source's sentences."""
+    return sum(source.bytes * source.taken // max(source.sentences, 1) for source in sources)
+
+
+def write_mixture(path: str, sources: Sequence[Source], seed: int, memory_bytes: int) -> int:
+    """Atomically writes the sentences to take in a random order; returns their number.
+
+    Args:
+      path: the JSONL file.
+      sources: after `count_lines`, with `taken` set.
+      seed: of the order, and of which sentences are taken.
+      memory_bytes: size of the lines that may be in memory; the others are in files beside `path`.
+
+    Raises:
+      UserError: if a source changed since it was counted.
+    """
+    total = sum(source.taken for source in sources)
+    directory = os.path.dirname(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".mix_") as folder, atomic_file(path) as file:
+        keyed = tqdm(keyed_lines(sources, seed), total=total, unit=" sentences", desc="reading")
+        lines = disk_shuffle.sort_by_key(keyed, _mixture_bytes(sources), memory_bytes, folder)
+        for line in tqdm(lines, total=total, unit=" sentences", desc="writing"):
+            file.write(line + b"\n")
+    return total
+
+
+def keyed_lines(sources: Sequence[Source], seed: int) -> Iterator[KeyedLine]:
+    """Yields (random key, line) of each sentence to take, as often as it is taken."""
+    for number, source in enumerate(sources):
+        keys = _random_numbers(np.random.default_rng([seed, number, 0]))
+        draws = _random_numbers(np.random.default_rng([seed, number, 1]))
+        if not source.taken:
+            continue
+        copies, wanted = divmod(source.taken, source.sentences)
+        left = source.sentences
+        for line in _good_lines(source):
+            # Selection sampling (Knuth, algorithm S): all sentences left are equally likely to be selected.
+            is_selected = next(draws) * left < wanted << KEY_BITS
+            wanted, left = wanted - is_selected, left - 1
+            for _ in range(copies + is_selected):
+                yield next(keys), line
+        if left:
+            raise UserError(f"{source.name}: changed while it was read")
+
+
+def _good_lines(source: Source) -> Iterator[bytes]:
+    """Yields the lines that were counted; ignores lines that were appended since."""
+    count = 0
+    for path in source.paths:
+        for number, line in read_lines(path):
+            if (path, number) not in source.bad_lines and count < source.sentences:
+                count += 1
+                yield line
+
+
+def _random_numbers(rng: np.random.Generator) -> Iterator[int]:
+    """Yields random numbers of 64 bits endlessly."""
+    while True:
+        yield from rng.integers(0, 1 << KEY_BITS, _BATCHED_NUMBERS, np.uint64).tolist()
