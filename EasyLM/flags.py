@@ -15,7 +15,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -199,10 +199,7 @@ def expand_variables(name: str, value: Any) -> Any:
 
 
 def nearest_names(name: str, names: list[str]) -> list[str]:
-    """Returns the flags that a misspelt name may mean, the most similar first.
-
-    A name without its group, or with the wrong one, leads to the flags that end with it.
-    """
+    """Returns the flags that a misspelt name may mean: similar names, else names of the same last part."""
     last_part = name.rpartition(".")[2]
     return difflib.get_close_matches(name, names, n=3, cutoff=0.75) or [
         full_name for full_name in names if full_name.rpartition(".")[2] == last_part
@@ -225,11 +222,9 @@ def _groups(definitions: Definitions, prefix: str) -> list[str]:
         heading = f"  --{name}={_TYPE_NAMES[flag.value_type]}  ({'; '.join(_rules(flag))})"
         lines.append(textwrap.fill(heading, _WIDTH, subsequent_indent="        ", break_on_hyphens=False))
         lines.append(textwrap.indent(textwrap.fill(flag.help, _WIDTH - 6), " " * 6))
-    groups = ["\n".join(lines)] if own else []
-    for name, value in definitions.items():
-        if not isinstance(value, Flag):
-            groups += _groups(value, f"{prefix}{name}.")
-    return groups
+    nested = {name: value for name, value in definitions.items() if not isinstance(value, Flag)}
+    texts = [text for name, value in nested.items() for text in _groups(value, f"{prefix}{name}.")]
+    return ["\n".join(lines), *texts] if own else texts
 
 
 def _rules(flag: Flag) -> list[str]:
@@ -251,5 +246,5 @@ def _read(definitions: Definitions, value_of: Callable[[str, Flag], Any], prefix
 
 
 def to_dataclass(kind: type[Settings], config: Mapping[str, Any]) -> Settings:
-    """Copies the values that a dataclass has fields for out of a config: the form in which settings go below `main`."""
-    return kind(**{field.name: config[field.name] for field in dataclasses.fields(kind)})
+    """Returns a dataclass of the config's values of the same names, the form in which settings go below `main`."""
+    return kind(**{field.name: config[field.name] for field in dataclasses.fields(cast(Any, kind))})
