@@ -44,10 +44,10 @@ OPTIONAL = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", 
 OPTIONAL |= {"skimage", "sklearn", "wandb", "tensorboardX", "matplotlib", "starlette", "fastapi_offline"}
 MOST_MODULES = 9  # directly in a package
 MOST_FUNCTION_LINES, MOST_FILE_LINES, MOST_TEST_LINES = 60, 300, 400
-# Folders that are being rebuilt; the limits hold in the rest.
+# Files and folders that are being rebuilt; the limits hold in the rest.
 STILL_TO_DO = {
-    "EasyLM/models", "EasyLM/training",
-    "tokenizer", "evaluation", "scripts", "tests",
+    "EasyLM/models", "EasyLM/training/loop.py", "evaluation", "scripts/load_test.py", "tokenizer/train_vqgan.py",
+    "tokenizer/training", "tokenizer/vqgan/layers.py", "tests/checkpoints/test_checkpoint.py", "tests/evaluation/serving",
 }  # fmt: skip
 
 
