@@ -47,7 +47,7 @@ MOST_FUNCTION_LINES, MOST_FILE_LINES, MOST_TEST_LINES = 60, 300, 400
 # Files and folders that are being rebuilt; the limits hold in the rest.
 STILL_TO_DO = {
     "EasyLM/models", "EasyLM/training/loop.py", "evaluation", "scripts/load_test.py", "tokenizer/train_vqgan.py",
-    "tokenizer/training", "tokenizer/vqgan/layers.py", "tests/checkpoints/test_checkpoint.py", "tests/evaluation/serving",
+    "tokenizer/training", "tests/checkpoints/test_checkpoint.py", "tests/evaluation/serving",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ class LayerFactory:
         self.dtype, self.rngs, self.groups = dtype, rngs, config.norm_groups
         self.precision = "highest" if dtype == jnp.float32 else None
 
-    def conv(self, width: int, out: int, size: int, strides: int = 1, padding="SAME") -> nnx.Conv:
+    def conv(self, width: int, out: int, size: int, strides: int = 1, padding: str | tuple = "SAME") -> nnx.Conv:
         """A convolution of size x size positions."""
         return nnx.Conv(
             width,
