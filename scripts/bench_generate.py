@@ -34,8 +34,9 @@ from EasyLM.checkpoints import Entry, stacking
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.models import generate
-from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_config, llama_model
+from EasyLM.models.llama import convert_easylm_to_hf, costs, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_decode import LLaMADecoder
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import make_mesh, shardings
 from EasyLM.vocab import CODEBOOK_SIZE
 
@@ -70,7 +71,7 @@ def on_cpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
     peer = Peer(model, params, jnp.float32) if config.peer else None
     devices = jax.devices()[: math.gcd(jax.device_count(), model.num_attention_heads)]
     mesh = make_mesh("1,1,-1", devices)
-    params = jax.device_put(params, shardings(mesh, llama_config.PARTITION_RULES, params))
+    params = jax.device_put(params, shardings(mesh, PARTITION_RULES, params))
     prompt_P = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, config.prompt_tokens).astype(np.int32)
 
     def ours(candidates: int, new_tokens: int = config.new_tokens, temperature: float = 1.0) -> np.ndarray:
@@ -171,7 +172,7 @@ def step_seconds(tokens: Callable[[int], Any], config: ConfigDict) -> tuple[floa
 
 def step_bytes(model: llama_config.LLaMAConfig, batch: int, length: float) -> float:
     """Returns the bytes that a step reads in bf16: all weights but the embedding, and the caches of `length` tokens."""
-    weights = llama_config.num_parameters(model) - model.vocab_size * model.hidden_size
+    weights = costs.num_parameters(model) - model.vocab_size * model.hidden_size
     return 2 * (weights + batch * length * 2 * model.num_hidden_layers * model.hidden_size)
 
 
@@ -181,7 +182,7 @@ def memory(model: llama_config.LLaMAConfig, batch: int, length: int, new_tokens:
     They are the weights as loaded and as unstacked for the steps, the prompt's cache stacked and by layer, the
     candidates' cache, and the activations of one layer.
     """
-    weights = 2 * llama_config.num_parameters(model)
+    weights = 2 * costs.num_parameters(model)
     caches = step_bytes(model, batch, 2 * length + new_tokens) - step_bytes(model, batch, 0)
     return 2 * weights + caches + 2 * batch * length * (6 * model.hidden_size + 3 * model.intermediate_size)
 

@@ -1,7 +1,7 @@
 """Compares training speed on a CPU with the machine's float32 matmul rate: `python scripts/bench_train.py`.
 
 Times the trainer's step of vqlm_100m, batch 1 x 1024, float32, and a large matmul before and after each step, so that
-other load on the machine slows both. Model FLOPs are those of MFU (llama_config.flops_per_token): causal attention
+other load on the machine slows both. Model FLOPs are those of MFU (costs.flops_per_token): causal attention
 counts half, recomputation does not count. Bounds: half of the matmul rate, 20 seconds to compile.
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from EasyLM.flags import Flag, run
-from EasyLM.models.llama import llama_config, llama_model
+from EasyLM.models.llama import costs, llama_config, llama_model
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.training import OPTIMIZER_FLAGS, TrainState, make_optimizer, make_train_step, model_without_extra
 
 SIDE = 2048  # of the matmul: 17 GFLOP and 50 MB; larger ones reach no higher rate
@@ -38,7 +39,7 @@ def main(config: ConfigDict) -> None:
     trained = model_without_extra(
         partial(llama_model.init_params, model),
         llama_model.make_loss_fn(model, jnp.float32),
-        llama_config.PARTITION_RULES,
+        PARTITION_RULES,
     )
     step = jax.jit(make_train_step(trained.loss, optimizer, seed=0), donate_argnums=0)
     params, _ = jax.jit(trained.init)(jax.random.key(0))
@@ -64,7 +65,7 @@ def main(config: ConfigDict) -> None:
             matmul(square, square).block_until_ready()
         return 4 * 2 * SIDE**3 / (time.perf_counter() - begin)
 
-    flops = config.batch_size * config.seq_length * llama_config.flops_per_token(model, config.seq_length)
+    flops = config.batch_size * config.seq_length * costs.flops_per_token(model, config.seq_length)
     seconds, shares, rates = [], [], [matmul_rate()]
     for _ in range(config.steps):
         begin = time.perf_counter()

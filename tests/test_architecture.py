@@ -16,8 +16,9 @@ ALLOWED = {
     "EasyLM.parallel": "",
     "EasyLM.training": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel",
     "EasyLM.models": "",
+    "EasyLM.models.attention": "EasyLM.models",
     "EasyLM.models.llama": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training "
-    "EasyLM.models",
+    "EasyLM.models EasyLM.models.attention",
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
     "tokenizer.synthetic": "tokenizer.media",

@@ -101,7 +101,7 @@ CONTRACT = {
         },
     },
     "checkpointer": {"float_dtype": "", "save_optimizer_state": False},
-    "llama": dict.fromkeys(llama_config.FIELDS),
+    "llama": dict.fromkeys(llama_config.FLAG_OF_FIELD),
     "logger": {
         "online": False,
         "wandb": True,

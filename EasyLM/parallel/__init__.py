@@ -16,16 +16,18 @@ Vocabulary:
 
 from EasyLM.parallel.coordination import check_same, on_first_process_first
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
-from EasyLM.parallel.mesh import AXES, BATCH_AXES, batch_sharding, check_batch_size, make_mesh
-from EasyLM.parallel.partition import match_partition_rules, shardings
+from EasyLM.parallel.mesh import AXES, BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
+from EasyLM.parallel.partition import constrain, match_partition_rules, shardings
 
 __all__ = [
     "AXES",
     "BATCH_AXES",
     "JAX_DISTRIBUTED_FLAGS",
+    "axis_size",
     "batch_sharding",
     "check_batch_size",
     "check_same",
+    "constrain",
     "initialize_distributed",
     "make_mesh",
     "match_partition_rules",

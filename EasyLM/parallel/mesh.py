@@ -64,6 +64,13 @@ def make_mesh(mesh_dim: str, devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(device_array, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
+def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Returns the number of parts that a mesh axis, or several, split an array axis into; 1 for None."""
+    if axes is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: rows over dp and fsdp, other axes not split."""
     return NamedSharding(mesh, P(BATCH_AXES))
@@ -75,6 +82,6 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
     Raises:
       UserError: with `name`, the value and the rule.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = axis_size(mesh, BATCH_AXES)
     if batch_size < 1 or batch_size % ways:
         raise UserError(f"{name}={batch_size}: must be a positive multiple of {ways}, the mesh's dp x fsdp")

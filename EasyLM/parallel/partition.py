@@ -1,15 +1,15 @@
 """Partition rules: from the path of an array to its partition spec and sharding."""
 
 import logging
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from EasyLM.parallel.mesh import axis_size
 
 Rules = Sequence[tuple[str, P]]  # (regular expression searched in the path, spec of the array's last axes)
 
@@ -25,7 +25,7 @@ def match_partition_rules(rules: Rules, tree: Any) -> Any:
     """
 
     def spec_of(path, array):
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         if len(array.shape) == 0 or array.shape[-1] == 1:
             return P()
         for pattern, spec in rules:
@@ -44,7 +44,7 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
     def sharding_of(array, spec):
         axes = []
         for size, axis in zip(array.shape, tuple(spec) + (None,) * (len(array.shape) - len(spec)), strict=True):
-            ways = math.prod(mesh.shape[a] for a in np.atleast_1d(axis)) if axis is not None else 1
+            ways = axis_size(mesh, axis)
             if size % ways:
                 logging.info(
                     "array of shape %s: %d is not divisible by %s=%d; this axis is not split",
@@ -57,3 +57,14 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(sharding_of, tree, match_partition_rules(rules, tree))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Splits the leading axes of `x` over mesh axes, inside a compiled function. Axes that do not divide are not split.
+
+    Without a mesh, returns `x`.
+    """
+    if mesh is None:
+        return x
+    spec = [axis if size % axis_size(mesh, axis) == 0 else None for size, axis in zip(x.shape, axes, strict=False)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))

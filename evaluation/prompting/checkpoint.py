@@ -10,6 +10,7 @@ from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import shardings
 
 MODEL_FLAGS = {
@@ -35,7 +36,7 @@ def load_model(
     Raises:
       UserError: if the checkpoint does not exist, or its model settings are unknown.
     """
-    is_prefixed = "::" in spec or os.path.isfile(spec)  # a plain file needs a prefix: `parse` refuses it
+    is_prefixed = "::" in spec or os.path.isfile(spec)  # a plain file needs a prefix: `parse_spec` refuses it
     prefix, path = checkpoints.parse_spec(
         spec if is_prefixed else f"huggingface::{spec}", hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}"
     )
@@ -44,7 +45,7 @@ def load_model(
     target = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
-        shardings(mesh, llama_config.PARTITION_RULES, shapes),
+        shardings(mesh, PARTITION_RULES, shapes),
     )
     prefix = "trainstate_params" if prefix == "trainstate" else prefix
     return config, checkpoints.load(f"{prefix}::{path}", target, hf_layout.CHECKPOINT_FORMATS)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from EasyLM.errors import UserError
-from EasyLM.models.attention import Pattern, attention
+from EasyLM.models.attention import AttentionMask, attention
 
 B, T, H, K = 2, 13, 3, 4
 VALID = np.ones((B, T), np.int32)
 VALID[1, :5] = 0
-FORGET = Pattern(forget_key=jax.random.key(1), forget_ratios=(0.2, 0.7))
-DROPOUT = Pattern().with_dropout(jax.random.key(2), 0.3)
-PATTERNS = {
-    "plain": Pattern(),
-    "left-padded": Pattern(VALID),
+FORGET = AttentionMask(forget_key=jax.random.key(1), forget_ratios=(0.2, 0.7))
+DROPOUT = AttentionMask().with_dropout(jax.random.key(2), 0.3)
+MASKS = {
+    "plain": AttentionMask(),
+    "left-padded": AttentionMask(VALID),
     "forgetful": FORGET,
     "dropout": DROPOUT,
     "all": dataclasses.replace(FORGET, valid_BS=VALID).with_dropout(jax.random.key(2), 0.3),
@@ -29,8 +29,8 @@ def inputs(dtype=np.float32, head_dim=K):
     return [jnp.asarray(rng.normal(size=(B, T, H, head_dim)), dtype) for _ in range(4)]
 
 
-def with_gradients(q_BTHK, k_BSHK, v_BSHK, weight_BTHK, pattern, **how):
-    out_BTHK, pullback = jax.vjp(lambda *qkv: attention(*qkv, pattern, **how), q_BTHK, k_BSHK, v_BSHK)
+def with_gradients(q_BTHK, k_BSHK, v_BSHK, weight_BTHK, mask, **how):
+    out_BTHK, pullback = jax.vjp(lambda *qkv: attention(*qkv, mask, **how), q_BTHK, k_BSHK, v_BSHK)
     return out_BTHK, *pullback(weight_BTHK)
 
 
@@ -43,7 +43,7 @@ def test_xla_is_the_definition():
             for h in range(H):
                 scores = k_BSHK[b, seen, h] @ q_BTHK[b, t, h] / np.sqrt(K)
                 expected_BTHK[b, t, h] = np.exp(scores) / np.exp(scores).sum() @ v_BSHK[b, seen, h]
-    found_BTHK = attention(*inputs()[:3], Pattern(VALID), implementation="xla")
+    found_BTHK = attention(*inputs()[:3], AttentionMask(VALID), implementation="xla")
     np.testing.assert_allclose(found_BTHK, expected_BTHK, atol=1e-6)
 
 
@@ -59,18 +59,18 @@ def test_xla_is_the_definition():
     ids=str,
 )
 def test_blockwise_equals_xla(name, chunks):
-    pattern = PATTERNS[name]
+    mask = MASKS[name]
     how = {"implementation": "blockwise", "query_chunk": chunks[0], "key_chunk": chunks[1]}
-    found = jax.jit(lambda *x: with_gradients(*x, pattern, **how))(*inputs())
-    expected = jax.jit(lambda *x: with_gradients(*x, pattern, implementation="xla"))(*inputs())
+    found = jax.jit(lambda *x: with_gradients(*x, mask, **how))(*inputs())
+    expected = jax.jit(lambda *x: with_gradients(*x, mask, implementation="xla"))(*inputs())
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
 def test_blockwise_in_bf16_stays_near_float32():
     how = {"implementation": "blockwise", "query_chunk": 4, "key_chunk": 4}
-    found = jax.jit(lambda *x: with_gradients(*x, Pattern(), **how))(*inputs(jnp.bfloat16))
-    expected = with_gradients(*inputs(), Pattern(), implementation="xla")
+    found = jax.jit(lambda *x: with_gradients(*x, AttentionMask(), **how))(*inputs(jnp.bfloat16))
+    expected = with_gradients(*inputs(), AttentionMask(), implementation="xla")
     assert {x.dtype.name for x in found} == {"bfloat16"}
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.float32(x), y, atol=0.05)
@@ -87,44 +87,46 @@ def test_causal(implementation):
 
 def test_forgetting_spares_the_first_key_and_the_own():
     t = jnp.arange(400)
-    sees_BTS = np.asarray(FORGET.sees_BTS(2, t, t))
-    assert sees_BTS[:, :, 0].all() and sees_BTS[:, t, t].all()
-    assert not np.triu(sees_BTS, 1).any()
-    kept_BT = np.array([[sees_BTS[b, i, 1:i].mean() for i in range(200, 400)] for b in range(2)])
+    allowed_BTS = np.asarray(FORGET.allowed(2, t, t))
+    assert allowed_BTS[:, :, 0].all() and allowed_BTS[:, t, t].all()
+    assert not np.triu(allowed_BTS, 1).any()
+    kept_BT = np.array([[allowed_BTS[b, i, 1:i].mean() for i in range(200, 400)] for b in range(2)])
     # A query's share is uniform in its range, so their mean is near the middle and they spread over the range.
     assert abs(kept_BT.mean() - (1 - 0.45)) < 0.03
     assert kept_BT.min() < 0.4 and kept_BT.max() > 0.7
-    assert (sees_BTS[0] != sees_BTS[1]).any() and (sees_BTS[0, 300, :200] != sees_BTS[0, 301, :200]).any()
+    assert (allowed_BTS[0] != allowed_BTS[1]).any() and (allowed_BTS[0, 300, :200] != allowed_BTS[0, 301, :200]).any()
 
 
 def test_dropout_keeps_the_mean():
     t = jnp.arange(100)
-    keeps_BHTS = np.asarray(DROPOUT.keeps_BHTS(B, H, t, t))
-    assert set(np.unique(keeps_BHTS)) == {np.float32(0), np.float32(1 / 0.7)}
-    assert abs(keeps_BHTS.mean() - 1) < 0.01
-    assert (keeps_BHTS[0, 0] != keeps_BHTS[0, 1]).any() and (keeps_BHTS[0] != keeps_BHTS[1]).any()
+    factor_BHTS = np.asarray(DROPOUT.dropout_factor(B, H, t, t))
+    assert set(np.unique(factor_BHTS)) == {np.float32(0), np.float32(1 / 0.7)}
+    assert abs(factor_BHTS.mean() - 1) < 0.01
+    assert (factor_BHTS[0, 0] != factor_BHTS[0, 1]).any() and (factor_BHTS[0] != factor_BHTS[1]).any()
 
 
 def test_blockwise_memory_is_linear():
     """Neither pass forms a matrix over all queries and keys."""
     shapes = [jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)] * 4
-    text = jax.jit(lambda *x: with_gradients(*x, Pattern(), implementation="blockwise")).lower(*shapes).as_text()
+    both_passes = jax.jit(lambda *x: with_gradients(*x, AttentionMask(), implementation="blockwise"))
+    text = both_passes.lower(*shapes).as_text()
     assert "1024x1024x" in text and "4096x4096" not in text
 
 
-def test_cudnn_says_what_it_needs():
+def test_cudnn_error_names_its_requirements():
     if jax.default_backend() == "gpu":
-        pytest.skip("there it works")
-    with pytest.raises(UserError, match="needs a GPU, --dtype=bf16 or fp16, and attn_pdrop=0; here are cpu, float32"):
-        attention(*inputs()[:3], implementation="cudnn")
+        pytest.skip("cuDNN applies there")
+    requirements = "needs a GPU, bf16 or fp16, and no dropout on the weights; here are cpu, float32"
+    with pytest.raises(UserError, match=requirements):
+        attention(*inputs()[:3], AttentionMask(), implementation="cudnn")
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("pattern", [PATTERNS["plain"], PATTERNS["left-padded"], FORGET], ids=str)
+@pytest.mark.parametrize("mask", [MASKS["plain"], MASKS["left-padded"], FORGET], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 100])
-def test_cudnn_equals_xla(pattern, head_dim):
+def test_cudnn_equals_xla(mask, head_dim):
     arrays = inputs(jnp.bfloat16, head_dim)
-    found = with_gradients(*arrays, pattern, implementation="cudnn")
-    expected = with_gradients(*arrays, pattern, implementation="xla")
+    found = with_gradients(*arrays, mask, implementation="cudnn")
+    expected = with_gradients(*arrays, mask, implementation="xla")
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.float32(x), np.float32(y), atol=0.05)

@@ -285,7 +285,7 @@ def test_bad_imports_are_refused_and_leave_nothing(golden, tmp_path, monkeypatch
     with pytest.raises(UserError, match="no Hugging Face model"):
         import_(tmp_path, tmp_path / "out" / "params")
     for change, said in (
-        ({"model_type": "mistral"}, "only plain LLaMA is known here, not 'mistral'"),
+        ({"model_type": "mistral"}, "only plain LLaMA is supported, not 'mistral'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2: must be 4"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu'"),
         ({"num_hidden_layers": 3}, r"missing \['model.layers.2.input_layernorm.weight'"),

@@ -15,8 +15,9 @@ from EasyLM.checkpoints import load
 from EasyLM.errors import UserError
 from EasyLM.models.generate import Sampling, check_sampling, generate, left_padded, sample
 from EasyLM.models.llama import convert_easylm_to_hf, llama_model
-from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
+from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder, log_likelihoods
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import make_mesh, shardings
 
 CONFIG = LLaMAConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -237,7 +238,8 @@ def test_a_tied_head(params):
 
 @pytest.mark.parametrize("from_position, mesh_dim", [(1, None), (13, None), (23, "2,2,2")])
 def test_log_likelihoods(params, monkeypatch, from_position, mesh_dim):
-    monkeypatch.setattr("EasyLM.models.llama.llama_decode._LOGITS", 10)  # chunks of 5 tokens, the last one padded
+    # Chunks of 5 tokens; the last one is padded.
+    monkeypatch.setattr("EasyLM.models.llama.llama_decode._LOGITS_TOKENS", 10)
     tokens_BT = np.stack(prompts_of(24, 24))
     tokens_BT[1] = tokens_BT[1, ::-1]
     log_p_BTV = jax.nn.log_softmax(logits_of(params, tokens_BT), axis=-1)

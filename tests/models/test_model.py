@@ -12,7 +12,8 @@ import pytest
 from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.models import losses
-from EasyLM.models.llama import llama_config, llama_model
+from EasyLM.models.llama import costs, layers, llama_config, llama_model, rotary
+from EasyLM.models.llama.remat_policies import REMAT_POLICIES
 
 TINY = llama_config.updated(
     llama_config.load_config("vqlm_debug"), "dict(vocab_size=512,hidden_size=64,intermediate_size=128)"
@@ -28,7 +29,7 @@ VARIANTS = [  # of how the same is computed
             {"scan_layers": False},
             BLOCKWISE,
             {"remat_block": "", "remat_attention": "nothing_saveable", "remat_mlp": "dots_saveable"},
-            *({"remat_block": name} for name in llama_config.REMAT_POLICIES),
+            *({"remat_block": name} for name in REMAT_POLICIES),
         )
     ),
 ]
@@ -125,7 +126,7 @@ def test_half_precision_stays_near(reference, dtype, loss_bound, gradient_bound)
 @pytest.mark.parametrize("at_once", [8192, 60])  # of 256; 60 makes chunks of 30, which do not divide 128
 def test_masked_loss_is_the_release_s(reference, monkeypatch, at_once):
     params, numbers = reference
-    monkeypatch.setattr(llama_model, "_LOSS_TOKENS", at_once)
+    monkeypatch.setattr(llama_model, "_LOGITS_TOKENS", at_once)
     batch = {name: numbers[name] for name in ("input_tokens", "target_tokens")} | {"loss_masks": numbers["loss_mask"]}
     loss, figures = jax.jit(llama_model.make_loss_fn(TINY, jnp.float32))(params, batch, None)
     np.testing.assert_allclose(loss, numbers["loss_masked"], atol=1e-5, rtol=0)
@@ -135,7 +136,7 @@ def test_masked_loss_is_the_release_s(reference, monkeypatch, at_once):
 @pytest.mark.slow
 def test_loss_in_chunks_agrees(reference, monkeypatch):
     params, numbers = reference
-    monkeypatch.setattr(llama_model, "_LOSS_TOKENS", 60)
+    monkeypatch.setattr(llama_model, "_LOGITS_TOKENS", 60)
     loss, accuracy, gradients = loss_and_gradients(TINY, params, numbers)
     np.testing.assert_allclose((loss, accuracy), (numbers["loss"], numbers["accuracy"]), atol=1e-5, rtol=0)
     assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
@@ -164,14 +165,14 @@ def test_later_tokens_change_no_earlier_logits(reference):
 
 def test_dropout_is_of_each_number():
     x_BTD = jnp.ones((4, 50, 60))
-    found_BTD = np.asarray(llama_model.dropout(x_BTD, jax.random.key(0), 0.2))
+    found_BTD = np.asarray(layers.dropout(x_BTD, jax.random.key(0), 0.2))
     assert set(np.unique(found_BTD)) == {np.float32(0), np.float32(1.25)}
     assert abs(found_BTD.mean() - 1) < 0.02
     assert (found_BTD[:, 0] != found_BTD[:, 1]).any() and (found_BTD[0] != found_BTD[1]).any()
 
 
 def test_padding_has_position_zero():
-    found = llama_model.positions(4, np.array([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    found = rotary.positions(4, np.array([[0, 0, 1, 1], [1, 1, 1, 1]]))
     np.testing.assert_array_equal(found, [[0, 0, 0, 1], [0, 1, 2, 3]])
 
 
@@ -277,7 +278,7 @@ def test_preset_has_its_parameters(name, millions):
     config = llama_config.load_config(name)
     shapes = jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
     count = sum(x.size for x in jax.tree.leaves(shapes))
-    assert count == llama_config.num_parameters(config)
+    assert count == costs.num_parameters(config)
     assert count == pytest.approx(millions * 1e6, rel=0.02 if millions < 10 else 0.005)
     assert config.vocab_size == 8292 and config.max_sequence_length == 4096
 
@@ -286,7 +287,7 @@ def test_flops_follow_the_definition():
     """6 a parameter that multiplies the token, and three times the causal half of two T x T products."""
     config = llama_config.load_config("vqlm_7b")
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 8292
-    assert llama_config.flops_per_token(config, 4096) == 6 * weights + 3 * 32 * (2 * 2 * 4096 * 4096 // 2)
+    assert costs.flops_per_token(config, 4096) == 6 * weights + 3 * 32 * (2 * 2 * 4096 * 4096 // 2)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_bad_settings_are_named(text, says):
 
 
 def test_settings_come_from_flags_last():
-    given = dict.fromkeys(llama_config.FIELDS) | {"num_hidden_layers": 3, "rope_theta": 5.0}
+    given = dict.fromkeys(llama_config.FLAG_OF_FIELD) | {"num_hidden_layers": 3, "rope_theta": 5.0}
     config = llama_config.build_config("vqlm_debug", given, "dict(rope_theta=7.0)")
     assert (config.hidden_size, config.num_hidden_layers, config.rope_theta) == (128, 3, 7.0)
 
@@ -337,7 +338,7 @@ def test_settings_come_from_files(golden, tmp_path):
     [{"rope_parameters": {"rope_type": "linear"}}, {"rope_scaling": {"type": "linear", "factor": 8.0}}],
 )
 def test_other_ropes_are_refused(rope):
-    with pytest.raises(UserError, match="only plain LLaMA is known"):
+    with pytest.raises(UserError, match="only plain LLaMA is supported"):
         llama_config.config_from_dict({"model_type": "llama", **rope}, "config.json")
 
 

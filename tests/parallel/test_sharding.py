@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_config, llama_model
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import check_batch_size, make_mesh, match_partition_rules, shardings
 from EasyLM.parallel.mesh import parse_mesh_dim
 from EasyLM.training import OPTIMIZER_FLAGS, make_optimizer
@@ -33,7 +34,7 @@ def shapes_of_state(preset, optimizer="adamw", accumulate=1):
 def test_each_array_has_one_rule_and_each_rule_an_array(preset):
     params = shapes_of_state(preset).params
     names = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    used = [[bool(re.search(pattern, name)) for pattern, _ in llama_config.PARTITION_RULES] for name in names]
+    used = [[bool(re.search(pattern, name)) for pattern, _ in PARTITION_RULES] for name in names]
     assert (np.sum(used, axis=1) == 1).all(), "each array has one rule"
     assert np.any(used, axis=0).all(), "each rule has an array"
 
@@ -41,7 +42,7 @@ def test_each_array_has_one_rule_and_each_rule_an_array(preset):
 @pytest.mark.parametrize("optimizer, accumulate", OPTIMIZERS)
 def test_optimizer_state_is_sharded_like_its_parameters(optimizer, accumulate):
     state = shapes_of_state("vqlm_7b", optimizer, accumulate)
-    specs = match_partition_rules(llama_config.PARTITION_RULES, state)
+    specs = match_partition_rules(PARTITION_RULES, state)
     expected = {
         "wq": P(None, "fsdp", "mp"),
         "wo": P(None, "mp", "fsdp"),
@@ -69,7 +70,7 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     def params(mesh_dim):
         mesh = make_mesh(mesh_dim)
         shapes = jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
-        placed = shardings(mesh, llama_config.PARTITION_RULES, shapes)
+        placed = shardings(mesh, PARTITION_RULES, shapes)
         return jax.jit(lambda: llama_model.init_params(config, jax.random.key(0)), out_shardings=placed)()
 
     split, whole = params("1,2,4"), params("8,1,1")
@@ -82,16 +83,14 @@ def test_an_axis_that_does_not_divide_is_not_split(caplog):
     mesh = make_mesh("1,8,1")
     shapes = {"lm_head": {"kernel": jax.ShapeDtypeStruct((12, 16), jnp.float32)}}
     with caplog.at_level(logging.INFO):
-        placed = shardings(mesh, llama_config.PARTITION_RULES, shapes)
+        placed = shardings(mesh, PARTITION_RULES, shapes)
     assert placed["lm_head"]["kernel"].spec == P(None, "mp")
     assert "12 is not divisible by fsdp=8; this axis is not split" in caplog.text
 
 
 def test_an_array_without_a_rule_is_an_assertion_error():
     with pytest.raises(AssertionError, match="no partition rule matches unknown/kernel"):
-        match_partition_rules(
-            llama_config.PARTITION_RULES, {"unknown": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
-        )
+        match_partition_rules(PARTITION_RULES, {"unknown": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}})
 
 
 @pytest.mark.parametrize(

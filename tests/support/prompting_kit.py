@@ -10,7 +10,8 @@ from tokenizer_kit import TINY, tiny_vqgan
 
 from EasyLM.checkpoints import stacking, streaming
 from EasyLM.models.llama import llama_model
-from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
+from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import make_mesh, shardings
 from evaluation.prompting.prompter import Prompter
 from tokenizer.vqgan import Codec

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny_run import train
 
-from EasyLM.models.llama.llama_config import PRESETS, flops_per_token
+from EasyLM.models.llama.costs import flops_per_token
+from EasyLM.models.llama.llama_config import PRESETS
 from EasyLM.training import loop, throughput
 from EasyLM.training.stop_signal import StopVote
 

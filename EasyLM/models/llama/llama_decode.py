@@ -1,9 +1,7 @@
-"""The LLaMA with a cache of keys and values, for `EasyLM.generate`, and the likelihood of given tokens.
+"""The LLaMA with a cache of keys and values, for `EasyLM.models.generate`, and the likelihood of given tokens.
 
-Shapes: B prompts, P tokens of a prompt, C candidates of a prompt, S slots of the candidates' cache, D hidden size,
-H heads, K head dimension, V vocabulary, T tokens of a row, t tokens of a chunk of it.
-A cache is a list over the layers: their weights and caches are arrays of their own, because a slice of a stacked array
-would be copied in each step.
+Weights and caches are lists over the layers, with separate arrays, because each step would copy a slice of a stacked
+array.
 """
 
 import dataclasses
@@ -12,49 +10,54 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from EasyLM.errors import UserError
-from EasyLM.models.attention import Pattern
+from EasyLM.models.attention import MASKED_SCORE, AttentionMask
+from EasyLM.models.chunks import join_time, split_time
 from EasyLM.models.generate import check_tokens
 from EasyLM.models.llama import llama_model
-from EasyLM.models.llama.llama_config import PARTITION_RULES, LLaMAConfig
-from EasyLM.models.llama.llama_model import Block, Context, RMSNorm, constrain
-from EasyLM.parallel import BATCH_AXES, shardings
+from EasyLM.models.llama.layers import Block, Context, RMSNorm, merge_heads
+from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
+from EasyLM.models.llama.rotary import positions, rotary_table
+from EasyLM.models.tuning import after
+from EasyLM.parallel import BATCH_AXES, constrain, shardings
 
-_LOWEST = -1e30
-_LOGITS = 2048  # tokens whose logits exist at once in `log_likelihoods`
-# While decoding, a device holds its heads' weights whole: fetching them from the others in each step would take longer
-# than all the rest.
-_DECODE_RULES = tuple(
-    (pattern, P(*(axis if axis == "mp" else None for axis in spec))) for pattern, spec in PARTITION_RULES
-)
+_LOGITS_TOKENS = 2048  # tokens whose logits exist at once in `log_likelihoods`
+# While decoding, the weights of a device's heads are not split further: gathering them in each step would dominate it.
+_DECODE_RULES = tuple((path, P(*(axis if axis == "mp" else None for axis in spec))) for path, spec in PARTITION_RULES)
 
 
 @dataclasses.dataclass(frozen=True)
 class LLaMADecoder:
-    """`EasyLM.generate.Decoder` of a LLaMA.
+    """The `EasyLM.models.generate.Decoder` of a LLaMA.
 
     Attributes:
-      dtype: of activations, kernels and caches; norms, rotary angles and softmax are float32 always.
-      mesh: where the parameters are: prompts are split over dp and fsdp, heads and feed-forward over mp.
+      dtype: of activations, kernels and caches; norms, rotary angles and softmax are float32.
+      mesh: of the parameters: prompts are split over dp and fsdp, heads and feed-forward over mp.
     """
 
     config: LLaMAConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
 
     @property
     def vocab_size(self) -> int:
+        """See `Decoder`."""
         return self.config.vocab_size
 
     @property
     def max_sequence_length(self) -> int:
+        """See `Decoder`."""
         return self.config.max_sequence_length
 
-    def prepare(self, params, allowed_ids):
+    def prepare(self, params: dict, allowed_ids: int) -> dict:
+        """See `Decoder`."""
         model = llama_model.with_params(self.config, params, self.dtype)
         layers = nnx.to_pure_dict(nnx.state(model.transformer.h))
         weights = {
@@ -69,15 +72,18 @@ class LLaMADecoder:
             return weights
         return jax.lax.with_sharding_constraint(weights, shardings(self.mesh, _DECODE_RULES, weights))
 
-    def prefill(self, params, prompts_BP, mask_BP, allowed_ids):
+    def prefill(
+        self, params: dict, prompts_BP: jax.Array, mask_BP: jax.Array | None, allowed_ids: int
+    ) -> tuple[jax.Array, dict]:
+        """See `Decoder`."""
         model = llama_model.with_params(self.config, params, self.dtype)
-        positions_BP = llama_model.positions(prompts_BP.shape[1], mask_BP)
-        context = Context(llama_model.rotary_table(self.config, positions_BP), Pattern(mask_BP), self.mesh)
+        positions_BP = positions(prompts_BP.shape[1], mask_BP)
+        context = Context(rotary_table(self.config, positions_BP), AttentionMask(mask_BP), self.mesh)
         graph, stacked = nnx.split(model.transformer.h)
 
         def block(x_BPD, layer):
             x_BPD, cache = nnx.merge(graph, layer)(x_BPD, context)
-            return x_BPD, tuple(constrain(x_BPHK.swapaxes(1, 2), self.mesh, BATCH_AXES, "mp") for x_BPHK in cache)
+            return x_BPD, tuple(constrain(_heads_first(x_BPHK), self.mesh, BATCH_AXES, "mp") for x_BPHK in cache)
 
         x_BPD = constrain(model.transformer.wte(prompts_BP).astype(self.dtype), self.mesh, BATCH_AXES)
         x_BPD, stacked_cache = jax.lax.scan(block, x_BPD, stacked)
@@ -90,7 +96,8 @@ class LLaMADecoder:
         }
         return logits_B1V[:, 0, :allowed_ids], cache
 
-    def empty_cache(self, batch, candidates, slots):
+    def empty_cache(self, batch: int, candidates: int, slots: int) -> list:
+        """See `Decoder`."""
         c = self.config
         shape = batch, c.num_attention_heads, candidates, slots, c.head_dim
 
@@ -99,25 +106,26 @@ class LLaMADecoder:
 
         return [(empty(), empty()) for _ in range(c.num_hidden_layers)]
 
-    def step(self, weights, prompt_cache, cache, tokens_BC, slot):
+    def step(
+        self, weights: dict, prompt_cache: dict, cache: list, tokens_BC: jax.Array, slot: jax.Array
+    ) -> tuple[jax.Array, list]:
+        """See `Decoder`. The candidates take the place of the model's tokens of a row."""
         transformer = weights["transformer"]
-        rope = llama_model.rotary_table(self.config, (prompt_cache["next_B"] + slot)[:, None])
-        context = Context(rope, Pattern(), self.mesh)
+        rope = rotary_table(self.config, (prompt_cache["next_B"] + slot)[:, None])
+        context = Context(rope, AttentionMask(), self.mesh)
         block_graph, norm_graph = _graphs(self.config)
         x_BCD = jnp.take(transformer["wte"]["embedding"], tokens_BC, axis=0).astype(self.dtype)
         new = []
-        layers = zip(transformer["h"], prompt_cache["layers"], cache, strict=True)
-        for layer, prompt, own in layers:  # the candidates stand where the model's tokens of a row do
+        for layer, prompt, own in zip(transformer["h"], prompt_cache["layers"], cache, strict=True):
             block = nnx.merge(block_graph, layer)
-            q, k, v = (y.swapaxes(1, 2) for y in block.attention.project(block.attention_norm(x_BCD), context))
+            q, k, v = (_heads_first(x) for x in block.attention.project(block.attention_norm(x_BCD), context))
             out_BHCK = _attend(q, k, v, *prompt, prompt_cache["mask_BP"], *own, slot)
-            x_BCD += block.attention.wo(out_BHCK.swapaxes(1, 2).reshape(x_BCD.shape))
+            x_BCD += block.attention.wo(merge_heads(rearrange(out_BHCK, "B H C K -> B C H K")))
             x_BCD += block.feed_forward(block.ffn_norm(x_BCD), context)
             new.append((k, v))
         x_BCD = nnx.merge(norm_graph, transformer["ln_f"])(x_BCD)
         logits_BCV = llama_model.logits(x_BCD, weights["lm_head"]["kernel"], self.mesh)
-        # XLA writes in place only what it knows to come after every read, so the slot seems to depend on the result.
-        slot += jnp.isnan(x_BCD[0, 0, 0]).astype(jnp.int32)
+        slot = after(slot, x_BCD)  # the caches are updated in place
         return logits_BCV, jax.tree.map(
             lambda old_BHCSK, new_BHCK: jax.lax.dynamic_update_slice_in_dim(
                 old_BHCSK, new_BHCK[:, :, :, None], slot, 3
@@ -129,17 +137,18 @@ class LLaMADecoder:
 
 def log_likelihoods(
     config: LLaMAConfig,
-    params,
+    params: dict,
     tokens_BT: np.ndarray,
     from_position: int,
     *,
     mask_BT: np.ndarray | None = None,
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """log p of each token from `from_position` (at least 1) on, in nats, given all before it: float32 [B, T - from].
+    """Returns the log-likelihood in nats of each token, given all tokens before it: float32 [B, T - from_position].
 
     Args:
+      from_position: the first token that is evaluated, at least 1.
       mask_BT: 1 for a token, 0 for padding on the left; None: no padding.
 
     Raises:
@@ -164,35 +173,31 @@ def _log_likelihoods(config, params, tokens_BT, from_position, mask_BT, dtype, m
         mesh=mesh,
     )
     batch, length = targets_BT.shape
-    chunk = min(max(_LOGITS // batch, 1), length)
+    chunk_length = min(max(_LOGITS_TOKENS // batch, 1), length)
 
-    def chunks(x_BT):
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x_BT.ndim - 2))
-        return x_BT.reshape(batch, -1, chunk, *x_BT.shape[2:]).swapaxes(0, 1)
-
-    def score(chunk):
+    def log_p_of_chunk(chunk):
         hidden_BtD, targets_Bt = chunk
         logits_BtV = llama_model.logits(hidden_BtD, head_DV, mesh).astype(jnp.float32)
         return jnp.take_along_axis(logits_BtV, targets_Bt[..., None], -1)[..., 0] - jax.nn.logsumexp(logits_BtV, -1)
 
-    scores = jax.lax.map(score, (chunks(hidden_BTD[:, from_position - 1 :]), chunks(targets_BT)))
-    return scores.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+    arrays = hidden_BTD[:, from_position - 1 :], targets_BT
+    log_p_CBt = jax.lax.map(log_p_of_chunk, tuple(split_time(x_BT, chunk_length) for x_BT in arrays))
+    return join_time(log_p_CBt, length)
 
 
 def _attend(q_BHCK, k_BHCK, v_BHCK, k_BHPK, v_BHPK, mask_BP, k_BHCSK, v_BHCSK, slot):
-    """Attention of each candidate's new token to its prompt, which the candidates share, to its tokens before `slot`,
-    and to itself."""
+    """Attention of each candidate's new token to the shared prompt, to its tokens before `slot`, and to itself."""
     q_BHCK = q_BHCK * q_BHCK.shape[-1] ** -0.5
     scores_BHCP = _einsum("BHCK,BHPK->BHCP", q_BHCK, k_BHPK)
     if mask_BP is not None:
-        scores_BHCP = jnp.where(mask_BP[:, None, None, :] != 0, scores_BHCP, _LOWEST)
+        scores_BHCP = jnp.where(mask_BP[:, None, None, :] != 0, scores_BHCP, MASKED_SCORE)
     scores_BHCS = _einsum("BHCK,BHCSK->BHCS", q_BHCK, k_BHCSK)
     written_S = jnp.arange(scores_BHCS.shape[-1]) < slot
-    scores_BHCS = jnp.where(written_S[None, None, None, :], scores_BHCS, _LOWEST)
+    scores_BHCS = jnp.where(written_S[None, None, None, :], scores_BHCS, MASKED_SCORE)
     score_BHC1 = (q_BHCK.astype(jnp.float32) * k_BHCK.astype(jnp.float32)).sum(-1, keepdims=True)
     scores = scores_BHCP, scores_BHCS, score_BHC1
-    top_BHC1 = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores))
-    weights_BHCP, weights_BHCS, weight_BHC1 = (jnp.exp(x - top_BHC1) for x in scores)
+    max_BHC1 = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores))
+    weights_BHCP, weights_BHCS, weight_BHC1 = (jnp.exp(x - max_BHC1) for x in scores)
     norm_BHC1 = weights_BHCP.sum(-1, keepdims=True) + weights_BHCS.sum(-1, keepdims=True) + weight_BHC1
     out_BHCK = _einsum("BHCP,BHPK->BHCK", weights_BHCP.astype(v_BHPK.dtype), v_BHPK)
     out_BHCK += _einsum("BHCS,BHCSK->BHCK", weights_BHCS.astype(v_BHPK.dtype), v_BHCSK)
@@ -200,11 +205,15 @@ def _attend(q_BHCK, k_BHCK, v_BHCK, k_BHPK, v_BHPK, mask_BP, k_BHCSK, v_BHCSK, s
     return (out_BHCK / norm_BHC1).astype(q_BHCK.dtype)
 
 
+def _heads_first(x_BTHK: jax.Array) -> jax.Array:
+    return rearrange(x_BTHK, "B T H K -> B H T K")
+
+
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @functools.lru_cache
-def _graphs(config: LLaMAConfig):
-    """The structure of one block and of a norm, without their arrays."""
+def _graphs(config: LLaMAConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
+    """Returns the NNX structures of a block and of a norm, without their arrays."""
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
     return nnx.split(block)[0], nnx.split(nnx.eval_shape(lambda: RMSNorm(config)))[0]

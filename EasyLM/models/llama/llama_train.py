@@ -14,8 +14,9 @@ from EasyLM import flags
 from EasyLM.data import dataset, text_tokenizer
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.models.llama import hf_layout, llama_config, llama_model
+from EasyLM.models.llama import costs, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh, on_first_process_first
 from EasyLM.storage import expand_path_groups
 from EasyLM.training import (
@@ -76,7 +77,7 @@ def main(config: Any) -> None:
         model_without_extra(
             partial(llama_model.init_params, model),
             llama_model.make_loss_fn(model, DTYPES[config.dtype], mesh),
-            llama_config.PARTITION_RULES,
+            PARTITION_RULES,
         ),
         optimizer,
         TrainingData(
@@ -88,7 +89,7 @@ def main(config: Any) -> None:
         Accounting(
             unit="tokens",
             items_per_row=seq_length,
-            flops_per_row=seq_length * llama_config.flops_per_token(model, seq_length),
+            flops_per_row=seq_length * costs.flops_per_token(model, seq_length),
         ),
     )
     train(run, task, mesh)

@@ -1,0 +1,57 @@
+"""The choice among the implementations of attention."""
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from EasyLM.errors import UserError
+from EasyLM.models.attention.blockwise import blockwise_attention
+from EasyLM.models.attention.cudnn import cudnn_applies, cudnn_attention
+from EasyLM.models.attention.mask import AttentionMask
+from EasyLM.models.attention.xla import xla_attention
+from EasyLM.models.tuning import CPU_ATTENTION_CHUNK
+
+IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    mask: AttentionMask,
+    *,
+    implementation: str = "auto",
+    query_chunk: int = 1024,
+    key_chunk: int = 1024,
+) -> jax.Array:
+    """Causal attention with float32 softmax.
+
+    Args:
+      implementation: "xla" holds all T x S weights; "blockwise" iterates over chunks in linear memory; "cudnn" is
+        NVIDIA's kernel, for bf16 and fp16. "auto" is cudnn on a GPU where it applies, blockwise with small chunks on a
+        CPU, else xla.
+      query_chunk, key_chunk: of "blockwise"; they need not divide the length.
+
+    Returns:
+      [B, T, H, K] in q's dtype.
+
+    Raises:
+      UserError: if cudnn is requested and does not apply.
+    """
+    assert q_BTHK.shape == k_BSHK.shape == v_BSHK.shape
+    if implementation == "auto" and jax.default_backend() == "cpu":
+        implementation, query_chunk, key_chunk = "blockwise", CPU_ATTENTION_CHUNK, CPU_ATTENTION_CHUNK
+    elif implementation == "auto":
+        implementation = "cudnn" if cudnn_applies(q_BTHK.dtype, mask) and mask.forget_key is None else "xla"
+    if implementation == "cudnn":
+        if not cudnn_applies(q_BTHK.dtype, mask):
+            raise UserError(
+                "attention implementation 'cudnn' needs a GPU, bf16 or fp16, and no dropout on the weights; here are "
+                f"{jax.default_backend()}, {q_BTHK.dtype} and a dropout rate of {mask.dropout_rate}; choose 'auto' or "
+                "'xla'"
+            )
+        return cudnn_attention(q_BTHK, k_BSHK, v_BSHK, mask)
+    if implementation == "xla":
+        return checkpoint_name(xla_attention(q_BTHK, k_BSHK, v_BSHK, mask), "attention")
+    assert implementation == "blockwise"
+    length = q_BTHK.shape[1]
+    return blockwise_attention(q_BTHK, k_BSHK, v_BSHK, mask, min(query_chunk, length), min(key_chunk, length))

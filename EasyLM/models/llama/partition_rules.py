@@ -1,0 +1,15 @@
+"""How the parameters of a LLaMA are split over the mesh axes."""
+
+from jax.sharding import PartitionSpec as P
+
+# (regular expression for a parameter's path, spec of one layer's array). The paths in optimizer states have other
+# prefixes, so the same rules apply to them.
+PARTITION_RULES = (
+    ("transformer/wte/embedding", P("mp", "fsdp")),
+    ("attention/(wq|wk|wv)/kernel", P("fsdp", "mp")),
+    ("attention/wo/kernel", P("mp", "fsdp")),
+    ("feed_forward/(w1|w3)/kernel", P("fsdp", "mp")),
+    ("feed_forward/w2/kernel", P("mp", "fsdp")),
+    ("(attention_norm|ffn_norm|ln_f)/kernel", P()),
+    ("lm_head/kernel", P("fsdp", "mp")),
+)
