@@ -24,7 +24,7 @@ from typing import BinaryIO
 import fsspec
 
 from EasyLM.errors import UserError
-from EasyLM.storage import is_remote
+from EasyLM.storage import flush_to_disk, is_remote
 
 CHECKPOINTS, LATEST, TEMPORARY = "checkpoints", "latest", ".tmp-"
 DATASET, METADATA = "dataset.json", "metadata.json"
@@ -119,13 +119,13 @@ class LinkedDirectory:
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())
-            _sync(temporary)
+            flush_to_disk(temporary)
             directory_name = self._free_name(step)
             os.rename(temporary, os.path.join(self._steps, directory_name))
         except BaseException:
             _remove(temporary)
             raise
-        _sync(self._steps)
+        flush_to_disk(self._steps)
         self._update_links(directory_name, step, list(writers), milestone)
         self._prune()
 
@@ -146,7 +146,7 @@ class LinkedDirectory:
         for name in names:
             self._link(name, f"{LATEST}/{name}")
         self._link(LATEST, f"{CHECKPOINTS}/{directory_name}")  # switches all files atomically
-        _sync(self.path)
+        flush_to_disk(self.path)
         for name in PREFIX_OF:  # dangling if the run saved the other kind before
             link = os.path.join(self.path, name)
             if os.path.islink(link) and not os.path.exists(link):
@@ -229,15 +229,6 @@ class PlainDirectory:
         previous, self._previous = self._previous, None if milestone else directory
         for doomed in {previous, *replaced} - {None, directory}:
             self._files.rm(doomed, recursive=True)
-
-
-def _sync(directory: str) -> None:
-    """Flushes the names in a directory to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: str) -> None:

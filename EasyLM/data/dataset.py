@@ -16,7 +16,7 @@ from EasyLM.data.token_rows import RowSettings, TokenRows
 from EasyLM.data.token_store import STORE_DTYPES, TokenizationSettings, TokenStore
 from EasyLM.data.token_stream import FileTokenStream
 from EasyLM.errors import UserError, prefix_errors
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, to_dataclass
 from EasyLM.storage import expand_path_groups, is_compressed
 
 TYPES = ("json", "huggingface")
@@ -84,7 +84,7 @@ def make_dataset(
     """
     selected, group = settings(config), f"{name}.{config.type}_dataset"
     with prefix_errors(f"--{name}.text_processor", "."):
-        processor = make_processor(FieldSettings(**config.text_processor), vocab_size, tokenizer)
+        processor = make_processor(to_dataclass(FieldSettings, config.text_processor), vocab_size, tokenizer)
     if tokenizer is not None and processor.needs_text and tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"--tokenizer.vocab_file has {tokenizer.vocab_size} ids, more than the model's vocabulary of {vocab_size}"

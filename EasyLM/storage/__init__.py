@@ -14,7 +14,7 @@ Modules:
   columns  memory-mapped column files, cached or standalone
 """
 
-from EasyLM.storage.atomic import atomic_file, atomic_path, write_json
+from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, write_json
 from EasyLM.storage.columns import Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest
 from EasyLM.storage.paths import (
@@ -38,6 +38,7 @@ __all__ = [
     "expand_path_groups",
     "expand_paths",
     "file_version",
+    "flush_to_disk",
     "is_compressed",
     "is_remote",
     "json_digest",

@@ -1,7 +1,8 @@
 """Atomic writes of local files: a file appears complete under its name, or not at all.
 
-Every file that a command writes in one go goes through `atomic_path`. Files that grow over hours and directories that
-are renamed as a whole do it themselves (`tokenizer.builders.resumable_file`, `EasyLM.checkpoints.run_directory`).
+Commands write each output file in one go through `atomic_path`. Two cases differ: a file that grows for hours and
+resumes (`tokenizer.builders.resumable_file`), and a directory that is renamed as a whole
+(`EasyLM.checkpoints.run_directory`, `EasyLM.models.llama.convert_easylm_to_hf`).
 """
 
 import contextlib
@@ -33,7 +34,7 @@ def atomic_path(path: str | os.PathLike, sync: bool = True) -> Iterator[str]:
     try:
         yield temporary
         if sync:
-            _flush_to_disk(temporary)
+            flush_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -58,7 +59,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
-def _flush_to_disk(path: str) -> None:
+def flush_to_disk(path: str) -> None:
+    """Flushes the data of a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

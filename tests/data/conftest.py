@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from data_kit import base64_line, copy_golden
+from text_kit import SENTENCES
 
 
 @pytest.fixture
@@ -30,3 +31,20 @@ def two_files(tmp_path_factory):
         # No newline after the last line.
         (directory / f"{name}.jsonl").write_text("\n\n".join(lines))
     return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory):
+    """{"model": SentencePiece, "json": tokenizer.json}, trained on the sentences."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    tokenizers = pytest.importorskip("tokenizers")
+    directory = tmp_path_factory.mktemp("tokenizers")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_prefix=str(directory / "words"), vocab_size=35, minloglevel=2
+    )
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["[UNK]", "<s>", "</s>"])
+    model.train_from_iterator(SENTENCES, trainer)
+    model.save(str(directory / "tokenizer.json"))
+    return {"model": str(directory / "words.model"), "json": str(directory / "tokenizer.json")}

@@ -1,0 +1,37 @@
+"""Text data for tests: sentences, dataset flags, and the rows that a plain loop makes of ids."""
+
+import json
+
+import numpy as np
+
+from EasyLM import flags
+from EasyLM.data import DATASET_FLAGS
+
+SENTENCES = [
+    "a dog runs over the green field",
+    "the cat sleeps on the red chair",
+    "two birds fly over a blue house",
+    "a green bird and a red dog sleep",
+] * 5
+
+
+def text_config(kind, path, fields="text", **settings):
+    config = flags.defaults(DATASET_FLAGS)
+    config.type = kind
+    config.text_processor.fields = fields
+    config[f"{kind}_dataset"].update(path=str(path), seq_length=16, batch_size=2, **settings)
+    return config
+
+
+def write_jsonl(path, sentences=SENTENCES, **others):
+    path.write_text("".join(json.dumps({"text": sentence, **others}) + "\n" for sentence in sentences))
+    return path
+
+
+def text_rows(ids, count, seq_length=16):
+    stream = np.resize(np.array(ids), count * seq_length + 1)
+    return stream[:-1].reshape(count, seq_length), stream[1:].reshape(count, seq_length)
+
+
+def encoded(tokenizer, sentences=SENTENCES):
+    return [token for sentence in sentences for token in tokenizer.encode(sentence)]
