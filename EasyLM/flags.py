@@ -228,8 +228,9 @@ def _groups(definitions: Definitions, prefix: str) -> list[str]:
 
 
 def _rules(flag: Flag) -> list[str]:
-    """What the help says of a flag's values: required or the default, then choices and range."""
-    rules = ["required"] if flag.required else [f"default: {'none' if flag.default in ('', None) else flag.default}"]
+    """The rules of a flag's value in words: required or the default, then choices and range."""
+    default = {"": "empty", None: "none"}.get(flag.default, flag.default)
+    rules = ["required" if flag.required else f"default: {default}"]
     if flag.choices:
         rules.append(f"one of: {', '.join(choice or 'empty' for choice in flag.choices)}")
     return rules + [flag.range] * bool(flag.range)
