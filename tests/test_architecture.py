@@ -32,11 +32,12 @@ ALLOWED = {
     "tokenizer.builders",
     # Prompts and answers.
     "evaluation.prompting": "EasyLM.checkpoints EasyLM.parallel EasyLM.models EasyLM.models.llama tokenizer.vqgan",
-    "evaluation.tasks": "EasyLM.storage tokenizer.media tokenizer.builders tokenizer.image_quality tokenizer.synthetic",
+    "evaluation.tasks": "EasyLM.storage tokenizer.media tokenizer.builders tokenizer.image_quality tokenizer.synthetic "
+    "evaluation.prompting",
     "evaluation.runs": "EasyLM.storage tokenizer.media evaluation.prompting evaluation.tasks",
     "evaluation.serving": "EasyLM.models tokenizer.media tokenizer.builders tokenizer.synthetic evaluation.prompting "
     "evaluation.tasks",
-    "evaluation": "EasyLM.storage EasyLM.models tokenizer.media tokenizer.synthetic tokenizer.image_quality "
+    "evaluation": "EasyLM.storage tokenizer.media tokenizer.image_quality "
     "evaluation.prompting evaluation.tasks evaluation.runs evaluation.serving",
 }
 # Users know this command by its old name. It imports the service inside its main function.

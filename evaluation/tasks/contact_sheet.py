@@ -1,4 +1,4 @@
-"""Sheets of pictures with captions, for people to look at."""
+"""A contact sheet: rows of captioned images as one image."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,53 +8,56 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tokenizer.media import images
 
-GAP, CAPTION, MARGIN = 4, 20, 116  # pixels between pictures; height of a line of text; width of the names
+GAP, CAPTION, MARGIN = 4, 20, 116  # pixels between images; height of a line of text; width of the names
 PAPER, INK, FRAME = (255, 255, 255), (40, 40, 40), (216, 60, 40)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Pictures [H,W,3] in [0, 1] side by side, with a name and a caption for each."""
+    """Images [H,W,3] in [0, 1] side by side, with a name and a caption for each image."""
 
     name: str
     captions: Sequence[str]
-    pictures: Sequence[np.ndarray]
+    images: Sequence[np.ndarray]
 
 
-def sheet(rows: Sequence[Row], size: int, framed: str = "") -> Image.Image:
-    """Rows below each other, their ends aligned; a picture captioned `framed` gets a coloured frame.
+def contact_sheet(rows: Sequence[Row], size: int, framed: str = "") -> Image.Image:
+    """Draws rows below each other, aligned at their ends.
 
-    A row's name and captions are written where they differ from those of the row above. Pictures are drawn `size`
-    pixels wide, enlarged pixel by pixel so that nothing is hidden.
+    A row's name and captions are drawn if they differ from those of the row above.
+
+    Args:
+      size: width of an image on the sheet in pixels; images are enlarged to the nearest pixel, without interpolation.
+      framed: the caption of images that get a coloured frame.
     """
     font = ImageFont.load_default(size=14)
-    step, columns = size + GAP, max(len(row.pictures) for row in rows)
-    titled = [i == 0 or _title(row) != _title(rows[i - 1]) for i, row in enumerate(rows)]
-    height = len(rows) * step + sum(titled) * (CAPTION + GAP) + GAP
+    step, columns = size + GAP, max(len(row.images) for row in rows)
+    is_titled = [i == 0 or _title(row) != _title(rows[i - 1]) for i, row in enumerate(rows)]
+    height = len(rows) * step + sum(is_titled) * (CAPTION + GAP) + GAP
     paper = Image.new("RGB", (MARGIN + columns * step + GAP, height), PAPER)
     draw = ImageDraw.Draw(paper)
     top = GAP
-    for row, new in zip(rows, titled, strict=True):
-        assert len(row.captions) == len(row.pictures)
-        top += (CAPTION + GAP) * new
-        if new:
+    for row, titled in zip(rows, is_titled, strict=True):
+        assert len(row.captions) == len(row.images)
+        if titled:
+            top += CAPTION + GAP
             draw.text((GAP, top + size // 2), row.name, INK, font, anchor="lm")
-        left = MARGIN + (columns - len(row.pictures)) * step
-        for caption, picture in zip(row.captions, row.pictures, strict=True):
-            if new:
+        left = MARGIN + (columns - len(row.images)) * step
+        for caption, pixels in zip(row.captions, row.images, strict=True):
+            if titled:
                 draw.text((left + size // 2, top - CAPTION // 2), caption, INK, font, anchor="mm")
             if caption == framed:
                 draw.rectangle((left - 3, top - 3, left + size + 2, top + size + 2), FRAME)
-            paper.paste(_image(picture, size), (left, top))
+            paper.paste(_enlarge(pixels, size), (left, top))
             left += step
         top += step
     return paper
 
 
-def _title(row: Row) -> tuple:
+def _title(row: Row) -> tuple[str, ...]:
     return row.name, *row.captions
 
 
-def _image(picture: np.ndarray, size: int) -> Image.Image:
-    pixels = images.to_uint8(np.asarray(picture, np.float32))
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+def _enlarge(pixels: np.ndarray, size: int) -> Image.Image:
+    image = Image.fromarray(images.to_uint8(np.asarray(pixels, np.float32)))
+    return image.resize((size, size), Image.Resampling.NEAREST)

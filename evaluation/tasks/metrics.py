@@ -1,10 +1,11 @@
-"""Figures of answers: perplexity and its unigram baseline, and how far drawn pictures are from true ones.
+"""Metrics of answers: errors of generated images, perplexity, and its unigram baseline.
 
-Shapes: B pictures, H W pixels, N tokens of a picture, V codes, C colours of a palette. Pictures are in [0, 1].
+Shapes: B images, H W pixels, N tokens of an image, V codes, C colours of a palette. Images are in [0, 1].
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,85 +14,90 @@ from EasyLM.storage import read_text_lines
 from tokenizer.image_quality import mse, psnr, ssim
 from tokenizer.synthetic import scenes
 
-EDGE_TOLERANCE = 0.0075  # of the diagonal, as the Berkeley benchmark of boundaries has it
+ImageMetric = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (images, true images), both [B,H,W,3] -> [B]
+Colour = tuple[int, int, int]  # bytes
+
+EDGE_TOLERANCE = 0.0075  # of the image's diagonal, as in the Berkeley boundary benchmark
 
 
-def nearest_colours(pictures_BHW3: np.ndarray, palette_C3: np.ndarray) -> np.ndarray:
-    """The number of the palette's colour (bytes) that is nearest to each pixel: [B, H, W]."""
-    distances_CBHW = [np.square(pictures_BHW3 - colour / 255).sum(-1) for colour in np.asarray(palette_C3)]
+def nearest_colours(images_BHW3: np.ndarray, palette_C3: np.ndarray) -> np.ndarray:
+    """The index of the palette's colour (bytes) that is nearest to each pixel: [B, H, W]."""
+    distances_CBHW = [np.square(images_BHW3 - colour / 255).sum(-1) for colour in np.asarray(palette_C3)]
     return np.argmin(distances_CBHW, axis=0)
 
 
-def mean_iou(pictures: np.ndarray, truths: np.ndarray, palette: Sequence) -> np.ndarray:
-    """Intersection over union of segmentations drawn in a palette, mean over the truth's classes. Shape [B].
+def mean_iou(images_BHW3: np.ndarray, truths_BHW3: np.ndarray, palette: Sequence[Colour]) -> np.ndarray:
+    """Intersection over union of segmentations in a palette's colours, mean over the truth's classes. Shape [B].
 
-    Each pixel, of both, belongs to the class of the nearest colour. The palette's first colour is the background, which
-    does not count. Where the truth has nothing else, the figure is 1 if the answer has nothing else either, and else 0.
+    Each pixel belongs to the class of the nearest colour. The first colour is the background, which does not count. If
+    the truth is background only, the value is 1 if the image is background only, else 0.
     """
-    drawn_BHW, true_BHW = (nearest_colours(x, np.array(palette)) for x in (pictures, truths))
+    predicted_BHW, true_BHW = (nearest_colours(x, np.array(palette)) for x in (images_BHW3, truths_BHW3))
     classes_C111 = np.arange(1, len(palette))[:, None, None, None]
-    drawn_CBHW, true_CBHW = drawn_BHW == classes_C111, true_BHW == classes_C111
-    shared_CB, either_CB = (x.sum(axis=(2, 3)) for x in (drawn_CBHW & true_CBHW, drawn_CBHW | true_CBHW))
+    predicted_CBHW, true_CBHW = predicted_BHW == classes_C111, true_BHW == classes_C111
+    intersection_CB = (predicted_CBHW & true_CBHW).sum(axis=(2, 3))
+    union_CB = (predicted_CBHW | true_CBHW).sum(axis=(2, 3))
     present_CB = true_CBHW.any(axis=(2, 3))
-    ratios_CB = np.where(present_CB, shared_CB / np.maximum(either_CB, 1), 0)
-    nothing_drawn_B = (drawn_BHW == 0).all(axis=(1, 2))
-    return np.where(
-        present_CB.any(axis=0), ratios_CB.sum(axis=0) / np.maximum(present_CB.sum(axis=0), 1), nothing_drawn_B
-    )
+    iou_CB = np.where(present_CB, intersection_CB / np.maximum(union_CB, 1), 0)
+    only_background_B = (predicted_BHW == 0).all(axis=(1, 2))
+    mean_B = iou_CB.sum(axis=0) / np.maximum(present_CB.sum(axis=0), 1)
+    return np.where(present_CB.any(axis=0), mean_B, only_background_B)
 
 
-def depth_abs_rel(pictures: np.ndarray, truths: np.ndarray, near: float, far: float) -> np.ndarray:
-    """Mean of |d - d*| / d* over pixels, d the depth that brightness shows: white `near`, black `far`. Shape [B]."""
-    drawn, true = (far - np.asarray(x, np.float64).mean(-1) * (far - near) for x in (pictures, truths))
-    return (np.abs(drawn - true) / true).mean(axis=(1, 2))
+def depth_abs_rel(images_BHW3: np.ndarray, truths_BHW3: np.ndarray, near: float, far: float) -> np.ndarray:
+    """Mean of |d - d*| / d* over pixels; depth d is `near` for white and `far` for black. Shape [B]."""
+    predicted, true = (far - np.asarray(x, np.float64).mean(-1) * (far - near) for x in (images_BHW3, truths_BHW3))
+    return (np.abs(predicted - true) / true).mean(axis=(1, 2))
 
 
-def normal_degrees(pictures: np.ndarray, truths: np.ndarray) -> np.ndarray:
-    """Mean angle, in degrees, between the normals n that colours (n + 1) / 2 show. Shape [B]."""
-    drawn, true = (_unit(2 * np.asarray(x, np.float64) - 1) for x in (pictures, truths))
-    return np.degrees(np.arccos(np.clip((drawn * true).sum(-1), -1, 1))).mean(axis=(1, 2))
+def normal_degrees(images_BHW3: np.ndarray, truths_BHW3: np.ndarray) -> np.ndarray:
+    """Mean angle in degrees between normals n, which have the colours (n + 1) / 2. Shape [B]."""
+    predicted, true = (_normalize(2 * np.asarray(x, np.float64) - 1) for x in (images_BHW3, truths_BHW3))
+    return np.degrees(np.arccos(np.clip((predicted * true).sum(-1), -1, 1))).mean(axis=(1, 2))
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def _normalize(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
 
 
-def edge_f_score(pictures: np.ndarray, truths: np.ndarray) -> np.ndarray:
+def edge_f_score(images_BHW3: np.ndarray, truths_BHW3: np.ndarray) -> np.ndarray:
     """F1 of edge pixels, those brighter than half. Shape [B].
 
-    A pixel counts as found if the other picture has an edge within 0.75 percent of the diagonal: at this very pixel
-    below 64 pixels a side, within 3 at 256. Without the Berkeley benchmark's one-to-one matching and thinning.
+    An edge pixel is matched if the other image has an edge within `EDGE_TOLERANCE`: at the same pixel below 64 pixels
+    a side, within 3 pixels at 256. Unlike the Berkeley benchmark, matches are not one-to-one and edges not thinned.
     """
-    drawn_BHW, true_BHW = (np.asarray(x).mean(-1) > 0.5 for x in (pictures, truths))
-    reach = round(EDGE_TOLERANCE * np.hypot(*drawn_BHW.shape[1:]))
-    precision_B = _share(drawn_BHW & _grown(true_BHW, reach), drawn_BHW)
-    recall_B = _share(true_BHW & _grown(drawn_BHW, reach), true_BHW)
+    predicted_BHW, true_BHW = (np.asarray(x).mean(-1) > 0.5 for x in (images_BHW3, truths_BHW3))
+    radius = round(EDGE_TOLERANCE * np.hypot(*predicted_BHW.shape[1:]))
+    precision_B = _fraction(predicted_BHW & _dilate(true_BHW, radius), predicted_BHW)
+    recall_B = _fraction(true_BHW & _dilate(predicted_BHW, radius), true_BHW)
     return 2 * precision_B * recall_B / np.maximum(precision_B + recall_B, 1e-12)
 
 
-def _share(part_BHW: np.ndarray, whole_BHW: np.ndarray) -> np.ndarray:
+def _fraction(part_BHW: np.ndarray, whole_BHW: np.ndarray) -> np.ndarray:
+    """The fraction of true pixels of `whole_BHW` that are true in `part_BHW`; 1 if there are none."""
     whole_B = whole_BHW.sum(axis=(1, 2))
     return np.where(whole_B > 0, part_BHW.sum(axis=(1, 2)) / np.maximum(whole_B, 1), 1.0)
 
 
-def _grown(mask_BHW: np.ndarray, reach: int) -> np.ndarray:
-    """True within `reach` pixels of a true pixel."""
+def _dilate(mask_BHW: np.ndarray, radius: int) -> np.ndarray:
+    """True within `radius` pixels of a true pixel."""
     _, height, width = mask_BHW.shape
-    padded = np.pad(mask_BHW, ((0, 0), (reach, reach), (reach, reach)))
-    grown = np.zeros_like(mask_BHW)
-    for y in range(-reach, reach + 1):
-        for x in range(-reach, reach + 1):
-            if np.hypot(y, x) <= reach:
-                grown |= padded[:, reach + y : reach + y + height, reach + x : reach + x + width]
-    return grown
+    padded = np.pad(mask_BHW, ((0, 0), (radius, radius), (radius, radius)))
+    dilated = np.zeros_like(mask_BHW)
+    for y in range(-radius, radius + 1):
+        for x in range(-radius, radius + 1):
+            if np.hypot(y, x) <= radius:
+                dilated |= padded[:, radius + y : radius + y + height, radius + x : radius + x + width]
+    return dilated
 
 
-MASK = ((0, 0, 0), (255, 255, 255))  # background and object of a picture that shows one class
-PICTURE_FIGURES: dict[str, Callable] = {"mse": mse, "psnr": psnr, "ssim": ssim}  # of every task
-# What a task may be judged by besides, in the rendered scenes' colours and depths: (pictures, truths) -> [B].
-FIGURES: dict[str, Callable] = {
-    "scene_iou": functools.partial(mean_iou, palette=(scenes.BACKGROUND, *scenes.PALETTE.values())),
-    "mask_iou": functools.partial(mean_iou, palette=MASK),
+MASK_PALETTE: tuple[Colour, ...] = ((0, 0, 0), (255, 255, 255))  # of an image that shows one class
+SCENE_PALETTE: tuple[Colour, ...] = (scenes.BACKGROUND, *scenes.PALETTE.values())
+IMAGE_METRICS: dict[str, ImageMetric] = {"mse": mse, "psnr": psnr, "ssim": ssim}  # of every task
+# Metrics that a task may have besides, with the colours and depths of rendered scenes.
+TASK_METRICS: dict[str, ImageMetric] = {
+    "scene_iou": functools.partial(mean_iou, palette=SCENE_PALETTE),
+    "mask_iou": functools.partial(mean_iou, palette=MASK_PALETTE),
     "depth_abs_rel": functools.partial(depth_abs_rel, near=scenes.NEAR, far=scenes.FAR),
     "normal_degrees": normal_degrees,
     "edge_f_score": edge_f_score,
@@ -99,48 +105,53 @@ FIGURES: dict[str, Callable] = {
 HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "scene_iou", "palette_iou", "mask_iou", "edge_f_score"})
 
 
-def task_figures(palette: str, depth_range: str) -> dict[str, Callable]:
-    """FIGURES, and those of a user's own palette (a file) and depths (`near,far`); empty: as they are.
-
-    Raises:
-      UserError: naming the flag, or the line of the file.
-    """
-    found = dict(FIGURES)
+def task_metrics(
+    palette: Sequence[Colour] | None = None, depth_range: tuple[float, float] | None = None
+) -> Mapping[str, ImageMetric]:
+    """`TASK_METRICS`, with `palette_iou` for a user's palette, and depths in a user's range (near, far)."""
+    metrics = dict(TASK_METRICS)
     if palette:
-        found["palette_iou"] = functools.partial(mean_iou, palette=read_palette(palette))
+        metrics["palette_iou"] = functools.partial(mean_iou, palette=palette)
     if depth_range:
-        near, far = _depths(depth_range)
-        found["depth_abs_rel"] = functools.partial(depth_abs_rel, near=near, far=far)
-    return found
+        near, far = depth_range
+        metrics["depth_abs_rel"] = functools.partial(depth_abs_rel, near=near, far=far)
+    return metrics
 
 
-def read_palette(path: str) -> list[tuple[int, ...]]:
-    """The colours of a file, `R G B` a line, the first the background. Empty lines do not count.
+def read_palette(path: str | os.PathLike) -> list[Colour]:
+    """Reads the colours of a file, `R G B` a line, the background first. Empty lines are ignored.
 
     Raises:
-      UserError: naming FILE:LINE.
+      UserError: naming the file, and the line if one is invalid.
     """
-    owners: dict[tuple[int, ...], int] = {}
+    line_of_colour: dict[Colour, int] = {}
     for number, line in read_text_lines(path):
         words = line.split()
-        colour = tuple(int(word) for word in words if word.isdecimal())
-        if not len(words) == len(colour) == 3 or max(colour) > 255:
+        values = [int(word) for word in words if word.isdecimal()]
+        if not len(words) == len(values) == 3 or max(values) > 255:
             raise UserError(f"{path}:{number}: {line.strip()!r}: must be R G B, three integers from 0 to 255")
-        if colour in owners:
-            raise UserError(f"{path}:{number}: {line.strip()}: the colour of line {owners[colour]} already")
-        owners[colour] = number
-    if len(owners) < 2:
-        raise UserError(f"--palette={path}: {len(owners)} colours: the background and at least one class are needed")
-    return list(owners)
+        red, green, blue = values
+        colour = red, green, blue
+        if colour in line_of_colour:
+            raise UserError(f"{path}:{number}: {line.strip()}: the colour of line {line_of_colour[colour]} already")
+        line_of_colour[colour] = number
+    if len(line_of_colour) < 2:
+        raise UserError(f"{path}: {len(line_of_colour)} colours: give the background and at least one class")
+    return list(line_of_colour)
 
 
-def _depths(text: str) -> tuple[float, float]:
+def parse_depth_range(text: str) -> tuple[float, float]:
+    """Parses `near,far`.
+
+    Raises:
+      UserError: if the text is not two different positive distances.
+    """
     try:
         near, far = map(float, text.split(","))
     except ValueError:
         near = far = 0.0
     if not (0 < near < np.inf and 0 < far < np.inf and near != far):
-        raise UserError(f"--depth_range={text}: must be near,far: two distances above 0 that differ, as 0.5,10")
+        raise UserError("must be near,far: two different distances above 0, as 0.5,10")
     return near, far
 
 
@@ -152,7 +163,8 @@ def perplexity(log_likelihoods_BN: np.ndarray) -> np.ndarray:
 def unigram_log_likelihoods(tokens_BN: np.ndarray, codes: int) -> np.ndarray:
     """Log-likelihood of each example's tokens under the token frequencies of all other examples. Shape [B, N].
 
-    Add-one smoothing over `codes` ids. Leaving the example itself out keeps the baseline from knowing the answer.
+    Uses add-one smoothing over `codes` ids. The frequencies exclude the example itself, so the baseline does not see
+    the answer.
     """
     counts_BV = np.stack([np.bincount(tokens, minlength=codes) for tokens in tokens_BN])
     others_BV = counts_BV.sum(axis=0)[None, :] - counts_BV + 1
@@ -160,8 +172,8 @@ def unigram_log_likelihoods(tokens_BN: np.ndarray, codes: int) -> np.ndarray:
     return np.log(np.take_along_axis(likelihoods_BV, tokens_BN, axis=1))
 
 
-def with_standard_error(values: np.ndarray) -> dict[str, float]:
-    """Mean over examples and its standard error."""
+def with_standard_error(values: np.ndarray | Sequence[float]) -> dict[str, float]:
+    """The mean over examples and its standard error."""
     values = np.asarray(values, np.float64)
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
     return {"mean": float(values.mean()), "standard_error": float(error)}

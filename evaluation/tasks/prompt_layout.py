@@ -1,68 +1,75 @@
-"""Which pictures stand in a prompt, in what order: pure functions of picture numbers.
+"""Which images a prompt consists of, and in what order: functions of image numbers, without pixels.
 
-Legend: Q prompts, K examples or frames at hand, G pictures of an example (image and annotation: 2; a frame: 1), q
-pictures of the query (an image: 1; none where the next frame is asked for: 0), P pictures of a prompt.
+Shapes: Q prompts, K shots or context frames, G images of a shot (image and annotation: 2, frame: 1), q images of the
+query (an image: 1; none if the next frame is asked for: 0), P images of a prompt.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Prompts of one task, as numbers of pictures. Fewer shots are the last of more, so a curve varies nothing else."""
+class PromptLayout:
+    """Prompts of one task as image numbers. Fewer shots are the last ones of more shots.
+
+    Attributes:
+      context_QKG: shots, or frames before the one asked for.
+      query_Qq: query images.
+      answer_Q: the true answers.
+    """
 
     context_QKG: np.ndarray  # noqa: N815
     query_Qq: np.ndarray  # noqa: N815
     answer_Q: np.ndarray  # noqa: N815
 
     @property
-    def most_shots(self) -> int:
+    def max_shots(self) -> int:
+        """Shots of the longest prompt."""
         return self.context_QKG.shape[1]
 
-    def shown(self, shots: int) -> np.ndarray:
-        """The pictures of each prompt with so many examples or frames: [Q, P]."""
-        assert 0 <= shots <= self.most_shots
-        context_QKG = self.context_QKG[:, self.most_shots - shots :]
+    def images(self, shots: int) -> np.ndarray:
+        """The images of each prompt with this number of shots or context frames: [Q, P]."""
+        assert 0 <= shots <= self.max_shots
+        context_QKG = self.context_QKG[:, self.max_shots - shots :]
         return np.concatenate([context_QKG.reshape(len(self.answer_Q), -1), self.query_Qq], axis=1)
 
     def annotations(self, shots: int) -> np.ndarray:
-        """What the examples answer (of a clip: its frames): [Q, shots]."""
-        return self.context_QKG[:, self.most_shots - shots :, -1]
+        """The annotations of the shots, or the context frames of a clip: [Q, shots]."""
+        return self.context_QKG[:, self.max_shots - shots :, -1]
 
 
-def analogies(groups: Sequence, queries: Sequence[int], shots: int, seed: int) -> Prompts:
-    """`[input, target, input, target, ..., query]`: the examples are others of the query's group.
+def analogy_prompts(groups: Sequence[Hashable], queries: Sequence[int], shots: int, seed: int) -> PromptLayout:
+    """`[input, target, input, target, ..., query]`, where the shots are other pairs of the query's group.
 
     Args:
-      groups: of each pair; pair i has the pictures 2 i (input) and 2 i + 1 (target).
-      queries: pairs; each has at least `shots` others in its group.
+      groups: the group of each pair; pair i has the images 2 i (input) and 2 i + 1 (target).
+      queries: pairs; the group of each has at least `shots` other pairs.
     """
-    members: dict = {}
+    members: dict[Hashable, list[int]] = {}
     for pair, group in enumerate(groups):
         members.setdefault(group, []).append(pair)
-    chosen = []
+    shots_of_queries = []
     for query in queries:
-        alike = np.array(members[groups[query]])
-        chosen.append(alike[supports(len(alike), shots, int(np.flatnonzero(alike == query)[0]), seed)])
-    examples_QK = np.array(chosen, int).reshape(len(queries), shots)
+        group_pairs = np.array(members[groups[query]])
+        position = int(np.flatnonzero(group_pairs == query)[0])
+        shots_of_queries.append(group_pairs[draw_shots(len(group_pairs), shots, position, seed)])
+    shots_QK = np.array(shots_of_queries, int).reshape(len(queries), shots)
     queries_Q = np.asarray(queries)
-    return Prompts(np.stack([2 * examples_QK, 2 * examples_QK + 1], -1), 2 * queries_Q[:, None], 2 * queries_Q + 1)
+    return PromptLayout(np.stack([2 * shots_QK, 2 * shots_QK + 1], -1), 2 * queries_Q[:, None], 2 * queries_Q + 1)
 
 
-def sequences(clips: int, frames: int) -> Prompts:
-    """`[frame, frame, ...]`, and the last one of each clip as the answer; the pictures are clip after clip."""
+def sequential_prompts(clips: int, frames: int) -> PromptLayout:
+    """`[frame, frame, ...]`, where the last frame of each clip is the answer; images are numbered clip after clip."""
     numbers_QF = np.arange(clips * frames).reshape(clips, frames)
-    return Prompts(numbers_QF[:, :-1, None], numbers_QF[:, :0], numbers_QF[:, -1])
+    return PromptLayout(numbers_QF[:, :-1, None], numbers_QF[:, :0], numbers_QF[:, -1])
 
 
-def supports(count: int, shots: int, query: int, seed: int) -> np.ndarray:
-    """Which examples of a folder stand as shots before the query: a seeded draw of others, without repetition.
+def draw_shots(count: int, shots: int, query: int, seed: int) -> np.ndarray:
+    """Draws shots for a query from `count` pairs, without the query and without repetition, in prompt order.
 
-    The draw of fewer shots is the tail of the draw of more, so that curves over the number of shots differ by what is
-    put before, not by other examples.
+    Fewer shots are the last ones of more shots, so a curve over the number of shots varies nothing else.
     """
     others = np.delete(np.arange(count), query)
     return np.random.default_rng([seed, query]).permutation(others)[:shots][::-1]

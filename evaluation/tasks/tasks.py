@@ -1,132 +1,152 @@
-"""What a model is asked for: examples of a task, loaded, and the prompts made of them.
+"""Tasks: examples from folders or benchmarks, the prompts made of them, and their pixels.
 
-Shapes: n pictures, S the side in pixels. Pixels are float32 in [0, 1], RGB, channels last.
+Shapes: n images, S the side in pixels. Pixels are float32 in [0, 1], RGB, channels last.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
 from EasyLM.errors import UserError
-from evaluation.tasks import prompt_layout
+from evaluation.tasks.prompt_layout import PromptLayout, analogy_prompts, sequential_prompts
 from tokenizer.media import folders, images
 
-Load = Callable[[int], np.ndarray]  # side -> uint8 [S,S,3]
+ImageLoader = Callable[[int], np.ndarray]  # side -> uint8 [S,S,3]
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An example; the shots of a query are of its group (of its class, where a task has classes)."""
+    """An image and its annotation. The shots of a query have the query's group, such as its class."""
 
-    input: Load
-    target: Load
+    input: ImageLoader
+    target: ImageLoader
     group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a task's examples come from: pairs, or clips whose last frame is asked for.
+class TaskSource:
+    """The examples of a task: pairs, or clips whose last frame is asked for.
 
     Attributes:
-      figure: what answers are judged by besides the figures of every task: a name of `metrics.task_figures`, or ''.
+      metric: a key of `metrics.task_metrics` that is computed besides the metrics of every task, or ''.
     """
 
     name: str
-    figure: str
+    metric: str
     pairs: Sequence[Pair] = ()
-    clips: Sequence[Sequence[Load]] = ()
+    clips: Sequence[Sequence[ImageLoader]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task with the pictures of its prompts, `pixels` [n,S,S,3], and the prompts as numbers of them."""
+    """The prompts of a task, as numbers of the images in `pixels` [n,S,S,3]."""
 
     name: str
-    figure: str
+    metric: str
     pixels: np.ndarray
-    prompts: prompt_layout.Prompts
+    prompts: PromptLayout
 
     @property
     def is_clip(self) -> bool:
+        """Whether the next frame of a clip is asked for."""
         return not self.prompts.query_Qq.size
 
+    @property
+    def answers(self) -> np.ndarray:
+        """The true answers: [Q,S,S,3]."""
+        return self.pixels[self.prompts.answer_Q]
+
+    def digest(self) -> str:
+        """A fingerprint of the images and prompts."""
+        digest = hashlib.blake2b(digest_size=8)
+        for array in (self.pixels, *dataclasses.astuple(self.prompts)):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     def captions(self, shots: int) -> list[str]:
-        """Of the pictures in a prompt."""
+        """A caption for each image of a prompt."""
         return ["frame"] * shots if self.is_clip else ["example", "answer"] * shots + ["query"]
 
 
-def load(source: Source, shots: int, queries: int, seed: int, side: int) -> Task:
-    """Chooses up to `queries` of the examples by the seed, and the shots of each, and reads what is needed of them.
+def load_task(source: TaskSource, shots: int, queries: int, seed: int, side: int) -> Task:
+    """Draws up to `queries` queries and the shots of each, and reads the images that the prompts use.
+
+    Args:
+      shots: shots, or context frames of a clip.
+      side: of the images, in pixels.
 
     Raises:
-      UserError: naming the source, if it has too few examples, or the file that cannot be read.
+      UserError: naming the task, if it has too few examples, or the file that cannot be read.
     """
     if source.clips:
-        chosen, loads = _sequences(source, shots, queries, seed)
+        prompts, loaders = _draw_sequences(source, shots, queries, seed)
     else:
-        chosen, loads = _analogies(source, shots, queries, seed)
-    used = np.unique(np.concatenate([chosen.shown(shots).ravel(), chosen.answer_Q]))
+        prompts, loaders = _draw_analogies(source, shots, queries, seed)
+    used = np.unique(np.concatenate([prompts.images(shots).ravel(), prompts.answer_Q]))
     with ThreadPoolExecutor() as pool:
-        pixels = np.stack(list(pool.map(lambda number: loads[number](side), used)))
+        pixels = np.stack(list(pool.map(lambda number: loaders[number](side), used)))
     renumber = partial(np.searchsorted, used)
-    numbered = prompt_layout.Prompts(*(renumber(getattr(chosen, field.name)) for field in dataclasses.fields(chosen)))
-    return Task(source.name, source.figure, pixels.astype(np.float32) / 255, numbered)
+    numbers = (renumber(getattr(prompts, field.name)) for field in dataclasses.fields(prompts))
+    return Task(source.name, source.metric, pixels.astype(np.float32) / 255, PromptLayout(*numbers))
 
 
-def _analogies(source: Source, shots: int, queries: int, seed: int) -> tuple[prompt_layout.Prompts, list[Load]]:
+def _draw_analogies(source: TaskSource, shots: int, queries: int, seed: int) -> tuple[PromptLayout, list[ImageLoader]]:
     groups = [pair.group for pair in source.pairs]
     sizes = {group: groups.count(group) for group in set(groups)}
-    able = [i for i, group in enumerate(groups) if sizes[group] > shots]
-    if not able:
+    candidates = [i for i, group in enumerate(groups) if sizes[group] > shots]
+    if not candidates:
         raise UserError(f"{source.name}: {len(groups)} examples, too few for n_shots={shots} and a query")
-    loads = [side for pair in source.pairs for side in (pair.input, pair.target)]
-    return prompt_layout.analogies(groups, _some(able, queries, seed), shots, seed), loads
+    loaders = [loader for pair in source.pairs for loader in (pair.input, pair.target)]
+    return analogy_prompts(groups, _draw(candidates, queries, seed), shots, seed), loaders
 
 
-def _sequences(source: Source, shots: int, queries: int, seed: int) -> tuple[prompt_layout.Prompts, list[Load]]:
-    able = [clip[: shots + 1] for clip in source.clips if len(clip) > shots]
-    if not able:
+def _draw_sequences(source: TaskSource, shots: int, queries: int, seed: int) -> tuple[PromptLayout, list[ImageLoader]]:
+    candidates = [clip[: shots + 1] for clip in source.clips if len(clip) > shots]
+    if not candidates:
         raise UserError(f"{source.name}: no clip has more than n_context_frames={shots} frames")
-    chosen = _some(able, queries, seed)
-    return prompt_layout.sequences(len(chosen), shots + 1), [frame for clip in chosen for frame in clip]
+    clips = _draw(candidates, queries, seed)
+    return sequential_prompts(len(clips), shots + 1), [frame for clip in clips for frame in clip]
 
 
-def _some(values: list, count: int, seed: int) -> list:
-    """Up to `count` of the values, in their order."""
+def _draw(values: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """Draws up to `count` values, in their original order."""
     order = np.random.default_rng([seed, 3]).permutation(len(values))
     return [values[i] for i in sorted(order[:count])]
 
 
-def folder_pairs(input_dir: str, target_dir: str, figure: str) -> Source:
-    """Images and annotations of two folders, matched by stem; the task is named after the second.
+def folder_pairs(input_dir: str, target_dir: str, metric: str) -> TaskSource:
+    """Images and annotations of two folders, matched by stem. The task has the name of the second folder.
 
-    Says how many images have no annotation.
+    Prints how many images have no annotation.
 
     Raises:
       UserError: naming the flag and the folder.
     """
-    sides = [
+    inputs, targets = (
         folders.by_stem(folders.list_images(directory, flag), directory, flag)
         for directory, flag in ((input_dir, "input_dirs"), (target_dir, "target_dirs"))
-    ]
-    stems = sorted(sides[0].keys() & sides[1].keys())
-    if alone := len(sides[0]) - len(stems):
-        print(f"{alone} of {len(sides[0])} pictures of {input_dir} have no annotation in {target_dir} and are left out")
-    pairs = [Pair(*(partial(images.read, side[stem]) for side in sides)) for stem in stems]
-    return Source(pathlib.Path(target_dir).name, figure, pairs=pairs)
+    )
+    stems = sorted(inputs.keys() & targets.keys())
+    if unmatched := len(inputs) - len(stems):
+        print(f"skipped {unmatched} of {len(inputs)} images of {input_dir}: no annotation in {target_dir}")
+    pairs = [Pair(partial(images.read, inputs[stem]), partial(images.read, targets[stem])) for stem in stems]
+    return TaskSource(pathlib.Path(target_dir).name, metric, pairs=pairs)
 
 
-def folder_clips(clip_dir: str) -> Source:
-    """Folders of frames anywhere below a folder: a clip each. Numbers in names count as numbers: 2.png before 10.png.
+def folder_clips(clip_dir: str) -> TaskSource:
+    """Clips of a folder: each folder below it that holds images. Frames are in natural order: 2.png before 10.png.
 
     Raises:
-      UserError: naming the flag, if there is no picture.
+      UserError: naming the flag, if there is no image.
     """
-    clips: dict[pathlib.Path, list[Load]] = {}
+    clips: dict[pathlib.Path, list[ImageLoader]] = {}
     for path in sorted(folders.list_images(clip_dir, "clip_dirs"), key=lambda path: folders.natural_key(path.stem)):
         clips.setdefault(path.parent, []).append(partial(images.read, path))
-    return Source(pathlib.Path(clip_dir).name, "", clips=[clips[folder] for folder in sorted(clips)])
+    return TaskSource(pathlib.Path(clip_dir).name, "", clips=[clips[folder] for folder in sorted(clips)])

@@ -1,0 +1,132 @@
+"""Which tasks are measured, at which numbers of shots and with which metrics: the flags, and what follows from them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from EasyLM.errors import UserError, choose, prefix_errors
+from EasyLM.flags import Flag
+from evaluation.tasks import benchmarks, metrics
+from evaluation.tasks.metrics import ImageMetric
+from evaluation.tasks.tasks import TaskSource, folder_clips, folder_pairs
+
+TASK_FLAGS = {
+    "input_dirs": Flag("", "Comma list of folders of images, one for each task."),
+    "target_dirs": Flag("", "Comma list of folders of annotations, one for each task. Their names are the tasks'."),
+    "figures": Flag("", f"Comma list, a metric for each task: {', '.join(metrics.TASK_METRICS)}, or nothing."),
+    "palette": Flag("", "File of colours, R G B a line, the background first; defines the metric palette_iou."),
+    "depth_range": Flag("", "near,far: distances of white and black for depth_abs_rel; empty: of rendered scenes."),
+    "clip_dirs": Flag("", "Comma list of folders of clips (folders of frames), one for each task."),
+    "benchmark": Flag("", "Tasks without folders of your own.", choices=("", *benchmarks.BENCHMARKS)),
+    **benchmarks.BENCHMARK_FLAGS,
+    "n_shots": Flag("3", "Comma list: numbers of examples before the query."),
+    "n_context_frames": Flag("", "Comma list: numbers of frames before the one asked for; empty: n_shots, at least 1."),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSettings(benchmarks.BenchmarkSettings):
+    """Values of `TASK_FLAGS`."""
+
+    input_dirs: str = ""
+    target_dirs: str = ""
+    figures: str = ""
+    palette: str = ""
+    depth_range: str = ""
+    clip_dirs: str = ""
+    benchmark: str = ""
+    n_shots: str = "3"
+    n_context_frames: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSelection:
+    """The tasks to measure.
+
+    Attributes:
+      shots, frames: numbers of shots of pairs and of context frames of clips, ascending.
+      metrics: the metrics that a task may name.
+    """
+
+    sources: Sequence[TaskSource]
+    shots: Sequence[int]
+    frames: Sequence[int]
+    metrics: Mapping[str, ImageMetric]
+
+    def counts(self, source: TaskSource) -> Sequence[int]:
+        """The numbers of shots or context frames of a task."""
+        return self.frames if source.clips else self.shots
+
+
+def select_tasks(settings: TaskSettings) -> TaskSelection:
+    """Validates the settings and lists the examples of each task. Reads no images.
+
+    Raises:
+      UserError: naming the flag and its value, or the file that is missing or invalid.
+    """
+    task_metrics = _task_metrics(settings)
+    _check_folders(settings, task_metrics)
+    shots = _parse_counts("n_shots", settings.n_shots, least=0)
+    frames = sorted({max(1, count) for count in shots})
+    if settings.n_context_frames:
+        frames = _parse_counts("n_context_frames", settings.n_context_frames, least=1)
+    return TaskSelection(_list_sources(settings, max(frames) + 1), shots, frames, task_metrics)
+
+
+def _task_metrics(settings: TaskSettings) -> Mapping[str, ImageMetric]:
+    palette, depth_range = None, None
+    if settings.palette:
+        with prefix_errors("--palette"):
+            palette = metrics.read_palette(settings.palette)
+    if settings.depth_range:
+        with prefix_errors(f"--depth_range={settings.depth_range}"):
+            depth_range = metrics.parse_depth_range(settings.depth_range)
+    return metrics.task_metrics(palette, depth_range)
+
+
+def _check_folders(settings: TaskSettings, task_metrics: Mapping[str, ImageMetric]) -> None:
+    inputs, targets = settings.input_dirs.split(","), settings.target_dirs.split(",")
+    names = settings.figures.split(",")
+    if len(inputs) != len(targets):
+        raise UserError(f"--target_dirs has {len(targets)} folders, --input_dirs {len(inputs)}: one of each for a task")
+    if settings.figures and len(names) != len(inputs):
+        raise UserError(f"--figures has {len(names)} names, --input_dirs {len(inputs)} folders: one for each")
+    for name in filter(None, names):
+        if name == "palette_iou" and not settings.palette:
+            raise UserError("--figures=palette_iou: --palette is missing, the file of its colours")
+        choose("--figures", name, task_metrics)
+    if not (settings.input_dirs or settings.clip_dirs or settings.benchmark):
+        raise UserError("no task: give --input_dirs and --target_dirs, or --clip_dirs, or --benchmark")
+
+
+def _parse_counts(flag: str, text: str, least: int) -> list[int]:
+    try:
+        counts = sorted({int(count) for count in text.split(",")})
+    except ValueError:
+        raise UserError(f"--{flag}={text}: must be a comma list of integers, as 0,1,3") from None
+    if counts[0] < least:
+        raise UserError(f"--{flag}={text}: must be at least {least}")
+    return counts
+
+
+def _list_sources(settings: TaskSettings, frames: int) -> list[TaskSource]:
+    """The tasks of all flags. Results have one entry per name, so names must be unique."""
+    sources: list[tuple[str, TaskSource]] = []  # with the flag that a task comes from
+    if settings.input_dirs:
+        inputs, targets = settings.input_dirs.split(","), settings.target_dirs.split(",")
+        names = settings.figures.split(",") if settings.figures else [""] * len(inputs)
+        for input_dir, target_dir, metric in zip(inputs, targets, names, strict=True):
+            sources.append((f"--target_dirs={target_dir}", folder_pairs(input_dir, target_dir, metric)))
+    if settings.clip_dirs:
+        sources += [(f"--clip_dirs={folder}", folder_clips(folder)) for folder in settings.clip_dirs.split(",")]
+    if settings.benchmark:
+        of_benchmark = benchmarks.sources(settings.benchmark, settings, frames)
+        sources += [(f"--benchmark={settings.benchmark}", source) for source in of_benchmark]
+    flag_of_name: dict[str, str] = {}
+    for flag, source in sources:
+        if source.name in flag_of_name:
+            raise UserError(
+                f"{flag_of_name[source.name]} and {flag}: two tasks named {source.name!r}: rename one, or measure them "
+                "in separate runs"
+            )
+        flag_of_name[source.name] = flag
+    return [source for _, source in sources]
