@@ -35,7 +35,7 @@ ALLOWED = {
     "evaluation.tasks": "EasyLM.storage tokenizer.media tokenizer.builders tokenizer.image_quality tokenizer.synthetic "
     "evaluation.prompting",
     "evaluation.runs": "EasyLM.storage tokenizer.media evaluation.prompting evaluation.tasks",
-    "evaluation.serving": "EasyLM.models tokenizer.media tokenizer.builders tokenizer.synthetic evaluation.prompting "
+    "evaluation.serving": "tokenizer.media tokenizer.builders tokenizer.synthetic evaluation.prompting "
     "evaluation.tasks",
     "evaluation": "EasyLM.storage tokenizer.media tokenizer.image_quality "
     "evaluation.prompting evaluation.tasks evaluation.runs evaluation.serving",

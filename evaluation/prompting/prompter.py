@@ -22,6 +22,7 @@ from evaluation.prompting.checkpoint import MODEL_FLAGS, load_model
 from evaluation.prompting.settings import GenerationSettings
 from tokenizer.vqgan import CODEC_FLAGS, COMPUTE_DTYPES, PRETRAINED, Codec
 
+TokenArrays = Sequence[np.ndarray] | np.ndarray  # tokens [P, N] of each prompt; in a sequence P may differ
 PROMPTER_FLAGS = {
     **MODEL_FLAGS,
     "vqgan": CODEC_FLAGS["vqgan"],
@@ -100,7 +101,7 @@ class Prompter:
 
     def generate(
         self,
-        prompts: Sequence[np.ndarray],
+        prompts: TokenArrays,
         settings: GenerationSettings,
         *,
         seeds: Sequence[int] | None = None,
@@ -176,7 +177,7 @@ class Prompter:
         )[: len(prompts)]
         return tokens_BCT.reshape(*tokens_BCT.shape[:2], num_images, -1)
 
-    def log_likelihoods(self, prompts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> np.ndarray:
+    def log_likelihoods(self, prompts: TokenArrays, targets: TokenArrays) -> np.ndarray:
         """Returns log p, in nats, of each target token after its prompt: [B, F N].
 
         `prompts` are tokens [P, N], P may differ; `targets` are tokens [F, N], one F for all.
@@ -195,7 +196,7 @@ class Prompter:
         )[: len(rows)]
 
 
-def _last_images(prompts: Sequence[np.ndarray], window: int) -> list[np.ndarray]:
+def _last_images(prompts: TokenArrays, window: int) -> list[np.ndarray]:
     """The prompts without the images before the window, in which the next image takes the last place."""
     if window < 2:
         raise UserError("the model's longest sequence holds fewer than two images: it cannot generate")

@@ -6,7 +6,6 @@ Shapes: see `evaluation.prompting`.
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,7 +149,11 @@ def _for_each_batch(
 ) -> None:
     """Adds the results of `compute(examples, loaded values)` for all examples without a result."""
     missing = results.missing(run.examples)
-    load = partial(run.load, side=prompter.codec.config.resolution)
+    side = prompter.codec.config.resolution
+
+    def load(example: Example) -> tuple[np.ndarray, np.ndarray | None]:
+        return run.load(example, side)
+
     batch_size = -(-batch_size // prompter.batch_shards) * prompter.batch_shards  # no device computes copies
     with tqdm(total=len(run.examples), initial=len(run.examples) - len(missing), unit="example") as bar:
         for batch, loaded in loaded_batches(missing, batch_size, load, run.num_workers, run.lengths):

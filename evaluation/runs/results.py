@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from EasyLM.errors import UserError
 from EasyLM.storage import check_output, is_remote, write_json
 from evaluation.runs.example import EXAMPLE_FLAGS, Example
@@ -100,7 +102,7 @@ class Results:
         totals: dict[str, Any] = {"examples": len(rows)}
         for name in metric_names:
             values = [_mean(row[name]) for row in rows if name in row]
-            result = metrics.with_standard_error(values)
+            result = metrics.with_standard_error(np.array(values))
             totals |= {name: result["mean"], f"{name}_standard_error": result["standard_error"]}
             print(f"{name}: {result['mean']:.6g} ± {result['standard_error']:.2g} ({len(values)} examples)")
         if output_json:

@@ -61,7 +61,7 @@ class LineOutputs:
         rows = list(samples_CFSS3)
         if self.include_input:
             rows = [np.concatenate([prompt_PSS3, row]) for row in rows]
-        size = _displayed_size(line.inputs[-1]) if self.size == "original" else self.size
+        size = _displayed_size(line.inputs[-1]) if isinstance(self.size, str) else self.size
         sheet = _resized(images.to_uint8(np.stack(rows)), size)
         paths = self.paths(line)
         for path, part in zip(paths, [sheet, *sheet[:, None]], strict=False):
@@ -127,7 +127,7 @@ def _displayed_size(path: str) -> tuple[int, int]:
         return images.upright(image).size
 
 
-def _resized(sheet_RKSS3: np.ndarray, size: tuple[int, int] | str | None) -> np.ndarray:
+def _resized(sheet_RKSS3: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     """uint8 [R,K,S,S,3] -> [R,K,H,W,3], bicubic. None: unchanged."""
     if size is None:
         return sheet_RKSS3

@@ -1,4 +1,4 @@
-"""A queue before one worker: jobs that arrive together and are alike run as one batch. Knows no model and no HTTP."""
+"""A queue in front of one worker thread: jobs with equal keys run as one batch. Knows no model and no HTTP."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class QueueFullError(Exception):
-    """The queue holds as many jobs as it may. `retry_after`: seconds after which there is probably room."""
+    """The queue is full. `retry_after`: estimated seconds until it has room."""
 
     def __init__(self, retry_after: int):
         super().__init__(f"too many requests wait already: try again in {retry_after} s")
@@ -19,11 +19,11 @@ class QueueFullError(Exception):
 
 
 class ClosedError(Exception):
-    """No job is taken any more."""
+    """The queue accepts no more jobs."""
 
 
 class AbandonedError(Exception):
-    """Raised within a batch to stop it, when nobody wants its results."""
+    """Raised by a batch to stop itself when all its jobs are cancelled."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,20 +32,21 @@ class Job:
 
     Attributes:
       key: jobs with equal keys may run as one batch.
-      item: what the job is about.
-      listener: whatever the batch may report to on its way; None: nobody listens.
+      item: the input.
+      listener: receives progress while the batch runs; None: no progress.
       future: of the result. It stays pending while the batch runs, so that it can be cancelled at any time.
+      arrived: time of arrival, in seconds of `time.monotonic`.
     """
 
     key: Hashable
     item: Any
-    listener: Any = None
+    listener: Callable[[Any], None] | None = None
     future: Future = dataclasses.field(default_factory=Future)
     arrived: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class Batcher:
-    """Runs batches of jobs in a thread of its own, the only one that calls `run`."""
+    """Runs batches of jobs in its own thread. Only this thread calls `run`."""
 
     def __init__(
         self, run: Callable[[Sequence[Job]], Sequence], *, max_batch: int, max_waiting: int, window_seconds: float
@@ -53,29 +54,30 @@ class Batcher:
         """Starts the thread.
 
         Args:
-          run: the jobs of a batch, of one key -> their results in order. What it raises becomes the error of each job.
-          max_batch: jobs of a batch.
-          max_waiting: jobs that may wait for their batch to begin; of those that run, none counts.
-          window_seconds: how long a job waits at most for others to join it, while the worker is idle.
+          run: computes the results of a batch of jobs with one key, in order. Its exception is set on every job.
+          max_batch: largest number of jobs in a batch.
+          max_waiting: largest number of waiting jobs, without those that run.
+          window_seconds: longest time that a job waits for others to join its batch while the worker is idle.
         """
         self._run, self._max_batch, self._max_waiting, self._window = run, max_batch, max_waiting, window_seconds
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: Sequence[Job] = ()
         self._changed = threading.Condition()
         self._closed = False
-        self._last_seconds = 0.0  # what the last batch took
+        self._last_seconds = 0.0  # duration of the last batch
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, key: Hashable, item, listener=None) -> Future:
-        """Puts a job at the end of the queue.
+    def submit(self, key: Hashable, item: Any, listener: Callable[[Any], None] | None = None) -> Future:
+        """Appends a job to the queue and returns the future of its result.
 
         Raises:
-          QueueFullError, ClosedError: if it is not taken.
+          QueueFullError: if too many jobs wait.
+          ClosedError: after `close`.
         """
         with self._changed:
             if self._closed:
-                raise ClosedError("the service is stopping: it takes no more requests")
+                raise ClosedError("the service is stopping and accepts no more requests")
             self._waiting = collections.deque(job for job in self._waiting if not job.future.cancelled())
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(self._retry_after())
@@ -88,10 +90,14 @@ class Batcher:
     def closed(self) -> bool:
         return self._closed
 
-    def close(self, timeout: float | None = None) -> bool:
-        """Takes no more jobs, and waits until those taken are done.
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
-        False: they were not, within `timeout` seconds. Those that are left are cancelled: who waits need not any more.
+    def close(self, timeout: float | None = None) -> bool:
+        """Accepts no more jobs and waits for the accepted ones.
+
+        Returns whether they finished within `timeout` seconds. If not, the remaining jobs are cancelled.
         """
         with self._changed:
             self._closed = True
@@ -100,8 +106,8 @@ class Batcher:
         if not self._thread.is_alive():
             return True
         with self._changed:
-            left = [*self._running, *self._waiting]
-        for job in left:
+            remaining = [*self._running, *self._waiting]
+        for job in remaining:
             job.future.cancel()
         return False
 
@@ -115,7 +121,7 @@ class Batcher:
             try:
                 results = self._run(jobs)
                 assert len(results) == len(jobs)
-            except Exception as error:  # the batch's, not the worker's: the next one may succeed
+            except Exception as error:  # fails this batch only: the worker continues
                 for job in jobs:
                     if job.future.set_running_or_notify_cancel():
                         job.future.set_exception(error)
@@ -126,7 +132,10 @@ class Batcher:
             self._last_seconds = time.monotonic() - begin
 
     def _next_batch(self) -> list[Job]:
-        """The oldest job and those like it, once they are many enough or it has waited long enough; [] at the end."""
+        """Waits for the next batch: the oldest job and those with its key. Returns [] after `close`.
+
+        A batch starts when it is full or its oldest job has waited long enough.
+        """
         with self._changed:
             while True:
                 self._waiting = collections.deque(job for job in self._waiting if not job.future.cancelled())
@@ -136,10 +145,10 @@ class Batcher:
                     self._changed.wait()
                     continue
                 first = self._waiting[0]
-                alike = [job for job in self._waiting if job.key == first.key][: self._max_batch]
-                left = first.arrived + self._window - time.monotonic()
-                if len(alike) == self._max_batch or left <= 0 or self._closed:
-                    self._waiting = collections.deque(job for job in self._waiting if job not in alike)
-                    self._running = alike
-                    return alike
-                self._changed.wait(left)
+                batch = [job for job in self._waiting if job.key == first.key][: self._max_batch]
+                seconds_left = first.arrived + self._window - time.monotonic()
+                if len(batch) == self._max_batch or seconds_left <= 0 or self._closed:
+                    self._waiting = collections.deque(job for job in self._waiting if job not in batch)
+                    self._running = batch
+                    return batch
+                self._changed.wait(seconds_left)

@@ -1,115 +1,106 @@
-"""What the service and the page share: one prompter behind a queue, requests checked before they wait.
+"""The engine that the HTTP service and the page share: one prompter behind a queue.
 
-Shapes: B requests of a batch, P pictures of a prompt, F pictures drawn, C candidates, N tokens of an image, S the side
-in pixels.
+It checks what depends on the model; a request that reaches the queue can be computed.
+Shapes: see `evaluation.prompting`.
 """
 
 import dataclasses
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag, to_dataclass
-from EasyLM.models import generate
+from EasyLM.flags import Flag
 from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, Prompter, PrompterSettings
-from evaluation.serving.batcher import Batcher, Job
-from evaluation.serving.progress import Partial, Progress
+from evaluation.serving.batch_worker import (
+    Answer,
+    BatchWorker,
+    GenerateItem,
+    LikelihoodItem,
+    Prompt,
+    TokenizeItem,
+    WarmUpItem,
+)
+from evaluation.serving.batcher import Batcher
+from evaluation.serving.progress import Preview
 from evaluation.tasks import metrics
 
 ENGINE_FLAGS = {
     **PROMPTER_FLAGS,
-    "max_batch": Flag(8, "Requests that are computed at a time: a power of two; changes no result."),
-    "batch_window_ms": Flag(5, "How long a request waits for others to join it while the device is idle."),
-    "pictures_at_a_time": Flag(8, "Pictures that the tokenizer computes at a time, always; changes no result."),
-    "max_queue": Flag(64, "Requests that may wait; more are refused."),
-    "max_new_pictures": Flag(64, "The most n_candidates times n_new_frames that a request may ask for."),
+    "max_batch": Flag(8, "Requests computed at a time: a power of two. Does not change results.", least=1),
+    "batch_window_ms": Flag(5, "Longest wait for requests to join a batch while the device is idle.", least=0),
+    "pictures_at_a_time": Flag(8, "Batch size of the tokenizer. Does not change results.", least=1),
+    "max_queue": Flag(64, "Requests that may wait; more are refused.", least=1),
+    "max_new_pictures": Flag(64, "The largest n_candidates times n_new_frames of a request.", least=1),
     "warm_up": Flag(
         "7",
-        "Comma list of prompt lengths, in pictures, that are compiled before the first request: drawing with the "
-        "settings of a request that gives none (the page: its own at the start), and perplexity of one target. Other "
-        "lengths, other numbers of candidates or new pictures, temperature 0, top_k and top_p are compiled when the "
-        "first request with them comes.",
+        "Comma list of prompt lengths, in images, to compile before the first request: generation with default "
+        "settings (for the page: its initial settings), and perplexity of one target. Other lengths, numbers of "
+        "candidates or new images, temperature 0, top_k and top_p are compiled for their first request.",
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How pictures are drawn; see `Prompter.answer`."""
+class EngineSettings:
+    """Values of ENGINE_FLAGS, without those of the prompter.
 
-    n_new_frames: int = 1
-    n_candidates: int = 1
-    context_frames: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    Raises:
+      UserError: naming the flag.
+    """
 
+    max_batch: int
+    batch_window_ms: int
+    pictures_at_a_time: int
+    max_queue: int
+    max_new_pictures: int
+    warm_up: str
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """Pictures [P,S,S,3] in [0, 1], or the tokens [P,N] that stand for them."""
+    def __post_init__(self) -> None:
+        if self.max_batch & (self.max_batch - 1):
+            raise UserError(f"--max_batch={self.max_batch}: must be a power of two")
+        if not all(length >= 1 for length in self.warm_up_lengths):
+            raise UserError(f"--warm_up={self.warm_up}: each length must be at least 1")
 
-    pictures: np.ndarray | None = None
-    tokens: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.tokens if self.pictures is None else self.pictures)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """Pictures [C,F,S,S,3] and their tokens [C,F,N]; of `batch` requests computed together."""
-
-    pictures: np.ndarray
-    tokens: np.ndarray
-    batch: int = 1
+    @property
+    def warm_up_lengths(self) -> tuple[int, ...]:
+        """The prompt lengths to compile, in images."""
+        try:
+            return tuple(int(part) for part in self.warm_up.split(",") if part.strip())
+        except ValueError:
+            raise UserError(f"--warm_up={self.warm_up}: must be a comma list of numbers of images, as 3,7") from None
 
 
 class Engine:
-    """Draws, measures and tokenizes for many callers at once. What a request gets does not depend on the others."""
+    """Generates, measures and tokenizes for many callers. The result of a request does not depend on the others."""
 
-    def __init__(self, prompter: Prompter, config):
-        """Starts the worker. `config` has the values of ENGINE_FLAGS.
-
-        Raises:
-          UserError: naming the flag that is out of its range.
-        """
-        for name in ("max_batch", "pictures_at_a_time", "max_queue", "max_new_pictures"):
-            if config[name] < 1:
-                raise UserError(f"--{name}={config[name]}: must be at least 1")
-        if config.max_batch & (config.max_batch - 1):
-            raise UserError(f"--max_batch={config.max_batch}: must be a power of two")
-        if config.batch_window_ms < 0:
-            raise UserError(f"--batch_window_ms={config.batch_window_ms}: must be at least 0")
-        self._prompter, self._config = prompter, config
-        self._warm_up_lengths = _lengths(config.warm_up, prompter.max_images - 1)
+    def __init__(self, prompter: Prompter, settings: EngineSettings):
+        """Starts the worker thread."""
+        self._prompter, self._settings = prompter, settings
         self._warm = threading.Event()
-        self.fault = ""  # why warming up failed
+        self.warm_up_error = ""  # why warming up failed
         self._batcher = Batcher(
-            self._run,
-            max_batch=config.max_batch,
-            max_waiting=config.max_queue,
-            window_seconds=config.batch_window_ms / 1000,
+            BatchWorker(prompter),
+            max_batch=settings.max_batch,
+            max_waiting=settings.max_queue,
+            window_seconds=settings.batch_window_ms / 1000,
         )
 
     @classmethod
-    def load(cls, config) -> "Engine":
-        """The engine of the flags ENGINE_FLAGS.
+    def load(cls, prompter: PrompterSettings, settings: EngineSettings) -> "Engine":
+        """Loads tokenizer and model, and starts the worker thread.
 
         Raises:
           UserError: naming the flag or the file that is wrong.
         """
-        return cls(Prompter.load(to_dataclass(PrompterSettings, config), config.pictures_at_a_time), config)
+        return cls(Prompter.load(prompter, settings.pictures_at_a_time), settings)
 
     @property
     def resolution(self) -> int:
-        """The side in pixels that pictures must have."""
+        """Side, in pixels, of the images of a prompt."""
         return self._prompter.codec.config.resolution
 
     @property
@@ -117,71 +108,75 @@ class Engine:
         return self._prompter.tokens_per_image
 
     @property
-    def max_pictures(self) -> int:
-        """Pictures that a prompt may have: one fewer than the model's longest sequence holds."""
+    def max_prompt_images(self) -> int:
+        """Images of the longest prompt: one fewer than the model's longest sequence holds."""
         return self._prompter.max_images - 1
 
     @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return self._batcher.num_waiting
+
+    @property
     def state(self) -> str:
-        """`warming up`, `ready`, `failed` (to warm up: requests are tried all the same) or `stopping`."""
+        """`warming up`, `ready`, `failed` or `stopping`. Requests are answered also if warming up failed."""
         if self._batcher.closed:
             return "stopping"
-        if self.fault:
+        if self.warm_up_error:
             return "failed"
         return "ready" if self._warm.is_set() else "warming up"
 
     def close(self, timeout: float | None = None) -> bool:
-        """Takes no more requests and finishes those taken; False, and they are cancelled, if that takes too long."""
+        """Accepts no more requests and waits for the accepted ones; see `Batcher.close`."""
         return self._batcher.close(timeout)
 
-    def warm_up(self, settings: Settings) -> Future:
-        """Compiles what a first request would wait for: others that come meanwhile wait behind it.
+    def warm_up(self, settings: GenerationSettings) -> Future:
+        """Compiles the programs of the first requests. Requests that arrive meanwhile wait.
 
-        That is, for each prompt length of `--warm_up` and each size of a batch, drawing with such settings, and the
-        perplexity of one target. Of the sampling only what is in use matters: another temperature above 0 is no other
-        program, nor another top_k or top_p where `settings` has one.
+        These are, for each prompt length of `--warm_up` and each batch size, generation with these settings and the
+        perplexity of one target. Values of temperature above 0, top_k and top_p share a program; using one of them or
+        not makes another program.
         """
-        future = self._batcher.submit(("warm_up",), settings)
-        future.add_done_callback(self._warmed_up)
+        lengths = tuple(min(length, self.max_prompt_images) for length in self._settings.warm_up_lengths)
+        item = WarmUpItem(settings, lengths, self._settings.max_batch, lambda: self._batcher.closed)
+        future = self._batcher.submit(item.key, item)
+        future.add_done_callback(self._on_warmed_up)
         return future
 
-    def _warmed_up(self, future: Future) -> None:
+    def _on_warmed_up(self, future: Future) -> None:
         if future.cancelled():  # the service stops
             return
         if error := future.exception():
             logging.error("warming up failed", exc_info=error)
-            self.fault = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.warm_up_error = f"{type(error).__name__}: {error}".partition("\n")[0]
         else:
             self._warm.set()
 
     def generate(
-        self, prompt: Prompt, settings: Settings, listener: Callable[[Partial], None] | None = None
+        self, prompt: Prompt, settings: GenerationSettings, listener: Callable[[Preview], None] | None = None
     ) -> "Future[Answer]":
-        """The pictures that follow a prompt. `listener` is called in the worker's thread while they are drawn.
+        """Generates the images that follow a prompt.
+
+        Args:
+          prompt: the prompt, not empty.
+          settings: how to generate.
+          listener: receives previews, in the worker thread.
 
         Raises:
-          UserError: naming the setting that is out of its range, or what is wrong with the prompt.
+          UserError: for a prompt that the model cannot take, or too many new images.
           QueueFullError, ClosedError: see `Batcher.submit`.
         """
         self._check(prompt)
-        generate.check_sampling(settings.temperature, settings.top_k, settings.top_p)
-        for name in ("n_candidates", "n_new_frames"):
-            if getattr(settings, name) < 1:
-                raise UserError(f"{name}={getattr(settings, name)}: must be at least 1")
-        if settings.n_candidates * settings.n_new_frames > self._config.max_new_pictures:
+        if settings.num_candidates * settings.num_new_images > self._settings.max_new_pictures:
             raise UserError(
-                f"n_candidates={settings.n_candidates}, n_new_frames={settings.n_new_frames}: at most "
-                f"{self._config.max_new_pictures} pictures are drawn for a request"
+                f"n_candidates={settings.num_candidates}, n_new_frames={settings.num_new_images}: at most "
+                f"{self._settings.max_new_pictures} images are generated for a request"
             )
-        generate.check_seed(settings.seed)
-        if settings.context_frames < 2:
-            raise UserError(f"context_frames={settings.context_frames}: must be at least 2")
-        # Each draws by its own seed, and a candidate by its number: neither keeps requests apart.
-        alike = dataclasses.replace(settings, seed=0, n_candidates=_power_of_two(settings.n_candidates))
-        return self._batcher.submit(("generate", len(prompt), alike), (prompt, settings), listener)
+        item = GenerateItem(prompt, settings)
+        return self._batcher.submit(item.key, item, listener)
 
     def log_likelihoods(self, prompt: Prompt, target: Prompt) -> "Future[np.ndarray]":
-        """log p, in nats, of each token of the target's pictures after the prompt: [P of the target, N].
+        """Returns log p, in nats, of each token of the target after the prompt: [P of the target, N].
 
         Raises: as `generate`.
         """
@@ -189,118 +184,30 @@ class Engine:
         self._check(target)
         if len(prompt) + len(target) > self._prompter.max_images:
             raise UserError(
-                f"{len(prompt)} pictures and {len(target)} targets: the model's longest sequence holds "
+                f"{len(prompt)} images and {len(target)} targets: the model's longest sequence holds "
                 f"{self._prompter.max_images}"
             )
-        return self._batcher.submit(("log_likelihoods", len(prompt), len(target)), (prompt, target))
+        item = LikelihoodItem(prompt, target)
+        return self._batcher.submit(item.key, item)
 
     def tokenize(self, prompt: Prompt) -> "Future[np.ndarray]":
-        """The tokens of pictures: [P,N]. Raises: as `generate`."""
+        """Returns the tokens of a prompt's images: [P,N]. Raises: as `generate`."""
         self._check(prompt)
-        return self._batcher.submit(("tokenize",), prompt)
+        item = TokenizeItem(prompt)
+        return self._batcher.submit(item.key, item)
 
     def _check(self, prompt: Prompt) -> None:
-        if len(prompt) == 0:
-            raise UserError("a prompt without pictures: give at least one")
-        if len(prompt) > self.max_pictures:
-            raise UserError(f"{len(prompt)} pictures: this model takes at most {self.max_pictures}")
+        if len(prompt) > self.max_prompt_images:
+            raise UserError(f"{len(prompt)} images: a prompt has at most {self.max_prompt_images} for this model")
         if prompt.tokens is not None:
-            codes = self._prompter.codec.config.num_embeddings
-            if prompt.tokens.ndim != 2 or prompt.tokens.shape[1] != self.tokens_per_image:
-                raise UserError(f"tokens: each picture has {self.tokens_per_image}")
-            if prompt.tokens.min() < 0 or prompt.tokens.max() >= codes:
-                wrong = prompt.tokens[(prompt.tokens < 0) | (prompt.tokens >= codes)][0]
-                raise UserError(f"token id {wrong}: must be from 0 to {codes - 1}, the tokenizer's codes")
-
-    # From here on: in the worker's thread.
-
-    def _run(self, jobs: Sequence[Job]) -> Sequence:
-        return {
-            "generate": self._generate,
-            "log_likelihoods": self._log_likelihoods,
-            "tokenize": self._tokenize,
-            "warm_up": self._warm_up,
-        }[jobs[0].key[0]](jobs)
-
-    def _generate(self, jobs: Sequence[Job]) -> list[Answer]:
-        _, _, alike = jobs[0].key
-        prompts = _filled_up(self._tokens([job.item[0] for job in jobs]))
-        seeds = _filled_up([job.item[1].seed for job in jobs])
-        tokens_BCFN = self._prompter.generate(
-            prompts,
-            GenerationSettings.from_user(dataclasses.asdict(alike)),
-            seeds=seeds,
-            progress=Progress(self._prompter, jobs, len(prompts), alike.n_new_frames),
-        )
-        drawn = [tokens_BCFN[i, : job.item[1].n_candidates] for i, job in enumerate(jobs)]
-        pictures = self._draw(drawn)
-        return [Answer(*both, batch=len(jobs)) for both in zip(pictures, drawn, strict=True)]
-
-    def _log_likelihoods(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        tokens = self._tokens([prompt for job in jobs for prompt in job.item])
-        prompts, targets = _filled_up(tokens[::2]), _filled_up(tokens[1::2])
-        return list(
-            self._prompter.log_likelihoods(prompts, targets).reshape(len(prompts), *targets[0].shape)[: len(jobs)]
-        )
-
-    def _tokenize(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        return self._tokens([job.item for job in jobs])
-
-    def _warm_up(self, jobs: Sequence[Job]) -> list[None]:
-        for job in jobs:
-            for length in self._warm_up_lengths:
-                prompt = Prompt(pictures=np.zeros((length, self.resolution, self.resolution, 3), np.float32))
-                alike = dataclasses.replace(job.item, n_candidates=_power_of_two(job.item.n_candidates))
-                for exponent in range(self._config.max_batch.bit_length()):
-                    if self._batcher.closed:  # requests behind this one wait to be finished, compiled or not
-                        return [None] * len(jobs)
-                    begin = time.monotonic()
-                    self._generate([Job(("generate", length, alike), (prompt, job.item))] * 2**exponent)
-                    self._log_likelihoods([Job(None, (prompt, Prompt(prompt.pictures[:1])))] * 2**exponent)
-                    seconds = time.monotonic() - begin
-                    logging.info("ready for %d requests of %d pictures (%.1f s)", 2**exponent, length, seconds)
-        return [None] * len(jobs)
-
-    def _tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        """Tokens [P,N] of each prompt; all pictures go through the tokenizer together."""
-        pictures = [prompt.pictures for prompt in prompts if prompt.tokens is None]
-        encoded = self._prompter.encode(np.concatenate(pictures)) if pictures else []
-        tokens, begin = [], 0
-        for prompt in prompts:
-            if prompt.tokens is None:
-                tokens.append(encoded[begin : begin + len(prompt)])
-                begin += len(prompt)
-            else:
-                tokens.append(prompt.tokens)
-        return tokens
-
-    def _draw(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pictures of several [C,F,N], C may differ; all go through the tokenizer together."""
-        pictures = self._prompter.decode(np.concatenate(tokens))
-        return np.split(pictures, np.cumsum([len(part) for part in tokens])[:-1])
+            num_codes = self._prompter.codec.config.num_embeddings
+            if prompt.tokens.shape[1] != self.tokens_per_image:
+                raise UserError(f"tokens: each image has {self.tokens_per_image}")
+            if prompt.tokens.min() < 0 or prompt.tokens.max() >= num_codes:
+                wrong = prompt.tokens[(prompt.tokens < 0) | (prompt.tokens >= num_codes)][0]
+                raise UserError(f"token id {wrong}: must be 0..{num_codes - 1}, the codes of the tokenizer")
 
 
 def perplexity(log_likelihoods: np.ndarray) -> float:
-    """Of one example's tokens."""
+    """Returns exp(-mean) over all tokens of one request."""
     return float(metrics.perplexity(log_likelihoods.reshape(1, -1))[0])
-
-
-def _filled_up(rows: list) -> list:
-    """The rows, the last one repeated up to a power of two: few sizes are compiled, and no row's result changes."""
-    return rows + [rows[-1]] * (_power_of_two(len(rows)) - len(rows))
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest that is at least `count`."""
-    return 1 << (count - 1).bit_length()
-
-
-def _lengths(text: str, most: int) -> list[int]:
-    try:
-        lengths = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--warm_up={text}: give numbers of pictures, as 3,7") from None
-    for length in lengths:
-        if length < 1:
-            raise UserError(f"--warm_up={text}: {length} pictures: must be at least 1")
-    return [min(length, most) for length in lengths]

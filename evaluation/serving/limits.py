@@ -1,139 +1,172 @@
-"""Stands before the service: bounds what requests bring, how slowly they and their answers go, and how many there are.
+"""Limits of size, time and number, enforced before a request reaches the application.
 
-`Guard` (ASGI middleware) sees requests; what has not become one, or is no longer, is the matter of `impatient`.
+`Guard` is ASGI middleware: it sees requests. `with_idle_timeout` closes connections that hold no request.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
 
-from evaluation.serving.uploads import Limits, Refused
+from evaluation.serving.refusals import Refused
 
-# What is left of a refused body is read and dropped for so long: its sender reads no answer before its end.
-_LINGER_SECONDS = 5.0
-# So many are held for each request that may be open: the rest is dropped unheard, before file descriptors run out.
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+# Time for the rest of a refused body: a client reads no answer before it has sent its body.
+_DRAIN_SECONDS = 5.0
+# More connections are closed at once, before file descriptors run out.
 _CONNECTIONS_PER_REQUEST = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a request may contain, and how long it may take.
+
+    Attributes:
+      body_bytes: size of the body.
+      images: number of images.
+      pixels: of all images together, by their headers.
+      read_seconds: time for the header, then for the body, and for the client to read each part of the answer.
+      connections: open requests, including those that wait. Twice as many connections are accepted.
+    """
+
+    body_bytes: int = 16 * 2**20
+    images: int = 64
+    pixels: int = 64 * 10**6
+    read_seconds: float = 30.0
+    connections: int = 256
+
+
 class Guard:
-    """Raises `Refused` where the application reads a body that breaks the limits, and refuses one too many itself."""
+    """ASGI middleware. Raises `Refused` while the application reads a body that exceeds the limits."""
 
-    def __init__(self, app, limits: Limits):
-        self._app, self._limits, self._open = app, limits, 0
+    def __init__(self, app: Callable, limits: Limits):
+        self._app, self._limits, self._num_open = app, limits, 0
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         body = _Body(receive, self._limits)
-        self._open += 1
+        self._num_open += 1
         try:
-            async with asyncio.timeout(None) as patience:
-                send = body.before_end_of(self._within(patience, send))
-                if self._open > self._limits.connections:
-                    busy = f"{self._limits.connections} requests are open: no more are taken"
-                    await _answer(Refused(503, "busy", busy, 1), send)
+            async with asyncio.timeout(None) as timeout:
+                send = body.drained_before(self._with_timeout(timeout, send))
+                if self._num_open > self._limits.connections:
+                    message = f"{self._limits.connections} requests are open: no more are accepted"
+                    await _send_refusal(Refused(503, "busy", message, 1), send)
                 else:
                     await self._app(scope, body.receive, send)
         except TimeoutError:
-            if not patience.expired():
+            if not timeout.expired():
                 raise
-            # The client takes nothing of its answer: it gets no more, and the server closes what has no end.
+            # The client does not read its answer. The server closes the connection of an unfinished answer.
         finally:
-            self._open -= 1
+            self._num_open -= 1
 
-    def _within(self, patience: asyncio.Timeout, send):
-        """`send`, each of whose messages must have been taken in time: else the request is dropped."""
+    def _with_timeout(self, timeout: asyncio.Timeout, send: Send) -> Send:
+        """`send` that expires `timeout` if the client does not read a message in time."""
 
-        async def send_in_time(message):
-            patience.reschedule(asyncio.get_running_loop().time() + self._limits.read_seconds)
+        async def send_in_time(message: Message) -> None:
+            timeout.reschedule(asyncio.get_running_loop().time() + self._limits.read_seconds)
             await send(message)
-            patience.reschedule(None)
+            timeout.reschedule(None)
 
         return send_in_time
 
 
 class _Body:
-    """The body of one request while it comes."""
+    """The body of one request, while it arrives."""
 
-    def __init__(self, receive, limits: Limits):
+    def __init__(self, receive: Receive, limits: Limits):
         self._receive, self._limits = receive, limits
         self._deadline = time.monotonic() + limits.read_seconds
         self._bytes, self._done = 0, False
 
-    async def receive(self):
-        """The next message, within the limits."""
+    async def receive(self) -> Message:
+        """Returns the next message.
+
+        Raises:
+          Refused: if the body is too large or too slow, or the client disconnects.
+        """
         if self._done:
-            return await self._receive()  # that the client has left
+            return await self._receive()  # returns when the client disconnects
         try:
             message = await asyncio.wait_for(self._receive(), self._deadline - time.monotonic())
         except TimeoutError:
-            if self._done:  # the end went to who began to send meanwhile
+            if self._done:  # `drained_before` received the end of the body meanwhile
                 return await self._receive()
             raise Refused(
-                408, "too_slow", f"the body did not come within {self._limits.read_seconds:g} seconds"
+                408, "too_slow", f"the body did not arrive within {self._limits.read_seconds:g} seconds"
             ) from None
         self._count(message)
         if message["type"] == "http.disconnect":
-            raise Refused(499, "client_left", "the client left before the end of its body")  # nobody reads it
+            raise Refused(499, "client_left", "the client disconnected before the end of its body")
         if self._bytes > self._limits.body_bytes:
             raise Refused(413, "body_too_large", f"a body has at most {self._limits.body_bytes} bytes")
         return message
 
-    def _count(self, message) -> None:
+    def _count(self, message: Message) -> None:
         self._bytes += len(message.get("body", b""))
         self._done = message["type"] != "http.request" or not message.get("more_body", False)
 
-    def before_end_of(self, send):
-        """`send`, before whose first message the rest of the body is read."""
+    def drained_before(self, send: Send) -> Send:
+        """`send` that reads and drops the rest of the body before its first message."""
 
-        async def read_then_send(message):
+        async def drain_then_send(message: Message) -> None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LINGER_SECONDS):
+                async with asyncio.timeout(_DRAIN_SECONDS):
                     while not self._done:
                         self._count(await self._receive())
             self._done = True
             await send(message)
 
-        return read_then_send
+        return drain_then_send
 
 
-async def _answer(refused: Refused, send) -> None:
+async def _send_refusal(refused: Refused, send: Send) -> None:
     headers = {"content-type": "application/json", **refused.headers}
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": encoded})
     await send({"type": "http.response.body", "body": json.dumps(refused.body).encode()})
 
 
-def impatient(limits: Limits):
-    """uvicorn's HTTP protocol, which drops connections that hold no request and do not go on.
+def with_idle_timeout(limits: Limits) -> type[asyncio.Protocol]:
+    """Returns uvicorn's HTTP protocol with a timeout for connections that hold no request.
 
-    That is, those on which for `read_seconds` no header comes to its end, or nothing is taken of an answer whose
-    request is over. Only here is a connection known before its header has come.
+    A connection is closed if no header is completed within `read_seconds`, or if the client does not read the rest of
+    an answer for that time. Excess connections are closed at once. Only the protocol sees a connection before its
+    header is complete.
     """
     from h11 import IDLE
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Impatient(H11Protocol):
+    class IdleTimeoutProtocol(H11Protocol):
         def connection_made(self, transport):
             super().connection_made(transport)
-            self._seen, self._timer = None, None
+            self._last_state, self._timer = None, None
             if len(self.connections) > _CONNECTIONS_PER_REQUEST * limits.connections:
                 transport.abort()
             else:
-                self._look()
+                self._check_progress()
 
         def connection_lost(self, error):
             if self._timer is not None:
                 self._timer.cancel()
             super().connection_lost(error)
 
-        def _look(self):
-            rests = self.transport.is_closing() or self.conn.their_state is IDLE
-            seen = (self.cycle, self.transport.get_write_buffer_size()) if rests else None  # the last request, unsent
-            if rests and seen == self._seen:
+        def _check_progress(self):
+            idle = self.transport.is_closing() or self.conn.their_state is IDLE
+            state = (self.cycle, self.transport.get_write_buffer_size()) if idle else None  # last request, unsent bytes
+            if idle and state == self._last_state:
                 self.transport.abort()
             else:
-                self._seen, self._timer = seen, self.loop.call_later(limits.read_seconds, self._look)
+                self._last_state = state
+                self._timer = self.loop.call_later(limits.read_seconds, self._check_progress)
 
-    return Impatient
+    return IdleTimeoutProtocol

@@ -1,6 +1,6 @@
-"""Prompts to try a model on, made when they are asked for: rendered scenes, and photographs where they are at hand.
+"""Example prompts for the page: rendered scenes, and photographs if they are installed.
 
-Shapes: P pictures of a prompt, S the side in pixels.
+Shapes: see `evaluation.prompting`.
 """
 
 import dataclasses
@@ -12,35 +12,38 @@ from tokenizer.builders import views
 from tokenizer.synthetic import photos, scenes
 from tokenizer.synthetic.seed_ranges import page_example_seed
 
-PAIRS, FRAMES = 3, 7  # both make prompts of seven pictures, which are compiled once
+NUM_SHOTS, NUM_FRAMES = 3, 7  # both prompts have seven images: one length to compile
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """A prompt, uint8 [P,S,S,3], and what the model is asked for."""
+    """An example prompt: its name and its images, uint8 [P,S,S,3]."""
 
     name: str
-    pictures: np.ndarray
+    images: np.ndarray
 
 
 def analogies(size: int) -> list[Example]:
-    """[picture, annotation, ..., query] of each annotation of rendered scenes, and photographs to colour."""
-    found = []
+    """Returns a prompt [image, annotation, ..., query] for each annotation of rendered scenes, and for colourisation.
+
+    Colourisation is left out if no photographs are installed.
+    """
+    examples = []
     for number, annotation in enumerate(scenes.ANNOTATIONS):
-        drawn = [scenes.scene(page_example_seed(10 * number + i), size) for i in range(PAIRS + 1)]
-        found.append(_analogy(annotation, [(one["image"], one[annotation]) for one in drawn]))
+        rendered = [scenes.scene(page_example_seed(10 * number + i), size) for i in range(NUM_SHOTS + 1)]
+        examples.append(_analogy(annotation, [(scene["image"], scene[annotation]) for scene in rendered]))
     try:
-        colours = [photos.crop(page_example_seed(i), size, held_out=True) for i in range(PAIRS + 1)]
-    except UserError:  # the packages that carry photographs are not installed
-        return found
-    return [*found, _analogy("colours", [(views.gray(colour), colour) for colour in colours])]
+        colours = [photos.crop(page_example_seed(i), size, held_out=True) for i in range(NUM_SHOTS + 1)]
+    except UserError:
+        return examples
+    return [*examples, _analogy("colours", [(views.gray(colour), colour) for colour in colours])]
 
 
 def _analogy(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Example:
-    return Example(name, np.stack([picture for pair in pairs for picture in pair][:-1]))
+    return Example(name, np.stack([image for pair in pairs for image in pair][:-1]))
 
 
 def sequences(size: int, count: int = 4) -> list[Example]:
-    """Frames of scenes that move."""
-    clips = [scenes.clip(page_example_seed(1000 + i), size, FRAMES) for i in range(count)]
-    return [Example(f"scene {i + 1}", np.stack([one["image"] for one in clip])) for i, clip in enumerate(clips)]
+    """Returns prompts of frames of moving scenes."""
+    clips = [scenes.clip(page_example_seed(1000 + i), size, NUM_FRAMES) for i in range(count)]
+    return [Example(f"scene {i + 1}", np.stack([frame["image"] for frame in clip])) for i, clip in enumerate(clips)]

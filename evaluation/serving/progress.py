@@ -1,6 +1,6 @@
-"""Pictures on their way: what those who listen to a batch see while its tokens come.
+"""Previews: the images of a request while its tokens are generated.
 
-Shapes: B prompts, C candidates, F pictures drawn, N tokens of an image, S the side in pixels, n tokens so far.
+Shapes: see `evaluation.prompting`.
 """
 
 import dataclasses
@@ -10,71 +10,79 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.prompting.prompter import Prompter
+from evaluation.prompting import Prompter
 from evaluation.serving.batcher import AbandonedError, Job
 
-_GRAY = 0.5  # what is not drawn yet
-_SHARE = 2  # after pictures on the way, so many times as long goes into tokens alone
+_GRAY = 0.5  # pixels that are not generated yet
+_PAUSE_FACTOR = 2  # pause after previews, in units of their duration: previews take at most a third of the time
 
 
 @dataclasses.dataclass(frozen=True)
-class Partial:
-    """Pictures [C,F,S,S,3] as far as they are drawn, the rest gray: `done` tokens of `total` of each candidate."""
+class Preview:
+    """Images [C,F,S,S,3] with the pixels that are not generated yet in gray.
 
-    pictures: np.ndarray
+    `done` of `total` tokens of each candidate are generated.
+    """
+
+    images: np.ndarray
     done: int
     total: int
 
 
-class Progress:
-    """The `progress` of `Prompter.answer` for a batch of jobs: tells those who listen, stops when nobody waits.
+class PreviewReporter:
+    """The `progress` callback of `Prompter.generate` for a batch of jobs.
 
-    A job's item is (prompt, settings); its listener takes a `Partial`.
+    Sends previews to the jobs' listeners, and stops the batch when all its jobs are cancelled. A job's item has the
+    attribute `settings`, its `GenerationSettings`.
     """
 
-    def __init__(self, prompter: Prompter, jobs: Sequence[Job], prompts: int, frames: int):
-        self._prompter, self._jobs, self._prompts, self._frames = prompter, jobs, prompts, frames
-        self._finished = []  # tokens [B,C,n] of pictures from caches before the present one
-        self._current = None  # those from the present one, so far
-        self._not_before = 0.0
+    def __init__(self, prompter: Prompter, jobs: Sequence[Job], num_prompts: int, num_new_images: int):
+        """`num_prompts` counts the copies that pad the batch, too."""
+        self._prompter, self._jobs = prompter, jobs
+        self._num_prompts, self._num_new_images = num_prompts, num_new_images
+        self._finished: list[np.ndarray] = []  # tokens [B,C,n] from earlier caches
+        self._current: np.ndarray | None = None  # tokens [B,C,n] from the current cache
+        self._next_preview = 0.0
 
     def __call__(self, tokens: np.ndarray) -> None:
-        """`tokens`: from the present cache so far, [B, C, n]; once the window moves, [B C, 1, n].
+        """Receives the tokens of the current cache: [B, C, n], or [B C, 1, n] once the window moves.
 
         Raises:
-          AbandonedError: if all of the jobs are cancelled.
+          AbandonedError: if all jobs are cancelled.
         """
         if all(job.future.cancelled() for job in self._jobs):
-            raise AbandonedError("nobody waits for this batch any more")
-        tokens_BCn = tokens.reshape(self._prompts, -1, tokens.shape[-1])
+            raise AbandonedError("all jobs of this batch are cancelled")
+        tokens_BCn = tokens.reshape(self._num_prompts, -1, tokens.shape[-1])
         if self._current is not None and tokens_BCn.shape[-1] <= self._current.shape[-1]:
             self._finished.append(self._current)
         self._current = tokens_BCn
         begin = time.monotonic()
-        if begin < self._not_before:
+        if begin < self._next_preview:
             return
-        tokens_BCn = np.concatenate([*self._finished, self._current], axis=-1)
-        total = self._frames * self._prompter.tokens_per_image
-        for tokens_Cn, job in zip(tokens_BCn, self._jobs, strict=False):  # the batch is filled up with copies
-            if job.listener and not job.future.cancelled() and tokens_Cn.shape[-1] < total:
-                own = tokens_Cn[: job.item[1].n_candidates]
-                job.listener(Partial(draw_partial(self._prompter, own, self._frames), own.shape[-1], total))
+        self._send_previews(np.concatenate([*self._finished, self._current], axis=-1))
         now = time.monotonic()
-        self._not_before = now + _SHARE * (now - begin)
+        self._next_preview = now + _PAUSE_FACTOR * (now - begin)
+
+    def _send_previews(self, tokens_BCn: np.ndarray) -> None:
+        total = self._num_new_images * self._prompter.tokens_per_image
+        for tokens_Cn, job in zip(tokens_BCn, self._jobs, strict=False):  # padding has no job
+            if job.listener and not job.future.cancelled() and tokens_Cn.shape[-1] < total:
+                tokens_Cn = tokens_Cn[: job.item.settings.num_candidates]
+                preview = render_preview(self._prompter, tokens_Cn, self._num_new_images)
+                job.listener(Preview(preview, tokens_Cn.shape[-1], total))
 
 
-def draw_partial(prompter: Prompter, tokens_Cn: np.ndarray, frames: int) -> np.ndarray:
-    """Pictures [C,F,S,S,3] of which the first n tokens are drawn; rows of tokens that are not whole are gray."""
-    per_image = prompter.tokens_per_image
-    columns = math.isqrt(per_image)
-    candidates, done = tokens_Cn.shape
-    begun = -(-done // per_image)
-    tokens_CFN = np.pad(tokens_Cn, ((0, 0), (0, begun * per_image - done)), mode="edge").reshape(
-        candidates, begun, per_image
-    )
-    drawn = prompter.decode(tokens_CFN)
-    side = drawn.shape[2]
-    rows = (done - (begun - 1) * per_image) // columns
-    drawn[:, -1, rows * side // columns :] = _GRAY
-    gray = np.full((candidates, frames - begun, *drawn.shape[2:]), _GRAY, np.float32)
-    return np.concatenate([drawn, gray], axis=1)
+def render_preview(prompter: Prompter, tokens_Cn: np.ndarray, num_new_images: int) -> np.ndarray:
+    """Decodes the first n tokens to images [C,F,S,S,3]. Incomplete rows of tokens are gray."""
+    tokens_per_image = prompter.tokens_per_image
+    columns = math.isqrt(tokens_per_image)
+    num_candidates, done = tokens_Cn.shape
+    num_begun = -(-done // tokens_per_image)
+    padding = num_begun * tokens_per_image - done
+    tokens_CFN = np.pad(tokens_Cn, ((0, 0), (0, padding)), mode="edge").reshape(num_candidates, num_begun, -1)
+    begun = prompter.decode(tokens_CFN)
+    side = begun.shape[2]
+    complete_rows = (done - (num_begun - 1) * tokens_per_image) // columns
+    begun[:, -1, complete_rows * side // columns :] = _GRAY
+    gray = np.full((num_candidates, num_new_images - num_begun, *begun.shape[2:]), _GRAY, np.float32)
+    return np.concatenate([begun, gray], axis=1)

@@ -1,169 +1,187 @@
-"""What the service takes and gives: bodies as JSON (pictures in base64) or as forms (pictures as files), checked."""
+"""Requests and answers of the HTTP service as pydantic models, and how a request is read.
 
-from typing import Annotated, Literal
+A body is JSON (images in base64) or a form (images as files). The models are the OpenAPI schema.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from EasyLM.errors import UserError
-from evaluation.serving.engine import Settings
-from evaluation.serving.uploads import FORMATS, Limits, Refused
+from evaluation.prompting import GenerationSettings
+from evaluation.serving.limits import Limits
+from evaluation.serving.refusals import Refused
+from evaluation.serving.uploads import FORMATS
 
-_ERRORS_SHOWN = 5
-_FIELDS = 32  # more than any form has that is no picture
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+_MAX_ERRORS_NAMED = 5
+_MAX_FORM_FIELDS = 32  # fields of a form that are not images
 
 Tokens = list[list[Annotated[int, Field(ge=0, lt=2**31)]]]
-PICTURES = (
-    f"{', '.join(FORMATS)} files, in order: base64 in JSON, or the field repeated with a file each in a form. Each is "
-    "resized to the tokenizer's resolution, its aspect not kept."
+IMAGES = (
+    f"{', '.join(FORMATS)} files, in order: base64 in JSON, or one field with this name per file in a form. Each is "
+    "resized to the tokenizer's resolution without keeping its aspect ratio."
 )
-TOKENS = "In place of pictures: the token ids of each, as `/tokenize` gives them."
+TOKENS = "Alternative to pictures: the token ids of each, as `/tokenize` returns them."
 
 
 class PromptRequest(BaseModel):
-    """A prompt: pictures in order. For an analogy: example, answer, example, answer, ..., query."""
+    """A prompt: images in order. An analogy prompt: example, answer, example, answer, ..., query."""
 
     model_config = ConfigDict(val_json_bytes="base64", extra="forbid")
-    pictures: list[bytes] | None = Field(None, description=f"The prompt. {PICTURES}")
+    pictures: list[bytes] | None = Field(None, description=f"The prompt. {IMAGES}")
 
 
 class GenerateRequest(PromptRequest):
-    """A prompt, and how the pictures that follow it are drawn."""
+    """A prompt, and how the images that follow it are generated."""
 
     tokens: Tokens | None = Field(None, description=TOKENS)
-    n_new_frames: int = Field(1, description="Pictures to draw, one after the other.")
-    n_candidates: int = Field(1, description="Alternatives to draw, which share the prompt.")
-    context_frames: int = Field(16, description="Pictures that the model sees, the one that it draws included.")
-    temperature: float = Field(1.0, description="0 takes the likeliest token each time.")
-    top_k: int = Field(0, description="Draw from so many likeliest tokens only; 0: from all.")
-    top_p: float = Field(1.0, description="Draw from the likeliest tokens whose probabilities add up to this; 1: all.")
-    seed: int = Field(0, description="The same seed and prompt give the same pictures, whatever else is computed.")
+    n_new_frames: int = Field(1, description="Images to generate, one after the other.")
+    n_candidates: int = Field(1, description="Samples for the prompt.")
+    context_frames: int = Field(16, description="Images that the model attends to, the generated one included.")
+    temperature: float = Field(1.0, description="Sampling temperature; 0 takes the most likely token.")
+    top_k: int = Field(0, description="Sample from the k most likely tokens; 0: from all.")
+    top_p: float = Field(
+        1.0, description="Sample from the most likely tokens that together have this probability; 1: from all."
+    )
+    seed: int = Field(0, description="Equal seeds and prompts give equal images, whatever else is computed.")
     output: Literal["json", "png", "stream"] | None = Field(
         None,
-        description="`png`: one picture, a row for each candidate, a column for each new picture. `stream`: "
-        "server-sent events while the pictures come. Left out: what the Accept header asks for (image/png, "
-        "text/event-stream), or JSON.",
+        description="`png`: one image, a row per candidate, a column per new image. `stream`: server-sent events while "
+        "the images are generated. If omitted, the Accept header decides (image/png, text/event-stream); else JSON.",
     )
 
     @property
-    def settings(self) -> Settings:
-        return Settings(**self.model_dump(include=set(Settings.__dataclass_fields__)))
+    def settings(self) -> GenerationSettings:
+        """Raises UserError for a setting that is out of range."""
+        return GenerationSettings.from_user(self.model_dump(exclude={"pictures", "tokens", "output"}))
 
 
 class PerplexityRequest(PromptRequest):
-    """A prompt, and pictures that may follow it."""
+    """A prompt, and images that may follow it."""
 
     tokens: Tokens | None = Field(None, description=TOKENS)
-    targets: list[bytes] | None = Field(None, description=f"What follows the prompt. {PICTURES}")
-    target_tokens: Tokens | None = Field(None, description="In place of targets: their token ids.")
+    targets: list[bytes] | None = Field(None, description=f"The images after the prompt. {IMAGES}")
+    target_tokens: Tokens | None = Field(None, description="Alternative to targets: their token ids.")
 
 
 class GenerateResponse(BaseModel):
-    """The pictures that follow."""
+    """The images that follow."""
 
-    pictures: list[list[str]] = Field(description="PNG files in base64: of each candidate its new pictures.")
+    pictures: list[list[str]] = Field(description="PNG files in base64: the new images of each candidate.")
     tokens: list[list[list[int]]] = Field(description="Their token ids.")
-    batch: int = Field(description="Requests that were computed together with this one, itself included.")
+    batch: int = Field(description="Requests that were computed together, this one included.")
 
 
 class PerplexityResponse(BaseModel):
-    """How well the model foresees the targets: exp of the mean negative log-likelihood, in nats, of their tokens."""
+    """Perplexity of the targets: exp of the mean negative log-likelihood, in nats, of their tokens."""
 
     perplexity: float = Field(description="Over all tokens of the targets.")
     perplexities: list[float] = Field(description="Of each target, given the prompt and the targets before it.")
 
 
 class TokenizeResponse(BaseModel):
-    """Token ids of each picture, row by row from the top left."""
+    """Token ids of each image, row by row from the top left."""
 
     tokens: list[list[int]]
 
 
-class Problem(BaseModel):
-    """Why a request was not answered."""
+class ErrorDetail(BaseModel):
+    """Why a request was refused."""
 
     code: str = Field(description="For programs: invalid, body_too_large, queue_full, ...")
-    message: str = Field(description="For people: names the field, its value and what is allowed.")
+    message: str = Field(description="For people: the field, its value and the valid values.")
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer that is not 200."""
+    """The body of every answer with a status other than 200."""
 
-    error: Problem
+    error: ErrorDetail
 
 
 class ReadyResponse(BaseModel):
-    """Whether what `--warm_up` names is compiled, and what the model takes.
+    """Whether the programs of `--warm_up` are compiled, and what the model accepts.
 
-    Compiled are prompts of those lengths, drawn from with the settings of a request that gives none, and measured with
-    one target. The first request of another length, with other n_candidates or n_new_frames, with temperature 0, top_k
-    or top_p waits for its own compilation.
+    These programs generate with default settings from prompts of those lengths, and measure one target. The first
+    request with another length, n_candidates or n_new_frames, with temperature 0, top_k or top_p waits for its own
+    compilation.
     """
 
     ready: bool
     state: Literal["warming up", "ready", "failed", "stopping"]
-    resolution: int = Field(description="The side in pixels of the pictures that are drawn.")
-    max_pictures: int = Field(description="Pictures of the longest prompt.")
+    resolution: int = Field(description="Side, in pixels, of the generated images.")
+    max_pictures: int = Field(description="Images of the longest prompt.")
     tokens_per_image: int
 
 
+Model = TypeVar("Model", bound=PromptRequest)
+
+
 def tokens_array(tokens: Tokens, name: str) -> np.ndarray:
-    """Token ids [P,N].
+    """Returns token ids [P,N].
 
     Raises:
-      UserError: if the pictures have different numbers of tokens.
+      UserError: if there is no image, or the images have different numbers of tokens.
     """
+    if not tokens:
+        raise UserError(f"{name}: give at least one image")
     if len({len(row) for row in tokens}) > 1:
-        raise UserError(f"{name}: the pictures have different numbers of tokens")
+        raise UserError(f"{name}: the images have different numbers of tokens")
     return np.asarray(tokens, np.int32)
 
 
-async def read(request, kind: type[PromptRequest], limits: Limits) -> PromptRequest:
-    """The body of a request (Starlette's), as a `kind`.
+async def read_request(request: "Request", model: type[Model], limits: Limits) -> Model:
+    """Reads the body of a request.
 
     Raises:
       Refused: naming the fields that are wrong.
     """
     from starlette.concurrency import run_in_threadpool
 
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
-        if media == "application/json":
-            return await run_in_threadpool(kind.model_validate_json, await request.body())
-        if media == "multipart/form-data":
-            return kind.model_validate(await _form(request, kind, limits))
+        if media_type == "application/json":
+            return await run_in_threadpool(model.model_validate_json, await request.body())
+        if media_type == "multipart/form-data":
+            return model.model_validate(await _read_form(request, limits))
     except ValidationError as error:
-        raise Refused(422, "invalid", _reasons(error)) from None
+        raise Refused(422, "invalid", _error_summary(error)) from None
     raise Refused(
-        415, "unsupported_media_type", f"content-type {media!r}: send application/json or multipart/form-data"
+        415, "unsupported_media_type", f"content-type {media_type!r}: send application/json or multipart/form-data"
     )
 
 
-async def _form(request, kind: type[PromptRequest], limits: Limits) -> dict:
-    """The fields of a form: files of one name as a list, anything else as text."""
+async def _read_form(request: "Request", limits: Limits) -> dict[str, Any]:
+    """The fields of a form: the files of one name as a list, other fields as text."""
     from starlette.datastructures import UploadFile
     from starlette.exceptions import HTTPException
 
-    fields = {}
+    files: dict[str, list[bytes]] = {}
+    texts: dict[str, str] = {}
+    # `uploads` counts images exactly, with its own answer. This limit only bounds the parsing.
+    max_files = 2 * limits.images + 1
     try:
-        # Files are counted as pictures, where the limit has its own answer; here only so far that a form ends.
-        async with request.form(max_files=2 * limits.pictures + 1, max_fields=_FIELDS, max_part_size=2**20) as form:
+        async with request.form(max_files=max_files, max_fields=_MAX_FORM_FIELDS, max_part_size=2**20) as form:
             for name, value in form.multi_items():
+                if name in texts or (name in files and not isinstance(value, UploadFile)):
+                    raise Refused(422, "invalid", f"{name}: given twice, or both as a file and as text")
                 if isinstance(value, UploadFile):
-                    fields.setdefault(name, []).append(await value.read())
-                elif name in fields:
-                    raise Refused(422, "invalid", f"{name}: given twice")
+                    files.setdefault(name, []).append(await value.read())
                 else:
-                    fields[name] = value
+                    texts[name] = value
     except HTTPException as error:
         raise Refused(422, "invalid_form", str(error.detail)) from None
-    except AttributeError:
-        raise Refused(422, "invalid", "a field is given both as a file and as text") from None
-    return fields
+    return files | texts
 
 
-def _reasons(error: ValidationError) -> str:
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    reasons = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" if one["loc"] else one["msg"] for one in found]
-    rest = len(reasons) - _ERRORS_SHOWN
-    return "; ".join(reasons[:_ERRORS_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
+def _error_summary(error: ValidationError) -> str:
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    reasons = [
+        f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail["loc"] else detail["msg"]
+        for detail in details
+    ]
+    num_unnamed = len(reasons) - _MAX_ERRORS_NAMED
+    return "; ".join(reasons[:_MAX_ERRORS_NAMED]) + (f"; and {num_unnamed} more" if num_unnamed > 0 else "")

@@ -1,4 +1,4 @@
-"""What the service gives: JSON, PNG, server-sent events, and refusals."""
+"""Answers of the HTTP service: JSON bodies, PNG sheets and server-sent events."""
 
 import asyncio
 import base64
@@ -6,95 +6,91 @@ import contextlib
 import json
 import logging
 import threading
-from concurrent.futures import CancelledError
+from collections.abc import AsyncIterator
+from concurrent.futures import CancelledError, Future
 
 import numpy as np
 
-from EasyLM.errors import UserError
-from evaluation.serving.batcher import ClosedError, QueueFullError
-from evaluation.serving.engine import Answer
-from evaluation.serving.uploads import Refused
+from evaluation.serving.batch_worker import Answer
+from evaluation.serving.batcher import ClosedError
+from evaluation.serving.progress import Preview
+from evaluation.serving.refusals import refusal_of
 from tokenizer.media import grids, images
 
-UNFINISHED = "the service stops, and this request was not done in time"
-_HEARTBEAT_SECONDS = 10.0  # of a stream in which nothing else happens
-
-
-def refusal_of(error: Exception) -> Refused:
-    """What an error means to a client."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, UserError):
-        return Refused(422, "invalid", str(error))
-    if isinstance(error, QueueFullError):
-        return Refused(429, "queue_full", str(error), error.retry_after)
-    if isinstance(error, ClosedError):
-        return Refused(503, "stopping", str(error), 10)
-    return Refused(500, "internal", "this request failed inside the service; its log says why")
+UNFINISHED = "the service stops before this request is finished"
+_HEARTBEAT_SECONDS = 10.0  # between comments in a stream without events
 
 
 def answer_body(answer: Answer) -> dict:
-    """A `GenerateResponse`."""
-    return {"pictures": _encoded(answer.pictures), "tokens": answer.tokens.tolist(), "batch": answer.batch}
+    """Returns the JSON of a `GenerateResponse`."""
+    return {"pictures": _png_base64(answer.images), "tokens": answer.tokens.tolist(), "batch": answer.batch}
 
 
-def _encoded(pictures_CF: np.ndarray) -> list[list[str]]:
-    return [[base64.b64encode(images.png_bytes(images.to_uint8(one))).decode() for one in row] for row in pictures_CF]
+def _png_base64(images_CFSS3: np.ndarray) -> list[list[str]]:
+    pixels = images.to_uint8(images_CFSS3)
+    return [[base64.b64encode(images.png_bytes(image)).decode() for image in row] for row in pixels]
 
 
-def sheet(pictures_CF: np.ndarray) -> bytes:
-    """One PNG file: a row for each candidate, a column for each new picture."""
-    candidates, frames, *shape = pictures_CF.shape
-    return images.png_bytes(grids.grid(images.to_uint8(pictures_CF.reshape(candidates * frames, *shape)), frames))
+def png_sheet(images_CFSS3: np.ndarray) -> bytes:
+    """Returns one PNG file: a row per candidate, a column per new image."""
+    num_candidates, num_images, *shape = images_CFSS3.shape
+    pixels = images.to_uint8(images_CFSS3.reshape(num_candidates * num_images, *shape))
+    return images.png_bytes(grids.grid(pixels, num_images))
 
 
-class News:
-    """The newest partial pictures, from the engine's thread to a stream: what a slow reader misses is not kept."""
+class LatestPreview:
+    """The latest preview of a request, passed from the worker thread to a stream. A slow stream misses older ones."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._changed = loop, asyncio.Event()
-        self._lock, self._newest = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._latest: Preview | None = None
 
-    def tell(self, newest) -> None:
-        """In any thread. None: something else has happened."""
+    def publish(self, preview: Preview | None) -> None:
+        """Replaces the latest preview and wakes `wait`; None only wakes it. Callable from any thread."""
         with self._lock:
-            self._newest = newest or self._newest
-        with contextlib.suppress(RuntimeError):  # the loop has ended: so has the stream
+            self._latest = preview or self._latest
+        with contextlib.suppress(RuntimeError):  # the loop, and with it the stream, has ended
             self._loop.call_soon_threadsafe(self._changed.set)
 
-    async def wait(self):
-        """The newest since the last time, or None after a while."""
+    async def wait(self) -> Preview | None:
+        """Waits for a change, at most one heartbeat. Returns the preview that was published since the last call."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), _HEARTBEAT_SECONDS)
         self._changed.clear()
         with self._lock:
-            newest, self._newest = self._newest, None
-        return newest
+            latest, self._latest = self._latest, None
+        return latest
+
+    @property
+    def pending(self) -> bool:
+        """Whether a preview was published that `wait` has not returned yet."""
+        return self._latest is not None
 
 
-async def events(future, news: News):
-    """Server-sent events of a request until its future is done."""
+async def events(future: "Future[Answer]", previews: LatestPreview) -> AsyncIterator[str]:
+    """Yields the server-sent events of a request: previews, then the answer or an error."""
     from anyio import to_thread
 
     try:
         while not future.done():
-            newest = await news.wait()
-            if newest is not None and not future.done():
-                pictures = await to_thread.run_sync(_encoded, newest.pictures)
-                yield _event("partial", {"done": newest.done, "total": newest.total, "pictures": pictures})
+            preview = await previews.wait()
+            if preview is not None and not future.done():
+                pictures = await to_thread.run_sync(_png_base64, preview.images)
+                yield _event("partial", {"done": preview.done, "total": preview.total, "pictures": pictures})
             elif not future.done():
                 yield ": waiting\n\n"
         try:
             yield _event("answer", await to_thread.run_sync(answer_body, future.result()))
         except CancelledError:
             yield _event("error", refusal_of(ClosedError(UNFINISHED)).body)
-        except Exception as error:  # the status is sent already
+        except Exception as error:  # the status 200 is sent already
             refused = refusal_of(error)
-            if refused.status == 500:  # nobody above here sees it
+            if refused.status == 500:  # no handler above logs it
                 logging.exception("a stream failed")
             yield _event("error", refused.body)
     finally:
-        future.cancel()  # where the client has left
+        future.cancel()  # the client may have disconnected
 
 
 def _event(name: str, body: dict) -> str:

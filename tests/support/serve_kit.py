@@ -1,61 +1,150 @@
-"""What the tests of the service and of the page share: an engine of a tiny tokenizer and a tiny model."""
+"""Shared by the tests of serving: a tiny engine, image files, requests in process, and a prompter that can be held."""
 
+import asyncio
+import base64
+import dataclasses
 import functools
 import io
+import json
 import struct
 import tempfile
+import threading
+import time
 import zlib
+from collections.abc import Callable
+from typing import Any
 
+import httpx
 import jax
+import numpy as np
 from PIL import Image
+from prompting_kit import CONFIG, tiny_params
 from tokenizer_kit import TINY, smooth_image, tiny_vqgan
 
 from EasyLM import flags
-from EasyLM.models.llama import llama_model
-from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.parallel import make_mesh
-from evaluation.prompting.prompter import Prompter
-from evaluation.serving.engine import ENGINE_FLAGS, Engine
+from evaluation.prompting import Prompter
+from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, Limits
 from tokenizer.vqgan import Codec
 
-CODES = TINY.num_embeddings
-MODEL = LLaMAConfig(
-    vocab_size=CODES,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_sequence_length=4 * TINY.tokens_per_image,
-)
+SECONDS = 120  # a timeout, much longer than anything here takes
+CODES, TOKENS = TINY.num_embeddings, TINY.tokens_per_image
+MODEL = dataclasses.replace(CONFIG, vocab_size=CODES, max_sequence_length=4 * TOKENS)
+PIXELS = 10**6
+LIMITS = Limits(body_bytes=20_000, images=3, pixels=PIXELS, read_seconds=SECONDS, connections=16)
+JSON_HEADER = {"content-type": "application/json"}
 
 
 @functools.cache
 def tiny_prompter() -> Prompter:
-    """A model with opinions, on one device: another prompt gives another picture."""
+    """A model on one device whose samples depend on the prompt and on the seed."""
     device = jax.devices()[:1]
     with tempfile.TemporaryDirectory() as directory:
         codec = Codec(tiny_vqgan(directory), batch_size=2, devices=device)
-    params = jax.jit(llama_model.init_params, static_argnums=0)(MODEL, jax.random.key(1))
-    scales = {1: 1, 2: 5, 3: 3}  # as it is, all tokens are about as likely
-    return Prompter(codec, MODEL, jax.tree.map(lambda x: scales[x.ndim] * x, params), make_mesh("1,1,1", device))
+    return Prompter(codec, MODEL, tiny_params(MODEL, 5, 3), make_mesh("1,1,1", device))
 
 
-def tiny_engine(prompter=None, **settings) -> Engine:
-    """An engine with other values for some of its flags."""
+def tiny_engine(prompter: Any = None, **settings: Any) -> Engine:
+    """An engine with these values of its flags."""
     config = flags.defaults(ENGINE_FLAGS)
     config.update({"warm_up": "", "max_batch": 4, **settings})
-    return Engine(prompter or tiny_prompter(), config)
+    return Engine(prompter or tiny_prompter(), flags.to_dataclass(EngineSettings, config))
 
 
-def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
-    """A PNG file whose header promises more than it is wise to unpack; nothing follows it."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    checked = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + checked + b"\0\0\0\0IDAT"
+class HeldPrompter:
+    """The tiny prompter, whose `generate` waits for `release`, or fails.
+
+    Attributes:
+      failing: whether `generate` raises.
+      begun: set when `generate` is called.
+      release: lets `generate` return.
+      batches: the number of prompts of each call.
+    """
+
+    def __init__(self, failing: bool = False):
+        self.failing, self.begun, self.release = failing, threading.Event(), threading.Event()
+        self.batches: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tiny_prompter(), name)
+
+    def generate(self, prompts, settings, *, seeds, progress):
+        if self.failing:
+            raise RuntimeError("the device is on fire")
+        self.batches.append(len(prompts))
+        self.begun.set()
+        for _ in range(SECONDS * 1000):
+            if self.release.wait(0.001):
+                break
+            progress(np.zeros((len(prompts), settings.num_candidates, 16), np.int32))
+        return np.zeros((len(prompts), settings.num_candidates, 1, TOKENS), np.int32)
+
+    def log_likelihoods(self, prompts, targets):
+        return np.zeros((len(prompts), TOKENS), np.float32)
 
 
-def png(seed: int, size: int = 20, **options) -> bytes:
-    """A file of `smooth_image`."""
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Waits for a condition that another thread makes true."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def png(seed: int, size: int = 20, **options: Any) -> bytes:
+    """A PNG file of `smooth_image`."""
     file = io.BytesIO()
     Image.fromarray(smooth_image(seed, size)).save(file, "PNG", **options)
     return file.getvalue()
+
+
+def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
+    """A PNG file whose header declares an image of this size. Nothing follows the header."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT"
+
+
+def pixels_of(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)))
+
+
+def base64_of(*files: bytes) -> list[str]:
+    return [base64.b64encode(file).decode() for file in files]
+
+
+def form(*files: bytes, name: str = "pictures", **fields: Any) -> dict[str, Any]:
+    """The httpx options of a form."""
+    return {"files": [(name, file) for file in files], "data": {key: str(value) for key, value in fields.items()}}
+
+
+def ask(app: Any, *requests: tuple[str, str, dict]) -> list[httpx.Response]:
+    """Sends requests (method, path, httpx options) at the same time and returns their responses."""
+
+    async def send():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            responses = (client.request(method, path, **options) for method, path, options in requests)
+            return await asyncio.wait_for(asyncio.gather(*responses), SECONDS)
+
+    return asyncio.run(send())
+
+
+def post(app: Any, path: str, **options: Any) -> httpx.Response:
+    return ask(app, ("POST", path, options))[0]
+
+
+def events_of(response: httpx.Response) -> list[tuple[str, dict]]:
+    """The server-sent events of a stream: (name, body)."""
+    blocks = [block for block in response.text.split("\n\n") if block and not block.startswith(":")]
+    lines = [block.split("\n") for block in blocks]
+    return [(event.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for event, data in lines]
+
+
+def assert_refused(response: httpx.Response, status: int, code: str, *parts: str) -> None:
+    """Asserts that a response is an error with this status and code, and these parts in its message."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"} and set(response.json()["error"]) == {"code", "message"}
+    assert response.json()["error"]["code"] == code
+    for part in parts:
+        assert part in response.json()["error"]["message"]

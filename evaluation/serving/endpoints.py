@@ -1,0 +1,143 @@
+"""The endpoints of the HTTP service: each reads a request, passes it to the engine and awaits the result.
+
+Their docstrings are the descriptions in the OpenAPI schema.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from evaluation.serving import engine as engines
+from evaluation.serving import protocol, responses, uploads
+from evaluation.serving.batch_worker import Prompt
+from evaluation.serving.batcher import ClosedError
+from evaluation.serving.engine import Engine
+from evaluation.serving.limits import Limits
+from evaluation.serving.refusals import Refused
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+_DECODE_THREADS = 4  # bounds the memory of images that are decoded at a time
+
+
+class Endpoints:
+    """The endpoints of one engine."""
+
+    def __init__(self, engine: Engine, limits: Limits):
+        from anyio import CapacityLimiter
+
+        self._engine, self._limits = engine, limits
+        self._decode_threads = CapacityLimiter(_DECODE_THREADS)
+
+    async def ready(self, request: "Request") -> "Response":
+        """200 once the programs of `--warm_up` are compiled; 503 before that and while the service stops. No token.
+
+        Requests that need other programs (see `ReadyResponse`) are answered too; the first one takes longer.
+        """
+        is_ready = self._engine.state == "ready"
+        body = {
+            "ready": is_ready,
+            "state": self._engine.state,
+            "resolution": self._engine.resolution,
+            "max_pictures": self._engine.max_prompt_images,
+            "tokens_per_image": self._engine.tokens_per_image,
+        }
+        return _json(body, 200 if is_ready else 503)
+
+    async def generate(self, request: "Request") -> "Response":
+        """Generates the images that follow a prompt.
+
+        A stream has the events `partial` (`done` of `total` tokens; `pictures` as in the answer, with pixels that are
+        not generated yet in gray), `answer` (as the JSON answer) and, if it fails after its start, `error`.
+        """
+        from anyio import to_thread
+        from starlette.responses import Response, StreamingResponse
+
+        body = await protocol.read_request(request, protocol.GenerateRequest, self._limits)
+        settings = body.settings
+        prompt = await self._prompt(body.pictures, body.tokens, "pictures", "tokens")
+        output = body.output or _accepted_output(request.headers.get("accept", ""))
+        if output == "stream":
+            previews = responses.LatestPreview(asyncio.get_running_loop())
+            # Submitted before the stream starts: a refusal still has its status.
+            future = self._engine.generate(prompt, settings, previews.publish)
+            future.add_done_callback(lambda _: previews.publish(None))
+            return StreamingResponse(responses.events(future, previews), media_type="text/event-stream")
+        answer = await _result(self._engine.generate(prompt, settings), request)
+        if output == "png":
+            return Response(await to_thread.run_sync(responses.png_sheet, answer.images), media_type="image/png")
+        return _json(await to_thread.run_sync(responses.answer_body, answer))
+
+    async def perplexity(self, request: "Request") -> "Response":
+        """Measures the perplexity of given images after a prompt."""
+        from anyio import to_thread
+
+        body = await protocol.read_request(request, protocol.PerplexityRequest, self._limits)
+        files = {"pictures": body.pictures or [], "targets": body.targets or []}
+        await to_thread.run_sync(uploads.check_images, files, self._limits, limiter=self._decode_threads)
+        prompt = await self._prompt(body.pictures, body.tokens, "pictures", "tokens")
+        target = await self._prompt(body.targets, body.target_tokens, "targets", "target_tokens")
+        log_p_PN = await _result(self._engine.log_likelihoods(prompt, target), request)
+        each = [engines.perplexity(log_p_N) for log_p_N in log_p_PN]
+        return _json({"perplexity": engines.perplexity(log_p_PN), "perplexities": each})
+
+    async def tokenize(self, request: "Request") -> "Response":
+        """Returns the tokens of images, in the form that prompts accept."""
+        body = await protocol.read_request(request, protocol.PromptRequest, self._limits)
+        prompt = await self._prompt(body.pictures, None, "pictures", "tokens")
+        tokens = await _result(self._engine.tokenize(prompt), request)
+        return _json({"tokens": tokens.tolist()})
+
+    async def _prompt(
+        self, files: Sequence[bytes] | None, tokens: protocol.Tokens | None, files_name: str, tokens_name: str
+    ) -> Prompt:
+        """The prompt of two fields, of which exactly one must be given."""
+        from anyio import to_thread
+
+        if (files is None) == (tokens is None):
+            raise Refused(422, "invalid", f"give either {files_name} or {tokens_name}")
+        if tokens is not None:
+            return Prompt(tokens=protocol.tokens_array(tokens, tokens_name))
+        decode = partial(uploads.decode_images, files or (), self._engine.resolution, self._limits, files_name)
+        return Prompt(images=await to_thread.run_sync(decode, limiter=self._decode_threads))
+
+
+def _json(body: dict, status: int = 200) -> "Response":
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(body, status)
+
+
+def _accepted_output(accept: str) -> str:
+    """The first output in an Accept header that the service has; else JSON."""
+    outputs = {"image/png": "png", "text/event-stream": "stream", "application/json": "json"}
+    for part in accept.split(","):
+        media_type = part.partition(";")[0].strip().lower()
+        if media_type in outputs:
+            return outputs[media_type]
+    return "json"
+
+
+async def _result(future: Future, request: "Request") -> Any:
+    """Awaits the engine's result; cancels the request when its client disconnects."""
+    result = asyncio.ensure_future(asyncio.wrap_future(future))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
+    try:
+        await asyncio.wait({result, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if result.cancelled():
+            raise ClosedError(responses.UNFINISHED)
+        if result.done():
+            return result.result()
+        raise Refused(499, "client_left", "the client disconnected")
+    finally:
+        result.cancel()
+        disconnect.cancel()
+
+
+async def _wait_for_disconnect(request: "Request") -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

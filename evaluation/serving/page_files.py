@@ -1,0 +1,57 @@
+"""Files of the page: the example prompts, and the answers that visitors download.
+
+Shapes: see `evaluation.prompting`.
+"""
+
+import contextlib
+import pathlib
+import tempfile
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from evaluation.serving.page_examples import Example
+from tokenizer.media import grids, images
+
+KEPT_SECONDS = 3600  # age at which files of visitors are removed
+_MIN_SIDE = 256  # smaller images are enlarged, pixel by pixel
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """Repeats the pixels of an image until it is large enough to look at."""
+    factor = -(-_MIN_SIDE // len(image))
+    return image.repeat(factor, 0).repeat(factor, 1)
+
+
+def save_answer(images_CFSS3: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
+    """Writes one PNG file: a row per candidate, a column per new image, not enlarged. Removes old answers."""
+    for old in folder.glob("answer_*.png"):
+        with contextlib.suppress(FileNotFoundError):  # another request removes it at the same time
+            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                old.unlink()
+    pixels = images.to_uint8(images_CFSS3.reshape(-1, *images_CFSS3.shape[2:]))
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="answer_", suffix=".png", delete=False) as file:
+        file.write(images.png_bytes(grids.grid(pixels, images_CFSS3.shape[1])))
+    return pathlib.Path(file.name)
+
+
+def save_example(example: Example, folder: pathlib.Path, name: str) -> list[str]:
+    """Writes the images of an example, enlarged, and returns their paths."""
+    paths = [folder / f"{name}_{i}.png" for i in range(len(example.images))]
+    for path, image in zip(paths, example.images, strict=True):
+        images.save(path, enlarged(image))
+    return [str(path) for path in paths]
+
+
+def save_example_sheets(
+    examples: Sequence[Example], order: Sequence[int], folder: pathlib.Path, name: str
+) -> list[tuple[str, str]]:
+    """Writes a sheet of each example, its images in two rows in this order. Returns (path, caption) of each."""
+    sheets = []
+    for i, example in enumerate(examples):
+        path = folder / f"{name}_{i}.png"
+        cells = np.stack([enlarged(example.images[k]) for k in order])
+        images.save(path, grids.grid(cells, -(-len(order) // 2), gap=16))
+        sheets.append((str(path), example.name))
+    return sheets

@@ -1,0 +1,99 @@
+"""What the page does when a visitor asks for an answer.
+
+Shapes: see `evaluation.prompting`.
+"""
+
+import pathlib
+import queue
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from EasyLM.errors import UserError
+from evaluation.prompting import GenerationSettings
+from evaluation.serving import uploads
+from evaluation.serving.batch_worker import Prompt
+from evaluation.serving.batcher import ClosedError, QueueFullError
+from evaluation.serving.engine import Engine
+from evaluation.serving.limits import Limits
+from evaluation.serving.page_files import enlarged, save_answer
+from evaluation.serving.progress import Preview
+from evaluation.serving.refusals import Refused
+from tokenizer.media import images
+
+LIMITS = Limits()
+
+
+def generate(
+    engine: Engine, files: Sequence[str], settings: GenerationSettings, folder: pathlib.Path
+) -> Iterator[tuple[str, list, Any]]:
+    """Yields (status, captioned images, download button) while the tokens are generated, then for the answer."""
+    import gradio
+
+    no_download = gradio.DownloadButton(interactive=False)
+    previews: queue.SimpleQueue[Preview | None] = queue.SimpleQueue()
+    try:
+        contents = [pathlib.Path(file).read_bytes() for file in files]
+        prompt = Prompt(images=uploads.decode_images(contents, engine.resolution, LIMITS))
+        future = engine.generate(prompt, settings, previews.put)
+    except (UserError, Refused, QueueFullError, ClosedError) as error:
+        raise visitor_error(str(error)) from None
+    future.add_done_callback(lambda _: previews.put(None))
+    try:
+        yield first_status(engine), [], no_download
+        while (preview := previews.get()) is not None:
+            yield f"Drawing: {preview.done} of {preview.total} tokens", _captioned(preview.images), no_download
+        answer = future.result()
+    finally:
+        future.cancel()  # the visitor may have left
+    path = save_answer(answer.images, folder)
+    yield (
+        f"Done: {answer.tokens[0].size} tokens a candidate",
+        _captioned(answer.images),
+        gradio.DownloadButton(value=str(path), interactive=True),
+    )
+
+
+def first_status(engine: Engine) -> str:
+    """Returns the status before the first preview."""
+    if engine.state == "failed":
+        return f"Warming up failed ({engine.warm_up_error}), trying all the same ..."
+    return "Compiling for the first image ..." if engine.state == "warming up" else "Reading the prompt ..."
+
+
+def visitor_error(message: str) -> Exception:
+    """Returns an error that the page shows until it is closed, and that is not logged."""
+    import gradio
+
+    return gradio.Error(message, duration=None, print_exception=False)
+
+
+def generation_settings(initial: GenerationSettings, values: Sequence[Any]) -> GenerationSettings:
+    """Returns the settings of the page's fields: candidates, temperature, top-p, seed, new frames.
+
+    Raises:
+      gradio.Error: naming the field that is out of range.
+    """
+    num_candidates, temperature, top_p, seed, num_new_images = values
+    try:
+        return GenerationSettings(
+            num_candidates=int(num_candidates),
+            temperature=float(temperature),
+            top_p=float(top_p),
+            seed=int(seed or 0),
+            num_new_images=int(num_new_images),
+            top_k=initial.top_k,
+            context_images=initial.context_images,
+        )
+    except UserError as error:
+        raise visitor_error(str(error)) from None
+
+
+def _captioned(images_CFSS3: np.ndarray) -> list[tuple[np.ndarray, str]]:
+    num_new_images = images_CFSS3.shape[1]
+    return [
+        (enlarged(image), f"{c + 1}" if num_new_images == 1 else f"{c + 1}: frame {f + 1}")
+        for c, row in enumerate(images.to_uint8(images_CFSS3))
+        for f, image in enumerate(row)
+    ]

@@ -1,0 +1,41 @@
+"""Refusals: which errors become which HTTP answers."""
+
+from EasyLM.errors import UserError
+from evaluation.serving.batcher import ClosedError, QueueFullError
+
+
+class Refused(Exception):  # noqa: N818, an answer rather than an error
+    """A request that is answered with an HTTP error.
+
+    Attributes:
+      status: the HTTP status.
+      code: names the reason for programs.
+      message: names the reason for people.
+      retry_after: seconds after which the client may try again.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None):
+        super().__init__(message)
+        self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
+
+    @property
+    def body(self) -> dict:
+        return {"error": {"code": self.code, "message": self.message}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        return headers if self.retry_after is None else headers | {"retry-after": str(self.retry_after)}
+
+
+def refusal_of(error: Exception) -> Refused:
+    """Returns the answer to a request that failed with this error."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, UserError):
+        return Refused(422, "invalid", str(error))
+    if isinstance(error, QueueFullError):
+        return Refused(429, "queue_full", str(error), error.retry_after)
+    if isinstance(error, ClosedError):
+        return Refused(503, "stopping", str(error), 10)
+    return Refused(500, "internal", "this request failed inside the service; the reason is in its log")

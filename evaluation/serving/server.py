@@ -1,0 +1,71 @@
+"""Runs the HTTP service until a signal: uvicorn, warm-up and an orderly stop."""
+
+import contextlib
+import dataclasses
+import logging
+import threading
+from concurrent.futures import Future
+from types import FrameType
+
+from evaluation.prompting import GenerationSettings
+from evaluation.serving.app import make_app
+from evaluation.serving.engine import Engine
+from evaluation.serving.limits import Limits, with_idle_timeout
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerSettings:
+    """Where and how to serve.
+
+    Attributes:
+      host, port: the address to listen on.
+      token: bearer token of every request; empty: none.
+      stop_seconds: time for accepted requests to finish after a signal.
+    """
+
+    host: str
+    port: int
+    token: str
+    stop_seconds: float
+
+
+def run_server(engine: Engine, limits: Limits, settings: ServerSettings) -> int:
+    """Serves requests until a signal. Returns the exit code: 0 if all accepted requests were answered, else 1."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Refuses requests while it stops. uvicorn itself closes its socket at the first signal."""
+
+        finished = False  # whether all accepted requests were answered
+        stopping = False
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.stopping:
+                self.should_exit = self.force_exit = True
+                return
+            self.stopping = True
+            threading.Thread(target=self.finish, daemon=True).start()  # a signal handler must not wait
+
+        def finish(self) -> None:
+            logging.info("stopping: accepted requests are finished, new ones are refused")
+            self.finished = engine.close(settings.stop_seconds)
+            self.should_exit = True
+
+        def on_warmed_up(self, future: Future) -> None:
+            if not future.cancelled() and future.exception():
+                self.stopping = self.should_exit = True
+
+    server = Server(
+        uvicorn.Config(
+            make_app(engine, limits, settings.token),
+            host=settings.host,
+            port=settings.port,
+            http=with_idle_timeout(limits),
+            server_header=False,
+            timeout_graceful_shutdown=int(settings.stop_seconds) + 1,  # time to send answers to slow clients
+        )
+    )
+    engine.warm_up(GenerationSettings()).add_done_callback(server.on_warmed_up)
+    with contextlib.suppress(SystemExit):  # uvicorn cannot listen on the address, and has logged why
+        server.run()
+    return 0 if server.finished else 1

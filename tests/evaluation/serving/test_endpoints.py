@@ -1,0 +1,139 @@
+"""The endpoints of the service, in process: their answers agree with the prompter's own."""
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from serve_kit import (
+    LIMITS,
+    SECONDS,
+    TINY,
+    TOKENS,
+    HeldPrompter,
+    ask,
+    base64_of,
+    events_of,
+    form,
+    pixels_of,
+    png,
+    post,
+    tiny_engine,
+    tiny_prompter,
+    wait_until,
+)
+
+from evaluation.prompting import GenerationSettings
+from evaluation.serving import responses
+from evaluation.serving.app import make_app
+from evaluation.tasks import metrics
+from tokenizer.media import images
+
+
+def test_files_base64_and_tokens_are_the_same_prompt(app):
+    tokens = post(app, "/tokenize", **form(png(1))).json()["tokens"]
+    assert np.shape(tokens) == (1, TOKENS) and len(set(tokens[0])) > 3
+    np.testing.assert_array_equal(
+        tokens, tiny_prompter().encode(images.load(io.BytesIO(png(1)), TINY.resolution)[None])
+    )
+    fields = {"seed": 5, "n_candidates": 2}
+    answers = [
+        post(app, "/generate", **form(png(1), **fields)),
+        post(app, "/generate", json={"pictures": base64_of(png(1)), **fields}),
+        post(app, "/generate", json={"tokens": tokens, **fields}),
+    ]
+    assert all(answer.status_code == 200 for answer in answers), answers[0].text
+    assert answers[0].json() == answers[1].json() == answers[2].json()
+    answer = answers[0].json()
+    (samples_CFN,) = tiny_prompter().generate([np.array(tokens)], GenerationSettings(num_candidates=2, seed=5))
+    np.testing.assert_array_equal(answer["tokens"], samples_CFN)
+    pixels = np.stack([[pixels_of(base64.b64decode(file)) for file in row] for row in answer["pictures"]])
+    np.testing.assert_array_equal(pixels, images.to_uint8(tiny_prompter().decode(samples_CFN)))
+
+
+def test_an_answer_is_the_same_alone_and_in_a_batch(app):
+    requests = [("POST", "/generate", form(png(i), n_candidates=2, seed=seed)) for i, seed in ((1, 5), (1, 6), (2, 6))]
+    engine = tiny_engine(batch_window_ms=1000 * SECONDS)
+
+    def close_once_three_wait():  # closing ends the batch window
+        wait_until(lambda: engine.num_waiting == 3)
+        assert engine.close(SECONDS)
+
+    with ThreadPoolExecutor() as threads:
+        closing = threads.submit(close_once_three_wait)
+        together = [answer.json() for answer in ask(make_app(engine, LIMITS), *requests)]
+        closing.result()
+    assert [answer.pop("batch") for answer in together] == [3, 3, 3]
+    for request, answer in zip(requests, together, strict=True):
+        alone = ask(app, request)[0].json()
+        assert alone.pop("batch") == 1
+        assert alone == answer
+    assert len({str(answer["tokens"]) for answer in together}) == 3
+
+
+def test_png_answers(app):
+    by_header = post(app, "/generate", **form(png(1), n_candidates=2), headers={"accept": "image/png"})
+    by_field = post(app, "/generate", **form(png(1), n_candidates=2, output="png"))
+    assert by_header.headers["content-type"] == by_field.headers["content-type"] == "image/png"
+    assert by_header.content == by_field.content
+    assert pixels_of(by_header.content).shape == (2 * TINY.resolution + 2, TINY.resolution, 3)
+
+
+def test_a_stream_sends_previews_row_by_row_then_the_answer(app, monkeypatch):
+    monkeypatch.setattr("evaluation.serving.progress._PAUSE_FACTOR", -1)  # no pause between previews
+
+    def publish(self, preview, publish=responses.LatestPreview.publish):
+        publish(self, preview)
+        wait_until(lambda: not self.pending)  # else a slow stream would miss it
+
+    monkeypatch.setattr(responses.LatestPreview, "publish", publish)
+    request = form(png(1), n_candidates=2, seed=5)
+    response = post(app, "/generate", **request, headers={"accept": "text/event-stream"})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *previews, (last, answer) = events_of(response)
+    assert last == "answer" and answer == post(app, "/generate", **request).json()
+    assert previews and {name for name, _ in previews} == {"partial"}
+    assert [body["done"] for _, body in previews] == sorted({body["done"] for _, body in previews})
+    for _, body in previews:
+        assert body["total"] == TOKENS and 0 < body["done"] < TOKENS
+        generated_rows = body["done"] // 8 * TINY.resolution // 8
+        pixels = np.stack([pixels_of(base64.b64decode(row[0])) for row in body["pictures"]])
+        assert pixels.shape == (2, TINY.resolution, TINY.resolution, 3)
+        assert (pixels[:, generated_rows:] == 128).all() and (pixels[:, :generated_rows] != 128).any()
+
+
+def test_perplexity_is_the_prompters_own(app):
+    prompter = tiny_prompter()
+    prompt, target = (prompter.encode(images.load(io.BytesIO(png(i)), TINY.resolution)[None]) for i in (1, 2))
+    expected = metrics.perplexity(prompter.log_likelihoods([prompt], [target]))[0]
+    files = [("pictures", png(1)), ("targets", png(2))]
+    by_files = post(app, "/perplexity", files=files).json()
+    by_tokens = post(app, "/perplexity", json={"tokens": prompt.tolist(), "target_tokens": target.tolist()}).json()
+    assert by_files == by_tokens
+    assert by_files["perplexity"] == pytest.approx(expected) == by_files["perplexities"][0]
+
+
+def test_ready_after_warming_up():
+    prompter = HeldPrompter()
+    prompter.release.set()
+    engine = tiny_engine(prompter, warm_up="1,9", max_batch=2)
+    assert engine.state == "warming up"
+    engine.warm_up(GenerationSettings()).result(SECONDS)
+    wait_until(lambda: engine.state != "warming up")  # the future's callback runs just after its result is set
+    assert engine.state == "ready"
+    ready = ask(make_app(engine), ("GET", "/ready", {}))[0]
+    assert ready.status_code == 200
+    assert ready.json()["ready"] is True and ready.json()["max_pictures"] == 3
+    engine.close(SECONDS)
+
+
+def test_the_schema_documents_every_field_and_its_page_loads_nothing_from_other_hosts(app):
+    page, schema = ask(app, ("GET", "/docs", {}), ("GET", "/openapi.json", {}))
+    assert "//" not in page.text.replace("http://test", "")
+    for path in ("/generate", "/perplexity", "/tokenize"):
+        operation = schema.json()["paths"][path]["post"]
+        assert set(operation["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
+        assert {"401", "413", "422", "429", "503"} <= set(operation["responses"])
+        fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        assert all(field["description"] for field in fields.values())
