@@ -23,7 +23,7 @@ TINY = VQGANConfig(
 
 
 def tiny_vqgan(directory) -> str:
-    """Writes a model whose codes pictures really use, the same one each time; returns its folder."""
+    """Writes a model that encodes images to many different codes, always the same model; returns its folder."""
     weights.save(_tiny_model(), str(directory))
     return str(directory)
 

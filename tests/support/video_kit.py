@@ -1,32 +1,32 @@
-"""Videos whose frames hold their own number, as a bar of black and white squares: any codec, container, times."""
+"""Videos of any codec, container and times. Each frame shows its number as a bar of black and white squares."""
 
 import fractions
 
 import av
 import numpy as np
 
-BITS, SQUARE = 8, 8  # the number's lowest bit is at the left
+BITS, SQUARE = 8, 8  # the lowest bit is leftmost
 MILLISECOND = fractions.Fraction(1, 1000)
 
 
 def numbered_frame(number: int) -> np.ndarray:
-    """Bytes [24,64,3]: the bar on top, and below it red on the left, blue on the right."""
-    picture = np.zeros((3 * SQUARE, BITS * SQUARE, 3), np.uint8)
+    """Returns uint8 [24,64,3]: the bar, and below it red on the left and blue on the right."""
+    pixels = np.zeros((3 * SQUARE, BITS * SQUARE, 3), np.uint8)
     for bit in range(BITS):
-        picture[:SQUARE, bit * SQUARE : (bit + 1) * SQUARE] = 255 * (number >> bit & 1)
+        pixels[:SQUARE, bit * SQUARE : (bit + 1) * SQUARE] = 255 * (number >> bit & 1)
     half = BITS * SQUARE // 2
-    picture[SQUARE:, :half, 0] = picture[SQUARE:, half:, 2] = 255
-    return picture
+    pixels[SQUARE:, :half, 0] = pixels[SQUARE:, half:, 2] = 255
+    return pixels
 
 
-def number_of(picture: np.ndarray) -> int:
-    """The number that a frame [24,64,3], in [0, 1], holds."""
-    squares = picture[:SQUARE].reshape(SQUARE, BITS, SQUARE, 3).mean(axis=(0, 2, 3))
+def number_of(pixels: np.ndarray) -> int:
+    """Returns the number that a frame, float [24,64,3] in [0, 1], shows."""
+    squares = pixels[:SQUARE].reshape(SQUARE, BITS, SQUARE, 3).mean(axis=(0, 2, 3))
     return sum(int(square > 0.5) << bit for bit, square in enumerate(squares))
 
 
 def write_video(path, codec: str, milliseconds, rotation: int = 0, first: int = 0, **options) -> None:
-    """A frame at each time, numbered from `first`; `rotation`: degrees in the metadata, as phones write it."""
+    """Writes a frame at each time, numbered from `first`, and the rotation in degrees as metadata."""
     with av.open(str(path), "w") as container:
         rate = fractions.Fraction(1000, int(milliseconds[1] - milliseconds[0]))
         base = 1 / rate if str(path).endswith((".avi", ".mpg")) else MILLISECOND  # those have nothing but a rate

@@ -19,7 +19,7 @@ from tokenizer.builders.settings import SentenceSettings
 from tokenizer.media import videos
 from tokenizer.sentence_files import SkippedInputs
 
-_PREFETCHED_VIDEOS = 16  # whose frames are counted ahead of their turn
+_PREFETCHED_VIDEOS = 16  # whose frame times are read ahead
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A file that grows over a long time. After any interruption, the same command resumes it, to the same bytes.
 
-`FILE.partial` grows. `FILE.progress.json` holds the number of its valid bytes and what it is made from. At the end
+`FILE.partial` grows. `FILE.progress.json` holds its fingerprint and the number of its valid bytes. At the end
 `FILE.report.json` is written, then `FILE.partial` is renamed to `FILE`.
 """
 

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class SentenceSettings:
-    """Settings of the samplers and arrangements; each kind uses some of them.
+    """Settings of the samplers and arrangements. A kind ignores those that do not apply to it.
 
     Attributes:
       seed: of every random choice.

@@ -1,4 +1,4 @@
-"""Sentences of images: which image is where, and the codes at its place."""
+"""Sentences of images: their order, and the codes of each image."""
 
 import pathlib
 
@@ -70,7 +70,7 @@ def test_tasks_have_the_same_random_order_in_a_sentence(tree, tiny, codec, tmp_p
 
 def test_categories_are_distinct_classes_of_unused_images(tree, tiny, codec, tmp_path):
     sentences = build_records(tree, tiny, tmp_path / "out.jsonl", "category")
-    # An epoch: round one has all four classes, round two the two that have four pictures.
+    # The first round has all four classes, the second one the two classes with four images.
     assert len(sentences) == 2 * 3
     for epoch in (sentences[:3], sentences[3:]):
         used = [path for _, record in epoch for path in record["sources"]]

@@ -28,7 +28,7 @@ def test_every_epoch_of_classes_uses_images_once_and_as_many_as_possible(monkeyp
     index, _ = make_index(monkeypatch, names, file_index.by_class)
     sampler = samplers.Classes(index, types.SimpleNamespace(n_shots=2, images_per_shot=2, seed=1))
     monkeypatch.setattr(FileIndex, "sizes", lambda _: pytest.fail("an example reads all sizes"))
-    # Rounds of two pictures: a b c d, a b c, a b.
+    # Rounds of two images of each class: a b c d, a b c, a b.
     assert sampler.num_examples == 2 + 1 + 1
     sampled = set()
     for epoch in range(40):

@@ -1,4 +1,4 @@
-"""Grids and tiles hold every image at its place, and white elsewhere."""
+"""Grids and tiles contain every image in order, and white gaps."""
 
 import numpy as np
 

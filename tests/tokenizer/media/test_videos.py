@@ -139,9 +139,9 @@ def test_pixels_are_float32_resized_by_pillow(made):
     assert native.dtype == np.float32 and native.shape == (2, 24, 64, 3) and native.min() >= 0 and native.max() <= 1
     assert np.abs(native[0] * 255 - numbered_frame(10)).mean() < 12
     small = videos.read(made / "b_frames.mp4", [0.5, 1.0], 16)
-    for large, got in zip(native, small):
+    for large, resized in zip(native, small):
         image = Image.fromarray(np.round(large * 255).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
-        np.testing.assert_array_equal(got, np.asarray(image, np.float32) / 255)
+        np.testing.assert_array_equal(resized, np.asarray(image, np.float32) / 255)
 
 
 class TestErrors:

@@ -21,7 +21,7 @@ EACH = 4  # tokens per image
 
 @pytest.fixture
 def sentences(tmp_path):
-    """Sentences of random ids, some special, in three files of three forms, with bad lines among them."""
+    """Sentences of random and special ids in three files of different forms, which also have bad lines."""
     rng = np.random.default_rng(0)
     sentences = []
     for number in range(600):
