@@ -123,6 +123,9 @@ CONTRACT = {
         "num_processes": None,
         "process_id": None,
         "local_device_ids": None,
+        "initialization_timeout": 300,
+        "heartbeat_timeout_seconds": 100,
+        "shutdown_timeout_seconds": 30,
     },
 }
 

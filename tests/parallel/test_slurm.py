@@ -14,7 +14,10 @@ from tokenizer_kit import tiny_vqgan, write_picture
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(slurm_kit.why_not()), reason=slurm_kit.why_not() or "available")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(slurm_kit.why_not()), reason=slurm_kit.why_not() or "available"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,9 @@ class Cluster:
 
     def run(self, node: str, *command: str, **options) -> subprocess.CompletedProcess:
         """Runs a command on a node; raises CalledProcessError if it fails."""
-        return subprocess.run(self._on(node, *command), check=True, text=True, capture_output=True, timeout=60, **options)
+        return subprocess.run(
+            self._on(node, *command), check=True, text=True, capture_output=True, timeout=60, **options
+        )
 
     def submit(self, *arguments: str, **options) -> str:
         """Submits a batch script with sbatch; returns the job id."""
@@ -102,7 +104,9 @@ class Cluster:
         (self.root / "munge.key").write_bytes(os.urandom(128))
         (self.root / "munge.key").chmod(0o600)
         for node in NODES:
-            script = f"hostname {node}; ip link set lo up; mount --bind {self.root}/hosts /etc/hosts; echo ready; sleep inf"
+            script = (
+                f"hostname {node}; ip link set lo up; mount --bind {self.root}/hosts /etc/hosts; echo ready; sleep inf"
+            )
             command = ["unshare", "-m", "-n", "-u", "bash", "-c", script]
             self._holders[node] = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True)
             assert self._holders[node].stdout.readline() == "ready\n"
@@ -131,7 +135,9 @@ class Cluster:
             holder.stdout.close()
 
     def _daemon(self, node: str, *command: str) -> None:
-        subprocess.run(self._on(node, *command), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        subprocess.run(
+            self._on(node, *command), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60
+        )
 
     def _on(self, node: str, *command: str) -> list[str]:
         enter = ["nsenter", "-t", str(self._holders[node].pid), "-m", "-n", "-u"]
