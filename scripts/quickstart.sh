@@ -22,15 +22,9 @@ python -m tokenizer.detokenize --input_file="$out/data/depth.jsonl" --output_dir
 
 echo "== 2. Continue training from evaluation/demo_model"
 files=$(ls "$out"/data/*.jsonl | paste -sd,)
-python -m EasyLM.models.llama.llama_train \
-    --load_llama_config=json::scripts/demo_model.json --load_checkpoint=huggingface::evaluation/demo_model \
-    --total_steps="$steps" --log_freq=10 --save_model_freq="$steps" \
-    --train_dataset.json_dataset.path="$files" --train_dataset.text_processor.fields='{tokens}' \
-    --train_dataset.json_dataset.seq_length=512 --train_dataset.json_dataset.batch_size=8 \
-    --train_dataset.json_dataset.shuffle_seed=0 \
-    --optimizer.adamw_optimizer.lr=1e-4 --optimizer.adamw_optimizer.end_lr=1e-5 \
-    --optimizer.adamw_optimizer.lr_warmup_steps=10 --optimizer.adamw_optimizer.lr_decay_steps="$steps" \
-    --checkpointer.float_dtype=fp32 --logger.output_dir="$out" --logger.experiment_id="run_$(date +%s)"
+python -m EasyLM.models.llama.llama_train --flagfile=configs/demo_finetune.flags --total_steps="$steps" \
+    --optimizer.adamw_optimizer.lr_decay_steps="$steps" --save_model_freq="$steps" \
+    --train_dataset.json_dataset.path="$files" --logger.output_dir="$out" --logger.experiment_id="run_$(date +%s)"
 run=$(ls -td "$out"/run_* | head -1)
 
 echo "== 3. Export to Hugging Face"
