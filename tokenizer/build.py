@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output, content_digest
 from tokenizer.builders import (
@@ -71,20 +71,19 @@ def main(config: ConfigDict) -> None:
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
     extensions = videos.VIDEO_EXTENSIONS if kind.is_video else images.IMAGE_EXTENSIONS
     index = FileIndex(kind.layout, inputs, extensions, skipped)
-    try:
+    with prefix_errors("--", separator=""):
         sampler = kind.sampler(index, settings)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
     total = sampler.num_examples * config.n_epochs
     examples = range(total * shard // shards, total * (shard + 1) // shards)
-    plan = BuildPlan(config.kind, sampler, settings, config.n_epochs, examples)
+    plan = BuildPlan(config.kind, sampler, settings, examples)
     with contextlib.closing(ResumableFile(config.output_file, _fingerprint(config, index), config.fresh)) as file:
         if file.finished_report is not None:
             print(f"{config.output_file} is finished already: {_summary(file.finished_report)}")
             return
         folders.report_ignored(index.ignored, "inputs")
         check_output(config.output_file, "output_file")
-        resources = Resources(config.batch_size, config.workers, config.cache_pictures)
+        cached_images = config.cache_pictures if config.n_epochs > 1 or kind.repeats_images else 0
+        resources = Resources(config.batch_size, config.workers, cached_images)
         report = write_sentences(plan, codec, file, skipped, resources)
         if not report["sentences"] and shards == 1:
             raise UserError(f"--input_dir={config.input_dir}: made no sentence, {len(skipped)} inputs skipped")

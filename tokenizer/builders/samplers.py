@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from EasyLM.data import permuted
+from EasyLM.errors import UserError
 from tokenizer.builders.arrangements import Row
 from tokenizer.builders.file_index import FileIndex
 from tokenizer.builders.settings import SentenceSettings
@@ -43,11 +44,11 @@ class Shots:
     """`n_shots` items of one row each. Every epoch shuffles all items; which ones are left over changes with it."""
 
     def __init__(self, index: FileIndex, settings: SentenceSettings):
-        """Raises ValueError naming the setting, if there are too few items."""
+        """Raises UserError naming the setting, if there are too few items."""
         self._index, self._shots, self._seed = index, settings.n_shots, settings.seed
         self.num_examples = len(index) // settings.n_shots
         if not self.num_examples:
-            raise ValueError(f"n_shots={settings.n_shots}: there are only {len(index)} inputs")
+            raise UserError(f"n_shots={settings.n_shots}: there are only {len(index)} inputs")
 
     def rows(self, epoch: int, example: int) -> list[Row]:
         """Returns the rows of `n_shots` items."""
@@ -65,7 +66,7 @@ class Classes:
     """
 
     def __init__(self, index: FileIndex, settings: SentenceSettings):
-        """Raises ValueError naming the setting, if too few classes have `images_per_shot` images."""
+        """Raises UserError naming the setting, if too few classes have `images_per_shot` images."""
         self._index, self._seed = index, settings.seed
         self._shots, self._rows_per_class = settings.n_shots, settings.images_per_shot
         self._sizes = index.sizes()
@@ -76,7 +77,7 @@ class Classes:
         self._round_ends = np.cumsum(self._class_counts // self._shots)  # examples up to the end of each round
         if not len(self._round_ends):
             count = int(np.sum(rounds > 0))
-            raise ValueError(
+            raise UserError(
                 f"n_shots={self._shots}: only {count} classes have images_per_shot={self._rows_per_class} images"
             )
         self.num_examples = int(self._round_ends[-1])

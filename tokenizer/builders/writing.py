@@ -35,14 +35,12 @@ class BuildPlan:
       kind: a key of KINDS.
       sampler: rows of the examples.
       settings: of the arrangement.
-      n_epochs: passes over the inputs; decides only whether codes are cached.
       examples: numbered through all epochs.
     """
 
     kind: str
     sampler: Sampler
     settings: SentenceSettings
-    n_epochs: int
     examples: range
 
 
@@ -53,7 +51,7 @@ class Resources:
     Attributes:
       batch_size: images encoded at a time.
       workers: processes that read images.
-      cached_images: images whose codes are kept on disk for further epochs.
+      cached_images: images whose codes are kept on disk for their next use; 0: none.
     """
 
     batch_size: int
@@ -68,10 +66,7 @@ def write_sentences(
     state = file.state or {**_INITIAL_STATE, "example": plan.examples.start}
     skipped.restore(state["skipped"])
     start = time.monotonic() - state["seconds"]
-    needs_cache = plan.n_epochs > 1 or KINDS[plan.kind].repeats_images
-    cache = CodeCache(
-        resources.cached_images if needs_cache else 0, codec.config.tokens_per_image, os.path.dirname(file.path) or "."
-    )
+    cache = CodeCache(resources.cached_images, codec.config.tokens_per_image, os.path.dirname(file.path) or ".")
     with (
         Workers(resources.workers) as workers,
         contextlib.closing(Encoder(codec)) as encoder,
