@@ -116,10 +116,11 @@ class LLaMADecoder:
         block_graph, norm_graph = _graphs(self.config)
         x_BCD = jnp.take(transformer["wte"]["embedding"], tokens_BC, axis=0).astype(self.dtype)
         new = []
-        for layer, prompt, own in zip(transformer["h"], prompt_cache["layers"], cache, strict=True):
+        layers = zip(transformer["h"], prompt_cache["layers"], cache, strict=True)
+        for layer, (k_BHPK, v_BHPK), (k_BHCSK, v_BHCSK) in layers:
             block = nnx.merge(block_graph, layer)
             q, k, v = (_heads_first(x) for x in block.attention.project(block.attention_norm(x_BCD), context))
-            out_BHCK = _attend(q, k, v, *prompt, prompt_cache["mask_BP"], *own, slot)
+            out_BHCK = _attend(q, k, v, k_BHPK, v_BHPK, prompt_cache["mask_BP"], k_BHCSK, v_BHCSK, slot)
             x_BCD += block.attention.wo(merge_heads(rearrange(out_BHCK, "B H C K -> B C H K")))
             x_BCD += block.feed_forward(block.ffn_norm(x_BCD), context)
             new.append((k, v))
