@@ -76,8 +76,8 @@ def main(config: ConfigDict) -> None:
         rows += result.rows
         if network:
             metrics[folder]["rfid"] = rfid(folder, *result.features)
-            for total, part in zip(features, result.features, strict=True):
-                total.merge(part)
+            for merged, part in zip(features, result.features, strict=True):
+                merged.merge(part)
         print(_summary(folder, metrics[folder]))
     overall = metrics["all"] = {"pictures": sum(map(len, paths.values())), **_code_usage(counts_K)}
     if network:
