@@ -48,7 +48,7 @@ MOST_MODULES = 9  # directly in a package
 MOST_FUNCTION_LINES, MOST_FILE_LINES, MOST_TEST_LINES = 60, 300, 400
 # Files and folders that are being rebuilt; the limits hold in the rest.
 STILL_TO_DO = {
-    "EasyLM/models", "EasyLM/training/loop.py", "tokenizer/train_vqgan.py",
+    "EasyLM/training/loop.py", "tokenizer/train_vqgan.py",
     "tokenizer/training", "tests/checkpoints/test_checkpoint.py",
 }  # fmt: skip
 
