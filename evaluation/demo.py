@@ -8,8 +8,6 @@ import os
 import pathlib
 import tempfile
 
-from ml_collections import ConfigDict
-
 from EasyLM.errors import check_installed
 from EasyLM.flags import Flag, run, to_dataclass
 from evaluation.prompting import PrompterSettings
@@ -26,7 +24,7 @@ FLAGS = {
 }
 
 
-def main(config: ConfigDict) -> None:
+def main(config) -> None:
     """Shows the page until Ctrl-C."""
     check_installed("the page", "serve", "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported

@@ -24,7 +24,7 @@ ALLOWED = {
     "tokenizer.synthetic": "tokenizer.media",
     "tokenizer.vqgan": "EasyLM.storage",
     "tokenizer.image_quality": "tokenizer.vqgan",
-    "tokenizer.training": "tokenizer.vqgan tokenizer.image_quality",
+    "tokenizer.training": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.vqgan tokenizer.image_quality",
     "tokenizer.sentence_files": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.image_quality",
     "tokenizer.builders": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.sentence_files",
     "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training tokenizer.media "
@@ -48,8 +48,8 @@ MOST_MODULES = 9  # directly in a package
 MOST_FUNCTION_LINES, MOST_FILE_LINES, MOST_TEST_LINES = 60, 300, 400
 # Files and folders that are being rebuilt; the limits hold in the rest.
 STILL_TO_DO = {
-    "EasyLM/training/loop.py", "tokenizer/train_vqgan.py",
-    "tokenizer/training", "tests/checkpoints/test_checkpoint.py",
+    "EasyLM/models", "evaluation", "scripts/load_test.py", 
+    "tests/checkpoints/test_checkpoint.py", "tests/evaluation/serving",
 }  # fmt: skip
 
 

@@ -20,8 +20,7 @@ Modules:
   attention/: causal self-attention.
   llama/: the LLaMA and its commands.
   losses: cross-entropy and accuracy.
-  generate: generation with a cache, for any model.
-  sampling: temperature, top-k, top-p.
+  generate: sampling with a cache, for any model.
   chunks: chunks along time.
   tuning: hardware-specific forms of plain operations.
 """

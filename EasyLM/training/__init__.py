@@ -27,7 +27,7 @@ Vocabulary:
 
 from EasyLM.training.batches import RowSource
 from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
-from EasyLM.training.run import open_run, train
+from EasyLM.training.run import Run, open_run, train
 from EasyLM.training.settings import RUN_FLAGS, RunSettings
 from EasyLM.training.step import Optimizer, TrainState, make_train_step
 from EasyLM.training.task import Accounting, Model, ModelSettings, TrainingData, TrainingTask, model_without_extra
@@ -40,6 +40,7 @@ __all__ = [
     "ModelSettings",
     "Optimizer",
     "RowSource",
+    "Run",
     "RunSettings",
     "TrainState",
     "TrainingData",

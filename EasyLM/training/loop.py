@@ -69,14 +69,8 @@ def fit(
       NonFiniteLossError: see `Report`. The state is saved first, including the step in progress.
     """
     start = done = int(state.step)
-    stop, pending, saved = False, None, None
-
-    def save_once(milestone: bool) -> None:
-        nonlocal saved
-        if saved != (done, milestone):
-            with report.throughput.timed("save"):
-                save(state, done, batches.position, milestone)  # before next(batches), so the position is this step's
-            saved = (done, milestone)
+    stop, pending = False, None
+    save_once = _save_once(save, batches, report.throughput)
 
     with report.progress_bar(start), StopVote() as vote:
         try:
@@ -93,7 +87,7 @@ def fit(
                 pending = (done - 1, metrics, batch, logged)
                 milestone = _due(done, settings.save_milestone_freq)
                 if milestone or _due(done, settings.save_model_freq):
-                    save_once(milestone)
+                    save_once(state, done, milestone)
                 stop = vote.stop(metrics)
             if pending is not None:
                 report(*pending)
@@ -101,11 +95,27 @@ def fit(
             if pending is not None and pending[0] < done - 1:  # the step in progress counts and is saved too
                 with contextlib.suppress(NonFiniteLossError):
                     report(done - 1, metrics, batch, True)
-            save_once(False)
+            save_once(state, done, False)
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
-            save_once(_due(done, settings.save_milestone_freq) and done > start)
+            save_once(state, done, _due(done, settings.save_milestone_freq) and done > start)
     return state, done >= settings.total_steps
+
+
+def _save_once(
+    save: Callable[[Any, int, int, bool], None], batches: BatchIterator, throughput: Throughput
+) -> Callable[[Any, int, bool], None]:
+    """Returns (state, done, milestone) -> None, which saves unless its last call saved the same."""
+    saved: tuple[int, bool] | None = None
+
+    def save_once(state: Any, done: int, milestone: bool) -> None:
+        nonlocal saved
+        if saved != (done, milestone):
+            with throughput.timed("save"):
+                save(state, done, batches.position, milestone)  # before next(batches), so the position is this step's
+            saved = (done, milestone)
+
+    return save_once
 
 
 def _due(done: int, frequency: int) -> bool:

@@ -91,7 +91,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> None:
         batches = Batches(data.train, data.batch_size, batch_sharding(mesh), first_row)
         logger = metrics_log.Logger(settings.logger, run.directory, settings.flags, settings.log_all_worker)
         stack.callback(logger.close)
-        checkpointer = checkpoints.Checkpointer(run.directory, **settings.checkpointer)
+        checkpointer = checkpoints.Checkpointer(run.directory, settings.checkpointer)
         stack.callback(checkpointer.close)
         stack.callback(batches.close)
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from EasyLM.errors import UserError, prefix_errors
+from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.storage import read_text_lines
 
@@ -87,8 +87,10 @@ def read_lines(path: str, line_format: LineFormat, max_examples: int = 0) -> lis
         if max_examples and len(lines) == max_examples:
             break
         name = f"{path}:{number}"
-        with prefix_errors(name):
+        try:
             lines.append(_parse(name, text, line_format))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     if not lines:
         raise UserError(f"--input_file={path}: no example in it")
     return lines

@@ -1,0 +1,37 @@
+"""Training of a VQGAN: its objective, its discriminator, its images. The loop is that of EasyLM.training.
+
+May import EasyLM.data, EasyLM.storage, tokenizer.media, tokenizer.vqgan and tokenizer.image_quality.
+
+    objective       initial state, loss, evaluation and optimizer
+    losses          the terms of the loss that need no network of their own
+    codebook        the codes as running means; replacement of unused codes
+    discriminator   patch discriminator, adversarial loss, adaptive weight
+    image_rows      images of folders as a row source
+    model_flags     the architecture as flags
+
+Vocabulary:
+    hidden          the encoder's vectors before quantization
+    chosen          the code (a vector) of each of them
+    reconstructed   the decoder's image
+    cell            the place of a code in an image, a square of pixels
+    logit           the discriminator's output for a patch, positive where it looks real
+    average         the running mean of the network, which is evaluated and exported
+
+Shapes: as in tokenizer.vqgan; in the discriminator h w are patches.
+"""
+
+from tokenizer.training.discriminator import DISCRIMINATOR_FLAGS, AdversarialLoss
+from tokenizer.training.image_rows import ImageRows
+from tokenizer.training.model_flags import MODEL_FLAGS, config_from_flags
+from tokenizer.training.objective import Objective, learning_rate, make_model
+
+__all__ = [
+    "DISCRIMINATOR_FLAGS",
+    "MODEL_FLAGS",
+    "AdversarialLoss",
+    "ImageRows",
+    "Objective",
+    "config_from_flags",
+    "learning_rate",
+    "make_model",
+]

@@ -1,0 +1,56 @@
+"""Images of folders as a source of training rows."""
+
+import concurrent.futures
+import os
+
+import numpy as np
+
+from EasyLM.data import shuffled_number
+from EasyLM.errors import UserError
+from EasyLM.storage import json_digest
+from tokenizer.media import folders, images
+
+
+class ImageRows:
+    """A row source (see `EasyLM.training`): a row is an image, and each epoch has a new order.
+
+    Attributes:
+      fingerprint: names and sizes of the files, their order, and the seed. Modification times do not count, so a run
+        resumes on a copy of the folders.
+
+    Raises:
+      UserError: if there are no folders or images. `rows` raises it, with the path, for a broken file.
+    """
+
+    def __init__(self, directories: str, flag: str, size: int, seed: int):
+        """Lists the images.
+
+        Args:
+          directories: comma list of folders; subfolders are included.
+          flag: the name of the flag, for errors.
+          size: side of an image in pixels.
+          seed: of the order.
+        """
+        names = [name for name in directories.split(",") if name]
+        if not names:
+            raise UserError(f"--{flag} is missing: a comma list of folders of images")
+        files = {name: sorted((entry.name, entry.size) for entry in folders.walk(name, flag)) for name in names}
+        self._paths = [os.path.join(name, file) for name in names for file, _ in files[name]]
+        self._size, self._seed = size, seed
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        self.fingerprint = {
+            "seed": seed,
+            "images": len(self._paths),
+            "directories": names,
+            "names_and_sizes": json_digest(files),
+        }
+
+    def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Returns rows start..start+count-1 as {"pixels": [count,H,W,3]} float32 in [0, 1]."""
+        total = len(self._paths)
+        order = [shuffled_number(row, total, self._seed) for row in range(start, start + count)]
+        return {"pixels": np.stack(list(self._pool.map(lambda i: images.load(self._paths[i], self._size), order)))}
+
+    def metrics(self, rows_consumed: int) -> dict[str, float]:
+        """Returns the number of epochs."""
+        return {"dataset_epoch": rows_consumed / len(self._paths)}

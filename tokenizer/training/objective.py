@@ -1,0 +1,212 @@
+"""What a VQGAN is trained for: initial state, loss, evaluation and optimizer.
+
+Trained parameters, by group:
+    model           the network, by dotted path, without its codebook
+    discriminator   the discriminator, with adversarial training only
+Extra state, which no gradient reaches:
+    codebook        running means that define the codes (see `codebook`)
+    average         the running mean of `model`; this network is evaluated and exported
+    perceptual      the constant weights of LPIPS, if given
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from tokenizer.image_quality import code_usage, lpips
+from tokenizer.training.codebook import Codebook, code_vectors, empty_codebook, update_codebook
+from tokenizer.training.discriminator import AdversarialLoss, adaptive_weight
+from tokenizer.training.losses import commitment_error, gradient_error, gradient_only, paste_rectangles
+from tokenizer.vqgan import VQGAN, VQGANConfig, weights
+
+_EMBEDDING = "quantize.embedding"
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The arrays of one forward pass."""
+
+    model: VQGAN
+    hidden: jax.Array  # [B,h,w,Z]
+    chosen: jax.Array  # [B,h,w,Z]
+    codes: jax.Array  # [B,N]
+    features: jax.Array  # [B,H,W,C], the input of the decoder's last layer
+    reconstructed: jax.Array  # [B,H,W,3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The training objective of a VQGAN.
+
+    Reconstruction: mean absolute and squared error of pixels, and a perceptual term. That is LPIPS if `vgg`
+    (`lpips.load`) is given; otherwise the gradient error (`losses.gradient_error`), which keeps edges sharp.
+    Commitment: the encoder's vectors move towards their codes with the weight `commitment_cost` (VQ-VAE, arXiv
+    1711.00937, equation 3). The encoder receives the decoder's gradient as if there were no quantization.
+    Locality: with a `locality_weight`, vectors of cells that are unchanged when a rectangle of another image is pasted
+    in also move towards their codes in the original image. A code then depends on its own place only. Without this
+    term the codes of a uniform wall change with each object in front of it, and a model of sentences must guess them.
+    Adversarial: from a start step on, reconstructions also have to look real to a discriminator (VQGAN, arXiv
+    2012.09841).
+
+    Attributes:
+      average_decay: decay per step of the running mean of the network.
+    """
+
+    config: VQGANConfig
+    dtype: Any = jnp.float32
+    gradient_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    locality_weight: float = 0.0
+    average_decay: float = 0.999
+    vgg: Mapping[str, np.ndarray] | None = None
+    adversarial: AdversarialLoss | None = None
+
+    def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns fresh parameters and extra state."""
+        network = weights.parameters(VQGAN(self.config, rngs=nnx.Rngs(params=key)))
+        codebook = empty_codebook(*network.pop(_EMBEDDING).shape)
+        params: dict[str, Any] = {"model": network}
+        if self.adversarial is not None:
+            params["discriminator"] = self.adversarial.init_params(jax.random.fold_in(key, 1))
+        extra: dict[str, Any] = {"codebook": codebook, "average": jax.tree.map(jnp.copy, network)}
+        if self.vgg is not None:
+            extra["perceptual"] = jax.tree.map(jnp.asarray, dict(self.vgg))
+        return params, extra
+
+    def loss(
+        self, params: dict[str, Any], extra: dict[str, Any], batch: dict, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
+        """Returns the loss of `{"pixels": [B,H,W,3] in [0,1]}`, metrics, and the new extra state.
+
+        The value of the loss leaves the adversarial terms out, so it is comparable before and after their start.
+        """
+        pixels_BHWC = batch["pixels"]
+        forward = self._forward(params["model"], extra["codebook"], pixels_BHWC)
+        (reconstruction, metrics), pixel_gradient_BHWC = jax.value_and_grad(self._reconstruction, has_aux=True)(
+            jax.lax.stop_gradient(forward.reconstructed), pixels_BHWC, extra
+        )
+        commitment, commitment_metrics = self._commitment(forward)
+        metrics |= commitment_metrics
+        loss = reconstruction + commitment
+        if self.locality_weight:
+            locality, kept = self._locality(forward, pixels_BHWC, jax.random.fold_in(key, 1))
+            loss += self.locality_weight * locality
+            metrics |= {"locality": locality, "codes_kept": kept}
+        if self.adversarial is not None:
+            discriminator_loss, added_gradient_BHWC, adversarial_metrics = self._adversarial_terms(
+                self.adversarial, params["discriminator"], forward, pixels_BHWC, pixel_gradient_BHWC, step
+            )
+            loss += gradient_only(discriminator_loss)
+            pixel_gradient_BHWC += added_gradient_BHWC
+            metrics |= adversarial_metrics
+        # The gradients by pixel are known; this term passes them on to the network without computing them again.
+        loss += gradient_only(jnp.sum(jax.lax.stop_gradient(pixel_gradient_BHWC) * forward.reconstructed))
+
+        network, hidden_BhwZ = jax.lax.stop_gradient((params["model"], forward.hidden))
+        hidden_MZ = hidden_BhwZ.reshape(-1, hidden_BhwZ.shape[-1])
+        extra = extra | {
+            "codebook": update_codebook(extra["codebook"], hidden_MZ, forward.codes.reshape(-1), key),
+            "average": optax.incremental_update(network, extra["average"], 1 - self.average_decay),
+        }
+        return loss, (metrics, extra)
+
+    def evaluate(self, params: dict[str, Any], extra: dict[str, Any], batch: dict) -> Metrics:
+        """Returns the metrics of the averaged network: reconstruction and commitment."""
+        forward = self._forward(extra["average"], extra["codebook"], batch["pixels"])
+        reconstruction, metrics = self._reconstruction(forward.reconstructed, batch["pixels"], extra)
+        commitment, commitment_metrics = self._commitment(forward)
+        return {"loss": reconstruction + commitment, **metrics, **commitment_metrics}
+
+    def _forward(self, network: dict[str, jax.Array], codebook: Codebook, pixels_BHWC: jax.Array) -> _Forward:
+        model = make_model(self.config, network, codebook, self.dtype)
+        hidden_BhwZ, codes_BN = model.encode(pixels_BHWC)
+        hidden_BhwZ = hidden_BhwZ.astype(jnp.float32)
+        # Before the first update the vectors pass unquantized: a decoder with constant input has no finite gradient.
+        used = jnp.sum(codebook["share"]) > 0
+        chosen_BhwZ = jnp.where(used, model.quantize(codes_BN).reshape(hidden_BhwZ.shape), hidden_BhwZ)
+        straight_through_BhwZ = hidden_BhwZ + jax.lax.stop_gradient(chosen_BhwZ - hidden_BhwZ)
+        features_BHWC = model.decoder.features(model.post_quant_conv(straight_through_BhwZ))
+        reconstructed_BHWC = model.decoder.conv_out(features_BHWC).astype(jnp.float32)
+        return _Forward(model, hidden_BhwZ, chosen_BhwZ, codes_BN, features_BHWC, reconstructed_BHWC)
+
+    def _reconstruction(
+        self, reconstructed_BHWC: jax.Array, pixels_BHWC: jax.Array, extra: dict[str, Any]
+    ) -> tuple[jax.Array, Metrics]:
+        error_BHWC = reconstructed_BHWC - pixels_BHWC
+        terms = {"absolute": jnp.mean(jnp.abs(error_BHWC)), "squared": jnp.mean(error_BHWC**2)}
+        if self.vgg is None:
+            terms["gradient"] = self.gradient_weight * gradient_error(error_BHWC)
+        else:
+            distance_B = lpips.distance(extra["perceptual"], reconstructed_BHWC, pixels_BHWC, self.dtype)
+            terms["perceptual"] = self.perceptual_weight * jnp.mean(distance_B)
+        return sum(terms.values(), jnp.zeros(())), terms | {"psnr": -10 * jnp.log10(terms["squared"])}
+
+    def _commitment(self, forward: _Forward) -> tuple[jax.Array, Metrics]:
+        """The weighted commitment loss, and metrics of the codes."""
+        commitment = self.config.commitment_cost * commitment_error(forward.hidden, forward.chosen)
+        counts_K = jnp.bincount(forward.codes.reshape(-1), length=self.config.num_embeddings)
+        return commitment, {"commitment": commitment, **code_usage(counts_K)}
+
+    def _locality(self, forward: _Forward, pixels_BHWC: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The locality loss, and the share of the unchanged cells that keep their code."""
+        pasted_BHWC, unchanged_Bhw = paste_rectangles(pixels_BHWC, self.config.side, key)
+        hidden_BhwZ, codes_BN = forward.model.encode(pasted_BHWC)
+        unchanged_BN = unchanged_Bhw.reshape(codes_BN.shape)
+        kept = jnp.sum(unchanged_BN & (codes_BN == forward.codes)) / jnp.maximum(jnp.sum(unchanged_BN), 1)
+        return commitment_error(hidden_BhwZ.astype(jnp.float32), forward.chosen, unchanged_Bhw), kept
+
+    def _adversarial_terms(
+        self,
+        adversarial: AdversarialLoss,
+        discriminator: dict[str, jax.Array],
+        forward: _Forward,
+        pixels_BHWC: jax.Array,
+        pixel_gradient_BHWC: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """The discriminator's loss, the generator's weighted gradient by reconstructed pixel, and metrics."""
+        started, reconstructed_BHWC = adversarial.started(step), forward.reconstructed
+        generator_loss, gradient_BHWC = adversarial.generator_loss(discriminator, reconstructed_BHWC)
+        adaptive = adaptive_weight(forward.model.decoder.conv_out, forward.features, pixel_gradient_BHWC, gradient_BHWC)
+        loss, logits = adversarial.discriminator_loss(discriminator, pixels_BHWC, reconstructed_BHWC)
+        metrics = {"generator": generator_loss, "discriminator": loss, "adaptive_weight": adaptive, **logits}
+        return started * loss, started * adaptive * adversarial.weight * gradient_BHWC, metrics
+
+    def make_optimizer(
+        self, rate: optax.Schedule, weight_decay: float, clip_gradient: float
+    ) -> optax.GradientTransformation:
+        """Returns AdamW for the network and Adam for the discriminator."""
+        network = optax.chain(
+            optax.clip_by_global_norm(clip_gradient),
+            optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=weight_decay),
+        )
+        transforms = {"model": network}
+        if self.adversarial is not None:
+            transforms["discriminator"] = optax.adam(self.adversarial.lr, b1=0.5, b2=0.9)
+        return optax.multi_transform(transforms, {name: name for name in transforms})
+
+
+def learning_rate(rate: optax.Schedule, opt_state: optax.OptState) -> jax.Array:
+    """Returns the rate of the network's next update."""
+
+    def is_schedule(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByScheduleState)
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_schedule)
+    return rate(next(state.count for state in leaves if is_schedule(state)))
+
+
+def make_model(
+    config: VQGANConfig, network: Mapping[str, jax.Array], codebook: Codebook, dtype: Any = jnp.float32
+) -> VQGAN:
+    """Returns the VQGAN of a network's parameters (`model` or `average`) and a codebook."""
+    arrays = {**network, _EMBEDDING: code_vectors(codebook)}
+    return weights.with_parameters(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)), arrays)
