@@ -20,10 +20,17 @@ from EasyLM.flags import Flag, run, to_dataclass
 from EasyLM.storage import check_output, write_json
 from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, Prompter, PrompterSettings
 from evaluation.runs import UNFINISHED, Results
-from evaluation.tasks import metrics, plots, report
-from evaluation.tasks.measure import Measurement
-from evaluation.tasks.selection import TASK_FLAGS, TaskSettings, select_tasks
-from evaluation.tasks.tasks import TaskSource, load_task
+from evaluation.tasks import (
+    TASK_FLAGS,
+    Measurement,
+    TaskSettings,
+    TaskSource,
+    load_task,
+    metrics,
+    plots,
+    report,
+    select_tasks,
+)
 from tokenizer.image_quality import inception, lpips
 from tokenizer.media import charts, images
 

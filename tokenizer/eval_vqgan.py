@@ -140,7 +140,7 @@ def _fill_row(pixels_nSS3: np.ndarray, columns: int) -> np.ndarray:
 
 def _summary(folder: str, metrics: dict[str, float]) -> str:
     return (
-        f"{folder}: {metrics['pictures']} pictures, PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}, "
+        f"{folder}: {metrics['pictures']} images, PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}, "
         f"codes used {metrics['codes_used']:.1%}, perplexity {metrics['code_perplexity']:.0f}{_rfid_suffix(metrics)}"
     )
 

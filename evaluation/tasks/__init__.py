@@ -1,8 +1,7 @@
 """Few-shot tasks: examples, the prompts made of them, and metrics of the answers.
 
 May import: EasyLM.storage, tokenizer.media, tokenizer.builders, tokenizer.image_quality, tokenizer.synthetic,
-evaluation.prompting. Import the modules as namespaces: `from evaluation.tasks import metrics`. Only the module measure
-prompts a model.
+evaluation.prompting. Other rooms import the names below, or the modules metrics, plots and report as namespaces.
 
 In the order in which data flows:
   selection      which tasks, numbers of shots and metrics: the flags of fewshot that name them
@@ -30,3 +29,9 @@ Vocabulary:
 Shapes: Q queries, K shots, G images of a shot, P images of a prompt, N tokens of an image, n images, B images of a
 batch, S the side in pixels, C colours of a palette, V codes.
 """
+
+from evaluation.tasks.measure import Measurement
+from evaluation.tasks.selection import TASK_FLAGS, TaskSettings, select_tasks
+from evaluation.tasks.tasks import TaskSource, load_task
+
+__all__ = ["TASK_FLAGS", "Measurement", "TaskSettings", "TaskSource", "load_task", "select_tasks"]

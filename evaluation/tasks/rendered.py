@@ -8,8 +8,7 @@ import numpy as np
 
 from evaluation.tasks.tasks import ImageLoader, Pair, TaskSource
 from tokenizer.builders import views
-from tokenizer.synthetic import scenes
-from tokenizer.synthetic.seed_ranges import benchmark_seeds
+from tokenizer.synthetic import scenes, seed_ranges
 
 # The images of a scene, and a generator of random numbers -> an image of a prompt.
 View = Callable[[Mapping[str, np.ndarray], np.random.Generator], np.ndarray]
@@ -50,7 +49,7 @@ def sources(names: Sequence[str], split: str, seed: int, num_examples: int, fram
       num_examples: scenes of a task.
       frames: of a clip, the one asked for included.
     """
-    seeds = benchmark_seeds(seed, num_examples)
+    seeds = seed_ranges.benchmark_seeds(seed, num_examples)
     tasks = []
     for name in names:
         pair_views, metric = VIEWS[name], _METRICS.get(name, "")

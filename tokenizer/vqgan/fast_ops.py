@@ -1,9 +1,9 @@
 """Operations of the VQGAN rewritten for speed on CPUs, each beside its plain version.
 
-A plain version defines the result up to float32 rounding; the tests compare the two. XLA on CPUs runs each convolution
-as one matrix product per position, so the rewrites convolve at the lower of two resolutions, and keep reductions in one
-pass over memory. Gains are of encoding or decoding a whole image, as CPU time of the plain version over that of the
-fast one: `shipped` is tokenizer/pretrained (32 images of 32x32), `released` the released layout (8 images of 64x64).
+A plain version defines the result up to float32 rounding; the tests compare the two. The rewrites convolve at the
+lower of two resolutions, and read and write large arrays fewer times. Each docstring states the gain of encoding or
+decoding images: CPU time with the plain version over CPU time with the fast one. The shipped tokenizer (tokenizer/
+pretrained) was measured on 32 images of 32x32 pixels, the released layout on 8 images of 64x64.
 """
 
 import jax
@@ -17,7 +17,7 @@ def plain_conv_pool(x_BHWC: jax.Array, conv: nnx.Conv) -> jax.Array:
 
 
 def conv_pool(x_BHWC: jax.Array, conv: nnx.Conv) -> jax.Array:
-    """`plain_conv_pool` of a 3x3 convolution as one 4x4 convolution of stride 2. Shipped encoder: 1.16.
+    """`plain_conv_pool` of a 3x3 convolution as one 4x4 convolution of stride 2. Gain: shipped encoder 1.16.
 
     The 4x4 kernel is the mean of the 3x3 kernel at its four offsets.
     """
@@ -33,7 +33,7 @@ def plain_upsample_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
 
 
 def upsample_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
-    """`plain_upsample_conv` of a 3x3 convolution with 4/9 of the products. Decoders: shipped 1.15, released 1.10.
+    """`plain_upsample_conv` of a 3x3 convolution with 4/9 of the products. Gain: decoders 1.15 (shipped), 1.10.
 
     Of three adjacent rows after upsampling, two are equal. An even output row is therefore a convolution of the
     previous and the current input row with the kernel rows (first, second + third), and an odd one of the current and
@@ -80,7 +80,7 @@ def plain_group_norm(
 
 
 def group_norm(x_BhwC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int, epsilon: float) -> jax.Array:
-    """`plain_group_norm` as x * a + b, with one a and b per channel. Encoders: 1.16 and 1.11, decoders: 1.08.
+    """`plain_group_norm` as x * a + b, with one a and b per channel. Gain: encoders 1.16 (shipped), 1.11.
 
     Products with the group membership matrix take means over groups and broadcast them back to channels. No array of
     the size of x is reshaped, so XLA fuses the one pass over x with the activation that follows.
@@ -105,9 +105,9 @@ def plain_nearest_code(vectors_MZ: jax.Array, table_KZ: jax.Array) -> jax.Array:
 
 
 def nearest_code(vectors_MZ: jax.Array, table_KZ: jax.Array) -> jax.Array:
-    """`plain_nearest_code` as one product and two minima, which XLA vectorizes on CPUs; argmin it does not.
+    """`plain_nearest_code` as one product and two minima, which XLA vectorizes on CPUs, unlike argmin.
 
-    |x - code|^2 - |x|^2 is the product of (-2 x, 1) and (code, |code|^2). Shipped encoder: 1.21.
+    |x - code|^2 - |x|^2 is the product of (-2 x, 1) and (code, |code|^2). Gain: shipped encoder 1.21.
     """
     norm_K1 = jnp.sum(table_KZ**2, axis=1, keepdims=True)
     table_KY = jnp.concatenate([table_KZ, norm_K1], axis=1)  # Y = Z + 1

@@ -48,10 +48,6 @@ def test_metrics_and_image_show_the_reconstructions(tmp_path, capsys):
     assert sheet.shape == (4 * 18 - 2, 4 * 18 - 2, 3)
 
 
-def test_code_usage_counts_and_spreads():
-    assert eval_vqgan.code_usage(np.array([5, 0, 5, 0])) == {"codes_used": 0.5, "code_perplexity": pytest.approx(2)}
-
-
 @pytest.mark.parametrize(
     "settings, message",
     [
