@@ -9,7 +9,7 @@ import optax
 
 from EasyLM.checkpoints import stacking
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, to_dataclass
 from EasyLM.training.step import Optimizer
 
 _SHARED = {
@@ -85,9 +85,9 @@ def make_optimizer(config: Any) -> Optimizer:
       UserError: if the decay ends before the warm-up.
     """
     if config.type == "adamw":
-        transform, schedule = _adamw(AdamwSettings(**config.adamw_optimizer))
+        transform, schedule = _adamw(to_dataclass(AdamwSettings, config.adamw_optimizer))
     else:
-        transform, schedule = _palm(PalmSettings(**config.palm_optimizer))
+        transform, schedule = _palm(to_dataclass(PalmSettings, config.palm_optimizer))
     micro_steps = config.accumulate_gradient_steps
 
     def learning_rate(opt_state):

@@ -1,11 +1,11 @@
 """A training run from its flags to its last checkpoint, for any model: `open_run`, then `train`."""
 
-import contextlib
 import dataclasses
 import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from EasyLM.storage import is_remote, json_digest
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
 from EasyLM.training.loop import Report, fit
+from EasyLM.training.metrics_log import Logger
 from EasyLM.training.settings import RunSettings
 from EasyLM.training.start import CheckpointFormats, StartPoint, check_settings, find_start, first_state
 from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train_step
@@ -87,13 +88,11 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> None:
     state, state_shardings = first_state(run.start, task.model, task.optimizer, mesh, settings.seed)
     first_step = int(state.step)
 
-    with contextlib.ExitStack() as stack:
-        batches = Batches(data.train, data.batch_size, batch_sharding(mesh), first_row)
-        logger = metrics_log.Logger(settings.logger, run.directory, settings.flags, settings.log_all_worker)
-        stack.callback(logger.close)
-        checkpointer = checkpoints.Checkpointer(run.directory, settings.checkpointer)
-        stack.callback(checkpointer.close)
-        stack.callback(batches.close)
+    with (
+        closing(Batches(data.train, data.batch_size, batch_sharding(mesh), first_row)) as batches,
+        closing(Logger(settings.logger, run.directory, settings.flags, settings.log_all_worker)) as logger,
+        closing(checkpoints.Checkpointer(run.directory, settings.checkpointer)) as checkpointer,
+    ):
 
         def log(metrics: Metrics) -> None:
             rows = first_row + (metrics["step"] + 1 - first_step) * data.batch_size

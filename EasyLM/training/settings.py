@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from EasyLM import checkpoints
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, to_dataclass
 from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS
 from EasyLM.training import metrics_log
 from EasyLM.training.loop import LoopSettings
@@ -56,7 +56,7 @@ class RunSettings:
     def from_flags(cls, config: Any) -> "RunSettings":
         """Reads the settings of a run from a config that has RUN_FLAGS, among other flags."""
         return cls(
-            loop=LoopSettings(**{field.name: config[field.name] for field in dataclasses.fields(LoopSettings)}),
+            loop=to_dataclass(LoopSettings, config),
             start=StartFiles(config.load_checkpoint, config.load_dataset_state, config.load_metadata),
             flags=config.to_dict(),
             **{

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,13 +40,13 @@ class StartPoint:
     """The files from which a run starts, and their contents; no array has been read yet.
 
     Attributes:
-      entries: the arrays of the checkpoint.
+      entries: the arrays of the checkpoint; emptied when they are loaded.
       dataset_state: the data state, or None: start with the first row.
       metadata: the metadata of the checkpoint; empty if there is none.
     """
 
     files: StartFiles
-    entries: Sequence[Entry]
+    entries: list[Entry]
     dataset_state: Mapping[str, Any] | None
     metadata: Mapping[str, Any]
 
@@ -146,10 +146,12 @@ def first_state(
     target = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, placement
     )
-    if spec.startswith("trainstate::"):
-        return checkpoints.load_entries(spec, start.entries, target), placement
-    assert not jax.tree.leaves(target.extra), "a model with extra state starts from whole train states only"
-    params = checkpoints.load_entries(spec, start.entries, target.params)
+    is_train_state = spec.startswith("trainstate::")
+    assert is_train_state or not jax.tree.leaves(target.extra), "extra state is in whole train states only"
+    loaded = checkpoints.load_entries(spec, start.entries, target if is_train_state else target.params)
+    start.entries.clear()  # those of orbax:: hold their arrays
+    if is_train_state:
+        return loaded, placement
     if start.step:
         logging.warning("the optimizer's moments start anew at step %d; its schedule continues", start.step)
-    return state_from_params(params, optimizer, start.step, placement), placement
+    return state_from_params(loaded, optimizer, start.step, placement), placement

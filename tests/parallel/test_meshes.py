@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 import pytest
-from tiny_run import MODEL_FIGURES, assert_close, finish, metrics, start, start_two, train
+from tiny_run import MODEL_METRICS, assert_close, finish, metrics, start, start_two, train
 
 from EasyLM.parallel import make_mesh
 
@@ -16,7 +16,7 @@ def run_on(tmp_path, monkeypatch, mesh_dim, **settings):
     if mesh_dim == "1,1,1":
         one_device = make_mesh(mesh_dim, jax.devices()[:1])
         monkeypatch.setattr("EasyLM.models.llama.llama_train.make_mesh", lambda text: one_device)
-    return metrics(train(tmp_path / mesh_dim, mesh_dim=mesh_dim, **BATCH_OF_8, **settings), *MODEL_FIGURES)
+    return metrics(train(tmp_path / mesh_dim, mesh_dim=mesh_dim, **BATCH_OF_8, **settings), *MODEL_METRICS)
 
 
 @pytest.mark.slow
@@ -24,8 +24,8 @@ def run_on(tmp_path, monkeypatch, mesh_dim, **settings):
 @pytest.mark.parametrize("mesh_dim", ["8,1,1", "1,8,1", "2,2,2", "1,2,4"])
 def test_every_mesh_gives_the_same_losses(tmp_path, monkeypatch, mesh_dim, accumulate):
     settings = {"optimizer__accumulate_gradient_steps": accumulate}
-    figures = run_on(tmp_path, monkeypatch, mesh_dim, **settings)
-    assert_close(figures, run_on(tmp_path, monkeypatch, "1,1,1", **settings), 1e-4)
+    logged = run_on(tmp_path, monkeypatch, mesh_dim, **settings)
+    assert_close(logged, run_on(tmp_path, monkeypatch, "1,1,1", **settings), 1e-4)
 
 
 @pytest.mark.slow
@@ -36,11 +36,11 @@ def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, p
     alone = finish(start(tmp_path / "one", devices=4, **settings))
     finish(*start_two(tmp_path / "two", port, **settings))
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
-    assert_close(metrics(two, *MODEL_FIGURES), metrics(one, *MODEL_FIGURES), 1e-4)
+    assert_close(metrics(two, *MODEL_METRICS), metrics(one, *MODEL_METRICS), 1e-4)
     assert (two / "streaming_train_state").stat().st_size == (one / "streaming_train_state").stat().st_size, alone
     for path, rows in ((one / "metrics.jsonl", 8), (two / "metrics.jsonl", 4), (two / "metrics_1.jsonl", 4)):
         least, most = bytes_of_batches(rows)
-        assert least <= last_figure(path, "dataset_bytes_read") <= most
+        assert least <= last_metric(path, "dataset_bytes_read") <= most
 
 
 def bytes_of_batches(rows: int) -> tuple[float, float]:
@@ -55,5 +55,5 @@ def bytes_of_batches(rows: int) -> tuple[float, float]:
     return 10 * ids * 16 / 3, 13 * most + 129 * 16 / 3 + 2 * 16
 
 
-def last_figure(path: pathlib.Path, name: str) -> float:
+def last_metric(path: pathlib.Path, name: str) -> float:
     return json.loads(path.read_text().splitlines()[-1])[name]

@@ -4,7 +4,7 @@ import signal
 
 import jax
 import pytest
-from tiny_run import GOLDEN, await_figures, finish, metrics, start_two, train
+from tiny_run import GOLDEN, await_metrics, finish, metrics, start_two, train
 
 from EasyLM.checkpoints import saving, streaming
 from EasyLM.errors import UserError
@@ -134,7 +134,7 @@ def test_a_bad_line_stops_both_processes_with_the_same_error(tmp_path, port):
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, port, signalled):
     running = start_two(tmp_path, port, mesh_dim="1,4,1", total_steps=10**6, log_all_worker=True)
     run_dir = tmp_path / "run"
-    await_figures(running, *(run_dir / name for name in LOGS))
+    await_metrics(running, *(run_dir / name for name in LOGS))
     running[signalled].send_signal(signal.SIGTERM)
     first, second = finish(*running)
     assert "to resume" in first and "--logger.experiment_id=run" in first and "to resume" not in second

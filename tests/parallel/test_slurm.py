@@ -10,7 +10,7 @@ import time
 import pytest
 import slurm_kit
 from tiny_run import TINY, dotted
-from tokenizer_kit import tiny_vqgan, write_picture
+from tokenizer_kit import tiny_vqgan, write_image
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12
@@ -131,7 +131,7 @@ def test_before_the_time_limit_the_job_saves_and_requeues_itself(cluster, tmp_pa
 
 def test_the_parts_of_a_build_are_the_whole(cluster, tmp_path):
     for seed in range(10):
-        write_picture(tmp_path / "images" / f"{seed}.png", seed)
+        write_image(tmp_path / "images" / f"{seed}.png", seed)
     build = [f"--input_dir={tmp_path}/images", f"--vqgan={tiny_vqgan(tmp_path / 'vqgan')}", "--kind=images"]
     script = str(ROOT / "scripts" / "slurm" / "build_array.sbatch")
     places = ["--gpus-per-task=0", "--cpus-per-task=1", f"--output={tmp_path}/%a.log", f"--chdir={ROOT}"]

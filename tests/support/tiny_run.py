@@ -14,7 +14,7 @@ from EasyLM.models.llama import llama_train
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lvm_tiny"
 
-# What the golden run was given (tests/golden/README.md).
+# The flags of the golden run (tests/golden/README.md).
 TINY = {
     "load_llama_config": "vqlm_debug",
     "update_llama_config": "dict(vocab_size=512,hidden_size=64,intermediate_size=128)",
@@ -45,7 +45,7 @@ def train(output_dir, **settings) -> pathlib.Path:
 
 
 def start(output_dir, devices=8, **settings) -> subprocess.Popen:
-    """Starts the trainer as a process of its own, as a user would."""
+    """Starts the trainer as a process."""
     values = {**TINY, "logger.output_dir": str(output_dir)} | dotted(settings)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -57,7 +57,7 @@ def start(output_dir, devices=8, **settings) -> subprocess.Popen:
 
 
 def start_two(output_dir, port: int, **settings) -> list[subprocess.Popen]:
-    """Starts one run as two processes of two devices each; of two output directories each gets its own."""
+    """Starts one run as two processes of two devices each. A pair of output directories gives each its own."""
     together = {
         "jax_distributed__initialize_jax_distributed": True,
         "jax_distributed__coordinator_address": f"127.0.0.1:{port}",
@@ -70,8 +70,8 @@ def start_two(output_dir, port: int, **settings) -> list[subprocess.Popen]:
     ]
 
 
-def await_figures(processes, *paths, seconds: float = 240) -> None:
-    """Until started trainers have logged a step into each of these files."""
+def await_metrics(processes, *paths, seconds: float = 240) -> None:
+    """Waits until trainers have logged a step into each of these files."""
     deadline = time.monotonic() + seconds
     while not all(path.exists() and path.stat().st_size for path in paths):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
@@ -79,16 +79,16 @@ def await_figures(processes, *paths, seconds: float = 240) -> None:
 
 
 def finish(*processes: subprocess.Popen, code: int = 0, seconds: float = 240) -> str | list[str]:
-    """Waits so long for started trainers, and returns what it (or each of several) printed."""
+    """Waits for trainers to exit, and returns the output of the one, or of each of several."""
     deadline = time.monotonic() + seconds
     try:
-        said = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0] for process in processes]
+        outputs = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, text in zip(processes, said, strict=True):
+    for process, text in zip(processes, outputs, strict=True):
         assert process.returncode == code, text
-    return said[0] if len(processes) == 1 else said
+    return outputs[0] if len(processes) == 1 else outputs
 
 
 def dotted(settings: dict) -> dict:
@@ -96,12 +96,12 @@ def dotted(settings: dict) -> dict:
 
 
 def metrics(run_dir, *names) -> dict[int, tuple]:
-    """The named figures by step; of repeated steps the last counts."""
+    """Returns the named metrics by step; of repeated steps the last counts."""
     rows = [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: tuple(row[name] for name in names) for row in rows}
 
 
-MODEL_FIGURES = ("loss", "accuracy", "learning_rate", "gradient_norm", "param_norm")
+MODEL_METRICS = ("loss", "accuracy", "learning_rate", "gradient_norm", "param_norm")
 
 
 def assert_close(left: dict, right: dict, tolerance: float) -> None:

@@ -10,7 +10,7 @@ RECORDED = {row["step"]: row for row in map(json.loads, (GOLDEN / "metrics.jsonl
 
 
 @pytest.mark.parametrize(
-    "first, given",
+    "first, settings",
     [
         (0, {"load_checkpoint": f"trainstate::{GOLDEN}/init/streaming_train_state"}),
         (
@@ -23,10 +23,10 @@ RECORDED = {row["step"]: row for row in map(json.loads, (GOLDEN / "metrics.jsonl
         ),
     ],
 )
-def test_follows_the_release(tmp_path, first, given):
-    figures = metrics(train(tmp_path, **given), "loss", "gradient_norm", "param_norm", "accuracy", "learning_rate")
-    assert sorted(figures) == list(range(first, 30))
-    for step, (loss, gradient_norm, param_norm, accuracy, learning_rate) in figures.items():
+def test_follows_the_release(tmp_path, first, settings):
+    logged = metrics(train(tmp_path, **settings), "loss", "gradient_norm", "param_norm", "accuracy", "learning_rate")
+    assert sorted(logged) == list(range(first, 30))
+    for step, (loss, gradient_norm, param_norm, accuracy, learning_rate) in logged.items():
         expected = RECORDED[step]
         np.testing.assert_allclose(loss, expected["loss"], atol=5e-5, rtol=0)
         np.testing.assert_allclose(gradient_norm, expected["gradient_norm"], atol=5e-5, rtol=0)

@@ -9,7 +9,7 @@ import time
 
 import jax
 import pytest
-from tiny_run import GOLDEN, MODEL_FIGURES, TINY, assert_close, await_figures, finish, metrics, start, train
+from tiny_run import GOLDEN, MODEL_METRICS, TINY, assert_close, await_metrics, finish, metrics, start, train
 
 from EasyLM import flags
 from EasyLM.checkpoints import load_metadata, run_directory, streaming
@@ -39,7 +39,7 @@ def final_state(run_dir) -> dict:
 
 
 def assert_same_run(run, reference):
-    assert metrics(run, *MODEL_FIGURES) == metrics(reference, *MODEL_FIGURES)
+    assert metrics(run, *MODEL_METRICS) == metrics(reference, *MODEL_METRICS)
     state, expected = final_state(run), final_state(reference)
     assert state.keys() == expected.keys()
     for key, value in expected.items():
@@ -199,7 +199,7 @@ def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path, wait):
 def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, number):
     settings = {"total_steps": 10**6, "mesh_dim": "1,1,1"}
     process = start(tmp_path, devices=1, **settings)
-    await_figures([process], tmp_path / "run" / "metrics.jsonl")
+    await_metrics([process], tmp_path / "run" / "metrics.jsonl")
     process.send_signal(number)
     output = finish(process)
     assert "to resume" in output and "--logger.experiment_id=run" in output
@@ -223,7 +223,7 @@ def test_a_run_resumes_on_fewer_devices(tmp_path, monkeypatch):
         resumed = train_on(devices, "resumed", stop)
         assert load_metadata(str(resumed / "metadata.json"))["mesh"]["fsdp"] == devices
     assert metrics(resumed, "dataset_total_tokens") == metrics(whole, "dataset_total_tokens")
-    assert_close(metrics(resumed, *MODEL_FIGURES), metrics(whole, *MODEL_FIGURES), 1e-4)
+    assert_close(metrics(resumed, *MODEL_METRICS), metrics(whole, *MODEL_METRICS), 1e-4)
 
 
 @pytest.mark.slow

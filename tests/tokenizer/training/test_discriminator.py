@@ -47,7 +47,9 @@ def state(batch):
     """Parameters and extra state whose codes lie on vectors of the batch."""
     rng = np.random.default_rng(0)  # compiling the initializers would take longer than the tests
     params, extra = jax.eval_shape(BOTH.init, jax.random.key(0))
-    groups = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.2), jnp.float32), params | extra)
+    # One more scalar is drawn: with these numbers no code is so near a boundary that rounding changes it.
+    shapes = params | extra | {"b": jax.ShapeDtypeStruct((), jnp.float32)}
+    groups = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.2), jnp.float32), shapes)
     params, extra = ({name: groups[name] for name in part} for part in (params, extra))
     model = make_model(CONFIG, params["model"], extra["codebook"])
     hidden_MZ = nnx.jit(lambda model, pixels: model.encode(pixels)[0])(model, batch["pixels"]).reshape(-1, 4)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_run import await_figures, finish
+from tiny_run import await_metrics, finish
 from tokenizer_kit import run_main, write_image
 
 from EasyLM import checkpoints
@@ -118,7 +118,7 @@ def test_a_signal_saves_and_the_same_command_resumes(folder):
 
     path = folder / "run" / "metrics.jsonl"
     process = start()
-    await_figures([process], path)
+    await_metrics([process], path)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
     assert "to resume" in output, output
