@@ -1,3 +1,18 @@
-"""EasyLM: training and prompting Large Vision Models in JAX. The README's tree says what each room is for."""
+"""EasyLM: data, training and checkpoints of sequence models in JAX. It knows neither images nor prompts.
+
+Rooms, from the lowest to the highest; tests/test_architecture.py holds the allowed imports:
+    storage       paths, atomic writes, digests, memory-mapped columns
+    data          JSONL and packed files, or text, to rows of tokens
+    checkpoints   formats, loading, saving, run directories
+    parallel      mesh, partition rules, several processes
+    training      the training loop of any model
+    models        attention, losses, generation, and the LLaMA with its commands
+
+Modules that all rooms may import:
+    vocab         ids of image codes and special tokens
+    errors        UserError, for mistakes that the user can correct
+    flags         declared command-line settings
+    process_pool  worker processes that do not import JAX
+"""
 
 __version__ = "0.2.0"

@@ -6,8 +6,9 @@ image. The file at `output` shows a candidate per row, its new images side by si
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings
 from evaluation.runs import EXAMPLE_FLAGS, GENERATION_FLAGS, LINE_FLAGS, EvaluationRun, Line, loops, read_lines
@@ -30,10 +31,11 @@ FLAGS = {
 }
 
 
-def main(config) -> None:
+def main(config: ConfigDict) -> None:
     """Generates an answer to every line, prints and writes the metrics."""
     settings = GenerationSettings.from_user(config)
-    size = parse_size(config.resize_output)
+    with prefix_errors(f"--resize_output={config.resize_output}"):
+        size = parse_size(config.resize_output)
     outputs = LineOutputs(config.output_base_dir, config.n_candidates, size, config.include_input)
     targets = "optional" if config.evaluate_mse else "unused"
     line_format = LineFormat.from_config(config, targets=targets, output_key=config.json_output_key)
@@ -50,7 +52,7 @@ def main(config) -> None:
     )
 
 
-def _check_targets(config, lines: list[Line]) -> None:
+def _check_targets(config: ConfigDict, lines: list[Line]) -> None:
     for line in lines:
         if line.targets and len(line.targets) != config.n_new_frames:
             raise UserError(

@@ -8,6 +8,8 @@ import os
 import pathlib
 import tempfile
 
+from ml_collections import ConfigDict
+
 from EasyLM.errors import check_installed
 from EasyLM.flags import Flag, run, to_dataclass
 from evaluation.prompting import PrompterSettings
@@ -24,7 +26,7 @@ FLAGS = {
 }
 
 
-def main(config) -> None:
+def main(config: ConfigDict) -> None:
     """Shows the page until Ctrl-C."""
     check_installed("the page", "serve", "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported

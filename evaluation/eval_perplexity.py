@@ -6,6 +6,7 @@ The reported metric is the mean over the examples.
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from EasyLM.flags import Flag, run
 from evaluation.prompting import PROMPTER_FLAGS
@@ -21,7 +22,7 @@ FLAGS = {
 }
 
 
-def main(config) -> None:
+def main(config: ConfigDict) -> None:
     """Measures every line, prints and writes the metrics."""
     line_format = LineFormat.from_config(config, targets="required")
     lines = read_lines(config.input_file, line_format, config.max_examples)

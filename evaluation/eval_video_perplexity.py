@@ -5,6 +5,7 @@ The first `n_context_frames` of each clip are the prompt, and the `n_target_fram
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from EasyLM.flags import Flag, run, to_dataclass
 from evaluation.prompting import PROMPTER_FLAGS
@@ -20,7 +21,7 @@ FLAGS = {
 }
 
 
-def main(config) -> None:
+def main(config: ConfigDict) -> None:
     """Measures every clip, prints and writes the metrics."""
     lengths = config.n_context_frames, config.n_target_frames
     examples = clips.find_clips(to_dataclass(clips.ClipSettings, config), sum(lengths))

@@ -6,6 +6,7 @@ With `--fps` each candidate is also a video `O/a_b.mp4/CANDIDATE.mp4` of prompt 
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from EasyLM.errors import check_installed
 from EasyLM.flags import Flag, run, to_dataclass
@@ -33,7 +34,7 @@ FLAGS = {
 }
 
 
-def main(config) -> None:
+def main(config: ConfigDict) -> None:
     """Continues every clip, prints and writes the metrics."""
     settings = GenerationSettings.from_user(config)
     if config.fps:

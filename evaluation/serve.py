@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 
+from ml_collections import ConfigDict
+
 from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run, to_dataclass
 from evaluation.prompting import PrompterSettings
@@ -34,7 +36,7 @@ FLAGS = {
 }
 
 
-def main(config) -> None:
+def main(config: ConfigDict) -> None:
     """Serves until a signal."""
     check_installed("the service", "serve", "fastapi", "fastapi_offline", "uvicorn", "python_multipart")
     from evaluation.serving.server import ServerSettings, run_server

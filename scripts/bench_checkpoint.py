@@ -32,7 +32,6 @@ from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import PRESETS
 from EasyLM.training import step
 
-CHECKPOINTER = ml_collections.ConfigDict({"float_dtype": "", "save_optimizer_state": True})
 BLOCK_BYTES = 64 << 20
 NOISE = np.random.default_rng(0).bytes(BLOCK_BYTES)  # random: some disks are faster with zeros
 
@@ -61,7 +60,7 @@ def main(config: ml_collections.ConfigDict) -> None:
 def measure_speed(directory: str, rounds: int) -> None:
     """Prints the seconds of each operation, and its ratios with their bounds."""
     state = make_state()
-    saver = checkpoints.Checkpointer(directory, CHECKPOINTER)
+    saver = checkpoints.Checkpointer(directory, save_optimizer_state=True)
     saver.prepare(state)
     saver.wait()  # during training, this overlaps with compilation
     path = os.path.join(directory, "streaming_train_state")
@@ -116,7 +115,7 @@ def extra_memory(directory: str) -> float:
     """Returns the peak memory of two saves beyond that before them, as a share of the state's size."""
     state = jax.block_until_ready(make_state())
     before = resident("VmRSS")
-    saver = checkpoints.Checkpointer(directory, CHECKPOINTER)
+    saver = checkpoints.Checkpointer(directory, save_optimizer_state=True)
     for i in range(2):
         saver.save(state, i, {}, {})
         saver.wait()

@@ -17,11 +17,12 @@ import socket
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 import numpy as np
 from load_test_clients import ANSWER_SECONDS, HOSTILE, MAX_BODY_MB, READ_SECONDS, leave_early, send, valid_body
+from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run, to_dataclass
@@ -62,7 +63,7 @@ class Settings:
     output_json: str
 
 
-def main(config) -> None:
+def main(config: ConfigDict) -> None:
     """Runs the test."""
     if config.output_json:
         check_output(config.output_json, "output_json")
@@ -198,6 +199,7 @@ async def measure_crowd(settings: Settings, port: int, bodies: list[bytes], repo
 
     async def client(number: int) -> None:
         rng = np.random.default_rng(number)
+        hostile: dict[str, Callable[[int], Awaitable[None]]]
         hostile = {**HOSTILE, "leaves early": partial(leave_early, bodies=bodies, rng=rng)}
         while time.perf_counter() - begin < settings.seconds:
             kind = "valid" if rng.random() >= settings.hostile else str(rng.choice(list(hostile)))

@@ -76,14 +76,14 @@ def main(config: ConfigDict) -> None:
         rows += result.rows
         if network:
             metrics[folder]["rfid"] = rfid(folder, *result.features)
-            for total, part in zip(features, result.features, strict=True):
-                total.merge(part)
+            for merged, part in zip(features, result.features, strict=True):
+                merged.merge(part)
         print(_summary(folder, metrics[folder]))
-    total = metrics["all"] = {"pictures": sum(map(len, paths.values())), **_code_usage(counts_K)}
+    overall = metrics["all"] = {"pictures": sum(map(len, paths.values())), **_code_usage(counts_K)}
     if network:
-        total["rfid"] = rfid("all", *features)
-    usage = f"{total['codes_used']:.1%} of {len(counts_K)} codes used, perplexity {total['code_perplexity']:.0f}"
-    print(f"all: {usage}{_rfid_suffix(total)}")
+        overall["rfid"] = rfid("all", *features)
+    usage = f"{overall['codes_used']:.1%} of {len(counts_K)} codes used, perplexity {overall['code_perplexity']:.0f}"
+    print(f"all: {usage}{_rfid_suffix(overall)}")
     if config.output_json:
         write_json(config.output_json, metrics)
     if config.output_picture:

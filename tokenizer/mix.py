@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from EasyLM.data import packed_file
-from EasyLM.data.mixture import parse_numbers, proportional
+from EasyLM.data import packed_file, parse_numbers, proportional
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output, expand_path_groups, is_compressed, is_remote, write_json

@@ -48,16 +48,16 @@ class Checkpointer:
 
     Args:
       run_dir: local, or remote through fsspec (see `run_directory`).
-      config: values of CHECKPOINTER_FLAGS.
+      float_dtype, save_optimizer_state: see CHECKPOINTER_FLAGS.
 
     Raises:
-      UserError: if the run directory is not writable.
+      UserError: for an unknown type, and if the run directory is not writable.
     """
 
-    def __init__(self, run_dir: str, config: Any):
-        self._whole_state = config.save_optimizer_state
-        name = choose("checkpointer.float_dtype", config.float_dtype, CHECKPOINTER_FLAGS["float_dtype"].choices)
-        self._dtype = FLOAT_DTYPES.get(name, None if self._whole_state else FLOAT_DTYPES["bf16"])
+    def __init__(self, run_dir: str, *, float_dtype: str = "", save_optimizer_state: bool = False):
+        choose("float_dtype", float_dtype, ("", *FLOAT_DTYPES))
+        self._whole_state = save_optimizer_state
+        self._dtype = FLOAT_DTYPES.get(float_dtype, None if save_optimizer_state else FLOAT_DTYPES["bf16"])
         self._directory = run_directory.open_run_directory(run_dir)
         self._buffers: dict[Key, np.ndarray] = {}
         self._thread: threading.Thread | None = None

@@ -3,7 +3,8 @@
     JSONL or packed files -> token files -> token stream -> rows -> (mixture) -> batches (EasyLM.training.batches)
     text -> examples -> token store, a token stream -> ...
 
-Imports EasyLM.storage, and no JAX: worker processes import this room.
+Imports EasyLM.storage, and no JAX: worker processes import this room. Other rooms import the names below, and as
+namespaces the modules `records` and `packed_file`.
 
 Vocabulary:
   record       JSON object on one line of a JSONL file: {"tokens": base64}, or text fields
@@ -35,6 +36,7 @@ Modules:
 """
 
 from EasyLM.data.dataset import DATASET_FLAGS, make_dataset
+from EasyLM.data.mixture import parse_numbers, proportional
 from EasyLM.data.permutation import permuted, shuffled_number
 from EasyLM.data.text_tokenizer import TOKENIZER_FLAGS, load_tokenizer
 
@@ -43,6 +45,8 @@ __all__ = [
     "TOKENIZER_FLAGS",
     "load_tokenizer",
     "make_dataset",
+    "parse_numbers",
     "permuted",
+    "proportional",
     "shuffled_number",
 ]

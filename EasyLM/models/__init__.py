@@ -20,7 +20,8 @@ Modules:
   attention/: causal self-attention.
   llama/: the LLaMA and its commands.
   losses: cross-entropy and accuracy.
-  generate: sampling with a cache, for any model.
+  generate: generation with a cache, for any model.
+  sampling: temperature, top-k, top-p.
   chunks: chunks along time.
   tuning: hardware-specific forms of plain operations.
 """

@@ -91,7 +91,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> None:
     with (
         closing(Batches(data.train, data.batch_size, batch_sharding(mesh), first_row)) as batches,
         closing(Logger(settings.logger, run.directory, settings.flags, settings.log_all_worker)) as logger,
-        closing(checkpoints.Checkpointer(run.directory, settings.checkpointer)) as checkpointer,
+        closing(checkpoints.Checkpointer(run.directory, **settings.checkpointer)) as checkpointer,
     ):
 
         def log(metrics: Metrics) -> None:

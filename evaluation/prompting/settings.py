@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from EasyLM.errors import UserError
-from EasyLM.models.generate import check_sampling, check_seed
+from EasyLM.models.sampling import check_sampling, check_seed
 
 # Flags and request fields keep the names of the LVM release. Errors use these names.
 USER_NAMES = {"num_new_images": "n_new_frames", "num_candidates": "n_candidates", "context_images": "context_frames"}

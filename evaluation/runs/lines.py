@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.storage import read_text_lines
 
@@ -87,10 +87,8 @@ def read_lines(path: str, line_format: LineFormat, max_examples: int = 0) -> lis
         if max_examples and len(lines) == max_examples:
             break
         name = f"{path}:{number}"
-        try:
+        with prefix_errors(name):
             lines.append(_parse(name, text, line_format))
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
     if not lines:
         raise UserError(f"--input_file={path}: no example in it")
     return lines

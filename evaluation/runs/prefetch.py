@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from EasyLM.errors import UserError
+from EasyLM.errors import prefix_errors
 from evaluation.runs.example import Example
 
 _PREFETCHED_BATCHES = 2  # in memory while one batch is computed
@@ -51,7 +51,5 @@ def loaded_batches(
 
 
 def _load(load: Callable, example: Example) -> Any:
-    try:
+    with prefix_errors(example.name):
         return load(example)
-    except UserError as error:
-        raise UserError(f"{example.name}: {error}") from error

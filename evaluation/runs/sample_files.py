@@ -51,7 +51,7 @@ class LineOutputs:
                 if real in readers:
                     raise UserError(
                         f"{line.name}: {path} would replace an image that {readers[real]} names: choose another "
-                        "--output_base_dir"
+                        "output folder"
                     )
                 if owners.setdefault(real, line.name) != line.name:
                     raise UserError(f"{line.name}: {path} is a file of {owners[real]} already")
@@ -94,7 +94,7 @@ class ClipOutputs:
                 )
             real = pathlib.Path(os.path.realpath(base))
             if inside := clip_paths.intersection(map(str, (real, *real.parents))):
-                raise UserError(f"{base} would be written into the clip {min(inside)}: choose another --output_dir")
+                raise UserError(f"{base} would be written into the clip {min(inside)}: choose another output folder")
 
     def save(self, clip: Clip, prompt_PSS3: np.ndarray, samples_CFSS3: np.ndarray) -> list[str]:
         """Writes the samples of a clip; returns the paths."""
@@ -113,12 +113,16 @@ class ClipOutputs:
 
 
 def parse_size(text: str) -> tuple[int, int] | str | None:
-    """Returns (width, height), "original", or None for empty text."""
+    """Returns (width, height), "original", or None for empty text.
+
+    Raises:
+      UserError: with the valid forms.
+    """
     if text in ("", "original"):
         return text or None
     match = re.fullmatch(r"([1-9]\d*)[x,]([1-9]\d*)", text)
     if not match:
-        raise UserError(f"--resize_output={text}: choose original, or a size as 640x480; empty: the tokenizer's")
+        raise UserError("choose original, or a size as 640x480; empty: the tokenizer's")
     return int(match[1]), int(match[2])
 
 

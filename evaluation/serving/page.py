@@ -65,7 +65,7 @@ def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
     def answer(count: int, *values: Any) -> Iterator[tuple]:
         files = [*values[: 2 * count], values[2 * max_shots]]
         if None in files:
-            raise page_handlers.visitor_error("Put a picture into every place, or set fewer pairs.")
+            raise page_handlers.visitor_error("Add an image to every slot, or choose fewer pairs.")
         settings = page_handlers.generation_settings(INITIAL_SETTINGS, values[2 * max_shots + 1 :])
         yield from page_handlers.generate(engine, files, settings, folder)
 
@@ -85,7 +85,7 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
     sheets = page_files.save_example_sheets(examples, range(page_examples.NUM_FRAMES), folder, "sequence")
     gallery = _example_gallery(sheets, "sequence")
     frames = gradio.Gallery(
-        label="Frames, in order: drop pictures here",
+        label="Frames, in order: drop images here",
         type="filepath",
         format="png",
         file_types=["image"],
@@ -103,7 +103,7 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
 
     def answer(uploaded: list | None, *values: Any) -> Iterator[tuple]:
         if not uploaded:
-            raise page_handlers.visitor_error("Put at least one frame into the row.")
+            raise page_handlers.visitor_error("Add at least one frame.")
         files = [path for path, _ in uploaded][-engine.max_prompt_images :]
         settings = page_handlers.generation_settings(INITIAL_SETTINGS, values)
         yield from page_handlers.generate(engine, files, settings, folder)

@@ -76,13 +76,14 @@ class Measurement:
         answers, likelihoods = [], []
         for start in tqdm(range(0, len(prompts_QPN), self.batch_size), desc=description, unit="batch"):
             batch = slice(start, start + self.batch_size)
-            answers_BCFN = self.prompter.generate(prompts_QPN[batch], generation)
+            prompts, targets = list(prompts_QPN[batch]), list(true_tokens_QN[batch])
+            answers_BCFN = self.prompter.generate(prompts, generation)
             answers.append(answers_BCFN[:, 0, 0])
-            likelihoods.append(self.prompter.log_likelihoods(prompts_QPN[batch], true_tokens_QN[batch]))
+            likelihoods.append(self.prompter.log_likelihoods(prompts, targets))
         return np.concatenate(answers), np.concatenate(likelihoods)
 
     def _point(
-        self, task: Task, token_metrics: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray]
+        self, task: Task, token_metrics: dict[str, np.ndarray], answers: dict[str, np.ndarray]
     ) -> dict[str, Any]:
         """A point of the curve: means with standard errors, FID, and the model's metrics of each query."""
         image_metrics = {
@@ -91,7 +92,7 @@ class Measurement:
         }
         of_model = token_metrics | {name: by_source["model"] for name, by_source in image_metrics.items()}
         return {
-            **jax.tree.map(metrics.with_standard_error, token_metrics | image_metrics),
+            **jax.tree.map(metrics.with_standard_error, {**token_metrics, **image_metrics}),
             **({"fid": self._fid(answers, task.answers)} if self.network else {}),
             "per_query": {name: values.tolist() for name, values in of_model.items()},
         }

@@ -4,7 +4,6 @@ Shapes: B images, H W pixels, N tokens of an image, V codes, C colours of a pale
 """
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -118,7 +117,7 @@ def task_metrics(
     return metrics
 
 
-def read_palette(path: str | os.PathLike) -> list[Colour]:
+def read_palette(path: str) -> list[Colour]:
     """Reads the colours of a file, `R G B` a line, the background first. Empty lines are ignored.
 
     Raises:

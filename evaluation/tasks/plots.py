@@ -61,7 +61,8 @@ def _plot_perplexity(axis: "Axes", curve: Sequence[Point]) -> None:
     axis.plot(shots, unigram, linestyle=(0, (1, 1)), color=_UNIGRAM_COLOUR, label="unigram", linewidth=1.4)
     axis.set_yscale("log")
     axis.minorticks_off()
-    axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    locator: Any = axis.yaxis.get_major_locator()  # a LogLocator
+    locator.set_params(subs=(1, 2, 5))
     axis.yaxis.set_major_formatter("{x:g}")
 
 

@@ -56,7 +56,10 @@ def sources(names: Sequence[str], split: str, seed: int, num_examples: int, fram
         if pair_views is None:
             tasks.append(TaskSource(name, metric, clips=[_clip_loaders(scene, split, frames) for scene in seeds]))
         else:
-            pairs = [Pair(*(partial(_view, view, scene, split) for view in pair_views)) for scene in seeds]
+            image, annotation = pair_views
+            pairs = [
+                Pair(partial(_view, image, scene, split), partial(_view, annotation, scene, split)) for scene in seeds
+            ]
             tasks.append(TaskSource(name, metric, pairs=pairs))
     return tasks
 

@@ -92,9 +92,12 @@ def load_task(source: TaskSource, shots: int, queries: int, seed: int, side: int
     used = np.unique(np.concatenate([prompts.images(shots).ravel(), prompts.answer_Q]))
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(lambda number: loaders[number](side), used)))
-    renumber = partial(np.searchsorted, used)
-    numbers = (renumber(getattr(prompts, field.name)) for field in dataclasses.fields(prompts))
-    return Task(source.name, source.metric, pixels.astype(np.float32) / 255, PromptLayout(*numbers))
+
+    def renumber(numbers: np.ndarray) -> np.ndarray:
+        return np.searchsorted(used, numbers)
+
+    renumbered = PromptLayout(*map(renumber, (prompts.context_QKG, prompts.query_Qq, prompts.answer_Q)))
+    return Task(source.name, source.metric, pixels.astype(np.float32) / 255, renumbered)
 
 
 def _draw_analogies(source: TaskSource, shots: int, queries: int, seed: int) -> tuple[PromptLayout, list[ImageLoader]]:

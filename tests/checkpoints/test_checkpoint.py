@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoint_kit import METADATA, assert_equal, contents, file_content, golden_state, save, settings, small_state
+from checkpoint_kit import (
+    METADATA,
+    assert_equal,
+    contents,
+    file_content,
+    golden_state,
+    make_checkpointer,
+    save,
+    small_state,
+)
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_run import finish
@@ -29,7 +38,7 @@ from EasyLM.training.step import TrainState
 
 @pytest.mark.parametrize("run", ["init", "step15", "final"])
 def test_golden_state_is_saved_again_byte_for_byte(golden, tmp_path, run):
-    saver = checkpoints.Checkpointer(str(tmp_path), settings())
+    saver = make_checkpointer(tmp_path)
     saver.save(jax.tree.map(jnp.asarray, golden_state(golden, run)), 30, {}, METADATA)
     saver.wait()
     expected = (golden / "lvm_tiny" / run / "streaming_train_state").read_bytes()
@@ -58,7 +67,7 @@ def test_float_dtype_casts_parameters_and_nothing_else(golden, tmp_path):
     reference = file_content(tiny / "final" / "streaming_train_state")
     for float_dtype, whole in (("", False), ("bf16", False), ("fp32", False), ("bf16", True), ("fp16", True)):
         run = tmp_path / f"{float_dtype}{whole}"
-        saver = checkpoints.Checkpointer(str(run), settings(float_dtype, whole))
+        saver = make_checkpointer(str(run), float_dtype, whole)
         saver.save(state, 30, {}, METADATA)
         saver.wait()
         saved = file_content(run / ("streaming_train_state" if whole else "streaming_params"))
@@ -70,8 +79,8 @@ def test_float_dtype_casts_parameters_and_nothing_else(golden, tmp_path):
             assert saved[key].dtype == wanted.dtype and saved[key].tobytes() == wanted.tobytes(), key
     released = (tiny / "streaming_params_bf16").read_bytes()
     assert (tmp_path / "False" / "streaming_params").read_bytes() == released
-    with pytest.raises(UserError, match=r"checkpointer.float_dtype='int8': choose one of '', 'fp32'"):
-        checkpoints.Checkpointer(str(tmp_path), settings("int8"))
+    with pytest.raises(UserError, match=r"float_dtype='int8': choose one of '', 'fp32'"):
+        make_checkpointer(str(tmp_path), "int8")
 
 
 @pytest.mark.parametrize("mesh_dim", ["1,1,1", "1,8,1", "2,2,2"])
@@ -86,7 +95,7 @@ def test_the_copy_is_real(tmp_path, mesh_dim):
     params = {"params": {"h": {"w": np.zeros((2, 512, 128), np.float32)}, "b": np.zeros((64, 3), np.float32)}}
     state = jax.tree.map(put, TrainState(np.zeros((), np.int32), params, {"mu": params}))
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    saver = checkpoints.Checkpointer(str(tmp_path), settings())
+    saver = make_checkpointer(tmp_path)
     saver.prepare(state)
     for i in range(4):
         saver.save(state, i, {}, METADATA, milestone=True)
@@ -98,7 +107,7 @@ def test_the_copy_is_real(tmp_path, mesh_dim):
 
 
 def test_layout_milestones_and_pruning(tmp_path):
-    saver = checkpoints.Checkpointer(str(tmp_path), settings())
+    saver = make_checkpointer(tmp_path)
     assert checkpoints.latest_checkpoint(str(tmp_path)) is None
     for step in range(1, 7):
         save(saver, step, milestone=step in (2, 4))
@@ -121,10 +130,10 @@ def test_layout_milestones_and_pruning(tmp_path):
 
 
 def test_a_run_directory_that_was_moved_still_works(tmp_path):
-    save(checkpoints.Checkpointer(str(tmp_path / "a"), settings()), 3, milestone=True)
+    save(make_checkpointer(str(tmp_path / "a")), 3, milestone=True)
     os.rename(tmp_path / "a", tmp_path / "b")
     assert contents(str(tmp_path / "b")) == (3, 3, 3)
-    saver = checkpoints.Checkpointer(str(tmp_path / "b"), settings())
+    saver = make_checkpointer(str(tmp_path / "b"))
     save(saver, 4)
     assert contents(str(tmp_path / "b")) == (4, 4, 4)
     assert os.path.exists(tmp_path / "b" / "streaming_train_state_3")
@@ -133,7 +142,7 @@ def test_a_run_directory_that_was_moved_still_works(tmp_path):
 def test_a_step_may_be_saved_again(tmp_path):
     """A run that went back to a milestone comes past the later ones once more."""
     for _ in range(3):
-        saver = checkpoints.Checkpointer(str(tmp_path), settings())
+        saver = make_checkpointer(tmp_path)
         for step in (5, 6):
             save(saver, step, milestone=True)
             assert contents(str(tmp_path)) == (step, step, step)
@@ -143,7 +152,7 @@ def test_a_step_may_be_saved_again(tmp_path):
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_load_never_mixes_two_checkpoints(tmp_path, kept):
     """Its file's name leads to the next checkpoint before all is read, as evaluations of a run at work meet it."""
-    saver = checkpoints.Checkpointer(str(tmp_path), settings())
+    saver = make_checkpointer(tmp_path)
     save(saver, 1, milestone=kept)
     entries = checkpoints.open_checkpoint(f"trainstate::{tmp_path}/streaming_train_state")
     save(saver, 2)
@@ -155,8 +164,8 @@ def test_a_load_never_mixes_two_checkpoints(tmp_path, kept):
 
 
 def test_a_run_may_change_what_it_saves(tmp_path):
-    save(checkpoints.Checkpointer(str(tmp_path), settings()), 1)
-    save(checkpoints.Checkpointer(str(tmp_path), settings(save_optimizer_state=False)), 2)
+    save(make_checkpointer(tmp_path), 1)
+    save(make_checkpointer(str(tmp_path), save_optimizer_state=False), 2)
     assert not os.path.lexists(tmp_path / "streaming_train_state")
     saved = checkpoints.latest_checkpoint(str(tmp_path))
     assert saved.spec.startswith("params::") and checkpoints.load_metadata(saved.metadata)["step"] == 2
@@ -165,18 +174,18 @@ def test_a_run_may_change_what_it_saves(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
-    save(checkpoints.Checkpointer(str(tmp_path), settings()), 1)
+    save(make_checkpointer(tmp_path), 1)
     leftover = tmp_path / "checkpoints" / ".tmp-7"
     leftover.mkdir()
     (leftover / "streaming_train_state").write_bytes(b"half")
     os.symlink("nowhere", tmp_path / ".tmp-link")
-    save(checkpoints.Checkpointer(str(tmp_path), settings()), 2)
+    save(make_checkpointer(tmp_path), 2)
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000002"]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
 
 
 def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
-    saver = checkpoints.Checkpointer(str(tmp_path), settings())
+    saver = make_checkpointer(tmp_path)
     save(saver, 1)
     written, write_entry = [], streaming.write_entry
 
@@ -201,9 +210,9 @@ def test_a_file_size_limit_leaves_the_previous_checkpoint(tmp_path):
     program = f"""
         import resource, signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        from checkpoint_kit import checkpoints, save, settings
+        from checkpoint_kit import make_checkpointer, save
         from EasyLM.errors import UserError
-        saver = checkpoints.Checkpointer({str(tmp_path)!r}, settings())
+        saver = make_checkpointer({str(tmp_path)!r})
         save(saver, 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
         try:
@@ -233,7 +242,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
     """Kills a save of step 2 before its first, second, ... change to the disk, until one gets through."""
     program = f"""
         import os, signal, sys
-        from checkpoint_kit import checkpoints, contents, save, settings, streaming
+        from checkpoint_kit import contents, make_checkpointer, save, streaming
 
         def killed_at(moment, run_dir):
             count = 0
@@ -254,14 +263,14 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
                 tick("write")
 
             streaming.write_entry = write
-            saver = checkpoints.Checkpointer(run_dir, settings())
+            saver = make_checkpointer(run_dir)
             sys.addaudithook(tick)
             save(saver, 2, {milestone})
 
         old = new = 0
         for moment in range(1, 100):
             run_dir = os.path.join({str(tmp_path)!r}, str(moment))
-            save(checkpoints.Checkpointer(run_dir, settings()), 1, True)
+            save(make_checkpointer(run_dir), 1, True)
             child = os.fork()
             if child == 0:
                 killed_at(moment, run_dir)
@@ -270,7 +279,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, milestone):
             state, data, metadata = contents(run_dir)
             assert state == data == metadata and state in (1, 2), (moment, state, data, metadata)
             old, new = old + (state == 1), new + (state == 2)
-            save(checkpoints.Checkpointer(run_dir, settings()), 3)
+            save(make_checkpointer(run_dir), 3)
             assert contents(run_dir) == (3, 3, 3)
             assert not [name for name in os.listdir(run_dir + "/checkpoints") if "tmp" in name]
             if status == 0:
@@ -285,14 +294,14 @@ def test_the_first_process_of_a_run_says_where_it_cannot_write(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match=rf"{blocked}/run: cannot write checkpoints there \(Not a directory\)"):
-        checkpoints.Checkpointer(str(blocked / "run"), settings())
+        make_checkpointer(str(blocked / "run"))
     (tmp_path / "copied" / "latest").mkdir(parents=True)
     with pytest.raises(UserError, match="copied without its links"):
-        checkpoints.Checkpointer(str(tmp_path / "copied"), settings())
+        make_checkpointer(str(tmp_path / "copied"))
 
 
 def test_other_failures_are_not_hidden(tmp_path, monkeypatch):
-    saver = checkpoints.Checkpointer(str(tmp_path), settings())
+    saver = make_checkpointer(tmp_path)
     monkeypatch.setattr(streaming, "write_entry", lambda *_: 1 / 0)
     saver.save(small_state(1), 1, {}, METADATA)
     with pytest.raises(ZeroDivisionError):
@@ -302,7 +311,7 @@ def test_other_failures_are_not_hidden(tmp_path, monkeypatch):
 
 def test_a_remote_run_directory(monkeypatch):
     run_dir = "memory://bucket/run"
-    saver = checkpoints.Checkpointer(run_dir, settings())
+    saver = make_checkpointer(run_dir)
     assert checkpoints.latest_checkpoint(run_dir) is None
     for step in range(1, 5):
         save(saver, step, milestone=step == 2)
@@ -319,7 +328,7 @@ def test_a_remote_run_directory(monkeypatch):
     assert contents(run_dir) == (4, 4, 4)
     save(saver, 6)
     assert contents(run_dir) == (6, 6, 6)
-    back = checkpoints.Checkpointer(run_dir, settings())  # of a run that went back to the milestone
+    back = make_checkpointer(run_dir)  # of a run that went back to the milestone
     save(back, 3)
     assert contents(run_dir) == (3, 3, 3)
 
@@ -327,8 +336,8 @@ def test_a_remote_run_directory(monkeypatch):
 def test_a_remote_step_that_is_saved_again_is_there_until_the_new_one_is(monkeypatch):
     """As when the command of a finished run is repeated."""
     run_dir = "memory://bucket/again"
-    save(checkpoints.Checkpointer(run_dir, settings()), 4)
-    again = checkpoints.Checkpointer(run_dir, settings())
+    save(make_checkpointer(run_dir), 4)
+    again = make_checkpointer(run_dir)
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
         with pytest.raises(UserError, match="the previous one is intact"):
@@ -384,7 +393,6 @@ def test_two_processes_save_what_they_share(tmp_path, port):
         from EasyLM.parallel import make_mesh
         from EasyLM.training.step import TrainState
         from jax.sharding import NamedSharding, PartitionSpec as P
-        import ml_collections
 
         mesh = make_mesh("1,4,1")
         def make(shape, spec):
@@ -393,8 +401,7 @@ def test_two_processes_save_what_they_share(tmp_path, port):
         layers = {"w": make((3, 8, 4), P(None, "fsdp"))}
         params = {"params": {"h": layers, "b": make((5,), P()), "c": make((8, 2), P("fsdp"))}}
         state = TrainState(make((), P()).astype("int32"), params, {"mu": params})
-        config = ml_collections.ConfigDict({"float_dtype": "", "save_optimizer_state": True})
-        saver = checkpoints.Checkpointer(run_dir, config)
+        saver = checkpoints.Checkpointer(run_dir, save_optimizer_state=True)
         saver.prepare(state)
         saver.save(state, 1, {}, {})
         saver.wait()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoint_kit import METADATA, assert_equal, file_content, golden_state, settings, shapes_of, small_state
+from checkpoint_kit import METADATA, assert_equal, file_content, golden_state, make_checkpointer, shapes_of, small_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -103,7 +103,7 @@ def accumulating_states():
 def test_accumulation_may_be_switched_on_and_off(tmp_path, caplog):
     plain, multi = accumulating_states()
     for name, state in {"plain": plain, "multi": multi}.items():
-        saver = checkpoints.Checkpointer(str(tmp_path / name), settings())
+        saver = make_checkpointer(str(tmp_path / name))
         saver.save(state, 5, {}, METADATA)
         saver.wait()
     on = checkpoints.load(f"trainstate::{tmp_path}/plain/streaming_train_state", shapes_of(multi))

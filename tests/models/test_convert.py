@@ -246,19 +246,19 @@ def test_bad_exports_are_refused_and_leave_nothing(golden, tmp_path, monkeypatch
         ({"load_checkpoint": ""}, "--load_checkpoint is missing"),
         ({"output_dir": ""}, "--output_dir is missing"),
         ({"load_checkpoint": "params::missing", "model_size": "vqlm_7b"}, "there is no missing"),
-        ({"load_checkpoint": bf16}, "--model_size is empty, and no metadata.json lies beside .*vqlm_7b"),
+        ({"load_checkpoint": bf16}, "--model_size is empty, and there is no metadata.json beside .*vqlm_7b"),
         ({"load_checkpoint": bf16, "model_size": "7b"}, "--model_size='7b': choose one of 'vqlm_debug'"),
         (
             {"load_checkpoint": bf16, "model_size": "vqlm_debug"},
             r"lm_head/kernel has shape \(64, 512\), expected \(128, 8292\)",
         ),
-        ({"load_checkpoint": f"trainstate::{state}"}, "only parameters are exported: trainstate_params::"),
+        ({"load_checkpoint": f"trainstate::{state}"}, "only parameters are exported: use trainstate_params::"),
     ):
         with pytest.raises(UserError, match=said):
             run(convert_easylm_to_hf, **{"load_checkpoint": tiny_state(golden), "output_dir": str(out)} | values)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail_as_if_the_disk_were_full)
-        with pytest.raises(UserError, match=rf"--output_dir={out}: could not be written \(No space left on device\)"):
+        with pytest.raises(UserError, match=rf"--output_dir={out}: cannot be written \(No space left on device\)"):
             export(tiny_state(golden), out)
     assert os.listdir(tmp_path) == []
     export(tiny_state(golden), out)
@@ -298,12 +298,12 @@ def test_bad_imports_are_refused_and_leave_nothing(golden, tmp_path, monkeypatch
     config.write_text(json.dumps(good_config))
     for data in (b"", b"x" * 100, good_weights[:500], good_weights[:-1]):
         weights.write_bytes(data)
-        with pytest.raises(UserError, match=f"{weights}: not a whole safetensors file"):
+        with pytest.raises(UserError, match=f"{weights}: not a complete safetensors file"):
             import_(directory, tmp_path / "out" / "params")
     weights.write_bytes(good_weights)
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "write_entry", fail_as_if_the_disk_were_full)
-        with pytest.raises(UserError, match=r"could not be written \(No space left on device\)"):
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
             import_(directory, tmp_path / "out" / "params")
     assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
     import_(directory, tmp_path / "out" / "params")
@@ -326,6 +326,6 @@ def test_a_pickle_that_runs_code_is_not_imported(golden, tmp_path, monkeypatch):
         import_(directory, tmp_path / "out" / "params")
     torch.save({"a": Evil()}, os.path.join(directory, "pytorch_model.bin"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="not a readable file of torch weights"):
+    with pytest.raises(UserError, match="not a readable torch weights file"):
         import_(directory, tmp_path / "out" / "params")
     assert not os.path.exists("hacked")

@@ -13,11 +13,12 @@ from scipy import stats
 from EasyLM import flags
 from EasyLM.checkpoints import load
 from EasyLM.errors import UserError
-from EasyLM.models.generate import Sampling, check_sampling, generate, left_padded, sample
+from EasyLM.models.generate import generate, left_padded
 from EasyLM.models.llama import convert_easylm_to_hf, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder, log_likelihoods
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
+from EasyLM.models.sampling import Sampling, check_sampling, sample
 from EasyLM.parallel import make_mesh, shardings
 
 CONFIG = LLaMAConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -53,7 +54,7 @@ drawn = functools.partial(generate, num_new_tokens=20, num_candidates=2, allowed
 
 @pytest.mark.slow
 def test_greedy_over_several_sizes_of_the_cache(golden, monkeypatch):
-    monkeypatch.setattr("EasyLM.models.generate._FIRST_SLOTS", 16)
+    monkeypatch.setattr("EasyLM.models.generate._INITIAL_SLOTS", 16)
     shapes = jax.eval_shape(lambda: llama_model.init_params(CONFIG, jax.random.key(0)))
     params = load(f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state", shapes)
     prompt_P = np.load(golden / "lvm_tiny/golden.npz")["input_tokens"][0, :24]

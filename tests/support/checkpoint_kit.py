@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import ml_collections
 import numpy as np
 
 from EasyLM import checkpoints
@@ -14,8 +13,8 @@ from EasyLM.training.step import TrainState
 METADATA = {"flags": {}}
 
 
-def settings(float_dtype="", save_optimizer_state=True):
-    return ml_collections.ConfigDict({"float_dtype": float_dtype, "save_optimizer_state": save_optimizer_state})
+def make_checkpointer(run_dir, float_dtype="", save_optimizer_state=True) -> checkpoints.Checkpointer:
+    return checkpoints.Checkpointer(str(run_dir), float_dtype=float_dtype, save_optimizer_state=save_optimizer_state)
 
 
 def golden_state(golden, run="final") -> TrainState:
@@ -77,7 +76,7 @@ def random_params(directory, model):
         return noise * np.float32(gain * x.shape[-2] ** -0.5)
 
     params = jax.tree_util.tree_map_with_path(draw, hf_layout.parameter_shapes(model))
-    saver = checkpoints.Checkpointer(str(directory), settings("fp32", save_optimizer_state=False))
+    saver = make_checkpointer(directory, "fp32", save_optimizer_state=False)
     state = type("State", (), {"params": params})
     saver.save(state, 0, {}, checkpoints.make_metadata(0, {}, llama_config=dataclasses.asdict(model)))
     saver.wait()

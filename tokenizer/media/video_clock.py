@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, check_installed
 
 # Codecs with one shown frame a packet, at the packet's time. (VP8, for one, has packets that are never shown.)
 _ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "prores", "ffv1"}
@@ -44,10 +44,9 @@ class VideoClock:
 
 def import_av() -> ModuleType:
     """Imports PyAV. Raises UserError naming the extra if it is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise UserError("video files need the package av: pip install -e '.[video]'") from None
+    check_installed("a video file", "video", "av")
+    import av
+
     return av
 
 

@@ -22,7 +22,8 @@ def conv_pool(x_BHWC: jax.Array, conv: nnx.Conv) -> jax.Array:
     The 4x4 kernel is the mean of the 3x3 kernel at its four offsets.
     """
     offsets = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
-    kernel = sum(jnp.pad(conv.kernel[...], offset) for offset in offsets) / 4
+    a, b, c, d = (jnp.pad(conv.kernel[...], offset) for offset in offsets)
+    kernel = (a + b + c + d) / 4
     y_BhwC = _convolve(x_BHWC, kernel, conv, 2, ((1, 1), (1, 1)))
     return y_BhwC + conv.bias[...].astype(conv.dtype)[None, None, None]
 
@@ -58,7 +59,8 @@ def upsample_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
 
 def pool(x_BHWC: jax.Array) -> jax.Array:
     """Means of 2x2 positions."""
-    return sum(x_BHWC[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+    a, b, c, d = (x_BHWC[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
+    return (a + b + c + d) / 4
 
 
 def upsample(x_BhwC: jax.Array) -> jax.Array:

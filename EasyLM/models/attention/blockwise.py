@@ -25,7 +25,8 @@ def blockwise_attention(
 def _forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk):
     """Returns the output and the logarithm of the softmax's denominator, [i, B, H, t]."""
     batch, length, heads, head_dim = q_BTHK.shape
-    q_BHTK, k_BHSK, v_BHSK = _heads_first(q_BTHK, query_chunk), *(_heads_first(x, key_chunk) for x in (k_BSHK, v_BSHK))
+    q_BHTK = _heads_first(q_BTHK, query_chunk)
+    k_BHSK, v_BHSK = (_heads_first(x, key_chunk) for x in (k_BSHK, v_BSHK))
     num_keys = k_BHSK.shape[2] // key_chunk
 
     def attend(i):

@@ -1,12 +1,13 @@
 """Exports a checkpoint as a Hugging Face LLaMA: `python -m EasyLM.models.llama.convert_easylm_to_hf --flag=value`.
 
-One tensor is in memory at a time, so that a model of any size is exported on a small machine.
+Holds one tensor in memory at a time, so the size of the model is not limited by the machine's memory.
 """
 
 import json
 import os
 import shutil
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from EasyLM import checkpoints, flags
@@ -20,7 +21,7 @@ FLAGS = {
     "load_checkpoint": Flag(
         "", "PREFIX::FILE of the parameters: trainstate_params, params, flax_params, ...", required=True
     ),
-    "model_size": Flag("", "Preset of the model; empty: as the metadata beside the checkpoint says."),
+    "model_size": Flag("", "Preset of the model; empty: read the metadata beside the checkpoint."),
     "output_dir": Flag(
         "", "Directory for config.json, generation_config.json and the safetensors shards.", required=True
     ),
@@ -30,40 +31,43 @@ FLAGS = {
 }
 
 
-def main(config) -> None:
-    """Exports as the flags say. The output appears when it is whole."""
-    if found := hf_files.holds_model(config.output_dir):
-        raise UserError(f"--output_dir={config.output_dir}: already holds a model ({found}); name another directory")
+def main(config: ConfigDict) -> None:
+    """Exports the checkpoint. The output directory appears once it is complete."""
+    if existing := hf_files.model_file(config.output_dir):
+        raise UserError(f"--output_dir={config.output_dir}: already holds a model ({existing}); name another directory")
     if config.load_checkpoint.startswith("trainstate::"):
         raise UserError(
-            f"--load_checkpoint={config.load_checkpoint}: only parameters are exported: trainstate_params::"
+            f"--load_checkpoint={config.load_checkpoint}: only parameters are exported: use trainstate_params::"
         )
     entries = checkpoints.open_checkpoint(config.load_checkpoint)
-    model = _model(config)
+    model = _model_config(config.model_size, config.load_checkpoint)
     dtype = checkpoints.FLOAT_DTYPES.get(config.float_dtype)
     export(model, hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype), config.output_dir)
     print(f"exported to {config.output_dir}")
 
 
-def _model(config) -> LLaMAConfig:
-    if config.model_size:
-        return PRESETS[choose("--model_size", config.model_size, PRESETS)]
-    path = config.load_checkpoint.partition("::")[2]
-    found = config_beside(path)
-    if found is None:
-        raise UserError(
-            f"--model_size is empty, and no metadata.json lies beside {path}: give one of {', '.join(PRESETS)}"
-        )
-    return found
+def _model_config(model_size: str, load_checkpoint: str) -> LLaMAConfig:
+    if model_size:
+        return PRESETS[choose("--model_size", model_size, PRESETS)]
+    path = load_checkpoint.partition("::")[2]
+    model = config_beside(path)
+    if model is None:
+        presets = ", ".join(PRESETS)
+        raise UserError(f"--model_size is empty, and there is no metadata.json beside {path}: choose one of {presets}")
+    return model
 
 
 def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
-    """Writes a model directory: under a temporary name, then in place; `config.json`, which makes it a model, last."""
+    """Writes a model directory atomically. Into an existing directory the files are moved, `config.json` last.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
     temporary = f"{output_dir.rstrip('/')}.tmp-{os.getpid()}"
     try:
         os.makedirs(temporary)
         with tqdm(total=len(tensors), desc="exporting", unit="tensor") as bar:
-            hf_files.write_safetensors(temporary, [hf_files.counted(tensor, bar) for tensor in tensors])
+            hf_files.write_safetensors(temporary, [hf_files.with_progress(tensor, bar) for tensor in tensors])
         dtype = tensors[0].dtype
         for name, values in {
             "generation_config.json": hf_layout.generation_config(model),
@@ -77,7 +81,7 @@ def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
         for name in sorted(os.listdir(temporary), key=lambda name: name == "config.json"):
             os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
     except OSError as error:
-        raise UserError(f"--output_dir={output_dir}: could not be written ({error.strerror})") from error
+        raise UserError(f"--output_dir={output_dir}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

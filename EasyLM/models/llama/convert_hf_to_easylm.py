@@ -1,16 +1,18 @@
 """Imports a Hugging Face LLaMA: `python -m EasyLM.models.llama.convert_hf_to_easylm --hf_model=DIR --output_file=FILE`.
 
-Reads safetensors, or torch's `.bin` (that needs torch). One tensor is in memory at a time. The model's settings are
-written beside the file as `metadata.json`, from where training, export and evaluation read them.
+Reads safetensors, or torch's `.bin` (which needs torch). Holds one tensor in memory at a time. Writes the model's
+settings beside the file as `metadata.json`, which training, export and evaluation read.
 """
 
 import dataclasses
 import os
+from typing import BinaryIO
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from EasyLM import checkpoints, flags
-from EasyLM.checkpoints import streaming
+from EasyLM.checkpoints import Entry, streaming
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
@@ -25,39 +27,34 @@ FLAGS = {
 }
 
 
-def main(config) -> None:
-    """Imports as the flags say. The output appears when it is whole."""
+def main(config: ConfigDict) -> None:
+    """Imports the model. The output file appears once it is complete."""
     directory = os.path.dirname(os.path.abspath(config.output_file))
-    metadata = os.path.join(directory, "metadata.json")
-    for path in (config.output_file, metadata):
+    metadata_path = os.path.join(directory, "metadata.json")
+    for path in (config.output_file, metadata_path):
         if os.path.exists(path):
             raise UserError(f"--output_file={config.output_file}: {path} exists; name a file in a directory of its own")
     model, entries = hf_layout.read_model(config.hf_model)
-    facts = checkpoints.make_metadata(0, config.to_dict(), llama_config=dataclasses.asdict(model))
-
-    def write_weights(file):
-        with tqdm(total=len(entries), desc="importing", unit="tensor") as bar:
-            write(file, [hf_files.counted(entry, bar) for entry in entries], config.streaming)
-
+    metadata = checkpoints.make_metadata(0, config.to_dict(), llama_config=dataclasses.asdict(model))
     os.makedirs(directory, exist_ok=True)
     try:
-        with atomic_file(config.output_file) as file:
-            write_weights(file)
-        write_json(metadata, facts)
+        with atomic_file(config.output_file) as file, tqdm(total=len(entries), desc="importing", unit="tensor") as bar:
+            _write(file, [hf_files.with_progress(entry, bar) for entry in entries], config.streaming)
+        write_json(metadata_path, metadata)
     except OSError as error:
-        raise UserError(f"--output_file={config.output_file}: could not be written ({error.strerror})") from error
+        raise UserError(f"--output_file={config.output_file}: cannot be written ({error.strerror})") from error
     prefix = "params" if config.streaming else "flax_params"
     print(f"imported; load it as {prefix}::{config.output_file}")
 
 
-def write(file, entries, as_stream: bool) -> None:
-    """Writes parameters as the release does: their paths begin below `params`."""
-    entries = (dataclasses.replace(entry, key=entry.key[1:]) for entry in entries)
+def _write(file: BinaryIO, entries: list[Entry], as_stream: bool) -> None:
+    """Writes parameters as the LVM release does: without the leading `params` of their keys."""
+    below_params = (entry.renamed(entry.key[1:]) for entry in entries)
     if as_stream:
-        for entry in entries:
+        for entry in below_params:
             streaming.write_entry(file, entry.key, entry.read())
     else:
-        streaming.write_flax(file, entries)
+        streaming.write_flax(file, below_params)
 
 
 def cli() -> None:

@@ -1,5 +1,6 @@
-"""Weight files of Hugging Face models, tensor by tensor: safetensors written and read, torch's `.bin` read."""
+"""Weight files of Hugging Face models: reads and writes safetensors, reads torch's `.bin`, one tensor at a time."""
 
+import dataclasses
 import functools
 import glob
 import json
@@ -9,22 +10,23 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
+from tqdm import tqdm
 
 from EasyLM.checkpoints import entries
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.errors import UserError
 
 MAX_SHARD_BYTES = 5 * 10**9
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
 def write_safetensors(directory: str, tensors: list[Entry]) -> None:
     """Writes tensors, in order, to shards of at most 5 GB (or one tensor), with an index if there are several.
 
-    One tensor is in memory at a time.
+    Holds one tensor in memory at a time.
     """
-    shards = [[]]
+    shards: list[list[Entry]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(map(_num_bytes, shards[-1])) + _num_bytes(tensor) > MAX_SHARD_BYTES:
             shards.append([])
@@ -45,17 +47,18 @@ def write_safetensors(directory: str, tensors: list[Entry]) -> None:
 
 
 def _write_shard(file, tensors: Iterable[Entry]) -> None:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for tensor in tensors:
         end = offset + _num_bytes(tensor)
         header[tensor.key[0]] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
             "shape": tensor.shape,
             "data_offsets": [offset, end],
         }
         offset = end
     data = json.dumps(header).encode()
-    data += b" " * (-len(data) % 8)  # tensors begin at a multiple of 8, as readers like
+    data += b" " * (-len(data) % 8)  # aligns the tensors to 8 bytes
     file.write(len(data).to_bytes(8, "little") + data)
     for tensor in tensors:
         file.write(entries.bytes_of(tensor.read()))
@@ -66,7 +69,7 @@ def _num_bytes(tensor: Entry) -> int:
 
 
 def read_weights(directory: str) -> list[Entry]:
-    """The tensors of a model directory, none of them read yet; a key has one part, the tensor's name.
+    """Returns the tensors of a model directory, not yet read. A key has one part, the tensor's name.
 
     Raises:
       UserError: naming the file, if there are no weights, or a file is broken or missing.
@@ -90,15 +93,15 @@ def _read_safetensors(path: str) -> list[Entry]:
             header = json.loads(file.read(min(length, size)))
         header.pop("__metadata__", None)
         tensors = []
-        for name, facts in header.items():
-            begin, end = facts["data_offsets"]
-            shape, dtype = tuple(facts["shape"]), np.dtype(_DTYPES[facts["dtype"]])
+        for name, info in header.items():
+            begin, end = info["data_offsets"]
+            shape, dtype = tuple(info["shape"]), np.dtype(_SAFETENSORS_DTYPES[info["dtype"]])
             if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
                 raise ValueError(f"{name}: {end - begin} bytes of {size} do not make {shape} of {dtype}")
             read = functools.partial(entries.read_pieces, path, ((8 + length + begin, end - begin),))
             tensors.append(Entry((name,), shape, dtype, read))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a complete safetensors file ({type(error).__name__}: {error})") from None
     return tensors
 
 
@@ -107,8 +110,8 @@ def _read_torch(path: str) -> list[Entry]:
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds, with advice that is not for our users
-        raise UserError(f"{path}: not a readable file of torch weights ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # of many types, with advice that does not apply here
+        raise UserError(f"{path}: not a readable torch weights file ({str(error).splitlines()[0]})") from None
 
     def read(tensor, out):
         raw = tensor.contiguous().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
@@ -120,18 +123,18 @@ def _read_torch(path: str) -> list[Entry]:
     ]
 
 
-def counted(tensor: Entry, bar) -> Entry:
-    """The same, and a progress bar moves when it is read."""
+def with_progress(tensor: Entry, bar: tqdm) -> Entry:
+    """Returns the tensor; reading it advances a progress bar."""
 
-    def read_into(out):
+    def read_into(out: np.ndarray) -> None:
         tensor.read_into(out)
         bar.update()
 
-    return Entry(tensor.key, tensor.shape, tensor.dtype, read_into)
+    return dataclasses.replace(tensor, read_into=read_into)
 
 
-def holds_model(directory: str) -> str | None:
-    """The name of a file that makes a directory a model's, or None."""
+def model_file(directory: str) -> str | None:
+    """Returns the name of a model file in a directory, or None."""
     pattern = re.compile(r"config\.json|.*\.safetensors|pytorch_model.*\.bin")
     names = os.listdir(directory) if os.path.isdir(directory) else []
     return next((name for name in sorted(names) if pattern.fullmatch(name)), None)

@@ -1,23 +1,25 @@
-"""How a LLaMA of ours and one of Hugging Face's name and lay out the same numbers.
+"""The names and the layout of a LLaMA's parameters in this project and in Hugging Face's.
 
-Kernels are `[in, out]` here, `[out, in]` there. Rotary embeddings turn the pairs (2i, 2i+1) of a head here and the
-pairs (i, i + K/2) there, so the outputs of the query and key projections are in another order within each head.
-Letters: D in, H heads, K head dimension.
+Kernels are [in, out] here and [out, in] there. Rotary embeddings rotate the pairs (2i, 2i+1) of a head here and the
+pairs (i, i + K/2) there, so the order of the query and key projections' outputs within a head differs.
 """
 
 import json
 import os
+from typing import Any
 
 import jax
 import numpy as np
+from einops import rearrange
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import Entry, stacking
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_model
-from EasyLM.models.llama.llama_config import LLaMAConfig, config_from_dict
+from EasyLM.models.llama.llama_config import TOKEN_IDS, LLaMAConfig, config_from_dict
 
-_IN_LAYER = {
+# Parameter in a layer -> tensor below `model.layers.{i}`.
+_LAYER_NAMES = {
     "attention/wq/kernel": "self_attn.q_proj",
     "attention/wk/kernel": "self_attn.k_proj",
     "attention/wv/kernel": "self_attn.v_proj",
@@ -28,7 +30,8 @@ _IN_LAYER = {
     "attention_norm/kernel": "input_layernorm",
     "ffn_norm/kernel": "post_attention_layernorm",
 }
-_OUTSIDE = {
+# Parameter outside the layers -> tensor.
+_OTHER_NAMES = {
     "params/transformer/wte/embedding": "model.embed_tokens",
     "params/transformer/ln_f/kernel": "model.norm",
     "params/lm_head/kernel": "lm_head",
@@ -37,44 +40,47 @@ _ROTARY = ("q_proj.weight", "k_proj.weight")
 
 
 def hf_name(key: tuple[str, ...]) -> str:
-    """The tensor's name there, of a parameter's path in our files."""
+    """Returns the Hugging Face name of a parameter, given its key in a checkpoint."""
     path = "/".join(key)
-    if path in _OUTSIDE:
-        return f"{_OUTSIDE[path]}.weight"
+    if path in _OTHER_NAMES:
+        return f"{_OTHER_NAMES[path]}.weight"
     _, _, _, layer, rest = path.split("/", 4)
-    return f"model.layers.{layer}.{_IN_LAYER[rest]}.weight"
+    return f"model.layers.{layer}.{_LAYER_NAMES[rest]}.weight"
 
 
 def to_hf(name: str, array: np.ndarray, heads: int) -> np.ndarray:
-    """A parameter as Hugging Face lays it out."""
+    """Returns a parameter in the layout of the Hugging Face tensor `name`."""
     if array.ndim == 1 or name == "model.embed_tokens.weight":
         return array
     if name.endswith(_ROTARY):
-        array_DHK2 = array.reshape(array.shape[0], heads, -1, 2)
-        return np.ascontiguousarray(array_DHK2.transpose(1, 3, 2, 0)).reshape(array.shape[::-1])
+        array = rearrange(array, "D (H k pair) -> (H pair k) D", H=heads, pair=2)
+        return np.ascontiguousarray(array)
     return np.ascontiguousarray(array.T)
 
 
 def from_hf(name: str, array: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `to_hf`, as a view where that is possible."""
+    """The inverse of `to_hf`; a view where possible."""
     if array.ndim == 1 or name == "model.embed_tokens.weight":
         return array
     if name.endswith(_ROTARY):
-        array_H2KD = array.reshape(heads, 2, -1, array.shape[1])
-        return array_H2KD.transpose(3, 0, 2, 1).reshape(array.shape[::-1])
+        return rearrange(array, "(H pair k) D -> D (H k pair)", H=heads, pair=2)
     return array.T
 
 
 def hf_tensors(config: LLaMAConfig, entries: list[Entry], source: str, dtype: np.dtype | None) -> list[Entry]:
-    """Our parameters as Hugging Face tensors, none of them read yet, in the order of the layers.
+    """Returns the entries of a checkpoint as Hugging Face tensors, not yet read, in the order of the layers.
+
+    Args:
+      source: the checkpoint's name in error messages.
+      dtype: of the tensors; None: the entries' own.
 
     Raises:
-      UserError: if names or shapes are not this model's; `source` names the file.
+      UserError: if names or shapes are not this model's.
     """
-    found = {entry.key: entry for entry in entries}
+    by_key = {entry.key: entry for entry in entries}
     shapes = parameter_shapes(config)
-    checkpoints.check_entries(source, found, stacking.stacked_arrays(shapes))
-    return [_hf_tensor(config, found[key], dtype) for key, _, _ in stacking.file_order(shapes)]
+    checkpoints.check_entries(source, by_key, stacking.stacked_arrays(shapes))
+    return [_hf_tensor(config, by_key[key], dtype) for key, _, _ in stacking.file_order(shapes)]
 
 
 def _hf_tensor(config: LLaMAConfig, entry: Entry, dtype: np.dtype | None) -> Entry:
@@ -88,31 +94,31 @@ def _hf_tensor(config: LLaMAConfig, entry: Entry, dtype: np.dtype | None) -> Ent
 
 
 def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
-    """A Hugging Face model's settings, and its parameters under our names, none of them read yet.
+    """Returns the settings of a Hugging Face model, and its parameters as checkpoint entries, not yet read.
 
     Raises:
-      UserError: if it is no plain LLaMA, or files are missing or broken.
+      UserError: if it is not a plain LLaMA, or files are missing or broken.
     """
     path = os.path.join(directory, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
     except FileNotFoundError:
-        raise UserError(f"{directory}: no Hugging Face model: there is no config.json") from None
+        raise UserError(f"{directory}: no Hugging Face model: config.json is missing") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     config = config_from_dict(values, path)
     if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act={values['hidden_act']!r}: only 'silu' is known here")
+        raise UserError(f"{path}: hidden_act={values['hidden_act']!r}: only 'silu' is supported")
     tensors = {tensor.key[0]: tensor for tensor in hf_files.read_weights(directory)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some writers store the embedding twice
-    names = {hf_name(key): key for key, _, _ in stacking.file_order(parameter_shapes(config))}
-    missing, unknown = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
+        tensors.pop("lm_head.weight", None)  # some writers store the tied embedding twice
+    key_of = {hf_name(key): key for key, _, _ in stacking.file_order(parameter_shapes(config))}
+    missing, unknown = sorted(set(key_of) - set(tensors)), sorted(set(tensors) - set(key_of))
     if missing or unknown:
         raise UserError(f"{directory}: not the tensors of a LLaMA: missing {missing[:4]}, unknown {unknown[:4]}")
-    entries = [_entry(config, key, tensors[name]) for name, key in names.items()]
+    entries = [_entry(config, key, tensors[name]) for name, key in key_of.items()]
     checkpoints.check_entries(
         directory, {entry.key: entry for entry in entries}, stacking.stacked_arrays(parameter_shapes(config))
     )
@@ -130,7 +136,7 @@ def _entry(config: LLaMAConfig, key: tuple[str, ...], tensor: Entry) -> Entry:
 
 
 def parameter_shapes(config: LLaMAConfig) -> dict:
-    """The tree of the model's parameters, as shapes."""
+    """Returns the model's parameters as a tree of `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
 
 
@@ -138,8 +144,8 @@ def parameter_shapes(config: LLaMAConfig) -> dict:
 CHECKPOINT_FORMATS = {**checkpoints.CHECKPOINT_FORMATS, "huggingface": lambda directory: read_model(directory)[1]}
 
 
-def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict:
-    """The content of `config.json`."""
+def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict[str, Any]:
+    """Returns the content of `config.json`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -166,12 +172,12 @@ def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict:
     }
 
 
-def generation_config(config: LLaMAConfig) -> dict:
-    """The content of `generation_config.json`: greedy unless asked; sampling, from all ids (there, from 50)."""
+def generation_config(config: LLaMAConfig) -> dict[str, Any]:
+    """Returns the content of `generation_config.json`: greedy by default; sampling is from all ids, not from 50."""
     return {**special_ids(config), "do_sample": False, "top_k": 0}
 
 
-def special_ids(config: LLaMAConfig) -> dict:
-    """bos, eos and pad. Of a vocabulary that lacks them they are null: left out, they would be image codes 1 and 2."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: value if (value := getattr(config, name)) < config.vocab_size else None for name in names}
+def special_ids(config: LLaMAConfig) -> dict[str, int | None]:
+    """Returns the ids of bos, eos and pad; null if the vocabulary lacks them. (The default is 1 and 2, image codes.)"""
+    ids = {name: getattr(config, name) for name in TOKEN_IDS}
+    return {name: value if value < config.vocab_size else None for name, value in ids.items()}

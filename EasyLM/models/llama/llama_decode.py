@@ -118,8 +118,9 @@ class LLaMADecoder:
         new = []
         for layer, prompt, own in zip(transformer["h"], prompt_cache["layers"], cache, strict=True):
             block = nnx.merge(block_graph, layer)
-            q, k, v = (_heads_first(x) for x in block.attention.project(block.attention_norm(x_BCD), context))
-            out_BHCK = _attend(q, k, v, *prompt, prompt_cache["mask_BP"], *own, slot)
+            projected = block.attention.project(block.attention_norm(x_BCD), context)
+            q, k, v = (_heads_first(x_BCHK) for x_BCHK in projected)
+            out_BHCK = _attend(q, k, v, prompt, prompt_cache["mask_BP"], own, slot)
             x_BCD += block.attention.wo(merge_heads(rearrange(out_BHCK, "B H C K -> B C H K")))
             x_BCD += block.feed_forward(block.ffn_norm(x_BCD), context)
             new.append((k, v))
@@ -185,8 +186,9 @@ def _log_likelihoods(config, params, tokens_BT, from_position, mask_BT, dtype, m
     return join_time(log_p_CBt, length)
 
 
-def _attend(q_BHCK, k_BHCK, v_BHCK, k_BHPK, v_BHPK, mask_BP, k_BHCSK, v_BHCSK, slot):
+def _attend(q_BHCK, k_BHCK, v_BHCK, prompt, mask_BP, own, slot):
     """Attention of each candidate's new token to the shared prompt, to its tokens before `slot`, and to itself."""
+    (k_BHPK, v_BHPK), (k_BHCSK, v_BHCSK) = prompt, own
     q_BHCK = q_BHCK * q_BHCK.shape[-1] ** -0.5
     scores_BHCP = _einsum("BHCK,BHPK->BHCP", q_BHCK, k_BHPK)
     if mask_BP is not None:

@@ -58,7 +58,7 @@ def test_outputs_inside_a_clip_are_refused(tmp_path, output_dir):
     for number in range(2):
         write_clip(tmp_path / "clip" / str(number), 2)
     settings = {"input_files": f"{tmp_path}/clip/*", "frame_input": True, "n_context_frames": 2}
-    with pytest.raises(UserError, match=r"would be written into the clip .*/clip/0: choose another --output_dir"):
+    with pytest.raises(UserError, match=r"would be written into the clip .*/clip/0: choose another output folder"):
         run_main(generate_videos, **settings, output_dir=f"{tmp_path}/{output_dir}", checkpoint="none")
 
 

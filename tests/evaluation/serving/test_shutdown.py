@@ -1,4 +1,4 @@
-"""A service that is full, stops, or cannot start: accepted requests are finished, the others are told."""
+"""A service that is full, stops, or cannot start: accepted requests are finished, others are refused."""
 
 import asyncio
 import json
