@@ -16,7 +16,7 @@ from EasyLM.parallel import make_mesh
 from EasyLM.training.step import TrainState
 
 
-def test_every_prefix_gives_the_same_parameters(golden, tmp_path):
+def test_every_prefix_loads_equal_parameters(golden, tmp_path):
     import orbax.checkpoint as ocp
 
     tiny = golden / "lvm_tiny"
@@ -45,7 +45,7 @@ def test_layers_are_stacked_on_loading(golden):
 
 
 @pytest.mark.parametrize("mesh_dim", ["1,1,8", "2,2,2", "8,1,1"])
-def test_arrays_go_where_their_sharding_says(golden, mesh_dim):
+def test_arrays_are_placed_on_their_shardings(golden, mesh_dim):
     mesh, params = make_mesh(mesh_dim), golden_state(golden).params
     specs = {1: P(), 2: P("fsdp", "mp"), 3: P(None, ("dp", "fsdp"), "mp")}
 
@@ -63,19 +63,19 @@ def test_arrays_go_where_their_sharding_says(golden, mesh_dim):
             np.testing.assert_array_equal(np.asarray(shard.data), y.astype(jnp.bfloat16)[shard.index])
 
 
-def test_stacked_layers_split_over_devices(golden):
+def test_layers_split_over_devices(golden):
     mesh, params = make_mesh("4,2,1"), golden_state(golden).params
-    place = NamedSharding(mesh, P("fsdp"))  # of two layers, each device has one
+    one_layer = NamedSharding(mesh, P("fsdp"))  # of two layers, each device has one
     layers = params["params"]["transformer"]["h"]
     target = shapes_of(params)
     target["params"]["transformer"]["h"] = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), layers
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_layer), layers
     )
     loaded = checkpoints.load(f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state", target)
     assert_equal(loaded["params"]["transformer"]["h"], layers)
 
 
-def test_a_real_optimizer_state_is_restored(golden):
+def test_optimizer_state_is_restored(golden):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
     target = jax.eval_shape(
         lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), jax.tree.map(jnp.asarray, golden_state(golden).params)
@@ -100,7 +100,7 @@ def accumulating_states():
         yield TrainState(jnp.int32(5), params, opt_state)
 
 
-def test_accumulation_may_be_switched_on_and_off(tmp_path, caplog):
+def test_accumulation_can_be_switched_on_and_off(tmp_path, caplog):
     plain, multi = accumulating_states()
     for name, state in {"plain": plain, "multi": multi}.items():
         saver = make_checkpointer(str(tmp_path / name))
@@ -119,7 +119,7 @@ def test_accumulation_may_be_switched_on_and_off(tmp_path, caplog):
     assert_equal(same, multi)
 
 
-def test_what_cannot_be_loaded_is_said_before_anything_is_read(golden, tmp_path, monkeypatch):
+def test_invalid_loads_fail_before_reading_arrays(golden, tmp_path, monkeypatch):
     tiny = golden / "lvm_tiny"
     path = f"{tiny}/final/streaming_train_state"
     params = shapes_of(golden_state(golden).params)
@@ -132,7 +132,7 @@ def test_what_cannot_be_loaded_is_said_before_anything_is_read(golden, tmp_path,
     text.write_text("not a checkpoint")
     cut = tmp_path / "cut"
     cut.write_bytes((tiny / "streaming_params_bf16").read_bytes()[:100_000])
-    for spec, target, said in (
+    for spec, target, message in (
         (
             f"trainstate_parms::{path}",
             None,
@@ -152,6 +152,6 @@ def test_what_cannot_be_loaded_is_said_before_anything_is_read(golden, tmp_path,
         (f"trainstate_params::{path}", other, r"missing params/extra/kernel$"),
         (f"trainstate::{path}", params, r"unexpected step, params/params/lm_head/kernel, .*more$"),
     ):
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             checkpoints.load(spec, target)
         assert "\n" not in str(caught.value) and spec.partition("::")[2] in str(caught.value)

@@ -45,7 +45,7 @@ class Evil:
 @pytest.mark.parametrize(
     "function, arguments", [(os.system, ("touch hacked",)), (eval, ("1",)), (getattr, (1, "real")), (bytearray, (5,))]
 )
-def test_a_pickle_that_names_anything_else_is_refused(tmp_path, monkeypatch, protocol, function, arguments):
+def test_pickles_with_other_classes_are_rejected(tmp_path, monkeypatch, protocol, function, arguments):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "metadata.pkl"
     path.write_bytes(pickle.dumps({"step": 3, "flags": Evil(function, *arguments)}, protocol))
@@ -54,7 +54,7 @@ def test_a_pickle_that_names_anything_else_is_refused(tmp_path, monkeypatch, pro
     assert os.listdir(tmp_path) == ["metadata.pkl"]
 
 
-def test_a_broken_pickle_is_one_line(tmp_path, golden):
+def test_broken_pickles_are_rejected(tmp_path, golden):
     data = (golden / "lvm_tiny" / "final" / "metadata.pkl").read_bytes()
     path = tmp_path / "metadata.pkl"
     for size in (0, 1, 10, 100, len(data) // 2, len(data) - 1):

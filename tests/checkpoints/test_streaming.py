@@ -16,14 +16,14 @@ STREAMING = ["init/streaming_train_state", "step15/streaming_train_state", "fina
 
 
 @pytest.mark.parametrize("name", [*STREAMING, "streaming_params_bf16"])
-def test_golden_files_are_written_again_byte_for_byte(golden, name):
+def test_golden_files_are_rewritten_to_the_same_bytes(golden, name):
     path, out = golden / "lvm_tiny" / name, io.BytesIO()
     for entry in streaming.read_streaming(path):
         streaming.write_entry(out, entry.key, entry.read())
     assert out.getvalue() == path.read_bytes()
 
 
-def test_golden_flax_file_is_written_again_byte_for_byte(golden):
+def test_golden_flax_file_is_rewritten_to_the_same_bytes(golden):
     path, out = golden / "lvm_tiny" / "flax_params.msgpack", io.BytesIO()
     streaming.write_flax(out, streaming.read_flax(path))
     assert out.getvalue() == path.read_bytes()
@@ -43,7 +43,7 @@ def test_entries_equal_flax(tmp_path, dtype, shape):
 
 
 @pytest.mark.parametrize("limit", [8, 60, 100])
-def test_large_arrays_are_chunked_as_flax_does(tmp_path, monkeypatch, limit):
+def test_chunks_of_large_arrays_equal_flax(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", limit)
     monkeypatch.setattr(msgpack_arrays, "MAX_CHUNK_BYTES", limit)
     arrays = {"a": np.arange(5 * 7, dtype=np.float32).reshape(5, 7), "b": np.ones(3, ml_dtypes.bfloat16)}
@@ -63,7 +63,7 @@ def test_large_arrays_are_chunked_as_flax_does(tmp_path, monkeypatch, limit):
         assert out.getvalue() == path.read_bytes()
 
 
-def test_reading_fills_the_callers_memory(golden):
+def test_read_into_fills_the_callers_memory(golden):
     entry = streaming.read_streaming(golden / "lvm_tiny" / "final" / "streaming_train_state")[1]
     buffer = np.full((3, *entry.shape), np.nan, entry.dtype)
     entry.read_into(buffer[1])
@@ -71,7 +71,7 @@ def test_reading_fills_the_callers_memory(golden):
     assert np.isnan(buffer[[0, 2]]).all()
 
 
-def test_a_file_cut_anywhere_is_refused_with_its_place(tmp_path):
+def test_truncated_files_are_rejected_with_the_offset(tmp_path):
     whole, ends = io.BytesIO(), []
     for i in range(3):
         streaming.write_entry(whole, ("layer", str(i)), np.ones((2, 3), np.float32))
@@ -79,7 +79,7 @@ def test_a_file_cut_anywhere_is_refused_with_its_place(tmp_path):
     path = tmp_path / "cut"
     for size in range(1, ends[-1]):
         path.write_bytes(whole.getvalue()[:size])
-        if size in ends:  # nothing in the format tells; the names that are missing do (test_checkpoint)
+        if size in ends:  # a valid shorter file; loading reports the missing names
             assert len(streaming.read_streaming(path)) == ends.index(size) + 1
             continue
         with pytest.raises(UserError, match=rf"{path}: .*byte \d+: .*truncated") as caught:
@@ -91,7 +91,7 @@ def test_a_file_cut_anywhere_is_refused_with_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("read", [streaming.read_streaming, streaming.read_flax])
-def test_damaged_files_raise_nothing_but_user_errors(tmp_path, golden, read):
+def test_damaged_files_raise_only_user_errors(tmp_path, golden, read):
     name = "flax_params.msgpack" if read is streaming.read_flax else "final/streaming_train_state"
     data = np.frombuffer((golden / "lvm_tiny" / name).read_bytes()[:140_000], np.uint8)
     rng, path, refused = np.random.default_rng(0), tmp_path / "damaged", 0
@@ -106,7 +106,7 @@ def test_damaged_files_raise_nothing_but_user_errors(tmp_path, golden, read):
     assert refused == 200  # the cut at 140,000 bytes is seen, if nothing else is
 
 
-def test_an_object_array_is_refused(tmp_path):
+def test_object_arrays_are_rejected(tmp_path):
     """Its bytes would be taken for addresses."""
     value = msgpack.packb((("a",), msgpack.packb(msgpack.ExtType(1, msgpack.packb(((1,), "object", bytes(8)))))))
     (tmp_path / "file").write_bytes(value)

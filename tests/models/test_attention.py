@@ -34,7 +34,7 @@ def with_gradients(q_BTHK, k_BSHK, v_BSHK, weight_BTHK, mask, **how):
     return out_BTHK, *pullback(weight_BTHK)
 
 
-def test_xla_is_the_definition():
+def test_xla_equals_the_definition():
     q_BTHK, k_BSHK, v_BSHK, _ = (np.float64(x) for x in inputs())
     expected_BTHK = np.zeros((B, T, H, K))
     for b in range(B):
@@ -43,8 +43,8 @@ def test_xla_is_the_definition():
             for h in range(H):
                 scores = k_BSHK[b, seen, h] @ q_BTHK[b, t, h] / np.sqrt(K)
                 expected_BTHK[b, t, h] = np.exp(scores) / np.exp(scores).sum() @ v_BSHK[b, seen, h]
-    found_BTHK = attention(*inputs()[:3], AttentionMask(VALID), implementation="xla")
-    np.testing.assert_allclose(found_BTHK, expected_BTHK, atol=1e-6)
+    actual_BTHK = attention(*inputs()[:3], AttentionMask(VALID), implementation="xla")
+    np.testing.assert_allclose(actual_BTHK, expected_BTHK, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -61,18 +61,18 @@ def test_xla_is_the_definition():
 def test_blockwise_equals_xla(name, chunks):
     mask = MASKS[name]
     how = {"implementation": "blockwise", "query_chunk": chunks[0], "key_chunk": chunks[1]}
-    found = jax.jit(lambda *x: with_gradients(*x, mask, **how))(*inputs())
+    actual = jax.jit(lambda *x: with_gradients(*x, mask, **how))(*inputs())
     expected = jax.jit(lambda *x: with_gradients(*x, mask, implementation="xla"))(*inputs())
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
-def test_blockwise_in_bf16_stays_near_float32():
+def test_blockwise_in_bf16_is_close_to_float32():
     how = {"implementation": "blockwise", "query_chunk": 4, "key_chunk": 4}
-    found = jax.jit(lambda *x: with_gradients(*x, AttentionMask(), **how))(*inputs(jnp.bfloat16))
+    actual = jax.jit(lambda *x: with_gradients(*x, AttentionMask(), **how))(*inputs(jnp.bfloat16))
     expected = with_gradients(*inputs(), AttentionMask(), implementation="xla")
-    assert {x.dtype.name for x in found} == {"bfloat16"}
-    for x, y in zip(found, expected, strict=True):
+    assert {x.dtype.name for x in actual} == {"bfloat16"}
+    for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(np.float32(x), y, atol=0.05)
 
 
@@ -85,7 +85,7 @@ def test_causal(implementation):
     assert (before[:, 8:] != after[:, 8:]).any()
 
 
-def test_forgetting_spares_the_first_key_and_the_own():
+def test_forgetful_mask_keeps_the_first_and_the_own_key():
     t = jnp.arange(400)
     allowed_BTS = np.asarray(FORGET.allowed(2, t, t))
     assert allowed_BTS[:, :, 0].all() and allowed_BTS[:, t, t].all()
@@ -126,7 +126,7 @@ def test_cudnn_error_names_its_requirements():
 @pytest.mark.parametrize("head_dim", [64, 100])
 def test_cudnn_equals_xla(mask, head_dim):
     arrays = inputs(jnp.bfloat16, head_dim)
-    found = with_gradients(*arrays, mask, implementation="cudnn")
+    actual = with_gradients(*arrays, mask, implementation="cudnn")
     expected = with_gradients(*arrays, mask, implementation="xla")
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(np.float32(x), np.float32(y), atol=0.05)

@@ -1,4 +1,4 @@
-"""The loss is what its definition says, and the same however it is computed."""
+"""The loss is what its definition message, and the same however it is computed."""
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,12 @@ def definition(logits_BTV, targets_BT, masks_BT):
     return np.mean(losses), np.mean(accuracies)
 
 
-def test_rows_weigh_the_same_and_masked_tokens_nothing(batch):
+def test_rows_have_equal_weight_and_masked_tokens_none(batch):
     hidden_BTD, head_DV, targets_BT, masks_BT = batch
-    found = cross_entropy_and_accuracy(jnp.asarray(hidden_BTD @ head_DV), targets_BT, masks_BT)
-    np.testing.assert_allclose(found, definition(hidden_BTD @ head_DV, targets_BT, masks_BT), rtol=1e-6)
-    found = cross_entropy_and_accuracy(jnp.asarray(hidden_BTD @ head_DV), targets_BT)
-    np.testing.assert_allclose(found, definition(hidden_BTD @ head_DV, targets_BT, np.ones((B, T))), rtol=1e-6)
+    actual = cross_entropy_and_accuracy(jnp.asarray(hidden_BTD @ head_DV), targets_BT, masks_BT)
+    np.testing.assert_allclose(actual, definition(hidden_BTD @ head_DV, targets_BT, masks_BT), rtol=1e-6)
+    actual = cross_entropy_and_accuracy(jnp.asarray(hidden_BTD @ head_DV), targets_BT)
+    np.testing.assert_allclose(actual, definition(hidden_BTD @ head_DV, targets_BT, np.ones((B, T))), rtol=1e-6)
 
 
 def test_half_precision_logits_are_summed_in_float32(batch):
@@ -48,7 +48,7 @@ def test_half_precision_logits_are_summed_in_float32(batch):
 
 
 @pytest.mark.parametrize("chunk", [3, 10])
-def test_chunks_change_nothing(batch, chunk):
+def test_chunked_loss_and_gradients_equal_the_whole(batch, chunk):
     hidden_BTD, head_DV, targets_BT, masks_BT = batch
 
     def whole(hidden_BTD, head_DV):
@@ -62,11 +62,11 @@ def test_chunks_change_nothing(batch, chunk):
     def gradients(figures):  # of twice the loss: the incoming gradient counts
         return jax.grad(lambda *x: 2 * figures(*x)[0], argnums=(0, 1))(hidden_BTD, head_DV)
 
-    for found, expected in zip(gradients(chunked), gradients(whole), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    for actual, expected in zip(gradients(chunked), gradients(whole), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_chunks_never_hold_all_logits(batch):
+def test_chunked_loss_never_holds_all_logits(batch):
     hidden_BTD, head_DV, targets_BT, masks_BT = batch
 
     def loss(hidden_BTD, head_DV):

@@ -23,7 +23,7 @@ def golden_state(golden, run="final") -> TrainState:
 
 
 def small_state(step: int) -> TrainState:
-    """Its numbers say which step it is of."""
+    """A state whose numbers all equal its step."""
     layer = {"w": np.full((2, 3, 4), step, np.float32)}
     params = {"params": {"transformer": {"h": layer, "ln_f": np.full(5, step, np.float32)}}}
     return TrainState(np.int32(step) * np.ones((), np.int32), params, {"mu": jax.tree.map(np.copy, params)})
@@ -45,7 +45,7 @@ def file_content(path) -> dict:
 
 
 def contents(run_dir) -> tuple[int, int, int]:
-    """The step that each of the newest files says it is of; the state is checked to be whole."""
+    """The step in each file of the latest checkpoint. Checks that all arrays of the state belong to one step."""
     saved = checkpoints.latest_checkpoint(run_dir)
     state = checkpoints.load(saved.spec, small_state(0))
     steps = {int(value) for array in jax.tree.leaves(state) for value in np.ravel(array)}

@@ -1,25 +1,25 @@
-"""The model against the LVM release's numbers, its variants against one another, its presets against the table."""
+"""The LLaMA against the numbers of the LVM release, and its variants against one another."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llama_kit import TINY, changed
 
 from EasyLM import checkpoints
-from EasyLM.errors import UserError
 from EasyLM.models import losses
-from EasyLM.models.llama import costs, layers, llama_config, llama_model, rotary
+from EasyLM.models.llama import layers, llama_model, rotary
 from EasyLM.models.llama.remat_policies import REMAT_POLICIES
 
-TINY = llama_config.updated(
-    llama_config.load_config("vqlm_debug"), "dict(vocab_size=512,hidden_size=64,intermediate_size=128)"
-)
 BLOCKWISE = {"scan_attention": True, "scan_query_chunk_size": 48, "scan_key_chunk_size": 20}
+
+
 CHUNKED = BLOCKWISE | {"scan_mlp": True, "scan_mlp_chunk_size": 50}  # none of the sizes divides the 128 tokens
+
+
 VARIANTS = [  # of how the same is computed
     CHUNKED | {"scan_layers": False, "remat_block": ""},
     {"attention_implementation": "xla", "remat_block": "nothing_saveable"},
@@ -42,10 +42,6 @@ def reference():
     return params, dict(np.load(directory / "golden.npz"))
 
 
-def changed(**settings):
-    return dataclasses.replace(TINY, **settings)
-
-
 def loss_and_gradients(config, params, numbers, dtype=jnp.float32, key=None):
     batch = {name: numbers[name] for name in ("input_tokens", "target_tokens")}
     batch["loss_masks"] = np.ones(batch["input_tokens"].shape, np.float32)
@@ -58,9 +54,9 @@ def logits(config, params, tokens_BT, **others):
     return jax.jit(lambda *x: llama_model.apply(config, *x, **others))(params, tokens_BT)
 
 
-def relative_error(found, expected) -> float:
+def relative_error(actual, expected) -> float:
     """The largest over the arrays of a tree, each against its own largest number."""
-    errors = jax.tree.map(lambda x, y: np.abs(np.float32(x) - y).max() / np.abs(y).max(), found, expected)
+    errors = jax.tree.map(lambda x, y: np.abs(np.float32(x) - y).max() / np.abs(y).max(), actual, expected)
     return max(jax.tree.leaves(errors))
 
 
@@ -77,7 +73,7 @@ def golden_gradients(numbers, like):
     return jax.tree_util.tree_map_with_path(array, like)
 
 
-def test_logits_are_the_release_s(reference):
+def test_logits_equal_the_release(reference):
     params, numbers = reference
     logits_BTV = logits(TINY, params, numbers["input_tokens"])
     np.testing.assert_allclose(logits_BTV, numbers["logits"], atol=2e-5, rtol=0)
@@ -88,14 +84,14 @@ def test_logits_are_the_release_s(reference):
 
 
 @pytest.mark.parametrize("settings", [BLOCKWISE, {"attention_implementation": "xla"}], ids=str)
-def test_left_padded_logits_are_the_release_s(reference, settings):
+def test_left_padded_logits_equal_the_release(reference, settings):
     params, numbers = reference
     mask_BT = numbers["attention_mask"]
     logits_BTV = logits(changed(**settings), params, numbers["input_tokens"], attention_mask_BT=mask_BT)
     np.testing.assert_allclose(logits_BTV[mask_BT == 1], numbers["logits_leftpad"][mask_BT == 1], atol=2e-5, rtol=0)
 
 
-def test_gradients_are_the_release_s(reference):
+def test_gradients_equal_the_release(reference):
     params, numbers = reference
     loss, accuracy, gradients = loss_and_gradients(TINY, params, numbers)
     np.testing.assert_allclose(loss, numbers["loss"], atol=1e-5, rtol=0)
@@ -115,7 +111,7 @@ def test_variants_agree(reference, settings):
     "dtype, loss_bound, gradient_bound",
     [("bfloat16", 0.01, 0.05), pytest.param("float16", 0.002, 0.02, marks=pytest.mark.slow)],
 )
-def test_half_precision_stays_near(reference, dtype, loss_bound, gradient_bound):
+def test_half_precision_is_close_to_float32(reference, dtype, loss_bound, gradient_bound):
     params, numbers = reference
     loss, _, gradients = loss_and_gradients(TINY, params, numbers, dtype)
     assert abs(loss - numbers["loss"]) < loss_bound
@@ -124,7 +120,7 @@ def test_half_precision_stays_near(reference, dtype, loss_bound, gradient_bound)
 
 
 @pytest.mark.parametrize("at_once", [8192, 60])  # of 256; 60 makes chunks of 30, which do not divide 128
-def test_masked_loss_is_the_release_s(reference, monkeypatch, at_once):
+def test_masked_loss_equals_the_release(reference, monkeypatch, at_once):
     params, numbers = reference
     monkeypatch.setattr(llama_model, "_LOGITS_TOKENS", at_once)
     batch = {name: numbers[name] for name in ("input_tokens", "target_tokens")} | {"loss_masks": numbers["loss_mask"]}
@@ -142,7 +138,7 @@ def test_loss_in_chunks_agrees(reference, monkeypatch):
     assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
 
 
-def test_positions_may_be_given(reference):
+def test_explicit_positions(reference):
     params, numbers = reference
     tokens_BT = numbers["input_tokens"]
     given = np.broadcast_to(np.arange(100, 228), tokens_BT.shape)
@@ -152,7 +148,7 @@ def test_positions_may_be_given(reference):
     assert np.abs(logits_BTV - numbers["logits"]).max() > 0.01
 
 
-def test_later_tokens_change_no_earlier_logits(reference):
+def test_logits_are_causal(reference):
     params, numbers = reference
     tokens_BT = numbers["input_tokens"]
     other_BT = tokens_BT.copy()
@@ -163,17 +159,17 @@ def test_later_tokens_change_no_earlier_logits(reference):
     assert (before[:, 77:] != after[:, 77:]).any()
 
 
-def test_dropout_is_of_each_number():
+def test_dropout_is_independent_per_element():
     x_BTD = jnp.ones((4, 50, 60))
-    found_BTD = np.asarray(layers.dropout(x_BTD, jax.random.key(0), 0.2))
-    assert set(np.unique(found_BTD)) == {np.float32(0), np.float32(1.25)}
-    assert abs(found_BTD.mean() - 1) < 0.02
-    assert (found_BTD[:, 0] != found_BTD[:, 1]).any() and (found_BTD[0] != found_BTD[1]).any()
+    actual_BTD = np.asarray(layers.dropout(x_BTD, jax.random.key(0), 0.2))
+    assert set(np.unique(actual_BTD)) == {np.float32(0), np.float32(1.25)}
+    assert abs(actual_BTD.mean() - 1) < 0.02
+    assert (actual_BTD[:, 0] != actual_BTD[:, 1]).any() and (actual_BTD[0] != actual_BTD[1]).any()
 
 
 def test_padding_has_position_zero():
-    found = rotary.positions(4, np.array([[0, 0, 1, 1], [1, 1, 1, 1]]))
-    np.testing.assert_array_equal(found, [[0, 0, 0, 1], [0, 1, 2, 3]])
+    actual = rotary.positions(4, np.array([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    np.testing.assert_array_equal(actual, [[0, 0, 0, 1], [0, 1, 2, 3]])
 
 
 def noisy_loss(config, reference):
@@ -194,18 +190,18 @@ def test_noise_is_a_function_of_the_key(reference, setting):
 @pytest.mark.slow
 def test_noise_is_the_same_in_every_variant(reference):
     noise = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_max_ratio"), 0.2)
-    losses_found = [
+    all_losses = [
         noisy_loss(changed(**noise, **settings), reference)(0)
         for settings in ({}, CHUNKED | {"scan_layers": False, "remat_block": ""}, {"attention_implementation": "xla"})
     ]
-    np.testing.assert_allclose(losses_found[1:], losses_found[0], atol=1e-5)
+    np.testing.assert_allclose(all_losses[1:], all_losses[0], atol=1e-5)
 
 
 def test_no_noise_without_a_key(reference):
     params, numbers = reference
     noise = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_max_ratio"), 0.2)
-    found_BTV = logits(changed(**noise), params, numbers["input_tokens"])
-    np.testing.assert_allclose(found_BTV, numbers["logits"], atol=2e-5, rtol=0)
+    actual_BTV = logits(changed(**noise), params, numbers["input_tokens"])
+    np.testing.assert_allclose(actual_BTV, numbers["logits"], atol=2e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -227,7 +223,7 @@ def test_tied_embeddings_share_their_gradient():
 
 
 @pytest.mark.parametrize("policy, runs", [("projections_and_attention_saveable", 1), ("nothing_saveable", 2)])
-def test_attention_kernel_is_saved_where_the_policy_says(monkeypatch, policy, runs):
+def test_remat_policy_controls_saving_of_the_attention_kernel(monkeypatch, policy, runs):
     """Traced as on a GPU: cuDNN's forward kernel must not run again in the backward pass."""
     kernel = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(kernel, "check_cudnn_version", lambda: 91000)
@@ -257,91 +253,3 @@ def test_initial_weights():
     wq, wk = (blocks["attention"][name]["kernel"] for name in ("wq", "wk"))
     assert (wq[0] != wq[1]).all() and (wq != wk).all()  # each array its own numbers
     assert (blocks["ffn_norm"]["kernel"] == 1).all()
-
-
-@pytest.mark.parametrize(
-    "name, millions",
-    [
-        ("vqlm_debug", 2.5),
-        ("vqlm_100m", 117),
-        ("vqlm_300m", 291),
-        ("vqlm_600m", 648),
-        ("vqlm_1b", 1150),
-        ("vqlm_3b", 3280),
-        ("vqlm_7b", 6540),
-        ("vqlm_13b", 12800),
-        ("vqlm_20b", 20700),
-        ("vqlm_30b", 32200),
-    ],
-)
-def test_preset_has_its_parameters(name, millions):
-    config = llama_config.load_config(name)
-    shapes = jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
-    count = sum(x.size for x in jax.tree.leaves(shapes))
-    assert count == costs.num_parameters(config)
-    assert count == pytest.approx(millions * 1e6, rel=0.02 if millions < 10 else 0.005)
-    assert config.vocab_size == 8292 and config.max_sequence_length == 4096
-
-
-def test_flops_follow_the_definition():
-    """6 a parameter that multiplies the token, and three times the causal half of two T x T products."""
-    config = llama_config.load_config("vqlm_7b")
-    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 8292
-    assert costs.flops_per_token(config, 4096) == 6 * weights + 3 * 32 * (2 * 2 * 4096 * 4096 // 2)
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("{'remat_block': 'dots'}", "llama.remat_block='dots': choose one of '', 'everything_saveable'"),
-        (
-            "{'hidden_size': 100, 'num_attention_heads': 8}",
-            "llama.num_attention_heads=8: must be a divisor of hidden_size",
-        ),
-        ("{'hidden_size': 60}", "llama.hidden_size=60: must be an even multiple of num_attention_heads=4"),
-        ("{'attn_pdrop': 1.0}", "llama.attn_pdrop=1.0: must be at least 0 and below 1"),
-        ("{'fcm_min_ratio': 0.5}", "llama.fcm_min_ratio=0.5: must be at most fcm_max_ratio=0.0"),
-        ("{'eos_token_id': 1}", "llama.eos_token_id=1: must be at least 8192: smaller ids are image codes"),
-        ("{'hidden_size': '64'}", "llama.hidden_size='64': must be of type int"),
-        ("{'hidden_sise': 64}", "unknown setting hidden_sise; choose from vocab_size, hidden_size"),
-        ("__import__('os').getcwd()", "not a Python dict literal"),
-    ],
-)
-def test_bad_settings_are_named(text, says):
-    with pytest.raises(UserError) as error:
-        llama_config.updated(TINY, text)
-    assert says in str(error.value)
-
-
-def test_settings_come_from_flags_last():
-    given = dict.fromkeys(llama_config.FLAG_OF_FIELD) | {"num_hidden_layers": 3, "rope_theta": 5.0}
-    config = llama_config.build_config("vqlm_debug", given, "dict(rope_theta=7.0)")
-    assert (config.hidden_size, config.num_hidden_layers, config.rope_theta) == (128, 3, 7.0)
-
-
-def test_settings_come_from_files(golden, tmp_path):
-    assert llama_config.load_config(f"pickle::{golden}/lvm_tiny/final/metadata.pkl") == changed(remat_block="")
-    hugging_face = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
-    hugging_face |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 77, "bos_token_id": 1}
-    hugging_face |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "torch_dtype": "float32"}
-    for content, expected in (
-        ({"llama_config": dataclasses.asdict(TINY), "step": 3}, TINY),
-        (dataclasses.asdict(TINY), TINY),
-        (hugging_face, changed(remat_block="", max_sequence_length=77, rope_theta=5.0)),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(content))
-        assert llama_config.load_config(f"json::{tmp_path}/config.json") == expected
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [{"rope_parameters": {"rope_type": "linear"}}, {"rope_scaling": {"type": "linear", "factor": 8.0}}],
-)
-def test_other_ropes_are_refused(rope):
-    with pytest.raises(UserError, match="only plain LLaMA is supported"):
-        llama_config.config_from_dict({"model_type": "llama", **rope}, "config.json")
-
-
-def test_unknown_preset_lists_the_choices():
-    with pytest.raises(UserError, match="load_llama_config='vqlm_8b': choose one of 'vqlm_debug', 'vqlm_100m'"):
-        llama_config.load_config("vqlm_8b")

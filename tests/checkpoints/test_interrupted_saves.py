@@ -1,0 +1,136 @@
+"""A save that fails or is killed leaves the previous checkpoint."""
+
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from checkpoint_kit import (
+    METADATA,
+    contents,
+    make_checkpointer,
+    save,
+    small_state,
+)
+
+from EasyLM.checkpoints import streaming
+from EasyLM.errors import UserError
+
+
+def test_temporary_files_of_a_killed_run_are_deleted(tmp_path):
+    save(make_checkpointer(tmp_path), 1)
+    leftover = tmp_path / "checkpoints" / ".tmp-7"
+    leftover.mkdir()
+    (leftover / "streaming_train_state").write_bytes(b"half")
+    os.symlink("nowhere", tmp_path / ".tmp-link")
+    save(make_checkpointer(tmp_path), 2)
+    assert os.listdir(tmp_path / "checkpoints") == ["step_00000002"]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
+
+
+def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
+    saver = make_checkpointer(tmp_path)
+    save(saver, 1)
+    written, write_entry = [], streaming.write_entry
+
+    def full(file, key, array):
+        written.append(key)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_entry(file, key, array)
+
+    monkeypatch.setattr(streaming, "write_entry", full)
+    before = sorted(os.walk(tmp_path))
+    saver.save(small_state(2), 2, {"step": 2}, {"step": 2}, milestone=True)
+    with pytest.raises(UserError, match=rf"{tmp_path}: the checkpoint was not saved \(No space left on device\)"):
+        saver.save(small_state(3), 3, {}, METADATA)
+    assert sorted(os.walk(tmp_path)) == before and contents(str(tmp_path)) == (1, 1, 1)
+    save(saver, 4)
+    assert contents(str(tmp_path)) == (4, 4, 4)
+
+
+def test_file_size_limit_leaves_the_previous_checkpoint(tmp_path):
+    """The real thing: the kernel refuses to write on."""
+    program = f"""
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        from checkpoint_kit import make_checkpointer, save
+        from EasyLM.errors import UserError
+        saver = make_checkpointer({str(tmp_path)!r})
+        save(saver, 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+        try:
+            save(saver, 2)
+        except UserError as error:
+            print(error)
+    """
+    message = run_python(program)
+    assert "the checkpoint was not saved (File too large)" in message
+    assert contents(str(tmp_path)) == (1, 1, 1) and os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
+
+
+def run_python(program: str) -> str:
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("milestone", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, milestone):
+    """Kills a save of step 2 before its first, second, ... change to the disk, until one gets through."""
+    program = f"""
+        import os, signal, sys
+        from checkpoint_kit import contents, make_checkpointer, save, streaming
+
+        def killed_at(moment, run_dir):
+            count = 0
+
+            def tick(event, arguments=()):
+                nonlocal count
+                names = ("os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir", "open", "write")
+                if event in names:
+                    count += 1
+                    if count == moment:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            write_entry = streaming.write_entry
+
+            def write(file, key, array):
+                write_entry(file, key, array)
+                file.flush()
+                tick("write")
+
+            streaming.write_entry = write
+            saver = make_checkpointer(run_dir)
+            sys.addaudithook(tick)
+            save(saver, 2, {milestone})
+
+        old = new = 0
+        for moment in range(1, 100):
+            run_dir = os.path.join({str(tmp_path)!r}, str(moment))
+            save(make_checkpointer(run_dir), 1, True)
+            child = os.fork()
+            if child == 0:
+                killed_at(moment, run_dir)
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+            state, data, metadata = contents(run_dir)
+            assert state == data == metadata and state in (1, 2), (moment, state, data, metadata)
+            old, new = old + (state == 1), new + (state == 2)
+            save(make_checkpointer(run_dir), 3)
+            assert contents(run_dir) == (3, 3, 3)
+            assert not [name for name in os.listdir(run_dir + "/checkpoints") if "tmp" in name]
+            if status == 0:
+                break
+        print(old, new, status)
+    """
+    old, new, status = map(int, run_python(program).split())
+    assert status == 0 and old > 10 and new >= 2  # kills before and after the one move that counts

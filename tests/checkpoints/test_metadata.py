@@ -1,0 +1,25 @@
+"""Metadata and the position in the data beside a checkpoint."""
+
+import json
+
+import jax
+import pytest
+
+from EasyLM import checkpoints
+from EasyLM.errors import UserError
+
+
+def test_metadata(tmp_path, golden):
+    metadata = checkpoints.make_metadata(7, {"seed": 1}, llama_config={"hidden_size": 4}, mesh={"dp": 2})
+    assert metadata["step"] == 7 and metadata["llama_config"] == {"hidden_size": 4} and metadata["mesh"] == {"dp": 2}
+    assert metadata["versions"]["jax"] == jax.__version__ and len(metadata["git_revision"]) >= 40
+    path = tmp_path / "metadata.json"
+    path.write_text(json.dumps(metadata))
+    assert checkpoints.load_metadata(str(path)) == metadata
+    path.write_text('{"step": ')
+    with pytest.raises(UserError, match=rf"{path}: not JSON"):
+        checkpoints.load_metadata(str(path))
+    released = str(golden / "lvm_tiny" / "step15" / "streaming_train_state")
+    assert checkpoints.load_metadata(checkpoints.sidecar_path(released, "metadata"))["step"] == 15
+    assert checkpoints.load_dataset_state(checkpoints.sidecar_path(released, "dataset"))["total_tokens"] == 7680
+    assert checkpoints.sidecar_path(str(golden / "lvm_tiny" / "streaming_params_bf16"), "metadata") is None

@@ -1,0 +1,147 @@
+"""Run directories, local and remote: layout, milestones, pruning, repeated steps."""
+
+import os
+
+import fsspec
+import numpy as np
+import pytest
+from checkpoint_kit import (
+    assert_equal,
+    contents,
+    make_checkpointer,
+    save,
+    small_state,
+)
+
+from EasyLM import checkpoints, flags
+from EasyLM.checkpoints import streaming
+from EasyLM.errors import UserError
+from EasyLM.training import metrics_log
+
+
+def test_layout_milestones_and_pruning(tmp_path):
+    saver = make_checkpointer(tmp_path)
+    assert checkpoints.latest_checkpoint(str(tmp_path)) is None
+    for step in range(1, 7):
+        save(saver, step, milestone=step in (2, 4))
+        assert contents(str(tmp_path)) == (step, step, step)
+    names = {"streaming_train_state", "dataset.json", "metadata.json"}
+    milestones = {f"streaming_train_state_{n}" for n in (2, 4)} | {
+        f"{name}_{n}.json" for n in (2, 4) for name in ("dataset", "metadata")
+    }
+    assert set(os.listdir(tmp_path)) == {"checkpoints", "latest"} | names | milestones
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000002", "step_00000004", "step_00000006"]
+    assert set(os.listdir(tmp_path / "latest")) == names
+    for step in (2, 4):
+        milestone = checkpoints.load(f"trainstate::{tmp_path}/streaming_train_state_{step}", small_state(0))
+        assert_equal(milestone, small_state(step))
+        beside = checkpoints.sidecar_path(f"{tmp_path}/streaming_train_state_{step}", "metadata")
+        assert checkpoints.load_metadata(beside)["step"] == step
+    assert (
+        checkpoints.load_metadata(checkpoints.sidecar_path(f"{tmp_path}/streaming_train_state", "dataset"))["step"] == 6
+    )
+
+
+def test_moved_run_directory(tmp_path):
+    save(make_checkpointer(str(tmp_path / "a")), 3, milestone=True)
+    os.rename(tmp_path / "a", tmp_path / "b")
+    assert contents(str(tmp_path / "b")) == (3, 3, 3)
+    saver = make_checkpointer(str(tmp_path / "b"))
+    save(saver, 4)
+    assert contents(str(tmp_path / "b")) == (4, 4, 4)
+    assert os.path.exists(tmp_path / "b" / "streaming_train_state_3")
+
+
+def test_repeated_steps(tmp_path):
+    """A run that went back to a milestone comes past the later ones once more."""
+    for _ in range(3):
+        saver = make_checkpointer(tmp_path)
+        for step in (5, 6):
+            save(saver, step, milestone=True)
+            assert contents(str(tmp_path)) == (step, step, step)
+    assert len(os.listdir(tmp_path / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_load_during_saves_reads_one_checkpoint(tmp_path, kept):
+    """Its file's name leads to the next checkpoint before all is read, as evaluations of a run at work meet it."""
+    saver = make_checkpointer(tmp_path)
+    save(saver, 1, milestone=kept)
+    entries = checkpoints.open_checkpoint(f"trainstate::{tmp_path}/streaming_train_state")
+    save(saver, 2)
+    if kept:
+        assert all(np.all(entry.read() == 1) for entry in entries)
+    else:
+        with pytest.raises(UserError, match="step_00000001/streaming_train_state: was deleted during the load"):
+            entries[0].read()
+
+
+def test_switch_from_train_state_to_parameters(tmp_path):
+    save(make_checkpointer(tmp_path), 1)
+    save(make_checkpointer(str(tmp_path), save_optimizer_state=False), 2)
+    assert not os.path.lexists(tmp_path / "streaming_train_state")
+    saved = checkpoints.latest_checkpoint(str(tmp_path))
+    assert saved.spec.startswith("params::") and checkpoints.load_metadata(saved.metadata)["step"] == 2
+    params = checkpoints.load(saved.spec)
+    assert np.all(params["params"]["transformer"]["ln_f"] == 2)
+
+
+def test_unwritable_run_directory_is_rejected(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match=rf"{blocked}/run: cannot write checkpoints there \(Not a directory\)"):
+        make_checkpointer(str(blocked / "run"))
+    (tmp_path / "copied" / "latest").mkdir(parents=True)
+    with pytest.raises(UserError, match="copied without its links"):
+        make_checkpointer(str(tmp_path / "copied"))
+
+
+def test_remote_run_directory(monkeypatch):
+    run_dir = "memory://bucket/run"
+    saver = make_checkpointer(run_dir)
+    assert checkpoints.latest_checkpoint(run_dir) is None
+    for step in range(1, 5):
+        save(saver, step, milestone=step == 2)
+        assert contents(run_dir) == (step, step, step)
+    files = saver._directory._files
+    steps = sorted(name.rsplit("/", 1)[1] for name in files.ls("/bucket/run/checkpoints", detail=False))
+    assert steps == ["step_00000002", "step_00000004"]
+    path = f"{run_dir}/checkpoints/step_00000002/streaming_train_state"
+    assert checkpoints.load_metadata(checkpoints.sidecar_path(path, "metadata"))["step"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
+        with pytest.raises(UserError, match="was not saved"):
+            save(saver, 5)
+    assert contents(run_dir) == (4, 4, 4)
+    save(saver, 6)
+    assert contents(run_dir) == (6, 6, 6)
+    back = make_checkpointer(run_dir)  # of a run that went back to the milestone
+    save(back, 3)
+    assert contents(run_dir) == (3, 3, 3)
+
+
+def test_remote_step_is_replaced_after_the_new_save(monkeypatch):
+    """As when the command of a finished run is repeated."""
+    run_dir = "memory://bucket/again"
+    save(make_checkpointer(run_dir), 4)
+    again = make_checkpointer(run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
+        with pytest.raises(UserError, match="the previous one is intact"):
+            save(again, 4)
+    assert contents(run_dir) == (4, 4, 4)
+    for _ in range(3):
+        save(again, 4)
+        assert contents(run_dir) == (4, 4, 4)
+        assert len(again._directory._files.ls("/bucket/again/checkpoints", detail=False)) == 1
+
+
+def test_metrics_of_a_remote_run(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = flags.defaults(metrics_log.LOGGER_FLAGS)
+    for step in (1, 2):
+        figures = metrics_log.Logger(config, "memory://bucket/figures", {})
+        figures.log({"step": step})
+        figures.close()
+    with fsspec.open("memory://bucket/figures/metrics.jsonl") as file:
+        assert file.read() == b'{"step": 1}\n{"step": 2}\n'

@@ -1,0 +1,167 @@
+"""Saving: the bytes of the release, parameter types, asynchronous copies, several processes."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from checkpoint_kit import (
+    METADATA,
+    file_content,
+    golden_state,
+    make_checkpointer,
+    small_state,
+)
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_run import finish
+
+from EasyLM import checkpoints
+from EasyLM.checkpoints import stacking, streaming
+from EasyLM.errors import UserError
+from EasyLM.parallel import make_mesh
+from EasyLM.training.step import TrainState
+
+
+@pytest.mark.parametrize("run", ["init", "step15", "final"])
+def test_golden_state_saves_to_the_same_bytes(golden, tmp_path, run):
+    saver = make_checkpointer(tmp_path)
+    saver.save(jax.tree.map(jnp.asarray, golden_state(golden, run)), 30, {}, METADATA)
+    saver.wait()
+    expected = (golden / "lvm_tiny" / run / "streaming_train_state").read_bytes()
+    assert (tmp_path / "streaming_train_state").read_bytes() == expected
+
+
+def test_keys_equal_flax(tmp_path):
+    """Including optimizers whose states nest differently."""
+    params = jax.tree.map(jnp.asarray, small_state(1).params)
+    optimizer = optax.MultiSteps(optax.chain(optax.adafactor(1e-3), optax.trace(0.9)), 2)
+    opt_state = optimizer.init(params)
+    expected = flax.serialization.to_state_dict({"opt_state": opt_state, "params": params})
+
+    def flatten(tree, path=()):
+        if not isinstance(tree, dict):
+            return {path}
+        return set().union(*(flatten(value, (*path, key)) for key, value in tree.items()))
+
+    assert {leaf.key for leaf in stacking.stacked_arrays({"opt_state": opt_state, "params": params})} == flatten(
+        expected
+    )
+
+
+def test_float_dtype_casts_only_parameters(golden, tmp_path):
+    state, tiny = golden_state(golden), golden / "lvm_tiny"
+    reference = file_content(tiny / "final" / "streaming_train_state")
+    for float_dtype, whole in (("", False), ("bf16", False), ("fp32", False), ("bf16", True), ("fp16", True)):
+        run = tmp_path / f"{float_dtype}{whole}"
+        saver = make_checkpointer(str(run), float_dtype, whole)
+        saver.save(state, 30, {}, METADATA)
+        saver.wait()
+        saved = file_content(run / ("streaming_train_state" if whole else "streaming_params"))
+        expected = {key if whole else key[2:]: x for key, x in reference.items() if whole or key[0] == "params"}
+        assert list(saved) == list(expected)
+        dtype = checkpoints.FLOAT_DTYPES[float_dtype or "bf16"]
+        for key, array in expected.items():
+            wanted = array.astype(dtype) if not whole or key[0] == "params" else array
+            assert saved[key].dtype == wanted.dtype and saved[key].tobytes() == wanted.tobytes(), key
+    released = (tiny / "streaming_params_bf16").read_bytes()
+    assert (tmp_path / "False" / "streaming_params").read_bytes() == released
+    with pytest.raises(UserError, match=r"float_dtype='int8': choose one of '', 'fp32'"):
+        make_checkpointer(str(tmp_path), "int8")
+
+
+@pytest.mark.parametrize("mesh_dim", ["1,1,1", "1,8,1", "2,2,2"])
+def test_save_copies_before_arrays_are_donated(tmp_path, mesh_dim):
+    """The step that follows gives the arrays away while they are still being written."""
+    mesh = make_mesh(mesh_dim, jax.devices()[: int(np.prod([int(n) for n in mesh_dim.split(",")]))])
+    specs = {3: P(None, "fsdp", "mp"), 2: P("fsdp"), 1: P(), 0: P()}
+
+    def put(x):
+        return jax.device_put(x, NamedSharding(mesh, specs[x.ndim]))
+
+    params = {"params": {"h": {"w": np.zeros((2, 512, 128), np.float32)}, "b": np.zeros((64, 3), np.float32)}}
+    state = jax.tree.map(put, TrainState(np.zeros((), np.int32), params, {"mu": params}))
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    saver = make_checkpointer(tmp_path)
+    saver.prepare(state)
+    for i in range(4):
+        saver.save(state, i, {}, METADATA, milestone=True)
+        state = step(step(state))
+    saver.wait()
+    for i in range(4):
+        saved = file_content(tmp_path / f"streaming_train_state_{i}")
+        assert all(np.all(array == 2 * i) for array in saved.values())
+
+
+def test_unexpected_errors_are_raised_by_wait(tmp_path, monkeypatch):
+    saver = make_checkpointer(tmp_path)
+    monkeypatch.setattr(streaming, "write_entry", lambda *_: 1 / 0)
+    saver.save(small_state(1), 1, {}, METADATA)
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
+    saver.wait()
+
+
+@pytest.mark.slow
+def test_two_processes_save_sharded_arrays(tmp_path, port):
+    """Process 0 writes; arrays spread over both are brought to it layer by layer; a failure stops both."""
+    program = """
+        import os, sys
+        os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        import jax
+        process, port, run_dir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+        import errno
+        import numpy as np
+        from EasyLM.errors import UserError
+        from EasyLM import checkpoints
+        from EasyLM.checkpoints import streaming
+        from EasyLM.parallel import make_mesh
+        from EasyLM.training.step import TrainState
+        from jax.sharding import NamedSharding, PartitionSpec as P
+
+        mesh = make_mesh("1,4,1")
+        def make(shape, spec):
+            values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+            return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), lambda index: values[index])
+        layers = {"w": make((3, 8, 4), P(None, "fsdp"))}
+        params = {"params": {"h": layers, "b": make((5,), P()), "c": make((8, 2), P("fsdp"))}}
+        state = TrainState(make((), P()).astype("int32"), params, {"mu": params})
+        saver = checkpoints.Checkpointer(run_dir, save_optimizer_state=True)
+        saver.prepare(state)
+        saver.save(state, 1, {}, {})
+        saver.wait()
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        loaded = checkpoints.load(f"trainstate::{run_dir}/streaming_train_state", target)
+        for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(state)):
+            assert x.sharding == y.sharding
+            for a, b in zip(x.addressable_shards, y.addressable_shards):
+                np.testing.assert_array_equal(np.asarray(a.data), np.asarray(b.data))
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        streaming.write_entry = full
+        saver.save(state, 2, {}, {})
+        try:
+            saver.wait()
+        except UserError as error:
+            print("stopped:", error)
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    processes = [
+        subprocess.Popen([*command, f"{i}", f"{port}", tmp_path], env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    message = finish(*processes)
+    assert "No space left" in message[0] and "process 0 could not save" in message[1]
+    saved = file_content(tmp_path / "streaming_train_state")
+    for layer in range(3):
+        expected = np.arange(96, dtype=np.float32).reshape(3, 8, 4)[layer]
+        np.testing.assert_array_equal(saved["params", "params", "h", str(layer), "w"], expected)
+    np.testing.assert_array_equal(saved["opt_state", "mu", "params", "c"], np.arange(16).reshape(8, 2))

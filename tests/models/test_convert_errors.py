@@ -1,0 +1,96 @@
+"""Invalid exports and imports fail with one clear line and leave no files."""
+
+import errno
+import json
+import os
+
+import pytest
+from convert_kit import export, import_, run, tiny_state
+
+from EasyLM.checkpoints import streaming
+from EasyLM.errors import UserError
+from EasyLM.models.llama import convert_easylm_to_hf
+
+
+def test_invalid_exports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
+    out, state = tmp_path / "out", golden / "lvm_tiny" / "final" / "streaming_train_state"
+    bf16 = f"params::{golden}/lvm_tiny/streaming_params_bf16"
+    for values, message in (
+        ({"load_checkpoint": ""}, "--load_checkpoint is missing"),
+        ({"output_dir": ""}, "--output_dir is missing"),
+        ({"load_checkpoint": "params::missing", "model_size": "vqlm_7b"}, "there is no missing"),
+        ({"load_checkpoint": bf16}, "--model_size is empty, and there is no metadata.json beside .*vqlm_7b"),
+        ({"load_checkpoint": bf16, "model_size": "7b"}, "--model_size='7b': choose one of 'vqlm_debug'"),
+        (
+            {"load_checkpoint": bf16, "model_size": "vqlm_debug"},
+            r"lm_head/kernel has shape \(64, 512\), expected \(128, 8292\)",
+        ),
+        ({"load_checkpoint": f"trainstate::{state}"}, "only parameters are exported: use trainstate_params::"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(convert_easylm_to_hf, **{"load_checkpoint": tiny_state(golden), "output_dir": str(out)} | values)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", raise_disk_full)
+        with pytest.raises(UserError, match=rf"--output_dir={out}: cannot be written \(No space left on device\)"):
+            export(tiny_state(golden), out)
+    assert os.listdir(tmp_path) == []
+    export(tiny_state(golden), out)
+    with pytest.raises(UserError, match=rf"--output_dir={out}: already holds a model \(config.json\)"):
+        export(tiny_state(golden), out)
+
+
+def raise_disk_full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_invalid_imports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
+    directory = export(tiny_state(golden), tmp_path / "hf")
+    weights, config = tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "config.json"
+    good_weights, good_config = weights.read_bytes(), json.loads(config.read_text())
+    with pytest.raises(UserError, match="no Hugging Face model"):
+        import_(tmp_path, tmp_path / "out" / "params")
+    for change, message in (
+        ({"model_type": "mistral"}, "only plain LLaMA is supported, not 'mistral'"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2: must be 4"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu'"),
+        ({"num_hidden_layers": 3}, r"missing \['model.layers.2.input_layernorm.weight'"),
+        ({"num_hidden_layers": 1}, r"unknown \['model.layers.1.input_layernorm.weight'"),
+        ({"intermediate_size": 64}, r"feed_forward/w1/kernel has shape \(64, 128\), expected \(64, 64\)"),
+    ):
+        config.write_text(json.dumps(good_config | change))
+        with pytest.raises(UserError, match=message):
+            import_(directory, tmp_path / "out" / "params")
+    config.write_text(json.dumps(good_config))
+    for data in (b"", b"x" * 100, good_weights[:500], good_weights[:-1]):
+        weights.write_bytes(data)
+        with pytest.raises(UserError, match=f"{weights}: not a complete safetensors file"):
+            import_(directory, tmp_path / "out" / "params")
+    weights.write_bytes(good_weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "write_entry", raise_disk_full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+            import_(directory, tmp_path / "out" / "params")
+    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
+    import_(directory, tmp_path / "out" / "params")
+    for name in ("params", "others"):  # `others` would take the metadata of `params`
+        with pytest.raises(UserError, match=r"exists; name a file in a directory of its own"):
+            import_(directory, tmp_path / "out" / name)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.slow
+def test_pickle_with_code_is_rejected(golden, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    directory = export(tiny_state(golden), tmp_path / "hf")
+    os.remove(os.path.join(directory, "model.safetensors"))
+    with pytest.raises(UserError, match="no weights: neither"):
+        import_(directory, tmp_path / "out" / "params")
+    torch.save({"a": Evil()}, os.path.join(directory, "pytorch_model.bin"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not a readable torch weights file"):
+        import_(directory, tmp_path / "out" / "params")
+    assert not os.path.exists("hacked")

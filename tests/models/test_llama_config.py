@@ -1,0 +1,99 @@
+"""Settings of a LLaMA: presets, costs, flags, files, validation."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from llama_kit import TINY, changed
+
+from EasyLM.errors import UserError
+from EasyLM.models.llama import costs, llama_config, llama_model
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("vqlm_debug", 2.5),
+        ("vqlm_100m", 117),
+        ("vqlm_300m", 291),
+        ("vqlm_600m", 648),
+        ("vqlm_1b", 1150),
+        ("vqlm_3b", 3280),
+        ("vqlm_7b", 6540),
+        ("vqlm_13b", 12800),
+        ("vqlm_20b", 20700),
+        ("vqlm_30b", 32200),
+    ],
+)
+def test_number_of_parameters_of_presets(name, millions):
+    config = llama_config.load_config(name)
+    shapes = jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert count == costs.num_parameters(config)
+    assert count == pytest.approx(millions * 1e6, rel=0.02 if millions < 10 else 0.005)
+    assert config.vocab_size == 8292 and config.max_sequence_length == 4096
+
+
+def test_flops_per_token():
+    """6 a parameter that multiplies the token, and three times the causal half of two T x T products."""
+    config = llama_config.load_config("vqlm_7b")
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 8292
+    assert costs.flops_per_token(config, 4096) == 6 * weights + 3 * 32 * (2 * 2 * 4096 * 4096 // 2)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{'remat_block': 'dots'}", "llama.remat_block='dots': choose one of '', 'everything_saveable'"),
+        (
+            "{'hidden_size': 100, 'num_attention_heads': 8}",
+            "llama.num_attention_heads=8: must be a divisor of hidden_size",
+        ),
+        ("{'hidden_size': 60}", "llama.hidden_size=60: must be an even multiple of num_attention_heads=4"),
+        ("{'attn_pdrop': 1.0}", "llama.attn_pdrop=1.0: must be at least 0 and below 1"),
+        ("{'fcm_min_ratio': 0.5}", "llama.fcm_min_ratio=0.5: must be at most fcm_max_ratio=0.0"),
+        ("{'eos_token_id': 1}", "llama.eos_token_id=1: must be at least 8192: smaller ids are image codes"),
+        ("{'hidden_size': '64'}", "llama.hidden_size='64': must be of type int"),
+        ("{'hidden_sise': 64}", "unknown setting hidden_sise; choose from vocab_size, hidden_size"),
+        ("__import__('os').getcwd()", "not a Python dict literal"),
+    ],
+)
+def test_invalid_settings_are_named(text, message):
+    with pytest.raises(UserError) as error:
+        llama_config.updated(TINY, text)
+    assert message in str(error.value)
+
+
+def test_update_overrides_flags_override_preset():
+    given = dict.fromkeys(llama_config.FLAG_OF_FIELD) | {"num_hidden_layers": 3, "rope_theta": 5.0}
+    config = llama_config.build_config("vqlm_debug", given, "dict(rope_theta=7.0)")
+    assert (config.hidden_size, config.num_hidden_layers, config.rope_theta) == (128, 3, 7.0)
+
+
+def test_settings_from_files(golden, tmp_path):
+    assert llama_config.load_config(f"pickle::{golden}/lvm_tiny/final/metadata.pkl") == changed(remat_block="")
+    hugging_face = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    hugging_face |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 77, "bos_token_id": 1}
+    hugging_face |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "torch_dtype": "float32"}
+    for content, expected in (
+        ({"llama_config": dataclasses.asdict(TINY), "step": 3}, TINY),
+        (dataclasses.asdict(TINY), TINY),
+        (hugging_face, changed(remat_block="", max_sequence_length=77, rope_theta=5.0)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert llama_config.load_config(f"json::{tmp_path}/config.json") == expected
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_parameters": {"rope_type": "linear"}}, {"rope_scaling": {"type": "linear", "factor": 8.0}}],
+)
+def test_scaled_rope_is_rejected(rope):
+    with pytest.raises(UserError, match="only plain LLaMA is supported"):
+        llama_config.config_from_dict({"model_type": "llama", **rope}, "config.json")
+
+
+def test_unknown_preset_lists_the_choices():
+    with pytest.raises(UserError, match="load_llama_config='vqlm_8b': choose one of 'vqlm_debug', 'vqlm_100m'"):
+        llama_config.load_config("vqlm_8b")

@@ -1,0 +1,104 @@
+"""Exported models in transformers: the same logits, the same tokens, the same settings."""
+
+import dataclasses
+
+import deepen_model
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_kit import assert_equal, random_params
+from convert_kit import export, import_, tiny_state, torch_logits, torch_model
+from ml_collections import ConfigDict
+
+from EasyLM import checkpoints
+from EasyLM.models.llama import hf_files, hf_layout, llama_model
+from EasyLM.models.llama.llama_config import PRESETS
+
+SPECIAL_IDS = {"bos_token_id": 8192, "eos_token_id": 8193, "pad_token_id": 8192}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_shard_bytes", [hf_files.MAX_SHARD_BYTES, 100_000])
+def test_logits_of_exported_lvm_tiny_equal_the_release(golden, tmp_path, monkeypatch, max_shard_bytes):
+    monkeypatch.setattr(hf_files, "MAX_SHARD_BYTES", max_shard_bytes)
+    reference = np.load(golden / "lvm_tiny" / "golden.npz")
+    logits_BTV = torch_logits(export(tiny_state(golden), tmp_path / "hf"), reference["input_tokens"])
+    np.testing.assert_allclose(logits_BTV, reference["logits"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_tied_head_round_trip(tmp_path):
+    model = dataclasses.replace(
+        PRESETS["vqlm_debug"], vocab_size=300, hidden_size=32, intermediate_size=48, tie_word_embeddings=True
+    )
+    params = random_params(tmp_path / "run", model)
+    directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf")
+    tokens_BT = np.random.default_rng(0).integers(0, 300, (2, 9))
+    expected = llama_model.apply(model, params, jnp.asarray(tokens_BT))
+    assert expected.std() > 0.8
+    np.testing.assert_allclose(torch_logits(directory, tokens_BT), expected, atol=2e-5, rtol=0)
+    torch_model(directory).save_pretrained(tmp_path / "theirs")
+    import_(tmp_path / "theirs", tmp_path / "back" / "params")
+    assert_equal(checkpoints.load(f"params::{tmp_path}/back/params", params), params)
+
+
+@pytest.mark.slow
+def test_transformers_reads_exported_settings(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    random_params(tmp_path / "run", PRESETS["vqlm_debug"])
+    directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf")
+    for kind in (transformers.GenerationConfig, transformers.LlamaConfig):
+        config = kind.from_pretrained(directory)
+        assert {name: getattr(config, name) for name in SPECIAL_IDS} == SPECIAL_IDS
+    assert (config.head_dim, config.rms_norm_eps, config.max_position_embeddings) == (32, 1e-6, 4096)
+    assert config.rope_parameters["rope_theta"] == 10000 and str(config.dtype).endswith("float32")
+
+
+@pytest.mark.slow
+def test_greedy_decoding_equals_transformers_for_256_tokens(golden, tmp_path):
+    torch = pytest.importorskip("torch")
+    model = hf_layout.read_model(export(tiny_state(golden), tmp_path / "hf"))[0]
+    params = checkpoints.load(tiny_state(golden))
+    prompt = np.load(golden / "lvm_tiny" / "golden.npz")["input_tokens"][:1, :100]
+    theirs = torch_model(str(tmp_path / "hf")).generate(torch.tensor(prompt).long(), max_new_tokens=256)[0].numpy()
+
+    @jax.jit
+    def next_token(tokens_BT, length):
+        return llama_model.apply(model, params, tokens_BT)[0, length - 1].argmax()
+
+    tokens_BT = np.zeros((1, 356), np.int32)
+    tokens_BT[:, :100] = prompt
+    for length in range(100, 356):
+        tokens_BT[0, length] = next_token(tokens_BT, length)
+    np.testing.assert_array_equal(theirs, tokens_BT[0])
+
+
+@pytest.mark.slow
+def test_deepened_model_has_equal_logits(tmp_path):
+    """Until it is trained; and every new layer can be: gradients reach its outputs."""
+    params = random_params(tmp_path / "run", PRESETS["vqlm_debug"])
+    directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf")
+    deepen_model.main(ConfigDict({"hf_model": directory, "output_dir": str(tmp_path / "deep")}))
+    model, entries = hf_layout.read_model(str(tmp_path / "deep"))
+    assert model.num_hidden_layers == 4 and len(entries) > 0
+    deep = checkpoints.load(
+        f"huggingface::{tmp_path}/deep", hf_layout.parameter_shapes(model), hf_layout.CHECKPOINT_FORMATS
+    )
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 8192, (2, 9)))
+    before = llama_model.apply(PRESETS["vqlm_debug"], params, tokens_BT)
+    np.testing.assert_allclose(llama_model.apply(model, deep, tokens_BT), before, atol=1e-5, rtol=0)
+    gradient = jax.grad(lambda params: llama_model.apply(model, params, tokens_BT).std())(deep)
+    for wo_IO in gradient["params"]["transformer"]["h"]["attention"]["wo"]["kernel"]:
+        assert np.abs(wo_IO).max() > 1e-6
+
+
+@pytest.mark.slow
+def test_logits_of_exported_vqlm_100m(tmp_path):
+    model = PRESETS["vqlm_100m"]
+    params = random_params(tmp_path / "run", model)
+    directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf", model_size="vqlm_100m")
+    tokens_BT = np.random.default_rng(0).integers(0, 8292, (1, 256))
+    ours = jax.jit(lambda params, tokens: llama_model.apply(model, params, tokens))(params, jnp.asarray(tokens_BT))
+    assert ours.std() > 0.8
+    np.testing.assert_allclose(torch_logits(directory, tokens_BT), ours, atol=1e-4, rtol=0)
