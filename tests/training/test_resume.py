@@ -1,7 +1,6 @@
 """A run that was stopped and resumed equals an uninterrupted run bit for bit."""
 
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -13,13 +12,11 @@ from tiny_run import GOLDEN, MODEL_METRICS, TINY, assert_close, await_metrics, f
 
 from EasyLM import flags
 from EasyLM.checkpoints import load_metadata, run_directory, streaming
-from EasyLM.checkpoints.run_directory import LinkedDirectory
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_train
 from EasyLM.parallel import make_mesh
 from EasyLM.training import RUN_FLAGS, metrics_log, run
-from EasyLM.training.start import StartFiles, locate_start
 
 STEPS = 14
 # 24 sentences of 768 to 1500 tokens are about 212 rows of 128: at 18 rows a step an epoch ends within the run.
@@ -45,39 +42,6 @@ def assert_same_run(run, reference):
     for key, value in expected.items():
         assert state[key].dtype == value.dtype
         assert state[key].tobytes() == value.tobytes(), key
-
-
-def start_of(run_dir, load_checkpoint="") -> StartFiles:
-    return locate_start(StartFiles(load_checkpoint), str(run_dir))[0]
-
-
-def save_step(run_dir, step, start, milestone=False):
-    """Writes the files of a run that started at `start`, as far as the next start reads them."""
-    metadata = {"step": step, "flags": {"load_checkpoint": "of the last start only"}, "started_from": start.history}
-    files = {"streaming_train_state": b"", "dataset.json": b"{}", "metadata.json": json.dumps(metadata).encode()}
-    writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}
-    LinkedDirectory(str(run_dir)).prepare()
-    LinkedDirectory(str(run_dir)).write(step, writers, milestone)
-    return str(run_dir / "checkpoints" / f"step_{step:08d}")
-
-
-def test_a_requeued_command_resumes_the_run(tmp_path):
-    run_dir, elsewhere = tmp_path / "run", "huggingface::elsewhere"
-    assert start_of(run_dir, elsewhere).checkpoint == elsewhere
-    save_step(run_dir, 4, start_of(run_dir, elsewhere), milestone=True)
-    newest = save_step(run_dir, 6, start_of(run_dir))  # resumed without the flag
-    for again in ("", elsewhere):
-        assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
-    with pytest.raises(UserError, match="already holds a run that started from 'huggingface::elsewhere'"):
-        start_of(run_dir, "huggingface::other")
-
-    back = f"trainstate::{run_dir}/streaming_train_state_4"
-    start = start_of(run_dir, back)
-    assert start.checkpoint == back and start.metadata.endswith("step_00000004/metadata.json")
-    assert start_of(run_dir, back).checkpoint == back, "nothing has been saved since"
-    newest = save_step(run_dir, 5, start)
-    for again in ("", elsewhere, back):
-        assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
 
 
 @pytest.mark.slow

@@ -1,0 +1,69 @@
+"""Where a run starts: found once, before data is indexed."""
+
+import collections
+import functools
+import json
+
+import pytest
+from tiny_run import GOLDEN, train
+
+from EasyLM import checkpoints
+from EasyLM.checkpoints import streaming
+from EasyLM.checkpoints.run_directory import LinkedDirectory
+from EasyLM.errors import UserError
+from EasyLM.training import run
+from EasyLM.training.start import StartFiles, locate_start
+
+
+def start_of(run_dir, load_checkpoint="") -> StartFiles:
+    return locate_start(StartFiles(load_checkpoint), str(run_dir))[0]
+
+
+def save_step(run_dir, step, start, milestone=False):
+    """Writes the files of a run that started at `start`, as far as the next start reads them."""
+    metadata = {"step": step, "flags": {"load_checkpoint": "of the last start only"}, "started_from": start.history}
+    files = {"streaming_train_state": b"", "dataset.json": b"{}", "metadata.json": json.dumps(metadata).encode()}
+    writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}
+    LinkedDirectory(str(run_dir)).prepare()
+    LinkedDirectory(str(run_dir)).write(step, writers, milestone)
+    return str(run_dir / "checkpoints" / f"step_{step:08d}")
+
+
+def test_a_requeued_command_resumes_the_run(tmp_path):
+    run_dir, elsewhere = tmp_path / "run", "huggingface::elsewhere"
+    assert start_of(run_dir, elsewhere).checkpoint == elsewhere
+    save_step(run_dir, 4, start_of(run_dir, elsewhere), milestone=True)
+    newest = save_step(run_dir, 6, start_of(run_dir))  # resumed without the flag
+    for again in ("", elsewhere):
+        assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
+    with pytest.raises(UserError, match="already holds a run that started from 'huggingface::elsewhere'"):
+        start_of(run_dir, "huggingface::other")
+
+    back = f"trainstate::{run_dir}/streaming_train_state_4"
+    start = start_of(run_dir, back)
+    assert start.checkpoint == back and start.metadata.endswith("step_00000004/metadata.json")
+    assert start_of(run_dir, back).checkpoint == back, "nothing has been saved since"
+    newest = save_step(run_dir, 5, start)
+    for again in ("", elsewhere, back):
+        assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
+
+
+def test_each_starting_file_is_read_once(tmp_path, monkeypatch):
+    calls = collections.Counter()
+
+    def count(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda path: (calls.update([str(path)]), original(path))[1])
+
+    count(streaming, "read_streaming")
+    count(checkpoints, "load_metadata")
+    count(checkpoints, "load_dataset_state")
+    monkeypatch.setattr(run, "_compiled_step", lambda *_: None)
+    monkeypatch.setattr(run, "fit", lambda state, *_, **__: (state, True))
+    files = {
+        "load_checkpoint": f"{GOLDEN}/step15/streaming_train_state",
+        "load_dataset_state": f"{GOLDEN}/step15/dataset.pkl",
+        "load_metadata": f"{GOLDEN}/step15/metadata.pkl",
+    }
+    train(tmp_path, **files | {"load_checkpoint": f"trainstate::{files['load_checkpoint']}"})
+    assert calls == dict.fromkeys(files.values(), 1)
