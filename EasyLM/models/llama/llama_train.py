@@ -33,11 +33,11 @@ from EasyLM.training import (
     train,
 )
 
-DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 FLAGS = {
     **RUN_FLAGS,
-    "dtype": Flag("fp32", "Type of the computation; parameters, softmax and loss are float32.", choices=tuple(DTYPES)),
+    "dtype": Flag("fp32", "Type of the computation; parameters, softmax and loss are float32.", choices=tuple(COMPUTE_DTYPES)),
     "load_llama_config": Flag("", "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release)."),
     "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
     "llama": llama_config.LLAMA_FLAGS,
@@ -76,7 +76,7 @@ def main(config: Any) -> None:
     task = TrainingTask(
         model_without_extra(
             partial(llama_model.init_params, model),
-            llama_model.make_loss_fn(model, DTYPES[config.dtype], mesh),
+            llama_model.make_loss_fn(model, COMPUTE_DTYPES[config.dtype], mesh),
             PARTITION_RULES,
         ),
         optimizer,
