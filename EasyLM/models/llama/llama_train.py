@@ -37,7 +37,9 @@ COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16
 
 FLAGS = {
     **RUN_FLAGS,
-    "dtype": Flag("fp32", "Type of the computation; parameters, softmax and loss are float32.", choices=tuple(COMPUTE_DTYPES)),
+    "dtype": Flag(
+        "fp32", "Type of the computation; parameters, softmax and loss are float32.", choices=(*COMPUTE_DTYPES,)
+    ),
     "load_llama_config": Flag("", "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release)."),
     "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
     "llama": llama_config.LLAMA_FLAGS,
