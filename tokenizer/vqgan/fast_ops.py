@@ -8,6 +8,7 @@ pretrained) was measured on 32 images of 32x32 pixels, the released layout on 8 
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 
@@ -41,7 +42,6 @@ def upsample_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
     the next input row with (first + second, third). The same holds for columns, so four 2x2 convolutions of the input
     give the four interleaved parts of the output.
     """
-    B, h, w, _ = x_BhwC.shape
 
     def even_and_odd(kernel, axis):
         first, second, third = jnp.split(kernel, 3, axis)
@@ -54,7 +54,8 @@ def upsample_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
         jnp.stack([convolve(kernel, i, j) for j, kernel in enumerate(even_and_odd(row_kernel, 1))], axis=3)
         for i, row_kernel in enumerate(even_and_odd(conv.kernel[...], 0))
     ]
-    return jnp.stack(rows, axis=2).reshape(B, 2 * h, 2 * w, -1) + conv.bias[...].astype(conv.dtype)[None, None, None]
+    y_BHWC = rearrange(jnp.stack(rows, axis=2), "B h i w j C -> B (h i) (w j) C")  # i, j: odd row, odd column
+    return y_BHWC + conv.bias[...].astype(conv.dtype)[None, None, None]
 
 
 def pool(x_BHWC: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ Shapes: see the legend of the room.
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from tokenizer.vqgan import fast_ops
@@ -81,13 +82,13 @@ class AttnBlock(nnx.Module):
         self.q, self.k, self.v, self.proj_out = (layers.conv(width, width, 1) for _ in range(4))
 
     def __call__(self, x_BhwC: jax.Array) -> jax.Array:
-        B, h, w, C = x_BhwC.shape
+        _, h, w, C = x_BhwC.shape
         y_BhwC = self.norm(x_BhwC)
-        q_BNC, k_BNC, v_BNC = (layer(y_BhwC).reshape(B, h * w, C) for layer in (self.q, self.k, self.v))
+        q_BNC, k_BNC, v_BNC = (rearrange(layer(y_BhwC), "B h w C -> B (h w) C") for layer in (self.q, self.k, self.v))
         scores_BNM = jnp.einsum("BNC,BMC->BNM", q_BNC, k_BNC, precision=self.q.precision) * C**-0.5
         weights_BNM = jax.nn.softmax(scores_BNM.astype(jnp.float32), axis=-1).astype(v_BNC.dtype)
         mixed_BNC = jnp.einsum("BNM,BMC->BNC", weights_BNM, v_BNC, precision=self.q.precision)
-        return x_BhwC + self.proj_out(mixed_BNC.reshape(B, h, w, C))
+        return x_BhwC + self.proj_out(rearrange(mixed_BNC, "B (h w) C -> B h w C", h=h, w=w))
 
 
 class Downsample(nnx.Module):

@@ -6,6 +6,7 @@ Shapes: see the legend of the room.
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from tokenizer.vqgan import fast_ops
@@ -35,8 +36,8 @@ class VQGAN(nnx.Module):
 
     def decode(self, codes_BN: jax.Array) -> jax.Array:
         """Codes -> float32 pixels [B,H,W,3], not clipped to [0, 1]."""
-        side = self.config.side
-        return self.decode_vectors(self.quantize(codes_BN).reshape(len(codes_BN), side, side, -1))
+        vectors_BhwZ = rearrange(self.quantize(codes_BN), "B (h w) Z -> B h w Z", h=self.config.side)
+        return self.decode_vectors(vectors_BhwZ)
 
     def decode_vectors(self, vectors_BhwZ: jax.Array) -> jax.Array:
         """Vectors of the codebook's space -> float32 pixels [B,H,W,3], not clipped to [0, 1]."""
@@ -59,8 +60,8 @@ class Codebook(nnx.Module):
     def nearest(self, hidden_BhwZ: jax.Array) -> jax.Array:
         """The codes at the least squared distance, computed in float32 whatever the model's dtype: [B,N] int32."""
         table_KZ = self.embedding[...]
-        vectors_MZ = hidden_BhwZ.reshape(-1, table_KZ.shape[1]).astype(jnp.float32)
-        return fast_ops.nearest_code(vectors_MZ, table_KZ).reshape(len(hidden_BhwZ), -1)
+        vectors_MZ = rearrange(hidden_BhwZ, "B h w Z -> (B h w) Z").astype(jnp.float32)
+        return rearrange(fast_ops.nearest_code(vectors_MZ, table_KZ), "(B N) -> B N", B=len(hidden_BhwZ))
 
 
 class Encoder(nnx.Module):
