@@ -24,9 +24,8 @@ def training_seed(block: int) -> int:
     """
     if block >= FIRST_HELD_OUT:
         raise UserError(
-            f"its scenes {block * SEEDS_PER_BLOCK:,}..{(block + 1) * SEEDS_PER_BLOCK - 1:,} are reserved: from "
-            f"{FIRST_HELD_OUT * SEEDS_PER_BLOCK:,} on, scenes are the test sets of evaluation.fewshot "
-            f"--benchmark=rendered and examples of the service; choose 0..{FIRST_HELD_OUT - 1}"
+            f"scenes {block * SEEDS_PER_BLOCK:,}..{(block + 1) * SEEDS_PER_BLOCK - 1:,} are reserved for evaluation "
+            f"(evaluation.fewshot --benchmark=rendered, examples of the service): choose 0..{FIRST_HELD_OUT - 1}"
         )
     return block * SEEDS_PER_BLOCK
 

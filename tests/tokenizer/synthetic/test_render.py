@@ -61,7 +61,7 @@ def test_render_recolours_photographs(tmp_path):
 
 @pytest.mark.parametrize("seed", [500, 900, 999])
 def test_render_rejects_reserved_seeds(tmp_path, seed):
-    with pytest.raises(UserError, match=rf"--seed={seed}: its scenes {seed},000,000\.\..* are reserved.*0\.\.499"):
+    with pytest.raises(UserError, match=rf"--seed={seed}: scenes {seed},000,000\.\..* are reserved.*0\.\.499"):
         run_main(render, output_dir=str(tmp_path), num=1, size=8, workers=1, seed=seed)
     assert not list(tmp_path.iterdir())
 
