@@ -79,7 +79,7 @@ def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str
     """Returns prefix and path of `PREFIX::PATH`.
 
     Args:
-      name: what the spec is called in error messages.
+      name: the name of the spec in error messages.
 
     Raises:
       UserError: for an unknown prefix, and a missing path or one of the wrong kind.

@@ -1,4 +1,4 @@
-"""Models and what they share: attention, losses, generation.
+"""Models, and the attention, losses and generation that they share.
 
 May import EasyLM's own modules only. `attention` may import this room; `llama` also `storage`, `data`, `checkpoints`,
 `parallel` and `training`. Imports nothing here: `--help` of a command must not import JAX.

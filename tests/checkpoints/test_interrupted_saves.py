@@ -52,7 +52,7 @@ def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog)
 
 
 def test_file_size_limit_leaves_the_previous_checkpoint(tmp_path):
-    """The real thing: the kernel refuses to write on."""
+    """With a limit of the operating system instead of a mock."""
     program = f"""
         import resource, signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -85,7 +85,7 @@ def run_python(program: str) -> str:
 
 @pytest.mark.parametrize("milestone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, milestone):
-    """Kills a save of step 2 before its first, second, ... change to the disk, until one gets through."""
+    """Kills a save of step 2 before its first, second, ... change to the disk, until one completes."""
     program = f"""
         import os, signal, sys
         from checkpoint_kit import contents, make_checkpointer, save, streaming

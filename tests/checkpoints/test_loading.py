@@ -1,4 +1,4 @@
-"""Loading checkpoints: by every prefix, into every sharding, and nothing but one clear line for what does not fit."""
+"""Loading: every prefix, every sharding, gradient accumulation, and one-line errors."""
 
 import jax
 import jax.numpy as jnp

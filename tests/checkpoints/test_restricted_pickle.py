@@ -1,4 +1,4 @@
-"""Old runs' pickles are read as plain settings; a pickle that names anything else is refused before it can act."""
+"""Pickles of the release load as plain settings; other pickles are rejected before any code runs."""
 
 import os
 import pickle

@@ -53,7 +53,7 @@ def test_moved_run_directory(tmp_path):
 
 
 def test_repeated_steps(tmp_path):
-    """A run that went back to a milestone comes past the later ones once more."""
+    """A run that resumes from a milestone saves the later steps again."""
     for _ in range(3):
         saver = make_checkpointer(tmp_path)
         for step in (5, 6):
@@ -64,7 +64,7 @@ def test_repeated_steps(tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_load_during_saves_reads_one_checkpoint(tmp_path, kept):
-    """Its file's name leads to the next checkpoint before all is read, as evaluations of a run at work meet it."""
+    """An evaluation loads a checkpoint while the run saves the next one."""
     saver = make_checkpointer(tmp_path)
     save(saver, 1, milestone=kept)
     entries = checkpoints.open_checkpoint(f"trainstate::{tmp_path}/streaming_train_state")
@@ -121,7 +121,7 @@ def test_remote_run_directory(monkeypatch):
 
 
 def test_remote_step_is_replaced_after_the_new_save(monkeypatch):
-    """As when the command of a finished run is repeated."""
+    """A finished run is started again."""
     run_dir = "memory://bucket/again"
     save(make_checkpointer(run_dir), 4)
     again = make_checkpointer(run_dir)

@@ -78,7 +78,7 @@ def test_float_dtype_casts_only_parameters(golden, tmp_path):
 
 @pytest.mark.parametrize("mesh_dim", ["1,1,1", "1,8,1", "2,2,2"])
 def test_save_copies_before_arrays_are_donated(tmp_path, mesh_dim):
-    """The step that follows gives the arrays away while they are still being written."""
+    """The next step donates the arrays while they are being written."""
     mesh = make_mesh(mesh_dim, jax.devices()[: int(np.prod([int(n) for n in mesh_dim.split(",")]))])
     specs = {3: P(None, "fsdp", "mp"), 2: P("fsdp"), 1: P(), 0: P()}
 
@@ -110,7 +110,7 @@ def test_unexpected_errors_are_raised_by_wait(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_save_sharded_arrays(tmp_path, port):
-    """Process 0 writes; arrays spread over both are brought to it layer by layer; a failure stops both."""
+    """Process 0 gathers sharded arrays layer by layer and writes them; a failure stops both processes."""
     program = """
         import os, sys
         os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -1,4 +1,4 @@
-"""The byte format: equal to what flax and the LVM release write; for a bad file one clear line, never anything else."""
+"""The byte format equals that of flax and of the LVM release; invalid files fail with a one-line error."""
 
 import io
 
@@ -107,7 +107,7 @@ def test_damaged_files_raise_only_user_errors(tmp_path, golden, read):
 
 
 def test_object_arrays_are_rejected(tmp_path):
-    """Its bytes would be taken for addresses."""
+    """NumPy would interpret their bytes as addresses."""
     value = msgpack.packb((("a",), msgpack.packb(msgpack.ExtType(1, msgpack.packb(((1,), "object", bytes(8)))))))
     (tmp_path / "file").write_bytes(value)
     with pytest.raises(UserError, match="unknown array type 'object'"):

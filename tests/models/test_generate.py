@@ -101,7 +101,7 @@ def test_tokens_are_independent_of_padding_and_batch(params):
 
 
 def kept_probabilities(logits_V, top_k=0, top_p=1.0):
-    """The distribution that is drawn from, by its definition: id by id from the likeliest on."""
+    """The distribution that is sampled, by its definition: ids in order of probability."""
     likeliest = sorted(range(len(logits_V)), key=lambda v: -logits_V[v])
     if top_k:
         likeliest = likeliest[:top_k]
@@ -126,7 +126,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_sampled_frequencies_follow_the_model(params, position, limits):
-    """A chi-square test of the first token, and of the second given the first; no other ids are drawn."""
+    """A chi-square test of the first token, and of the second given the first; other ids are never sampled."""
     (prompt_P,) = prompts_of(12)
     temperature, allowed = 0.7, 12
     tokens_CN = generate(
@@ -207,7 +207,7 @@ def test_greedy_tokens_equal_transformers_for_300_tokens(tmp_path):
 
 
 def test_step_updates_the_cache_in_place():
-    """A copy of the caches in each step would take longer than the rest of it."""
+    """The compiled loop copies no cache: copies would dominate the time of a step."""
     candidates, slots = 3, 32
     params = jax.eval_shape(lambda: llama_model.init_params(CONFIG, jax.random.key(0)))
     weights = jax.eval_shape(lambda params: DECODER.prepare(params, ALLOWED), params)

@@ -55,7 +55,7 @@ def logits(config, params, tokens_BT, **others):
 
 
 def relative_error(actual, expected) -> float:
-    """The largest over the arrays of a tree, each against its own largest number."""
+    """The largest error over the arrays of a tree, relative to the largest number of each array."""
     errors = jax.tree.map(lambda x, y: np.abs(np.float32(x) - y).max() / np.abs(y).max(), actual, expected)
     return max(jax.tree.leaves(errors))
 

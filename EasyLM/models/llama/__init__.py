@@ -12,7 +12,7 @@ Vocabulary:
 
 Modules:
   llama_config: settings, flags, presets.
-  partition_rules, remat_policies, costs: what follows from a layer's structure.
+  partition_rules, remat_policies, costs: sharding, rematerialisation and costs of the layers.
   layers, rotary: the parts of the model.
   llama_model: the model and its loss.
   llama_decode: decoding with a cache, likelihoods.

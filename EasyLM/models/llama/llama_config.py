@@ -190,7 +190,7 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
     """Returns the config in a run's metadata, a Hugging Face config, or a plain dict of settings.
 
     Args:
-      source: what the values are called in error messages.
+      source: the name of the values in error messages.
 
     Raises:
       UserError: if settings are missing or of another architecture; for a plain dict also if one is unknown.

@@ -1,4 +1,4 @@
-"""The rematerialisation policies that `llama.remat_*` name: what is saved for the backward pass."""
+"""The rematerialisation policies of `llama.remat_*`: which values are saved for the backward pass."""
 
 from typing import Any
 
