@@ -110,12 +110,12 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
             raise UserError(f"--{name}={values[name]}: must be {flag.range or 'a number'}")
 
 
-def run(main: Callable[[ConfigDict], None], definitions: Definitions, argv: list[str] | None = None) -> None:
+def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[str] | None = None) -> None:
     """Parses the command line, calls `main(config)` and exits.
 
     `--help` and `--version` print and exit with code 0. A misspelt flag or a value of the wrong type exits with code 1.
-    A `UserError` or `OSError` prints one line and exits with code 2. In a text flag `$NAME` and `${NAME}` stand for
-    environment variables, because job scripts quote them.
+    A `UserError` or `OSError` prints one line and exits with code 2. Otherwise the exit code is what `main` returns. In
+    a text flag `$NAME` and `${NAME}` stand for environment variables, because job scripts quote them.
 
     Args:
       main: the command. The docstring of its module begins the help.
@@ -136,9 +136,9 @@ def run(main: Callable[[ConfigDict], None], definitions: Definitions, argv: list
         print(f"error: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
-    def checked_main(_: list[str]) -> None:
+    def checked_main(_: list[str]) -> Any:
         try:
-            main(config)
+            return main(config)
         except (UserError, OSError) as error:  # OSError: a missing file, a full disk, a lost network
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -174,7 +174,7 @@ def parse(definitions: Definitions, argv: list[str]) -> ConfigDict:
     return config
 
 
-def help_text(main: Callable[[ConfigDict], None], definitions: Definitions) -> str:
+def help_text(main: Callable[[ConfigDict], Any], definitions: Definitions) -> str:
     """Returns the help of a command: usage, description, and its flags by group, the required ones first."""
     description = (sys.modules[main.__module__].__doc__ or "").strip().partition("\n\n")[0]
     parts = [f"usage: {_program(main)} --flag=value ...", description, *_groups(definitions, "")]

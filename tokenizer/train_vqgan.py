@@ -81,8 +81,8 @@ FLAGS = {
 }
 
 
-def main(config: Any) -> None:
-    """Trains as the flags say, then writes the model and the image of reconstructions."""
+def main(config: Any) -> int:
+    """Trains as the flags say, then writes the model and the image of reconstructions. Returns the exit code."""
     logging.getLogger().setLevel(logging.INFO)
     initialize_distributed(config.jax_distributed)
 
@@ -111,10 +111,11 @@ def main(config: Any) -> None:
         TrainingData(data, config.batch_size, eval_data, config.batch_size),
         Accounting(unit="images", items_per_row=1, flops_per_row=0.0),
     )
-    train(run, task, mesh)
+    code = train(run, task, mesh)
     if jax.process_index() == 0:
         export(run.directory, model)
         save_reconstructions(run.directory, eval_data or data)
+    return code
 
 
 def _check_flags(config: Any) -> None:

@@ -67,16 +67,20 @@ def fit(
 
     Raises:
       NonFiniteLossError: see `Report`. The state is saved first, including the step in progress.
+      Exception: what the data, the evaluation, a metric or a save raised. A single process saves the last complete
+        state first; of several processes only one may have failed, and a save needs all of them.
     """
     start = done = int(state.step)
-    stop, pending = False, None
+    stop, pending, in_step = False, None, False
     save_once = _save_once(save, batches, report.throughput)
 
     with report.progress_bar(start), StopVote() as vote:
         try:
             while done < settings.total_steps and not stop:
                 batch = next(batches)
+                in_step = True
                 state, metrics = train_step(state, batch)
+                in_step = False
                 done += 1
                 if pending is not None:
                     report(*pending)
@@ -96,6 +100,12 @@ def fit(
                 with contextlib.suppress(NonFiniteLossError):
                     report(done - 1, metrics, batch, True)
             save_once(state, done, False)
+            raise
+        except Exception:
+            if jax.process_count() == 1 and not in_step and done > start:  # a step that failed has donated the state
+                logging.error("an error ends the run after step %d; saving the state", done)
+                with contextlib.suppress(Exception):  # the first error is the one to report
+                    save_once(state, done, False)
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
             save_once(state, done, _due(done, settings.save_milestone_freq) and done > start)

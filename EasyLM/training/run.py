@@ -26,6 +26,10 @@ from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train
 from EasyLM.training.task import ModelSettings, TrainingTask
 from EasyLM.training.throughput import Throughput
 
+# The exit code of a run that a signal stopped and whose state is saved: run the same command again. The number is
+# EX_TEMPFAIL of sysexits.h.
+STOPPED = 75
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -75,8 +79,11 @@ def run_directory(logger: Any) -> str:
     return path
 
 
-def train(run: Run, task: TrainingTask, mesh: Mesh) -> None:
+def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
     """Trains, logs and saves; after a signal, prints how to resume.
+
+    Returns:
+      The exit code of the command: 0 if `--total_steps` is reached, or STOPPED.
 
     Raises:
       UserError: if the data cannot continue, the processes disagree, a checkpoint cannot be saved, or the loss is not
@@ -114,6 +121,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> None:
         checkpointer.wait()
     if jax.process_index() == 0:
         _print_end(run, int(state.step), finished)
+    return 0 if finished else STOPPED
 
 
 def _first_row(start: StartPoint, source: RowSource) -> int:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop after the step in progress."""
+"""Signals of users and schedulers as a request to stop after the step in progress."""
 
 import contextlib
 import os
@@ -14,9 +14,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+# Ctrl-C; what SLURM, Kubernetes and TPU VMs send before they end a job; what SLURM users configure (--signal=USR1); a
+# closed terminal.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
 
 class StopVote:
-    """A context in which SIGINT and SIGTERM ask all processes to stop after the same step.
+    """A context in which STOP_SIGNALS ask all processes to stop after the same step.
 
     Each step every process votes 0 or 1, and the maximum of the previous step decides. The vote follows the train step
     on the devices, so no process waits for it. A second signal has its usual effect.
@@ -26,7 +30,7 @@ class StopVote:
         self._requested, self._previous_vote = False, None
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._handlers[number] = signal.signal(number, self._request)
         if jax.process_count() > 1:
             self._mesh = Mesh(np.array(jax.devices()), ("device",))

@@ -136,7 +136,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, port, 
     run_dir = tmp_path / "run"
     await_metrics(running, *(run_dir / name for name in LOGS))
     running[signalled].send_signal(signal.SIGTERM)
-    first, second = finish(*running)
+    first, second = finish(*running, code=75)
     assert "to resume" in first and "--logger.experiment_id=run" in first and "to resume" not in second
     (done,) = {len((run_dir / name).read_text().splitlines()) for name in LOGS}
     assert 0 < done < 10**6 and done == max(metrics(run_dir, "loss")) + 1

@@ -127,6 +127,44 @@ def test_throughput_counts_all_tokens_of_a_step(tmp_path):
         assert row["mfu"] == pytest.approx(flops_per_second / (DEVICES * 0.5e12), rel=1e-9)
 
 
+@pytest.mark.parametrize("culprit", ["data", "evaluation", "metrics", "first save", "step"])
+def test_an_error_ends_the_run_after_the_last_complete_step_is_saved(culprit):
+    """An error of a step saves nothing: the step has donated the state."""
+    saved, calls = [], {"data": 0, "evaluation": 0, "metrics": 0, "first save": 0, "step": 0}
+
+    def count(name, at):
+        calls[name] += 1
+        if name == culprit and calls[name] == at:
+            raise OSError(28, f"no space for {name}")
+
+    class Batches:
+        position, wait_seconds = 0, 0.0
+
+        def __next__(self):
+            count("data", 4)
+            self.position += 8
+
+    def step(state, batch):
+        count("step", 4)
+        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True}
+
+    def save(state, done, position, milestone):
+        count("first save", 1)
+        saved.append((state.step, done, position))
+
+    def evaluate(state):
+        count("evaluation", 4)
+        return {}
+
+    settings = dataclasses.replace(SETTINGS, log_freq=1, save_model_freq=3 if culprit == "first save" else 0)
+    batches = Batches()
+    report = make_report(batches, settings, log=lambda row: count("metrics", 3))
+    with pytest.raises(OSError, match=f"no space for {culprit}"):
+        loop.fit(types.SimpleNamespace(step=0), step, batches, settings, report, save=save, evaluate=evaluate)
+    done = {"data": 3, "evaluation": 4, "metrics": 4, "first save": 3}.get(culprit)
+    assert saved == ([(done, done, 8 * done)] if done else [])
+
+
 def test_the_step_in_progress_when_training_stops_is_reported_and_saved(tmp_path):
     """Only step 3 is not finite; step 4 has been dispatched by the time that is known."""
     rows, saved = [], []

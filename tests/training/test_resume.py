@@ -17,6 +17,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_train
 from EasyLM.parallel import make_mesh
 from EasyLM.training import RUN_FLAGS, metrics_log, run
+from EasyLM.training.stop_signal import STOP_SIGNALS
 
 STEPS = 14
 # 24 sentences of 768 to 1500 tokens are about 212 rows of 128: at 18 rows a step an epoch ends within the run.
@@ -159,13 +160,13 @@ def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path, wait):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, number):
     settings = {"total_steps": 10**6, "mesh_dim": "1,1,1"}
     process = start(tmp_path, devices=1, **settings)
     await_metrics([process], tmp_path / "run" / "metrics.jsonl")
     process.send_signal(number)
-    output = finish(process)
+    output = finish(process, code=75)
     assert "to resume" in output and "--logger.experiment_id=run" in output
     done = max(metrics(tmp_path / "run", "loss")) + 1
     assert int(final_state(tmp_path / "run")[("step",)]) == done

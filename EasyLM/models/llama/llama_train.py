@@ -50,8 +50,14 @@ FLAGS = {
 }
 
 
-def main(config: Any) -> None:
-    """Trains as the flags say. Flags and starting files are validated before data is indexed and the step compiled."""
+def main(config: Any) -> int:
+    """Trains as the flags say.
+
+    Flags and starting files are validated before data is indexed and the step compiled.
+
+    Returns:
+      The exit code: 0, or 75 if a signal stopped the run after its state was saved.
+    """
     logging.getLogger().setLevel(logging.INFO)
     initialize_distributed(config.jax_distributed)
 
@@ -94,7 +100,7 @@ def main(config: Any) -> None:
             flops_per_row=seq_length * costs.flops_per_token(model, seq_length),
         ),
     )
-    train(run, task, mesh)
+    return train(run, task, mesh)
 
 
 def _model_settings(model: LLaMAConfig) -> ModelSettings:

@@ -120,7 +120,7 @@ def test_a_signal_saves_and_the_same_command_resumes(folder):
     process = start()
     await_metrics([process], path)
     process.send_signal(signal.SIGTERM)
-    output = finish(process)
+    output = finish(process, code=75)
     assert "to resume" in output, output
     done = len(path.read_text().splitlines())
     output = finish(start(total_steps=done + 2))
