@@ -67,20 +67,17 @@ def fit(
 
     Raises:
       NonFiniteLossError: see `Report`. The state is saved first, including the step in progress.
-      Exception: what the data, the evaluation, a metric or a save raised. A single process saves the last complete
-        state first; of several processes only one may have failed, and a save needs all of them.
+      Exception: from the data, the evaluation, a metric or a save. A single process saves the last complete step.
     """
-    start = done = int(state.step)
-    stop, pending, in_step = False, None, False
+    start = fetched = done = int(state.step)
+    stop, pending = False, None
     save_once = _save_once(save, batches, report.throughput)
-
     with report.progress_bar(start), StopVote() as vote:
         try:
             while done < settings.total_steps and not stop:
                 batch = next(batches)
-                in_step = True
+                fetched += 1
                 state, metrics = train_step(state, batch)
-                in_step = False
                 done += 1
                 if pending is not None:
                     report(*pending)
@@ -95,21 +92,26 @@ def fit(
                 stop = vote.stop(metrics)
             if pending is not None:
                 report(*pending)
-        except NonFiniteLossError:
-            if pending is not None and pending[0] < done - 1:  # the step in progress counts and is saved too
-                with contextlib.suppress(NonFiniteLossError):
+        except Exception as error:
+            if isinstance(error, NonFiniteLossError) and pending is not None and pending[0] < done - 1:
+                with contextlib.suppress(NonFiniteLossError):  # the step in progress counts and is saved too
                     report(done - 1, metrics, batch, True)
-            save_once(state, done, False)
-            raise
-        except Exception:
-            if jax.process_count() == 1 and not in_step and done > start:  # a step that failed has donated the state
-                logging.error("an error ends the run after step %d; saving the state", done)
-                with contextlib.suppress(Exception):  # the first error is the one to report
-                    save_once(state, done, False)
+            if fetched == done > start:  # a step that failed has donated the state
+                _save_after_error(save_once, state, done, error)
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
             save_once(state, done, _due(done, settings.save_milestone_freq) and done > start)
     return state, done >= settings.total_steps
+
+
+def _save_after_error(save_once: Callable[[Any, int, bool], None], state: Any, done: int, error: Exception) -> None:
+    """Saves the last complete step, if all processes have met the error: a save needs all of them."""
+    if isinstance(error, NonFiniteLossError):  # the loss is the same on all processes
+        save_once(state, done, False)
+    elif jax.process_count() == 1:
+        logging.error("an error ends the run after step %d; saving the state", done)
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            save_once(state, done, False)
 
 
 def _save_once(
