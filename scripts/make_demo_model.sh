@@ -6,10 +6,12 @@
 # Takes about 25 minutes for the data, then 68, 86 and 57 minutes for the three stages of training, on two shared CPU
 # cores. Needs the extra `quickstart`, no GPU and no download.
 #
-# Warm-up: clips and scenes with a hole, which a copy of the previous image explains. The loss drops when a head of the
-# second layer learns to attend to the same position of the previous image. Training on all sentences from the start can
-# instead teach heads to attend two images back, to the previous annotation, which explains little of the next one.
-# Stage 1: all sentences, with 4 layers, at half the cost of 8 layers.
+# Stage 1 has two runs, with 4 layers, at half the cost of 8 layers.
+#   Warm-up: clips and scenes with a hole, where a copy of the previous image predicts most of the next one. The loss drops
+#   when a head of the second layer learns to attend to the same position of the previous image. Training on all sentences
+#   from the start can instead teach heads to attend two images back, to the previous annotation, which predicts little of
+#   the next one.
+#   Then: all sentences.
 # Stage 2: the same sentences, with 8 layers initialized from the 4 layers.
 # Stage 3: new scenes, because the model has memorized part of the old ones, and colorization.
 set -euo pipefail

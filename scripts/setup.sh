@@ -2,7 +2,7 @@
 # Creates the virtual environment .venv (or $VENV) and installs the project into it.
 #
 #   bash scripts/setup.sh                 for the quickstart, on a CPU
-#   bash scripts/setup.sh gpu             with further extras: gpu, tpu, torch, video, text, serve, dev (several: gpu,video)
+#   bash scripts/setup.sh gpu             with further extras of pyproject.toml (several: gpu,video)
 #
 # Takes about two minutes. Needs Python 3.11 or newer (set $PYTHON to choose one); no torch, no CUDA toolkit.
 set -euo pipefail
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 if [ ! -x "$venv/bin/python" ]; then
     for python in ${PYTHON:-python3.12 python3.11 python3.13 python3}; do
-        # Run it, because a name on the PATH can be a broken link.
+        # Run the interpreter to check it: a name on the PATH can be a broken link.
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
         python=
     done

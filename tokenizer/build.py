@@ -36,7 +36,7 @@ VERSION = 1  # of how sentences follow from flags and inputs: an interrupted bui
 SENTENCE_FLAGS = {
     "kind": Flag("images", "The kind of sentences.", choices=tuple(KINDS)),
     "input_dir": Flag("", "Folder of the inputs, with its subfolders.", required=True),
-    "target_dir": Flag("", "Folder of the labels or further sequences; for multi_* a comma list."),
+    "target_dir": Flag("", "Folder of the annotations or of further clips; for multi_* a comma list."),
     "n_shots": Flag(8, "Pairs, images, or classes of a sentence.", least=1),
     "images_per_shot": Flag(1, "category: images of each class of a sentence.", least=1),
     "n_epochs": Flag(1, "Passes over all inputs, each shuffled differently.", least=1),

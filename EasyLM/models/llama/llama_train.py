@@ -1,4 +1,4 @@
-"""Trains a Large Vision Model: `python -m EasyLM.models.llama.llama_train --flag=value` (README, "Training")."""
+"""Trains a Large Vision Model: `python -m EasyLM.models.llama.llama_train --flag=value` (README, "Train")."""
 
 import dataclasses
 import logging
