@@ -1,8 +1,8 @@
 """Prompts a trained Large Vision Model, measures its answers, and serves it. The modules are commands.
 
-Rooms; tests/test_architecture.py holds the allowed imports:
-    prompting   model and tokenizer of a checkpoint, which answer prompts of images with images
+Sub-packages; tests/test_architecture.py lists the allowed imports:
+    prompting   model and tokenizer: prompts of images in, generated images out
     tasks       few-shot tasks, benchmarks, metrics of answers, plots
-    runs        many examples from files, in batches, resumable
+    runs        evaluation of many examples from files, in batches, resumable
     serving     the HTTP service and the demo page
 """

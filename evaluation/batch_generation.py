@@ -1,8 +1,9 @@
 """Generates answers: `python -m evaluation.batch_generation --checkpoint=C --input_file=J --output_base_dir=O`.
 
-A line of J is `{"input": [paths], "output": path}`, with `--evaluate_mse` also `"target": [paths]`, one for each new
-image. The file at `output` shows a candidate per row, its new images side by side (after the input with
-`--include_input`). With several candidates each one also has its own file: `answer.png` has `answer_0.png`, ...
+Each line of J is `{"input": [paths], "output": path}`. `--evaluate_mse` compares with `"target": [paths]`, one path per
+generated image. The file at `output` has one row per candidate: its generated images side by side. `--include_input`
+puts the prompt before them. With several candidates, each candidate also has a file of its own: `answer_0.png`,
+`answer_1.png`, ... beside `answer.png`.
 """
 
 import numpy as np
@@ -19,20 +20,21 @@ from tokenizer.media import images
 FLAGS = {
     **PROMPTER_FLAGS,
     **LINE_FLAGS,
-    "json_output_key": Flag("output", "Key of a line's path for the answer."),
+    "json_output_key": Flag("output", "Key of the output path in a line."),
     **EXAMPLE_FLAGS,
-    "output_base_dir": Flag("", "Folder that the answers' paths are relative to.", required=True),
+    "output_base_dir": Flag("", "Folder that output paths are relative to.", required=True),
     **GENERATION_FLAGS,
-    "batch_size_factor": Flag(4, "Examples at a time on each device; does not change results.", least=1),
+    "batch_size_factor": Flag(4, "Examples per batch on each device; does not change results.", least=1),
     "resize_output": Flag(
-        "", "Size of each image: original (that of the last input), WIDTHxHEIGHT; empty: the tokenizer's."
+        "",
+        "Size of each image: original (the size of the last input) or WIDTHxHEIGHT; empty: the tokenizer's resolution.",
     ),
     "include_input": Flag(False, "Put the prompt before the answer."),
 }
 
 
 def main(config: ConfigDict) -> None:
-    """Generates an answer to every line, prints and writes the metrics."""
+    """Generates the images of every line; prints and writes the metrics."""
     settings = GenerationSettings.from_user(config)
     with prefix_errors(f"--resize_output={config.resize_output}"):
         size = parse_size(config.resize_output)

@@ -1,7 +1,7 @@
-"""A page to try a model on: `python -m evaluation.demo`, then http://127.0.0.1:7860.
+"""The demo page of a model: run `python -m evaluation.demo`, then open http://127.0.0.1:7860.
 
-Without flags it shows the model that ships with the project, whose images are 32 pixels wide and displayed larger. It
-listens on this machine only, unless `--host` says otherwise, and loads nothing from other hosts.
+Without flags it serves the model that ships with the project, whose images are 32 pixels wide and displayed enlarged.
+By default the page is reachable from this machine only; see `--host`. It loads nothing from other hosts.
 """
 
 import os
@@ -20,14 +20,14 @@ FLAGS = {
     "checkpoint": Flag(
         str(pathlib.Path(__file__).with_name("demo_model")), "The model: PREFIX::FILE, or a Hugging Face directory."
     ),
-    "max_batch": Flag(1, "Visitors answered at a time: a power of two. Does not change results.", least=1),
-    "host": Flag("127.0.0.1", "Address to listen on; 0.0.0.0: all networks of this machine."),
+    "max_batch": Flag(1, "Requests computed in one batch: a power of two. Does not change results.", least=1),
+    "host": Flag("127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces of this machine."),
     "port": Flag(7860, "Port to listen on.", least=0, most=2**16 - 1),
 }
 
 
 def main(config: ConfigDict) -> None:
-    """Shows the page until Ctrl-C."""
+    """Serves the page until Ctrl-C."""
     check_installed("the page", "serve", "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -1,7 +1,7 @@
-"""Perplexity of true answers: `python -m evaluation.eval_perplexity --checkpoint=C --input_file=J --input_base_dir=D`.
+"""Perplexity of target images: `python -m evaluation.eval_perplexity --checkpoint=C --input_file=J --input_base_dir=D`.
 
-A line of J is `{"input": [paths], "target": [paths]}`: the prompt (shots and query) and the images that follow it. The
-perplexity of an example is exp(mean negative log-likelihood) of its target's tokens, each given all tokens before it.
+Each line of J is `{"input": [paths], "target": [paths]}`: the prompt and the images that follow it. The perplexity of
+an example is exp(mean negative log-likelihood) of its target's tokens, each token given all tokens before it.
 The reported metric is the mean over the examples.
 """
 
@@ -18,12 +18,12 @@ FLAGS = {
     **PROMPTER_FLAGS,
     **LINE_FLAGS,
     **EXAMPLE_FLAGS,
-    "batch_size": Flag(2, "Examples at a time, over all devices; does not change results.", least=1),
+    "batch_size": Flag(2, "Examples per batch, over all devices; does not change results.", least=1),
 }
 
 
 def main(config: ConfigDict) -> None:
-    """Measures every line, prints and writes the metrics."""
+    """Measures every line; prints and writes the metrics."""
     line_format = LineFormat.from_config(config, targets="required")
     lines = read_lines(config.input_file, line_format, config.max_examples)
     loops.measure(EvaluationRun.from_config(config, config.batch_size, lines, _load, lambda line: line.lengths))

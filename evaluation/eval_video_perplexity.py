@@ -1,7 +1,7 @@
 """Perplexity of frames: `python -m evaluation.eval_video_perplexity --checkpoint=C --input_files='D/*.mp4'`.
 
-The first `n_context_frames` of each clip are the prompt, and the `n_target_frames` after them are measured as by
-`evaluation.eval_perplexity`. With `--frame_input` clips are folders of frames.
+The first `n_context_frames` of each clip are the prompt, and the next `n_target_frames` are the target. The metric is
+that of `evaluation.eval_perplexity`. With `--frame_input` clips are folders of frames.
 """
 
 import numpy as np
@@ -15,14 +15,14 @@ FLAGS = {
     **PROMPTER_FLAGS,
     **clips.CLIP_FLAGS,
     **EXAMPLE_FLAGS,
-    "n_context_frames": Flag(15, "Frames before the measured ones.", least=1),
-    "n_target_frames": Flag(1, "Frames that are measured.", least=1),
-    "batch_size": Flag(2, "Clips at a time, over all devices; does not change results.", least=1),
+    "n_context_frames": Flag(15, "Frames of the prompt.", least=1),
+    "n_target_frames": Flag(1, "Frames of the target.", least=1),
+    "batch_size": Flag(2, "Clips per batch, over all devices; does not change results.", least=1),
 }
 
 
 def main(config: ConfigDict) -> None:
-    """Measures every clip, prints and writes the metrics."""
+    """Measures every clip; prints and writes the metrics."""
     lengths = config.n_context_frames, config.n_target_frames
     examples = clips.find_clips(to_dataclass(clips.ClipSettings, config), sum(lengths))
 

@@ -1,11 +1,12 @@
 """Prompts a model with a few examples of each task and measures its answers: `python -m evaluation.fewshot ...`.
 
-Tasks are folders of images and annotations, folders of clips whose next frame is asked for, or a `--benchmark`
-(EVAL.md). Several numbers of shots make a curve: the queries stay the same, and fewer shots are the last ones of more.
+A task is a folder of images with a folder of annotations, or a folder of clips (the model predicts the next frame), or
+a task of a `--benchmark` (EVAL.md). Several numbers of shots give a curve. All its points have the same queries, and a
+prompt with fewer shots uses the last shots of a longer prompt.
 
-Metrics are printed beside those of baselines that need no model: perplexity of the true answer beside that of token
-frequencies, and errors of the generated answer beside those of a copy of the query, of a copy of the last annotation
-(or frame), and of the mean annotation. The true answer, encoded and decoded, bounds what any model can reach.
+The table compares the model with baselines. The baseline of perplexity is the token frequencies (unigram). The
+baselines of the other metrics are a copy of the query, a copy of the last annotation (or frame) and the mean
+annotation. The true answer, encoded and decoded by the tokenizer, bounds what any model can reach.
 """
 
 import functools
@@ -40,14 +41,14 @@ FLAGS = {
     "n_queries": Flag(16, "Queries of each task.", least=1),
     "temperature": Flag(0.0, "Sampling temperature; 0: take the most likely token.", least=0),
     "top_p": Flag(1.0, "Sample from the most likely tokens that together have this probability.", above=0, most=1),
-    "seed": Flag(0, "Seed of the draw of examples and of the sampling.", least=0, most=2**31 - 1),
-    "batch_size": Flag(8, "Prompts at a time; does not change results.", least=1),
+    "seed": Flag(0, "Seed for drawing examples and for sampling tokens.", least=0, most=2**31 - 1),
+    "batch_size": Flag(8, "Prompts per batch; does not change results.", least=1),
     "lpips_weights": Flag("", "Comma list of files: VGG16 of torchvision and the linear layers of LPIPS. Adds LPIPS."),
     "inception_weights": Flag("", "File of pytorch-fid's InceptionV3. Adds FID over all answers to a task."),
     "output_json": Flag("", "JSON file for the metrics."),
     "output_plot": Flag("", "Image file for charts of the metrics over the number of shots."),
-    "output_picture": Flag("", "Image file for a sheet of prompts with the model's and the true answers."),
-    "rows_per_task": Flag(2, "Queries of each task on the sheet.", least=1),
+    "output_picture": Flag("", "Image file for a sheet of prompts, generated answers and true answers."),
+    "rows_per_task": Flag(2, "Queries of each task shown on the sheet.", least=1),
 }
 
 
@@ -88,10 +89,10 @@ def main(config: ConfigDict) -> None:
         write_json(config.output_json, {"settings": {name: config[name] for name in names}, "tasks": tasks_json})
     if config.output_plot:
         plots.plot_curves(tasks_json, config.output_plot)
-        print(f"look at {config.output_plot}")
+        print(f"wrote {config.output_plot}")
     if config.output_picture:
         images.save(config.output_picture, report.answer_sheet(rows))
-        print(f"look at {config.output_picture}")
+        print(f"wrote {config.output_picture}")
     results.discard()
 
 
@@ -114,7 +115,7 @@ def check_outputs(config: ConfigDict) -> None:
 
 
 def load_metrics(config: ConfigDict) -> tuple[dict[str, metrics.ImageMetric], inception.Inception | None]:
-    """The metrics of every task, and the network for FID if it is asked for."""
+    """Returns the metrics of every task, and the network for FID if `--inception_weights` is given."""
     image_metrics, network = dict(metrics.IMAGE_METRICS), None
     if config.lpips_weights:
         with prefix_errors(f"--lpips_weights={config.lpips_weights}"):
@@ -130,7 +131,7 @@ def check_length(prompter: Prompter, source: TaskSource, shots: int) -> None:
     flag, count = ("n_context_frames", shots + 1) if source.clips else ("n_shots", 2 * shots + 2)
     if count > prompter.max_images:
         raise UserError(
-            f"--{flag}={shots}: {count} images with the answer; the model's longest sequence holds "
+            f"--{flag}={shots}: a prompt and its answer are {count} images; the model's longest sequence holds "
             f"{prompter.max_images}"
         )
 

@@ -1,8 +1,8 @@
 """Continues videos: `python -m evaluation.generate_videos --checkpoint=C --input_files='D/*.mp4' --output_dir=O`.
 
-The first `n_context_frames` of each clip are the prompt, and `n_new_frames` are generated. A clip `D/a/b.mp4` has the
-sheet `O/a_b.mp4.png`: a candidate per row, after the prompt. Its new frames are `O/a_b.mp4/CANDIDATE/000.png`, ...
-With `--fps` each candidate is also a video `O/a_b.mp4/CANDIDATE.mp4` of prompt and continuation.
+The first `n_context_frames` of each clip are the prompt, and `n_new_frames` are generated. For a clip `D/a/b.mp4` the
+command writes the sheet `O/a_b.mp4.png` (one row per candidate: the prompt and the generated frames) and the generated
+frames `O/a_b.mp4/CANDIDATE/000.png`, ... `--fps` adds a video `O/a_b.mp4/CANDIDATE.mp4` of prompt and generated frames.
 """
 
 import numpy as np
@@ -19,12 +19,12 @@ FLAGS = {
     **PROMPTER_FLAGS,
     **clips.CLIP_FLAGS,
     **EXAMPLE_FLAGS,
-    "output_dir": Flag("", "Folder to write into.", required=True),
+    "output_dir": Flag("", "Output folder.", required=True),
     **GENERATION_FLAGS,
     "n_context_frames": Flag(12, "Frames of the prompt.", least=1),
     "n_new_frames": Flag(4, "Frames to generate after the prompt.", least=1),
     "n_candidates": Flag(8, "Samples for each clip.", least=1),
-    "batch_size_factor": Flag(4, "Clips at a time on each device; does not change results.", least=1),
+    "batch_size_factor": Flag(4, "Clips per batch on each device; does not change results.", least=1),
     "fps": Flag(
         0.0,
         "Frame rate of videos to write for each candidate; 0: no videos.",
@@ -35,7 +35,7 @@ FLAGS = {
 
 
 def main(config: ConfigDict) -> None:
-    """Continues every clip, prints and writes the metrics."""
+    """Continues every clip; prints and writes the metrics."""
     settings = GenerationSettings.from_user(config)
     if config.fps:
         check_installed("--fps", "video", "av")

@@ -1,8 +1,8 @@
 """The HTTP service of a model: `python -m evaluation.serve --checkpoint=C --vqgan=V --port=8000`.
 
-`http://127.0.0.1:8000/docs` documents it. It listens on this machine only, unless `--host` says otherwise. SIGTERM or
-Ctrl-C stops it: new requests are refused, accepted ones are finished, and it exits with code 0 (1 if that takes longer
-than `--stop_seconds`); a second signal stops it at once. `EasyLM.models.llama.llama_serve` is an alias of this command.
+`http://127.0.0.1:8000/docs` documents it. By default it is reachable from this machine only; see `--host`. SIGTERM or
+Ctrl-C stops it: new requests are refused and accepted requests are finished. The exit code is 0, or 1 if this takes
+longer than `--stop_seconds`. A second signal stops it at once. `EasyLM.models.llama.llama_serve` is an alias.
 """
 
 import logging
@@ -19,20 +19,24 @@ from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, Limits
 
 FLAGS = {
     **ENGINE_FLAGS,
-    "host": Flag("127.0.0.1", "Address to listen on; 0.0.0.0: all networks of this machine."),
+    "host": Flag("127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces of this machine."),
     "port": Flag(8000, "Port to listen on.", least=0, most=2**16 - 1),
-    "token": Flag("", "Bearer token of every request; '$NAME' reads it from the environment. Empty: none."),
-    "max_body_mb": Flag(16, "Largest body of a request.", least=1),
+    "token": Flag(
+        "", "Bearer token that POST requests must send; '$NAME' reads it from the environment. Empty: no authorisation."
+    ),
+    "max_body_mb": Flag(16, "Largest request body, in MiB.", least=1),
     "max_request_pictures": Flag(64, "Largest number of images of a request.", least=1),
-    "max_megapixels": Flag(64, "Most pixels of all images of a request, in millions, before resizing.", least=1),
-    "max_connections": Flag(256, "Most open requests. Each may hold a body in memory.", least=1),
+    "max_megapixels": Flag(
+        64, "Largest total of pixels in the images of a request, in millions, before resizing.", least=1
+    ),
+    "max_connections": Flag(256, "Largest number of open requests. Each may hold a body in memory.", least=1),
     "read_seconds": Flag(
         30.0,
-        "Time for the header, for the body, and for the client to read each part of an answer.",
+        "Timeout of the header, of the body, and of the client for reading each part of a response.",
         above=0,
         most=threading.TIMEOUT_MAX,
     ),
-    "stop_seconds": Flag(120.0, "Time for accepted requests after a signal.", above=0, most=threading.TIMEOUT_MAX),
+    "stop_seconds": Flag(120.0, "Timeout of accepted requests after a signal.", above=0, most=threading.TIMEOUT_MAX),
 }
 
 

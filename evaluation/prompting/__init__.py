@@ -1,10 +1,10 @@
-"""Prompting: a trained model and its tokenizer answer prompts of images with new images.
+"""Prompting: a model and its tokenizer generate the images that follow a prompt of images.
 
-May import: EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.vqgan. Knows no files of images and no HTTP.
+May import: EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.vqgan. Independent of image files and HTTP.
 
 Modules:
-  settings     how images are sampled; the only place that checks these values
-  checkpoint   loads the model of any checkpoint onto a mesh
+  settings     how images are sampled; checks these values once
+  checkpoint   loads a model from any checkpoint format onto a mesh
   prompter     `Prompter`: encode, generate, decode, log-likelihoods
 
 Vocabulary:
@@ -13,7 +13,7 @@ Vocabulary:
   query        the image whose annotation the model generates
   context      the images that the model attends to, the generated one included
   candidate    one of several samples for the same prompt
-  image, token an image is `tokens_per_image` tokens, the codes of the tokenizer
+  token        a code of the tokenizer; an image is `tokens_per_image` tokens
 
 Shape letters: B prompts, P images of a prompt, F new images, C candidates, N tokens of an image, S side in pixels,
 n tokens so far. Images are RGB float32 in [0, 1] at the tokenizer's resolution.

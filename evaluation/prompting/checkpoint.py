@@ -1,4 +1,4 @@
-"""Loads the model of any checkpoint onto a mesh."""
+"""Loads a model from any checkpoint format onto a mesh."""
 
 import os
 from typing import Any
@@ -22,7 +22,7 @@ MODEL_FLAGS = {
 def load_model(
     spec: str, load_llama_config: str, mesh: jax.sharding.Mesh, dtype: jnp.dtype = jnp.float32
 ) -> tuple[llama_config.LLaMAConfig, Any]:
-    """Returns a checkpoint's model settings, and its parameters sharded over the mesh.
+    """Returns the model settings of a checkpoint, and its parameters sharded over the mesh.
 
     Kernels are cast to `dtype`, the compute type: a 7B model in bf16 takes 13 GB of device memory. Norms and the
     embedding stay float32, because they are always computed in float32.
@@ -36,7 +36,7 @@ def load_model(
     Raises:
       UserError: if the checkpoint does not exist, or its model settings are unknown.
     """
-    is_prefixed = "::" in spec or os.path.isfile(spec)  # a plain file needs a prefix: `parse_spec` refuses it
+    is_prefixed = "::" in spec or os.path.isfile(spec)  # `parse_spec` rejects a file without a prefix
     prefix, path = checkpoints.parse_spec(
         spec if is_prefixed else f"huggingface::{spec}", hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}"
     )
@@ -58,7 +58,7 @@ def _model_config(prefix: str, path: str, load_llama_config: str) -> llama_confi
         file = os.path.join(path, "config.json")
         if os.path.isdir(path) and not os.path.exists(file):
             raise UserError(
-                f"--checkpoint={path}: no config.json there: name a Hugging Face directory, or PREFIX::FILE"
+                f"--checkpoint={path}: no config.json in it: give a Hugging Face directory, or PREFIX::FILE"
             )
         return llama_config.load_config(f"json::{file}")
     config = llama_config.config_beside(path)

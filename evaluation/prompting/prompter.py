@@ -1,4 +1,4 @@
-"""A tokenizer and a model together: prompts of images in, the images that follow out.
+"""`Prompter`: encodes prompts of images, generates the images that follow, and decodes them.
 
 Shapes: see `evaluation.prompting`.
 """
@@ -43,12 +43,12 @@ class PrompterSettings:
 
 
 class Prompter:
-    """Encodes prompts, generates the images that follow, and decodes them. All evaluation commands use it."""
+    """A tokenizer and a model. All evaluation commands use this class."""
 
     def __init__(
         self, codec: Codec, config: LLaMAConfig, params: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype = jnp.float32
     ):
-        """Joins a tokenizer and a model: settings and parameters from `load_model`, sharded over `mesh`.
+        """Combines a tokenizer with model settings and parameters from `load_model`, sharded over `mesh`.
 
         Raises:
           UserError: if the model's vocabulary is smaller than the codebook.
@@ -56,21 +56,21 @@ class Prompter:
         if config.vocab_size < codec.config.num_embeddings:
             raise UserError(
                 f"the tokenizer has {codec.config.num_embeddings} codes, more than the model's vocabulary of "
-                f"{config.vocab_size} ids: --vqgan and --checkpoint do not belong together"
+                f"{config.vocab_size} ids: --vqgan and --checkpoint do not match"
             )
         self.codec, self.config, self.mesh = codec, config, mesh
         self._params, self._dtype = params, dtype
         self._decoder = llama_decode.LLaMADecoder(config, dtype, mesh)
 
     @classmethod
-    def load(cls, settings: PrompterSettings, images_at_a_time: int = 32) -> "Prompter":
-        """Loads tokenizer and model. The tokenizer always computes batches of `images_at_a_time`, padded if needed.
+    def load(cls, settings: PrompterSettings, codec_batch_size: int = 32) -> "Prompter":
+        """Loads tokenizer and model. The tokenizer computes batches of `codec_batch_size` images, padded if needed.
 
         Raises:
           UserError: naming the flag or the file that is wrong.
         """
         mesh = make_mesh(settings.mesh_dim)
-        codec = Codec(settings.vqgan, settings.dtype, images_at_a_time)
+        codec = Codec(settings.vqgan, settings.dtype, codec_batch_size)
         dtype = COMPUTE_DTYPES[settings.dtype]
         config, params = load_model(settings.checkpoint, settings.load_llama_config, mesh, dtype)
         return cls(codec, config, params, mesh, dtype)
@@ -122,13 +122,13 @@ class Prompter:
           Tokens, int32 [B, C, F, N].
 
         Raises:
-          UserError: for an empty prompt, or a model that is too short to generate.
+          UserError: for an empty prompt, or if the model's longest sequence holds fewer than two images.
         """
         window = min(settings.context_images, self.max_images)
         prompts = _last_images(prompts, window)
         seeds_B = np.broadcast_to(settings.seed if seeds is None else seeds, len(prompts))
-        # New images share one cache while the window has room. Prompts with different room are generated separately:
-        # the samples of one prompt must not depend on the others.
+        # The new images that fit into the window (`room`) share one cache. Prompts with different room are generated
+        # separately: the samples of one prompt must not depend on the other prompts.
         room_B = np.array([min(window - len(prompt), settings.num_new_images) for prompt in prompts])
         tokens_BCFN = np.empty(
             (len(prompts), settings.num_candidates, settings.num_new_images, self.tokens_per_image), np.int32
@@ -197,11 +197,11 @@ class Prompter:
 
 
 def _last_images(prompts: TokenArrays, window: int) -> list[np.ndarray]:
-    """The prompts without the images before the window, in which the next image takes the last place."""
+    """Truncates prompts to their last `window - 1` images. The next image is the last one of the window."""
     if window < 2:
         raise UserError("the model's longest sequence holds fewer than two images: it cannot generate")
     if len(prompts) == 0 or min(map(len, prompts)) == 0:
-        raise UserError("a prompt without images: give at least one")
+        raise UserError("empty prompt: give at least one image")
     return [np.asarray(prompt)[-(window - 1) :] for prompt in prompts]
 
 

@@ -1,4 +1,4 @@
-"""How images are generated: one dataclass from a flag or a request field to the model, checked once."""
+"""Generation settings: one dataclass from flags and request fields to the model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ USER_NAMES = {"num_new_images": "n_new_frames", "num_candidates": "n_candidates"
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """How the images that follow a prompt are generated. An instance is valid: other code does not check again.
+    """How the images that follow a prompt are generated. The constructor checks all values.
 
     Attributes:
       num_new_images: images to generate, one after the other.
@@ -22,7 +22,7 @@ class GenerationSettings:
       temperature: divides the logits; 0 takes the most likely token.
       top_k: sample from the k most likely tokens; 0: from all.
       top_p: sample from the fewest most likely tokens that together have this probability; 1: from all.
-      seed: of the sampling.
+      seed: seed of the sampling.
 
     Raises:
       UserError: naming the setting that is out of range, its value and the range.
@@ -49,6 +49,6 @@ class GenerationSettings:
 
     @classmethod
     def from_user(cls, values: Mapping[str, Any]) -> "GenerationSettings":
-        """Settings from flags or request fields, under the names that users type. Other values are ignored."""
+        """Creates settings from flags or request fields, by their names there (`USER_NAMES`). Ignores other keys."""
         names = {field.name: USER_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
         return cls(**{name: values[user_name] for name, user_name in names.items() if user_name in values})

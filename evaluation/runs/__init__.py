@@ -7,12 +7,12 @@ Modules:
   lines         examples of a JSONL file
   clips         examples of video files and folders of frames
   prefetch      batches whose images are loaded by threads while the device computes
-  results       results by example: appended to a file, resumed by the next start
+  results       results per example: appended to a file, from which a stopped run resumes
   loops         the two loops: `measure` (perplexity) and `generate` (images)
   sample_files  the image and video files that `generate` writes
 
 Vocabulary:
-  example       a prompt and what follows it: a line of a file, or a clip
+  example       a prompt with its target or output: a line of a JSONL file, or a clip
   target        the true images after a prompt
   sample        what the model generates; a candidate is one of several samples
   metric        a number per example; its mean and standard error are printed and written

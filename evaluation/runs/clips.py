@@ -1,4 +1,4 @@
-"""Clips: video files or folders of frames, and which of their frames an evaluation uses.
+"""Clips: video files or folders of frames, and the selection of frames that an evaluation uses.
 
 Shapes: see `evaluation.runs`.
 """
@@ -23,12 +23,16 @@ CLIP_FLAGS = {
     "input_files": Flag("", "Glob of video files, or, with --frame_input, of folders of frames."),
     "read_file_list": Flag("", "Alternative to --input_files: a text file with one path per line."),
     "frame_input": Flag(False, "Clips are folders of frames, ordered by the numbers in their names."),
-    "stride": Flag(8, "Frames from one used frame to the next. Short clips use the largest that fits.", least=1),
-    "random_start": Flag(True, "Start at a random frame (a function of seed and clip name), else at the first."),
-    "center_crop": Flag(1.0, "Share of width and height that the centre crop keeps; 1: all.", above=0, most=1),
-    "shuffle": Flag(False, "Shuffle the clips (a function of the seed) before --max_examples applies."),
-    "skip_short_clips": Flag(False, "Skip clips with too few frames and print how many; else they are an error."),
-    "seed": Flag(0, "Seed of the random start and the order.", least=0, most=2**31 - 1),
+    "stride": Flag(
+        8, "Distance between used frames, in frames. Short clips use the largest stride that fits.", least=1
+    ),
+    "random_start": Flag(
+        True, "Start at a random frame that depends on the seed and the clip's name; else at frame 0."
+    ),
+    "center_crop": Flag(1.0, "Fraction of width and height that the centre crop keeps; 1: no crop.", above=0, most=1),
+    "shuffle": Flag(False, "Shuffle the clips by the seed, before --max_examples applies."),
+    "skip_short_clips": Flag(False, "Skip clips with too few frames and print their number; else they are an error."),
+    "seed": Flag(0, "Seed of the random start and of the shuffle.", least=0, most=2**31 - 1),
 }
 
 
@@ -83,7 +87,7 @@ def find_clips(settings: ClipSettings, num_frames: int) -> list[Clip]:
     Raises:
       UserError: naming the flag, the line of the file list, or the clip that is broken or too short.
     """
-    paths, root = _listed(settings) if settings.read_file_list else _matching(settings)
+    paths, root = _list_file(settings) if settings.read_file_list else _match_glob(settings)
     if settings.shuffle:
         paths = [paths[i] for i in np.random.default_rng(settings.seed).permutation(len(paths))]
     paths = paths[: settings.max_examples or None]
@@ -91,7 +95,7 @@ def find_clips(settings: ClipSettings, num_frames: int) -> list[Clip]:
     def open_clip(path: str) -> Clip | None:
         return _open_clip(settings, path, os.path.relpath(path, root), num_frames)
 
-    with ThreadPoolExecutor(settings.n_workers) as pool:  # counting the frames of a video means reading it
+    with ThreadPoolExecutor(settings.n_workers) as pool:  # counting the frames of a video requires reading it
         bar = tqdm(pool.map(open_clip, paths), total=len(paths), desc="reading clips", unit="clip")
         clips = [clip for clip in bar if clip is not None]
     if len(clips) < len(paths):
@@ -101,8 +105,8 @@ def find_clips(settings: ClipSettings, num_frames: int) -> list[Clip]:
     return clips
 
 
-def _matching(settings: ClipSettings) -> tuple[list[str], str]:
-    """The clips of the glob, and the folder that they share."""
+def _match_glob(settings: ClipSettings) -> tuple[list[str], str]:
+    """Returns the clips that match the glob, and their common folder."""
     pattern = settings.input_files
     if not pattern:
         raise UserError("--input_files is missing: a glob of clips (or give --read_file_list)")
@@ -113,8 +117,8 @@ def _matching(settings: ClipSettings) -> tuple[list[str], str]:
     return paths, os.path.dirname(fixed.rstrip("/") if fixed == pattern else fixed) or "."
 
 
-def _listed(settings: ClipSettings) -> tuple[list[str], str]:
-    """The clips of the file list, and the folder that they share."""
+def _list_file(settings: ClipSettings) -> tuple[list[str], str]:
+    """Returns the clips of the file list, and their common folder."""
     file_list = settings.read_file_list
     if settings.input_files:
         raise UserError("--input_files and --read_file_list: give one of the two")
@@ -122,12 +126,12 @@ def _listed(settings: ClipSettings) -> tuple[list[str], str]:
     for number, line in read_text_lines(file_list):
         path = line.strip()
         if not _is_clip(settings, path):
-            raise UserError(f"{file_list}:{number}: {path} is no {_clip_noun(settings)}")
+            raise UserError(f"{file_list}:{number}: {path} is not a {_clip_noun(settings)}")
         if path in paths:
             raise UserError(f"{file_list}:{number}: {path} is listed twice")
         paths.append(path)
     if not paths:
-        raise UserError(f"--read_file_list={file_list}: no clip in it")
+        raise UserError(f"--read_file_list={file_list}: lists no clips")
     return paths, os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
 
 
@@ -144,7 +148,7 @@ def _clip_noun(settings: ClipSettings) -> str:
 
 
 def _open_clip(settings: ClipSettings, path: str, name: str, num_frames: int) -> Clip | None:
-    """The clip with its used frames; None: it is too short and may be skipped."""
+    """Returns the clip with its used frames, or None if it is too short and skipped."""
     frames = _frames_of_folder(path) if settings.frame_input else videos.timestamps(path).tolist()
     if len(frames) < num_frames and settings.skip_short_clips:
         return None
@@ -171,7 +175,7 @@ def load(clip: Clip, side: int, center_crop: float) -> np.ndarray:
     Raises:
       UserError: naming the file that is broken.
     """
-    full_side = round(side / center_crop)  # resize, then crop: the same for images and videos
+    full_side = round(side / center_crop)  # resize before the crop, for images and videos alike
     if os.path.isdir(clip.path):
         frames = np.stack([images.load(path, full_side) for path in clip.frames])
     else:

@@ -1,4 +1,4 @@
-"""Examples of a JSONL file: `{"input": [paths], "target": [paths], "output": path}` a line.
+"""Examples of a JSONL file with lines `{"input": [paths], "target": [paths], "output": path}`.
 
 Keys that a command does not use may be omitted.
 """
@@ -23,14 +23,14 @@ LINE_FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """An example of a JSONL file. Paths of images are complete.
+    """An example of a JSONL file. Image paths include the base folder.
 
     Attributes:
       name: FILE:LINE.
       inputs: images of the prompt.
       targets: images to compare with; empty if the command does not use them.
-      output: path of the answer, as in the line.
-      named_targets: all paths under the target key, used or not: outputs must not replace them.
+      output: output path, as in the line.
+      named_targets: all paths under the target key, even if unused. Outputs must not overwrite them.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class LineFormat:
-    """How lines are read.
+    """How lines are parsed.
 
     Attributes:
       base_dir: folder that image paths are relative to.
       input_key, target_key: keys of the lists of paths.
-      output_key: key of the answer's path; empty: lines have no outputs.
+      output_key: key of the output path; empty: lines have no outputs.
       targets: "required", "optional" or "unused".
     """
 
@@ -72,7 +72,7 @@ class LineFormat:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, targets: str, output_key: str = "") -> "LineFormat":
-        """The format of the flags LINE_FLAGS."""
+        """Creates the format from values of LINE_FLAGS."""
         return cls(config["input_base_dir"], config["json_input_key"], config["json_target_key"], output_key, targets)
 
 
@@ -90,7 +90,7 @@ def read_lines(path: str, line_format: LineFormat, max_examples: int = 0) -> lis
         with prefix_errors(name):
             lines.append(_parse(name, text, line_format))
     if not lines:
-        raise UserError(f"--input_file={path}: no example in it")
+        raise UserError(f"--input_file={path}: has no examples")
     return lines
 
 
@@ -100,7 +100,7 @@ def _parse(name: str, text: str, line_format: LineFormat) -> Line:
     except ValueError as error:
         raise UserError(f"not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise UserError(f"a {type(values).__name__}, not an object")
+        raise UserError(f"must be an object, not a {type(values).__name__}")
     inputs = _image_paths(values, line_format.input_key, line_format.base_dir)
     targets: tuple[str, ...] = ()
     key = line_format.target_key

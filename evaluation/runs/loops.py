@@ -1,4 +1,4 @@
-"""The loops of the evaluation programs: over all examples, in batches, resuming a stopped run.
+"""The loops of the evaluation commands: over all examples, in batches. A stopped run resumes.
 
 Shapes: see `evaluation.prompting`.
 """
@@ -29,24 +29,24 @@ GENERATION_FLAGS = {
     "top_k": Flag(0, "Sample from the k most likely tokens; 0: from all.", least=0),
     "top_p": Flag(1.0, "Sample from the most likely tokens that together have this probability.", above=0, most=1),
     "seed": Flag(0, "Seed of the sampling.", least=0, most=2**31 - 1),
-    "evaluate_mse": Flag(False, "Measure the samples against the target images."),
+    "evaluate_mse": Flag(False, "Report the mean squared error of the samples against the target images."),
 }
 _MAX_CODEC_BATCH = 32  # images that the tokenizer computes at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRun:
-    """What both loops need.
+    """The inputs of both loops.
 
     Attributes:
       examples: the examples, in the order of the results.
       load: (example, side in pixels) -> the images of its prompt [P,S,S,3] and of its target [F,S,S,3], or None.
       lengths: example -> (P, F); F is 0 without a target.
       prompter: the tokenizer and the model.
-      batch_size: examples at a time: in all for `measure`, on each device for `generate`.
+      batch_size: examples per batch: over all devices in `measure`, on each device in `generate`.
       num_workers: threads that load images.
       output_json: file for the metrics; empty: print only.
-      settings: values of all flags. A stopped run resumes only if those that change results are equal.
+      settings: values of all flags. A stopped run resumes only if the flags that change results are equal.
     """
 
     examples: Sequence[Any]
@@ -62,7 +62,7 @@ class EvaluationRun:
     def from_config(
         cls, config: Mapping[str, Any], batch_size: int, examples: Sequence[Example], load: Callable, lengths: Callable
     ) -> "EvaluationRun":
-        """A run with the flags PROMPTER_FLAGS and EXAMPLE_FLAGS."""
+        """Creates a run from values of PROMPTER_FLAGS and EXAMPLE_FLAGS."""
         prompter = to_dataclass(PrompterSettings, config)
         return cls(
             examples, load, lengths, prompter, batch_size, config["n_workers"], config["output_json"], dict(config)
@@ -83,7 +83,7 @@ def measure(run: EvaluationRun) -> None:
         num_context, num_target = run.lengths(example)
         if num_context + num_target > prompter.max_images:
             raise UserError(
-                f"{example.name}: {num_context} images and {num_target} to measure: the model's longest sequence holds "
+                f"{example.name}: {num_context} images and {num_target} targets: the model's longest sequence holds "
                 f"{prompter.max_images}"
             )
 
@@ -111,8 +111,8 @@ def generate(
       run: the examples and the model.
       settings: how to generate.
       save: (example, prompt [P,S,S,3], samples [C,F,S,S,3]) -> the paths of the files that it wrote.
-      output_dir: folder of these files, and of the results of a stopped run.
-      list_path: the list of the examples, see `unfinished_name`.
+      output_dir: folder of these files, and of unfinished results.
+      list_path: file or glob that lists the examples; see `unfinished_name`.
       evaluate_mse: report the mean squared error of the samples.
 
     Raises:
@@ -135,11 +135,11 @@ def generate(
 
     _for_each_batch(run, results, prompter, run.batch_size * prompter.batch_shards, answer)
     results.finish(run.examples, ["mse", "best_mse"] if evaluate_mse else [], run.output_json)
-    print(f"{output_dir}: answers to {len(run.examples)} prompts")
+    print(f"{output_dir}: wrote the images of {len(run.examples)} prompts")
 
 
 def _load_prompter(run: EvaluationRun) -> Prompter:
-    """Loads the prompter. Its tokenizer computes no more images at a time than a batch has."""
+    """Loads the prompter. The batch size of its tokenizer is at most the number of images that a batch needs."""
     longest = max(max(run.lengths(example)) for example in run.examples)
     return Prompter.load(run.prompter, min(_MAX_CODEC_BATCH, run.batch_size * longest))
 
@@ -147,14 +147,16 @@ def _load_prompter(run: EvaluationRun) -> Prompter:
 def _for_each_batch(
     run: EvaluationRun, results: Results, prompter: Prompter, batch_size: int, compute: Callable
 ) -> None:
-    """Adds the results of `compute(examples, loaded values)` for all examples without a result."""
+    """Adds the results of `compute(examples, loaded values)` for all examples that have none."""
     missing = results.missing(run.examples)
     side = prompter.codec.config.resolution
 
     def load(example: Example) -> tuple[np.ndarray, np.ndarray | None]:
         return run.load(example, side)
 
-    batch_size = -(-batch_size // prompter.batch_shards) * prompter.batch_shards  # no device computes copies
+    batch_size = (
+        -(-batch_size // prompter.batch_shards) * prompter.batch_shards
+    )  # rounded up: no device computes only padding
     with tqdm(total=len(run.examples), initial=len(run.examples) - len(missing), unit="example") as bar:
         for batch, loaded in loaded_batches(missing, batch_size, load, run.num_workers, run.lengths):
             for example, values in zip(batch, compute(batch, loaded), strict=False):

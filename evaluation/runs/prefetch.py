@@ -19,20 +19,20 @@ def loaded_batches(
     num_workers: int,
     shape: Callable[[Any], tuple],
 ) -> Iterator[tuple[list, list]]:
-    """Yields (examples, what `load` returns for each) in batches of one shape, so that each shape is compiled once.
+    """Yields batches (examples, loaded values) of one shape each, so that each shape is compiled once.
 
-    The last batch of a shape with several batches is padded with copies of its last value: there may be more values
-    than examples.
+    If a shape has several batches, its last batch is padded with copies of the last value. Its list of values is then
+    longer than its list of examples.
 
     Args:
       examples: in the order of their files; batches group them by shape.
-      batch_size: examples of a batch.
-      load: called with an example in a thread.
+      batch_size: number of examples of a batch.
+      load: returns the value of an example; called in a thread.
       num_workers: number of threads.
-      shape: the shape of an example.
+      shape: returns the shape of an example.
 
     Raises:
-      UserError: the error of `load`, after the example's name.
+      UserError: raised by `load`; prefixed with the example's name.
     """
     groups = collections.defaultdict(list)
     for example in examples:

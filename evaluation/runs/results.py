@@ -1,4 +1,4 @@
-"""Results by example, appended to a file as they come. A stopped run resumes from that file.
+"""Results per example, appended to a file as they are computed. A stopped run resumes from that file.
 
 The file exists only while a run is unfinished. Its first line holds the run's settings; each other line is a result
 with a fingerprint of the example's files.
@@ -18,7 +18,7 @@ from EasyLM.storage import check_output, is_remote, write_json
 from evaluation.runs.example import EXAMPLE_FLAGS, Example
 from evaluation.tasks import metrics
 
-UNFINISHED = "unfinished.jsonl"  # ending of the file's name
+UNFINISHED = "unfinished.jsonl"  # end of the file's name
 # Settings that do not change a result: a stopped run may resume with other values.
 _RESUMABLE_SETTINGS = {
     *("input_file", "input_files", "read_file_list", "shuffle", "output_dir", "output_base_dir", "mesh_dim"),
@@ -27,7 +27,7 @@ _RESUMABLE_SETTINGS = {
 
 
 class Results:
-    """Results by example. With a path, they are appended to that file and resumed from it."""
+    """Results per example, kept in memory and, with a path, in a file from which a stopped run resumes."""
 
     def __init__(self, path: str, settings: Mapping[str, Any]):
         """Reads the results that a stopped run with the same settings left at `path`.
@@ -44,7 +44,7 @@ class Results:
         if not path:
             return
         self._settings = _fingerprinted(settings)
-        check_output(path)  # the file itself is written with the first result: a failed start leaves nothing behind
+        check_output(path)  # the first result creates the file: a failed start leaves none
         if os.path.exists(path):
             self._resume()
 
@@ -68,7 +68,7 @@ class Results:
     def missing(self, examples: Sequence[Example]) -> list[Example]:
         """Returns the examples without a valid result.
 
-        A result is invalid if the example or its files have changed, or a file that was written for it is gone.
+        A result is invalid if the example or its files have changed, or if one of its output files is missing.
         """
 
         def is_missing(example: Example) -> bool:
@@ -80,7 +80,7 @@ class Results:
         return [example for example in examples if is_missing(example)]
 
     def add(self, example: Example, values: dict) -> None:
-        """Keeps a result. `values["written"]` lists files that belong to it; they must exist."""
+        """Stores a result. `values["written"]` lists its output files; they must exist."""
         row = {"mark": _fingerprint(example.files, example.parameters), **values}
         self._values[example.name] = row
         if self._path:
@@ -90,13 +90,13 @@ class Results:
                 file.write("".join(json.dumps(line) + "\n" for line in new))
 
     def __getitem__(self, example: Example) -> dict:
-        """The values that `add` received."""
+        """Returns the values that `add` received."""
         return self._values[example.name]
 
     def finish(self, examples: Sequence[Example], metric_names: Sequence[str], output_json: str) -> None:
         """Prints the mean and standard error of each metric, writes them with all results, and discards the file.
 
-        Examples without a metric are left out of its mean. A metric that is a list counts by its mean.
+        A metric's mean excludes examples without this metric. A metric that is a list is averaged per example.
         """
         rows = [{"example": example.name, **self._values[example.name]} for example in examples]
         totals: dict[str, Any] = {"examples": len(rows)}
@@ -117,7 +117,7 @@ class Results:
 
 
 def unfinished_name(list_path: str) -> str:
-    """The name of a stopped run's file. It depends on the list of examples: several runs may share an output folder."""
+    """Returns the file name of unfinished results. Each list has its own: runs may share an output folder."""
     digest = hashlib.blake2b(os.path.realpath(list_path).encode(), digest_size=4).hexdigest()
     return UNFINISHED.replace(".", f".{digest}.")
 
@@ -127,7 +127,7 @@ def _mean(value: float | list[float]) -> float:
 
 
 def _fingerprinted(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that results depend on. Paths of models carry a fingerprint of their files."""
+    """The settings that results depend on. A fingerprint of the files is appended to the paths of models."""
     kept = {name: value for name, value in settings.items() if name not in _RESUMABLE_SETTINGS}
     for name in ("checkpoint", "vqgan"):
         path = kept[name].split("::")[-1]

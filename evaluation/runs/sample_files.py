@@ -1,4 +1,4 @@
-"""The files that generated images are written to. No output may replace an input or another output.
+"""Output files of generated images. No output may overwrite an input or another output.
 
 Shapes: see `evaluation.prompting`; R rows and K columns of a sheet, H W pixels.
 """
@@ -25,7 +25,7 @@ class LineOutputs:
     Attributes:
       base_dir: folder that the lines' output paths are relative to.
       num_candidates: samples of each line.
-      size: (width, height) of each image, "original" for that of the last input, or None for the tokenizer's.
+      size: (width, height) of each image; "original": the size of the last input; None: the tokenizer's resolution.
       include_input: put the prompt before each sample.
     """
 
@@ -41,7 +41,7 @@ class LineOutputs:
         return [path, *numbered] if self.num_candidates > 1 else [path]
 
     def check(self, lines: Sequence[Line]) -> None:
-        """Raises UserError, naming the line, if an output would replace an image of any line or another output."""
+        """Raises UserError, naming the line, if an output would overwrite an image of any line or another output."""
         readers = {os.path.realpath(path): line.name for line in lines for path in (*line.inputs, *line.named_targets)}
         owners: dict[str, str] = {}
         for line in lines:
@@ -50,11 +50,10 @@ class LineOutputs:
                 real = os.path.realpath(path)
                 if real in readers:
                     raise UserError(
-                        f"{line.name}: {path} would replace an image that {readers[real]} names: choose another "
-                        "output folder"
+                        f"{line.name}: {path} would overwrite an image of {readers[real]}: choose another output folder"
                     )
                 if owners.setdefault(real, line.name) != line.name:
-                    raise UserError(f"{line.name}: {path} is a file of {owners[real]} already")
+                    raise UserError(f"{line.name}: {path} is already an output of {owners[real]}")
 
     def save(self, line: Line, prompt_PSS3: np.ndarray, samples_CFSS3: np.ndarray) -> list[str]:
         """Writes the samples of a line; returns the paths."""
@@ -77,7 +76,7 @@ class ClipOutputs:
     fps: float = 0.0
 
     def base(self, clip: Clip) -> str:
-        """The folder of a clip's new frames. Its sheet is beside it."""
+        """Returns the folder of a clip's generated frames. The sheet has this name with `.png`."""
         return os.path.join(self.output_dir, clip.name.replace(os.sep, "_"))
 
     def check(self, clips: Sequence[Clip]) -> None:
@@ -90,7 +89,7 @@ class ClipOutputs:
             if other is not clip:
                 raise UserError(
                     f"{other.path} and {clip.path} would both be written to {os.path.basename(base)}: rename one, or "
-                    "continue them in two runs"
+                    "process them in two runs"
                 )
             real = pathlib.Path(os.path.realpath(base))
             if inside := clip_paths.intersection(map(str, (real, *real.parents))):
@@ -122,7 +121,7 @@ def parse_size(text: str) -> tuple[int, int] | str | None:
         return text or None
     match = re.fullmatch(r"([1-9]\d*)[x,]([1-9]\d*)", text)
     if not match:
-        raise UserError("choose original, or a size as 640x480; empty: the tokenizer's")
+        raise UserError("choose original or a size such as 640x480; empty: the tokenizer's resolution")
     return int(match[1]), int(match[2])
 
 

@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, authorisation, error answers and the OpenAPI schema."""
+"""The FastAPI application: routes, authorisation, error responses and the OpenAPI schema."""
 
 import hmac
 import inspect
@@ -24,7 +24,8 @@ _DESCRIPTION = """Prompt a Large Vision Model with images; it generates the imag
 *A sequential prompt*: frames in order. The model generates the next ones.
 
 Images are files of a form (`curl -F pictures=@a.png -F pictures=@b.png`) or base64 (JSON). Requests that arrive
-together are computed together. Every answer other than 200 is `{"error": {"code": ..., "message": ...}}`.
+together are computed together. Every response with another status than 200 is
+`{"error": {"code": ..., "message": ...}}`.
 """
 _ERRORS = {
     401: "The token is missing or wrong.",
@@ -32,7 +33,7 @@ _ERRORS = {
     413: "The body, the number of images or their pixels exceed the limit.",
     415: "The body is neither JSON nor a form.",
     422: "A field or an image is wrong; the message names it.",
-    429: "Too many requests wait; the header Retry-After says when to try again.",
+    429: "The queue is full; the header Retry-After tells when to try again.",
     500: "An error of the service.",
     503: "The service is stopping, or too many requests are open.",
 }
@@ -43,11 +44,11 @@ def make_app(engine: Engine, limits: Limits | None = None, token: str = "") -> "
 
     Args:
       engine: answers the requests.
-      limits: bounds of the requests.
-      token: bearer token that POST requests must send; empty: none.
+      limits: limits of the requests.
+      token: bearer token that POST requests must send; empty: no authorisation.
     """
     from fastapi.responses import RedirectResponse
-    from fastapi_offline import FastAPIOffline  # serves the page of the OpenAPI schema without external scripts
+    from fastapi_offline import FastAPIOffline  # its schema page needs no external scripts
 
     limits = limits or Limits()
     app = FastAPIOffline(title=_TITLE, description=_DESCRIPTION, version="1", redoc_url=None)
@@ -104,7 +105,7 @@ class _PostRoutes:
 
 
 def _add_route(app: "FastAPI", method: str, path: str, endpoint: Callable[..., Awaitable], **options: Any) -> None:
-    """Adds a route. FastAPI cannot resolve the endpoint's own annotations, which are imported for type checks only."""
+    """Adds a route. FastAPI cannot resolve the endpoint's own annotations: their imports are for type checks only."""
     from fastapi import Request
 
     async def route(request: Request) -> Any:
@@ -123,7 +124,7 @@ def _add_route(app: "FastAPI", method: str, path: str, endpoint: Callable[..., A
 
 
 def _add_error_handlers(app: "FastAPI") -> None:
-    """Gives every error the body of an `ErrorResponse`."""
+    """Makes every error an `ErrorResponse`."""
     from fastapi import Request
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException

@@ -1,4 +1,4 @@
-"""The worker's side of the engine: computes batches of generation, likelihood and tokenization requests.
+"""Computes batches of generation, likelihood and tokenization requests, in the engine's worker thread.
 
 Shapes: see `evaluation.prompting`.
 """
@@ -29,7 +29,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-    """Generated images [C,F,S,S,3] and their tokens [C,F,N]. `batch`: requests computed together, this one included."""
+    """Generated images [C,F,S,S,3] and their tokens [C,F,N]. `batch`: size of the request's batch."""
 
     images: np.ndarray
     tokens: np.ndarray
@@ -38,14 +38,14 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GenerateItem:
-    """The images that follow a prompt. The result is an `Answer`."""
+    """A generation request. Its result is an `Answer`."""
 
     prompt: Prompt
     settings: GenerationSettings
 
     @property
     def batch_settings(self) -> GenerationSettings:
-        """The settings of the whole batch: each row has its own seed and takes its first `num_candidates` samples."""
+        """Settings of the whole batch. Each item has its own seed and uses its first `num_candidates` samples."""
         return dataclasses.replace(self.settings, seed=0, num_candidates=power_of_two(self.settings.num_candidates))
 
     @property
@@ -55,7 +55,7 @@ class GenerateItem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LikelihoodItem:
-    """log p, in nats, of each token of a target after a prompt. The result has the shape [P of the target, N]."""
+    """A likelihood request. Its result is log p, in nats, of each target token: [P of the target, N]."""
 
     prompt: Prompt
     target: Prompt
@@ -67,7 +67,7 @@ class LikelihoodItem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizeItem:
-    """The tokens [P,N] of a prompt."""
+    """A tokenization request. Its result is the tokens [P,N] of the prompt."""
 
     prompt: Prompt
     key: Hashable = "tokenize"
@@ -75,7 +75,7 @@ class TokenizeItem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WarmUpItem:
-    """Compilation of generation with these settings, and of likelihoods of one target, for prompts of some lengths."""
+    """A request to compile generation with these settings, and likelihoods of one target, for each prompt length."""
 
     settings: GenerationSettings
     prompt_lengths: tuple[int, ...]
@@ -134,7 +134,7 @@ class BatchWorker:
             generation = GenerateItem(prompt, item.settings)
             likelihood = LikelihoodItem(prompt, Prompt(images=np.zeros((1, side, side, 3), np.float32)))
             for exponent in range(item.max_batch.bit_length()):
-                if item.is_cancelled():  # the requests behind this one must be answered, compiled or not
+                if item.is_cancelled():  # do not delay waiting requests while the service stops
                     return
                 begin = time.monotonic()
                 self._generate([Job(generation.key, generation)] * 2**exponent)
@@ -143,7 +143,7 @@ class BatchWorker:
                 logging.info("ready for %d requests of %d images (%.1f s)", 2**exponent, length, seconds)
 
     def _tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        """Tokens [P,N] of each prompt. All images are encoded in one call."""
+        """Returns the tokens [P,N] of each prompt. Encodes all images in one call."""
         images = [prompt.images for prompt in prompts if prompt.images is not None]
         encoded = self._prompter.encode(np.concatenate(images)) if images else np.empty((0, 0), np.int32)
         tokens, begin = [], 0
@@ -162,5 +162,5 @@ def power_of_two(count: int) -> int:
 
 
 def _padded(rows: list) -> list:
-    """Repeats the last row up to a power of two: few batch sizes are compiled, and no row's result changes."""
+    """Repeats the last row up to a power of two, so that few batch sizes are compiled. Results do not change."""
     return rows + [rows[-1]] * (power_of_two(len(rows)) - len(rows))

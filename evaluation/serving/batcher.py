@@ -1,4 +1,4 @@
-"""A queue in front of one worker thread: jobs with equal keys run as one batch. Knows no model and no HTTP."""
+"""A queue in front of one worker thread: jobs with equal keys run as one batch. Independent of models and HTTP."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ class QueueFullError(Exception):
     """The queue is full. `retry_after`: estimated seconds until it has room."""
 
     def __init__(self, retry_after: int):
-        super().__init__(f"too many requests wait already: try again in {retry_after} s")
+        super().__init__(f"the queue is full: try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -23,7 +23,7 @@ class ClosedError(Exception):
 
 
 class AbandonedError(Exception):
-    """Raised by a batch to stop itself when all its jobs are cancelled."""
+    """Raised by a running batch to stop early, when all its jobs are cancelled."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,9 +32,9 @@ class Job:
 
     Attributes:
       key: jobs with equal keys may run as one batch.
-      item: the input.
+      item: input of the job.
       listener: receives progress while the batch runs; None: no progress.
-      future: of the result. It stays pending while the batch runs, so that it can be cancelled at any time.
+      future: future of the result. It stays pending while the batch runs, so that it can be cancelled at any time.
       arrived: time of arrival, in seconds of `time.monotonic`.
     """
 
@@ -54,9 +54,9 @@ class Batcher:
         """Starts the thread.
 
         Args:
-          run: computes the results of a batch of jobs with one key, in order. Its exception is set on every job.
+          run: returns the results of jobs with equal keys, in order. Its exception becomes that of every job.
           max_batch: largest number of jobs in a batch.
-          max_waiting: largest number of waiting jobs, without those that run.
+          max_waiting: largest number of waiting jobs; running jobs do not count.
           window_seconds: longest time that a job waits for others to join its batch while the worker is idle.
         """
         self._run, self._max_batch, self._max_waiting, self._window = run, max_batch, max_waiting, window_seconds
@@ -95,9 +95,9 @@ class Batcher:
         return len(self._waiting)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Accepts no more jobs and waits for the accepted ones.
+        """Stops accepting jobs and waits for the accepted ones.
 
-        Returns whether they finished within `timeout` seconds. If not, the remaining jobs are cancelled.
+        Returns whether they finished within `timeout` seconds. If not, cancels the remaining jobs.
         """
         with self._changed:
             self._closed = True
@@ -132,7 +132,7 @@ class Batcher:
             self._last_seconds = time.monotonic() - begin
 
     def _next_batch(self) -> list[Job]:
-        """Waits for the next batch: the oldest job and those with its key. Returns [] after `close`.
+        """Waits for the next batch: the oldest job and jobs with equal keys. Returns [] after `close`.
 
         A batch starts when it is full or its oldest job has waited long enough.
         """

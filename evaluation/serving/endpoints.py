@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-_DECODE_THREADS = 4  # bounds the memory of images that are decoded at a time
+_DECODE_THREADS = 4  # bounds the memory of decoded images
 
 
 class Endpoints:
@@ -34,9 +34,9 @@ class Endpoints:
         self._decode_threads = CapacityLimiter(_DECODE_THREADS)
 
     async def ready(self, request: "Request") -> "Response":
-        """200 once the programs of `--warm_up` are compiled; 503 before that and while the service stops. No token.
+        """Returns 200 once the programs of `--warm_up` are compiled, else 503. Needs no token.
 
-        Requests that need other programs (see `ReadyResponse`) are answered too; the first one takes longer.
+        The service also answers requests that need other programs (see `ReadyResponse`); the first one takes longer.
         """
         is_ready = self._engine.state == "ready"
         body = {
@@ -51,8 +51,8 @@ class Endpoints:
     async def generate(self, request: "Request") -> "Response":
         """Generates the images that follow a prompt.
 
-        A stream has the events `partial` (`done` of `total` tokens; `pictures` as in the answer, with pixels that are
-        not generated yet in gray), `answer` (as the JSON answer) and, if it fails after its start, `error`.
+        A stream has the events `partial` (`done` of `total` tokens; `pictures` as in the JSON response, with gray for
+        pixels that are not generated yet), `answer` (the JSON response) and, if it fails after its start, `error`.
         """
         from anyio import to_thread
         from starlette.responses import Response, StreamingResponse
@@ -63,7 +63,7 @@ class Endpoints:
         output = body.output or _accepted_output(request.headers.get("accept", ""))
         if output == "stream":
             previews = responses.LatestPreview(asyncio.get_running_loop())
-            # Submitted before the stream starts: a refusal still has its status.
+            # Submitted before the stream starts, so that an error has its own HTTP status.
             future = self._engine.generate(prompt, settings, previews.publish)
             future.add_done_callback(lambda _: previews.publish(None))
             return StreamingResponse(responses.events(future, previews), media_type="text/event-stream")
@@ -95,7 +95,7 @@ class Endpoints:
     async def _prompt(
         self, files: Sequence[bytes] | None, tokens: protocol.Tokens | None, files_name: str, tokens_name: str
     ) -> Prompt:
-        """The prompt of two fields, of which exactly one must be given."""
+        """Returns the prompt of two fields. Exactly one of them must be given."""
         from anyio import to_thread
 
         if (files is None) == (tokens is None):
@@ -113,7 +113,7 @@ def _json(body: dict, status: int = 200) -> "Response":
 
 
 def _accepted_output(accept: str) -> str:
-    """The first output in an Accept header that the service has; else JSON."""
+    """Returns the first supported output of an Accept header, else JSON."""
     outputs = {"image/png": "png", "text/event-stream": "stream", "application/json": "json"}
     for part in accept.split(","):
         media_type = part.partition(";")[0].strip().lower()

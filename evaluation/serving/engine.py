@@ -1,6 +1,6 @@
 """The engine that the HTTP service and the page share: one prompter behind a queue.
 
-It checks what depends on the model; a request that reaches the queue can be computed.
+It validates requests against the model before they enter the queue.
 Shapes: see `evaluation.prompting`.
 """
 
@@ -30,16 +30,18 @@ from evaluation.tasks import metrics
 
 ENGINE_FLAGS = {
     **PROMPTER_FLAGS,
-    "max_batch": Flag(8, "Requests computed at a time: a power of two. Does not change results.", least=1),
-    "batch_window_ms": Flag(5, "Longest wait for requests to join a batch while the device is idle.", least=0),
+    "max_batch": Flag(8, "Requests computed in one batch: a power of two. Does not change results.", least=1),
+    "batch_window_ms": Flag(
+        5, "Longest wait for requests to join a batch while the device is idle, in milliseconds.", least=0
+    ),
     "pictures_at_a_time": Flag(8, "Batch size of the tokenizer. Does not change results.", least=1),
-    "max_queue": Flag(64, "Requests that may wait; more are refused.", least=1),
-    "max_new_pictures": Flag(64, "The largest n_candidates times n_new_frames of a request.", least=1),
+    "max_queue": Flag(64, "Largest number of waiting requests; more are refused.", least=1),
+    "max_new_pictures": Flag(64, "Largest n_candidates times n_new_frames of a request.", least=1),
     "warm_up": Flag(
         "7",
         "Comma list of prompt lengths, in images, to compile before the first request: generation with default "
-        "settings (for the page: its initial settings), and perplexity of one target. Other lengths, numbers of "
-        "candidates or new images, temperature 0, top_k and top_p are compiled for their first request.",
+        "settings (the page: its initial settings) and perplexity of one target. Other lengths, other numbers of "
+        "candidates or new images, temperature 0, top_k and top_p are compiled at their first request.",
     ),
 }
 
@@ -71,7 +73,9 @@ class EngineSettings:
         try:
             return tuple(int(part) for part in self.warm_up.split(",") if part.strip())
         except ValueError:
-            raise UserError(f"--warm_up={self.warm_up}: must be a comma list of numbers of images, as 3,7") from None
+            raise UserError(
+                f"--warm_up={self.warm_up}: must be a comma list of numbers of images, such as 3,7"
+            ) from None
 
 
 class Engine:
@@ -81,7 +85,7 @@ class Engine:
         """Starts the worker thread."""
         self._prompter, self._settings = prompter, settings
         self._warm = threading.Event()
-        self.warm_up_error = ""  # why warming up failed
+        self.warm_up_error = ""  # empty: warming up has not failed
         self._batcher = Batcher(
             BatchWorker(prompter),
             max_batch=settings.max_batch,
@@ -119,7 +123,7 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """`warming up`, `ready`, `failed` or `stopping`. Requests are answered also if warming up failed."""
+        """`warming up`, `ready`, `failed` or `stopping`. Requests are computed even if warming up failed."""
         if self._batcher.closed:
             return "stopping"
         if self.warm_up_error:
@@ -127,15 +131,15 @@ class Engine:
         return "ready" if self._warm.is_set() else "warming up"
 
     def close(self, timeout: float | None = None) -> bool:
-        """Accepts no more requests and waits for the accepted ones; see `Batcher.close`."""
+        """Stops accepting requests and waits for the accepted ones; see `Batcher.close`."""
         return self._batcher.close(timeout)
 
     def warm_up(self, settings: GenerationSettings) -> Future:
-        """Compiles the programs of the first requests. Requests that arrive meanwhile wait.
+        """Compiles the programs of common requests. Requests that arrive meanwhile wait.
 
-        These are, for each prompt length of `--warm_up` and each batch size, generation with these settings and the
-        perplexity of one target. Values of temperature above 0, top_k and top_p share a program; using one of them or
-        not makes another program.
+        For each prompt length of `--warm_up` and each batch size, compiles generation with these settings and the
+        perplexity of one target. A program serves all values of temperature above 0, top_k and top_p. Enabling or
+        disabling one of them needs another program.
         """
         lengths = tuple(min(length, self.max_prompt_images) for length in self._settings.warm_up_lengths)
         item = WarmUpItem(settings, lengths, self._settings.max_batch, lambda: self._batcher.closed)
@@ -158,19 +162,19 @@ class Engine:
         """Generates the images that follow a prompt.
 
         Args:
-          prompt: the prompt, not empty.
+          prompt: at least one image.
           settings: how to generate.
           listener: receives previews, in the worker thread.
 
         Raises:
-          UserError: for a prompt that the model cannot take, or too many new images.
+          UserError: for a prompt that is too long or has invalid tokens, or for too many new images.
           QueueFullError, ClosedError: see `Batcher.submit`.
         """
-        self._check(prompt)
+        self._check_prompt(prompt)
         if settings.num_candidates * settings.num_new_images > self._settings.max_new_pictures:
             raise UserError(
                 f"n_candidates={settings.num_candidates}, n_new_frames={settings.num_new_images}: at most "
-                f"{self._settings.max_new_pictures} images are generated for a request"
+                f"{self._settings.max_new_pictures} new images per request"
             )
         item = GenerateItem(prompt, settings)
         return self._batcher.submit(item.key, item, listener)
@@ -180,8 +184,8 @@ class Engine:
 
         Raises: as `generate`.
         """
-        self._check(prompt)
-        self._check(target)
+        self._check_prompt(prompt)
+        self._check_prompt(target)
         if len(prompt) + len(target) > self._prompter.max_images:
             raise UserError(
                 f"{len(prompt)} images and {len(target)} targets: the model's longest sequence holds "
@@ -192,22 +196,22 @@ class Engine:
 
     def tokenize(self, prompt: Prompt) -> "Future[np.ndarray]":
         """Returns the tokens of a prompt's images: [P,N]. Raises: as `generate`."""
-        self._check(prompt)
+        self._check_prompt(prompt)
         item = TokenizeItem(prompt)
         return self._batcher.submit(item.key, item)
 
-    def _check(self, prompt: Prompt) -> None:
+    def _check_prompt(self, prompt: Prompt) -> None:
         if len(prompt) > self.max_prompt_images:
             raise UserError(f"{len(prompt)} images: a prompt has at most {self.max_prompt_images} for this model")
         if prompt.tokens is not None:
             num_codes = self._prompter.codec.config.num_embeddings
             if prompt.tokens.shape[1] != self.tokens_per_image:
-                raise UserError(f"tokens: each image has {self.tokens_per_image}")
+                raise UserError(f"tokens: each image has {self.tokens_per_image} tokens")
             if prompt.tokens.min() < 0 or prompt.tokens.max() >= num_codes:
                 wrong = prompt.tokens[(prompt.tokens < 0) | (prompt.tokens >= num_codes)][0]
                 raise UserError(f"token id {wrong}: must be 0..{num_codes - 1}, the codes of the tokenizer")
 
 
 def perplexity(log_likelihoods: np.ndarray) -> float:
-    """Returns exp(-mean) over all tokens of one request."""
+    """Returns the perplexity over all tokens of one request."""
     return float(metrics.perplexity(log_likelihoods.reshape(1, -1))[0])

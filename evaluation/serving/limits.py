@@ -1,6 +1,6 @@
 """Limits of size, time and number, enforced before a request reaches the application.
 
-`Guard` is ASGI middleware: it sees requests. `with_idle_timeout` closes connections that hold no request.
+`Guard` is ASGI middleware and limits requests. `with_idle_timeout` limits connections without a request.
 """
 
 import asyncio
@@ -17,22 +17,22 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# Time for the rest of a refused body: a client reads no answer before it has sent its body.
+# Time to read the rest of a refused body: clients send their whole body before they read a response.
 _DRAIN_SECONDS = 5.0
-# More connections are closed at once, before file descriptors run out.
+# More connections are closed at once, so that file descriptors do not run out.
 _CONNECTIONS_PER_REQUEST = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may contain, and how long it may take.
+    """Limits of the size, time and number of requests.
 
     Attributes:
       body_bytes: size of the body.
       images: number of images.
-      pixels: of all images together, by their headers.
-      read_seconds: time for the header, then for the body, and for the client to read each part of the answer.
-      connections: open requests, including those that wait. Twice as many connections are accepted.
+      pixels: total number of pixels of the images, according to their headers.
+      read_seconds: timeout of the header, of the body, and of the client for reading each part of the response.
+      connections: number of open requests, including waiting ones. Twice as many connections are accepted.
     """
 
     body_bytes: int = 16 * 2**20
@@ -65,12 +65,12 @@ class Guard:
         except TimeoutError:
             if not timeout.expired():
                 raise
-            # The client does not read its answer. The server closes the connection of an unfinished answer.
+            # The client does not read the response. uvicorn closes the connection of an unfinished response.
         finally:
             self._num_open -= 1
 
     def _with_timeout(self, timeout: asyncio.Timeout, send: Send) -> Send:
-        """`send` that expires `timeout` if the client does not read a message in time."""
+        """Wraps `send`: `timeout` expires if the client does not read a message in time."""
 
         async def send_in_time(message: Message) -> None:
             timeout.reschedule(asyncio.get_running_loop().time() + self._limits.read_seconds)
@@ -116,7 +116,7 @@ class _Body:
         self._done = message["type"] != "http.request" or not message.get("more_body", False)
 
     def drained_before(self, send: Send) -> Send:
-        """`send` that reads and drops the rest of the body before its first message."""
+        """Wraps `send`: reads and drops the rest of the body before the first message."""
 
         async def drain_then_send(message: Message) -> None:
             with contextlib.suppress(TimeoutError):
@@ -140,8 +140,8 @@ def with_idle_timeout(limits: Limits) -> type[asyncio.Protocol]:
     """Returns uvicorn's HTTP protocol with a timeout for connections that hold no request.
 
     A connection is closed if no header is completed within `read_seconds`, or if the client does not read the rest of
-    an answer for that time. Excess connections are closed at once. Only the protocol sees a connection before its
-    header is complete.
+    a response for that time. Excess connections are closed at once. This is no ASGI middleware because an application
+    does not see connections before their header is complete.
     """
     from h11 import IDLE
     from uvicorn.protocols.http.h11_impl import H11Protocol

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import gradio
 
 INITIAL_SETTINGS = GenerationSettings(num_candidates=4, temperature=1.0, top_p=0.9)
-CSS = ".grid-wrap.fixed-height { min-height: 0 !important; }"  # galleries as high as their images
+CSS = ".grid-wrap.fixed-height { min-height: 0 !important; }"  # makes galleries as high as their images
 _MAX_CANDIDATES, _MAX_FRAMES, _MAX_SHOTS = 8, 8, 7
-# Order of an analogy's images on its sheet: images in the first row, annotations below them.
+# Order of the images of an analogy on its sheet: images in the first row, annotations in the second.
 _ANALOGY_ORDER = [
     *range(0, 2 * page_examples.NUM_SHOTS + 1, 2),
     *range(1, 2 * page_examples.NUM_SHOTS, 2),
@@ -24,11 +24,11 @@ Show the model what you want, in pictures; it draws what follows. Nothing else t
 
 
 def build_page(engine: Engine, folder: pathlib.Path) -> "gradio.Blocks":
-    """Returns the page. Files that it offers are written to `folder`."""
+    """Returns the page. Writes its examples and answers to `folder`."""
     import gradio
 
-    kept = page_files.KEPT_SECONDS
-    with gradio.Blocks(title="Large Vision Model", analytics_enabled=False, delete_cache=(kept, kept)) as page:
+    seconds = page_files.KEPT_SECONDS
+    with gradio.Blocks(title="Large Vision Model", analytics_enabled=False, delete_cache=(seconds, seconds)) as page:
         gradio.Markdown(_INTRODUCTION)
         with gradio.Tab("Analogy"):
             _analogy_tab(engine, folder)
@@ -38,7 +38,7 @@ def build_page(engine: Engine, folder: pathlib.Path) -> "gradio.Blocks":
 
 
 def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
-    """Shots beside each other, then a query. The model generates the query's annotation."""
+    """Builds the tab of analogy prompts: shots and a query. The model generates the query's annotation."""
     import gradio
 
     max_shots = min(_MAX_SHOTS, (engine.max_prompt_images - 1) // 2)
@@ -78,7 +78,7 @@ def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
 
 
 def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
-    """Frames in order. The model generates the next ones."""
+    """Builds the tab of sequential prompts: frames in order. The model generates the next frames."""
     import gradio
 
     examples = page_examples.sequences(engine.resolution)
@@ -113,7 +113,7 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
 
 
 def image_slot(label: str) -> "gradio.Image":
-    """A field for one image, whose value is the path of the uploaded file."""
+    """Returns a field for one image. Its value is the path of the uploaded file."""
     import gradio
 
     slot = gradio.Image(
@@ -125,14 +125,14 @@ def image_slot(label: str) -> "gradio.Image":
         buttons=[],
         elem_id=label.lower().replace(" ", "_"),
     )
-    # Gradio's `preprocess` decodes a file of any size, and loses transparency and 16-bit gray; `uploads.decode_images`
-    # must receive the file itself. A subclass would make gradio write a .pyi file beside this one.
+    # `uploads.decode_images` needs the file itself: gradio's `preprocess` decodes files of any size, and loses
+    # transparency and 16-bit gray. A subclass would make gradio write a .pyi file beside this one.
     slot.preprocess = lambda payload: payload and payload.path
     return slot
 
 
 def _settings_row(tab: str, with_frames: bool) -> tuple[list, "gradio.Button"]:
-    """The fields of `page_handlers.generation_settings`, in its order, and the button."""
+    """Returns the fields that `page_handlers.generation_settings` reads, in this order, and the button."""
     import gradio
 
     initial = INITIAL_SETTINGS
@@ -150,7 +150,7 @@ def _settings_row(tab: str, with_frames: bool) -> tuple[list, "gradio.Button"]:
 
 
 def _outputs(tab: str) -> list:
-    """The components that `page_handlers.generate` updates."""
+    """Returns the components that `page_handlers.generate` updates."""
     import gradio
 
     return [

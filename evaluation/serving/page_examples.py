@@ -12,7 +12,7 @@ from tokenizer.builders import views
 from tokenizer.synthetic import photos, scenes
 from tokenizer.synthetic.seed_ranges import page_example_seed
 
-NUM_SHOTS, NUM_FRAMES = 3, 7  # both prompts have seven images: one length to compile
+NUM_SHOTS, NUM_FRAMES = 3, 7  # both kinds of prompts have seven images: one length to compile
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,9 +24,9 @@ class Example:
 
 
 def analogies(size: int) -> list[Example]:
-    """Returns a prompt [image, annotation, ..., query] for each annotation of rendered scenes, and for colourisation.
+    """Returns prompts [image, annotation, ..., query]: one per annotation of rendered scenes, and colourisation.
 
-    Colourisation is left out if no photographs are installed.
+    Colourisation needs photographs; it is omitted if none are installed.
     """
     examples = []
     for number, annotation in enumerate(scenes.ANNOTATIONS):

@@ -14,18 +14,18 @@ import numpy as np
 from evaluation.serving.page_examples import Example
 from tokenizer.media import grids, images
 
-KEPT_SECONDS = 3600  # age at which files of visitors are removed
-_MIN_SIDE = 256  # smaller images are enlarged, pixel by pixel
+KEPT_SECONDS = 3600  # age at which uploads and answers are removed
+_MIN_SIDE = 256  # pixels; smaller images are enlarged
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-    """Repeats the pixels of an image until it is large enough to look at."""
+    """Repeats the pixels of an image until its side is at least `_MIN_SIDE`."""
     factor = -(-_MIN_SIDE // len(image))
     return image.repeat(factor, 0).repeat(factor, 1)
 
 
 def save_answer(images_CFSS3: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
-    """Writes one PNG file: a row per candidate, a column per new image, not enlarged. Removes old answers."""
+    """Writes one PNG file, not enlarged: a row per candidate, a column per new image. Removes old answers."""
     for old in folder.glob("answer_*.png"):
         with contextlib.suppress(FileNotFoundError):  # another request removes it at the same time
             if time.time() - old.stat().st_mtime > KEPT_SECONDS:
@@ -47,7 +47,7 @@ def save_example(example: Example, folder: pathlib.Path, name: str) -> list[str]
 def save_example_sheets(
     examples: Sequence[Example], order: Sequence[int], folder: pathlib.Path, name: str
 ) -> list[tuple[str, str]]:
-    """Writes a sheet of each example, its images in two rows in this order. Returns (path, caption) of each."""
+    """Writes a sheet per example: its images in two rows, in this order. Returns (path, caption) of each sheet."""
     sheets = []
     for i, example in enumerate(examples):
         path = folder / f"{name}_{i}.png"

@@ -1,4 +1,4 @@
-"""What the page does when a visitor asks for an answer.
+"""Handlers of the page: generation with previews, settings and errors.
 
 Shapes: see `evaluation.prompting`.
 """
@@ -46,7 +46,7 @@ def generate(
             yield f"Drawing: {preview.done} of {preview.total} tokens", _captioned(preview.images), no_download
         answer = future.result()
     finally:
-        future.cancel()  # the visitor may have left
+        future.cancel()  # the visitor may have closed the page
     path = save_answer(answer.images, folder)
     yield (
         f"Done: {answer.tokens[0].size} tokens a candidate",
@@ -58,12 +58,12 @@ def generate(
 def first_status(engine: Engine) -> str:
     """Returns the status before the first preview."""
     if engine.state == "failed":
-        return f"Warming up failed ({engine.warm_up_error}), trying all the same ..."
+        return f"Warming up failed ({engine.warm_up_error}), generating without it ..."
     return "Compiling for the first image ..." if engine.state == "warming up" else "Reading the prompt ..."
 
 
 def visitor_error(message: str) -> Exception:
-    """Returns an error that the page shows until it is closed, and that is not logged."""
+    """Returns an error that the page shows until the visitor closes it. Gradio does not log it."""
     import gradio
 
     return gradio.Error(message, duration=None, print_exception=False)

@@ -1,4 +1,4 @@
-"""Previews: the images of a request while its tokens are generated.
+"""Previews: the images of a request before all its tokens are generated.
 
 Shapes: see `evaluation.prompting`.
 """
@@ -13,8 +13,8 @@ import numpy as np
 from evaluation.prompting import Prompter
 from evaluation.serving.batcher import AbandonedError, Job
 
-_GRAY = 0.5  # pixels that are not generated yet
-_PAUSE_FACTOR = 2  # pause after previews, in units of their duration: previews take at most a third of the time
+_GRAY = 0.5  # value of pixels that are not generated yet
+_PAUSE_FACTOR = 2  # pause after previews / their duration: previews take at most a third of the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Preview:
 class PreviewReporter:
     """The `progress` callback of `Prompter.generate` for a batch of jobs.
 
-    Sends previews to the jobs' listeners, and stops the batch when all its jobs are cancelled. A job's item has the
-    attribute `settings`, its `GenerationSettings`.
+    Sends previews to the listeners of the jobs, and stops the batch when all its jobs are cancelled.
+    `job.item.settings` are the `GenerationSettings` of a job.
     """
 
     def __init__(self, prompter: Prompter, jobs: Sequence[Job], num_prompts: int, num_new_images: int):
-        """`num_prompts` counts the copies that pad the batch, too."""
+        """Reports to `jobs`. `num_prompts` includes the copies that pad the batch."""
         self._prompter, self._jobs = prompter, jobs
         self._num_prompts, self._num_new_images = num_prompts, num_new_images
         self._finished: list[np.ndarray] = []  # tokens [B,C,n] from earlier caches
@@ -73,7 +73,7 @@ class PreviewReporter:
 
 
 def render_preview(prompter: Prompter, tokens_Cn: np.ndarray, num_new_images: int) -> np.ndarray:
-    """Decodes the first n tokens to images [C,F,S,S,3]. Incomplete rows of tokens are gray."""
+    """Decodes the first n tokens of F images to [C,F,S,S,3]. Rows with missing tokens are gray."""
     tokens_per_image = prompter.tokens_per_image
     columns = math.isqrt(tokens_per_image)
     num_candidates, done = tokens_Cn.shape

@@ -1,4 +1,4 @@
-"""Requests and answers of the HTTP service as pydantic models, and how a request is read.
+"""Requests and responses of the HTTP service as pydantic models, and the parser of requests.
 
 A body is JSON (images in base64) or a form (images as files). The models are the OpenAPI schema.
 """
@@ -36,7 +36,7 @@ class PromptRequest(BaseModel):
 
 
 class GenerateRequest(PromptRequest):
-    """A prompt, and how the images that follow it are generated."""
+    """A prompt, and the settings of generation."""
 
     tokens: Tokens | None = Field(None, description=TOKENS)
     n_new_frames: int = Field(1, description="Images to generate, one after the other.")
@@ -47,7 +47,9 @@ class GenerateRequest(PromptRequest):
     top_p: float = Field(
         1.0, description="Sample from the most likely tokens that together have this probability; 1: from all."
     )
-    seed: int = Field(0, description="Equal seeds and prompts give equal images, whatever else is computed.")
+    seed: int = Field(
+        0, description="Seed of the sampling. The images depend only on the prompt, the settings and the seed."
+    )
     output: Literal["json", "png", "stream"] | None = Field(
         None,
         description="`png`: one image, a row per candidate, a column per new image. `stream`: server-sent events while "
@@ -61,7 +63,7 @@ class GenerateRequest(PromptRequest):
 
 
 class PerplexityRequest(PromptRequest):
-    """A prompt, and images that may follow it."""
+    """A prompt, and the images after it whose perplexity is measured."""
 
     tokens: Tokens | None = Field(None, description=TOKENS)
     targets: list[bytes] | None = Field(None, description=f"The images after the prompt. {IMAGES}")
@@ -69,11 +71,11 @@ class PerplexityRequest(PromptRequest):
 
 
 class GenerateResponse(BaseModel):
-    """The images that follow."""
+    """The generated images."""
 
     pictures: list[list[str]] = Field(description="PNG files in base64: the new images of each candidate.")
     tokens: list[list[list[int]]] = Field(description="Their token ids.")
-    batch: int = Field(description="Requests that were computed together, this one included.")
+    batch: int = Field(description="Number of requests in the batch that computed this one.")
 
 
 class PerplexityResponse(BaseModel):
@@ -90,24 +92,24 @@ class TokenizeResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """Why a request was refused."""
+    """The reason of an error."""
 
-    code: str = Field(description="For programs: invalid, body_too_large, queue_full, ...")
-    message: str = Field(description="For people: the field, its value and the valid values.")
+    code: str = Field(description="Machine-readable reason: invalid, body_too_large, queue_full, ...")
+    message: str = Field(description="Human-readable reason: the field, its value and the valid values.")
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer with a status other than 200."""
+    """The body of every response with another status than 200."""
 
     error: ErrorDetail
 
 
 class ReadyResponse(BaseModel):
-    """Whether the programs of `--warm_up` are compiled, and what the model accepts.
+    """Whether the programs of `--warm_up` are compiled, and the sizes that the model accepts.
 
-    These programs generate with default settings from prompts of those lengths, and measure one target. The first
-    request with another length, n_candidates or n_new_frames, with temperature 0, top_k or top_p waits for its own
-    compilation.
+    These programs are generation with default settings, and perplexity of one target, for prompts of those lengths.
+    Other lengths, other values of n_candidates or n_new_frames, temperature 0, top_k and top_p are compiled at their
+    first request.
     """
 
     ready: bool
@@ -155,13 +157,13 @@ async def read_request(request: "Request", model: type[Model], limits: Limits) -
 
 
 async def _read_form(request: "Request", limits: Limits) -> dict[str, Any]:
-    """The fields of a form: the files of one name as a list, other fields as text."""
+    """Returns the fields of a form: files as one list per name, other fields as text."""
     from starlette.datastructures import UploadFile
     from starlette.exceptions import HTTPException
 
     files: dict[str, list[bytes]] = {}
     texts: dict[str, str] = {}
-    # `uploads` counts images exactly, with its own answer. This limit only bounds the parsing.
+    # This limit only bounds the parsing. `uploads` checks the exact number of images, with its own error.
     max_files = 2 * limits.images + 1
     try:
         async with request.form(max_files=max_files, max_fields=_MAX_FORM_FIELDS, max_part_size=2**20) as form:

@@ -1,17 +1,17 @@
-"""Refusals: which errors become which HTTP answers."""
+"""`Refused`: a request answered with an HTTP error. Converts exceptions to it."""
 
 from EasyLM.errors import UserError
 from evaluation.serving.batcher import ClosedError, QueueFullError
 
 
-class Refused(Exception):  # noqa: N818, an answer rather than an error
+class Refused(Exception):  # noqa: N818, a response rather than a failure
     """A request that is answered with an HTTP error.
 
     Attributes:
       status: the HTTP status.
-      code: names the reason for programs.
-      message: names the reason for people.
-      retry_after: seconds after which the client may try again.
+      code: machine-readable reason.
+      message: human-readable reason.
+      retry_after: seconds until the client may try again; None: no such header.
     """
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None):
@@ -29,7 +29,7 @@ class Refused(Exception):  # noqa: N818, an answer rather than an error
 
 
 def refusal_of(error: Exception) -> Refused:
-    """Returns the answer to a request that failed with this error."""
+    """Returns the HTTP error of a request that failed with this exception."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, UserError):
@@ -38,4 +38,4 @@ def refusal_of(error: Exception) -> Refused:
         return Refused(429, "queue_full", str(error), error.retry_after)
     if isinstance(error, ClosedError):
         return Refused(503, "stopping", str(error), 10)
-    return Refused(500, "internal", "this request failed inside the service; the reason is in its log")
+    return Refused(500, "internal", "internal error; the reason is in the log of the service")

@@ -1,4 +1,4 @@
-"""Answers of the HTTP service: JSON bodies, PNG sheets and server-sent events."""
+"""Responses of the HTTP service: JSON bodies, PNG sheets and server-sent events."""
 
 import asyncio
 import base64
@@ -39,7 +39,7 @@ def png_sheet(images_CFSS3: np.ndarray) -> bytes:
 
 
 class LatestPreview:
-    """The latest preview of a request, passed from the worker thread to a stream. A slow stream misses older ones."""
+    """Passes the latest preview of a request from the worker thread to a stream. A slow stream skips older previews."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._changed = loop, asyncio.Event()
@@ -50,11 +50,11 @@ class LatestPreview:
         """Replaces the latest preview and wakes `wait`; None only wakes it. Callable from any thread."""
         with self._lock:
             self._latest = preview or self._latest
-        with contextlib.suppress(RuntimeError):  # the loop, and with it the stream, has ended
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def wait(self) -> Preview | None:
-        """Waits for a change, at most one heartbeat. Returns the preview that was published since the last call."""
+        """Waits at most one heartbeat for `publish`. Returns the latest preview since the last call, or None."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), _HEARTBEAT_SECONDS)
         self._changed.clear()
@@ -64,7 +64,7 @@ class LatestPreview:
 
     @property
     def pending(self) -> bool:
-        """Whether a preview was published that `wait` has not returned yet."""
+        """Whether there is a preview that `wait` has not returned yet."""
         return self._latest is not None
 
 
@@ -84,9 +84,9 @@ async def events(future: "Future[Answer]", previews: LatestPreview) -> AsyncIter
             yield _event("answer", await to_thread.run_sync(answer_body, future.result()))
         except CancelledError:
             yield _event("error", refusal_of(ClosedError(UNFINISHED)).body)
-        except Exception as error:  # the status 200 is sent already
+        except Exception as error:  # status 200 has been sent
             refused = refusal_of(error)
-            if refused.status == 500:  # no handler above logs it
+            if refused.status == 500:  # error handlers of the application do not run any more
                 logging.exception("a stream failed")
             yield _event("error", refused.body)
     finally:

@@ -1,4 +1,4 @@
-"""Runs the HTTP service until a signal: uvicorn, warm-up and an orderly stop."""
+"""Runs the HTTP service until a signal: uvicorn, warm-up and graceful shutdown."""
 
 import contextlib
 import dataclasses
@@ -15,12 +15,12 @@ from evaluation.serving.limits import Limits, with_idle_timeout
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
-    """Where and how to serve.
+    """Address, token and shutdown of the service.
 
     Attributes:
       host, port: the address to listen on.
-      token: bearer token of every request; empty: none.
-      stop_seconds: time for accepted requests to finish after a signal.
+      token: bearer token that POST requests must send; empty: no authorisation.
+      stop_seconds: timeout of accepted requests after a signal.
     """
 
     host: str
@@ -34,7 +34,7 @@ def run_server(engine: Engine, limits: Limits, settings: ServerSettings) -> int:
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Refuses requests while it stops. uvicorn itself closes its socket at the first signal."""
+        """Keeps its socket open during shutdown, to refuse requests. uvicorn closes it at the first signal."""
 
         finished = False  # whether all accepted requests were answered
         stopping = False
@@ -62,10 +62,10 @@ def run_server(engine: Engine, limits: Limits, settings: ServerSettings) -> int:
             port=settings.port,
             http=with_idle_timeout(limits),
             server_header=False,
-            timeout_graceful_shutdown=int(settings.stop_seconds) + 1,  # time to send answers to slow clients
+            timeout_graceful_shutdown=int(settings.stop_seconds) + 1,  # time to send responses to slow clients
         )
     )
     engine.warm_up(GenerationSettings()).add_done_callback(server.on_warmed_up)
-    with contextlib.suppress(SystemExit):  # uvicorn cannot listen on the address, and has logged why
+    with contextlib.suppress(SystemExit):  # uvicorn cannot bind the address; it has logged the reason
         server.run()
     return 0 if server.finished else 1

@@ -19,7 +19,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 def check_images(fields: Mapping[str, Sequence[bytes]], limits: Limits) -> None:
-    """Counts the images of all fields of a request and their pixels, without decoding them.
+    """Checks the number of images and pixels in all fields of a request, without decoding them.
 
     Raises:
       Refused: with status 413, if there are too many images or pixels.
@@ -45,11 +45,11 @@ def check_images(fields: Mapping[str, Sequence[bytes]], limits: Limits) -> None:
 
 
 def decode_images(files: Sequence[bytes], size: int, limits: Limits, name: str = "pictures") -> np.ndarray:
-    """Returns image files as float32 [P,S,S,3] in [0, 1], S being `size`; see `images.load`.
+    """Decodes image files to float32 [P,S,S,3] in [0, 1], with S = `size`; see `images.load`.
 
     Raises:
-      Refused, UserError: as `check_images` for a request without other fields; UserError also without a file, and for
-        an image that cannot be decoded.
+      Refused: see `check_images`.
+      UserError: see `check_images`; or if there is no file, or an image cannot be decoded.
     """
     if not files:
         raise UserError(f"{name}: give at least one image")
@@ -71,5 +71,5 @@ def _open(data: bytes, name: str) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise Refused(413, "too_many_pixels", f"{name}: {error}") from error
-    except Exception as error:  # broken bytes make Pillow's readers raise many types
+    except Exception as error:  # Pillow raises many types for invalid bytes
         raise UserError(f"{name}: not a readable image ({len(data)} bytes); give {', '.join(FORMATS)}") from error

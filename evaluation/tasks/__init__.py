@@ -1,16 +1,16 @@
-"""Few-shot tasks: examples, the prompts made of them, and metrics of the answers.
+"""Few-shot tasks: examples, prompts of examples, and metrics of the answers.
 
 May import: EasyLM.storage, tokenizer.media, tokenizer.builders, tokenizer.image_quality, tokenizer.synthetic,
 evaluation.prompting. Other rooms import the names below, or the modules metrics, plots and report as namespaces.
 
-In the order in which data flows:
-  selection      which tasks, numbers of shots and metrics: the flags of fewshot that name them
+Modules, in the order of the data flow:
+  selection      the flags of fewshot that select tasks, numbers of shots and metrics
   benchmarks     tasks of public data sets and of rendered scenes, by name; their flags
   pascal         examples of Pascal VOC
   rendered       examples of rendered scenes
-  tasks          Task: tasks of folders; draws queries and shots and reads their images
-  prompt_layout  which images a prompt consists of, as numbers
-  measure        Measurement: a model's metrics over the number of shots
+  tasks          `Task`; tasks of folders; draws queries and shots and reads their images
+  prompt_layout  the images of each prompt, as indices
+  measure        `Measurement`: a model's metrics over the number of shots
   baselines      answers that need no model
   metrics        metrics of answers and of tokens
   report         the table and the sheet of answers
@@ -18,14 +18,14 @@ In the order in which data flows:
   contact_sheet  rows of captioned images as one image
 
 Vocabulary:
-  task      one thing that is asked for, such as depth, with its examples
+  task      one kind of answer, such as depth, with its examples
   example   an image and its annotation (a pair), or a clip
   shot      an example that a prompt shows
-  query     the image whose annotation is asked for
+  query     the image whose annotation the model generates
   answer    the image that follows a prompt: the model's, a baseline's, or the true one
   metric    a number per answer; its mean and standard error are printed (`figure` in flags and JSON)
-  split     a kind of rendered scenes that training does not show
-  unigram   the baseline that knows token frequencies only
+  split     a kind of rendered scenes that differs from training scenes
+  unigram   the baseline that uses token frequencies only
 Shapes: Q queries, K shots, G images of a shot, P images of a prompt, N tokens of an image, n images, B images of a
 batch, S the side in pixels, C colours of a palette, V codes.
 """

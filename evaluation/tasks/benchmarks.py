@@ -1,8 +1,8 @@
-"""Tasks that need no folders of the user: public data sets, read as they are unpacked, and rendered scenes.
+"""Benchmarks: tasks of public data sets, in their original layout, and of rendered scenes.
 
 rendered                 scenes of tokenizer.synthetic with exact annotations
-pascal_segmentation      Pascal-5i (Shaban et al. 2017): an object of one of a fold's five classes, white on black
-pascal_detection         images in which such a class has one object, smaller than half the image: its bounding box
+pascal_segmentation      Pascal-5i (Shaban et al. 2017): the mask of one of a fold's five classes, white on black
+pascal_detection         the bounding box of such a class, if it has one object, smaller than half the image
 imagenet_colorization    the validation images of ImageNet, gray to colour
 """
 
@@ -22,10 +22,12 @@ from tokenizer.synthetic import SPLITS
 
 BENCHMARK_FLAGS = {
     "data_dir": Flag("", "Folder of the benchmark's data; not needed for rendered."),
-    "fold": Flag(0, "Of pascal_*: classes 5 fold + 1 to 5 fold + 5 are asked for.", least=0, most=pascal.NUM_FOLDS - 1),
-    "tasks": Flag("", f"Of rendered: comma list of {', '.join(rendered.VIEWS)}; empty: all."),
-    "split": Flag("scenes", "Of rendered: how scenes differ from those of training.", choices=tuple(SPLITS)),
-    "n_examples": Flag(64, "Of rendered: scenes to draw queries and shots from.", least=1),
+    "fold": Flag(
+        0, "For pascal_*: the tasks use classes 5 fold + 1 to 5 fold + 5.", least=0, most=pascal.NUM_FOLDS - 1
+    ),
+    "tasks": Flag("", f"For rendered: comma list of {', '.join(rendered.VIEWS)}; empty: all."),
+    "split": Flag("scenes", "For rendered: how scenes differ from training scenes.", choices=tuple(SPLITS)),
+    "n_examples": Flag(64, "For rendered: number of scenes to draw queries and shots from.", least=1),
 }
 
 
@@ -80,10 +82,10 @@ BENCHMARKS = tuple(_BENCHMARKS)
 
 
 def sources(name: str, settings: BenchmarkSettings, frames: int) -> list[TaskSource]:
-    """The tasks of a benchmark.
+    """Returns the tasks of a benchmark.
 
     Args:
-      frames: of a clip, the one asked for included.
+      frames: frames of a clip, including the answer.
 
     Raises:
       UserError: naming the flag, or the file that is missing or invalid.

@@ -22,13 +22,13 @@ class Row:
 
 
 def contact_sheet(rows: Sequence[Row], size: int, framed: str = "") -> Image.Image:
-    """Draws rows below each other, aligned at their ends.
+    """Draws rows below each other, aligned at the right.
 
     A row's name and captions are drawn if they differ from those of the row above.
 
     Args:
-      size: width of an image on the sheet in pixels; images are enlarged to the nearest pixel, without interpolation.
-      framed: the caption of images that get a coloured frame.
+      size: side of an image on the sheet, in pixels. Images are resized without interpolation (nearest neighbour).
+      framed: caption of the images that are drawn with a coloured frame.
     """
     font = ImageFont.load_default(size=14)
     step, columns = size + GAP, max(len(row.images) for row in rows)
@@ -48,7 +48,7 @@ def contact_sheet(rows: Sequence[Row], size: int, framed: str = "") -> Image.Ima
                 draw.text((left + size // 2, top - CAPTION // 2), caption, INK, font, anchor="mm")
             if caption == framed:
                 draw.rectangle((left - 3, top - 3, left + size + 2, top + size + 2), FRAME)
-            paper.paste(_enlarge(pixels, size), (left, top))
+            paper.paste(_resize(pixels, size), (left, top))
             left += step
         top += step
     return paper
@@ -58,6 +58,6 @@ def _title(row: Row) -> tuple[str, ...]:
     return row.name, *row.captions
 
 
-def _enlarge(pixels: np.ndarray, size: int) -> Image.Image:
+def _resize(pixels: np.ndarray, size: int) -> Image.Image:
     image = Image.fromarray(images.to_uint8(np.asarray(pixels, np.float32)))
     return image.resize((size, size), Image.Resampling.NEAREST)

@@ -21,13 +21,13 @@ from tokenizer.image_quality import FeatureStatistics, frechet_distance, incepti
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What is measured, and by which model.
+    """Measures a model: the model, its settings and the metrics.
 
     Attributes:
-      generation: how answers are sampled; `context_images` follows from the prompts.
-      batch_size: prompts, and images of a metric, at a time.
+      generation: how answers are sampled. `context_images` is replaced by the length of prompt and answer.
+      batch_size: prompts per batch of the model, and images per batch of a metric.
       image_metrics: computed for every answer.
-      network: for FID; None: no FID.
+      network: the network of FID; None: no FID.
     """
 
     prompter: Prompter
@@ -40,8 +40,8 @@ class Measurement:
         """Measures the task at each number of shots (or context frames), in ascending order.
 
         Returns:
-          For each number the metrics of the model, of the baselines and of the tokenizer, with standard errors, and
-          those of the model for each query; and the answers' tokens [Q,N] at the last number.
+          The points of the curve, and the tokens [Q,N] of the answers at the last point. A point has the metrics of
+          the model, of the baselines and of the tokenizer, with standard errors, and the model's metrics per query.
         """
         tokens_nN = self.prompter.encode(task.pixels)
         true_tokens_QN = tokens_nN[task.prompts.answer_Q]
@@ -71,7 +71,7 @@ class Measurement:
     def _answer(
         self, prompts_QPN: np.ndarray, true_tokens_QN: np.ndarray, description: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of the model's answers, and the log-likelihoods of the true ones: both [Q, N]."""
+        """Returns the tokens of the model's answers and the log-likelihoods of the true tokens, both [Q, N]."""
         generation = dataclasses.replace(self.generation, context_images=prompts_QPN.shape[1] + 1)
         answers, likelihoods = [], []
         for start in tqdm(range(0, len(prompts_QPN), self.batch_size), desc=description, unit="batch"):
@@ -85,28 +85,28 @@ class Measurement:
     def _point(
         self, task: Task, token_metrics: dict[str, np.ndarray], answers: dict[str, np.ndarray]
     ) -> dict[str, Any]:
-        """A point of the curve: means with standard errors, FID, and the model's metrics of each query."""
+        """Returns a point of the curve: means with standard errors, FID, and the model's metrics per query."""
         image_metrics = {
             name: {source: self._in_batches(metric, pixels, task.answers) for source, pixels in answers.items()}
             for name, metric in self.image_metrics.items()
         }
-        of_model = token_metrics | {name: by_source["model"] for name, by_source in image_metrics.items()}
+        model_metrics = token_metrics | {name: by_source["model"] for name, by_source in image_metrics.items()}
         return {
             **jax.tree.map(metrics.with_standard_error, {**token_metrics, **image_metrics}),
             **({"fid": self._fid(answers, task.answers)} if self.network else {}),
-            "per_query": {name: values.tolist() for name, values in of_model.items()},
+            "per_query": {name: values.tolist() for name, values in model_metrics.items()},
         }
 
     def _in_batches(self, metric: ImageMetric, images: np.ndarray, truths: np.ndarray) -> np.ndarray:
-        """A metric of each image [Q]. Batches bound its memory, which may be a hundred times that of the images."""
+        """Returns a metric of each image [Q]. Batches bound memory: a metric may need 100 times that of its images."""
         batches = (slice(start, start + self.batch_size) for start in range(0, len(images), self.batch_size))
         return np.concatenate([np.asarray(metric(images[batch], truths[batch])) for batch in batches])
 
     def _fid(self, answers: Mapping[str, np.ndarray], truths: np.ndarray) -> dict[str, float]:
-        """FID of the answers of each source against the true ones, all [Q,S,S,3]."""
+        """Returns the FID of each source's answers against the true answers, all [Q,S,S,3]."""
         assert self.network is not None
-        true = FeatureStatistics.of(self.network(truths))
+        true_statistics = FeatureStatistics.of(self.network(truths))
         return {
-            source: frechet_distance(FeatureStatistics.of(self.network(pixels)), true)
+            source: frechet_distance(FeatureStatistics.of(self.network(pixels)), true_statistics)
             for source, pixels in answers.items()
         }

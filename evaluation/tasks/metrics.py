@@ -16,20 +16,20 @@ from tokenizer.synthetic import scenes
 ImageMetric = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (images, true images), both [B,H,W,3] -> [B]
 Colour = tuple[int, int, int]  # bytes
 
-EDGE_TOLERANCE = 0.0075  # of the image's diagonal, as in the Berkeley boundary benchmark
+EDGE_TOLERANCE = 0.0075  # fraction of the image's diagonal, as in the Berkeley boundary benchmark
 
 
 def nearest_colours(images_BHW3: np.ndarray, palette_C3: np.ndarray) -> np.ndarray:
-    """The index of the palette's colour (bytes) that is nearest to each pixel: [B, H, W]."""
+    """Returns the index of the palette colour (bytes) nearest to each pixel: [B, H, W]."""
     distances_CBHW = [np.square(images_BHW3 - colour / 255).sum(-1) for colour in np.asarray(palette_C3)]
     return np.argmin(distances_CBHW, axis=0)
 
 
 def mean_iou(images_BHW3: np.ndarray, truths_BHW3: np.ndarray, palette: Sequence[Colour]) -> np.ndarray:
-    """Intersection over union of segmentations in a palette's colours, mean over the truth's classes. Shape [B].
+    """Intersection over union of segmentations, averaged over the classes of the truth. Shape [B].
 
-    Each pixel belongs to the class of the nearest colour. The first colour is the background, which does not count. If
-    the truth is background only, the value is 1 if the image is background only, else 0.
+    Each pixel belongs to the class of the nearest palette colour. The first colour is the background, which is not
+    averaged. If the truth is background only, the value is 1 if the image is background only, else 0.
     """
     predicted_BHW, true_BHW = (nearest_colours(x, np.array(palette)) for x in (images_BHW3, truths_BHW3))
     classes_C111 = np.arange(1, len(palette))[:, None, None, None]
@@ -50,7 +50,7 @@ def depth_abs_rel(images_BHW3: np.ndarray, truths_BHW3: np.ndarray, near: float,
 
 
 def normal_degrees(images_BHW3: np.ndarray, truths_BHW3: np.ndarray) -> np.ndarray:
-    """Mean angle in degrees between normals n, which have the colours (n + 1) / 2. Shape [B]."""
+    """Mean angle in degrees between normals. A normal n has the colour (n + 1) / 2. Shape [B]."""
     predicted, true = (_normalize(2 * np.asarray(x, np.float64) - 1) for x in (images_BHW3, truths_BHW3))
     return np.degrees(np.arccos(np.clip((predicted * true).sum(-1), -1, 1))).mean(axis=(1, 2))
 
@@ -60,10 +60,11 @@ def _normalize(vectors: np.ndarray) -> np.ndarray:
 
 
 def edge_f_score(images_BHW3: np.ndarray, truths_BHW3: np.ndarray) -> np.ndarray:
-    """F1 of edge pixels, those brighter than half. Shape [B].
+    """F1 score of edge pixels, which are brighter than 0.5. Shape [B].
 
-    An edge pixel is matched if the other image has an edge within `EDGE_TOLERANCE`: at the same pixel below 64 pixels
-    a side, within 3 pixels at 256. Unlike the Berkeley benchmark, matches are not one-to-one and edges not thinned.
+    An edge pixel matches if the other image has an edge pixel within `EDGE_TOLERANCE`. This is 0 pixels for sides
+    below 64 pixels, and 3 pixels for sides of 256. Unlike the Berkeley benchmark, matches are not one-to-one and edges
+    are not thinned.
     """
     predicted_BHW, true_BHW = (np.asarray(x).mean(-1) > 0.5 for x in (images_BHW3, truths_BHW3))
     radius = round(EDGE_TOLERANCE * np.hypot(*predicted_BHW.shape[1:]))
@@ -73,7 +74,7 @@ def edge_f_score(images_BHW3: np.ndarray, truths_BHW3: np.ndarray) -> np.ndarray
 
 
 def _fraction(part_BHW: np.ndarray, whole_BHW: np.ndarray) -> np.ndarray:
-    """The fraction of true pixels of `whole_BHW` that are true in `part_BHW`; 1 if there are none."""
+    """Returns the fraction of true pixels of `whole_BHW` that are true in `part_BHW`; 1 if it has none."""
     whole_B = whole_BHW.sum(axis=(1, 2))
     return np.where(whole_B > 0, part_BHW.sum(axis=(1, 2)) / np.maximum(whole_B, 1), 1.0)
 
@@ -90,10 +91,10 @@ def _dilate(mask_BHW: np.ndarray, radius: int) -> np.ndarray:
     return dilated
 
 
-MASK_PALETTE: tuple[Colour, ...] = ((0, 0, 0), (255, 255, 255))  # of an image that shows one class
+MASK_PALETTE: tuple[Colour, ...] = ((0, 0, 0), (255, 255, 255))  # background and one class
 SCENE_PALETTE: tuple[Colour, ...] = (scenes.BACKGROUND, *scenes.PALETTE.values())
-IMAGE_METRICS: dict[str, ImageMetric] = {"mse": mse, "psnr": psnr, "ssim": ssim}  # of every task
-# Metrics that a task may have besides, with the colours and depths of rendered scenes.
+IMAGE_METRICS: dict[str, ImageMetric] = {"mse": mse, "psnr": psnr, "ssim": ssim}  # computed for every task
+# Additional metrics of single tasks, with the colours and depths of rendered scenes.
 TASK_METRICS: dict[str, ImageMetric] = {
     "scene_iou": functools.partial(mean_iou, palette=SCENE_PALETTE),
     "mask_iou": functools.partial(mean_iou, palette=MASK_PALETTE),
@@ -107,7 +108,7 @@ HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "scene_iou", "palette_iou", "mask_
 def task_metrics(
     palette: Sequence[Colour] | None = None, depth_range: tuple[float, float] | None = None
 ) -> Mapping[str, ImageMetric]:
-    """`TASK_METRICS`, with `palette_iou` for a user's palette, and depths in a user's range (near, far)."""
+    """Returns `TASK_METRICS`, with `palette_iou` if there is a palette, and with another depth range (near, far)."""
     metrics = dict(TASK_METRICS)
     if palette:
         metrics["palette_iou"] = functools.partial(mean_iou, palette=palette)
@@ -118,7 +119,7 @@ def task_metrics(
 
 
 def read_palette(path: str) -> list[Colour]:
-    """Reads the colours of a file, `R G B` a line, the background first. Empty lines are ignored.
+    """Reads a palette: one colour `R G B` per line, the background first. Empty lines are ignored.
 
     Raises:
       UserError: naming the file, and the line if one is invalid.
@@ -132,7 +133,7 @@ def read_palette(path: str) -> list[Colour]:
         red, green, blue = values
         colour = red, green, blue
         if colour in line_of_colour:
-            raise UserError(f"{path}:{number}: {line.strip()}: the colour of line {line_of_colour[colour]} already")
+            raise UserError(f"{path}:{number}: {line.strip()}: the same colour as line {line_of_colour[colour]}")
         line_of_colour[colour] = number
     if len(line_of_colour) < 2:
         raise UserError(f"{path}: {len(line_of_colour)} colours: give the background and at least one class")
@@ -150,7 +151,7 @@ def parse_depth_range(text: str) -> tuple[float, float]:
     except ValueError:
         near = far = 0.0
     if not (0 < near < np.inf and 0 < far < np.inf and near != far):
-        raise UserError("must be near,far: two different distances above 0, as 0.5,10")
+        raise UserError("must be near,far: two different distances above 0, such as 0.5,10")
     return near, far
 
 
@@ -162,8 +163,8 @@ def perplexity(log_likelihoods_BN: np.ndarray) -> np.ndarray:
 def unigram_log_likelihoods(tokens_BN: np.ndarray, codes: int) -> np.ndarray:
     """Log-likelihood of each example's tokens under the token frequencies of all other examples. Shape [B, N].
 
-    Uses add-one smoothing over `codes` ids. The frequencies exclude the example itself, so the baseline does not see
-    the answer.
+    Uses add-one smoothing over `codes` ids. The frequencies exclude the example itself: the baseline must not see the
+    answer.
     """
     counts_BV = np.stack([np.bincount(tokens, minlength=codes) for tokens in tokens_BN])
     others_BV = counts_BV.sum(axis=0)[None, :] - counts_BV + 1
@@ -172,7 +173,7 @@ def unigram_log_likelihoods(tokens_BN: np.ndarray, codes: int) -> np.ndarray:
 
 
 def with_standard_error(values: np.ndarray | Sequence[float]) -> dict[str, float]:
-    """The mean over examples and its standard error."""
+    """Returns the mean over examples and its standard error."""
     values = np.asarray(values, np.float64)
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
     return {"mean": float(values.mean()), "standard_error": float(error)}

@@ -22,7 +22,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and
 
 
 def segmentation(data_dir: str, fold: int) -> list[Pair]:
-    """A pair for each validation image and class of the fold in it: the class is white. Its group is the class.
+    """Returns a pair for each validation image and each class of the fold in it; its group is the class.
+
+    The annotation shows the class in white.
 
     Raises:
       UserError: naming the file that is missing or invalid.
@@ -43,7 +45,7 @@ def segmentation(data_dir: str, fold: int) -> list[Pair]:
 
 
 def detection(data_dir: str, fold: int) -> list[Pair]:
-    """A pair for each image in which a class of the fold has one object whose box is below half the image.
+    """Returns a pair for each class of the fold that has exactly one object in an image, below half its area.
 
     Raises:
       UserError: naming the file that is missing or invalid.
@@ -53,16 +55,16 @@ def detection(data_dir: str, fold: int) -> list[Pair]:
     pairs = []
     for name in names:
         extent, boxes = _read_boxes(_require(root / "Annotations" / f"{name}.xml"))
-        for kind in sorted(fold_classes & boxes.keys()):
-            left, top, right, bottom = boxes[kind][0]
-            if len(boxes[kind]) == 1 and (right - left) * (bottom - top) < extent[0] * extent[1] / 2:
+        for class_name in sorted(fold_classes & boxes.keys()):
+            left, top, right, bottom = boxes[class_name][0]
+            if len(boxes[class_name]) == 1 and (right - left) * (bottom - top) < extent[0] * extent[1] / 2:
                 loader = partial(images.read, _require(root / "JPEGImages" / f"{name}.jpg"))
-                pairs.append(Pair(loader, partial(_box_mask, extent, boxes[kind][0]), kind))
+                pairs.append(Pair(loader, partial(_box_mask, extent, boxes[class_name][0]), class_name))
     return pairs
 
 
 def _labels(fold: int) -> range:
-    """The label ids of a fold's classes."""
+    """Returns the label ids of a fold's classes."""
     return range(_CLASSES_PER_FOLD * fold + 1, _CLASSES_PER_FOLD * (fold + 1) + 1)
 
 
@@ -79,13 +81,13 @@ def _require(path: pathlib.Path) -> pathlib.Path:
 
 
 def _label_file(root: pathlib.Path, name: str) -> pathlib.Path:
-    """The labels of an image, from the larger set of SBD if it exists."""
+    """Returns the label file of an image, from the larger set of SBD if it exists."""
     larger = root / "SegmentationClassAug" / f"{name}.png"
     return larger if larger.is_file() else _require(root / "SegmentationClass" / f"{name}.png")
 
 
 def _read_boxes(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, list[Box]]]:
-    """(width, height) of an image and the boxes of its objects by class. Coordinates in the file start at 1."""
+    """Returns (width, height) of an image and the boxes of its objects by class. Coordinates in the file start at 1."""
     try:
         tree = xml.etree.ElementTree.parse(path)
         extent = int(tree.findtext("size/width", "")), int(tree.findtext("size/height", ""))
@@ -112,5 +114,5 @@ def _box_mask(extent: tuple[int, int], box: Box, size: int) -> np.ndarray:
 
 
 def _to_white(mask: np.ndarray) -> np.ndarray:
-    """A mask as an image, white on black: uint8 [S,S,3]."""
+    """Converts a mask to an image, white on black: uint8 [S,S,3]."""
     return np.repeat(np.where(mask, np.uint8(255), np.uint8(0))[..., None], 3, axis=-1)

@@ -21,7 +21,7 @@ Point = Mapping[str, Any]
 
 
 def plot_curves(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes a chart with a column for each task: perplexity above, and the task's own metric, or mse, below.
+    """Writes charts, one column per task: perplexity in the first row, the task's metric or mse in the second.
 
     Args:
       results: the `tasks` of fewshot's JSON; error bars are standard errors.

@@ -1,7 +1,7 @@
-"""Which images a prompt consists of, and in what order: functions of image numbers, without pixels.
+"""The images of prompts, in order, as image indices without pixels.
 
 Shapes: Q prompts, K shots or context frames, G images of a shot (image and annotation: 2, frame: 1), q images of the
-query (an image: 1; none if the next frame is asked for: 0), P images of a prompt.
+query (image: 1, clip: 0), P images of a prompt.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PromptLayout:
-    """Prompts of one task as image numbers. Fewer shots are the last ones of more shots.
+    """Prompts of one task as image indices. A prompt with fewer shots uses the last shots of a longer prompt.
 
     Attributes:
-      context_QKG: shots, or frames before the one asked for.
+      context_QKG: shots, or context frames of a clip.
       query_Qq: query images.
       answer_Q: the true answers.
     """
@@ -26,26 +26,26 @@ class PromptLayout:
 
     @property
     def max_shots(self) -> int:
-        """Shots of the longest prompt."""
+        """Shots or context frames of the longest prompt."""
         return self.context_QKG.shape[1]
 
     def images(self, shots: int) -> np.ndarray:
-        """The images of each prompt with this number of shots or context frames: [Q, P]."""
+        """Returns the images of each prompt with this number of shots or context frames: [Q, P]."""
         assert 0 <= shots <= self.max_shots
         context_QKG = self.context_QKG[:, self.max_shots - shots :]
         return np.concatenate([context_QKG.reshape(len(self.answer_Q), -1), self.query_Qq], axis=1)
 
     def annotations(self, shots: int) -> np.ndarray:
-        """The annotations of the shots, or the context frames of a clip: [Q, shots]."""
+        """Returns the annotations of the shots, or the context frames of a clip: [Q, shots]."""
         return self.context_QKG[:, self.max_shots - shots :, -1]
 
 
 def analogy_prompts(groups: Sequence[Hashable], queries: Sequence[int], shots: int, seed: int) -> PromptLayout:
-    """`[input, target, input, target, ..., query]`, where the shots are other pairs of the query's group.
+    """Returns prompts `[input, target, input, target, ..., query]`. Shots are other pairs of the query's group.
 
     Args:
       groups: the group of each pair; pair i has the images 2 i (input) and 2 i + 1 (target).
-      queries: pairs; the group of each has at least `shots` other pairs.
+      queries: indices of pairs whose groups have at least `shots` other pairs.
     """
     members: dict[Hashable, list[int]] = {}
     for pair, group in enumerate(groups):
@@ -61,15 +61,15 @@ def analogy_prompts(groups: Sequence[Hashable], queries: Sequence[int], shots: i
 
 
 def sequential_prompts(clips: int, frames: int) -> PromptLayout:
-    """`[frame, frame, ...]`, where the last frame of each clip is the answer; images are numbered clip after clip."""
-    numbers_QF = np.arange(clips * frames).reshape(clips, frames)
-    return PromptLayout(numbers_QF[:, :-1, None], numbers_QF[:, :0], numbers_QF[:, -1])
+    """Returns prompts `[frame, frame, ...]`. The last frame of each clip is the answer; indices go clip by clip."""
+    indices_QF = np.arange(clips * frames).reshape(clips, frames)
+    return PromptLayout(indices_QF[:, :-1, None], indices_QF[:, :0], indices_QF[:, -1])
 
 
 def draw_shots(count: int, shots: int, query: int, seed: int) -> np.ndarray:
-    """Draws shots for a query from `count` pairs, without the query and without repetition, in prompt order.
+    """Draws shots for a query from `count` pairs, without the query and without replacement, in prompt order.
 
-    Fewer shots are the last ones of more shots, so a curve over the number of shots varies nothing else.
+    Fewer shots are the last ones of more shots: along a curve only the number of shots changes.
     """
     others = np.delete(np.arange(count), query)
     return np.random.default_rng([seed, query]).permutation(others)[:shots][::-1]

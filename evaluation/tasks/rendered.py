@@ -1,4 +1,4 @@
-"""The rendered benchmark: tasks on scenes that no training set has."""
+"""The rendered benchmark: tasks on scenes whose seeds are reserved for evaluation."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from evaluation.tasks.tasks import ImageLoader, Pair, TaskSource
 from tokenizer.builders import views
 from tokenizer.synthetic import scenes, seed_ranges
 
-# The images of a scene, and a generator of random numbers -> an image of a prompt.
+# (the images of a scene, random number generator) -> an image of a prompt
 View = Callable[[Mapping[str, np.ndarray], np.random.Generator], np.ndarray]
 
 
@@ -20,7 +20,7 @@ def _annotation(name: str) -> View:
 
 _IMAGE = _annotation("image")
 
-# Task: the views of a scene that are the image and the annotation; None: the next frame of a clip.
+# Task -> views of the image and of the annotation. None: the task is to predict the next frame of a clip.
 VIEWS: dict[str, tuple[View, View] | None] = {
     "segmentation": (_IMAGE, _annotation("segmentation")),
     "depth": (_IMAGE, _annotation("depth")),
@@ -40,14 +40,14 @@ _METRICS = {
 
 
 def sources(names: Sequence[str], split: str, seed: int, num_examples: int, frames: int) -> list[TaskSource]:
-    """Tasks on the same rendered scenes.
+    """Returns tasks on the same rendered scenes.
 
     Args:
       names: keys of `VIEWS`.
       split: a key of `SPLITS` of tokenizer.synthetic.
       seed: different seeds give different scenes.
-      num_examples: scenes of a task.
-      frames: of a clip, the one asked for included.
+      num_examples: number of scenes of a task.
+      frames: frames of a clip, including the answer.
     """
     seeds = seed_ranges.benchmark_seeds(seed, num_examples)
     tasks = []
@@ -65,7 +65,7 @@ def sources(names: Sequence[str], split: str, seed: int, num_examples: int, fram
 
 
 def _clip_loaders(seed: int, split: str, frames: int) -> list[ImageLoader]:
-    return [partial(_frame, seed, split, frames, i) for i in range(frames)]
+    return [partial(_frame, seed, split, frames, index) for index in range(frames)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,8 +78,8 @@ def _clip(seed: int, size: int, frames: int, split: str) -> list[np.ndarray]:
     return [frame["image"] for frame in scenes.clip(seed, size, frames, split)]
 
 
-def _frame(seed: int, split: str, frames: int, number: int, size: int) -> np.ndarray:
-    return _clip(seed, size, frames, split)[number]
+def _frame(seed: int, split: str, frames: int, index: int, size: int) -> np.ndarray:
+    return _clip(seed, size, frames, split)[index]
 
 
 def _view(view: View, seed: int, split: str, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Shows the results of a few-shot evaluation: a table for the terminal and a sheet of answers.
+"""Reports of a few-shot evaluation: the table of metrics and the sheet of answers.
 
 Shapes: Q queries, S the side in pixels.
 """
@@ -16,10 +16,10 @@ _SHEET_SIZE = 96  # pixels of an image on the sheet
 
 
 def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints the metrics at the largest number of shots, a line for each task and metric.
+    """Prints the metrics at the largest number of shots, one line per task and metric.
 
     Args:
-      results: the `tasks` of the JSON file.
+      results: the value of `tasks` in the JSON file.
     """
     columns = (*_SOURCES, "unigram")
     print(f"{'task':22}{'shots':>6}  {'metric':18}" + "".join(f"{name:>19}" for name in columns))
@@ -39,7 +39,7 @@ def _cell(value: Mapping[str, float] | None) -> str:
 
 
 def sheet_rows(task: Task, shots: int, answers_QSS3: np.ndarray) -> list[contact_sheet.Row]:
-    """A row for each answer: the prompt, the model's answer and the true one."""
+    """Returns a row per answer: the prompt, the model's answer and the true answer."""
     captions = [*task.captions(shots), "the model", "truth"]
     prompts_QP, truths_Q = task.prompts.images(shots), task.prompts.answer_Q
     return [
@@ -49,5 +49,5 @@ def sheet_rows(task: Task, shots: int, answers_QSS3: np.ndarray) -> list[contact
 
 
 def answer_sheet(rows: list[contact_sheet.Row]) -> np.ndarray:
-    """The rows as one image with a frame around the model's answers, bytes [height,width,3]."""
+    """Draws the rows as one image, uint8 [height,width,3], with a frame around the model's answers."""
     return np.asarray(contact_sheet.contact_sheet(rows, _SHEET_SIZE, framed="the model"))

@@ -1,4 +1,4 @@
-"""Which tasks are measured, at which numbers of shots and with which metrics: the flags, and what follows from them."""
+"""Selects tasks, numbers of shots and metrics by flags."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,21 @@ from evaluation.tasks.tasks import TaskSource, folder_clips, folder_pairs
 
 TASK_FLAGS = {
     "input_dirs": Flag("", "Comma list of folders of images, one for each task."),
-    "target_dirs": Flag("", "Comma list of folders of annotations, one for each task. Their names are the tasks'."),
-    "figures": Flag("", f"Comma list, a metric for each task: {', '.join(metrics.TASK_METRICS)}, or nothing."),
-    "palette": Flag("", "File of colours, R G B a line, the background first; defines the metric palette_iou."),
-    "depth_range": Flag("", "near,far: distances of white and black for depth_abs_rel; empty: of rendered scenes."),
+    "target_dirs": Flag(
+        "", "Comma list of folders of annotations, one for each task. A task has the name of its folder."
+    ),
+    "figures": Flag("", f"Comma list, a metric or nothing for each task: {', '.join(metrics.TASK_METRICS)}."),
+    "palette": Flag("", "File of the colours of palette_iou, a metric: R G B per line, the background first."),
+    "depth_range": Flag(
+        "", "near,far: distances of white and black for depth_abs_rel; empty: those of rendered scenes."
+    ),
     "clip_dirs": Flag("", "Comma list of folders of clips (folders of frames), one for each task."),
-    "benchmark": Flag("", "Tasks without folders of your own.", choices=("", *benchmarks.BENCHMARKS)),
+    "benchmark": Flag(
+        "", "Adds the tasks of a public data set or of rendered scenes.", choices=("", *benchmarks.BENCHMARKS)
+    ),
     **benchmarks.BENCHMARK_FLAGS,
-    "n_shots": Flag("3", "Comma list: numbers of examples before the query."),
-    "n_context_frames": Flag("", "Comma list: numbers of frames before the one asked for; empty: n_shots, at least 1."),
+    "n_shots": Flag("3", "Comma list of numbers of shots."),
+    "n_context_frames": Flag("", "Comma list of numbers of context frames of clips; empty: n_shots, at least 1."),
 }
 
 
@@ -43,8 +49,9 @@ class TaskSelection:
     """The tasks to measure.
 
     Attributes:
-      shots, frames: numbers of shots of pairs and of context frames of clips, ascending.
-      metrics: the metrics that a task may name.
+      shots: numbers of shots, ascending.
+      frames: numbers of context frames of clips, ascending.
+      metrics: the metrics that a task may name in `TaskSource.metric`.
     """
 
     sources: Sequence[TaskSource]
@@ -53,7 +60,7 @@ class TaskSelection:
     metrics: Mapping[str, ImageMetric]
 
     def counts(self, source: TaskSource) -> Sequence[int]:
-        """The numbers of shots or context frames of a task."""
+        """Returns the numbers of shots or context frames of a task."""
         return self.frames if source.clips else self.shots
 
 
@@ -87,12 +94,16 @@ def _check_folders(settings: TaskSettings, task_metrics: Mapping[str, ImageMetri
     inputs, targets = settings.input_dirs.split(","), settings.target_dirs.split(",")
     names = settings.figures.split(",")
     if len(inputs) != len(targets):
-        raise UserError(f"--target_dirs has {len(targets)} folders, --input_dirs {len(inputs)}: one of each for a task")
+        raise UserError(
+            f"--target_dirs has {len(targets)} folders, --input_dirs {len(inputs)}: give one of each per task"
+        )
     if settings.figures and len(names) != len(inputs):
-        raise UserError(f"--figures has {len(names)} names, --input_dirs {len(inputs)} folders: one for each")
+        raise UserError(
+            f"--figures has {len(names)} names, --input_dirs {len(inputs)} folders: give one name per folder"
+        )
     for name in filter(None, names):
         if name == "palette_iou" and not settings.palette:
-            raise UserError("--figures=palette_iou: --palette is missing, the file of its colours")
+            raise UserError("--figures=palette_iou: --palette is missing")
         choose("--figures", name, task_metrics)
     if not (settings.input_dirs or settings.clip_dirs or settings.benchmark):
         raise UserError("no task: give --input_dirs and --target_dirs, or --clip_dirs, or --benchmark")
@@ -102,15 +113,15 @@ def _parse_counts(flag: str, text: str, least: int) -> list[int]:
     try:
         counts = sorted({int(count) for count in text.split(",")})
     except ValueError:
-        raise UserError(f"--{flag}={text}: must be a comma list of integers, as 0,1,3") from None
+        raise UserError(f"--{flag}={text}: must be a comma list of integers, such as 0,1,3") from None
     if counts[0] < least:
         raise UserError(f"--{flag}={text}: must be at least {least}")
     return counts
 
 
 def _list_sources(settings: TaskSettings, frames: int) -> list[TaskSource]:
-    """The tasks of all flags. Results have one entry per name, so names must be unique."""
-    sources: list[tuple[str, TaskSource]] = []  # with the flag that a task comes from
+    """Lists the tasks of all flags. Results have one entry per name, so names must be unique."""
+    sources: list[tuple[str, TaskSource]] = []  # flag that names the task, task
     if settings.input_dirs:
         inputs, targets = settings.input_dirs.split(","), settings.target_dirs.split(",")
         names = settings.figures.split(",") if settings.figures else [""] * len(inputs)
@@ -119,8 +130,8 @@ def _list_sources(settings: TaskSettings, frames: int) -> list[TaskSource]:
     if settings.clip_dirs:
         sources += [(f"--clip_dirs={folder}", folder_clips(folder)) for folder in settings.clip_dirs.split(",")]
     if settings.benchmark:
-        of_benchmark = benchmarks.sources(settings.benchmark, settings, frames)
-        sources += [(f"--benchmark={settings.benchmark}", source) for source in of_benchmark]
+        benchmark_sources = benchmarks.sources(settings.benchmark, settings, frames)
+        sources += [(f"--benchmark={settings.benchmark}", source) for source in benchmark_sources]
     flag_of_name: dict[str, str] = {}
     for flag, source in sources:
         if source.name in flag_of_name:

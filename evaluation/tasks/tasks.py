@@ -1,4 +1,4 @@
-"""Tasks: examples from folders or benchmarks, the prompts made of them, and their pixels.
+"""Tasks: examples from folders or benchmarks, their prompts and their pixels.
 
 Shapes: n images, S the side in pixels. Pixels are float32 in [0, 1], RGB, channels last.
 """
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An image and its annotation. The shots of a query have the query's group, such as its class."""
+    """An image and its annotation. Shots have the group of their query, such as its class."""
 
     input: ImageLoader
     target: ImageLoader
@@ -32,10 +32,10 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class TaskSource:
-    """The examples of a task: pairs, or clips whose last frame is asked for.
+    """The examples of a task: pairs, or clips whose last used frame is the answer.
 
     Attributes:
-      metric: a key of `metrics.task_metrics` that is computed besides the metrics of every task, or ''.
+      metric: key in `metrics.task_metrics` of an additional metric; empty: none.
     """
 
     name: str
@@ -46,7 +46,7 @@ class TaskSource:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The prompts of a task, as numbers of the images in `pixels` [n,S,S,3]."""
+    """The prompts of a task, as indices into `pixels` [n,S,S,3]."""
 
     name: str
     metric: str
@@ -55,7 +55,7 @@ class Task:
 
     @property
     def is_clip(self) -> bool:
-        """Whether the next frame of a clip is asked for."""
+        """Whether the examples are clips, whose next frame the model generates."""
         return not self.prompts.query_Qq.size
 
     @property
@@ -64,14 +64,14 @@ class Task:
         return self.pixels[self.prompts.answer_Q]
 
     def digest(self) -> str:
-        """A fingerprint of the images and prompts."""
+        """Returns a fingerprint of the images and prompts."""
         digest = hashlib.blake2b(digest_size=8)
         for array in (self.pixels, *dataclasses.astuple(self.prompts)):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
     def captions(self, shots: int) -> list[str]:
-        """A caption for each image of a prompt."""
+        """Returns a caption for each image of a prompt."""
         return ["frame"] * shots if self.is_clip else ["example", "answer"] * shots + ["query"]
 
 
@@ -80,7 +80,7 @@ def load_task(source: TaskSource, shots: int, queries: int, seed: int, side: int
 
     Args:
       shots: shots, or context frames of a clip.
-      side: of the images, in pixels.
+      side: side of the images, in pixels.
 
     Raises:
       UserError: naming the task, if it has too few examples, or the file that cannot be read.
@@ -91,13 +91,13 @@ def load_task(source: TaskSource, shots: int, queries: int, seed: int, side: int
         prompts, loaders = _draw_analogies(source, shots, queries, seed)
     used = np.unique(np.concatenate([prompts.images(shots).ravel(), prompts.answer_Q]))
     with ThreadPoolExecutor() as pool:
-        pixels = np.stack(list(pool.map(lambda number: loaders[number](side), used)))
+        pixels = np.stack(list(pool.map(lambda index: loaders[index](side), used)))
 
-    def renumber(numbers: np.ndarray) -> np.ndarray:
-        return np.searchsorted(used, numbers)
+    def index_of_used(indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(used, indices)
 
-    renumbered = PromptLayout(*map(renumber, (prompts.context_QKG, prompts.query_Qq, prompts.answer_Q)))
-    return Task(source.name, source.metric, pixels.astype(np.float32) / 255, renumbered)
+    reindexed = PromptLayout(*map(index_of_used, (prompts.context_QKG, prompts.query_Qq, prompts.answer_Q)))
+    return Task(source.name, source.metric, pixels.astype(np.float32) / 255, reindexed)
 
 
 def _draw_analogies(source: TaskSource, shots: int, queries: int, seed: int) -> tuple[PromptLayout, list[ImageLoader]]:
@@ -125,9 +125,9 @@ def _draw(values: Sequence[Item], count: int, seed: int) -> list[Item]:
 
 
 def folder_pairs(input_dir: str, target_dir: str, metric: str) -> TaskSource:
-    """Images and annotations of two folders, matched by stem. The task has the name of the second folder.
+    """Pairs the images and annotations of two folders by stem. The task has the name of the second folder.
 
-    Prints how many images have no annotation.
+    Prints the number of images without an annotation.
 
     Raises:
       UserError: naming the flag and the folder.
@@ -144,7 +144,7 @@ def folder_pairs(input_dir: str, target_dir: str, metric: str) -> TaskSource:
 
 
 def folder_clips(clip_dir: str) -> TaskSource:
-    """Clips of a folder: each folder below it that holds images. Frames are in natural order: 2.png before 10.png.
+    """Returns the clips of a folder: each folder in it with images. Frames are in natural order: 2.png before 10.png.
 
     Raises:
       UserError: naming the flag, if there is no image.

@@ -1,4 +1,4 @@
-"""Shared by the tests of few-shot tasks: folders of pairs and of clips."""
+"""Helpers of few-shot tests: folders of pairs and of clips."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ def write_pairs(root: pathlib.Path, count: int = 5) -> TaskSource:
 
 
 def pair_flags(root: pathlib.Path) -> dict[str, str]:
-    """The flags that name the folders of `write_pairs`."""
+    """Returns the flags that name the folders of `write_pairs`."""
     return {"input_dirs": f"{root}/image", "target_dirs": f"{root}/other"}
 
 

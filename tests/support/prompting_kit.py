@@ -1,4 +1,4 @@
-"""Shared by the tests of prompting: a tiny tokenizer and a tiny model with confident predictions."""
+"""Helpers of prompting tests: a tiny tokenizer and a tiny model with confident predictions."""
 
 import dataclasses
 import functools
@@ -30,14 +30,14 @@ CONFIG = LLaMAConfig(
 
 @functools.cache
 def tiny_params(config: LLaMAConfig = CONFIG, matrix_gain: float = 10, stacked_gain: float = 5):
-    """Random parameters, scaled up: without the gains all tokens would be almost equally likely."""
+    """Returns random parameters, scaled up: otherwise all tokens would be almost equally likely."""
     params = jax.jit(llama_model.init_params, static_argnums=0)(config, jax.random.key(1))
     gains = {1: 1, 2: matrix_gain, 3: stacked_gain}
     return jax.tree.map(lambda x: gains[x.ndim] * x, params)
 
 
 def tiny_logits(row_T: np.ndarray) -> np.ndarray:
-    """Logits [T, V] of the full forward pass, without a cache."""
+    """Returns logits [T, V] of the full forward pass, without a cache."""
     padded_BT = np.zeros((1, CONFIG.max_sequence_length), np.int32)  # later tokens do not change earlier logits
     padded_BT[0, : len(row_T)] = row_T
     return np.asarray(_logits(padded_BT))[0, : len(row_T)]
@@ -49,7 +49,7 @@ def _logits(tokens_BT):
 
 
 def tiny_prompter(directory: str | pathlib.Path, mesh_dim: str = "1,1,1") -> Prompter:
-    """A prompter on as many devices as the mesh has. Writes its tokenizer to a folder."""
+    """Writes a tokenizer to `directory`; returns a prompter on the first devices, as many as the mesh has."""
     size = math.prod(map(int, mesh_dim.split(",")))
     mesh = make_mesh(mesh_dim, jax.devices()[:size])
     params = jax.device_put(tiny_params(), shardings(mesh, PARTITION_RULES, tiny_params()))

@@ -1,4 +1,4 @@
-"""Shared by the tests of evaluation runs: files of lines, folders of frames, and settings."""
+"""Helpers of the tests of evaluation runs: JSONL files, folders of frames, and settings."""
 
 import json
 import os
@@ -17,12 +17,12 @@ LENGTHS = (2, 3, 2, 2)  # images of the prompt of each line
 
 
 def write_lines(path: pathlib.Path, *values: Mapping[str, Any]) -> None:
-    """A JSONL file with an empty line after each line."""
+    """Writes a JSONL file with an empty line after each line."""
     path.write_text("".join(json.dumps(value, separators=(",", ":")) + "\n\n" for value in values))
 
 
 def write_line_examples(directory: pathlib.Path) -> dict[str, str]:
-    """Four examples with images, targets and outputs. Returns the flags that name them."""
+    """Writes four examples with images, targets and outputs. Returns the flags that name them."""
     for i in range(8):
         write_image(directory / "in" / f"{i}.png", i)
     Image.fromarray(np.zeros((30, 50, 3), np.uint8)).save(directory / "in" / "wide.png")
@@ -36,21 +36,21 @@ def write_line_examples(directory: pathlib.Path) -> dict[str, str]:
 
 
 def write_clip(directory: pathlib.Path, count: int) -> None:
-    """Frames whose colour encodes their number. Their alphabetical order is not their order."""
+    """Writes frames whose colour encodes their number. Alphabetical order differs from their order."""
     directory.mkdir(parents=True)
     for i in range(count):
         Image.fromarray(np.full((24, 40, 3), 10 * i, np.uint8)).save(directory / f"f{i}.png")
 
 
 def clip_settings(**values: Any) -> clips.ClipSettings:
-    """The default settings with some of them changed."""
+    """The default settings, updated by `values`."""
     config = flags.defaults({**clips.CLIP_FLAGS, **EXAMPLE_FLAGS})
     config.update(values)
     return flags.to_dataclass(clips.ClipSettings, config)
 
 
 def frame_numbers(clip: clips.Clip) -> list[int]:
-    """The numbers of the used frames of a `write_clip` folder."""
+    """Returns the numbers of the used frames of a `write_clip` folder."""
     return [int(os.path.basename(path)[1:-4]) for path in clip.frames]
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests of serving: a tiny engine, image files, requests in process, and a prompter that can be held."""
+"""Helpers of serving tests: a tiny engine, image files, in-process requests, and a prompter that blocks on demand."""
 
 import asyncio
 import base64
@@ -27,7 +27,7 @@ from evaluation.prompting import Prompter
 from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, Limits
 from tokenizer.vqgan import Codec
 
-SECONDS = 120  # a timeout, much longer than anything here takes
+SECONDS = 120  # timeout, much longer than any test takes
 CODES, TOKENS = TINY.num_embeddings, TINY.tokens_per_image
 MODEL = dataclasses.replace(CONFIG, vocab_size=CODES, max_sequence_length=4 * TOKENS)
 PIXELS = 10**6
@@ -37,7 +37,7 @@ JSON_HEADER = {"content-type": "application/json"}
 
 @functools.cache
 def tiny_prompter() -> Prompter:
-    """A model on one device whose samples depend on the prompt and on the seed."""
+    """Returns a prompter on one device whose samples depend on the prompt and on the seed."""
     device = jax.devices()[:1]
     with tempfile.TemporaryDirectory() as directory:
         codec = Codec(tiny_vqgan(directory), batch_size=2, devices=device)
@@ -45,14 +45,14 @@ def tiny_prompter() -> Prompter:
 
 
 def tiny_engine(prompter: Any = None, **settings: Any) -> Engine:
-    """An engine with these values of its flags."""
+    """Returns an engine with these values of its flags."""
     config = flags.defaults(ENGINE_FLAGS)
     config.update({"warm_up": "", "max_batch": 4, **settings})
     return Engine(prompter or tiny_prompter(), flags.to_dataclass(EngineSettings, config))
 
 
 class HeldPrompter:
-    """The tiny prompter, whose `generate` waits for `release`, or fails.
+    """The tiny prompter with a `generate` that waits for `release`, or raises.
 
     Attributes:
       failing: whether `generate` raises.
@@ -92,14 +92,14 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 def png(seed: int, size: int = 20, **options: Any) -> bytes:
-    """A PNG file of `smooth_image`."""
+    """Returns a PNG file of `smooth_image`."""
     file = io.BytesIO()
     Image.fromarray(smooth_image(seed, size)).save(file, "PNG", **options)
     return file.getvalue()
 
 
 def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
-    """A PNG file whose header declares an image of this size. Nothing follows the header."""
+    """Returns a PNG file whose header declares an image of this size. It has no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT"
@@ -114,7 +114,7 @@ def base64_of(*files: bytes) -> list[str]:
 
 
 def form(*files: bytes, name: str = "pictures", **fields: Any) -> dict[str, Any]:
-    """The httpx options of a form."""
+    """Returns the httpx options of a form."""
     return {"files": [(name, file) for file in files], "data": {key: str(value) for key, value in fields.items()}}
 
 
@@ -135,7 +135,7 @@ def post(app: Any, path: str, **options: Any) -> httpx.Response:
 
 
 def events_of(response: httpx.Response) -> list[tuple[str, dict]]:
-    """The server-sent events of a stream: (name, body)."""
+    """Returns the server-sent events of a stream: (name, body)."""
     blocks = [block for block in response.text.split("\n\n") if block and not block.startswith(":")]
     lines = [block.split("\n") for block in blocks]
     return [(event.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for event, data in lines]

@@ -1,11 +1,11 @@
-"""Videos of any codec, container and times. Each frame shows its number as a bar of black and white squares."""
+"""Writes videos with any codec, container and timestamps. A bar of black and white squares encodes the frame number."""
 
 import fractions
 
 import av
 import numpy as np
 
-BITS, SQUARE = 8, 8  # the lowest bit is leftmost
+BITS, SQUARE = 8, 8  # squares of a bar, the lowest bit first; side of a square in pixels
 MILLISECOND = fractions.Fraction(1, 1000)
 
 
@@ -20,16 +20,18 @@ def numbered_frame(number: int) -> np.ndarray:
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """Returns the number that a frame, float [24,64,3] in [0, 1], shows."""
+    """Decodes the number that a frame shows: float [24,64,3] in [0, 1]."""
     squares = pixels[:SQUARE].reshape(SQUARE, BITS, SQUARE, 3).mean(axis=(0, 2, 3))
     return sum(int(square > 0.5) << bit for bit, square in enumerate(squares))
 
 
 def write_video(path, codec: str, milliseconds, rotation: int = 0, first: int = 0, **options) -> None:
-    """Writes a frame at each time, numbered from `first`, and the rotation in degrees as metadata."""
+    """Writes a frame at each time, numbered from `first`. `rotation` is metadata, in degrees."""
     with av.open(str(path), "w") as container:
         rate = fractions.Fraction(1000, int(milliseconds[1] - milliseconds[0]))
-        base = 1 / rate if str(path).endswith((".avi", ".mpg")) else MILLISECOND  # those have nothing but a rate
+        base = (
+            1 / rate if str(path).endswith((".avi", ".mpg")) else MILLISECOND
+        )  # these containers store a frame rate, not timestamps
         stream = container.add_stream(codec, rate=rate, time_base=base)
         stream.width, stream.height = BITS * SQUARE, 3 * SQUARE
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"

@@ -1,4 +1,4 @@
-"""Prompting against a slow reference without a cache: the full forward pass for each image."""
+"""Compares the prompter with a slow reference without a cache: one full forward pass per image."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def prompter(tmp_path_factory):
 
 
 def most_likely(context_PN, image_N):
-    """The most likely token at each position of an image, by the full forward pass over its context."""
+    """Returns the most likely token at each position of an image, by a full forward pass over its context."""
     logits_TV = tiny_logits(np.concatenate([context_PN.reshape(-1), image_N]))
     return logits_TV[-TOKENS - 1 : -1, :CODES].argmax(-1)
 
@@ -79,7 +79,7 @@ def test_log_likelihoods_equal_those_of_single_rows(prompter):
 
 @pytest.mark.parametrize("prompts", [[np.zeros((0, TOKENS), int)], []])
 def test_empty_prompts_are_refused(prompter, prompts):
-    with pytest.raises(UserError, match="a prompt without images"):
+    with pytest.raises(UserError, match="empty prompt"):
         prompter.generate(prompts, GenerationSettings())
 
 
@@ -95,12 +95,12 @@ def test_empty_prompts_are_refused(prompter, prompts):
         ({"seed": 2**31}, "seed=2147483648"),
     ],
 )
-def test_errors_name_a_setting_as_users_do(values, message):
+def test_errors_name_settings_as_flags_and_requests_do(values, message):
     with pytest.raises(UserError, match=message):
         GenerationSettings.from_user(values)
 
 
-def test_settings_take_the_names_of_flags_and_requests():
+def test_settings_are_read_by_the_names_of_flags_and_requests():
     values = {"n_new_frames": 2, "n_candidates": 3, "context_frames": 4, "top_p": 0.5, "max_examples": 7}
     expected = GenerationSettings(num_new_images=2, num_candidates=3, context_images=4, top_p=0.5)
     assert GenerationSettings.from_user(values) == expected
@@ -170,7 +170,7 @@ def test_every_checkpoint_format_loads_the_same_model(converted, tmp_path, prefi
         ("params::{0}/none", "--checkpoint=params::{0}/none: there is no {0}/none"),
         ("params::{0}", "--checkpoint=params::{0}: {0} is not a file, as params:: needs"),
         ("{0}/none", "--checkpoint={0}/none: there is no {0}/none"),
-        ("{0}", "--checkpoint={0}: no config.json there"),
+        ("{0}", "--checkpoint={0}: no config.json in it"),
     ],
 )
 def test_invalid_checkpoints_are_named_before_their_metadata_is_read(tmp_path, spec, message):

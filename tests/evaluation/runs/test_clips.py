@@ -1,4 +1,4 @@
-"""Clips: which frames are used, how they are loaded, and which outputs are refused."""
+"""Clips: selection and loading of frames, and rejected outputs."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_bad_lines_of_a_file_list_are_named(tmp_path):
     settings = clip_settings(read_file_list=str(file_list), frame_input=True)
     assert [clip.name for clip in clips.find_clips(settings, 2)] == ["x/a", "y/a"]
     file_list.write_text(f"{tmp_path}/x/a\n{tmp_path}/no\n")
-    with pytest.raises(UserError, match=r"list\.txt:2: .*no is no folder"):
+    with pytest.raises(UserError, match=r"list\.txt:2: .*no is not a folder"):
         clips.find_clips(settings, 2)
 
 

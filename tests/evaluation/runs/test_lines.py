@@ -1,4 +1,4 @@
-"""Files of examples: what is read, and how bad lines are named."""
+"""JSONL files of examples: parsing, and errors that name the line."""
 
 import gzip
 
@@ -17,7 +17,7 @@ from evaluation.tasks import metrics
     "line, message",
     [
         ("{", r"lines\.jsonl:1: not JSON"),
-        ("[1]", r"lines\.jsonl:1: a list, not an object"),
+        ("[1]", r"lines\.jsonl:1: must be an object, not a list"),
         ('{"output": "a.png"}', "lines.jsonl:1: 'input' must be a list of paths"),
         ('{"input": [], "output": "a.png"}', "'input' must be a list"),
         ('{"input": "0.png", "output": "a.png"}', "'input' must be a list"),
@@ -26,12 +26,12 @@ from evaluation.tasks import metrics
         ('{"input": ["0.png"], "output": "a.txt"}', r"a\.txt: must end with one of"),
         ('{"input": ["0.png"], "output": "a.png", "target": ["1.png", "2.png"]}', "2 images in 'target', --n_new"),
         ('{"input": ["0.png"], "output": "a.png"}', "--evaluate_mse: no line of"),
-        ('{"input": ["0.png"], "output": "a.png"}\n' * 2, r"lines\.jsonl:2: .*a\.png is a file of .*:1 already"),
+        ('{"input": ["0.png"], "output": "a.png"}\n' * 2, r"lines\.jsonl:2: .*a\.png is already an output of .*:1"),
         (
             '{"input": ["0.png"], "output": "a.png"}\n{"input": ["0.png"], "output": "a_1.png"}',
-            r"lines\.jsonl:2: .*a_1\.png is a file of .*:1 already",
+            r"lines\.jsonl:2: .*a_1\.png is already an output of .*:1",
         ),
-        ("\n", "no example in it"),
+        ("\n", "has no examples"),
     ],
 )
 def test_bad_lines_are_named_before_a_model_is_loaded(lines, tmp_path, line, message):

@@ -1,4 +1,4 @@
-"""The four evaluation programs on a tiny tokenizer and model: files and metrics, and what they refuse at the start."""
+"""The four evaluation commands with a tiny tokenizer and model: output files, metrics, and errors at the start."""
 
 import json
 import os
@@ -91,14 +91,14 @@ def test_clips_are_measured_and_continued(model, tmp_path):
 @pytest.mark.parametrize(
     "output, message",
     [
-        ("2.png", r"in/2\.png would replace an image that .*lines\.jsonl:1 names"),  # its own target
-        ("3.png", r"in/3\.png would replace an image that .*lines\.jsonl:3 names"),
-        ("../link/1.png", r"link/1\.png would replace an image that .*lines\.jsonl:1 names"),
-        ("a.png", r"in/a_1\.png would replace an image that .*lines\.jsonl:3 names"),  # of a candidate
+        ("2.png", r"in/2\.png would overwrite an image of .*lines\.jsonl:1:"),  # its own target
+        ("3.png", r"in/3\.png would overwrite an image of .*lines\.jsonl:3:"),
+        ("../link/1.png", r"link/1\.png would overwrite an image of .*lines\.jsonl:1:"),
+        ("a.png", r"in/a_1\.png would overwrite an image of .*lines\.jsonl:3:"),  # the file of a candidate
     ],
 )
 @pytest.mark.parametrize("evaluate_mse", [False, True])
-def test_outputs_never_replace_a_named_image(lines, tmp_path, output, message, evaluate_mse):
+def test_outputs_never_overwrite_an_input_or_a_target(lines, tmp_path, output, message, evaluate_mse):
     write_image(tmp_path / "in" / "a_1.png", 1)
     (tmp_path / "link").symlink_to(tmp_path / "in")
     write_lines(
@@ -121,7 +121,7 @@ def test_a_failed_start_leaves_nothing_behind(lines, tmp_path):
 @pytest.mark.parametrize(
     "program, settings, message",
     [
-        (batch_generation, {"resize_output": "big"}, "--resize_output=big: choose original, or a size"),
+        (batch_generation, {"resize_output": "big"}, "--resize_output=big: choose original or a size"),
         (batch_generation, {"output_base_dir": ""}, "--output_base_dir is missing"),
         (batch_generation, {"n_candidates": 0}, "--n_candidates=0: must be at least 1"),
         (batch_generation, {"top_p": 0.0}, "top_p=0.0"),

@@ -1,4 +1,4 @@
-"""Results of stopped runs: when they count, when they are refused, and that a resumed run ends the same."""
+"""Results of stopped runs: when they are reused or rejected, and that a resumed run ends with the same metrics."""
 
 import json
 import os
@@ -52,7 +52,9 @@ def test_a_stopped_run_resumes(model, lines, tmp_path):
     assert not unfinished.exists()
     resumed = read_json(tmp_path / "f.json")
     contents = {path.name: path.read_bytes() for path in after}
-    run_main(batch_generation, **settings | {"batch_size_factor": 2})  # from the first example, with equal results
+    run_main(
+        batch_generation, **settings | {"batch_size_factor": 2}
+    )  # starts from the first example, with equal results
     assert read_json(tmp_path / "f.json") == resumed
     assert {path.name: path.read_bytes() for path in modified(out)} == contents
     assert not modified(out).items() & after.items()
@@ -145,7 +147,7 @@ def test_each_list_of_examples_has_its_own_file(tmp_path, monkeypatch):
     assert len(names) == 2 and all(name.startswith("unfinished.") and name.endswith(".jsonl") for name in names)
 
 
-def test_finishing_accepts_that_the_file_is_gone(tmp_path):
+def test_finish_accepts_a_missing_file(tmp_path):
     path, example = tmp_path / "r.jsonl", Line("a:1", ())
     results = Results(str(path), SETTINGS)
     results.add(example, {"mse": 1.0})
@@ -153,7 +155,7 @@ def test_finishing_accepts_that_the_file_is_gone(tmp_path):
     results.finish([example], ["mse"], "")
 
 
-def test_settings_without_a_result_do_not_bind_the_next_run(tmp_path):
+def test_a_file_without_a_result_accepts_other_settings(tmp_path):
     path, example = tmp_path / "r.jsonl", Line("a:1", ())
     Results(str(path), SETTINGS).add(example, {})
     path.write_text(path.read_text().splitlines(keepends=True)[0] + '{"example": "cut o')

@@ -1,4 +1,4 @@
-"""Fixtures of serving."""
+"""Fixtures of the serving tests."""
 
 import pytest
 from serve_kit import LIMITS, SECONDS, tiny_engine

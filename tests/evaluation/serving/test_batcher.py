@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.serving.batcher import AbandonedError, Batcher, ClosedError, QueueFullError
 
-SECONDS = 20  # a timeout, much longer than anything here takes
+SECONDS = 20  # timeout, much longer than any test takes
 
 
 class Worker:
@@ -68,7 +68,7 @@ def test_a_full_queue_refuses_jobs_with_a_time_to_retry():
         queue.submit("x", 4)
     assert refused.value.retry_after >= 1
     waiting[0].cancel()
-    after = queue.submit("x", 5)  # a cancelled job makes room
+    after = queue.submit("x", 5)  # a cancelled job leaves the queue
     worker.release.set()
     assert after.result(SECONDS) == "5!" and worker.batches == [[1], [3, 5]]
 

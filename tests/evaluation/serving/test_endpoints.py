@@ -1,4 +1,4 @@
-"""The endpoints of the service, in process: their answers agree with the prompter's own."""
+"""The endpoints of the service, in process: their results equal those of the prompter."""
 
 import base64
 import io
@@ -52,7 +52,7 @@ def test_files_base64_and_tokens_are_the_same_prompt(app):
     np.testing.assert_array_equal(pixels, images.to_uint8(tiny_prompter().decode(samples_CFN)))
 
 
-def test_an_answer_is_the_same_alone_and_in_a_batch(app):
+def test_results_do_not_depend_on_the_batch(app):
     requests = [("POST", "/generate", form(png(i), n_candidates=2, seed=seed)) for i, seed in ((1, 5), (1, 6), (2, 6))]
     engine = tiny_engine(batch_window_ms=1000 * SECONDS)
 
@@ -72,7 +72,7 @@ def test_an_answer_is_the_same_alone_and_in_a_batch(app):
     assert len({str(answer["tokens"]) for answer in together}) == 3
 
 
-def test_png_answers(app):
+def test_the_accept_header_and_the_field_output_select_png(app):
     by_header = post(app, "/generate", **form(png(1), n_candidates=2), headers={"accept": "image/png"})
     by_field = post(app, "/generate", **form(png(1), n_candidates=2, output="png"))
     assert by_header.headers["content-type"] == by_field.headers["content-type"] == "image/png"
@@ -103,7 +103,7 @@ def test_a_stream_sends_previews_row_by_row_then_the_answer(app, monkeypatch):
         assert (pixels[:, generated_rows:] == 128).all() and (pixels[:, :generated_rows] != 128).any()
 
 
-def test_perplexity_is_the_prompters_own(app):
+def test_perplexity_equals_that_of_the_prompter(app):
     prompter = tiny_prompter()
     prompt, target = (prompter.encode(images.load(io.BytesIO(png(i)), TINY.resolution)[None]) for i in (1, 2))
     expected = metrics.perplexity(prompter.log_likelihoods([prompt], [target]))[0]

@@ -1,4 +1,4 @@
-"""scripts/load_test.py: it finds no lost answer, and its clients behave as they claim."""
+"""scripts/load_test.py reports no lost responses; `leave_early` sends half of the requests completely."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ import pytest
 from serve_kit import SECONDS
 
 
-def test_half_of_the_early_leavers_have_sent_the_whole_request():
+def test_half_of_the_clients_that_leave_early_send_the_whole_request():
     received: list[bytes] = []
     ended = []
 
@@ -39,7 +39,7 @@ def test_half_of_the_early_leavers_have_sent_the_whole_request():
 
 
 @pytest.mark.slow
-def test_a_crowd_of_good_and_bad_clients_loses_no_answer():
+def test_valid_and_hostile_clients_together_lose_no_response():
     command = [sys.executable, "scripts/load_test.py", "--seconds=5", "--clients=8", "--max_batch=2"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS, check=False)
     assert ended.returncode == 0, ended.stderr

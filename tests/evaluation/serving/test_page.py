@@ -1,4 +1,4 @@
-"""The page without a browser: what it shows while tokens are generated, its errors, files and examples."""
+"""The page without a browser: previews, errors, files and examples."""
 
 import io
 import os
@@ -31,7 +31,7 @@ def test_previews_come_before_the_answer(folder):
     assert previews and all(status.startswith("Drawing: ") for status, _, _ in previews)
     for _, captioned, _ in previews:
         assert [caption for _, caption in captioned] == ["1: frame 1", "1: frame 2", "2: frame 1", "2: frame 2"]
-        assert (captioned[1][0][-1] == 128).all()  # the last rows are gray until the end
+        assert (captioned[1][0][-1] == 128).all()  # the last rows of the second frame are not generated yet
     status, captioned, button = last
     assert status == f"Done: {2 * TINY.tokens_per_image} tokens a candidate"
     assert [image.shape for image, _ in captioned] == [(256, 256, 3)] * 4
@@ -42,7 +42,7 @@ def test_previews_come_before_the_answer(folder):
 
 
 @pytest.mark.slow  # gradio takes seconds to import
-def test_errors_of_visitors_are_shown(folder):
+def test_user_errors_are_shown(folder):
     gradio = pytest.importorskip("gradio")
     engine = tiny_engine()
     with pytest.raises(gradio.Error, match="not a readable image"):

@@ -1,4 +1,4 @@
-"""The page in headless Chromium, if it is installed: both tabs, from an example to a download."""
+"""The page in headless Chromium: both tabs, from an example to a download. Skipped without Chromium."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ SECONDS = 240
 
 @pytest.mark.slow
 def test_both_tabs_in_a_browser(tmp_path, port):
-    """Writes `page_*.png` to the folder $LVM_SCREENSHOTS, if that is set."""
+    """Writes `page_*.png` to the folder $LVM_SCREENSHOTS if the variable is set."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
@@ -59,7 +59,7 @@ def open_browser(webdriver, chromium, driver, folder):
 
 
 def wait_until(condition, description):
-    """Waits for a condition and returns its value. Elements that the page replaces meanwhile are no failure."""
+    """Waits for a condition and returns its value. Ignores elements that the page replaces meanwhile."""
     from selenium.common.exceptions import WebDriverException
 
     deadline = time.monotonic() + SECONDS
@@ -73,7 +73,7 @@ def wait_until(condition, description):
     raise AssertionError(f"timed out: {description}")
 
 
-# Records every text of an element in `texts`: some are replaced before the test could read them.
+# Records every text of an element in `texts`. The test cannot read texts that the page replaces at once.
 _RECORD_TEXTS = """window.texts = []
 const selector = arguments[0]
 new MutationObserver(() => texts.push(document.querySelector(selector)?.innerText ?? "")).observe(
@@ -116,7 +116,7 @@ class PageDriver:
         self.click(remove)
         find = functools.partial(self.browser.find_elements, "css selector", upload)
         wait_until(find, upload)[0].send_keys(str(self.folder / file))
-        self.wait_for(remove)  # the file has arrived
+        self.wait_for(remove)  # the upload is complete
 
     def set_seed(self, seed: int) -> None:
         from selenium.webdriver.common.keys import Keys
@@ -152,7 +152,7 @@ class PageDriver:
 def try_page(page: PageDriver, url: str) -> None:
     browser = page.browser
     wait_until(lambda: browser.get(url) or browser.title == "Large Vision Model", "the page")
-    # An example of the analogy tab fills seven slots; four answers come out.
+    # An example of the analogy tab fills seven slots and gives four answers.
     page.click("#examples_analogy button.thumbnail-item", 1)
     for slot in ("example_1", "answer_3", "query"):
         page.wait_for(f"#{slot} img")
@@ -163,14 +163,14 @@ def try_page(page: PageDriver, url: str) -> None:
     page.assert_downloads_sheet("analogy", columns=1, rows=4)
     page.set_seed(7)
     reseeded = page.generate("analogy", before=first)
-    # A file that is not an image is refused; an image of the visitor replaces the query.
+    # A file that is not an image gives an error; an uploaded image replaces the query.
     page.replace_image("query", "text.png")
     page.click("#draw_analogy")
     page.wait_for(".toast-body", "not a readable image")
     page.replace_image("query", "0.png")
     page.wait_for("#query img")
     page.generate("analogy", before=reseeded)
-    # At least one of the three runs showed a preview: the page skips previews that follow each other too fast.
+    # At least one of the three runs shows a preview: the page skips previews in quick succession.
     texts = browser.execute_script("return texts")
     assert [text for text in texts if re.match(r"Drawing: \d+ of 64 tokens", text)]
     browser.find_element("xpath", "//button[@role='tab' and contains(., 'Sequence')]").click()

@@ -1,4 +1,4 @@
-"""What the service refuses, and how it names the reason."""
+"""Invalid requests: the status, code and message of each error response."""
 
 import pytest
 from serve_kit import (
@@ -77,13 +77,13 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_invalid_requests_are_refused_by_name(app, name):
+def test_invalid_requests_are_refused(app, name):
     options, status, code, *parts = REFUSALS[name]
     response = post(app, "/generate", **(options() if callable(options) else options))
     assert_refused(response, status, code, *parts)
 
 
-def test_other_endpoints_refuse_alike(app):
+def test_other_endpoints_have_the_same_checks(app):
     assert_refused(post(app, "/tokenize", **form(bomb())), 413, "too_many_pixels")
     assert_refused(post(app, "/tokenize", json={"tokens": WRONG_ROW}), 422, "invalid", "tokens: Extra inputs")
     assert_refused(post(app, "/perplexity", **form(png(1))), 422, "invalid", "either targets or target_tokens")
@@ -109,7 +109,7 @@ def test_the_token_is_checked_before_the_body_is_read(engine):
     assert ask(app, ("GET", "/ready", {}))[0].json()["resolution"] == TINY.resolution
 
 
-def test_an_internal_error_is_answered_and_the_next_request_is_served(caplog):
+def test_the_service_continues_after_an_internal_error(caplog):
     prompter = HeldPrompter(failing=True)
     engine = tiny_engine(prompter)
     app = make_app(engine, LIMITS)

@@ -1,4 +1,4 @@
-"""A service that is full, stops, or cannot start: accepted requests are finished, others are refused."""
+"""A service with a full queue, during shutdown, and with a taken port: it finishes only accepted requests."""
 
 import asyncio
 import json
@@ -93,7 +93,7 @@ def test_a_failed_warm_up_is_reported(caplog):
 
 
 @pytest.mark.parametrize("signals, code", [(1, 0), (2, 1)])
-def test_the_exit_code_says_whether_requests_were_dropped(monkeypatch, signals, code):
+def test_the_exit_code_is_1_if_requests_were_cancelled(monkeypatch, signals, code):
     prompter = HeldPrompter()
     engine = tiny_engine(prompter)
 
@@ -155,7 +155,7 @@ async def stop_during_a_stream(server: subprocess.Popen, url: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_taken_port_ends_the_service_with_1():
+def test_a_port_in_use_exits_with_1():
     with socket.create_server(("127.0.0.1", 0)) as owner:
         command = [*SERVE, f"--port={owner.getsockname()[1]}"]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)

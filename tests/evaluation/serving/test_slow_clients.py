@@ -1,4 +1,4 @@
-"""Clients that are slow, disconnect early or do not read: each is dropped, and costs the others nothing."""
+"""Clients that are slow, disconnect early or do not read: the service drops them."""
 
 import asyncio
 import contextlib
@@ -67,7 +67,7 @@ def test_slow_bodies_and_excess_connections_are_refused(engine):
     assert_refused(slow, 408, "too_slow", "0.05 seconds")
     assert_refused(excess, 503, "busy")
     assert excess.headers["retry-after"] == "1"
-    assert ask(app, ("GET", "/ready", {}))[0].json()["state"] == "warming up"  # the count went down again
+    assert ask(app, ("GET", "/ready", {}))[0].json()["state"] == "warming up"  # the number of open requests is 0 again
 
 
 @pytest.mark.parametrize("output", ["json", "stream"])
@@ -78,7 +78,7 @@ def test_a_disconnect_cancels_the_computation(output):
     assert engine.close(SECONDS)  # without a release: the batch has stopped itself
 
 
-def test_a_disconnect_within_the_body_is_no_error(app):
+def test_a_disconnect_within_the_body_has_status_499(app):
     sent = run_asgi(app, [{"type": "http.request", "body": b"{", "more_body": True}])
     assert sent[0]["status"] == 499
 
@@ -100,11 +100,11 @@ def test_a_client_that_does_not_read_its_answer_is_dropped():
     asyncio.run(asyncio.wait_for(app(SCOPE, receive, send), SECONDS))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert engine.close(SECONDS)  # without a release: the batch has stopped itself
-    assert ask(app, ("GET", "/ready", {}))[0].json()["state"] == "stopping"  # the count of requests went down again
+    assert ask(app, ("GET", "/ready", {}))[0].json()["state"] == "stopping"  # the number of open requests is 0 again
 
 
-def test_a_receiver_during_the_answer_waits_for_the_disconnect():
-    """Starlette's file responses receive while they send: `send` may read the end of the body in between."""
+def test_receive_during_a_response_waits_for_the_disconnect():
+    """Starlette's file responses call `receive` while they send: `send` may read the end of the body first."""
     messages = [{"type": "http.request", "body": b"", "more_body": False}]
     received, calls = [], []
 
@@ -185,8 +185,8 @@ def test_connections_are_counted_before_their_first_byte():
     assert asyncio.run(asyncio.wait_for(serve_while(None, limits, scenario), SECONDS)) == [b""]
 
 
-def test_an_answer_that_is_not_read_ends_its_connection():
-    size = 2 * 10**7  # larger than all buffers on the way
+def test_a_connection_is_closed_if_its_response_is_not_read():
+    size = 2 * 10**7  # larger than all socket buffers
     answering = asyncio.Event()
 
     async def app(scope, receive, send):

@@ -65,7 +65,7 @@ def test_pascal_detection_takes_single_objects_below_half_the_image(tmp_path):
     write_voc(tmp_path, "good", empty, [("dog", (1, 1, 24, 30)), ("person", (1, 1, 4, 4)), ("person", (9, 9, 12, 12))])
     write_voc(tmp_path, "large", empty, [("dog", (1, 1, 48, 40))])
     write_voc(tmp_path, "other", empty, [("bird", (1, 1, 9, 9))])
-    (pair,) = pascal.detection(str(tmp_path), fold=2)  # there are two persons, and the second dog is too large
+    (pair,) = pascal.detection(str(tmp_path), fold=2)  # two persons in one image; the dog of `large` is too large
     assert pair.group == "dog"
     mask = pair.target(SIDE)[..., 0] == 255
     assert mask[:12, :12].all() and mask.sum() == 144  # the top left quarter, whatever the aspect ratio

@@ -5,7 +5,7 @@ import numpy as np
 from evaluation.tasks import contact_sheet
 
 
-def test_images_are_at_their_places_and_shorter_rows_end_at_the_right():
+def test_images_are_in_a_grid_and_shorter_rows_are_right_aligned():
     colours, size = np.eye(3), 20
     squares = [np.broadcast_to(colour, (4, 4, 3)) for colour in colours]
     rows = [contact_sheet.Row("one", ["a", "b", "c"], squares), contact_sheet.Row("two", ["b", "c"], squares[:2])]

@@ -31,12 +31,12 @@ def run_fewshot(prompter, monkeypatch):
 
 
 def curves_of(path) -> dict[str, list[dict]]:
-    """The curve of each task in a JSON file."""
+    """Returns the curve of each task of a JSON file."""
     return {name: task["curve"] for name, task in json.loads(path.read_text())["tasks"].items()}
 
 
 def leaves(tree, path="") -> dict[str, float]:
-    """The numbers of nested dicts by path."""
+    """Returns the numbers of nested dicts by path."""
     if not isinstance(tree, dict):
         return {path: tree}
     return {key: value for name, branch in tree.items() for key, value in leaves(branch, f"{path}/{name}").items()}
@@ -69,9 +69,9 @@ def test_a_point_of_a_curve_equals_a_run_at_that_number_of_shots(tmp_path, run_f
 
 
 def check_per_query(per_query, point):
-    of_model = {name: point[name].get("model", point[name]) for name in per_query}
+    model_metrics = {name: point[name].get("model", point[name]) for name in per_query}
     assert {name: np.mean(values) for name, values in per_query.items()} == pytest.approx(
-        {name: value["mean"] for name, value in of_model.items()}
+        {name: value["mean"] for name, value in model_metrics.items()}
     )
     assert {len(values) for values in per_query.values()} == {3} and {"perplexity", "mse"} <= per_query.keys()
 
@@ -129,5 +129,7 @@ def test_fid_compares_all_answers_with_all_true_ones(tmp_path, prompter, run_few
 
 def test_prompts_longer_than_the_models_context_are_rejected(tmp_path, run_fewshot):
     write_pairs(tmp_path)
-    with pytest.raises(UserError, match=r"--n_shots=3: 8 images with the answer; the model's longest .* holds 6"):
+    with pytest.raises(
+        UserError, match=r"--n_shots=3: a prompt and its answer are 8 images; the model's longest .* holds 6"
+    ):
         run_fewshot(**pair_flags(tmp_path), n_shots="3")

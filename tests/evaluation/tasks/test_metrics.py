@@ -1,4 +1,4 @@
-"""Metrics equal their definitions, written out here, and those of scikit-learn."""
+"""Metrics equal their definitions and those of scikit-learn."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_palette_file_defines_the_classes(tmp_path):
         ("0 0 0\n1 2 256\n", r"palette\.txt:2: '1 2 256': must be R G B"),
         ("0 0 0\n1 2 -3\n", r"palette\.txt:2: '1 2 -3': must be R G B"),
         ("0 0 0\n1 2 red\n", r"palette\.txt:2: '1 2 red': must be R G B"),
-        ("0 0 0\n1 2 3\n0 0 0\n", r"palette\.txt:3: 0 0 0: the colour of line 1 already"),
+        ("0 0 0\n1 2 3\n0 0 0\n", r"palette\.txt:3: 0 0 0: the same colour as line 1"),
         ("0 0 0\n", r"palette\.txt: 1 colours: give the background and at least one class"),
     ],
 )
@@ -105,7 +105,7 @@ def test_depth_error_is_relative_to_the_depth_of_brightness():
     assert metrics.task_metrics()["depth_abs_rel"](predicted, true) == pytest.approx(expected)
 
 
-def test_normals_are_compared_by_angle_whatever_their_length():
+def test_normals_are_compared_by_angle_not_by_length():
     angle = np.radians(37)
     true = np.broadcast_to(np.array([0.0, 0, 1]), (1, 4, 4, 3))
     predicted = 0.8 * np.broadcast_to(np.array([np.sin(angle), 0, np.cos(angle)]), (1, 4, 4, 3))

@@ -1,4 +1,4 @@
-"""Which images a prompt consists of."""
+"""The images of prompts, as indices."""
 
 from evaluation.tasks.prompt_layout import analogy_prompts, sequential_prompts
 
@@ -25,5 +25,5 @@ def test_shots_have_the_querys_group_and_depend_on_the_seed():
     groups = ["cat", "dog"] * 5
     prompts = analogy_prompts(groups, range(10), shots=3, seed=1)
     for query, row in enumerate(prompts.images(3)):
-        assert {groups[number // 2] for number in row} == {groups[query]}
+        assert {groups[index // 2] for index in row} == {groups[query]}
     assert prompts.images(3).tolist() != analogy_prompts(groups, range(10), 3, seed=2).images(3).tolist()

@@ -61,7 +61,7 @@ def test_missing_matplotlib_is_named_before_the_model_is_loaded(tmp_path, monkey
         ({"clip_dirs": "{0}/b/other"}, "--target_dirs={0}/other and --clip_dirs={0}/b/other: two tasks named 'other'"),
     ],
 )
-def test_two_tasks_of_one_name_are_rejected_before_the_model_is_loaded(tmp_path, flags, message):
+def test_two_tasks_with_one_name_are_rejected_before_the_model_is_loaded(tmp_path, flags, message):
     write_pairs(tmp_path, 1)
     shutil.copytree(tmp_path / "other", tmp_path / "b" / "other")
     settings = {"target_dirs": "{0}/other"} | flags

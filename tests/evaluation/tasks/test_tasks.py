@@ -11,12 +11,12 @@ from evaluation.tasks.tasks import folder_clips, folder_pairs, load_task
 from tokenizer.media import images
 
 
-def test_prompts_number_the_images_of_a_task(tmp_path):
+def test_prompts_are_indices_of_the_images_of_a_task(tmp_path):
     source, size = write_pairs(tmp_path), TINY.resolution
     task = load_task(source, shots=2, queries=3, seed=0, side=size)
     path_of_pixels = {images.load(path, size).tobytes(): path for path in tmp_path.rglob("*.png")}
     for row, answer in zip(task.prompts.images(2), task.prompts.answer_Q, strict=True):
-        paths = [path_of_pixels[task.pixels[number].tobytes()] for number in (*row, answer)]
+        paths = [path_of_pixels[task.pixels[index].tobytes()] for index in (*row, answer)]
         assert [path.parent.name for path in paths] == ["image", "other"] * 3
         assert all(image.stem == annotation.stem for image, annotation in zip(paths[::2], paths[1::2], strict=True))
         assert len({path.stem for path in paths}) == 3
@@ -45,7 +45,7 @@ def test_too_few_examples_are_an_error_that_names_the_task(tmp_path):
         load_task(write_pairs(tmp_path, 2), shots=2, queries=3, seed=0, side=8)
 
 
-def test_baselines_copy_the_images_that_they_are_named_after(tmp_path):
+def test_baselines_equal_their_definitions(tmp_path):
     task = load_task(write_pairs(tmp_path), shots=2, queries=3, seed=0, side=TINY.resolution)
     answers = baseline_answers(task, 2)
     first, last, query = task.pixels[task.prompts.images(2)[:, [1, 3, 4]]].swapaxes(0, 1)
