@@ -3,7 +3,7 @@
 #
 #   bash scripts/demo_sizes.sh DATA_FOLDER [FOLDER] [STEPS]     (defaults: build/demo_sizes, 1200)
 #
-# Takes 12 minutes on two CPU cores. DATA_FOLDER is the folder of make_demo_model.sh; only its sentences are needed.
+# Takes 12 minutes on two CPU cores. DATA_FOLDER is the output folder of make_demo_model.sh; only its sentences are needed.
 set -euo pipefail
 data=$1 out=${2:-build/demo_sizes} steps=${3:-1200}
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2" # as in make_demo_model.sh
