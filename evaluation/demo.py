@@ -18,7 +18,7 @@ from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, page, page_
 FLAGS = {
     **ENGINE_FLAGS,
     "checkpoint": Flag(
-        str(pathlib.Path(__file__).with_name("demo_model")), "The model: PREFIX::FILE, or a Hugging Face directory."
+        str(pathlib.Path(__file__).with_name("demo_model")), "The model: PREFIX::PATH, or a Hugging Face directory."
     ),
     "max_batch": Flag(1, "Requests computed in one batch: a power of two. Does not change results.", least=1),
     "host": Flag("127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces of this machine."),

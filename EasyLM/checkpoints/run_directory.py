@@ -38,7 +38,7 @@ Writers = Mapping[str, Callable[[BinaryIO], None]]  # file name -> function that
 class SavedCheckpoint:
     """The paths of a complete checkpoint of a run."""
 
-    spec: str  # PREFIX::FILE of the state
+    spec: str  # PREFIX::PATH of the state
     dataset_state: str
     metadata: str
 

@@ -18,7 +18,7 @@ RUN_FLAGS = {
         "splitting physical axes.",
     ),
     "total_steps": Flag(10000, "Micro-steps to train in total, including those before a resume.", least=0),
-    "load_checkpoint": Flag("", "PREFIX::FILE to start from: trainstate, trainstate_params, params, flax_params, ..."),
+    "load_checkpoint": Flag("", "PREFIX::PATH to start from: trainstate, trainstate_params, params, flax_params, ..."),
     "load_dataset_state": Flag("", "dataset.json (or a release's dataset.pkl): continue the data after its rows."),
     "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl): check the model settings, set the step."),
     "log_freq": Flag(50, "Steps between logged steps.", least=1),

@@ -25,7 +25,7 @@ class StartFiles:
     """The files from which a run starts; an empty path means none.
 
     Attributes:
-      checkpoint: PREFIX::FILE.
+      checkpoint: PREFIX::PATH.
       history: every `--load_checkpoint` that this run has started from, the oldest first.
     """
 

@@ -14,7 +14,7 @@ from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import shardings
 
 MODEL_FLAGS = {
-    "checkpoint": Flag("", "The model: PREFIX::FILE, as for training, or a Hugging Face directory.", required=True),
+    "checkpoint": Flag("", "The model: PREFIX::PATH, as for training, or a Hugging Face directory.", required=True),
     "load_llama_config": Flag("", "Preset or json::PATH. Empty: read the metadata beside the checkpoint."),
 }
 
@@ -28,7 +28,7 @@ def load_model(
     embedding stay float32, because they are always computed in float32.
 
     Args:
-      spec: PREFIX::FILE or a Hugging Face directory.
+      spec: PREFIX::PATH or a Hugging Face directory.
       load_llama_config: preset or json::PATH; empty: use the checkpoint's own metadata.
       mesh: the mesh of devices.
       dtype: type of the kernels.
@@ -58,7 +58,7 @@ def _model_config(prefix: str, path: str, load_llama_config: str) -> llama_confi
         file = os.path.join(path, "config.json")
         if os.path.isdir(path) and not os.path.exists(file):
             raise UserError(
-                f"--checkpoint={path}: no config.json in it: give a Hugging Face directory, or PREFIX::FILE"
+                f"--checkpoint={path}: no config.json in it: give a Hugging Face directory, or PREFIX::PATH"
             )
         return llama_config.load_config(f"json::{file}")
     config = llama_config.config_beside(path)

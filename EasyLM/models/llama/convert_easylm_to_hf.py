@@ -19,7 +19,7 @@ from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_beside
 
 FLAGS = {
     "load_checkpoint": Flag(
-        "", "PREFIX::FILE of the parameters: trainstate_params, params, flax_params, ...", required=True
+        "", "PREFIX::PATH of the parameters: trainstate_params, params, flax_params, ...", required=True
     ),
     "model_size": Flag("", "Preset of the model; empty: read the metadata beside the checkpoint."),
     "output_dir": Flag(
