@@ -5,7 +5,7 @@
 #
 # Writes FOLDER/pictures/... and FOLDER/*.jsonl: scenes with their annotations (EPOCHS epochs), scenes with a hole and gray
 # scenes (2 epochs), photographs of scikit-image and scikit-learn (2 epochs), and clips. SCENES, PHOTOS and CLIPS are
-# numbers; 0 leaves them out. Each sentence has 8 images of 64 tokens: one row of 512 tokens.
+# counts; 0 leaves them out. Each sentence has 8 images of 64 tokens: one row of 512 tokens.
 # Needs the extra `quickstart`, no GPU and no download.
 set -euo pipefail
 out=$1 seed=$2 scenes=$3 epochs=$4 photos=$5 clips=$6
