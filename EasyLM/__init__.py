@@ -1,4 +1,4 @@
-"""EasyLM: data, training and checkpoints of sequence models in JAX. It knows neither images nor prompts.
+"""EasyLM: data, training and checkpoints of sequence models in JAX. It has no code for images or prompts.
 
 Rooms, from the lowest to the highest; tests/test_architecture.py holds the allowed imports:
     storage       paths, atomic writes, digests, memory-mapped columns

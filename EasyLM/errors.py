@@ -1,4 +1,4 @@
-"""The exception that means that the user can fix the problem, and checks that raise it."""
+"""`UserError`, for problems that the user can fix, and checks that raise it."""
 
 import contextlib
 import importlib.util
@@ -17,7 +17,7 @@ def choose(name: str, value: str, choices: Collection[str]) -> str:
     """Returns `value` if it is one of `choices`.
 
     Raises:
-      UserError: naming the field, the value and the choices.
+      UserError: if it is not. The message has `name`, the value and the choices.
     """
     if value not in choices:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(repr(c) for c in choices)}")

@@ -51,7 +51,7 @@ class Flag:
     most: float | None = None  # the largest valid number
     below: float | None = None  # an exclusive upper limit
     required: bool = False  # must be given, and not empty
-    type: builtins.type | None = None  # of the value, where the default is None
+    type: builtins.type | None = None  # type of the value; required if the default is None
 
     @property
     def value_type(self) -> builtins.type:
@@ -67,7 +67,7 @@ class Flag:
         return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
 
     def allows(self, value: Any) -> bool:
-        """Whether a value lies in the range. None does; NaN does not."""
+        """Whether a value is in the range. None is always valid, NaN never."""
         if value is None or self.value_type not in (int, float):
             return True
         return (
@@ -88,7 +88,7 @@ def leaves(definitions: Definitions, prefix: str = "") -> dict[str, Flag]:
 
 
 def defaults(definitions: Definitions) -> ConfigDict:
-    """Returns the settings of a command line without flags."""
+    """Returns the default settings."""
     return _read(definitions, lambda name, flag: flag.default)
 
 
@@ -114,11 +114,11 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
     """Parses the command line, calls `main(config)` and exits.
 
     `--help` and `--version` print and exit with code 0. A misspelt flag or a value of the wrong type exits with code 1.
-    A `UserError` or `OSError` prints one line and exits with code 2. Otherwise the exit code is what `main` returns. In
-    a text flag `$NAME` and `${NAME}` stand for environment variables, because job scripts quote them.
+    A `UserError` or `OSError` prints one line and exits with code 2. Otherwise the exit code is what `main` returns.
+    Text flags may contain environment variables (see `expand_variables`), which a job script quotes to expand late.
 
     Args:
-      main: the command. The docstring of its module begins the help.
+      main: the command. The help starts with the docstring of its module.
       definitions: the command's flags.
       argv: the command line with the program's name; None means `sys.argv`.
     """
@@ -199,7 +199,7 @@ def expand_variables(name: str, value: Any) -> Any:
 
 
 def nearest_names(name: str, names: list[str]) -> list[str]:
-    """Returns the flags that a misspelt name may mean: similar names, else names of the same last part."""
+    """Returns suggestions for a misspelt flag: similar names, or if there are none, names with the same last part."""
     last_part = name.rpartition(".")[2]
     return difflib.get_close_matches(name, names, n=3, cutoff=0.75) or [
         full_name for full_name in names if full_name.rpartition(".")[2] == last_part
@@ -207,7 +207,7 @@ def nearest_names(name: str, names: list[str]) -> list[str]:
 
 
 def _program(main: Callable) -> str:
-    """How the user starts this command."""
+    """Returns how the user starts this command, for the usage line."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if main.__module__ != "__main__":
         return f"python -m {main.__module__}"
@@ -215,7 +215,7 @@ def _program(main: Callable) -> str:
 
 
 def _groups(definitions: Definitions, prefix: str) -> list[str]:
-    """The help of each group: a title and its flags."""
+    """Returns the help of each group: a title and its flags."""
     own = {prefix + name: value for name, value in definitions.items() if isinstance(value, Flag)}
     lines = [f"{prefix.removesuffix('.')} flags:".lstrip()] if own else []
     for name, flag in sorted(own.items(), key=lambda item: not item[1].required):
@@ -228,7 +228,7 @@ def _groups(definitions: Definitions, prefix: str) -> list[str]:
 
 
 def _rules(flag: Flag) -> list[str]:
-    """The rules of a flag's value in words: required or the default, then choices and range."""
+    """Returns the rules of a flag's value in words: required or the default, then choices and range."""
     default = {"": "empty", None: "none"}.get(flag.default, flag.default)
     rules = ["required" if flag.required else f"default: {default}"]
     if flag.choices:
@@ -247,5 +247,5 @@ def _read(definitions: Definitions, value_of: Callable[[str, Flag], Any], prefix
 
 
 def to_dataclass(kind: type[Settings], config: Mapping[str, Any]) -> Settings:
-    """Returns a dataclass of the config's values of the same names, the form in which settings go below `main`."""
+    """Returns a dataclass of the config's values of the same names. Functions below `main` take such dataclasses."""
     return kind(**{field.name: config[field.name] for field in dataclasses.fields(cast(Any, kind))})

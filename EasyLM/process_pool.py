@@ -1,4 +1,4 @@
-"""A pool of worker processes for data files, which survives the death of a worker."""
+"""A pool of worker processes that recovers when a worker dies."""
 
 import contextlib
 import dataclasses
@@ -17,11 +17,11 @@ from EasyLM.errors import UserError
 
 
 class Workers:
-    """A context manager that runs functions in worker processes, or in this process if there is to be only one.
+    """A context manager that runs functions in worker processes, or in this process if `processes` is 1.
 
-    The functions are in modules that do not import JAX, so that workers start fast. When a worker dies (out of memory,
-    or a crash in a library), every submitted function that has not finished is lost. Each is then run again, one at a
-    time, in a separate process; a function that kills this process too fails with BrokenProcessPool.
+    Define the functions in modules that do not import JAX, so that workers start fast. When a worker dies (out of
+    memory, or a crash in a library), every submitted call that has not finished is lost. Lost calls run again, one at a
+    time, in a separate process. A call that kills this process too fails with BrokenProcessPool.
     """
 
     def __init__(self, processes: int):
@@ -33,14 +33,17 @@ class Workers:
         return self
 
     def map(self, function: Callable, *arguments: Iterable, chunksize: int = 1) -> Iterator:
-        """Applies `function` to all arguments, which are read at once; yields the results in order."""
+        """Applies `function` to all arguments and yields the results in order.
+
+        With worker processes, all arguments are read before the first result.
+        """
         if self._pool is None:
             return map(function, *arguments)
         with _hidden_main_module():
             return self._pool.map(function, *arguments, chunksize=chunksize)
 
     def submit(self, function: Callable, *arguments: Any) -> "Future | _RetriedFuture":
-        """Starts `function` with these arguments. Without worker processes it has finished when this returns."""
+        """Submits a call of `function`. Without worker processes, runs it before returning."""
         if self._pool is not None:
             try:
                 future = _submit(self._pool, function, arguments)
@@ -57,7 +60,7 @@ class Workers:
         return future
 
     def _retry(self, function: Callable, arguments: tuple) -> Any:
-        """Returns the result of a lost function, or raises BrokenProcessPool."""
+        """Runs a lost call again. Returns its result, or raises BrokenProcessPool."""
         self._retry_pool = self._retry_pool or _make_pool(1)
         try:
             return _submit(self._retry_pool, function, arguments).result()
@@ -74,7 +77,7 @@ class Workers:
 
 @dataclasses.dataclass
 class _RetriedFuture:
-    """A submitted function, and how to run it again if it is lost with the pool."""
+    """The future of a submitted call. If the call is lost, `retry` runs it again."""
 
     future: Future
     retry: Callable[[], Any]
@@ -87,18 +90,18 @@ class _RetriedFuture:
 
 
 def result(future: "Future | _RetriedFuture", subject: str) -> Any:
-    """Returns the result of a submitted function.
+    """Returns the result of a submitted call, or raises its exception.
 
     Args:
-      subject: the file that the function reads, for the message.
+      subject: the file that the call reads, for the message.
 
     Raises:
-      UserError: naming the subject, if the function killed its process twice; otherwise what the function raised.
+      UserError: naming the subject, if the call killed its process twice.
     """
     try:
         return future.result()
     except BrokenProcessPool:
-        raise UserError(f"{subject}: the process that reads it dies (out of memory, or a crash in a library)") from None
+        raise UserError(f"{subject}: its reader process died (out of memory, or a crash in a library)") from None
 
 
 def exit_with_parent() -> None:
@@ -127,10 +130,10 @@ def _submit(pool: ProcessPoolExecutor, function: Callable, arguments: tuple) -> 
 def _hidden_main_module() -> Iterator[None]:
     """Keeps worker processes that start inside from importing the main module.
 
-    A spawned process imports the parent's main module, to find functions defined there. Ours are not, and the import
-    would load JAX, or run a user's script again that has no main guard. `multiprocessing` has no option to skip it and
-    looks the module up in `sys.modules`, so an empty module replaces it. The executor starts its processes on
-    submission, not in its constructor, so every submission happens inside.
+    A spawned process imports the parent's main module, because submitted functions may be defined there. Here they are
+    not, and the import would load JAX, or run a script without a main guard again. `multiprocessing` has no option to
+    skip the import. It looks the module up in `sys.modules`, so an empty module replaces it there. The executor starts
+    its processes on submission, not in its constructor, so every submission happens inside this context.
     """
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:

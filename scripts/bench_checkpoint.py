@@ -1,4 +1,4 @@
-"""Saves and loads a vqlm_100m train state (1.4 GB), and compares with plain reads and writes of as many bytes.
+"""Times saving and loading of a vqlm_100m train state (1.4 GB), relative to plain reads and writes of the same size.
 
     python scripts/bench_checkpoint.py --directory=/tmp --rounds=5
 
@@ -37,7 +37,7 @@ NOISE = np.random.default_rng(0).bytes(BLOCK_BYTES)  # random: some disks are fa
 
 FLAGS = {
     "directory": Flag(tempfile.gettempdir(), "Directory for temporary files; the benchmark measures its disk."),
-    "rounds": Flag(5, "Rounds, whose median counts.", least=1),
+    "rounds": Flag(5, "Rounds; the medians are printed.", least=1),
     "only_memory": Flag(False, "Measure only the memory of two saves; the benchmark runs itself with this flag."),
 }
 
@@ -58,7 +58,7 @@ def main(config: ml_collections.ConfigDict) -> None:
 
 
 def measure_speed(directory: str, rounds: int) -> None:
-    """Prints the seconds of each operation, and its ratios with their bounds."""
+    """Prints the seconds of each operation, and their ratios with the bounds."""
     state = make_state()
     saver = checkpoints.Checkpointer(directory, save_optimizer_state=True)
     saver.prepare(state)
@@ -112,7 +112,7 @@ def write(path: str, num_bytes: int) -> None:
 
 
 def extra_memory(directory: str) -> float:
-    """Returns the peak memory of two saves beyond that before them, as a share of the state's size."""
+    """Returns the peak memory that two saves add, as a fraction of the state's size."""
     state = jax.block_until_ready(make_state())
     before = resident("VmRSS")
     saver = checkpoints.Checkpointer(directory, save_optimizer_state=True)

@@ -1,12 +1,12 @@
-"""Measures how fast JSONL becomes rows, and the memory it takes: `python scripts/bench_data.py` on an idle machine.
+"""Measures the rate and the memory of reading rows: `python scripts/bench_data.py` on an idle machine.
 
 Writes a file of random sentences and prints each measurement with its bound:
 - the rate of building the index on one core;
 - the rate of indexed rows in order, relative to a plain loop (json.loads, base64.b64decode, numpy);
 - the rate of rows of the packed file (tokenizer.pack), relative to a copy of its memory-mapped ids;
-- the rates of shuffled rows of both files, which drawing the order dominates;
+- the rates of shuffled rows of both files, where computing the order takes most of the time;
 - the peak memory of a process that indexes and reads the file, beyond that of the interpreter.
-Relative rates alternate over the same lines. Shorter lines lower all rates.
+The two sides of a relative rate alternate over the same lines. Shorter lines lower all rates.
 """
 
 import base64
@@ -30,7 +30,7 @@ from EasyLM.vocab import CODEBOOK_SIZE, VOCAB_SIZE
 
 SEQ_LENGTH = 4096
 BATCH = 32
-TURNS = 8  # in which plain loop and rows alternate, so that other load on the machine slows both
+TURNS = 8  # the plain loop and the rows alternate, so that other load on the machine slows both
 
 FLAGS = {
     "megabytes": Flag(1100, "Size of the file.", least=1),
@@ -61,7 +61,7 @@ def main(config: ConfigDict) -> None:
         packed_path = os.path.join(directory, "sentences.packed")
         packed_file.write(packed_path, [(path, records.read_records(path, CODEBOOK_SIZE))], keep_others=True)
         copied, in_order = packed_rates(packed_path)
-        shuffled = {name: shuffled_rate(at) for name, at in (("JSONL", path), ("packed", packed_path))}
+        shuffled = {name: shuffled_rate(file) for name, file in (("JSONL", path), ("packed", packed_path))}
     met = [
         report("index", index_rate, "MB/s", at_least=300),
         report(f"rows ({ours:.0f} against {plain:.0f} million tokens/s)", ours / plain, "x a plain loop", at_least=7),
@@ -96,7 +96,7 @@ def read_all(source: TokenRows) -> None:
 
 
 def rates(path: str, source: TokenRows) -> tuple[float, float]:
-    """Returns million tokens a second of the plain loop and of the row source, which alternate over the file."""
+    """Returns millions of tokens per second of the plain loop and of the row source, which alternate over the file."""
     tokens, seconds = np.zeros(2), np.zeros(2)
     with open(path) as lines:
         for turn in range(TURNS):
@@ -112,7 +112,7 @@ def rates(path: str, source: TokenRows) -> tuple[float, float]:
 
 
 def shuffled_rate(path: str) -> float:
-    """Returns million tokens a second of shuffled rows."""
+    """Returns millions of tokens per second of shuffled rows."""
     source = rows_of(path, shuffle_seed=0)
     begin = time.perf_counter()
     read_all(source)
@@ -120,7 +120,7 @@ def shuffled_rate(path: str) -> float:
 
 
 def packed_rates(path: str) -> tuple[float, float]:
-    """Returns million tokens a second of copying mapped ids to int32 and of the row source, alternating by batch."""
+    """Returns millions of tokens per second of copying mapped ids to int32 and of the row source, which alternate."""
     source = rows_of(path)
     ids = open_columns(path).arrays["ids"]
     batches = len(ids) // (BATCH * SEQ_LENGTH)
@@ -143,7 +143,7 @@ def memory_beyond_interpreter(path: str) -> float:
 
 
 def _peak_kilobytes(command: list[str]) -> int:
-    """VmHWM of a command that prints /proc/self/status. (ru_maxrss includes the memory of the parent process.)"""
+    """Returns VmHWM of a command that prints /proc/self/status. (ru_maxrss includes memory of the parent process.)"""
     status = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     match = re.search(r"VmHWM:\s*(\d+) kB", status)
     assert match, status

@@ -1,7 +1,7 @@
 """Compares generation speed with transformers' `generate`: `python scripts/bench_generate.py` (extra: `torch`).
 
 On a CPU: vqlm_100m, float32, random weights, a prompt of 1,024 tokens and 256 new ones, sampled from the image codes.
-Each core is a device, and the heads are split over the devices (evaluation/EVAL.md describes this for any program).
+Each core is a device, and the heads are split over the devices (see evaluation/EVAL.md).
 Both sides have the same weights (exported by this project, loaded by transformers with its KV cache) and alternate,
 so that other load on the machine slows both. Greedy tokens are compared first. For four candidates of a prompt the
 peer uses `num_return_sequences=4`, which computes the prompt for each candidate in one batch; the LVM release calls
@@ -48,7 +48,7 @@ FLAGS = {
     "candidates": Flag("1,4", "Comma list of numbers of candidates, on a CPU."),
     "prompt_tokens": Flag(1024, "Length of the prompt, on a CPU.", least=1),
     "new_tokens": Flag(256, "Tokens to generate.", least=2),
-    "rounds": Flag(3, "Turns of each side, whose median counts.", least=1),
+    "rounds": Flag(3, "Runs of each side; the medians are printed.", least=1),
     "peer": Flag(True, "Measure transformers too."),
 }
 
@@ -66,7 +66,7 @@ def main(config: ConfigDict) -> None:
 
 
 def on_cpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
-    """Measures both sides in turns for each number of candidates."""
+    """Measures both sides alternately, for each number of candidates."""
     params = random_params(model, jnp.float32)
     peer = Peer(model, params, jnp.float32) if config.peer else None
     devices = jax.devices()[: math.gcd(jax.device_count(), model.num_attention_heads)]
@@ -87,7 +87,7 @@ def on_cpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
     if peer:
         same = np.array_equal(ours(1, 16, 0.0)[0, 0], peer(prompt_P[None], 1, 16, temperature=0.0)[0])
         print(f"the first 16 greedy tokens are {'the same' if same else 'NOT THE SAME'}")
-    one = None  # the peer's seconds for one candidate
+    peer_seconds_for_one = None  # candidate
     for candidates in map(int, config.candidates.split(",")):
         bound = BOUNDS.get(candidates, 0.0)
         ours(candidates)  # compiles
@@ -102,18 +102,17 @@ def on_cpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
             f"(prompt {prefill:.2f} s, then {step * 1e3:.1f} ms a step)"
         )
         if peer:
-            one = seconds["peer"] if candidates == 1 else one
+            peer_seconds_for_one = seconds["peer"] if candidates == 1 else peer_seconds_for_one
             ratio = seconds["peer"] / seconds["ours"]
             print(f"    transformers: {rate(candidates, config, seconds['peer'])}")
             print(f"    ratio {ratio:.2f} (bound: at least {bound}) {'ok' if ratio >= bound else 'MISSED'}", flush=True)
-            if one and candidates > 1:
-                print(
-                    f"    against {candidates} calls (the LVM release's way): {candidates * one / seconds['ours']:.2f}"
-                )
+            if peer_seconds_for_one and candidates > 1:
+                ratio = candidates * peer_seconds_for_one / seconds["ours"]
+                print(f"    against {candidates} calls (the LVM release's way): {ratio:.2f}")
 
 
 def rate(rows: int, config: ConfigDict, seconds: float) -> str:
-    """Formats tokens a second."""
+    """Formats tokens per second."""
     return f"{rows * config.new_tokens / seconds:7.1f} tokens/s in {seconds:6.2f} s"
 
 
@@ -171,15 +170,15 @@ def step_seconds(tokens: Callable[[int], Any], config: ConfigDict) -> tuple[floa
 
 
 def step_bytes(model: llama_config.LLaMAConfig, batch: int, length: float) -> float:
-    """Returns the bytes that a step reads in bf16: all weights but the embedding, and the caches of `length` tokens."""
+    """Returns the bytes that a step reads in bf16: the weights without the embedding, and the caches of all tokens."""
     weights = costs.num_parameters(model) - model.vocab_size * model.hidden_size
     return 2 * (weights + batch * length * 2 * model.num_hidden_layers * model.hidden_size)
 
 
 def memory(model: llama_config.LLaMAConfig, batch: int, length: int, new_tokens: int) -> float:
-    """Returns the peak bytes, which occur after the prompt, in bf16.
+    """Returns the peak memory in bytes, in bf16. The peak occurs after the prompt.
 
-    They are the weights as loaded and as unstacked for the steps, the prompt's cache stacked and by layer, the
+    It consists of the weights as loaded and as unstacked for the steps, the prompt's cache stacked and by layer, the
     candidates' cache, and the activations of one layer.
     """
     weights = 2 * costs.num_parameters(model)
@@ -188,7 +187,7 @@ def memory(model: llama_config.LLaMAConfig, batch: int, length: int, new_tokens:
 
 
 def copy_rate() -> float:
-    """Returns the bytes a second, read and written, of a copy of 4 GB."""
+    """Returns the bytes per second, read and written, of a copy of 4 GB."""
     array = jnp.zeros(2**31, jnp.bfloat16)
     add = jax.jit(lambda x: x + 1)
     seconds = in_turns({"copy": lambda: add(array).block_until_ready()}, 5)["copy"]
@@ -207,7 +206,7 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, f
 
 
 def random_params(model: llama_config.LLaMAConfig, dtype: Any) -> dict:
-    """Returns random parameters of this type."""
+    """Returns random parameters."""
 
     def make(key):
         return jax.tree.map(lambda x: x.astype(dtype), llama_model.init_params(model, key))

@@ -27,13 +27,13 @@ LEAST_RATIO = 1.0
 FLAGS = {
     "resolution": Flag(64, "Side of the images for the released layout.", least=16),
     "batch_size": Flag(32, "Images of that size in a batch; the shipped tokenizer gets as many pixels.", least=1),
-    "turns": Flag(5, "Times that each runs, after one warm-up.", least=1),
-    "dtype": Flag("fp32", "Type of our computation.", choices=tuple(codec.COMPUTE_DTYPES)),
+    "turns": Flag(5, "Runs of each side, after one warm-up.", least=1),
+    "dtype": Flag("fp32", "Compute type of the model in JAX.", choices=tuple(codec.COMPUTE_DTYPES)),
 }
 
 
 def main(config: ConfigDict) -> None:
-    """Measures and prints."""
+    """Compares both models with each of the two layouts."""
     shipped = weights.read_config(codec.PRETRAINED)
     batch_of_shipped = config.batch_size * config.resolution**2 // shipped.resolution**2
     with tempfile.TemporaryDirectory() as directory:
@@ -46,7 +46,7 @@ def main(config: ConfigDict) -> None:
 
 
 def random_model(config: VQGANConfig) -> VQGAN:
-    """Returns a model with random weights, which takes the same time as one with trained weights."""
+    """Returns a model with random weights, which is as fast as one with trained weights."""
     rng = np.random.default_rng(0)
     shapes = weights.parameters(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))
     arrays = {name: rng.normal(size=s.shape, scale=np.prod(s.shape[:-1]) ** -0.5) for name, s in shapes.items()}

@@ -2,10 +2,10 @@
 
     python scripts/deepen_model.py --hf_model=DIR --output_dir=DIR
 
-A copy follows each layer, with its two output matrices set to zero, so it adds nothing until it is trained. Training a
-shallow model and deepening it takes less time than training the deep one from the start (progressive stacking: Gong et
-al., "Efficient Training of BERT by Progressively Stacking", ICML 2019; zero outputs: Chen et al., "Net2Net",
-arXiv 1511.05641).
+Inserts a copy after each layer. The two output matrices of the copy are zero, so it has no effect until it is trained.
+Training a shallow model and deepening it takes less time than training the deep one from the start (progressive
+stacking: Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019; zero outputs: Chen et al.,
+"Net2Net", arXiv 1511.05641).
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python scripts/draw_sentences.py --input_dir=DIR --names=depth,frames --output_file=sentences.png
 
-`python -m tokenizer.detokenize` draws what the codes decode to; this script draws the images that were encoded.
+`python -m tokenizer.detokenize` draws the decoded codes; this script draws the images that were encoded.
 """
 
 import os

@@ -1,10 +1,10 @@
 """Load test of the HTTP service on this machine: `python scripts/load_test.py --seconds=120`.
 
 Starts the service on a free port and measures requests one at a time. Then `--clients` clients send valid requests,
-whose answers must equal those of the same requests alone, and hostile ones: bodies that are too large, images that
-declare too many pixels, garbage, wrong ids. Hostile clients are slow, disconnect early or never read their answer. At
-the end the service is terminated. Prints latency and throughput. The exit code is 1 if an answer is lost or wrong, the
-service does not exit with 0, or its log has a traceback.
+whose responses must equal those of the same requests sent alone, and hostile ones: bodies that are too large, images
+that declare too many pixels, garbage, wrong ids. Hostile clients are slow, disconnect early or never read their
+response. At the end the service is terminated. Prints latency and throughput. The exit code is 1 if a response is lost
+or wrong, the service does not exit with 0, or its log has a traceback.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 import numpy as np
-from load_test_clients import ANSWER_SECONDS, HOSTILE, MAX_BODY_MB, READ_SECONDS, leave_early, send, valid_body
+from load_test_clients import HOSTILE, MAX_BODY_MB, READ_SECONDS, RESPONSE_SECONDS, leave_early, send, valid_body
 from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError
@@ -46,10 +46,10 @@ _READY_SECONDS = 300
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The load.
+    """Settings of the load.
 
     Attributes:
-      seconds: its duration.
+      seconds: duration of the load.
       clients: number of clients.
       hostile: share of hostile requests.
       pictures: images of a prompt.
@@ -64,28 +64,28 @@ class Settings:
 
 
 def main(config: ConfigDict) -> None:
-    """Runs the test."""
+    """Runs the test and exits with its exit code."""
     if config.output_json:
         check_output(config.output_json, "output_json")
     settings = to_dataclass(Settings, config)
     options = [f"--{name}={config[name]}" for name in (*PROMPTER_FLAGS, "max_batch")]
-    options.append(f"--max_queue={-(-settings.clients // 2)}")  # some clients are told to try again
+    options.append(f"--max_queue={-(-settings.clients // 2)}")  # some requests get 429
     options += [f"--warm_up={settings.pictures}", f"--max_body_mb={MAX_BODY_MB}", f"--read_seconds={READ_SECONDS}"]
     sys.exit(asyncio.run(run_test(settings, options)))
 
 
 async def run_test(settings: Settings, service_options: list[str]) -> int:
-    """Returns the exit code."""
+    """Runs the test against a new service. Returns the exit code."""
     report = Report()
     bodies = [valid_body(number, settings.pictures) for number in range(_NUM_PROMPTS)]
     async with start_service(service_options) as (server, port):
         log = asyncio.create_task(copy_log(server, report))
         await wait_until_ready(server, port)
         await measure_alone(port, bodies, report)
-        await measure_crowd(settings, port, bodies, report)
-        await measure_alone(port, bodies, report)  # the service still gives the same answers
+        await measure_load(settings, port, bodies, report)
+        await measure_alone(port, bodies, report)  # the service still gives the same responses
         server.send_signal(signal.SIGTERM)
-        report.exit_code = await asyncio.wait_for(server.wait(), ANSWER_SECONDS)
+        report.exit_code = await asyncio.wait_for(server.wait(), RESPONSE_SECONDS)
         await log
     return report.finish(settings)
 
@@ -93,7 +93,7 @@ async def run_test(settings: Settings, service_options: list[str]) -> int:
 @contextlib.asynccontextmanager
 async def start_service(options: list[str]) -> AsyncIterator[tuple[Process, int]]:
     """Starts the service as a process. Yields it and its port; kills it at the end."""
-    with socket.socket() as reserved:  # SO_REUSEADDR: the service may listen on the port too, but no one else gets it
+    with socket.socket() as reserved:  # SO_REUSEADDR: the service may listen on the port too
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -119,14 +119,14 @@ async def copy_log(server: Process, report: "Report") -> None:
 
 
 class Report:
-    """Answers, latencies and failures."""
+    """Responses, latencies and failures."""
 
     def __init__(self) -> None:
         self.expected: dict[int, list] = {}  # tokens of each valid request when it was sent alone
         self.alone_seconds: list[float] = []  # latencies of requests sent alone
-        self.crowd_latencies: list[float] = []  # latencies of valid requests under load
+        self.load_latencies: list[float] = []  # latencies of valid requests under load
         self.batches: list[int] = []  # batch sizes under load
-        self.crowd_seconds = 1e-9  # until the last valid answer
+        self.load_seconds = 1e-9  # until the last valid response
         self.counts: collections.Counter = collections.Counter()  # requests by kind
         self.failures: list[str] = []
         self.exit_code: int | None = None
@@ -134,16 +134,16 @@ class Report:
 
     def finish(self, settings: Settings) -> int:
         """Prints the report and returns the exit code."""
-        if not self.crowd_latencies:
-            self.failures.append("no valid request was answered")
+        if not self.load_latencies:
+            self.failures.append("no valid request got a response")
         if self.exit_code != 0:
             self.failures.append(f"the service exited with code {self.exit_code}")
         if self.num_tracebacks:
             self.failures.append(f"the service's log has {self.num_tracebacks} tracebacks")
-        rate, alone_rate = len(self.crowd_latencies) / self.crowd_seconds, 1 / np.mean(self.alone_seconds)
-        quantiles = np.quantile(self.crowd_latencies or [0], (0.5, 0.95, 1.0))
+        rate, alone_rate = len(self.load_latencies) / self.load_seconds, 1 / np.mean(self.alone_seconds)
+        quantiles = np.quantile(self.load_latencies or [0], (0.5, 0.95, 1.0))
         metrics = {
-            "seconds": round(self.crowd_seconds, 1),
+            "seconds": round(self.load_seconds, 1),
             "clients": settings.clients,
             "requests": dict(sorted(self.counts.items())),
             "lost": len(self.failures),
@@ -173,28 +173,29 @@ async def wait_until_ready(server: Process, port: int) -> None:
         with contextlib.suppress(ConnectionError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-            answer = await reader.read()
+            response = await reader.read()
             writer.close()
-            if answer.startswith(b"HTTP/1.1 200"):
+            if response.startswith(b"HTTP/1.1 200"):
                 return
         await asyncio.sleep(0.2)
     raise UserError("the service did not become ready")
 
 
 async def measure_alone(port: int, bodies: list[bytes], report: Report) -> None:
-    """Sends each valid request alone. Runs before and after the load: other work on the machine affects both rates."""
+    """Sends each valid request alone. Runs before and after the load, so that other load affects both."""
     for number, body in enumerate(bodies):
         begin = time.perf_counter()
-        status, _, answer = await send(port, body)
+        status, _, response = await send(port, body)
         report.alone_seconds.append(time.perf_counter() - begin)
-        if status != 200 or json.loads(answer)["tokens"] != report.expected.get(number, json.loads(answer)["tokens"]):
-            report.failures.append(f"alone: {status} {answer[:200]!r}")
+        tokens = json.loads(response)["tokens"] if status == 200 else None
+        if tokens is None or tokens != report.expected.get(number, tokens):
+            report.failures.append(f"alone: {status} {response[:200]!r}")
         else:
-            report.expected[number] = json.loads(answer)["tokens"]
+            report.expected[number] = tokens
 
 
-async def measure_crowd(settings: Settings, port: int, bodies: list[bytes], report: Report) -> None:
-    """Runs all clients until the time is over. Each waits for its answer before its next request."""
+async def measure_load(settings: Settings, port: int, bodies: list[bytes], report: Report) -> None:
+    """Runs all clients for `settings.seconds`. Each waits for its response before its next request."""
     begin = time.perf_counter()
 
     async def client(number: int) -> None:
@@ -207,7 +208,7 @@ async def measure_crowd(settings: Settings, port: int, bodies: list[bytes], repo
             try:
                 if kind == "valid":
                     await send_valid(port, int(rng.integers(len(bodies))), bodies, report)
-                    report.crowd_seconds = time.perf_counter() - begin
+                    report.load_seconds = time.perf_counter() - begin
                 else:
                     await hostile[kind](port)
             except (OSError, TimeoutError, IndexError, ValueError, AssertionError) as error:
@@ -217,18 +218,18 @@ async def measure_crowd(settings: Settings, port: int, bodies: list[bytes], repo
 
 
 async def send_valid(port: int, number: int, bodies: list[bytes], report: Report) -> None:
-    """Sends a valid request, again after each answer 429, and compares its answer with that of the request alone."""
+    """Sends a valid request, repeats it after status 429, and compares its response with that of the request alone."""
     begin = time.perf_counter()
     while True:
-        status, header, answer = await send(port, bodies[number])
+        status, header, response = await send(port, bodies[number])
         if status != 429:
             break
         report.counts["told to come again"] += 1
         await asyncio.sleep(float(header.partition("retry-after: ")[2].split()[0]))
-    assert status == 200, f"{status} {answer[:200]!r}"
-    body = json.loads(answer)
-    assert body["tokens"] == report.expected.get(number), "the answer differs from that of the request alone"
-    report.crowd_latencies.append(time.perf_counter() - begin)
+    assert status == 200, f"{status} {response[:200]!r}"
+    body = json.loads(response)
+    assert body["tokens"] == report.expected.get(number), "the response differs from that of the request alone"
+    report.load_latencies.append(time.perf_counter() - begin)
     report.batches.append(body["batch"])
 
 

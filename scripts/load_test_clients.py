@@ -17,23 +17,23 @@ from tokenizer.synthetic import scenes
 
 MAX_BODY_MB = 1  # the service's limit in this test: a body that exceeds it is sent quickly
 READ_SECONDS = 3.0  # the service's timeout in this test
-ANSWER_SECONDS = 120
+RESPONSE_SECONDS = 120
 
 
 async def send(
     port: int, body: bytes, path: str = "/generate", content_length: int | None = None, pause: float = 0.0
 ) -> tuple[int, str, bytes]:
-    """Sends one request on its own connection. Returns status, header text and body of the answer.
+    """Sends one request on its own connection. Returns status, header text and body of the response.
 
     Args:
       port: the service's port on this machine.
       body: the body.
       path: the endpoint.
       content_length: the declared length; None: that of the body.
-      pause: seconds between bytes; 0: sends the body at once.
+      pause: seconds between bytes; 0: send the body at once.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    reading = asyncio.ensure_future(reader.read())  # at once: the service may answer before the end of the body
+    reading = asyncio.ensure_future(reader.read())  # at once: the service may respond before the end of the body
     try:
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {content_length or len(body)}\r\n\r\n".encode())
@@ -44,23 +44,23 @@ async def send(
                 await asyncio.wait({reading}, timeout=pause)
             if reading.done():
                 break
-        answer = await asyncio.wait_for(reading, ANSWER_SECONDS)
+        response = await asyncio.wait_for(reading, RESPONSE_SECONDS)
     finally:
         reading.cancel()
         writer.close()
-    header, _, body = answer.partition(b"\r\n\r\n")
+    header, _, body = response.partition(b"\r\n\r\n")
     return int(header.split(maxsplit=2)[1]), header.decode().lower(), body
 
 
 def valid_body(number: int, num_images: int) -> bytes:
-    """Returns a prompt of frames of a scene. The number is the seed of both."""
+    """Returns a request whose prompt is frames of a scene. `number` is the seed of the scene and of the request."""
     frames = [frame["image"] for frame in scenes.clip(number, 64, num_images)]
-    pictures = [base64.b64encode(images.png_bytes(frame)).decode() for frame in frames]
-    return json.dumps({"pictures": pictures, "seed": number}).encode()
+    encoded = [base64.b64encode(images.png_bytes(frame)).decode() for frame in frames]
+    return json.dumps({"pictures": encoded, "seed": number}).encode()
 
 
 async def leave_early(port: int, bodies: list[bytes], rng: np.random.Generator) -> None:
-    """Sends a valid request, or a part of it, and disconnects without waiting for the answer."""
+    """Sends a valid request, or a part of it, and disconnects without waiting for the response."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     body = bodies[rng.integers(len(bodies))]
     num_sent = len(body) if rng.random() < 0.5 else rng.integers(len(body))
@@ -72,9 +72,9 @@ async def leave_early(port: int, bodies: list[bytes], rng: np.random.Generator) 
 
 
 async def _expect_refusal(port: int, expected: int, body: bytes, **options) -> None:
-    status, _, answer = await send(port, body, **options)
-    assert status == expected, f"{status} {answer[:200]!r}, expected {expected}"
-    assert set(json.loads(answer)["error"]) == {"code", "message"}
+    status, _, response = await send(port, body, **options)
+    assert status == expected, f"{status} {response[:200]!r}, expected {expected}"
+    assert set(json.loads(response)["error"]) == {"code", "message"}
 
 
 async def _send_large_body(port: int) -> None:
@@ -82,7 +82,7 @@ async def _send_large_body(port: int) -> None:
 
 
 async def _send_bomb(port: int) -> None:
-    """A small PNG file whose header declares 10 gigabytes of pixels."""
+    """Sends a small PNG file whose header declares 10 gigabytes of pixels."""
     file = bytearray(images.png_bytes(np.zeros((1, 1, 3), np.uint8)))
     file[16:24] = struct.pack(">II", 60_000, 60_000)
     file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
@@ -104,15 +104,15 @@ async def _send_wrong_ids(port: int) -> None:
 
 
 async def _send_slowly(port: int) -> None:
-    """A body that would take a minute. Bytes after the refusal may reset the connection before the answer is read."""
+    """Sends a body that would take a minute. Bytes after the refusal may reset the connection before it is read."""
     with contextlib.suppress(ConnectionError):
         await _expect_refusal(port, 408, b" " * 60, content_length=10_000, pause=1.0)
 
 
 async def _never_read(port: int) -> None:
-    """Does not read a streamed answer that is larger than the buffers on its way: the script of `/docs`.
+    """Does not read a streamed response that is larger than the socket buffers: the script of `/docs`.
 
-    Small segments and a small window keep these buffers small.
+    Small segments and a small window keep the buffers small.
     """
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -121,17 +121,17 @@ async def _never_read(port: int) -> None:
         await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
         reader, writer = await asyncio.open_connection(sock=client, limit=1024)
         writer.write(b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: x\r\n\r\n")
-        answer = await asyncio.wait_for(reader.read(1), ANSWER_SECONDS)  # the service's timeout starts now
+        response = await asyncio.wait_for(reader.read(1), RESPONSE_SECONDS)  # the service's timeout starts now
         await asyncio.sleep(3 * READ_SECONDS)
-        answer += await asyncio.wait_for(reader.read(), ANSWER_SECONDS)
+        response += await asyncio.wait_for(reader.read(), RESPONSE_SECONDS)
         writer.close()
-    header, _, body = answer.partition(b"\r\n\r\n")
+    header, _, body = response.partition(b"\r\n\r\n")
     assert header.startswith(b"HTTP/1.1 200"), header[:200]
     content_length = int(header.lower().partition(b"content-length: ")[2].split()[0])
-    assert len(body) < content_length, "the service has waited for a client that does not read"
+    assert len(body) < content_length, "the service did not disconnect a client that does not read"
 
 
-# Besides `leave_early`, which sends valid requests.
+# The hostile clients, except `leave_early`, which sends valid requests.
 HOSTILE: dict[str, Callable[[int], Awaitable[None]]] = {
     "too large": _send_large_body,
     "bomb": _send_bomb,

@@ -1,6 +1,6 @@
-"""The VQGAN of open-muse in torch, which the tests and `bench_vqgan.py` compare with.
+"""The VQGAN of open-muse in torch, the reference of the tests and of `bench_vqgan.py`.
 
-`load_state_dict` reads a state dict of the layout. It is strict: every key must exist, with its shape.
+`load_state_dict` reads a state dict of open-muse. It is strict: every key must exist, with its shape.
 Shapes: B images, H W pixels, N codes of an image.
 """
 
@@ -159,7 +159,7 @@ def _level(c, level, width, out, num_blocks):
 def _run_level(module, x):
     for i, block in enumerate(module.block):
         x = block(x)
-        x = module.attn[i](x) if len(module.attn) > 1 else x  # open-muse leaves a single one out
+        x = module.attn[i](x) if len(module.attn) > 1 else x  # open-muse does not apply a single block
     return x
 
 

@@ -1,4 +1,4 @@
-"""One place that sets the devices: 8 virtual ones on the CPU, and no silent rank promotion."""
+"""The configuration of JAX for all tests: 8 virtual CPU devices, and no implicit rank promotion."""
 
 import os
 
@@ -17,13 +17,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def golden() -> pathlib.Path:
-    """The reference data that the LVM release made (tests/golden/README.md)."""
+    """The directory of reference data, which the LVM release wrote (tests/golden/README.md)."""
     return pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture
 def port():
-    """A port on which a process may listen that sets SO_REUSEADDR, as servers do; it is given to nobody else."""
+    """A reserved port. Only processes that set SO_REUSEADDR, as servers do, can listen on it."""
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))

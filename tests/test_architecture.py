@@ -74,8 +74,8 @@ def imports(name: str, top_level_only: bool = False) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: relative import"
-            taken = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {each if each in MODULES else node.module for each in taken}
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {member if member in MODULES else node.module for member in members}
     return names
 
 
@@ -83,19 +83,19 @@ def imports(name: str, top_level_only: bool = False) -> set[str]:
 def test_imports_follow_the_table(name):
     allowed = {"EasyLM", room_of(name), *ALLOWED[room_of(name)].split()}
     for imported in imports(name, top_level_only=name in ALIASES) & set(MODULES):
-        assert room_of(imported) in allowed, f"{name} imports {imported}: no arrow from {room_of(name)} leads there"
+        assert room_of(imported) in allowed, f"{name} imports {imported}: ALLOWED[{room_of(name)!r}] lacks its room"
 
 
-def test_the_table_has_no_arrow_too_many():
+def test_the_table_has_no_unused_entry():
     rooms = {room: set() for room in ALLOWED}
     for name in MODULES:
         rooms[room_of(name)] |= {room_of(imported) for imported in imports(name) & set(MODULES)}
     for room, allowed in ALLOWED.items():
-        assert set(allowed.split()) <= rooms[room], f"{room} uses none of {set(allowed.split()) - rooms[room]}"
+        assert set(allowed.split()) <= rooms[room], f"{room} does not import {set(allowed.split()) - rooms[room]}"
 
 
 def test_no_import_cycles():
-    """Also not between files of one room. A room's `__init__` counts as a file."""
+    """The files of one room have no cycles either. A room's `__init__` counts as a file."""
     below = {name: imports(name, top_level_only=True) & set(MODULES) for name in MODULES}
     finished, path = set(), []
 
@@ -117,14 +117,14 @@ def test_optional_packages_are_imported_where_needed(name):
     assert not optional, f"{name} imports {optional} at its top"
 
 
-def test_commands_are_imported_by_nobody():
+def test_no_module_imports_a_command():
     commands = {name for name, path in MODULES.items() if '__name__ == "__main__"' in path.read_text()} - ALIASES
     for name in set(MODULES) - ALIASES:
         assert not commands & imports(name), f"{name} imports a command"
 
 
 @pytest.mark.parametrize("package", ["EasyLM", "tokenizer", "evaluation"])
-def test_a_package_shows_its_rooms(package):
+def test_a_package_has_few_modules_outside_its_rooms(package):
     modules = [name for name in MODULES if name.rpartition(".")[0] == package and room_of(name) != name]
     assert len(modules) <= MOST_MODULES, modules
 

@@ -261,10 +261,10 @@ def test_help_of_every_script(path):
     if "def cli()" not in path.read_text():
         pytest.skip("a module of other scripts")
     command = [sys.executable, str(path), "--help"]
-    ended = subprocess.run(
+    completed = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    assert ended.stdout.startswith(f"usage: python {path} --flag=value ...")
+    assert completed.stdout.startswith(f"usage: python {path} --flag=value ...")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -299,7 +299,7 @@ PROGRAM = """
 from EasyLM.flags import Flag, run
 def main(config):
     print(config.group.text, config.steps)
-run(main, {"steps": Flag(3, "Steps.", least=1), "group": {"text": Flag("", "A text.", choices=None, required=True)},
+run(main, {"steps": Flag(3, "Steps.", least=1), "group": {"text": Flag("", "A text.", required=True)},
            "dtype": Flag("fp32", "A type.", choices=("fp32", "bf16"))})
 """
 
@@ -319,14 +319,14 @@ run(main, {"steps": Flag(3, "Steps.", least=1), "group": {"text": Flag("", "A te
     ],
 )
 def test_command_line(arguments, code, parts, tmp_path, monkeypatch):
-    """A good command line runs; a wrong one ends with one clear line and its exit code."""
+    """A valid command line runs; an invalid one prints one line and exits with the right code."""
     monkeypatch.setenv("LVM_NAME", "b")
     (tmp_path / "FLAGFILE").write_text("# a comment\n\n--group.text=from a file\n--steps=4\n")
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "program.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
-    output = ended.stdout + ended.stderr
-    assert ended.returncode == code, output
+    completed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    output = completed.stdout + completed.stderr
+    assert completed.returncode == code, output
     assert len(output.splitlines()) == 1, output
     assert all(part in output for part in parts), output

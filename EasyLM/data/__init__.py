@@ -1,10 +1,10 @@
-"""Data of the trainer: JSONL and packed files, or text, become a stream of tokens, and the stream becomes rows.
+"""Training data: turns JSONL files, packed files or text into a stream of tokens, and the stream into rows.
 
     JSONL or packed files -> token files -> token stream -> rows -> (mixture) -> batches (EasyLM.training.batches)
     text -> examples -> token store, a token stream -> ...
 
-Imports EasyLM.storage, and no JAX: worker processes import this room. Other rooms import the names below, and as
-namespaces the modules `records` and `packed_file`.
+Imports EasyLM.storage, and no JAX, because worker processes import this room. Other rooms import the names below and
+the modules `records` and `packed_file`.
 
 Vocabulary:
   record       JSON object on one line of a JSONL file: {"tokens": base64}, or text fields
@@ -14,7 +14,7 @@ Vocabulary:
   token stream all tokens of all files in order
   row          seq_length consecutive tokens with their targets: one sequence of a batch
   loss weight  0 or 1 for each token, in arrays called masks
-  fingerprint  JSON values that are equal for equal data: a run resumes from the same data only
+  fingerprint  JSON values that are equal for equal data; a run resumes only on data of the same fingerprint
   T            tokens in a row
   N            tokens in a stream
 

@@ -31,7 +31,7 @@ DATASET_FLAGS = {
         "weights": Flag(
             "",
             "Comma list of shares of the rows, one for each element of `path`; each element has its own epochs. Empty: "
-            "all files one after another, each row once an epoch.",
+            "the files are read one after another, each row once an epoch.",
         ),
         "seq_length": Flag(1024, "Tokens in a row.", least=1),
         "batch_size": Flag(8, "Rows in the global batch of one micro-step.", least=1),
@@ -40,7 +40,7 @@ DATASET_FLAGS = {
         "example_index_at_start": Flag(0, "Start of the counter dataset_example_index."),
         "tokens_count_at_start": Flag(0, "Start of the counter dataset_total_tokens."),
         "tokenizer_processes": Flag(
-            1, "Processes that index files, or tokenize text (of huggingface_dataset too).", least=1
+            1, "Processes that index files or tokenize text; huggingface_dataset uses it too.", least=1
         ),
         "tokenizer_parallel_chunk_size": Flag(32, "Texts in one task of a tokenizing process.", least=1),
         "tokenizer_parallel_batch_size": Flag(1024, "Texts read ahead for the tokenizing processes.", least=1),
@@ -124,14 +124,14 @@ class _FileReader:
         for path in paths:
             if is_compressed(path):
                 raise UserError(
-                    f"{path} is compressed, and rows are read at any place of a file: decompress it, or combine files "
-                    "with tokenizer.mix or tokenizer.pack, which read compressed files"
+                    f"{path} is compressed, but training reads from any offset of a file: decompress it, or combine "
+                    "files with tokenizer.mix or tokenizer.pack, which read compressed files"
                 )
             if self.processor.needs_text and is_packed(path):
                 raise UserError(f"{path} is packed and holds no text")
 
     def open(self, paths: list[str]) -> TokenStream:
-        """Indexes or tokenizes the files, unless that is cached."""
+        """Returns the token stream of the files. Indexes or tokenizes those that are not cached."""
         if self.processor.needs_text:
             examples: Examples = FileExamples(paths)
             return TokenStore(examples, self.processor, self.tokenization, skip_bad_lines=self.skip_bad_lines)
@@ -164,7 +164,7 @@ def _json_rows(config: ConfigDict, group: str, reader: _FileReader, rows: RowSet
 
 
 def _mixed_rows(streams: Sequence[TokenStream], counts: list[int], rows: RowSettings) -> MixedRows:
-    """Mixes the rows of streams, each shuffled by a seed of its own: equal orders would correlate the sources."""
+    """Mixes the rows of streams. Each stream has its own shuffle seed: equal orders would correlate the sources."""
     seed = rows.shuffle_seed
     seeds = [seed + (number << 32) if seed >= 0 else -1 for number in range(len(streams))]
     return MixedRows(

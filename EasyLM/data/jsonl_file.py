@@ -1,4 +1,4 @@
-"""A JSONL file and its line index as a token file: any range of tokens is read at the cost of that range."""
+"""A JSONL file with its line index, as a token file. Reading a range of tokens reads only the bytes of that range."""
 
 import bisect
 import functools
@@ -14,10 +14,10 @@ from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import parse_line, token_type
 from EasyLM.storage import Columns, check_line_start, is_remote, open_binary
 
-# Bytes of one read, unless a line is longer. From 128 KiB on, malloc maps a new buffer each time, and the page faults
-# take longer than the decoding.
+# Bytes of one read, unless a line is longer. For 128 KiB or more, malloc maps a new buffer each time, and the page
+# faults take longer than the decoding.
 WINDOW_BYTES = 96 << 10
-PARSED_LINES = 8  # cached
+PARSED_LINES = 8  # size of the cache of parsed lines
 
 
 class JsonlFile:
@@ -84,7 +84,7 @@ class JsonlFile:
         size = self._item.itemsize
         # The byte range of each line's base64 text.
         spans = [(position, position + _base64_length(count * size)) for position, count in zip(positions, counts)]
-        end = counts[-1] - (sum(counts) - start - len(ids))  # of the ids in the last line
+        end = counts[-1] - (sum(counts) - start - len(ids))  # ids of the last line up to the end of the range
         spans[-1] = (positions[-1], min(spans[-1][1], positions[-1] + _groups_of_three(end) * 4 * size))
         spans[0] = (spans[0][0] + start // 3 * 4 * size, spans[0][1])
         skip, line, done = start % 3, 0, 0

@@ -1,4 +1,4 @@
-"""The index of a JSONL file: where the tokens of each line are, and how many. Building it checks every line.
+"""The index of a JSONL file: position and number of the tokens of each line. Building it checks every line.
 
 The file is read once, in byte ranges, by one or more processes.
 """
@@ -21,8 +21,8 @@ from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
 from EasyLM.storage import Columns, cached_columns, content_digest, file_version, open_binary
 
-RANGE_BYTES = 64 << 20  # of a worker's task
-BLOCK_BYTES = 1 << 20  # of one read: fits into a CPU cache
+RANGE_BYTES = 64 << 20  # one task of a worker
+BLOCK_BYTES = 1 << 20  # one read; fits into a CPU cache
 REASON_CHARACTERS = 500
 PLACEHOLDER = b"?ids?"  # not base64
 
@@ -32,11 +32,11 @@ class RangeScan:
     """The entries of the lines that start in a byte range. Bad and blank lines have no entry.
 
     Attributes:
-      positions: int64, block by block. Where the base64 text of a line starts, if its ids can be sliced from the raw
-        line; otherwise -1 - (where the line starts), and the line has to be parsed.
-      counts: int64, block by block. Tokens of each line.
-      lines: lines, the bad and blank ones included.
-      first_bad: line number, from 1 at the first line of the range, and the reason.
+      positions: int64 arrays, one for each block. For a line whose ids can be sliced from the raw line: the offset of
+        its base64 text. For a line that has to be parsed: -1 - (the offset of the line).
+      counts: int64 arrays, one for each block: tokens of each line.
+      lines: number of lines, including bad and blank ones.
+      first_bad: line number (the first line of the range is 1) and reason.
     """
 
     start: int
@@ -100,7 +100,7 @@ def _build(
 
 
 def _progress_bar(path: str, size: int) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; in the log of a job one line a minute is enough
+    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; the log of a job gets one line a minute
     name = os.path.basename(path)
     return tqdm(total=size, desc=f"indexing {name}", unit="B", unit_scale=True, mininterval=interval, delay=2)
 
@@ -112,7 +112,7 @@ def scan_range(path: str, processor: RecordProcessor, strict: bool, start: int, 
     for offset, data in _line_blocks(path, start, stop):
         lines = data.split(b"\n")
         if not lines[-1]:
-            lines.pop()  # after the last newline
+            lines.pop()  # the empty text after the last newline
         if not scanner.scan_block(scan, offset, lines):
             scanner.scan_lines(scan, offset, lines)
         scan.lines += len(lines)
@@ -134,9 +134,9 @@ class _Scanner:
     def scan_block(self, scan: RangeScan, offset: int, lines: list[bytes]) -> bool:
         """Adds all lines at once, if all are good and their ids can be sliced; otherwise returns False.
 
-        Valid base64 contains no character that JSON treats specially. So a line is JSON if it is JSON with a
-        placeholder instead of the base64 text, which is fast to parse. The parsed placeholder proves that the text is
-        that of the right field.
+        Valid base64 contains no character that JSON treats specially. So a line is valid JSON if it is valid with a
+        placeholder instead of the base64 text, and this shorter line is fast to parse. If the placeholder is the value
+        of the field, the base64 text is too.
         """
         if not self._key:
             return False
@@ -152,7 +152,7 @@ class _Scanner:
             if (sizes % item.itemsize).any():
                 return False
             check_ids(np.frombuffer(b"".join(raw), item), self._processor.vocab_size)
-        except (AttributeError, ValueError):  # a line without the field; anything else (RecordError is a ValueError)
+        except (AttributeError, ValueError):  # AttributeError: no such field; ValueError includes RecordError
             return False
         lengths = np.array([len(line) + 1 for line in lines])
         scan.positions.append(offset + np.cumsum(lengths) - lengths + begins)
@@ -160,7 +160,7 @@ class _Scanner:
         return True
 
     def scan_lines(self, scan: RangeScan, offset: int, lines: list[bytes]) -> None:
-        """Parses each line, skips blank lines, and notes bad lines."""
+        """Parses each line, skips blank lines, and counts bad lines."""
         positions, counts = [], []
         for number, line in enumerate(lines, start=scan.lines + 1):
             if line.strip():
@@ -187,7 +187,7 @@ class _Scanner:
 def _line_blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """Yields (offset, bytes) of complete lines: all lines that start at bytes start..stop-1."""
     with open_binary(path) as file:
-        if start:  # a line that started before belongs to the previous range
+        if start:  # a line that started before `start` belongs to the previous range
             file.seek(start - 1)
             start = start - 1 + len(file.readline())
         while start < stop:

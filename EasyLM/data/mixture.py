@@ -1,8 +1,8 @@
-"""Mixtures: weights of several sources, and rows of row sources in these proportions, without a copy of the data.
+"""Mixtures: rows of several sources in given proportions, without a copy of the data.
 
-A block of P rows has n_i rows of source i, for weights n_0, n_1, ... in whole numbers that add up to P. The rows of a
-source are spread evenly: its k-th row lies in the k-th of n_i equal stretches of the block, at a random place (with a
-shuffle) or in the middle. So any L consecutive rows have about L n_i / P rows of source i, within a few.
+A block of P rows has n_i rows of source i. The n_i are integers in the exact proportions of the weights; their sum is
+P. The rows of a source are spread evenly: its k-th row lies in the k-th of n_i equal intervals of the block, at a
+random position (with a shuffle) or in the middle. So L consecutive rows have L n_i / P rows of source i, within a few.
 T: tokens in a row.
 """
 
@@ -17,20 +17,20 @@ import numpy as np
 from EasyLM.data.token_rows import Throughput, TokenRows
 from EasyLM.errors import UserError
 
-LEAST_BLOCK = 512  # rows: computing the order of a block takes longer than reading a row
+LEAST_BLOCK = 512  # rows; computing the order of a block takes longer than reading a row
 LARGEST_BLOCK = 1 << 16
 
 
-def parse_numbers(text: str, count: int, kind: Callable[[str], Any] = float) -> list:
+def parse_numbers(text: str, count: int, number_type: Callable[[str], Any] = float) -> list:
     """Returns the numbers of a comma list, one for each of `count` sources.
 
     Raises:
-      UserError: if the list has other elements or another length, or a number is negative, or all are 0.
+      UserError: if an element is no number, there are not `count` elements, a number is negative, or all are 0.
     """
     try:
-        numbers = [kind(element) for element in text.split(",")]
+        numbers = [number_type(element) for element in text.split(",")]
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"not a comma list of {'whole ' if kind is int else ''}numbers") from None
+        raise UserError(f"not a comma list of {'whole ' if number_type is int else ''}numbers") from None
     if len(numbers) != count:
         raise UserError(f"{len(numbers)} numbers for {count} inputs (a glob is one input)")
     if not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
@@ -91,7 +91,7 @@ class MixedRows:
         Args:
           counts: rows of each source in a block, from `block_counts`.
           shuffle_seed: selects the orders of the blocks; negative for the same regular order in each block.
-          token_count, window: as of `token_rows.RowSettings`.
+          token_count, window: see `token_rows.RowSettings`.
         """
         self._sources, self._counts, self._seed, self._token_count = sources, counts, shuffle_seed, token_count
         self.seq_length = sources[0].seq_length
@@ -126,8 +126,8 @@ class MixedRows:
 
     def rows_before(self, row: int) -> list[int]:
         """Returns how many rows of each source precede a row."""
-        block, place = divmod(row, sum(self._counts))
-        in_block = np.bincount(self._block(block)[:place], minlength=len(self._counts)).tolist()
+        block, position = divmod(row, sum(self._counts))
+        in_block = np.bincount(self._block(block)[:position], minlength=len(self._counts)).tolist()
         return [block * count + rows for count, rows in zip(self._counts, in_block)]
 
     def metrics(self, rows_consumed: int) -> dict[str, float]:
@@ -151,6 +151,6 @@ class MixedRows:
     def _make_block(self, block: int) -> np.ndarray:
         """Returns the source number of each row of a block, int64 [P]."""
         rng = np.random.default_rng([self._seed, block]) if self._seed >= 0 else None
-        places = [(np.arange(n) + (0.5 if rng is None else rng.random(n))) / n for n in self._counts if n]
+        positions = [(np.arange(n) + (0.5 if rng is None else rng.random(n))) / n for n in self._counts if n]
         numbers = np.repeat(np.arange(len(self._counts)), self._counts)
-        return numbers[np.argsort(np.concatenate(places), kind="stable")]
+        return numbers[np.argsort(np.concatenate(positions), kind="stable")]

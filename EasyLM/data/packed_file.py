@@ -40,7 +40,7 @@ def write(path: str, sources: Iterable[tuple[str, Iterable[Sentence]]], keep_oth
 
     Args:
       sources: (path of a JSONL file, its sentences).
-      keep_others: whether the other keys of the records are kept.
+      keep_others: whether to keep the other keys of the records.
 
     Returns:
       {"tokens": tokens of all sentences, "sentences": their number}
@@ -121,7 +121,7 @@ def _is_valid(columns: Columns) -> bool:
 
 
 class PackedFile:
-    """A packed file as a `protocols.TokenFile`: literals may surround the ids of a line, other fields do not exist."""
+    """A packed file as a `protocols.TokenFile`. Its only field is {tokens}; literals may surround the ids of a line."""
 
     def __init__(self, path: str, processor: RecordProcessor):
         """Maps the file into memory.
@@ -156,7 +156,7 @@ class PackedFile:
         ]
 
     def token_at(self, offset: int) -> int:
-        """See `TokenFile`; a packed file has no lines of bytes, so only offset 0 is valid."""
+        """See `TokenFile`; a packed file has no byte offsets of lines, so only offset 0 is valid."""
         if offset:
             raise UserError(f"{self.path} is packed: it has no byte offsets of lines, give 0")
         return 0

@@ -1,4 +1,4 @@
-"""Pseudo-random permutations of any range, computed number by number in constant memory."""
+"""Pseudo-random permutations of any range, computed element by element in constant memory."""
 
 # Rounds of the Feistel network. With a random round function, 4 rounds give a pseudo-random permutation (Luby and
 # Rackoff, 1988).
@@ -6,8 +6,8 @@ _ROUNDS = 6
 _MASK64 = (1 << 64) - 1
 
 
-def permuted(place: int, count: int, seed: int, epoch: int) -> int:
-    """Returns the number at a place of a permutation of 0..count-1, which (seed, epoch) selects.
+def permuted(position: int, count: int, seed: int, epoch: int) -> int:
+    """Returns the number at a position of the permutation of 0..count-1 that (seed, epoch) selects.
 
     A Feistel network permutes a range of 4^k >= count numbers. A number outside 0..count-1 is permuted again until it
     is inside ("cycle walking", Black and Rogaway, 2002). The permutation is not cryptographic, but passes tests of
@@ -16,7 +16,7 @@ def permuted(place: int, count: int, seed: int, epoch: int) -> int:
     half_bits = max(3, ((count - 1).bit_length() + 1) // 2)  # at least 3: tiny networks reach few permutations
     low_mask = (1 << half_bits) - 1
     key = _mix_bits(_mix_bits(seed) + epoch)
-    number = place
+    number = position
     while True:
         left, right = number >> half_bits, number & low_mask
         for i in range(_ROUNDS):
@@ -27,9 +27,9 @@ def permuted(place: int, count: int, seed: int, epoch: int) -> int:
 
 
 def shuffled_number(row: int, count: int, seed: int) -> int:
-    """Returns the number at a row of an endless sequence of epochs, each a new permutation of 0..count-1."""
-    epoch, place = divmod(row, count)
-    return permuted(place, count, seed, epoch)
+    """Returns element `row` of an endless sequence of epochs. Each epoch is a new permutation of 0..count-1."""
+    epoch, position = divmod(row, count)
+    return permuted(position, count, seed, epoch)
 
 
 def _mix_bits(value: int) -> int:

@@ -1,4 +1,4 @@
-"""Interfaces of the data pipeline, above which are row sources (`EasyLM.training.batches.RowSource`).
+"""Interfaces of the data pipeline below row sources (`EasyLM.training.batches.RowSource`).
 
 The implementations do not inherit from these classes: `token_stream.FileTokenStream` and `token_store.TokenStore` are
 token streams, `jsonl_file.JsonlFile` and `packed_file.PackedFile` token files, `text_examples.FileExamples` and
@@ -42,7 +42,7 @@ class TokenStream(Protocol):
         """
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns JSON values that are equal for equal streams, wherever the files lie."""
+        """Returns JSON values that are equal for equal streams, whatever the paths of the files."""
 
 
 class TokenFile(Protocol):
@@ -73,8 +73,8 @@ class TokenFile(Protocol):
 
         Args:
           first: the first line.
-          counts: field ids of each of the lines.
-          start: where to start in the first line.
+          counts: number of field ids in each line.
+          start: the first of these ids in the first line.
         """
 
     def masks(self, line: int) -> np.ndarray:
@@ -104,7 +104,7 @@ class Examples(Protocol):
         """Yields (number, offset, example): a number for `address`, the offset in bytes, a JSON line or a record."""
 
     def address(self, number: Any) -> str:
-        """Returns what messages call an example, such as FILE:LINE."""
+        """Returns the name of an example in messages, such as FILE:LINE."""
 
     def check_line_start(self, offset: int) -> None:
         """Raises UserError unless a line of the first file starts at a byte offset."""
@@ -113,7 +113,7 @@ class Examples(Protocol):
         """Returns JSON values that change when the examples change."""
 
     def fingerprint(self) -> Any:
-        """Returns JSON values that are equal for equal examples, wherever the files lie."""
+        """Returns JSON values that are equal for equal examples, whatever the paths of the files."""
 
 
 class Tokenizer(Protocol):

@@ -15,9 +15,7 @@ from EasyLM.vocab import BOS, EOS
 FIELD_DTYPES = ("i4", "u4", "i2", "u2", "i8")
 
 TEXT_PROCESSOR_FLAGS = {
-    "fields_from_example": Flag(
-        "", "Key of the record whose text is that record's own field list; used instead of `fields`."
-    ),
+    "fields_from_example": Flag("", "Key under which each record holds its own field list; it replaces `fields`."),
     "fields": Flag(
         "",
         "Comma list of the parts of a record that become tokens, in order: {key} is a base64 token field, <|8192|> a "
@@ -108,10 +106,10 @@ def _parse_name(name: str, fields: str, special: dict[str, int]) -> Part:
 class RecordProcessor:
     """Converts a record to ids int32 [n] and loss weights float32 [n].
 
-    The names of the attributes are part of the fingerprint of data that users have: they do not change.
+    Do not rename attributes: their names are part of the fingerprints in saved data states.
 
     Attributes:
-      parts: with the special ids that `add_bos` and `add_eos` add; empty if each record has its own field list.
+      parts: including the special ids of `add_bos` and `add_eos`; empty if each record has its own field list.
     """
 
     parts: tuple[Part, ...]
@@ -135,7 +133,7 @@ class RecordProcessor:
 
     @property
     def slice_part(self) -> int | None:
-        """Index of the only base64 field, if the other parts are literals: its ids can be sliced from a raw line."""
+        """Index of the only base64 field if all other parts are literals, so its ids can be sliced from a raw line."""
         ids = [i for i, part in enumerate(self.parts) if part.kind != "literal"]
         return ids[0] if len(ids) == 1 and self.parts[ids[0]].kind == "ids" else None
 

@@ -20,7 +20,7 @@ TOKEN_DTYPE = "<i4"
 
 
 class RecordError(ValueError):
-    """The reason why a line is not a record. The caller that knows FILE:LINE raises it as a UserError."""
+    """The reason why a line is not a record. Callers that know FILE:LINE turn it into a UserError."""
 
 
 @functools.lru_cache

@@ -14,7 +14,7 @@ from EasyLM.storage import check_line_start, content_digest, file_version, is_co
 class FileExamples:
     """The lines of files as `protocols.Examples`: JSON objects, or for .txt files records {"text": line}.
 
-    Blank lines are skipped. An offset counts the bytes of all files; the number of an example is (file, line).
+    Blank lines are skipped. Offsets count bytes over all files. The number of an example is (file, line).
     """
 
     total: int | None = None
@@ -105,7 +105,7 @@ def huggingface_examples(path: str, name: str, split: str, streaming: bool) -> E
     path = path.rstrip("/")
     if os.path.isfile(path):
         if is_compressed(path):
-            raise UserError(f"path={path}: is compressed, and examples are read from any line: decompress it first")
+            raise UserError(f"path={path}: is compressed: decompress it first")
         return FileExamples([path])
     saved = any(os.path.isfile(os.path.join(path, file)) for file in ("dataset_dict.json", "state.json"))
     if os.path.isdir(path) and not saved:

@@ -12,13 +12,13 @@ from EasyLM.flags import Flag
 
 TOKENIZER_FLAGS = {
     "vocab_file": Flag(
-        "", "Text tokenizer: a SentencePiece .model or a Hugging Face tokenizer.json; empty: none, as for images alone."
+        "", "Text tokenizer: a SentencePiece .model or a Hugging Face tokenizer.json; empty: the data has no text."
     ),
     "add_bos_token": Flag(False, "Start each encoded text with the tokenizer's beginning-of-sentence id."),
     "add_eos_token": Flag(False, "End each encoded text with the tokenizer's end-of-sentence id."),
 }
 
-NO_ID = -1  # of a special token that the tokenizer lacks
+NO_ID = -1  # the id of a special token that the tokenizer lacks
 # Common names of the special tokens, for a tokenizer.json without a tokenizer_config.json that names them.
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>", "[CLS]")
 EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "[EOS]", "<|endoftext|>", "[SEP]")
@@ -59,12 +59,12 @@ class TextTokenizer:
 
 @functools.lru_cache
 def _load_once(*settings: Any) -> TextTokenizer:
-    """Unpickles a tokenizer; a worker process calls it in each task."""
+    """Unpickles a tokenizer. It is cached because each task of a worker process unpickles the tokenizer."""
     return TextTokenizer(*settings)
 
 
 def load_tokenizer(vocab_file: str, add_bos_token: bool = False, add_eos_token: bool = False) -> TextTokenizer | None:
-    """Returns the text tokenizer of the values of `TOKENIZER_FLAGS`, or None if `vocab_file` is empty.
+    """Returns the text tokenizer, or None if `vocab_file` is empty. The arguments are values of `TOKENIZER_FLAGS`.
 
     Raises:
       UserError: if the file is missing or not a tokenizer, or the package that reads it is not installed.
@@ -95,7 +95,7 @@ def _load_tokenizer_json(path: str) -> Loaded:
 
     try:
         model = tokenizers.Tokenizer.from_file(path)
-    except Exception as error:  # the package raises nothing narrower
+    except Exception as error:  # `tokenizers` has no narrower exception
         raise UserError(f"--tokenizer.vocab_file={path}: not a tokenizer.json ({error})") from None
 
     def encode(text: str) -> list[int]:
@@ -110,6 +110,6 @@ def _load_tokenizer_json(path: str) -> Loaded:
         ids = [model.token_to_id(name) for name in names]
         return next((token_id for token_id in ids if token_id is not None), NO_ID)
 
-    # Ids may have gaps (added tokens): the largest id counts, not the number of tokens.
+    # Ids may have gaps (added tokens), so the number of tokens is no bound.
     vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     return encode, vocab_size, special_id("bos_token", BOS_NAMES), special_id("eos_token", EOS_NAMES)

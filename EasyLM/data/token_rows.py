@@ -1,7 +1,7 @@
 """Rows of a token stream. A row is a function of its number: the state of the pipeline is the number of rows consumed.
 
-Row r is tokens [r*T, (r+1)*T) of the stream; its targets are the tokens one further. After its last token the stream
-starts again. With a shuffle, an epoch is all ceil(N/T) rows in an order that follows from (seed, epoch).
+Row r is tokens [r*T, (r+1)*T) of the stream; its targets are the tokens one position later. The stream repeats after
+its last token. With a shuffle, an epoch is all ceil(N/T) rows, in an order that (seed, epoch) selects.
 T: tokens in a row. N: tokens in the stream.
 """
 
@@ -58,7 +58,7 @@ class TokenRows:
         """Cuts a stream into rows.
 
         Args:
-          first_token: where in the stream row 0 starts.
+          first_token: the token of the stream at which row 0 starts.
         """
         self._stream, self._settings, self._first_token = stream, settings, first_token
         self.num_tokens, self.seq_length, self.batch_size = stream.num_tokens, settings.seq_length, settings.batch_size
@@ -106,7 +106,7 @@ class TokenRows:
         return rows
 
     def shuffled(self, row: int) -> int:
-        """Returns the number, in the order of the stream, of a row of the shuffled order."""
+        """Returns the row of the stream that is at position `row` of the shuffled order."""
         return shuffled_number(row, self.rows_per_epoch, self._settings.shuffle_seed)
 
     def metrics(self, rows_consumed: int) -> dict[str, float]:
@@ -126,14 +126,17 @@ class TokenRows:
         return metrics
 
     def _example(self, tokens: int) -> int:
-        """Returns the example after so many tokens, counted from `first_example` in the first epoch, then from 0."""
+        """Returns the number of the next example after `tokens` tokens.
+
+        Numbers start at `first_example` in the first epoch, and at 0 in later epochs.
+        """
         example = self._stream.example_of((self._first_token + tokens) % self.num_tokens)
         if self._first_token + tokens < self.num_tokens:
             example += self._settings.first_example - self._stream.example_of(self._first_token)
         return example
 
     def _wrapped(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Reads `length` tokens from `start` on, and from the start of the stream again after its end."""
+        """Reads `length` tokens from `start` on, wrapping around at the end of the stream."""
         parts = []
         while length:
             start %= self.num_tokens
@@ -165,7 +168,7 @@ class Throughput:
         self._recent: collections.deque[tuple[int, float]] = collections.deque()
 
     def __call__(self, rows: int) -> tuple[float, float]:
-        """Returns both rates after so many rows."""
+        """Returns both rates when `rows` rows have been consumed."""
         now = (rows, time.monotonic())
         self._first = self._first or now
         self._recent.append(now)

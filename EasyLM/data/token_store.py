@@ -53,7 +53,7 @@ class TokenStore:
           skip_bad_lines: leave out examples that are not records.
 
         Raises:
-          UserError: with the address of the first bad example, unless bad ones are skipped; or if there are no tokens.
+          UserError: with the address of the first bad example, unless they are skipped; or if there are no tokens.
         """
         self._examples, self._processor = examples, processor
         produce = functools.partial(_tokenize_all, examples, processor, settings, not skip_bad_lines)

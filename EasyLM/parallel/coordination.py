@@ -1,6 +1,6 @@
-"""Coordination of processes through JAX's key-value service, for host work that may take any time.
+"""Coordination of processes through JAX's key-value service, for host work of any duration.
 
-A collective of the devices is no substitute: on CPUs (gloo) it times out after 30 s.
+Device collectives are no substitute: on CPUs (gloo) they time out after 30 s.
 """
 
 import itertools
@@ -25,7 +25,7 @@ def on_first_process_first(function: Callable[[], _Result]) -> _Result:
     read its file. Returns when all processes have finished, without a time limit.
 
     Raises:
-      UserError: on every process, if `function` raised on one of them. That process raises the original exception.
+      UserError: on the other processes, if `function` raised on one. That process raises the original exception.
     """
     process_count, own_index = jax.process_count(), jax.process_index()
     if process_count == 1:
@@ -59,12 +59,12 @@ def check_same(values: Mapping[str, Any]) -> None:
         if jax.process_index() == 0:
             client.key_value_set(key, json.dumps(values))
             return
-        first = json.loads(client.blocking_key_value_get(key, _POLL_MS))  # process 0 has already set it
+        expected = json.loads(client.blocking_key_value_get(key, _POLL_MS))  # process 0 has already set it
         for name, value in values.items():
-            if value != first[name]:
+            if value != expected[name]:
                 raise UserError(
                     f"the processes start from different states: {name} is {value} on process {jax.process_index()} "
-                    f"and {first[name]} on process 0; all processes need the same run directory (on a shared disk) "
+                    f"and {expected[name]} on process 0; all processes need the same run directory (on a shared disk) "
                     "and the same data"
                 )
 
@@ -72,7 +72,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def _client() -> Any:
-    """Returns the client of JAX's key-value service. JAX has no public name for it; Orbax has."""
+    """Returns the client of JAX's key-value service, through Orbax: JAX has no public name for it."""
     from orbax.checkpoint import multihost  # takes a second; only runs of several processes need it
 
     return multihost.get_jax_distributed_client()

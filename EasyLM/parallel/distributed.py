@@ -28,16 +28,16 @@ JAX_DISTRIBUTED_FLAGS = {
     ),
     "initialization_timeout": Flag(300, "Seconds to wait until all processes have connected.", least=1),
     "heartbeat_timeout_seconds": Flag(100, "Seconds without a heartbeat until a process counts as dead.", least=1),
-    "shutdown_timeout_seconds": Flag(30, "Seconds that a process waits at its end for the others.", least=1),
+    "shutdown_timeout_seconds": Flag(30, "Seconds that a process waits for the others when it exits.", least=1),
 }
 _REPORT_SECONDS = 30  # between two messages of a process that waits for the others
-_GRACE_SECONDS = 60  # by which JAX waits longer than this module: JAX aborts the process with a native stack trace
+_GRACE_SECONDS = 60  # JAX's own timeout is later by this: JAX aborts the process with a native stack trace
 
 
 def initialize_distributed(config: Any) -> None:
     """Joins the processes of a multi-host run if the flags ask for it. Call this before any other use of JAX.
 
-    While it waits for other processes it logs so every 30 seconds.
+    Logs a message every 30 seconds while it waits for other processes.
 
     Args:
       config: values of JAX_DISTRIBUTED_FLAGS.
@@ -69,7 +69,7 @@ def initialize_distributed(config: Any) -> None:
 
 
 def _local_device_ids(text: str | None) -> list[int] | None:
-    """Parses `local_device_ids`. An empty list means all devices of the host, None what JAX detects."""
+    """Parses `local_device_ids`. Returns an empty list for all devices of the host, None for those that JAX detects."""
     if text:
         try:
             return [int(i) for i in text.split(",")]
@@ -77,7 +77,7 @@ def _local_device_ids(text: str | None) -> list[int] | None:
             raise UserError(
                 f"--jax_distributed.local_device_ids={text}: must be a comma list of integers, as 0,1,2"
             ) from None
-    # Under SLURM JAX takes one GPU per task, also if a node has a single task. SLURM_STEP_TASKS_PER_NODE is, for
+    # Under SLURM JAX takes one GPU per task, even if a node has a single task. SLURM_STEP_TASKS_PER_NODE is, for
     # example, 1(x4): one task on each of four nodes.
     tasks_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]
     return [] if tasks_per_node == "1" else None
@@ -96,12 +96,12 @@ def _check_port(config: Any) -> None:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--jax_distributed.coordinator_address={config.coordinator_address}: must be HOST:PORT")
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores closed connections
         try:
             listener.bind(("", int(port)))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                return  # for example no IPv6; JAX reports what it cannot bind
+                return  # for example no IPv6; JAX reports other errors
             raise UserError(
                 f"--jax_distributed.coordinator_address={config.coordinator_address}: port {port} is in use on this "
                 "host, perhaps by another job; give each job its own port, on SLURM for example "
@@ -111,7 +111,7 @@ def _check_port(config: Any) -> None:
 
 @contextlib.contextmanager
 def _reported_wait(config: Any) -> Iterator[None]:
-    """Logs while the body waits for other processes, and exits with one line when the time is over."""
+    """Logs while the body waits for other processes. After the timeout, prints one line and exits with code 2."""
     connected, address = threading.Event(), config.coordinator_address or "process 0"
 
     def report() -> None:

@@ -65,14 +65,14 @@ def make_mesh(mesh_dim: str, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """Returns the number of parts that a mesh axis, or several, split an array axis into; 1 for None."""
+    """Returns the number of parts into which one or more mesh axes split an array axis; 1 for None."""
     if axes is None:
         return 1
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: rows over dp and fsdp, other axes not split."""
+    """Returns the sharding of a batch: rows are split over dp and fsdp, other axes are not split."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 

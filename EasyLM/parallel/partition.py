@@ -39,7 +39,7 @@ def match_partition_rules(rules: Rules, tree: Any) -> Any:
 
 
 def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
-    """Returns the sharding of every array of a tree. An axis that its mesh axes do not divide is not split (logged)."""
+    """Returns the sharding of every array of a tree. An axis that the mesh does not divide is not split, and logged."""
 
     def sharding_of(array, spec):
         axes = []
@@ -60,9 +60,9 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Splits the leading axes of `x` over mesh axes, inside a compiled function. Axes that do not divide are not split.
+    """Constrains the sharding of `x` in a compiled function: splits its leading axes over mesh axes.
 
-    Without a mesh, returns `x`.
+    An axis that the mesh does not divide is not split. Without a mesh, returns `x`.
     """
     if mesh is None:
         return x

@@ -1,8 +1,8 @@
 """Files, local or remote (through fsspec), and the formats that several rooms share. Imports no other room, and no JAX.
 
 Vocabulary:
-  version  size and modification mark of a file: tells whether the file was written again
-  digest   16 hexadecimal digits of a content: tells whether two files, or two sets of settings, are the same
+  version  size and modification mark of a file; changes when the file is written
+  digest   hash of 16 hexadecimal digits, equal for equal files or equal settings
   column   one-dimensional array in a column file
   cache    column file that is derived from a source, such as a line index
 

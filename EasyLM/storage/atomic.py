@@ -1,6 +1,6 @@
 """Atomic writes of local files: a file appears complete under its name, or not at all.
 
-Commands write each output file in one go through `atomic_path`. Two cases differ: a file that grows for hours and
+Commands write their output files through `atomic_path`. There are two exceptions: a file that grows for hours and
 resumes (`tokenizer.builders.resumable_file`), and a directory that is renamed as a whole
 (`EasyLM.checkpoints.run_directory`, `EasyLM.models.llama.convert_easylm_to_hf`).
 """
@@ -25,11 +25,11 @@ def atomic_path(path: str | os.PathLike, sync: bool = True) -> Iterator[str]:
 
     Args:
       sync: flush the file to the disk before the rename, so that after a power failure `path` is the old or the new
-        file. False is for files that are quick to write again.
+        file. Use False for files that are quick to write again.
     """
     directory, name = os.path.split(path)
     temporary = os.path.join(directory, f".{name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
-    with open(temporary, "xb"):  # with the permissions of an ordinary file
+    with open(temporary, "xb"):  # creates it with the permissions of an ordinary file, unlike `tempfile`
         pass
     try:
         yield temporary
@@ -60,7 +60,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def flush_to_disk(path: str) -> None:
-    """Flushes the data of a file, or the names in a directory, to the disk."""
+    """Flushes the data of a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

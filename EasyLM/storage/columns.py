@@ -1,8 +1,8 @@
 """Column files: a JSON header and columns of numbers, opened memory-mapped.
 
 Most column files are caches, derived from a source file: a line index, tokenized text. A cache lies beside its source
-if that directory is writable, otherwise in the user's cache directory. A cache of another version of its source or of
-other settings is ignored and replaced.
+if that directory is writable, otherwise in the user's cache directory. Each value of the settings has its own cache. A
+cache of another version of its source is ignored and replaced.
 """
 
 import contextlib
@@ -48,11 +48,11 @@ def cached_columns(
     Args:
       source: path or URL of the source; names the cache.
       suffix: one of `paths.DERIVED_SUFFIXES`.
-      settings: JSON values that the columns depend on. Each value has its own cache.
+      settings: JSON values that the columns depend on.
       version: JSON values that change when the source changes.
       dtypes: item type by column.
-      produce: called with `append(**arrays)`, which extends the columns; returns the metadata (JSON values). If it
-        raises, no file is left.
+      produce: called with a function `append(**arrays)`, which extends the columns. Returns the metadata (JSON values).
+        If it raises, no file is left.
     """
     digest = json_digest(settings)
     name = f"{os.path.basename(source.rstrip('/'))}.{digest}{suffix}"
@@ -70,7 +70,7 @@ def cached_columns(
 
 
 def write_columns(path: str, dtypes: Dtypes, produce: Produce) -> None:
-    """Atomically writes a standalone column file (arguments as `cached_columns`)."""
+    """Atomically writes a standalone column file. The arguments are those of `cached_columns`."""
     _write(path, dtypes, produce, {})
 
 
@@ -93,7 +93,7 @@ def _write(path: str, dtypes: Dtypes, produce: Produce, header: dict[str, Any]) 
 
 @contextlib.contextmanager
 def _temporary_files(columns: Dtypes, directory: str) -> Iterator[dict[str, BinaryIO]]:
-    """One unnamed file a column: the offset of a column is known once the columns before it are complete."""
+    """Yields an unnamed file for each column: the offset of a column depends on the length of those before it."""
     with contextlib.ExitStack() as stack:
         yield {column: stack.enter_context(tempfile.TemporaryFile(dir=directory)) for column in columns}
 

@@ -16,7 +16,7 @@ def json_digest(value: Any) -> str:
 
 
 def content_digest(path: str, size: int) -> str:
-    """Returns 16 hexadecimal digits that identify a file of that size in bytes, from its first and last 64 KiB."""
+    """Returns 16 hexadecimal digits that identify a file of `size` bytes: a hash of its first and last 64 KiB."""
     with open_binary(path) as file:
         head = file.read(END_BYTES)
         file.seek(max(0, size - END_BYTES))

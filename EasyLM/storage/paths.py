@@ -11,7 +11,7 @@ from EasyLM.errors import UserError
 from EasyLM.storage.atomic import PARTIAL_SUFFIX
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-DERIVED_SUFFIXES = (".index", ".tokens", PARTIAL_SUFFIX)  # a glob over data files skips them
+DERIVED_SUFFIXES = (".index", ".tokens", PARTIAL_SUFFIX)  # globs skip these files
 
 
 def is_remote(path: str) -> bool:
@@ -25,7 +25,7 @@ def is_compressed(path: str) -> bool:
 
 
 def expand_paths(flag: str, value: str) -> list[str]:
-    """Returns the files of a flag's comma list of paths and globs: in the given order, the files of a glob sorted.
+    """Returns the files of a flag's comma list of paths and globs, in the given order. The files of a glob are sorted.
 
     Raises:
       UserError: naming the flag, if the list is empty, a path is missing or a directory, or a glob matches no file.

@@ -40,10 +40,10 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def read_text_lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yields the lines of a UTF-8 file, as `read_lines` does.
+    """Yields (line number from 1, text without newline) of each line of a UTF-8 file that is not blank.
 
     Raises:
-      UserError: as `read_lines`; naming FILE:LINE, for a line that is not UTF-8.
+      UserError: as in `read_lines`; also naming FILE:LINE, if a line is not UTF-8.
     """
     for number, line in read_lines(path):
         try:

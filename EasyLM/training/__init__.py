@@ -1,4 +1,4 @@
-"""Training for any model: state and step, loop, checkpoints and metrics of a run. Knows no model and no data format.
+"""Training for any model: state and step, loop, checkpoints and metrics of a run. Depends on no model or data format.
 
 May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
 
@@ -22,7 +22,7 @@ Vocabulary:
     item          what throughput counts: a token, or an image
     extra         state that the loss function updates and no gradient reaches, such as running means
     data state    rows consumed, and the fingerprint of the data that they came from
-    milestone     a checkpoint that is kept; of the others only the latest is
+    milestone     a checkpoint that is kept for good; of the other checkpoints only the latest is kept
 """
 
 from EasyLM.training.batches import RowSource

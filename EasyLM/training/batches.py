@@ -1,4 +1,4 @@
-"""Global batches on the mesh, and the data state: the number of rows consumed, from which a run continues exactly."""
+"""Global batches on the mesh, and the data state: the number of rows consumed, at which a run continues exactly."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ class RowSource(Protocol):
         ...
 
     def metrics(self, rows_consumed: int) -> dict[str, float]:
-        """Returns metrics of the data after so many rows."""
+        """Returns the metrics of the data after `rows_consumed` rows."""
         ...
 
 
@@ -40,14 +40,14 @@ def dataset_state(source: RowSource, rows_consumed: int) -> dict[str, Any]:
 
 
 def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
-    """Returns the row at which `source` continues exactly from a data state.
+    """Returns the row of `source` that continues a data state exactly.
 
     Args:
       state: from `dataset_state`, or from a `dataset.pkl` of the LVM release. Of the latter only `total_tokens` is
-        used, which is exact; its file position is that of the reader, which is ahead of training.
+        used: its file position is that of the reader, which is ahead of training.
 
     Raises:
-      UserError: if the data, its order or the length of a row has changed so that no row continues exactly.
+      UserError: if the data or its order has changed, or no row of the new length continues the state exactly.
     """
     current = source.fingerprint
     length = current.get("seq_length", 1)
@@ -55,7 +55,9 @@ def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
         saved = state["source"]
         changed = [name for name in current if name != "seq_length" and saved.get(name) != current[name]]
         if changed:
-            raise UserError(f"the saved data state is of other data or another order: {', '.join(changed)} changed")
+            raise UserError(
+                f"the saved data state belongs to other data or another order: {', '.join(changed)} changed"
+            )
         saved_length = saved.get("seq_length", 1)
         tokens = state["rows_consumed"] * saved_length
     elif "total_tokens" in state:
@@ -104,7 +106,7 @@ class Batches:
         batch = self._ready.get()
         self.wait_seconds += time.perf_counter() - begin
         if isinstance(batch, BaseException):
-            self._ready.put(batch)  # the thread has ended: every further call raises this again
+            self._ready.put(batch)  # the thread has ended: every later call raises this again
             raise batch
         self.position += self._batch_size
         return batch
@@ -141,7 +143,7 @@ class Batches:
 
 
 def _local_ranges(batch_size: int, sharding: NamedSharding) -> list[tuple[int, int]]:
-    """The rows [begin, end) of this process's devices; adjacent ranges are merged."""
+    """Returns the rows [begin, end) of this process's devices. Adjacent ranges are merged."""
     rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1]))
     indices = rows.addressable_devices_indices_map((batch_size,)).values()
     ranges: list[tuple[int, int]] = []

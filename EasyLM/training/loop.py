@@ -31,7 +31,7 @@ class LoopSettings:
 
 
 class BatchIterator(Protocol):
-    """Global batches, and the number of rows that they have consumed."""
+    """An iterator of global batches, whose `position` counts the rows consumed."""
 
     position: int
 
@@ -67,7 +67,7 @@ def fit(
 
     Raises:
       NonFiniteLossError: see `Report`. The state is saved first, including the step in progress.
-      Exception: from the data, the evaluation, a metric or a save. A single process saves the last complete step.
+      Exception: from the data, the evaluation, a metric or a save. A run of one process saves the last complete step.
     """
     start = fetched = done = int(state.step)
     stop, pending = False, None
@@ -96,7 +96,7 @@ def fit(
             if isinstance(error, NonFiniteLossError) and pending is not None and pending[0] < done - 1:
                 with contextlib.suppress(NonFiniteLossError):  # the step in progress counts and is saved too
                     report(done - 1, metrics, batch, True)
-            if fetched == done > start:  # a step that failed has donated the state
+            if fetched == done > start:  # a failed step has donated the state
                 _save_after_error(save_once, state, done, error)
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
@@ -105,19 +105,19 @@ def fit(
 
 
 def _save_after_error(save_once: Callable[[Any, int, bool], None], state: Any, done: int, error: Exception) -> None:
-    """Saves the last complete step, if all processes have met the error: a save needs all of them."""
+    """Saves the last complete step if the error occurs on all processes: a save needs all of them."""
     if isinstance(error, NonFiniteLossError):  # the loss is the same on all processes
         save_once(state, done, False)
     elif jax.process_count() == 1:
         logging.error("an error ends the run after step %d; saving the state", done)
-        with contextlib.suppress(Exception):  # the first error is the one to report
+        with contextlib.suppress(Exception):  # the caller raises the first error
             save_once(state, done, False)
 
 
 def _save_once(
     save: Callable[[Any, int, int, bool], None], batches: BatchIterator, throughput: Throughput
 ) -> Callable[[Any, int, bool], None]:
-    """Returns (state, done, milestone) -> None, which saves unless its last call saved the same."""
+    """Returns (state, done, milestone) -> None. It saves, unless its last call had the same `done` and `milestone`."""
     saved: tuple[int, bool] | None = None
 
     def save_once(state: Any, done: int, milestone: bool) -> None:

@@ -16,23 +16,23 @@ from EasyLM.flags import Flag
 from EasyLM.training.metrics_sinks import JsonLinesSink, MetricsSink, TensorBoardSink, WandbSink, wandb_is_installed
 
 LOGGER_FLAGS = {
-    "online": Flag(False, "Send metrics to wandb's server; else wandb writes offline files, which `wandb sync` sends."),
-    "wandb": Flag(True, "Use wandb. False: it is not imported, and neither writes nor sends."),
+    "online": Flag(False, "Send metrics to the wandb server; False: wandb writes files, which `wandb sync` uploads."),
+    "wandb": Flag(True, "Use wandb; False: wandb is not imported."),
     "tensorboard": Flag(False, "Write TensorBoard event files under the run directory (extra: tensorboard)."),
-    "prefix": Flag("", "Put before the wandb project's name, as prefix--project."),
+    "prefix": Flag("", "Prefix of the wandb project's name: prefix--project."),
     "project": Flag("lvm", "wandb project."),
     "output_dir": Flag("runs", "The run directory is output_dir/experiment_id."),
     "wandb_dir": Flag("", "Where wandb writes; empty: the run directory."),
     "random_delay": Flag(
         0.0,
-        "Wait a random time up to this many seconds before wandb starts, so that jobs do not start at once.",
+        "Wait a random time up to this many seconds before wandb starts, so that many jobs do not connect at once.",
         least=0,
     ),
     "experiment_id": Flag("", "Name of the run directory and wandb id; empty: random. The same name resumes that run."),
     "anonymous": Flag("", "wandb's anonymous mode.", choices=("", "allow", "must", "never")),
     "notes": Flag("", "Free text about the run, kept in its metadata and in wandb."),
     "entity": Flag("", "wandb user or team."),
-    "prefix_to_id": Flag(False, "Put the prefix before the experiment_id too."),
+    "prefix_to_id": Flag(False, "Add the prefix to the experiment_id too."),
 }
 
 
@@ -47,23 +47,23 @@ def experiment_id(settings: Any) -> str:
 
 
 def given_id(settings: Any, run_dir: str) -> str:
-    """Returns the `experiment_id` that leads to this run directory again."""
+    """Returns the value of `experiment_id` that selects this run directory."""
     name = os.path.relpath(run_dir, settings.output_dir) if settings.output_dir else run_dir
     return name.removeprefix(f"{settings.prefix}--") if settings.prefix and settings.prefix_to_id else name
 
 
 def _broadcast(data: bytes) -> bytes:
-    """The bytes of process 0."""
+    """Returns the bytes of process 0 on every process."""
     if jax.process_count() == 1:
         return data
     return np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(data, np.uint8))).tobytes()
 
 
 class Logger:
-    """Writes the metrics of each logged step to `metrics.jsonl`, and to wandb and TensorBoard as the flags say.
+    """Writes the metrics of each logged step to `metrics.jsonl`, and to wandb and TensorBoard if the flags select them.
 
-    A run that resumes appends: of repeated steps the last line counts. A metric that is not finite becomes null, since
-    JSON has no NaN. A service that fails during the run is dropped with a warning; the run goes on.
+    A resumed run appends; if a step is repeated, its last line counts. A metric that is not finite becomes null, since
+    JSON has no NaN. A service that fails during the run is disabled with a warning; the run continues.
 
     Args:
       settings: the values of LOGGER_FLAGS.
@@ -92,12 +92,12 @@ class Logger:
         if settings.tensorboard:
             self._services.append(TensorBoardSink(os.path.join(run_dir, f"tensorboard{suffix}")))
         if settings.wandb and not settings.online and not wandb_is_installed():
-            logging.warning("wandb is not installed: it writes no offline files; metrics are in %s", path)
+            logging.warning("wandb is not installed; no offline files are written; metrics are in %s", path)
         elif settings.wandb:
             self._services.append(WandbSink(settings, run_dir, run_settings, process))
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Writes one line; `metrics` has `step` and anything that JSON can hold."""
+        """Writes the metrics of a step: `step` and other JSON values."""
         if self._file is None:
             return
         row = {name: _json_value(value) for name, value in metrics.items()}
@@ -106,11 +106,11 @@ class Logger:
             try:
                 service.log(row)
             except Exception as error:  # a service must not end the run
-                logging.warning("%s failed and is not used any more: %s", type(service).__name__, error)
+                logging.warning("%s failed and is disabled: %s", type(service).__name__, error)
                 self._services.remove(service)
 
     def close(self) -> None:
-        """Ends the services and closes the file."""
+        """Closes the services and the file."""
         for service in self._services:
             try:
                 service.close()

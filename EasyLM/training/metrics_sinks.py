@@ -20,7 +20,7 @@ Row = dict[str, Any]  # metrics of a step: JSON values by name, `step` among the
 
 
 class MetricsSink(Protocol):
-    """Takes the metrics of the logged steps."""
+    """A destination of the metrics of the logged steps."""
 
     def log(self, row: Row) -> None:
         """Writes the metrics of a step."""
@@ -30,10 +30,10 @@ class MetricsSink(Protocol):
 
 
 class JsonLinesSink:
-    """Appends one JSON object a line. A torn last line, which a killed run leaves, is ended first.
+    """Appends one JSON object a line. If a killed run has left a truncated last line, appends a newline first.
 
     Args:
-      path: a local path, whose directory is made if missing, or a remote one.
+      path: a local or remote path. A missing local directory is created.
 
     Raises:
       OSError: if the file cannot be opened.
@@ -64,7 +64,7 @@ def _open_to_append(path: str) -> IO[bytes]:
 
 
 class _RemoteFile(io.BytesIO):
-    """A file on an object store, which cannot append: uploaded whole, at most once a minute and when it is closed."""
+    """A file on an object store, which cannot append. It is uploaded whole, at most once a minute and when closed."""
 
     def __init__(self, path: str):
         self._store, self._name = fsspec.url_to_fs(path)
@@ -165,5 +165,5 @@ class TensorBoardSink:
 
 
 def wandb_is_installed() -> bool:
-    """Whether wandb can be imported; looks for it without importing it."""
+    """Whether wandb is installed. Does not import it."""
     return importlib.util.find_spec("wandb") is not None

@@ -1,4 +1,4 @@
-"""Optimizers from settings. The structure of each state gives the keys of the LVM release's checkpoints."""
+"""Optimizers from flags. The structure of an optimizer state yields the keys of the LVM release's checkpoints."""
 
 import dataclasses
 from typing import Any
@@ -76,7 +76,7 @@ class PalmSettings:
 def make_optimizer(config: Any) -> Optimizer:
     """Returns the optimizer of the flags.
 
-    With accumulation, `learning_rate` is the rate of the update that the current micro-steps lead to.
+    With accumulation, `learning_rate` is the rate of the update to which the current micro-step contributes.
 
     Args:
       config: values of OPTIMIZER_FLAGS.
@@ -92,7 +92,7 @@ def make_optimizer(config: Any) -> Optimizer:
 
     def learning_rate(opt_state):
         inner = opt_state.inner_opt_state if micro_steps > 1 else opt_state
-        # The position of the schedule in the chain differs; there is only one.
+        # The chain has one schedule state; its position depends on the optimizer.
         return schedule(next(state.count for state in inner[1] if isinstance(state, optax.ScaleByScheduleState)))
 
     if micro_steps > 1:
@@ -183,6 +183,6 @@ def _add_scheduled_decay(schedule: optax.Schedule) -> optax.GradientTransformati
 
 
 def _stacked(params: Any) -> Any:
-    """Whether each array holds stacked layers along axis 0."""
+    """Returns a tree of bools: whether each array holds stacked layers along axis 0."""
     flags = [stacked.is_stacked for stacked in stacking.stacked_arrays(params)]
     return jax.tree.unflatten(jax.tree.structure(params), flags)

@@ -26,8 +26,8 @@ from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train
 from EasyLM.training.task import ModelSettings, TrainingTask
 from EasyLM.training.throughput import Throughput
 
-# The exit code of a run that a signal stopped and whose state is saved: run the same command again. The number is
-# EX_TEMPFAIL of sysexits.h.
+# The exit code of a run that a signal stopped and that has saved its state. The same command resumes the run. The
+# number is EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
 
 
@@ -44,7 +44,7 @@ class Run:
 def open_run(
     settings: RunSettings, model_settings: ModelSettings, formats: CheckpointFormats = checkpoints.CHECKPOINT_FORMATS
 ) -> Run:
-    """Creates the run directory, finds out where the run starts, and validates both. Call it before indexing data.
+    """Creates the run directory, opens the starting files and validates the settings. Call it before indexing data.
 
     Args:
       formats: the valid prefixes of `--load_checkpoint`.
@@ -181,7 +181,7 @@ def _make_save(
 
 
 def _make_evaluate(task: TrainingTask, steps: int, mesh: Mesh) -> Callable[[TrainState], Metrics]:
-    """Returns a function that averages metrics over the first batches of the evaluation data, the same in each call."""
+    """Returns a function that averages metrics over the first batches of the evaluation data."""
     source, batch_size = task.data.eval, task.data.eval_batch_size
     assert source is not None
     step = jax.jit(task.model.evaluate)
@@ -189,11 +189,11 @@ def _make_evaluate(task: TrainingTask, steps: int, mesh: Mesh) -> Callable[[Trai
     def evaluate(state: TrainState) -> Metrics:
         batches = Batches(source, batch_size, batch_sharding(mesh))
         try:
-            rows = [step(state.params, state.extra, next(batches)) for _ in range(steps)]
+            batch_metrics = [step(state.params, state.extra, next(batches)) for _ in range(steps)]
         finally:
             batches.close()
-        rows = jax.device_get(rows)
-        return {f"eval_{name}": np.mean([row[name] for row in rows]) for name in rows[0]}
+        batch_metrics = jax.device_get(batch_metrics)
+        return {f"eval_{name}": np.mean([values[name] for values in batch_metrics]) for name in batch_metrics[0]}
 
     return evaluate
 
@@ -209,4 +209,4 @@ def _print_end(run: Run, step: int, finished: bool) -> None:
         f"--logger.experiment_id={metrics_log.given_id(settings.logger, run.directory)}"
     )
     if not settings.checkpointer.save_optimizer_state:
-        print("only the parameters were saved (--checkpointer.save_optimizer_state): the moments will start anew")
+        print("only the parameters were saved (--checkpointer.save_optimizer_state): the moments will start from zero")

@@ -22,12 +22,14 @@ RUN_FLAGS = {
     "load_dataset_state": Flag("", "dataset.json (or a release's dataset.pkl): continue the data after its rows."),
     "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl): check the model settings, set the step."),
     "log_freq": Flag(50, "Steps between logged steps.", least=1),
-    "save_model_freq": Flag(0, "Steps between checkpoints, of which the latest is kept; 0: only on a signal.", least=0),
+    "save_model_freq": Flag(
+        0, "Steps between checkpoints, of which the latest is kept; 0: only after a signal or an error.", least=0
+    ),
     "save_milestone_freq": Flag(0, "Steps between checkpoints that are all kept; 0: none.", least=0),
     "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation.", least=0),
     "log_all_worker": Flag(False, "Every process writes its metrics, not only process 0."),
     "max_nonfinite_steps": Flag(10, "Stop after this many steps in a row with a non-finite loss.", least=1),
-    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: by the device's kind.", least=0),
+    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: known from the device's kind.", least=0),
     "checkpointer": checkpoints.CHECKPOINTER_FLAGS,
     "logger": metrics_log.LOGGER_FLAGS,
     "jax_distributed": JAX_DISTRIBUTED_FLAGS,

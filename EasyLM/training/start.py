@@ -40,8 +40,8 @@ class StartPoint:
     """The files from which a run starts, and their contents; no array has been read yet.
 
     Attributes:
-      entries: the arrays of the checkpoint; emptied when they are loaded.
-      dataset_state: the data state, or None: start with the first row.
+      entries: the arrays of the checkpoint; `first_state` clears the list.
+      dataset_state: the data state; None: the run starts with the first row.
       metadata: the metadata of the checkpoint; empty if there is none.
     """
 
@@ -80,9 +80,9 @@ def find_start(given: StartFiles, run_dir: str, formats: CheckpointFormats) -> S
 def locate_start(given: StartFiles, run_dir: str) -> tuple[StartFiles, Mapping[str, Any] | None]:
     """Locates the files from which a run starts.
 
-    A run directory with a checkpoint resumes from it. `--load_checkpoint` starts a new run, or takes a run back to one
-    of its own checkpoints (a milestone). Once the run has saved again, the flag is part of its history and is ignored,
-    so a requeued job can repeat its command.
+    If the run directory has a checkpoint, the run resumes from the latest one. `--load_checkpoint` starts a new run, or
+    returns a run to one of its own milestones. After the next save the flag is part of the run's history and is
+    ignored, so a requeued job can repeat its command.
 
     Returns:
       The files, and the metadata if it was read: that of the run's latest checkpoint.
@@ -147,11 +147,11 @@ def first_state(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, placement
     )
     is_train_state = spec.startswith("trainstate::")
-    assert is_train_state or not jax.tree.leaves(target.extra), "extra state is in whole train states only"
+    assert is_train_state or not jax.tree.leaves(target.extra), "only trainstate:: checkpoints hold extra state"
     loaded = checkpoints.load_entries(spec, start.entries, target if is_train_state else target.params)
-    start.entries.clear()  # those of orbax:: hold their arrays
+    start.entries.clear()  # frees memory: entries of orbax:: hold their arrays
     if is_train_state:
         return loaded, placement
     if start.step:
-        logging.warning("the optimizer's moments start anew at step %d; its schedule continues", start.step)
+        logging.warning("the optimizer's moments start from zero at step %d; its schedule continues", start.step)
     return state_from_params(loaded, optimizer, start.step, placement), placement

@@ -62,7 +62,7 @@ def init_state(init: InitFn, optimizer: Optimizer, seed: int, state_shardings: T
 def state_from_params(params: Params, optimizer: Optimizer, step: int, state_shardings: TrainState) -> TrainState:
     """Returns the train state of given parameters after `step` micro-steps, without extra state.
 
-    The optimizer's moments are fresh; its schedules continue after the updates of these steps.
+    The optimizer's moments are zero; its schedules continue after the updates of these steps.
     """
     updates = step // optimizer.micro_steps
 
@@ -92,7 +92,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure train step `(state, batch) -> (state, metrics)`.
 
-    A loss or gradient that is not finite changes only the step count; the metric `finite` is then 0. The metric
+    If the loss or the gradient is not finite, only the step count changes, and the metric `finite` is False. The metric
     `learning_rate` is the rate of this update, `gradient_norm` the norm of the micro-step's gradient before clipping,
     `param_norm` the norm of the updated parameters.
     """

@@ -1,4 +1,4 @@
-"""Signals of users and schedulers as a request to stop after the step in progress."""
+"""Handling of signals that ask a run to stop after the step in progress."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Ctrl-C; what SLURM, Kubernetes and TPU VMs send before they end a job; what SLURM users configure (--signal=USR1); a
-# closed terminal.
+# SIGINT: Ctrl-C. SIGTERM: SLURM, Kubernetes and TPU VMs send it before they end a job. SIGUSR1: a common choice for
+# SLURM's option --signal. SIGHUP: a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -23,7 +23,8 @@ class StopVote:
     """A context in which STOP_SIGNALS ask all processes to stop after the same step.
 
     Each step every process votes 0 or 1, and the maximum of the previous step decides. The vote follows the train step
-    on the devices, so no process waits for it. A second signal has its usual effect.
+    on the devices, so no process waits for it. The first signal restores the previous handlers, so a second signal has
+    its usual effect.
     """
 
     def __enter__(self) -> "StopVote":

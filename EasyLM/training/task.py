@@ -1,4 +1,4 @@
-"""What a run trains, as five frozen parts. The trainer of each model fills them in."""
+"""What a run trains, as frozen dataclasses, which the trainer of each model creates."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ class Accounting:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingTask:
-    """What a run trains, on what, and how it counts."""
+    """What a run trains: model, optimizer, data, and the units of its throughput metrics."""
 
     model: Model
     optimizer: Optimizer

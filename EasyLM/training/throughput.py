@@ -26,7 +26,7 @@ PEAK_TFLOPS = {
 
 
 class WaitCounter(Protocol):
-    """An iterator of batches that counts how long it was waited for."""
+    """An iterator of batches that counts the seconds spent waiting for it."""
 
     wait_seconds: float
 
@@ -46,7 +46,7 @@ def peak_flops(peak_tflops: float) -> float | None:
 
 
 class Throughput:
-    """Measures the steps since the last logged step.
+    """Measures the throughput and the seconds by activity between two logged steps.
 
     Args:
       batches: the source of batches.
@@ -70,7 +70,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def timed(self, activity: str) -> Iterator[None]:
-        """Adds the seconds inside the block to an activity for which training waits."""
+        """Adds the seconds of the block to an activity that blocks training."""
         begin = time.perf_counter()
         yield
         self._spent[activity] = self._spent.get(activity, 0.0) + time.perf_counter() - begin
@@ -83,8 +83,8 @@ class Throughput:
         """Returns means over the steps of the interval and starts the next one.
 
         MFU is model FLOPs per second over the peak of all devices (PaLM, arXiv 2204.02311, appendix B). It counts the
-        FLOPs of forward and backward pass, causal attention at half, and no rematerialisation. Evaluation does not
-        count as training.
+        FLOPs of the forward and the backward pass. Causal attention counts half; rematerialisation does not count. The
+        time of evaluation is excluded from all rates.
         """
         steps, elapsed = max(self._steps, 1), time.perf_counter() - self._begin
         evaluating = self._spent.pop("eval", 0.0)

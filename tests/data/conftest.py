@@ -1,4 +1,4 @@
-"""Data sets that several tests use."""
+"""Datasets that several tests use."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from text_kit import SENTENCES
 
 @pytest.fixture
 def sentences(golden, tmp_path):
-    """A copy of the golden data set."""
+    """A copy of the golden dataset."""
     return copy_golden(golden, tmp_path)
 
 

@@ -13,7 +13,7 @@ from EasyLM.training import batches
 
 @pytest.fixture
 def parts(tmp_path):
-    """Three parts, the second a glob of two files. The hundreds of an id are the number of its part."""
+    """Three parts, the second a glob of two files. The ids of part i are 100 * i to 100 * i + 99."""
     for name, part, lengths in (("a", 0, [900]), ("b1", 1, [300, 41]), ("b2", 1, [7, 120]), ("c", 2, [64] * 10)):
         lines = [base64_line(part * 100 + np.arange(n) % 100) for n in lengths]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -30,7 +30,7 @@ def test_proportions_hold_in_every_window(parts, weights, seed):
     before = np.stack([np.cumsum(row_sources == part) for part in range(3)], axis=1)
     for length in (1, 3, 10, 100, 517, 5000):
         counts = before[length:] - before[:-length]
-        # Each end of the window adds up to one row, and the uneven spread of the parts.
+        # Each end of the window may add an error of one row, and more for a part of a large share.
         assert (np.abs(counts - length * shares) <= 2 * (1 + 3 * shares)).all()
 
 

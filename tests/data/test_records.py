@@ -15,7 +15,7 @@ MORE = [1, 2]
 
 
 class Words:
-    """A text tokenizer: a word of n letters is the id n."""
+    """A text tokenizer that encodes a word of n letters as the id n."""
 
     bos_token_id, eos_token_id, vocab_size = 98, 99, 100
 

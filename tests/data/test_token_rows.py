@@ -1,4 +1,4 @@
-"""Rows of a stream in order and shuffled, against packings by a plain loop."""
+"""Rows of a stream, in order and shuffled, compared with those of a plain loop."""
 
 import base64
 import json

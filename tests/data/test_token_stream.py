@@ -32,7 +32,7 @@ def test_files_are_read_in_the_given_order(two_files, monkeypatch, order, window
 
 
 def test_open_files_are_two_for_each_data_file(tmp_path):
-    """The file and its index: the limit of open files is raised by that much."""
+    """These are the file and its index. The limit of open files is raised by as much."""
     for number in range(10):
         (tmp_path / f"{number}.jsonl").write_text(base64_line([number]))
     sources = [dataset(tmp_path / "*.jsonl")]  # opens what stays open for the whole process
@@ -97,7 +97,8 @@ def test_bytes_read_are_those_of_the_rows(sentences):
     source = dataset(sentences)
     source.rows(50, 4)
     ids = 513 * 16 / 3
-    assert ids <= source.bytes_read <= ids + 16 * 3 + 200  # base64 groups are read whole, and the text between lines
+    # Groups of base64 are read whole, and so is the text between lines.
+    assert ids <= source.bytes_read <= ids + 16 * 3 + 200
 
 
 def test_remote_paths(golden, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The start of several processes: what is wrong is one line, soon."""
+"""The start of several processes: errors are reported within seconds, in one line."""
 
 import socket
 import subprocess
@@ -34,10 +34,10 @@ def test_a_missing_process_is_reported(port, process):
     command += [f"--jax_distributed.coordinator_address=127.0.0.1:{port}", f"--jax_distributed.process_id={process}"]
     command += ["--jax_distributed.num_processes=2", "--jax_distributed.initialization_timeout=3"]
     begin = time.monotonic()
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 2 and time.monotonic() - begin < 30
-    assert f"waiting for the other processes to connect to 127.0.0.1:{port}" in ended.stderr
-    assert "after 3 s not all processes have connected" in ended.stderr and "Traceback" not in ended.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert completed.returncode == 2 and time.monotonic() - begin < 30
+    assert f"waiting for the other processes to connect to 127.0.0.1:{port}" in completed.stderr
+    assert "after 3 s not all processes have connected" in completed.stderr and "Traceback" not in completed.stderr
 
 
 def test_a_port_in_use_is_refused():

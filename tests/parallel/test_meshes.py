@@ -44,10 +44,10 @@ def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, p
 
 
 def bytes_of_batches(rows: int) -> tuple[float, float]:
-    """The least and the most bytes of the golden data that a process reads for `rows` rows of each of 10 batches.
+    """Returns bounds of the bytes of the golden data that a process reads for `rows` rows of each of 10 batches.
 
-    The most: 2 more batches are prefetched, a third is being made, and one row is read for its shapes. 16 characters of
-    base64 hold 3 ids and are read together, and so are the 25 characters between lines of >= 768 ids.
+    Upper bound: 2 more batches are prefetched, a third is being made, and one row is read for its shapes. A group of 16
+    characters of base64 holds 3 ids and is read whole. Between lines of >= 768 ids, 25 more characters are read.
     """
     ids = rows * 128 + 1
     cuts = -(-ids // 768)  # line ends within a batch

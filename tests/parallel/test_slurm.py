@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(slurm_kit.why_not()), reason=slurm_kit.why_not() or "available"),
+    pytest.mark.skipif(bool(slurm_kit.unavailable_reason()), reason=slurm_kit.unavailable_reason() or "available"),
 ]
 
 
@@ -69,7 +69,7 @@ def log(tmp_path) -> str:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, tmp_path_factory) -> pathlib.Path:
-    """The directory of a run that nothing interrupted."""
+    """The directory of an uninterrupted run."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     cluster.await_state(submit(cluster, directory), "COMPLETED")
     return directory / "run"
@@ -109,14 +109,14 @@ def test_a_killed_task_ends_the_job_and_nothing_is_lost(cluster, tmp_path, unint
     (pid,) = [pid for pid in cluster.pids(node, "llama_train") if is_python(pid)]
     os.kill(pid, signal.SIGKILL)
     begin = time.monotonic()
-    ended = cluster.await_state(job, "FAILED")
-    assert time.monotonic() - begin < 90 and ended["Restarts"] == "0"
+    fields = cluster.await_state(job, "FAILED")
+    assert time.monotonic() - begin < 90 and fields["Restarts"] == "0"
     cluster.await_state(submit(cluster, tmp_path), "COMPLETED")
     assert_same(tmp_path / "run", uninterrupted)
 
 
 def test_before_the_time_limit_the_job_saves_and_requeues_itself(cluster, tmp_path):
-    """The limit is a minute, the shortest that SLURM has, and the signal comes 30 seconds or more before it."""
+    """The limit is a minute, SLURM's shortest. The signal arrives at least 30 seconds before it."""
     job = submit(cluster, tmp_path, "--time=1", "--signal=TERM@30", total_steps=10**6, save_model_freq=10**6)
     begin = time.monotonic()
     while "exit code" not in log(tmp_path):
@@ -129,15 +129,15 @@ def test_before_the_time_limit_the_job_saves_and_requeues_itself(cluster, tmp_pa
     assert metadata["step"] == max(losses(tmp_path / "run")) + 1
 
 
-def test_the_parts_of_a_build_are_the_whole(cluster, tmp_path):
+def test_the_parts_of_an_array_build_concatenate_to_the_whole(cluster, tmp_path):
     for seed in range(10):
         write_image(tmp_path / "images" / f"{seed}.png", seed)
     build = [f"--input_dir={tmp_path}/images", f"--vqgan={tiny_vqgan(tmp_path / 'vqgan')}", "--kind=images"]
     script = str(ROOT / "scripts" / "slurm" / "build_array.sbatch")
-    places = ["--gpus-per-task=0", "--cpus-per-task=1", f"--output={tmp_path}/%a.log", f"--chdir={ROOT}"]
-    environ = environment(tmp_path)
-    job = cluster.submit("--array=0-2", *places, script, str(tmp_path / "parts"), *build, env=environ)
-    whole = cluster.submit("--array=0-0", *places, script, str(tmp_path / "whole"), *build, env=environ)
+    options = ["--gpus-per-task=0", "--cpus-per-task=1", f"--output={tmp_path}/%a.log", f"--chdir={ROOT}"]
+    variables = environment(tmp_path)
+    job = cluster.submit("--array=0-2", *options, script, str(tmp_path / "parts"), *build, env=variables)
+    whole = cluster.submit("--array=0-0", *options, script, str(tmp_path / "whole"), *build, env=variables)
     for task in (f"{job}_0", f"{job}_1", f"{job}_2", f"{whole}_0"):
         cluster.await_state(task, "COMPLETED")
     parts = b"".join((tmp_path / "parts" / f"part_{i}.jsonl").read_bytes() for i in range(3))
@@ -145,5 +145,5 @@ def test_the_parts_of_a_build_are_the_whole(cluster, tmp_path):
 
 
 def is_python(pid: int) -> bool:
-    """Whether a process is the trainer itself, not the srun that started it."""
+    """Whether a process is the trainer, and not the srun that started it."""
     return os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith("python")

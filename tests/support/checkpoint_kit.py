@@ -45,7 +45,7 @@ def file_content(path) -> dict:
 
 
 def contents(run_dir) -> tuple[int, int, int]:
-    """The step in each file of the latest checkpoint. Checks that all arrays of the state belong to one step."""
+    """Returns the step in each file of the latest checkpoint. Asserts that all arrays of the state have one step."""
     saved = checkpoints.latest_checkpoint(run_dir)
     state = checkpoints.load(saved.spec, small_state(0))
     steps = {int(value) for array in jax.tree.leaves(state) for value in np.ravel(array)}
@@ -60,13 +60,14 @@ def save(saver, step, milestone=False):
 
 
 def random_params(directory, model):
-    """A streaming file of random parameters, with its metadata; returns them.
+    """Writes a streaming file of random parameters with its metadata, and returns the parameters.
 
-    They are large enough that logits are of order 1 and attention is far from uniform: an error in a layer shows.
+    The parameters are large enough that logits are of order 1 and attention is far from uniform, so that an error in a
+    layer changes the outputs.
     """
     rng = np.random.default_rng(0)
 
-    def draw(path, x):
+    def random_array(path, x):
         name, noise = jax.tree_util.keystr(path), rng.normal(0, 1, x.shape).astype(np.float32)
         if "norm" in name or "ln_f" in name:
             return np.float32(1) + np.float32(0.1) * noise
@@ -75,7 +76,7 @@ def random_params(directory, model):
         gain = 1.4 if "wq" in name or "wk" in name else 1  # attention's scores have a standard deviation of 2
         return noise * np.float32(gain * x.shape[-2] ** -0.5)
 
-    params = jax.tree_util.tree_map_with_path(draw, hf_layout.parameter_shapes(model))
+    params = jax.tree_util.tree_map_with_path(random_array, hf_layout.parameter_shapes(model))
     saver = make_checkpointer(directory, "fp32", save_optimizer_state=False)
     state = type("State", (), {"params": params})
     saver.save(state, 0, {}, checkpoints.make_metadata(0, {}, llama_config=dataclasses.asdict(model)))

@@ -1,4 +1,4 @@
-"""Data sets for tests, and the rows that a plain json and base64 loop makes of them."""
+"""Datasets for tests, and reference implementations of reading them with json and base64."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ from EasyLM.data.dataset import DATASET_FLAGS
 
 
 def copy_golden(golden: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
-    """Copies the golden data set to a directory where an index may be written."""
+    """Copies the golden dataset to a directory where an index may be written."""
     return shutil.copy(golden / "lvm_tiny" / "dataset.jsonl", directory / "dataset.jsonl")
 
 
@@ -37,7 +37,7 @@ def plain_stream(*paths):
 
 
 def plain_rows(stream, seq_length, start, count, begin=0):
-    """Returns inputs and targets as the LVM release packs them: consecutive tokens, and the tokens one further."""
+    """Returns inputs and targets as the LVM release packs them: consecutive tokens, and those one position later."""
     index = begin + np.arange(start * seq_length, (start + count) * seq_length + 1)
     tokens = stream[index % len(stream)]
     return tokens[:-1].reshape(count, seq_length), tokens[1:].reshape(count, seq_length)

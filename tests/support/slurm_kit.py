@@ -39,13 +39,13 @@ PartitionName=all Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def why_not() -> str:
-    """The reason why no cluster can be started here; empty if one can."""
+def unavailable_reason() -> str:
+    """Returns the reason why no cluster can be started here; empty if one can."""
     missing = [name for name in ("slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip") if not shutil.which(name)]
     if missing:
         return f"needs {', '.join(missing)} (Debian: slurm-wlm munge iproute2)"
     if subprocess.run(["unshare", "-m", "-n", "-u", "true"], capture_output=True, check=False).returncode:
-        return "needs the right to make namespaces (root)"
+        return "needs permission to create namespaces (root)"
     return ""
 
 
@@ -67,17 +67,17 @@ class Cluster:
         return self.run("node1", "sbatch", "--parsable", *arguments, **options).stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, ExitCode, Restarts, ..."""
+        """Returns the fields of a job: JobState, ExitCode, Restarts, ..."""
         words = self.run("node1", "scontrol", "--oneliner", "show", "job", job).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def await_state(self, job: str, *states: str, seconds: float = 240) -> dict[str, str]:
-        """Waits until a job is in one of these states."""
+        """Waits until a job is in one of these states. Returns its fields."""
         deadline = time.monotonic() + seconds
-        while (now := self.job(job))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"job {job} is {now['JobState']} ({now['Reason']}), not {states}"
+        while (fields := self.job(job))["JobState"] not in states:
+            assert time.monotonic() < deadline, f"job {job} is {fields['JobState']} ({fields['Reason']}), not {states}"
             time.sleep(0.2)
-        return now
+        return fields
 
     def start_requeued(self, job: str) -> None:
         """Starts a requeued job now; SLURM would wait two minutes."""
@@ -85,7 +85,7 @@ class Cluster:
         self.run("node1", "scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def pids(self, node: str, text: str) -> list[int]:
-        """The processes on a node whose command line contains a text."""
+        """Returns the ids of the processes on a node whose command line contains a text."""
         namespace = os.readlink(f"/proc/{self._holders[node].pid}/ns/uts")
         pids = []
         for path in pathlib.Path("/proc").glob("[0-9]*"):
@@ -96,7 +96,7 @@ class Cluster:
         return pids
 
     def start(self) -> None:
-        """Makes the nodes and starts the daemons; returns when both nodes are idle."""
+        """Creates the nodes and starts the daemons. Returns when both nodes are idle."""
         for name in ("state", "spool.node1", "spool.node2"):
             (self.root / name).mkdir()
         (self.root / "slurm.conf").write_text(CONFIG.format(root=self.root))
@@ -126,7 +126,7 @@ class Cluster:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ends all processes on the nodes, then the nodes."""
+        """Kills all processes on the nodes, then the nodes."""
         for node, holder in self._holders.items():
             for pid in self.pids(node, ""):
                 with contextlib.suppress(ProcessLookupError):
@@ -149,7 +149,7 @@ MUNGE_FILES = {"key_file": "key", "socket": "socket", "pid_file": "pid", "log_fi
 
 @contextlib.contextmanager
 def running_cluster(root: pathlib.Path) -> Iterator[Cluster]:
-    """A cluster that is stopped at the end."""
+    """Yields a running cluster, and stops it at the end."""
     cluster = Cluster(root)
     try:
         cluster.start()

@@ -1,4 +1,4 @@
-"""Text data for tests: sentences, dataset flags, and the rows that a plain loop makes of ids."""
+"""Text data for tests: sentences, dataset flags, and a reference implementation of rows."""
 
 import json
 

@@ -36,7 +36,7 @@ TINY = {
 
 
 def train(output_dir, **settings) -> pathlib.Path:
-    """Runs the trainer in this process; settings use `__` for dots. Returns the run directory."""
+    """Runs the trainer in this process and returns the run directory. Settings may use `__` for dots."""
     config = flags.defaults(llama_train.FLAGS)
     config.update_from_flattened_dict({**TINY, "logger.output_dir": str(output_dir)} | dotted(settings))
     flags.validate(llama_train.FLAGS, config)
@@ -57,7 +57,7 @@ def start(output_dir, devices=8, **settings) -> subprocess.Popen:
 
 
 def start_two(output_dir, port: int, **settings) -> list[subprocess.Popen]:
-    """Starts one run as two processes of two devices each. A pair of output directories gives each its own."""
+    """Starts one run as two processes of two devices each. With a pair of output directories, each has its own."""
     together = {
         "jax_distributed__initialize_jax_distributed": True,
         "jax_distributed__coordinator_address": f"127.0.0.1:{port}",
@@ -71,7 +71,7 @@ def start_two(output_dir, port: int, **settings) -> list[subprocess.Popen]:
 
 
 def await_metrics(processes, *paths, seconds: float = 240) -> None:
-    """Waits until trainers have logged a step into each of these files."""
+    """Waits until trainers have logged a step to each of these files."""
     deadline = time.monotonic() + seconds
     while not all(path.exists() and path.stat().st_size for path in paths):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
@@ -79,7 +79,7 @@ def await_metrics(processes, *paths, seconds: float = 240) -> None:
 
 
 def finish(*processes: subprocess.Popen, code: int = 0, seconds: float = 240) -> str | list[str]:
-    """Waits for trainers to exit, and returns the output of the one, or of each of several."""
+    """Waits for trainers to exit. Returns the output of one trainer, or a list of the outputs of several."""
     deadline = time.monotonic() + seconds
     try:
         outputs = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0] for process in processes]
@@ -96,7 +96,7 @@ def dotted(settings: dict) -> dict:
 
 
 def metrics(run_dir, *names) -> dict[int, tuple]:
-    """Returns the named metrics by step; of repeated steps the last counts."""
+    """Returns the named metrics by step. If a step is repeated, its last line counts."""
     rows = [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: tuple(row[name] for name in names) for row in rows}
 

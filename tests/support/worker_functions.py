@@ -11,7 +11,7 @@ def main_and_jax() -> tuple[str | None, bool]:
 
 
 def die_once(flag: str) -> str:
-    """Kills its process, unless it ran before with the same file."""
+    """Kills its process on the first call with a file."""
     path = pathlib.Path(flag)
     if not path.exists():
         path.touch()

@@ -1,4 +1,4 @@
-"""Invalid input ends with one line that names it, before the first step, and leaves no partial files."""
+"""Invalid input raises a one-line error that names it, before the first step, and leaves no partial files."""
 
 import base64
 import json

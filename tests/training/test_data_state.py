@@ -1,4 +1,4 @@
-"""The data state: where a run continues exactly, and what is refused."""
+"""The data state: the row at which a run continues exactly, and the states that are refused."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from EasyLM.training import batches
 
 @pytest.fixture
 def sentences(golden, tmp_path):
-    """The golden data set, which a test may change."""
+    """A copy of the golden dataset."""
     return copy_golden(golden, tmp_path)
 
 

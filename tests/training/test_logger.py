@@ -1,4 +1,4 @@
-"""Metrics: `metrics.jsonl` after a kill, what reaches wandb and TensorBoard, and services that fail."""
+"""Metrics: `metrics.jsonl` after a kill, calls of wandb and TensorBoard, and services that fail."""
 
 import json
 import subprocess
@@ -108,10 +108,10 @@ def test_wandb_that_does_not_start_is_an_error(tmp_path, calls, monkeypatch):
         ("", ""),
         ('{"step": 0}\n', '{"step": 0}\n'),
         ('{"step": 0}\n{"step": 1, "lo', '{"step": 0}\n{"step": 1, "lo\n'),
-        ('{"step": 0}', '{"step": 0}\n'),  # whole but for the newline
+        ('{"step": 0}', '{"step": 0}\n'),  # complete except for the newline
     ],
 )
-def test_a_torn_last_line_is_ended(tmp_path, calls, content, kept):
+def test_a_truncated_last_line_gets_a_newline(tmp_path, calls, content, kept):
     path = tmp_path / "metrics.jsonl"
     if content is not None:
         path.write_text(content)
@@ -151,7 +151,7 @@ def test_a_service_that_fails_does_not_end_the_run(tmp_path, calls, monkeypatch,
     monkeypatch.setattr(wandb, "init", lambda **_: types.SimpleNamespace(log=fail, finish=fail))
     log(tmp_path, {"step": 0}, {"step": 1})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    assert caplog.text.count("WandbSink failed and is not used any more: no network") == 1
+    assert caplog.text.count("WandbSink failed and is disabled: no network") == 1
 
 
 def test_a_service_that_does_not_close_does_not_end_the_run(tmp_path, calls, monkeypatch, caplog):

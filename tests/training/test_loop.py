@@ -33,16 +33,16 @@ def make_report(batches, settings=SETTINGS, unit="tokens", peak_tflops=0.002, lo
 
 
 def fit(monkeypatch, unit="tokens", peak_tflops=0.002, evaluates=True) -> dict:
-    """The logged metrics by step of a run in which each activity takes a fixed time of a simulated clock."""
+    """Runs the loop on a simulated clock: each activity has a fixed duration. Returns the logged metrics by step."""
     clock = types.SimpleNamespace(now=1000.0)
     monkeypatch.setattr(throughput, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
 
     def takes(seconds, result=None):
-        def do(*_):
+        def function(*_):
             clock.now += seconds
             return result
 
-        return do
+        return function
 
     class Batches:
         position, wait_seconds = 0, 100.0  # waited before the loop began
@@ -127,14 +127,14 @@ def test_throughput_counts_all_tokens_of_a_step(tmp_path):
         assert row["mfu"] == pytest.approx(flops_per_second / (DEVICES * 0.5e12), rel=1e-9)
 
 
-@pytest.mark.parametrize("culprit", ["data", "evaluation", "metrics", "first save", "step"])
-def test_an_error_ends_the_run_after_the_last_complete_step_is_saved(culprit):
+@pytest.mark.parametrize("failing", ["data", "evaluation", "metrics", "first save", "step"])
+def test_an_error_ends_the_run_after_the_last_complete_step_is_saved(failing):
     """An error of a step saves nothing: the step has donated the state."""
     saved, calls = [], {"data": 0, "evaluation": 0, "metrics": 0, "first save": 0, "step": 0}
 
     def count(name, at):
         calls[name] += 1
-        if name == culprit and calls[name] == at:
+        if name == failing and calls[name] == at:
             raise OSError(28, f"no space for {name}")
 
     class Batches:
@@ -156,17 +156,17 @@ def test_an_error_ends_the_run_after_the_last_complete_step_is_saved(culprit):
         count("evaluation", 4)
         return {}
 
-    settings = dataclasses.replace(SETTINGS, log_freq=1, save_model_freq=3 if culprit == "first save" else 0)
+    settings = dataclasses.replace(SETTINGS, log_freq=1, save_model_freq=3 if failing == "first save" else 0)
     batches = Batches()
     report = make_report(batches, settings, log=lambda row: count("metrics", 3))
-    with pytest.raises(OSError, match=f"no space for {culprit}"):
+    with pytest.raises(OSError, match=f"no space for {failing}"):
         loop.fit(types.SimpleNamespace(step=0), step, batches, settings, report, save=save, evaluate=evaluate)
-    done = {"data": 3, "evaluation": 4, "metrics": 4, "first save": 3}.get(culprit)
+    done = {"data": 3, "evaluation": 4, "metrics": 4, "first save": 3}.get(failing)
     assert saved == ([(done, done, 8 * done)] if done else [])
 
 
 def test_the_step_in_progress_when_training_stops_is_reported_and_saved(tmp_path):
-    """Only step 3 is not finite; step 4 has been dispatched by the time that is known."""
+    """Only step 3 is not finite. Step 4 has been dispatched before that is known."""
     rows, saved = [], []
 
     class Batches:

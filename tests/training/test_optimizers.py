@@ -45,7 +45,7 @@ def scheduled_decay(schedule):
 
 
 def reference(config):
-    """Returns the definition of the two optimizers in plain optax."""
+    """Returns the optimizer of the flags in plain optax, and its schedule."""
     c = config[f"{config.type}_optimizer"]
     mu_dtype = jnp.bfloat16 if c.bf16_momentum else jnp.float32
     if config.type == "palm":

@@ -108,7 +108,7 @@ def test_resume_is_bit_equal(tmp_path, variant):
 
 
 def half_written(run_dir) -> int | None:
-    """The step whose checkpoint is being written, or was being written when the process was killed."""
+    """Returns the step whose checkpoint is incomplete: being written, or abandoned when the process was killed."""
     names = (path.name.removeprefix(run_directory.TEMPORARY) for path in (run_dir / "checkpoints").glob("*"))
     return next((int(name) for name in names if name.isdigit()), None)
 

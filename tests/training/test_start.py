@@ -1,4 +1,4 @@
-"""Where a run starts: found once, before data is indexed."""
+"""The start of a run: which files it uses, and that it reads each once."""
 
 import collections
 import functools
@@ -20,7 +20,7 @@ def start_of(run_dir, load_checkpoint="") -> StartFiles:
 
 
 def save_step(run_dir, step, start, milestone=False):
-    """Writes the files of a run that started at `start`, as far as the next start reads them."""
+    """Writes those files of a run started at `start` that the next start reads."""
     metadata = {"step": step, "flags": {"load_checkpoint": "of the last start only"}, "started_from": start.history}
     files = {"streaming_train_state": b"", "dataset.json": b"{}", "metadata.json": json.dumps(metadata).encode()}
     writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}

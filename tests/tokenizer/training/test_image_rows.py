@@ -39,9 +39,9 @@ def test_a_run_does_not_resume_on_other_images(folder):
     os.utime(file, (1, 1))
     assert batches.rows_consumed(before, source()) == 4
     file.write_bytes(data + b"more")
-    with pytest.raises(UserError, match="is of other data or another order: names_and_sizes changed"):
+    with pytest.raises(UserError, match="belongs to other data or another order: names_and_sizes changed"):
         batches.rows_consumed(before, source())
     file.write_bytes(data)
     file.rename(folder / "pictures" / "9.png")
-    with pytest.raises(UserError, match="is of other data or another order: names_and_sizes changed"):
+    with pytest.raises(UserError, match="belongs to other data or another order: names_and_sizes changed"):
         batches.rows_consumed(before, source())
