@@ -20,7 +20,7 @@ Vocabulary:
 Shape letters: as in `evaluation.prompting`; T frames of a clip.
 """
 
-from evaluation.runs.example import EXAMPLE_FLAGS, Example
+from evaluation.runs.example import EXAMPLE_FLAGS
 from evaluation.runs.lines import LINE_FLAGS, Line, read_lines
 from evaluation.runs.loops import GENERATION_FLAGS, EvaluationRun
 from evaluation.runs.results import UNFINISHED, Results
@@ -31,7 +31,6 @@ __all__ = [
     "LINE_FLAGS",
     "UNFINISHED",
     "EvaluationRun",
-    "Example",
     "Line",
     "Results",
     "read_lines",

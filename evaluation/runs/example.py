@@ -12,7 +12,7 @@ EXAMPLE_FLAGS = {
 
 
 class Example(Protocol):
-    """An example as evaluation runs see it.
+    """A prompt with its target or output paths.
 
     Attributes:
       name: identifies the example in messages and results, such as FILE:LINE.

@@ -17,7 +17,7 @@ Modules:
   protocol       requests and responses as pydantic models
   limits         limits of size, time and number: ASGI middleware and an idle timeout
   uploads        image files of a request
-  refusals       HTTP error responses
+  request_errors HTTP error responses
   responses      bodies of responses and streams
   engine         `Engine`: the queue in front of a prompter
   batcher        a queue that forms batches
@@ -36,8 +36,8 @@ Vocabulary:
   warm up             compile before the first request
 """
 
-from evaluation.serving.batch_worker import Answer, Prompt
+from evaluation.serving.batch_worker import Prompt
 from evaluation.serving.engine import ENGINE_FLAGS, Engine, EngineSettings
 from evaluation.serving.limits import Limits
 
-__all__ = ["ENGINE_FLAGS", "Answer", "Engine", "EngineSettings", "Limits", "Prompt"]
+__all__ = ["ENGINE_FLAGS", "Engine", "EngineSettings", "Limits", "Prompt"]

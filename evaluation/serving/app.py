@@ -11,7 +11,7 @@ from evaluation.serving.batcher import ClosedError, QueueFullError
 from evaluation.serving.endpoints import Endpoints
 from evaluation.serving.engine import Engine
 from evaluation.serving.limits import Guard, Limits
-from evaluation.serving.refusals import Refused, refusal_of
+from evaluation.serving.request_errors import RequestError, to_request_error
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -21,10 +21,10 @@ _DESCRIPTION = """Prompt a Large Vision Model with images; it generates the imag
 
 *An analogy prompt*: example, answer, example, answer, ..., query. The model generates the query's answer.
 
-*A sequential prompt*: frames in order. The model generates the next ones.
+*A sequential prompt*: frames in order. The model generates the next frames.
 
 Images are files of a form (`curl -F pictures=@a.png -F pictures=@b.png`) or base64 (JSON). Requests that arrive
-together are computed together. Every response with another status than 200 is
+at the same time are computed in one batch. Every response with a status other than 200 is
 `{"error": {"code": ..., "message": ...}}`.
 """
 _ERRORS = {
@@ -33,7 +33,7 @@ _ERRORS = {
     413: "The body, the number of images or their pixels exceed the limit.",
     415: "The body is neither JSON nor a form.",
     422: "A field or an image is wrong; the message names it.",
-    429: "The queue is full; the header Retry-After tells when to try again.",
+    429: "The queue is full; try again after the seconds of the header Retry-After.",
     500: "An error of the service.",
     503: "The service is stopping, or too many requests are open.",
 }
@@ -78,7 +78,7 @@ class _PostRoutes:
         def authorise(credentials: HTTPAuthorizationCredentials | None = bearer) -> None:
             sent = credentials.credentials if credentials else ""
             if token and not hmac.compare_digest(sent.encode(), token.encode()):
-                raise Refused(401, "unauthorized", "send the header `Authorization: Bearer TOKEN`")
+                raise RequestError(401, "unauthorized", "send the header `Authorization: Bearer TOKEN`")
 
         self._app, self._authorise = app, Depends(authorise)
 
@@ -130,13 +130,13 @@ def _add_error_handlers(app: "FastAPI") -> None:
     from starlette.exceptions import HTTPException
 
     def answer(request: Request, error: Exception) -> JSONResponse:
-        refused = refusal_of(error)
-        return JSONResponse(refused.body, refused.status, headers=refused.headers)
+        request_error = to_request_error(error)
+        return JSONResponse(request_error.body, request_error.status, headers=request_error.headers)
 
     def answer_http(request: Request, error: Any) -> JSONResponse:  # unknown path, wrong method
         body = {"error": {"code": f"http_{error.status_code}", "message": str(error.detail)}}
         return JSONResponse(body, error.status_code, headers=error.headers)
 
-    for kind in (Refused, UserError, QueueFullError, ClosedError, Exception):
+    for kind in (RequestError, UserError, QueueFullError, ClosedError, Exception):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, answer_http)

@@ -118,8 +118,8 @@ class BatchWorker:
         )
         tokens = [tokens_CFN[: item.settings.num_candidates] for tokens_CFN, item in zip(tokens_BCFN, items)]
         images = self._prompter.decode(np.concatenate(tokens))  # all candidates in one call
-        images_of_items = np.split(images, np.cumsum([len(tokens_CFN) for tokens_CFN in tokens])[:-1])
-        return [Answer(*pair, batch=len(jobs)) for pair in zip(images_of_items, tokens, strict=True)]
+        split_images = np.split(images, np.cumsum([len(tokens_CFN) for tokens_CFN in tokens])[:-1])
+        return [Answer(*pair, batch=len(jobs)) for pair in zip(split_images, tokens, strict=True)]
 
     def _log_likelihoods(self, items: Sequence[LikelihoodItem]) -> list[np.ndarray]:
         tokens = self._tokens([prompt for item in items for prompt in (item.prompt, item.target)])

@@ -15,7 +15,7 @@ from evaluation.serving.batch_worker import Prompt
 from evaluation.serving.batcher import ClosedError
 from evaluation.serving.engine import Engine
 from evaluation.serving.limits import Limits
-from evaluation.serving.refusals import Refused
+from evaluation.serving.request_errors import RequestError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -82,8 +82,8 @@ class Endpoints:
         prompt = await self._prompt(body.pictures, body.tokens, "pictures", "tokens")
         target = await self._prompt(body.targets, body.target_tokens, "targets", "target_tokens")
         log_p_PN = await _result(self._engine.log_likelihoods(prompt, target), request)
-        each = [engines.perplexity(log_p_N) for log_p_N in log_p_PN]
-        return _json({"perplexity": engines.perplexity(log_p_PN), "perplexities": each})
+        perplexities = [engines.perplexity(log_p_N) for log_p_N in log_p_PN]
+        return _json({"perplexity": engines.perplexity(log_p_PN), "perplexities": perplexities})
 
     async def tokenize(self, request: "Request") -> "Response":
         """Returns the tokens of images, in the form that prompts accept."""
@@ -99,7 +99,7 @@ class Endpoints:
         from anyio import to_thread
 
         if (files is None) == (tokens is None):
-            raise Refused(422, "invalid", f"give either {files_name} or {tokens_name}")
+            raise RequestError(422, "invalid", f"give either {files_name} or {tokens_name}")
         if tokens is not None:
             return Prompt(tokens=protocol.tokens_array(tokens, tokens_name))
         decode = partial(uploads.decode_images, files or (), self._engine.resolution, self._limits, files_name)
@@ -132,7 +132,7 @@ async def _result(future: Future, request: "Request") -> Any:
             raise ClosedError(responses.UNFINISHED)
         if result.done():
             return result.result()
-        raise Refused(499, "client_left", "the client disconnected")
+        raise RequestError(499, "client_left", "the client disconnected")
     finally:
         result.cancel()
         disconnect.cancel()

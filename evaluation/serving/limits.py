@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from evaluation.serving.refusals import Refused
+from evaluation.serving.request_errors import RequestError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -43,7 +43,7 @@ class Limits:
 
 
 class Guard:
-    """ASGI middleware. Raises `Refused` while the application reads a body that exceeds the limits."""
+    """ASGI middleware. Raises `RequestError` while the application reads a body that exceeds the limits."""
 
     def __init__(self, app: Callable, limits: Limits):
         self._app, self._limits, self._num_open = app, limits, 0
@@ -59,7 +59,7 @@ class Guard:
                 send = body.drained_before(self._with_timeout(timeout, send))
                 if self._num_open > self._limits.connections:
                     message = f"{self._limits.connections} requests are open: no more are accepted"
-                    await _send_refusal(Refused(503, "busy", message, 1), send)
+                    await _send_error(RequestError(503, "busy", message, 1), send)
                 else:
                     await self._app(scope, body.receive, send)
         except TimeoutError:
@@ -92,7 +92,7 @@ class _Body:
         """Returns the next message.
 
         Raises:
-          Refused: if the body is too large or too slow, or the client disconnects.
+          RequestError: if the body is too large or too slow, or the client disconnects.
         """
         if self._done:
             return await self._receive()  # returns when the client disconnects
@@ -101,14 +101,14 @@ class _Body:
         except TimeoutError:
             if self._done:  # `drained_before` received the end of the body meanwhile
                 return await self._receive()
-            raise Refused(
+            raise RequestError(
                 408, "too_slow", f"the body did not arrive within {self._limits.read_seconds:g} seconds"
             ) from None
         self._count(message)
         if message["type"] == "http.disconnect":
-            raise Refused(499, "client_left", "the client disconnected before the end of its body")
+            raise RequestError(499, "client_left", "the client disconnected before the end of its body")
         if self._bytes > self._limits.body_bytes:
-            raise Refused(413, "body_too_large", f"a body has at most {self._limits.body_bytes} bytes")
+            raise RequestError(413, "body_too_large", f"a body has at most {self._limits.body_bytes} bytes")
         return message
 
     def _count(self, message: Message) -> None:
@@ -129,11 +129,11 @@ class _Body:
         return drain_then_send
 
 
-async def _send_refusal(refused: Refused, send: Send) -> None:
-    headers = {"content-type": "application/json", **refused.headers}
+async def _send_error(error: RequestError, send: Send) -> None:
+    headers = {"content-type": "application/json", **error.headers}
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": refused.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": json.dumps(refused.body).encode()})
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
 
 
 def with_idle_timeout(limits: Limits) -> type[asyncio.Protocol]:

@@ -19,7 +19,7 @@ from evaluation.serving.engine import Engine
 from evaluation.serving.limits import Limits
 from evaluation.serving.page_files import enlarged, save_answer
 from evaluation.serving.progress import Preview
-from evaluation.serving.refusals import Refused
+from evaluation.serving.request_errors import RequestError
 from tokenizer.media import images
 
 LIMITS = Limits()
@@ -37,7 +37,7 @@ def generate(
         contents = [pathlib.Path(file).read_bytes() for file in files]
         prompt = Prompt(images=uploads.decode_images(contents, engine.resolution, LIMITS))
         future = engine.generate(prompt, settings, previews.put)
-    except (UserError, Refused, QueueFullError, ClosedError) as error:
+    except (UserError, RequestError, QueueFullError, ClosedError) as error:
         raise visitor_error(str(error)) from None
     future.add_done_callback(lambda _: previews.put(None))
     try:

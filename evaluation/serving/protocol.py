@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from EasyLM.errors import UserError
 from evaluation.prompting import GenerationSettings
 from evaluation.serving.limits import Limits
-from evaluation.serving.refusals import Refused
+from evaluation.serving.request_errors import RequestError
 from evaluation.serving.uploads import FORMATS
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every response with another status than 200."""
+    """The body of every response with a status other than 200."""
 
     error: ErrorDetail
 
@@ -139,7 +139,7 @@ async def read_request(request: "Request", model: type[Model], limits: Limits) -
     """Reads the body of a request.
 
     Raises:
-      Refused: naming the fields that are wrong.
+      RequestError: naming the fields that are wrong.
     """
     from starlette.concurrency import run_in_threadpool
 
@@ -150,8 +150,8 @@ async def read_request(request: "Request", model: type[Model], limits: Limits) -
         if media_type == "multipart/form-data":
             return model.model_validate(await _read_form(request, limits))
     except ValidationError as error:
-        raise Refused(422, "invalid", _error_summary(error)) from None
-    raise Refused(
+        raise RequestError(422, "invalid", _error_summary(error)) from None
+    raise RequestError(
         415, "unsupported_media_type", f"content-type {media_type!r}: send application/json or multipart/form-data"
     )
 
@@ -169,13 +169,13 @@ async def _read_form(request: "Request", limits: Limits) -> dict[str, Any]:
         async with request.form(max_files=max_files, max_fields=_MAX_FORM_FIELDS, max_part_size=2**20) as form:
             for name, value in form.multi_items():
                 if name in texts or (name in files and not isinstance(value, UploadFile)):
-                    raise Refused(422, "invalid", f"{name}: given twice, or both as a file and as text")
+                    raise RequestError(422, "invalid", f"{name}: given twice, or both as a file and as text")
                 if isinstance(value, UploadFile):
                     files.setdefault(name, []).append(await value.read())
                 else:
                     texts[name] = value
     except HTTPException as error:
-        raise Refused(422, "invalid_form", str(error.detail)) from None
+        raise RequestError(422, "invalid_form", str(error.detail)) from None
     return files | texts
 
 

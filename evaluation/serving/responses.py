@@ -14,7 +14,7 @@ import numpy as np
 from evaluation.serving.batch_worker import Answer
 from evaluation.serving.batcher import ClosedError
 from evaluation.serving.progress import Preview
-from evaluation.serving.refusals import refusal_of
+from evaluation.serving.request_errors import to_request_error
 from tokenizer.media import grids, images
 
 UNFINISHED = "the service stops before this request is finished"
@@ -83,12 +83,12 @@ async def events(future: "Future[Answer]", previews: LatestPreview) -> AsyncIter
         try:
             yield _event("answer", await to_thread.run_sync(answer_body, future.result()))
         except CancelledError:
-            yield _event("error", refusal_of(ClosedError(UNFINISHED)).body)
+            yield _event("error", to_request_error(ClosedError(UNFINISHED)).body)
         except Exception as error:  # status 200 has been sent
-            refused = refusal_of(error)
-            if refused.status == 500:  # error handlers of the application do not run any more
+            request_error = to_request_error(error)
+            if request_error.status == 500:  # error handlers of the application do not run any more
                 logging.exception("a stream failed")
-            yield _event("error", refused.body)
+            yield _event("error", request_error.body)
     finally:
         future.cancel()  # the client may have disconnected
 

@@ -1,7 +1,7 @@
 """Few-shot tasks: examples, prompts of examples, and metrics of the answers.
 
 May import: EasyLM.storage, tokenizer.media, tokenizer.builders, tokenizer.image_quality, tokenizer.synthetic,
-evaluation.prompting. Other rooms import the names below, or the modules metrics, plots and report as namespaces.
+evaluation.prompting. Other packages import the names below, or the modules metrics, plots and report.
 
 Modules, in the order of the data flow:
   selection      the flags of fewshot that select tasks, numbers of shots and metrics

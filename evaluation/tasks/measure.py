@@ -21,7 +21,7 @@ from tokenizer.image_quality import FeatureStatistics, frechet_distance, incepti
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Measures a model: the model, its settings and the metrics.
+    """Measures a model on tasks.
 
     Attributes:
       generation: how answers are sampled. `context_images` is replaced by the length of prompt and answer.

@@ -50,12 +50,12 @@ def analogy_prompts(groups: Sequence[Hashable], queries: Sequence[int], shots: i
     members: dict[Hashable, list[int]] = {}
     for pair, group in enumerate(groups):
         members.setdefault(group, []).append(pair)
-    shots_of_queries = []
+    drawn_shots = []
     for query in queries:
         group_pairs = np.array(members[groups[query]])
         position = int(np.flatnonzero(group_pairs == query)[0])
-        shots_of_queries.append(group_pairs[draw_shots(len(group_pairs), shots, position, seed)])
-    shots_QK = np.array(shots_of_queries, int).reshape(len(queries), shots)
+        drawn_shots.append(group_pairs[draw_shots(len(group_pairs), shots, position, seed)])
+    shots_QK = np.array(drawn_shots, int).reshape(len(queries), shots)
     queries_Q = np.asarray(queries)
     return PromptLayout(np.stack([2 * shots_QK, 2 * shots_QK + 1], -1), 2 * queries_Q[:, None], 2 * queries_Q + 1)
 

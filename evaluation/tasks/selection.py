@@ -15,7 +15,7 @@ TASK_FLAGS = {
         "", "Comma list of folders of annotations, one for each task. A task has the name of its folder."
     ),
     "figures": Flag("", f"Comma list, a metric or nothing for each task: {', '.join(metrics.TASK_METRICS)}."),
-    "palette": Flag("", "File of the colours of palette_iou, a metric: R G B per line, the background first."),
+    "palette": Flag("", "Colour file of the metric palette_iou: one R G B per line, the background first."),
     "depth_range": Flag(
         "", "near,far: distances of white and black for depth_abs_rel; empty: those of rendered scenes."
     ),

@@ -141,7 +141,7 @@ def events_of(response: httpx.Response) -> list[tuple[str, dict]]:
     return [(event.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for event, data in lines]
 
 
-def assert_refused(response: httpx.Response, status: int, code: str, *parts: str) -> None:
+def assert_error(response: httpx.Response, status: int, code: str, *parts: str) -> None:
     """Asserts that a response is an error with this status and code, and these parts in its message."""
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"} and set(response.json()["error"]) == {"code", "message"}

@@ -11,7 +11,7 @@ import sys
 import httpx
 import numpy as np
 import pytest
-from serve_kit import LIMITS, SECONDS, TOKENS, HeldPrompter, assert_refused, form, png, tiny_engine, wait_until
+from serve_kit import LIMITS, SECONDS, TOKENS, HeldPrompter, assert_error, form, png, tiny_engine, wait_until
 
 from evaluation.prompting import GenerationSettings
 from evaluation.serving import Prompt, page_handlers
@@ -43,9 +43,9 @@ def test_a_full_queue_and_a_stopping_service_refuse_requests():
             return await refused.pop(), stopping, ready, await running, await waiting.pop(), await closing
 
     full, stopping, ready, ran, waited, closed = asyncio.run(asyncio.wait_for(scenario(), SECONDS))
-    assert_refused(full, 429, "queue_full", "try again in")
+    assert_error(full, 429, "queue_full", "try again in")
     assert int(full.headers["retry-after"]) >= 1
-    assert_refused(stopping, 503, "stopping")
+    assert_error(stopping, 503, "stopping")
     assert ready.status_code == 503 and ready.json()["state"] == "stopping"
     assert ran.status_code == waited.status_code == 200 and closed
 
@@ -66,7 +66,7 @@ def test_unfinished_requests_are_refused_when_the_service_stops():
 
     first, stream, last = asyncio.run(asyncio.wait_for(scenario(), SECONDS))
     for answer in (first, last):
-        assert_refused(answer, 503, "stopping", "before this request is finished")
+        assert_error(answer, 503, "stopping", "before this request is finished")
     assert 'event: error\ndata: {"error": {"code": "stopping"' in stream.text
     assert engine.close(SECONDS)  # the running batch stops itself
 

@@ -12,7 +12,7 @@ from serve_kit import (
     SECONDS,
     HeldPrompter,
     ask,
-    assert_refused,
+    assert_error,
     base64_of,
     png,
     tiny_engine,
@@ -64,8 +64,8 @@ def test_slow_bodies_and_excess_connections_are_refused(engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evaluation.serving.limits._DRAIN_SECONDS", 0.05)
         slow, excess = ask(app, ("POST", "/generate", options), ("GET", "/ready", {}))
-    assert_refused(slow, 408, "too_slow", "0.05 seconds")
-    assert_refused(excess, 503, "busy")
+    assert_error(slow, 408, "too_slow", "0.05 seconds")
+    assert_error(excess, 503, "busy")
     assert excess.headers["retry-after"] == "1"
     assert ask(app, ("GET", "/ready", {}))[0].json()["state"] == "warming up"  # the number of open requests is 0 again
 

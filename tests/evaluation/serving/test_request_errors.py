@@ -11,7 +11,7 @@ from serve_kit import (
     TOKENS,
     HeldPrompter,
     ask,
-    assert_refused,
+    assert_error,
     base64_of,
     bomb,
     events_of,
@@ -30,7 +30,7 @@ async def chunks(data: bytes):
 
 
 WRONG_ROW = [[CODES] * TOKENS]
-REFUSALS = {
+INVALID_REQUESTS = {
     "declared too large": ({"content": b"x" * 30_000, "headers": JSON_HEADER}, 413, "body_too_large", "20000"),
     "too large in parts": (lambda: {"content": chunks(b"x" * 30_000), "headers": JSON_HEADER}, 413, "body_too_large"),
     "form too large": (form(b"x" * 30_000), 413, "body_too_large"),
@@ -76,33 +76,33 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", INVALID_REQUESTS)
 def test_invalid_requests_are_refused(app, name):
-    options, status, code, *parts = REFUSALS[name]
+    options, status, code, *parts = INVALID_REQUESTS[name]
     response = post(app, "/generate", **(options() if callable(options) else options))
-    assert_refused(response, status, code, *parts)
+    assert_error(response, status, code, *parts)
 
 
 def test_other_endpoints_have_the_same_checks(app):
-    assert_refused(post(app, "/tokenize", **form(bomb())), 413, "too_many_pixels")
-    assert_refused(post(app, "/tokenize", json={"tokens": WRONG_ROW}), 422, "invalid", "tokens: Extra inputs")
-    assert_refused(post(app, "/perplexity", **form(png(1))), 422, "invalid", "either targets or target_tokens")
+    assert_error(post(app, "/tokenize", **form(bomb())), 413, "too_many_pixels")
+    assert_error(post(app, "/tokenize", json={"tokens": WRONG_ROW}), 422, "invalid", "tokens: Extra inputs")
+    assert_error(post(app, "/perplexity", **form(png(1))), 422, "invalid", "either targets or target_tokens")
     rows = {"tokens": [[0] * TOKENS] * 3, "target_tokens": [[0] * TOKENS] * 2}
-    assert_refused(post(app, "/perplexity", json=rows), 422, "invalid", "3 images and 2 targets", "holds 4")
+    assert_error(post(app, "/perplexity", json=rows), 422, "invalid", "3 images and 2 targets", "holds 4")
     many = [("pictures", png(1)), ("pictures", png(1)), ("targets", png(1)), ("targets", png(1))]
-    assert_refused(post(app, "/perplexity", files=many), 413, "too_many_pictures", "targets: 4", "at most 3")
+    assert_error(post(app, "/perplexity", files=many), 413, "too_many_pictures", "targets: 4", "at most 3")
     large = [("pictures", bomb(800, 800)), ("targets", bomb(800, 800))]
-    assert_refused(post(app, "/perplexity", files=large), 413, "too_many_pixels", "targets[0]")
+    assert_error(post(app, "/perplexity", files=large), 413, "too_many_pixels", "targets[0]")
     unknown_path, wrong_method = ask(app, ("GET", "/nowhere", {}), ("GET", "/generate", {}))
-    assert_refused(unknown_path, 404, "http_404")
-    assert_refused(wrong_method, 405, "http_405")
+    assert_error(unknown_path, 404, "http_404")
+    assert_error(wrong_method, 405, "http_405")
 
 
 def test_the_token_is_checked_before_the_body_is_read(engine):
     app = make_app(engine, LIMITS, token="sesame")
     for headers in ({}, {"authorization": "Bearer sesam"}, {"authorization": "Basic sesame"}):
         response = post(app, "/generate", content=b"x" * 30_000, headers=headers)
-        assert_refused(response, 401, "unauthorized")
+        assert_error(response, 401, "unauthorized")
         assert response.headers["www-authenticate"] == "Bearer"
     authorised = post(app, "/tokenize", **form(png(1)), headers={"authorization": "Bearer sesame"})
     assert authorised.status_code == 200
@@ -114,7 +114,7 @@ def test_the_service_continues_after_an_internal_error(caplog):
     engine = tiny_engine(prompter)
     app = make_app(engine, LIMITS)
     failed = post(app, "/generate", **form(png(1)))
-    assert_refused(failed, 500, "internal")
+    assert_error(failed, 500, "internal")
     assert "fire" not in failed.text
     streamed = events_of(post(app, "/generate", **form(png(1), output="stream")))
     assert [(name, body["error"]["code"]) for name, body in streamed] == [("error", "internal")]

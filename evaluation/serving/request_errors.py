@@ -1,11 +1,11 @@
-"""`Refused`: a request answered with an HTTP error. Converts exceptions to it."""
+"""HTTP error responses: `RequestError`, and the conversion of other exceptions to it."""
 
 from EasyLM.errors import UserError
 from evaluation.serving.batcher import ClosedError, QueueFullError
 
 
-class Refused(Exception):  # noqa: N818, a response rather than a failure
-    """A request that is answered with an HTTP error.
+class RequestError(Exception):
+    """An error that the service sends as an HTTP response.
 
     Attributes:
       status: the HTTP status.
@@ -28,14 +28,14 @@ class Refused(Exception):  # noqa: N818, a response rather than a failure
         return headers if self.retry_after is None else headers | {"retry-after": str(self.retry_after)}
 
 
-def refusal_of(error: Exception) -> Refused:
-    """Returns the HTTP error of a request that failed with this exception."""
-    if isinstance(error, Refused):
+def to_request_error(error: Exception) -> RequestError:
+    """Converts the exception of a failed request."""
+    if isinstance(error, RequestError):
         return error
     if isinstance(error, UserError):
-        return Refused(422, "invalid", str(error))
+        return RequestError(422, "invalid", str(error))
     if isinstance(error, QueueFullError):
-        return Refused(429, "queue_full", str(error), error.retry_after)
+        return RequestError(429, "queue_full", str(error), error.retry_after)
     if isinstance(error, ClosedError):
-        return Refused(503, "stopping", str(error), 10)
-    return Refused(500, "internal", "internal error; the reason is in the log of the service")
+        return RequestError(503, "stopping", str(error), 10)
+    return RequestError(500, "internal", "internal error; the reason is in the log of the service")
