@@ -1,11 +1,11 @@
-"""Images, videos and annotations to visual sentences of VQGAN codes, and back. The modules are commands.
+"""Converts images, videos and annotations to visual sentences of VQGAN codes, and back. Each module is a command.
 
-Rooms; all may import EasyLM's lower rooms, and tests/test_architecture.py holds the exact table:
+Sub-packages (tests/test_architecture.py lists the imports that each may have):
     media           image and video files, folders, grids, charts
     synthetic       rendered scenes and crops of photographs
-    vqgan           the tokenizer's network, files and codec
+    vqgan           network, weight files and codec of the tokenizer
     image_quality   PSNR, SSIM, LPIPS, FID, code usage
-    training        losses and discriminator of the tokenizer's training
-    sentence_files  reading, mixing and rendering files of sentences
+    training        objective and discriminator that train the tokenizer
+    sentence_files  reads, mixes and renders files of sentences
     builders        kinds of sentences, and the pipeline that builds them
 """

@@ -2,7 +2,7 @@
 
     python -m tokenizer.build --kind=paired --input_dir=data/image --target_dir=data/depth --output_file=depth.jsonl
 
-DATASET.md describes the kinds. An interrupted build resumes with the same command, to the same bytes.
+DATASET.md describes the kinds. The same command resumes an interrupted build; the bytes of the file do not change.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ from tokenizer.media import folders, images, videos
 from tokenizer.sentence_files import SkippedInputs
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
-VERSION = 1  # of how sentences follow from flags and inputs: an interrupted build resumes only under the same one
+VERSION = 1  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
 
-# Flags that determine the sentences; an interrupted build resumes only with the same values.
+# Flags that determine the sentences. An interrupted build resumes only with the same values.
 SENTENCE_FLAGS = {
     "kind": Flag("images", "The kind of sentences.", choices=tuple(KINDS)),
     "input_dir": Flag("", "Folder of the inputs, with its subfolders.", required=True),
     "target_dir": Flag("", "Folder of the annotations or of further clips; for multi_* a comma list."),
-    "n_shots": Flag(8, "Pairs, images, or classes of a sentence.", least=1),
-    "images_per_shot": Flag(1, "category: images of each class of a sentence.", least=1),
+    "n_shots": Flag(8, "Pairs, images or classes in a sentence.", least=1),
+    "images_per_shot": Flag(1, "category: images of each class in a sentence.", least=1),
     "n_epochs": Flag(1, "Passes over all inputs, each shuffled differently.", least=1),
-    "n_frames": Flag(16, "Frames of a sentence.", least=1),
+    "n_frames": Flag(16, "Frames in a sentence.", least=1),
     "max_stride": Flag(1, "frames, multi_sequence, co3d: largest random step between frames.", least=1),
     "strides": Flag("1", "video: steps between frames, a comma list; each makes its own sentences."),
     "hole_mask_ratio": Flag(0.5, "inpainting: probability that a mask is one hole, not patches.", least=0, most=1),
     "seed": Flag(0, "Seed of every random choice.", least=0),
-    "shard": Flag("0/1", "i/n: make only part i (from 0) of n parts; concatenated, the parts are the whole file."),
+    "shard": Flag("0/1", "i/n: build only part i (from 0) of n; the concatenated parts equal the whole file."),
     "vqgan": CODEC_FLAGS["vqgan"],
     "dtype": CODEC_FLAGS["dtype"],
 }
@@ -55,17 +55,17 @@ FLAGS = {
     "output_file": Flag(
         "", "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it.", required=True
     ),
-    "max_errors": Flag(0, "Skip at most so many broken, unmatched or short inputs, each reported.", least=0),
+    "max_errors": Flag(0, "Maximum number of broken, unmatched or short inputs to skip; each is reported.", least=0),
     "fresh": Flag(False, "Discard an interrupted or finished build of the file."),
     "workers": Flag(os.cpu_count() or 1, "Processes that read images.", least=1),
     "cache_pictures": Flag(
-        1 << 21, "Images whose codes are cached on disk for further epochs, 2 bytes a token.", least=1
+        1 << 21, "Images whose codes are cached on disk for later epochs, 2 bytes per token.", least=1
     ),
 }
 
 
 def main(config: ConfigDict) -> None:
-    """Builds the file and prints its contents in numbers."""
+    """Builds the file and prints its statistics."""
     kind, skipped = KINDS[config.kind], SkippedInputs(config.max_errors)
     inputs, settings, (shard, shards) = _input_folders(kind, config), _settings(config), _shard(config.shard)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
@@ -78,7 +78,7 @@ def main(config: ConfigDict) -> None:
     plan = BuildPlan(config.kind, sampler, settings, examples)
     with contextlib.closing(ResumableFile(config.output_file, _fingerprint(config, index), config.fresh)) as file:
         if file.finished_report is not None:
-            print(f"{config.output_file} is finished already: {_summary(file.finished_report)}")
+            print(f"{config.output_file} is already complete: {_summary(file.finished_report)}")
             return
         folders.report_ignored(index.ignored, "inputs")
         check_output(config.output_file, "output_file")
@@ -86,7 +86,7 @@ def main(config: ConfigDict) -> None:
         resources = Resources(config.batch_size, config.workers, cached_images)
         report = write_sentences(plan, codec, file, skipped, resources)
         if not report["sentences"] and shards == 1:
-            raise UserError(f"--input_dir={config.input_dir}: made no sentence, {len(skipped)} inputs skipped")
+            raise UserError(f"--input_dir={config.input_dir}: no sentence was built, {len(skipped)} inputs skipped")
         file.finish({**report, "files_passed_over": index.ignored})
     print(f"{config.output_file}: {_summary(report)}")
 

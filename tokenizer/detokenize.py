@@ -1,6 +1,6 @@
-"""Decodes sentences to images to look at: `python -m tokenizer.detokenize --input_file=F.jsonl --output_dir=D`.
+"""Decodes sentences to viewable files: `python -m tokenizer.detokenize --input_file=F.jsonl --output_dir=D`.
 
-`--format=png` writes an image file a sentence, `000000.png` for the first, its images in rows. `mp4` and `gif` play the
+`--format=png` writes one file per sentence, from `000000.png` on, with its images in rows. `mp4` and `gif` show the
 images of a sentence as frames. `html` writes one self-contained page, `sentences.html`, with the kind and the sources
 of each sentence. Sentences are numbered from 0 in the order of the file.
 """
@@ -25,11 +25,11 @@ FLAGS = {
     "input_file": Flag("", "File of sentences: JSONL, also .gz and .zst, or packed.", required=True),
     "output_dir": Flag("", "Folder for the images.", required=True),
     "format": Flag(
-        "png", "A PNG file, video or animation per sentence, or one page.", choices=("png", "html", "mp4", "gif")
+        "png", "A PNG file, video or animation per sentence, or one HTML page.", choices=("png", "html", "mp4", "gif")
     ),
-    "sentences": Flag("", "Numbers and ranges of the sentences to decode, as 0,5,10-20; empty: all."),
-    "kinds": Flag("", "Comma list: decode only sentences of these kinds; empty: all."),
-    "limit": Flag(0, "Decode at most so many sentences; 0: all.", least=0),
+    "sentences": Flag("", "Numbers and ranges of the sentences to decode, such as 0,5,10-20; empty: all."),
+    "kinds": Flag("", "Comma list of the kinds of sentences to decode; empty: all."),
+    "limit": Flag(0, "Maximum number of sentences to decode; 0: all.", least=0),
     "columns": Flag(8, "png: images in a row.", least=1),
     "fps": Flag(4.0, "mp4, gif: images per second.", above=0, most=100),
     **CODEC_FLAGS,

@@ -1,7 +1,7 @@
 """Measures the reconstructions of a tokenizer: `python -m tokenizer.eval_vqgan --vqgan=DIR --input_dirs=D1,D2`.
 
-Prints PSNR, SSIM (means over images) and code usage of each folder, and with `--inception_weights` rFID. Writes the
-same as JSON with `--output_json`, and originals above their reconstructions as one image with `--output_picture`.
+Prints mean PSNR, mean SSIM and code usage of each folder; `--inception_weights` adds rFID. `--output_json` writes the
+metrics as JSON. `--output_picture` writes originals above their reconstructions as one image.
 """
 
 import concurrent.futures
@@ -25,9 +25,9 @@ from tokenizer.vqgan import CODEC_FLAGS, Codec
 FLAGS = {
     "input_dirs": Flag("", "Comma list of folders of images, searched recursively.", required=True),
     "limit": Flag(0, "Number of images taken from each folder, in name order; 0: all.", least=0),
-    "inception_weights": Flag("", "File of pytorch-fid's InceptionV3. Adds rFID."),
+    "inception_weights": Flag("", "Local weights of pytorch-fid's InceptionV3; enables rFID."),
     "output_json": Flag("", "File for the metrics."),
-    "output_picture": Flag("", "Image file: a row of each folder's first images above their reconstructions."),
+    "output_picture": Flag("", "Image file for each folder's first images, in a row above their reconstructions."),
     "columns": Flag(12, "Images in a row of --output_picture.", least=1),
     **CODEC_FLAGS,
 }
@@ -35,13 +35,13 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class FolderResult:
-    """What `measure` returns for the images of a folder.
+    """Metrics and example images of a folder.
 
     Attributes:
-      metrics: as in the JSON file, without rFID.
+      metrics: by name, as in the JSON file but without rFID.
       counts_K: how often each code occurs.
-      rows: the first originals, and their reconstructions: two arrays of bytes [columns,S,S,3].
-      features: statistics of the features of originals and of reconstructions; empty without a network.
+      rows: the first originals and their reconstructions, two arrays uint8 [columns,S,S,3].
+      features: feature statistics of originals and of reconstructions; empty without a network.
     """
 
     metrics: dict[str, float]
@@ -76,8 +76,8 @@ def main(config: ConfigDict) -> None:
         rows += result.rows
         if network:
             metrics[folder]["rfid"] = rfid(folder, *result.features)
-            for merged, part in zip(features, result.features, strict=True):
-                merged.merge(part)
+            for total, part in zip(features, result.features, strict=True):
+                total.merge(part)
         print(_summary(folder, metrics[folder]))
     overall = metrics["all"] = {"pictures": sum(map(len, paths.values())), **_code_usage(counts_K)}
     if network:
@@ -96,8 +96,8 @@ def measure(
     """Encodes and decodes the images of a folder and compares them with the originals.
 
     Args:
-      network: for the features; None: without.
-      columns: how many images the rows have.
+      network: computes the features for rFID; None: no features.
+      columns: number of images in `rows`.
     """
     values: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
     pairs, features = [], (FeatureStatistics(), FeatureStatistics())
@@ -123,7 +123,7 @@ def measure(
 
 
 def rfid(name: str, originals: FeatureStatistics, reconstructions: FeatureStatistics) -> float:
-    """FID of reconstructions against their originals. Logs a warning if there are too few."""
+    """Returns the FID of reconstructions against their originals. Logs a warning if there are too few images."""
     warn_if_few(name, originals.count)
     return frechet_distance(originals, reconstructions)
 
@@ -133,7 +133,7 @@ def _code_usage(counts_K: np.ndarray) -> dict[str, float]:
 
 
 def _fill_row(pixels_nSS3: np.ndarray, columns: int) -> np.ndarray:
-    """The first `columns` images, followed by white ones if there are fewer."""
+    """Returns the first `columns` images, padded with white ones."""
     white = np.ones((max(columns - len(pixels_nSS3), 0), *pixels_nSS3.shape[1:]), np.float32)
     return np.concatenate([pixels_nSS3[:columns], white])
 

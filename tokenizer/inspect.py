@@ -1,7 +1,7 @@
 """Prints statistics of sentence files: `python -m tokenizer.inspect --input_files='data/*.jsonl'`.
 
-Counts sentences, tokens, lengths, kinds, uses of the codes, and bad lines by address. Files are read once, as a stream;
-memory does not grow with them.
+Counts sentences, tokens, lengths, kinds and uses of the codes, and lists bad lines as `file:line`. Files are streamed
+once, so memory does not grow with their size.
 """
 
 import sys
@@ -20,10 +20,10 @@ FLAGS = {
     "input_files": Flag(
         "", "JSONL files, also .gz and .zst, and packed files: a comma list of paths and globs.", required=True
     ),
-    "vocab_size": Flag(VOCAB_SIZE, "A line with an id that is not below it is bad.", least=1),
+    "vocab_size": Flag(VOCAB_SIZE, "Ids must be below it; lines with other ids are bad.", least=1),
     "codebook_size": Flag(CODEBOOK_SIZE, "Codes of the tokenizer; higher ids are special.", least=1),
     "tokens_per_image": Flag(TOKENS_PER_IMAGE, "Codes of an image, the unit of the listed lengths.", least=1),
-    "max_listed": Flag(20, "Bad lines to list; all are counted.", least=0),
+    "max_listed": Flag(20, "Maximum number of bad lines to list; all are counted.", least=0),
     "output_json": Flag("", "Write the statistics to this file."),
     "output_picture": Flag("", "Write charts of lengths, codes and kinds to this image file (needs matplotlib)."),
 }

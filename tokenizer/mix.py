@@ -1,9 +1,9 @@
 """Mixes and shuffles JSONL files into one: `python -m tokenizer.mix --inputs=a.jsonl,'b/*.jsonl.gz' --output_file=F`.
 
-An input is a path or a glob, whose files are one source; .gz and .zst are decompressed. Lines are copied unchanged,
-except for carriage returns at their ends. Nothing is written before all lines are checked and known to fit on the disk.
-The order is a uniform permutation of all sentences. It depends on the inputs, the seed and the numbers of sentences
-taken, not on --memory_mb.
+An input is a path or a glob; the files of a glob are one source. .gz and .zst files are decompressed. Lines are copied
+unchanged, except for carriage returns at their ends. Before anything is written, all lines and the free disk space are
+checked. The order is a uniform permutation of all sentences. It depends on the inputs, the seed and the numbers of
+sentences to take, not on --memory_mb.
 """
 
 import os
@@ -25,13 +25,15 @@ FLAGS = {
         "", "JSONL files, also .gz and .zst: a comma list of paths and globs; a glob is one input.", required=True
     ),
     "output_file": Flag("", "The JSONL file, written atomically.", required=True),
-    "weights": Flag("", "Comma list, one per input: its share of the mixture. Empty: each sentence once."),
-    "total": Flag(0, "weights: sentences of the mixture; 0: as many as possible without repetition.", least=0),
-    "counts": Flag("", "Comma list, one per input: sentences to take; more than it has: repeated."),
-    "seed": Flag(0, "Seed of the order, and of which sentences are taken.", least=0),
+    "weights": Flag("", "Comma list, one number per input: its share of the mixture. Empty: each sentence once."),
+    "total": Flag(0, "With --weights: sentences in the mixture; 0: as many as possible without repetition.", least=0),
+    "counts": Flag("", "Comma list, one number per input: sentences to take; they repeat if the input has fewer."),
+    "seed": Flag(0, "Seed of the order and of the choice of sentences.", least=0),
     "vocab_size": Flag(VOCAB_SIZE, "Ids must be below it.", least=1),
-    "max_errors": Flag(0, "Skip at most so many bad lines, each reported.", least=0),
-    "memory_mb": Flag(512, "Megabytes of lines in memory; the others are on disk, beside the output.", least=1),
+    "max_errors": Flag(0, "Maximum number of bad lines to skip; each is reported.", least=0),
+    "memory_mb": Flag(
+        512, "Megabytes of lines in memory; the other lines are in temporary files beside the output.", least=1
+    ),
     "output_json": Flag("", "Write a report of the inputs to this file."),
 }
 
@@ -59,11 +61,11 @@ def main(config: ConfigDict) -> None:
 
 
 def _sources(config: ConfigDict) -> list[Source]:
-    """Validates the flags as far as possible without reading the inputs."""
+    """Returns the inputs. Validates the flags that can be validated without reading the inputs."""
     if config.weights and config.counts:
         raise UserError(f"--weights={config.weights} and --counts={config.counts}: give one of them")
     if config.total and not config.weights:
-        raise UserError(f"--total={config.total}: goes with --weights")
+        raise UserError(f"--total={config.total}: requires --weights")
     if os.path.isdir(config.output_file) or is_compressed(config.output_file):
         raise UserError(f"--output_file={config.output_file}: must be a plain file, not a folder, .gz or .zst")
     sources = [Source(name, paths) for name, paths in expand_path_groups("inputs", config.inputs)]

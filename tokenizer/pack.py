@@ -1,6 +1,6 @@
 """Packs JSONL files, or unpacks packed ones: `python -m tokenizer.pack --input_files=a.jsonl --output_file=a.packed`.
 
-A packed file takes two bytes a token instead of 5.33, and needs no index. The trainer, `tokenizer.inspect` and
+A packed file takes two bytes per token instead of 5.33, and needs no index. The trainer, `tokenizer.inspect` and
 `tokenizer.detokenize` read it in place of the JSONL file. Several files become one, in the given order.
 """
 
@@ -20,8 +20,9 @@ from EasyLM.vocab import VOCAB_SIZE
 from tokenizer.sentence_files import SkippedInputs, read_sentences
 from tokenizer.sentence_files.disk_space import check_disk_space
 
-_DECOMPRESSED = 4  # approximate bytes of JSONL per byte of .gz or .zst: 13 of the 43 bits of an id are information
-# Packing writes columns, 2 bytes for 5.33 bytes of JSONL, then joins them. Unpacking writes 5.33 bytes for 2.
+_DECOMPRESSED = 4  # approximate bytes of JSONL per byte of .gz or .zst: an id takes 43 bits, 13 of them information
+# Bytes on disk per byte of input. Packing writes 2 bytes per 5.33 bytes of JSONL twice: as columns, then joined.
+# Unpacking writes 5.33 bytes per 2.
 _PACKED_SHARE, _UNPACKED_SHARE = 0.8, 3.0
 
 FLAGS = {
@@ -29,14 +30,14 @@ FLAGS = {
         "", "JSONL files, also .gz and .zst, or packed files: a comma list of paths and globs.", required=True
     ),
     "output_file": Flag(
-        "", f"The file, *{packed_file.ENDING}; with --unpack, JSONL. It is written atomically.", required=True
+        "", f"The *{packed_file.ENDING} file, or JSONL with --unpack; written atomically.", required=True
     ),
     "unpack": Flag(False, "Convert packed files to JSONL."),
-    "keep_others": Flag(True, "Keep the other fields of the records (kind, sources)."),
+    "keep_others": Flag(True, "Keep the fields of the records besides the tokens, such as kind and sources."),
     "vocab_size": Flag(
         VOCAB_SIZE, "Ids must be below it; they take two bytes.", least=1, most=packed_file.LARGEST_ID + 1
     ),
-    "max_errors": Flag(0, "Skip at most so many bad lines, each reported.", least=0),
+    "max_errors": Flag(0, "Maximum number of bad lines to skip; each is reported.", least=0),
 }
 
 
@@ -64,7 +65,7 @@ def main(config: ConfigDict) -> None:
     bad_lines = f", {len(skipped)} bad lines skipped" if len(skipped) else ""
     print(
         f"{config.output_file}: {counts['sentences']} sentences, {counts['tokens']} tokens, "
-        f"{bytes_per_token:.2f} bytes a token{bad_lines}"
+        f"{bytes_per_token:.2f} bytes per token{bad_lines}"
     )
 
 
@@ -88,12 +89,12 @@ def _input_paths(config: ConfigDict) -> list[str]:
             raise UserError(f"--input_files={config.input_files}: {path} {reason}")
     if packed_file.is_packed(config.output_file) == config.unpack or is_compressed(config.output_file):
         ending = ".jsonl" if config.unpack else packed_file.ENDING
-        raise UserError(f"--output_file={config.output_file}: must end in {ending}, which tells its format")
+        raise UserError(f"--output_file={config.output_file}: must end in {ending}")
     return paths
 
 
 def _needed_space(paths: Sequence[str], is_unpacking: bool) -> int:
-    """Estimates the bytes on disk that the output needs."""
+    """Estimates the disk space in bytes that the output needs."""
     sizes = sum(file_version(path)["size"] * (_DECOMPRESSED if is_compressed(path) else 1) for path in paths)
     return int(sizes * (_UNPACKED_SHARE if is_unpacking else _PACKED_SHARE))
 

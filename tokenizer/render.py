@@ -1,9 +1,9 @@
-"""Renders images without a download: `python -m tokenizer.render --output_dir=D --num=200 --seed=0 --size=64`.
+"""Renders synthetic images: `python -m tokenizer.render --output_dir=D --num=200 --seed=0 --size=64`.
 
 Writes `image/ segmentation/ depth/ normals/ edges/` (scenes and their annotations, matched by stem), `photo_gray/
 photo_color/` (crops of photographs) and `frames/<clip>/<number>.png` (scenes in motion). `--layouts=True` adds the
-inputs of the other kinds of sentences: `labels/` (ids), `classes/<shape>/`, and of the clips `frames_depth/<clip>/`,
-`videos/<clip>.mp4` (needs the extra `video`) and `co3d/` (in CO3D's layout).
+inputs of the other kinds of sentences: `labels/` (ids), `classes/<shape>/`, and for each clip `frames_depth/<clip>/`,
+`videos/<clip>.mp4` (needs the extra `video`) and `co3d/` (CO3D's layout).
 """
 
 import concurrent.futures
@@ -37,9 +37,9 @@ FLAGS = {
         f"Different seeds give different images; {seed_ranges.FIRST_HELD_OUT} and above are reserved for test sets.",
         least=0,
     ),
-    "held_out_photos": Flag(False, "Crop the photographs that no training set has."),
+    "held_out_photos": Flag(False, "Crop the held-out photographs instead of the training ones."),
     "recolour_photos": Flag(False, "Change the colours of photographs at random."),
-    "layouts": Flag(False, "Also write label ids, classes, depth of clips, videos, and CO3D's layout."),
+    "layouts": Flag(False, "Also write label ids, classes, depths of clips, videos, and clips in CO3D's layout."),
     "workers": Flag(os.cpu_count() or 1, "Worker processes.", least=1, most=_MOST),
 }
 
@@ -76,7 +76,7 @@ def _scene(index: int, *, labels: bool, first_seed: int, size: int, root: str) -
 
 
 def _class(index: int, *, first_seed: int, size: int, root: str) -> None:
-    """Renders a scene whose solids all have one shape, which is true of one scene in thirteen."""
+    """Renders a scene whose solids all have one shape; about one layout in thirteen qualifies."""
     shape = layouts.SHAPES[index % len(layouts.SHAPES)]
     seeds = np.random.default_rng([first_seed + index, 13])
     while True:
@@ -107,7 +107,7 @@ def _clip(index: int, *, frames: int, extra: bool, first_seed: int, size: int, r
 
 
 def _co3d_frame(sequence: str, name: str, scene_images: dict[str, np.ndarray]) -> None:
-    """Writes a frame as CO3D does: depths are float16, stored as the bits of a 16-bit gray image; all are valid."""
+    """Writes a frame in CO3D's layout: float16 depths as the bits of a 16-bit gray image, all of them valid."""
     is_solid = np.where(scenes.label_ids(scene_images["segmentation"]) > 0, np.uint8(255), np.uint8(0))
     depth = scenes.depth_to_distance(scene_images["depth"]).astype(np.float16).view(np.uint16)
     images.save(os.path.join(sequence, "images", f"{name}.jpg"), scene_images["image"])

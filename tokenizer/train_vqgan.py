@@ -1,7 +1,8 @@
 """Trains a tokenizer: `python -m tokenizer.train_vqgan --input_dirs=D1,D2 --adversary.weight=0.8 ...` (DATASET.md).
 
-The run directory is that of any training run: metrics.jsonl, checkpoints, automatic resume. At the end it also holds
-`vqgan/`, the averaged model as a folder for --vqgan, and `reconstructions.png`, images above their reconstructions.
+The run directory contains metrics.jsonl and the checkpoints, from which the same command resumes. At the end it also
+contains `vqgan/`, the averaged model as a folder for --vqgan, and `reconstructions.png`, images above their
+reconstructions.
 """
 
 import dataclasses
@@ -50,15 +51,17 @@ from tokenizer.vqgan import COMPUTE_DTYPES, Codec, VQGANConfig, weights
 FLAGS = {
     **RUN_FLAGS,
     "total_steps": Flag(250_000, "Steps to train in total, including those before a resume.", least=0),
-    "save_model_freq": Flag(1000, "Steps between checkpoints; the model comes from the last one.", least=1),
+    "save_model_freq": Flag(1000, "Steps between checkpoints; the last one is exported.", least=1),
     "checkpointer": {
         **checkpoints.CHECKPOINTER_FLAGS,
         "save_optimizer_state": Flag(True, "Save the whole train state. Must be True: a run resumes from it."),
     },
-    "dtype": Flag("fp32", "Type of the computation; parameters and losses are float32.", choices=tuple(COMPUTE_DTYPES)),
+    "dtype": Flag(
+        "fp32", "Data type of the computation; parameters and losses are float32.", choices=tuple(COMPUTE_DTYPES)
+    ),
     "input_dirs": Flag("", "Comma list of folders of images; subfolders are included.", required=True),
     "eval_dirs": Flag("", "Comma list of folders of held-out images, for --eval_steps and reconstructions.png."),
-    "batch_size": Flag(64, "Images of a step, over all devices.", least=1),
+    "batch_size": Flag(64, "Images per step, over all devices.", least=1),
     "lr": Flag(
         1e-4,
         "Peak learning rate; decays to a hundredth at total_steps (cosine). A good value for small models is 2e-3.",
@@ -66,14 +69,16 @@ FLAGS = {
     ),
     "lr_warmup_steps": Flag(1000, "Steps of linear warm-up.", least=1),
     "weight_decay": Flag(1e-4, "Decoupled weight decay.", least=0),
-    "clip_gradient": Flag(1.0, "The network's gradient is scaled down to at most this norm.", above=0),
+    "clip_gradient": Flag(1.0, "Maximum norm of the network's gradient.", above=0),
     "average_decay": Flag(0.999, "Decay per step of the running mean of the network.", least=0, below=1),
     "gradient_weight": Flag(
-        0.5, "Weight of the error in differences of neighbouring pixels; not used together with LPIPS.", least=0
+        0.5, "Weight of the error in differences of neighbouring pixels; unused with LPIPS.", least=0
     ),
-    "locality_weight": Flag(0.0, "Weight of codes not changing when the image changes elsewhere.", least=0),
+    "locality_weight": Flag(
+        0.0, "Weight of the locality loss, which keeps codes unchanged when the image changes elsewhere.", least=0
+    ),
     "perceptual": {
-        "vgg_weights": Flag("", "Local weights of VGG16 and LPIPS, one file or two with a comma; enables LPIPS."),
+        "vgg_weights": Flag("", "Local weights of VGG16 and LPIPS, one file or a comma list of two; enables LPIPS."),
         "weight": Flag(1.0, "Weight of LPIPS.", least=0),
     },
     "adversary": DISCRIMINATOR_FLAGS,
@@ -82,7 +87,7 @@ FLAGS = {
 
 
 def main(config: Any) -> int:
-    """Trains as the flags say, then writes the model and the image of reconstructions. Returns the exit code."""
+    """Trains, then exports the model and its reconstructions. Returns the exit code."""
     logging.getLogger().setLevel(logging.INFO)
     initialize_distributed(config.jax_distributed)
 
@@ -128,7 +133,9 @@ def _check_flags(config: Any) -> None:
             f"--total_steps={config.total_steps}: must be more than lr_warmup_steps={config.lr_warmup_steps}"
         )
     if not config.checkpointer.save_optimizer_state:
-        raise UserError("--checkpointer.save_optimizer_state=False: this trainer saves whole train states only")
+        raise UserError(
+            "--checkpointer.save_optimizer_state=False: must be True; a run resumes from the whole train state"
+        )
 
 
 def _objective(config: Any, model: VQGANConfig) -> Objective:
@@ -163,7 +170,7 @@ def _optimizer(config: Any, objective: Objective) -> Optimizer:
 
 
 def _check_layout(run: Run) -> None:
-    """Raises UserError for checkpoints of versions that kept the running means among the parameters."""
+    """Raises UserError for the old checkpoint layout, in which the running means are parameters."""
     if any(entry.key[:2] == ("params", "codebook") for entry in run.start.entries):
         raise UserError(
             f"{run.start.files.checkpoint}: written by an older version of this trainer, whose training state cannot "

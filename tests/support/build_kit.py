@@ -1,4 +1,4 @@
-"""Small inputs for every kind of sentence, builds of them, and references for what they hold."""
+"""Small inputs for every kind of sentence, builds of them, and reference images and codes."""
 
 import functools
 import itertools
@@ -19,15 +19,13 @@ from tokenizer.vqgan import Codec
 
 N, SIDE = TINY.tokens_per_image, TINY.resolution
 
+CLASSES = {"ant": 5, "bee": 4, "cat": 2, "dog": 3}  # images of each class
 
-CLASSES = {"ant": 5, "bee": 4, "cat": 2, "dog": 3}
-
-
-load_codec = functools.cache(Codec)  # loading takes longer than a build of these sizes
+load_codec = functools.cache(Codec)  # loading takes longer than a build of this size
 
 
 def write_inputs(root: pathlib.Path) -> None:
-    """Writes a small input for every kind. Labels have other extensions than their images."""
+    """Writes a small input for every kind. Labels and images have different extensions."""
     for i in range(5):
         write_image(root / "image" / f"{i}.png", i)
         write_image(root / "label" / f"{i}.BMP", 100 + i)
@@ -36,7 +34,7 @@ def write_inputs(root: pathlib.Path) -> None:
         Image.fromarray(np.random.default_rng(i).integers(0, 300, (20, 24)).astype(np.uint16)).save(
             root / "ids" / f"{i}.png"
         )
-    # Unpadded numbers: frame 10 comes after frame 9.
+    # The frame numbers are not padded: frame 10 follows frame 9.
     for (clip, length), seed in itertools.product({"a": 11, "b": 3}.items(), (1, 2)):
         for i in range(length):
             write_image(root / f"clips{seed}" / clip / f"frame_{i}.png", seed * 1000 + ord(clip) * 100 + i)
@@ -97,39 +95,39 @@ def build_records(inputs, vqgan, output, kind, **changes) -> list[tuple[np.ndarr
 
 
 def report_of(output) -> dict:
-    """The report of a finished build."""
+    """Returns the report of a finished build."""
     return json.loads(pathlib.Path(f"{output}.report.json").read_text())
 
 
 def skipped_names(output) -> dict[str, str]:
-    """Reasons of the skipped inputs by file name."""
+    """Returns the reasons of the skipped inputs by file name."""
     return {pathlib.Path(entry["input"]).name: entry["reason"] for entry in report_of(output)["skipped"]}
 
 
 def read_rgb(path, side=SIDE) -> np.ndarray:
-    """An image file at the tokenizer's size, by Pillow alone: uint8 [S,S,3]."""
+    """Reads an image file at the tokenizer's size with Pillow alone: uint8 [S,S,3]."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
 
 def assert_codes_of(codec, tokens, expected) -> None:
-    """Asserts that the tokens are the codes of the expected images, a list of uint8 [S,S,3]."""
+    """Asserts that the tokens are the codes of the expected images, each uint8 [S,S,3]."""
     codes = codec.encode(np.stack(expected).astype(np.float32) / 255)
     np.testing.assert_array_equal(tokens.reshape(-1, N), codes)
-    assert len(np.unique(codes, axis=0)) > 1 or len(expected) == 1  # otherwise the test could not see their order
+    assert len(np.unique(codes, axis=0)) > 1 or len(expected) == 1  # otherwise the order is not tested
 
 
 def stem(path: str) -> str:
-    """A file's name up to its first dot."""
+    """Returns a file's name up to its first dot."""
     return pathlib.Path(path).name.split(".")[0]
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no handler of exceptions catches it."""
+    """Simulates SIGKILL: `except Exception` does not catch it."""
 
 
 def kill_at_line(patch, last, write_line=ResumableFile.write) -> list[bytes]:
-    """Makes builds raise Killed in line `last`, after writing half of it. The returned list collects earlier lines."""
+    """Makes builds raise Killed after half of line `last`. Returns a list that collects the earlier lines."""
     written = []
 
     def write(file, data):
@@ -145,7 +143,7 @@ def kill_at_line(patch, last, write_line=ResumableFile.write) -> list[bytes]:
 
 
 def clip_and_frames(record, count) -> tuple[str, list[int]]:
-    """The clip and the frame numbers of a record's sources."""
+    """Returns the clip and the frame numbers of a record's sources."""
     clips = {pathlib.Path(path).parent for path in record["sources"]}
     assert len(record["sources"]) == count and len(clips) == 1
     return clips.pop().name, [int(stem(path).removeprefix("frame_")) for path in record["sources"]]

@@ -1,4 +1,4 @@
-"""File indexes of names that are on no disk."""
+"""File indexes of names without files."""
 
 from tokenizer.builders import FileIndex, InputFolder
 from tokenizer.media import folders, images
@@ -6,7 +6,7 @@ from tokenizer.sentence_files import SkippedInputs
 
 
 def make_index(monkeypatch, names, layout, count=1):
-    """Returns the index of file names, a list for each input folder, and its skipped inputs."""
+    """Returns the index of file names (one list per input folder) and its skipped inputs."""
     names_by_folder = [names] * count if isinstance(names[0], str) else names
 
     def walk(directory, flag, extensions, ignored):

@@ -1,4 +1,4 @@
-"""What the tests of the tokenizer share: a tiny model on disk, and running a tool without a command line."""
+"""Shared by the tests of the tokenizer: a tiny model on disk, test images, and commands run in-process."""
 
 import functools
 
@@ -23,7 +23,7 @@ TINY = VQGANConfig(
 
 
 def tiny_vqgan(directory) -> str:
-    """Writes a model that encodes images to many different codes, always the same model; returns its folder."""
+    """Writes a fixed model that uses many different codes; returns its folder."""
     weights.save(_tiny_model(), str(directory))
     return str(directory)
 
@@ -39,7 +39,7 @@ def _tiny_model() -> VQGAN:
 
 
 def random_vqgan(config: VQGANConfig) -> VQGAN:
-    """A model of random parameters, made without its own initializers: compiling them takes longer than a test."""
+    """Returns a model of random parameters without its initializers, whose compilation takes longer than a test."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     flat = []
@@ -51,19 +51,19 @@ def random_vqgan(config: VQGANConfig) -> VQGAN:
 
 
 def smooth_image(seed: int, size: int) -> np.ndarray:
-    """Random colours that run into each other, others for each seed: bytes [size,size,3]."""
+    """Returns smoothly varying random colours, uint8 [size,size,3]."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def write_image(path, seed: int, size: int = 20) -> None:
-    """A file of `smooth_image`."""
+    """Writes a `smooth_image` to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(smooth_image(seed, size)).save(path)
 
 
 def run_main(module, **settings) -> None:
-    """Validates and runs `module.main` with default flags except for `settings` (`a__b=1` for `--a.b=1`)."""
+    """Validates the flags and runs `module.main`. `settings` replace defaults (`a__b=1` for `--a.b=1`)."""
     config = flags.defaults(module.FLAGS)
     for name, value in settings.items():
         *groups, leaf = name.split("__")

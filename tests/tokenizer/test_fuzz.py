@@ -1,4 +1,4 @@
-"""Thousands of mutated files: none stops a build, and every unusable one is named."""
+"""Thousands of mutated files: none stops a build, and reports name every unusable one."""
 
 import base64
 import gzip
@@ -33,15 +33,15 @@ def mutations(whole: bytes, rng, count: int):
     """Yields copies with changed, removed or repeated bytes, or a changed header."""
     for i in range(count):
         data = bytearray(whole)
-        place = int(rng.integers(len(data)))
+        position = int(rng.integers(len(data)))
         if i % 4 == 0:
-            for spot in rng.integers(0, len(data), rng.integers(1, 9)):
-                data[spot] = rng.integers(256)
+            for i_byte in rng.integers(0, len(data), rng.integers(1, 9)):
+                data[i_byte] = rng.integers(256)
         elif i % 4 == 1:
-            del data[place:]
+            del data[position:]
         elif i % 4 == 2:
-            data[place:place] = data[place : place + int(rng.integers(1, 60))]
-        else:  # where the headers are
+            data[position:position] = data[position : position + int(rng.integers(1, 60))]
+        else:  # in the header
             data[int(rng.integers(min(len(data), 60)))] = rng.integers(256)
         yield bytes(data)
 
@@ -81,13 +81,13 @@ def test_mutated_videos(tmp_path):
             (tmp_path / "in" / f"{i}.{name}").write_bytes(data)
     tiny = tiny_vqgan(tmp_path / "vqgan")
     used, named = every_input_is_used_or_named(tmp_path / "in", tiny, kind="video", n_frames=4, workers=2)
-    assert len(used) > 10 and len(named) > 100  # a file with one good window of two is in both
+    assert len(used) > 10 and len(named) > 100  # a file with one good and one bad window is in both
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_mutated_compressed_files(tmp_path, ending):
-    """Each file is mixed without a changed sentence, or refused by name."""
+    """Each file is mixed without a changed sentence, or rejected by name."""
     rng = np.random.default_rng(0)
     lines = [records.record_line(rng.integers(0, 512, 40), number=i) for i in range(50)]
     pack = gzip.compress if ending == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
@@ -107,7 +107,7 @@ def test_mutated_compressed_files(tmp_path, ending):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["map_color", "co3d"])
 def test_mutated_labels_and_depths(tmp_path, kind):
-    """16-bit label and depth images, which have their own reader: each is in a sentence or named."""
+    """Label and depth images of 16 bits have their own reader. Each is in a sentence or reported by name."""
     rng = np.random.default_rng(0)
     numbers = rng.integers(0x3C00, 0x4400, (12, 16)).astype(np.uint16)  # as float16: 1 to 4
     Image.fromarray(numbers).save(tmp_path / "whole.png")
@@ -140,10 +140,10 @@ def test_mutated_labels_and_depths(tmp_path, kind):
 
 
 def is_record(line: bytes, vocab_size: int) -> bool:
-    """Whether the standard library reads the line as a record."""
+    """Returns whether the line is a record, using only the standard library."""
     try:
         ids = np.frombuffer(base64.b64decode(json.loads(line)["tokens"], validate=True), "<i4")
-    except (ValueError, KeyError, TypeError):  # and its kinds: UnicodeDecodeError, binascii.Error
+    except (ValueError, KeyError, TypeError):  # ValueError includes UnicodeDecodeError and binascii.Error
         return False
     return not ids.size or (ids.min() >= 0 and ids.max() < vocab_size)
 

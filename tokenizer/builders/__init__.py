@@ -1,27 +1,27 @@
-"""Folders of images and videos to visual sentences: which images follow each other, and their codes as a stream.
+"""Builds visual sentences from folders of images and videos.
 
 May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.sentence_files; never JAX, because worker processes
-read images. The tokenizer's codec is passed in.
+import these modules to read images. The codec is passed in.
 
-In the order in which data flows:
+In the order of the data flow:
   file_index      FileIndex: the files of the input folders as items of rows
-  samplers        which rows make an example
+  samplers        select the rows of an example
   kinds           KINDS, and the sentences of a range of examples
-  arrangements    which image follows which: one function a kind
+  arrangements    order the images of a sentence: one function per kind
   settings        SentenceSettings of samplers and arrangements
-  image_ref       ImageRef: an image that is not read yet
-  views           how a file becomes pixels: plain, gray, masked, label colours, CO3D depth
+  image_ref       ImageRef: a reference to an image
+  views           turn a file into pixels: plain, gray, masked, label colours, CO3D depth
   pipeline        reads and encodes the images of a stream of sentences
-  code_cache      CodeCache: codes on disk for further epochs
+  code_cache      CodeCache: codes on disk for later epochs
   writing         the loop of a build: sentences, progress, report
-  resumable_file  ResumableFile: a file that survives interruptions
+  resumable_file  ResumableFile: an output file that an interrupted build resumes
 
 Vocabulary:
-  row      images of one thing, one from each input folder: an image, or an image and its annotations
-  item     rows that belong together: a pair, the frames of a clip in order of time, the images of a class
-  example  rows that become sentences; the unit of progress, shards and resuming
-  shot     item of an example
-  stride   step between the frames of a window of a clip
+  row      one image from each input folder: an image, or an image and its annotations
+  item     rows that belong together: a pair, the frames of a clip in temporal order, or the images of a class
+  example  the rows of one or more sentences; builds progress, shard and resume by examples
+  shot     an item of an example
+  stride   the step between the frames of a window of a clip
 Shapes: n images, S the side in pixels, N codes of an image.
 """
 

@@ -1,4 +1,4 @@
-"""Which images follow each other in a sentence: one pure function a kind.
+"""The order of the images in a sentence: one pure function per kind.
 
 Each takes the rows of an example, a random generator and the settings, and yields sentences.
 """
@@ -12,37 +12,37 @@ from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.settings import SentenceSettings
 
 Row = tuple[ImageRef, ...]
-Sentence = list[ImageRef]
-Arrangement = Callable[[list[Row], np.random.Generator, SentenceSettings], Iterator[Sentence]]
+Images = list[ImageRef]  # of a sentence, in order
+Arrangement = Callable[[list[Row], np.random.Generator, SentenceSettings], Iterator[Images]]
 
 
 class TooShortError(UserError):
-    """A clip is too short for a window. The message lacks the clip's name: the caller adds it."""
+    """A clip is too short for a window. The caller adds the clip's name to the message."""
 
 
-def row_by_row(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
-    """Yields all images of all rows: [image, label, image, label, ...] of pairs."""
+def row_by_row(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
+    """Yields all images of all rows: for pairs [image, label, image, label, ...]."""
     yield [image for row in rows for image in row]
 
 
-def coloured_labels(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
-    """Yields [image, label, ...], the label ids as colours of a palette."""
+def coloured_labels(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
+    """Yields [image, label, ...] with label ids as colours of a palette."""
     yield [ref for image, label in rows for ref in (image, label._replace(view="palette"))]
 
 
-def shuffled_tasks(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
-    """Yields all rows, the images of each in the same order, which is drawn once per sentence."""
+def shuffled_tasks(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
+    """Yields all images, those of each row in the same order of tasks, drawn once per sentence."""
     tasks = rng.permutation(len(rows[0]))
     yield [row[task] for row in rows for task in tasks]
 
 
-def colorization(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
+def colorization(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
     """Yields [gray, colour, gray, colour, ...]."""
     yield [ref for (colour,) in rows for ref in (colour._replace(view="gray"), colour)]
 
 
-def inpainting(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
-    """Yields [masked, image, ...]; the mask is a hole with probability `hole_mask_ratio`, else patches."""
+def inpainting(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
+    """Yields [masked, image, ...]. A mask is a hole with probability `hole_mask_ratio`, otherwise patches."""
     sentence = []
     for (image,) in rows:
         view = "hole" if rng.random() < settings.hole_mask_ratio else "patches"
@@ -50,13 +50,13 @@ def inpainting(rows: list[Row], rng: np.random.Generator, settings: SentenceSett
     yield sentence
 
 
-def frames(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
-    """Yields consecutive windows of `n_frames` of a clip, at one random stride of 1..`max_stride`."""
+def frames(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
+    """Yields consecutive windows of `n_frames` of a clip, at one random stride in 1..`max_stride`."""
     for window in _random_windows(rows, rng, settings):
         yield [image for row in window for image in row]
 
 
-def video(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
+def video(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
     """Yields consecutive windows of `n_frames` of a video at each of the `strides` for which it is long enough."""
     _check_length(rows, settings.n_frames, min(settings.strides))
     for stride in settings.strides:
@@ -64,14 +64,14 @@ def video(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings)
             yield [image for row in window for image in row]
 
 
-def multi_sequence(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
+def multi_sequence(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
     """Yields each window of aligned clips twice: [x1..xn, y1..yn], then interleaved [x1, y1, x2, y2, ...]."""
     for window in _random_windows(rows, rng, settings):
         yield [row[task] for task in range(len(window[0])) for row in window]
         yield [image for row in window for image in row]
 
 
-def co3d(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Sentence]:
+def co3d(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
     """Yields [image, mask, depth, image, mask, depth, ...] of windows of a sequence."""
     for window in _random_windows(rows, rng, settings):
         yield [ref for image, mask, depth, _ in window for ref in (image, mask, depth._replace(view="co3d_depth"))]
@@ -97,7 +97,7 @@ def _span(n_frames: int, stride: int) -> int:
 
 
 def _windows(rows: list[Row], rng: np.random.Generator, n_frames: int, stride: int) -> Iterator[list[Row]]:
-    """Yields as many consecutive windows as fit. The first begins at a random frame that keeps their number."""
+    """Yields as many consecutive windows as fit. The random start of the first does not reduce their number."""
     span = _span(n_frames, stride)
     first = int(rng.integers(0, len(rows) % span + 1)) if len(rows) >= span else 0
     for start in range(first, len(rows) - span + 1, span):

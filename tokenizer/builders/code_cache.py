@@ -1,4 +1,4 @@
-"""Codes of encoded images on disk, for images that are needed again in another epoch."""
+"""A cache of image codes on disk for later epochs."""
 
 import hashlib
 import os
@@ -10,20 +10,20 @@ from tqdm import tqdm
 
 from tokenizer.builders.image_ref import ImageRef
 
-_WAYS = 8  # slots of a set: with half of the slots filled, few images are evicted
+_WAYS = 8  # slots per set: while at most half of the slots are filled, few images are evicted
 
 
 class CodeCache:
-    """A set-associative cache of fixed size in an unnamed file, which vanishes with the process.
+    """A set-associative cache of fixed size in an unnamed file, which is deleted when the process exits.
 
-    A missing image is encoded again: the cache changes the speed of a build, never its result. A full disk therefore
-    only disables the cache and frees its space.
+    The cache affects the speed of a build, not its result, because missing images are encoded again. A full disk
+    therefore only disables the cache and frees its space.
     """
 
     def __init__(self, capacity: int, tokens_per_image: int, directory: str):
         """Creates a cache for at least `capacity` images; 0 disables it.
 
-        It takes 2 * tokens_per_image bytes an image on the disk of `directory`, as it fills, and 8 bytes in memory.
+        A cached image takes 2 * tokens_per_image bytes in `directory`, and a slot takes 8 bytes in memory.
         """
         self._sets, self._entry_bytes = -(-capacity // _WAYS), 2 * tokens_per_image
         self._keys = np.zeros((self._sets, _WAYS), np.uint64)
@@ -52,13 +52,13 @@ class CodeCache:
         set_keys = self._keys[key % self._sets]
         (free,) = np.nonzero((set_keys == np.uint64(key)) | (set_keys == 0))
         way = free[0] if len(free) else (key >> 32) % _WAYS
-        # Not memory-mapped: there a full disk is not an exception but a signal that ends the process.
+        # With a memory-mapped file, a full disk would kill the process by a signal instead of raising an exception.
         try:
             written = os.pwrite(self._file.fileno(), codes.astype(np.uint16).tobytes(), self._offset(key, way))
         except OSError as error:
             self._disable(error)
             return
-        set_keys[way] = key if written == self._entry_bytes else 0  # after a partial write the next one raises
+        set_keys[way] = key if written == self._entry_bytes else 0  # after a partial write, the next one raises
 
     def _offset(self, key: int, way: int) -> int:
         return (key % self._sets * _WAYS + int(way)) * self._entry_bytes
@@ -67,7 +67,7 @@ class CodeCache:
         assert self._file is not None
         self._file.close()
         self._file = None
-        tqdm.write(f"warning: codes are no longer cached for further epochs: {error}", file=sys.stderr)
+        tqdm.write(f"warning: codes are no longer cached for later epochs: {error}", file=sys.stderr)
 
 
 def _key(ref: ImageRef) -> int:

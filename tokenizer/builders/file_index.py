@@ -1,4 +1,4 @@
-"""An index of the files in folders: which files belong together, and in which order.
+"""An index of the input files, grouped into rows and items.
 
 The index is a temporary SQLite database on disk (in $TMPDIR): memory does not grow with the number of files.
 """
@@ -33,12 +33,12 @@ CREATE TABLE item (number INTEGER PRIMARY KEY, first INT, size INT);
 
 @dataclasses.dataclass(frozen=True)
 class InputFolder:
-    """The folder with one of the images of every row.
+    """An input folder, which contains one image of every row.
 
     Attributes:
       directory: its path; subfolders are included.
-      flag: the flag that names it, for messages.
-      subfolder: if set, only files directly in folders of this name.
+      flag: the flag that names it, for errors.
+      subfolder: if set, only files whose parent folder has this name count.
     """
 
     directory: str
@@ -59,7 +59,7 @@ def by_name(name: str) -> tuple[str, str]:
 
 
 def by_stem(name: str) -> tuple[str, str]:
-    """Makes the files of one stem an item of one row."""
+    """Makes the files that share a stem an item of one row."""
     return _stem(name), ""
 
 
@@ -88,7 +88,7 @@ def _stem(name: str) -> str:
 
 
 class FileIndex:
-    """Items, numbered in the order of their names, of one or more rows; a row has an image of every input folder.
+    """Items in the order of their names. An item has one or more rows, a row one image from each input folder.
 
     Attributes:
       digest: changes when a file is added, removed or written.
@@ -101,8 +101,8 @@ class FileIndex:
         """Lists the files. Files without a partner in another folder are added to `skipped`.
 
         Raises:
-          UserError: naming the flag, if a folder does not exist or has no such file, or two files of one folder belong
-            at the same place; if the disk has no room for the index.
+          UserError: naming the flag, if a folder does not exist or has no such file, or two of its files belong to the
+            same row; if the index does not fit on the disk.
         """
         try:
             self.digest, self._length = self._build(layout, inputs, extensions, skipped)
@@ -121,7 +121,7 @@ class FileIndex:
         total = 0
         ignored: dict[str, collections.Counter] = {}
         for number, folder in enumerate(inputs):
-            # Several inputs can be subfolders of one directory, as in CO3D: count its ignored files once.
+            # Several inputs can be subfolders of one directory, as in CO3D. Its ignored files count once.
             ignored[folder.directory] = collections.Counter()
             for entry in self._add_files(number, folder, layout, extensions, ignored[folder.directory], skipped):
                 line = f"{number} {entry.size} {entry.modified_ns} {entry.name}".encode()
@@ -139,7 +139,7 @@ class FileIndex:
         ignored: collections.Counter,
         skipped: SkippedInputs,
     ) -> Iterator[folders.FileEntry]:
-        """Inserts the files of one input folder; yields each of them."""
+        """Inserts the files of one input folder into the database, and yields them."""
         root = pathlib.Path(folder.directory)
         for entry in folders.walk(folder.directory, folder.flag, extensions, ignored):
             if folder.subfolder and folder.subfolder != os.path.basename(os.path.dirname(entry.name)):
@@ -160,7 +160,7 @@ class FileIndex:
                 raise UserError(f"{folder}: {first} and {second} share the stem {_stem(entry.name)!r}") from None
 
     def _join(self, inputs: Sequence[InputFolder], skipped: SkippedInputs) -> int:
-        """Joins files to rows and items; returns the number of items."""
+        """Joins files into rows and items; returns the number of items."""
         files = self._database.execute("SELECT item, sort_key, folder, path FROM file ORDER BY item, sort_key, folder")
         items = rows = 0
         for _, item_files in itertools.groupby(files, key=lambda file: file[0]):

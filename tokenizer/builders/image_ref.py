@@ -1,4 +1,4 @@
-"""References to images that are not read yet: which file, which moment of a video, which view.
+"""References to images: a file, a time in a video, a view.
 
 Worker processes import this module to read images, so it must not import JAX.
 """
@@ -17,7 +17,7 @@ class ImageRef(NamedTuple):
 
     Attributes:
       path: an image file, or a video file if `seconds` is given.
-      seconds: the moment of the video.
+      seconds: the time in the video.
       view: one of VIEWS.
       key: seed of a random view.
     """
@@ -29,9 +29,9 @@ class ImageRef(NamedTuple):
 
 
 def to_record(refs: Iterable[ImageRef]) -> dict[str, Any]:
-    """Returns the fields of a sentence's record that name its images; seconds and views only if an image has one.
+    """Returns the record fields that describe the images of a sentence.
 
-    A view with a random key is written as `hole:KEY`.
+    `seconds` and `views` are omitted if no image has them. A view with a random key is written as `hole:KEY`.
     """
     refs = list(refs)
     fields: dict[str, Any] = {"sources": [ref.path for ref in refs]}
@@ -54,7 +54,7 @@ def from_record(record: Mapping[str, Any]) -> list[ImageRef]:
 
 
 def group_by_file(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
-    """Yields groups to `read` at once: the frames of one video together, other images one by one."""
+    """Yields groups for `read`: the frames of one video together, other images one by one."""
     frames: dict[str, list[ImageRef]] = {}
     for ref in refs:
         if ref.seconds is None:

@@ -1,4 +1,4 @@
-"""The kinds of sentences, and the sentences of a build in order, as references to images that are not read yet."""
+"""The kinds of sentences, and the sentences of a build as ordered image references."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ from tokenizer.builders.settings import SentenceSettings
 from tokenizer.media import videos
 from tokenizer.sentence_files import SkippedInputs
 
-_PREFETCHED_VIDEOS = 16  # whose frame times are read ahead
+_PREFETCHED_VIDEOS = 16  # videos whose frame times are prefetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Kind:
     """How sentences of a kind are made.
 
     Attributes:
-      layout: which files belong together.
-      sampler: which rows make an example.
-      arrangement: which image follows which.
+      layout: groups files into rows and items.
+      sampler: selects the rows of an example.
+      arrangement: orders the images of a sentence.
       targets: the number of target folders: "none", "one", or "many" (one or more).
       is_video: the inputs are video files; their frames are the rows.
       subfolders: names of the folders inside the input folder that hold the images of a row.
@@ -66,7 +66,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """The images of a sentence. Its example and its number within the example tell where a build resumes."""
+    """The images of a sentence. Its example and its number in the example are the point where a build resumes."""
 
     example: int
     number: int
@@ -76,9 +76,9 @@ class Sentence:
 def compose(
     kind: Kind, sampler: Sampler, settings: SentenceSettings, examples: range, workers: Workers, skipped: SkippedInputs
 ) -> Iterator[Sentence]:
-    """Yields the sentences of examples, which are numbered through all epochs.
+    """Yields the sentences of examples. Example numbers continue through all epochs.
 
-    A sentence follows from the seed and its numbers. An input without frames, or with too few, is added to `skipped`.
+    The seed, the example and the number determine a sentence. Inputs with too few frames are added to `skipped`.
     """
     for example, rows, times in _rows(kind, sampler, examples, workers):
         epoch, example_of_epoch = divmod(example, sampler.num_examples)
@@ -97,7 +97,7 @@ def compose(
 
 
 def _rows(kind: Kind, sampler: Sampler, examples: range, workers: Workers) -> Iterator[tuple[int, list[Row], Any]]:
-    """Yields (example, rows, future of the video's frame times or None). Frame times are prefetched."""
+    """Yields (example, rows, future of a video's frame times or None). Prefetches frame times."""
     prefetched: collections.deque = collections.deque()
     for example in examples:
         rows = sampler.rows(*divmod(example, sampler.num_examples))

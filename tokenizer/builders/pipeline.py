@@ -1,4 +1,4 @@
-"""Sentences of image references to sentences of codes, as a stream: read ahead by worker processes, encoded in batches.
+"""Encodes a stream of sentences. Worker processes prefetch the images, which are encoded in batches.
 
 Memory depends on the batch size and the longest sentence, not on the number of sentences.
 """
@@ -20,11 +20,11 @@ from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import images
 
-_ON_DEVICE = 2  # batches at a time: one is transferred while the other is computed
+_BATCHES_ON_DEVICE = 2  # one is transferred while the other is computed
 
 
 class Codec(Protocol):
-    """The tokenizer, as far as a build uses it.
+    """The interface of the tokenizer that a build uses.
 
     Attributes:
       config: has `resolution`, `tokens_per_image` and `num_embeddings`.
@@ -47,11 +47,11 @@ class HasImages(Protocol):
 
 
 SentenceT = TypeVar("SentenceT", bound=HasImages)
-Reader = Callable[[list[ImageRef]], Any]  # begins to read a group of `image_ref.group_by_file`; returns a future
+Reader = Callable[[list[ImageRef]], Any]  # starts to read a group of `image_ref.group_by_file`; returns a future
 
 
 class Encoder:
-    """Encodes batches in threads, and measures how long the device was idle.
+    """Encodes batches in threads, and measures the idle time of the device.
 
     Attributes:
       images_encoded: number of images so far.
@@ -62,12 +62,12 @@ class Encoder:
         self._codec, self._lock = codec, threading.Lock()
         side = codec.config.resolution
         codec.encode(np.zeros((1, side, side, 3), np.float32))
-        self._threads = concurrent.futures.ThreadPoolExecutor(_ON_DEVICE)
+        self._threads = concurrent.futures.ThreadPoolExecutor(_BATCHES_ON_DEVICE)
         self._active_batches, self._idle_since, self._idle_seconds = 0, time.monotonic(), 0.0
         self._start, self.images_encoded = time.monotonic(), 0
 
     def submit(self, pixels_nSS3: np.ndarray) -> concurrent.futures.Future[np.ndarray]:
-        """Begins to encode bytes; the future's result is codes, uint16 [n,N]."""
+        """Starts to encode uint8 pixels. The future's result is codes, uint16 [n,N]."""
         return self._threads.submit(self._encode, pixels_nSS3)
 
     def _encode(self, pixels_nSS3: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ class Encoder:
         return f"{rate:.0f} images/s, device idle {self.idle_share():.0%}"
 
     def close(self) -> None:
-        """Stops the threads and discards batches that have not begun."""
+        """Stops the threads and cancels batches that have not started."""
         self._threads.shutdown(cancel_futures=True)
 
 
@@ -107,7 +107,7 @@ class _PendingImage:
 
     Attributes:
       uses: number of pending sentences that contain it.
-      result: its codes [N], or why it cannot be read; None until known.
+      result: its codes [N], or the error of reading it; None while pending.
     """
 
     uses: int = 0
@@ -127,7 +127,7 @@ class Pipeline:
         self._encodes: collections.deque = collections.deque()  # (refs, future), in order
 
     def run(self, sentences: Iterable[SentenceT]) -> Iterator[tuple[SentenceT, np.ndarray | dict[str, str]]]:
-        """Yields (sentence, codes uint16 [n,N]) in order; instead of codes {path: reason} if images are unreadable."""
+        """Yields (sentence, codes uint16 [n,N]) in order. Unreadable images give {path: reason} instead of codes."""
         waiting: collections.deque[SentenceT] = collections.deque()
         for sentence in sentences:
             self._request(sentence.images)
@@ -140,7 +140,7 @@ class Pipeline:
         assert not waiting and not self._pending
 
     def _request(self, refs: Sequence[ImageRef]) -> None:
-        """Counts the uses of a sentence's images, and begins to read those that are neither pending nor cached."""
+        """Counts the uses of a sentence's images, and starts to read those that are neither pending nor cached."""
         unread = []
         for ref in dict.fromkeys(refs):
             if ref not in self._pending:
@@ -167,7 +167,7 @@ class Pipeline:
 
     def _advance(self) -> bool:
         """Takes the next step for the oldest pending image; returns False if nothing is pending."""
-        if self._encodes and (len(self._encodes) > _ON_DEVICE or not (self._reads or self._batch)):
+        if self._encodes and (len(self._encodes) > _BATCHES_ON_DEVICE or not (self._reads or self._batch)):
             refs, future = self._encodes.popleft()
             for ref, codes in zip(refs, future.result(), strict=True):
                 self._pending[ref].result = codes

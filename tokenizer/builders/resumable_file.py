@@ -1,4 +1,4 @@
-"""A file that grows over a long time. After any interruption, the same command resumes it, to the same bytes.
+"""A file that a long build writes. After an interruption, the same command resumes it; the bytes do not change.
 
 `FILE.partial` grows. `FILE.progress.json` holds its fingerprint and the number of its valid bytes. At the end
 `FILE.report.json` is written, then `FILE.partial` is renamed to `FILE`.
@@ -17,28 +17,28 @@ import orjson
 from EasyLM.errors import UserError
 from EasyLM.storage import write_json
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
-SAVE_SECONDS = 10.0  # between two saves of the progress: a killed writer loses at most so much work
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors on file systems without locks
+SAVE_SECONDS = 10.0  # between saves of the progress: the most work that a killed process loses
 
 
 class ResumableFile:
-    """The partial file.
+    """A file and its saved progress.
 
     Attributes:
-      finished_report: the report of an earlier run that finished with the same fingerprint: nothing is left to do.
-      state: the state of the last saved progress; None at the beginning.
+      finished_report: the report, if an earlier run finished the file with the same fingerprint; otherwise None.
+      state: the state of the last saved progress; None if there is none.
     """
 
     def __init__(self, path: str, fingerprint: Mapping[str, Any], fresh: bool):
-        """Opens the file where an interrupted run left it.
+        """Opens the file at its last saved progress.
 
         Args:
           path: the file.
-          fingerprint: JSON values by name that determine the bytes of the file.
+          fingerprint: everything that determines the bytes of the file, as JSON values by name.
           fresh: discard what an earlier run left.
 
         Raises:
-          UserError: naming the differences, if a run with another fingerprint was interrupted.
+          UserError: naming the differences, if the partial file has another fingerprint; if it is invalid or locked.
         """
         self.path, self._fingerprint = path, orjson.loads(orjson.dumps(fingerprint))
         self._partial, self._progress, self._report = (
@@ -54,17 +54,17 @@ class ResumableFile:
         if progress is not None and os.path.exists(self._partial):
             self._resume(progress)
         elif not fresh and os.path.exists(path) and not os.path.exists(self._partial):
-            # With a partial file, the report can be of that file: `finish` was interrupted before the rename.
+            # The report can describe the partial file instead, if `finish` was interrupted before the rename.
             report = _read_json(self._report) or {}
             if (report.get("identity"), report.get("bytes")) == (self._fingerprint, os.path.getsize(path)):
                 self.finished_report = report
                 _remove(self._progress)
 
     def _resume(self, progress: dict[str, Any]) -> None:
-        before, now = progress["identity"], self._fingerprint
-        names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        saved, current = progress["identity"], self._fingerprint
+        names = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
         if names:
-            differences = ", ".join(f"{name}={now.get(name)} (then: {before.get(name)})" for name in names)
+            differences = ", ".join(f"{name}={current.get(name)} (then: {saved.get(name)})" for name in names)
             raise UserError(
                 f"{self._partial} was started with other settings or inputs: {differences}. "
                 "Resume it with the same ones, write another file, or discard it with --fresh=True"
@@ -75,7 +75,7 @@ class ResumableFile:
         self._open(progress["bytes"])
 
     def _open(self, size: int) -> None:
-        """Opens and locks the partial file, then truncates it to `size`: before, another run could be writing it."""
+        """Opens and locks the partial file, then truncates it to `size`. Another run can write an unlocked file."""
         self._file = file = open(self._partial, "ab")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +87,7 @@ class ResumableFile:
                 raise
             print(f"warning: {self.path}: not locked against another build ({error.strerror})", file=sys.stderr)
         if not size:
-            _remove(self._progress)  # before the file that it describes is truncated
+            _remove(self._progress)  # must not outlive the bytes that it describes
         file.truncate(size)
         file.seek(size)
 
@@ -104,7 +104,7 @@ class ResumableFile:
         return time.monotonic() - self._saved_at >= SAVE_SECONDS
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Saves the progress: all written bytes are valid, and `state` (JSON values) tells where to resume."""
+        """Saves the progress: all bytes written so far are valid, and `state` (JSON values) is the resume point."""
         size = self._sync()
         write_json(self._progress, {"identity": self._fingerprint, "bytes": size, "state": state})
         self._saved_at = time.monotonic()
@@ -113,7 +113,7 @@ class ResumableFile:
         """Writes the report (JSON values) and renames the partial file."""
         size = self._sync()
         write_json(self._report, {**report, "bytes": size, "identity": self._fingerprint})
-        os.replace(self._partial, self.path)  # before the lock is released: its next owner would truncate the file
+        os.replace(self._partial, self.path)  # while locked: the next owner of the lock would truncate the partial file
         self.close()
         _remove(self._progress)
 
@@ -123,7 +123,7 @@ class ResumableFile:
             self._file.close()
 
     def _sync(self) -> int:
-        """Flushes the file to the disk, and creates it if nothing was written; returns its size in bytes."""
+        """Flushes the file to disk, and creates it if it does not exist; returns its size in bytes."""
         self.write(b"")
         assert self._file is not None
         self._file.flush()

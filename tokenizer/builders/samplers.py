@@ -1,7 +1,7 @@
-"""Which rows of the index make an example.
+"""Samplers select the rows of an example.
 
-An example is the unit in which a build proceeds, is sharded and is resumed. A sampler's examples follow from the seed,
-the epoch and the example's number. Its memory does not grow with the inputs, except for sixteen bytes a class.
+Builds progress, shard and resume by examples. The seed, the epoch and its number determine an example. The memory of a
+sampler does not grow with the inputs, except for sixteen bytes per class.
 """
 
 from typing import Protocol
@@ -30,7 +30,7 @@ class Sampler(Protocol):
 
 
 class SingleItems:
-    """Each item by itself, in order."""
+    """One item per example, in order."""
 
     def __init__(self, index: FileIndex, settings: SentenceSettings):
         self._index, self.num_examples = index, len(index)
@@ -41,7 +41,7 @@ class SingleItems:
 
 
 class Shots:
-    """`n_shots` items of one row each. Every epoch shuffles all items; which ones are left over changes with it."""
+    """`n_shots` items of one row each. Each epoch shuffles all items and leaves out a different remainder."""
 
     def __init__(self, index: FileIndex, settings: SentenceSettings):
         """Raises UserError naming the setting, if there are too few items."""
@@ -61,8 +61,8 @@ class Classes:
     """`images_per_shot` rows of each of `n_shots` classes (items), class by class.
 
     An epoch shuffles the rows of each class. Its first round takes the first `images_per_shot` rows of every class, the
-    next round the next ones of the classes that have enough left. Each round shuffles its classes and cuts them into
-    examples. Therefore no image comes twice in an epoch, and no class twice in a sentence.
+    next round the next ones of the classes that have enough left. Each round shuffles its classes and splits them into
+    examples. Therefore no image occurs twice in an epoch, and no class twice in a sentence.
     """
 
     def __init__(self, index: FileIndex, settings: SentenceSettings):
@@ -70,8 +70,8 @@ class Classes:
         self._index, self._seed = index, settings.seed
         self._shots, self._rows_per_class = settings.n_shots, settings.images_per_shot
         self._sizes = index.sizes()
-        rounds = self._sizes // self._rows_per_class  # that each class takes part in
-        self._classes = np.argsort(-rounds, kind="stable")  # the first ones take part in the most rounds
+        rounds = self._sizes // self._rows_per_class  # of each class
+        self._classes = np.argsort(-rounds, kind="stable")  # by descending number of rounds
         class_counts = np.searchsorted(-rounds[self._classes], -np.arange(rounds.max(initial=0)), side="left")
         self._class_counts = class_counts[class_counts >= self._shots]  # classes of each round
         self._round_ends = np.cumsum(self._class_counts // self._shots)  # examples up to the end of each round
@@ -84,15 +84,17 @@ class Classes:
 
     def rows(self, epoch: int, example: int) -> list[Row]:
         """Returns the rows of `n_shots` classes."""
-        number = int(np.searchsorted(self._round_ends, example, side="right"))  # of the round
-        round_start = int(self._round_ends[number - 1]) if number else 0
+        round_number = int(np.searchsorted(self._round_ends, example, side="right"))
+        round_start = int(self._round_ends[round_number - 1]) if round_number else 0
         first = (example - round_start) * self._shots
         rows = []
         for position in range(first, first + self._shots):
-            class_shuffle = _shuffle(epoch, 0, number)
-            item = int(self._classes[permuted(position, int(self._class_counts[number]), self._seed, class_shuffle)])
+            class_shuffle = _shuffle(epoch, 0, round_number)
+            item = int(
+                self._classes[permuted(position, int(self._class_counts[round_number]), self._seed, class_shuffle)]
+            )
             row_shuffle = _shuffle(epoch, 1, item)
-            row_positions = range(number * self._rows_per_class, (number + 1) * self._rows_per_class)
+            row_positions = range(round_number * self._rows_per_class, (round_number + 1) * self._rows_per_class)
             rows += [
                 self._index.row(item, permuted(i, int(self._sizes[item]), self._seed, row_shuffle))
                 for i in row_positions
@@ -101,5 +103,5 @@ class Classes:
 
 
 def _shuffle(epoch: int, purpose: int, number: int) -> int:
-    """Returns a distinct number for every shuffle of an epoch: of the classes of a round (0) or rows of a class (1)."""
+    """Returns a distinct number for every shuffle: of the classes of a round (purpose 0) or the rows of a class (1)."""
     return ((2 * epoch + purpose) << 40) + number

@@ -1,4 +1,4 @@
-"""The settings that decide which images follow each other."""
+"""Settings of samplers and arrangements."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ class SentenceSettings:
     """Settings of the samplers and arrangements. A kind ignores those that do not apply to it.
 
     Attributes:
-      seed: of every random choice.
+      seed: seed of every random choice.
       n_shots: items of a sentence.
       images_per_shot: images of each class of a sentence.
       n_frames: frames of a window.
       max_stride: the largest random stride between frames.
-      strides: the strides of a video's windows.
+      strides: strides of the windows of a video.
       hole_mask_ratio: probability that a mask is a hole.
     """
 

@@ -1,4 +1,4 @@
-"""Views of an image: how its file is turned into pixels, such as gray, masked, or label ids in colours."""
+"""Views turn the file of an image into pixels: plain, gray, masked, label colours, CO3D depth."""
 
 import os
 import pathlib
@@ -9,9 +9,9 @@ import numpy as np
 from tokenizer.media import images
 
 LUMINANCE = np.array([0.2989, 0.5870, 0.1140])  # of red, green, blue
-HOLE_RANGE = (0.1, 0.5)  # side of a hole, as a share of the image's side
-PATCHES = 8  # in a row: 32 pixels of 256
-MIN_BRIGHTNESS = 0.2  # of the farthest point with a valid depth; points without one are black
+HOLE_RANGE = (0.1, 0.5)  # side of a hole relative to the side of the image
+PATCHES = 8  # along a side: a patch has 32 of 256 pixels
+MIN_BRIGHTNESS = 0.2  # of the farthest valid depth; invalid depths are black
 
 
 def gray(pixels: np.ndarray) -> np.ndarray:
@@ -39,14 +39,14 @@ def label_ids(path: str | os.PathLike, size: int) -> np.ndarray:
     """
     with images.open_image(path) as image:
         if image.mode not in ("1", "L", "P", *images.SIXTEEN_BIT_MODES):
-            raise ValueError(f"its values are {image.mode}, no label ids: save it in gray or with a palette")
+            raise ValueError(f"its values are {image.mode}, not label ids: save it in gray or with a palette")
         return _resize_nearest(np.asarray(image).astype(np.int64), size)
 
 
 def co3d_depth(path: str | os.PathLike, size: int) -> np.ndarray:
     """Reads a CO3D depth map as an image, brighter where nearer, black where invalid: uint8 [size,size,3].
 
-    The 16-bit values are the bits of float16 depths. The file in `depth_masks` says which are valid. Each image is
+    The 16-bit values are the bits of float16 depths. The file in `depth_masks` marks the valid ones. Each image is
     scaled by its own nearest and farthest point, because the unit differs between sequences.
     """
     with images.open_image(path) as image:
@@ -72,13 +72,13 @@ def co3d_depth_mask(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _resize_nearest(values: np.ndarray, size: int) -> np.ndarray:
-    """Resizes [height,width] to [size,size] by the value at each pixel's centre. Ids must not be interpolated."""
+    """Resizes [height,width] to [size,size] without interpolation, by the value at the centre of each pixel."""
     rows, columns = ((2 * np.arange(size) + 1) * extent // (2 * size) for extent in values.shape)
     return values[rows[:, None], columns]
 
 
 def with_hole(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Blackens a square of pixels [size,size,3], 10 to 50 percent of the side, at a random position."""
+    """Blackens a square at a random position of pixels [size,size,3]; its side is 10 to 50 percent of theirs."""
     size = len(pixels)
     side = max(1, round(rng.uniform(*HOLE_RANGE) * size))
     top, left = rng.integers(0, size - side + 1, 2)
@@ -92,11 +92,11 @@ def _read_with_hole(path: str, size: int, key: int) -> np.ndarray:
 
 
 def _read_with_patches(path: str, size: int, key: int) -> np.ndarray:
-    """Blackens patches of 1/8 of the side; a random share of them, at least one and not all."""
+    """Reads an image and blackens a random share of its 8x8 patches, at least one and not all."""
     rng = np.random.default_rng(key)
     count = PATCHES * PATCHES
     is_dropped = rng.permutation(count) < rng.integers(1, count)
-    patch = np.arange(size) * PATCHES // size  # of each row and column of pixels
+    patch = np.arange(size) * PATCHES // size  # index of the patch of each row or column of pixels
     is_black = is_dropped.reshape(PATCHES, PATCHES)[patch[:, None], patch]
     return np.where(is_black[..., None], np.uint8(0), images.read(path, size))
 

@@ -23,7 +23,7 @@ from tokenizer.builders.samplers import Sampler
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.sentence_files import SkippedInputs
 
-_PENDING_BATCHES = 6  # up to three on the device or queued for it, the others being read
+_PENDING_BATCHES = 6  # up to three are on the device or queued for it; the others are being read
 _INITIAL_STATE = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}
 
 
@@ -34,7 +34,7 @@ class BuildPlan:
     Attributes:
       kind: a key of KINDS.
       sampler: rows of the examples.
-      settings: of the arrangement.
+      settings: of the sampler and the arrangement.
       examples: numbered through all epochs.
     """
 
@@ -46,12 +46,12 @@ class BuildPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a build may use; changes its speed, never its result.
+    """The resources of a build. They affect its speed, not its result.
 
     Attributes:
       batch_size: images encoded at a time.
       workers: processes that read images.
-      cached_images: images whose codes are kept on disk for their next use; 0: none.
+      cached_images: images whose codes are cached on disk; 0: none.
     """
 
     batch_size: int
@@ -62,7 +62,7 @@ class Resources:
 def write_sentences(
     plan: BuildPlan, codec: Codec, file: ResumableFile, skipped: SkippedInputs, resources: Resources
 ) -> dict[str, Any]:
-    """Writes the sentences that the file lacks, and returns the report."""
+    """Writes the sentences that the file does not contain yet, and returns the report."""
     state = file.state or {**_INITIAL_STATE, "example": plan.examples.start}
     skipped.restore(state["skipped"])
     start = time.monotonic() - state["seconds"]
@@ -111,7 +111,7 @@ def _remaining(
 
 def progress_bar(description: str, done: int, total: int) -> tqdm:
     """Returns a bar whose estimate of the remaining time ignores the examples of an earlier run."""
-    # Without a terminal, as in a job's log, one line a minute is enough.
+    # Without a terminal, as in the log of a job, one line per minute is enough.
     bar = tqdm(unit="example", desc=description, mininterval=0.5 if sys.stderr.isatty() else 60)
     bar.reset(total)
     bar.initial = bar.n = bar.last_print_n = done

@@ -1,4 +1,4 @@
-"""Measures the quality of images against references, and how images use a tokenizer's codebook.
+"""Metrics of image quality against references, and of codebook usage.
 
 May import: tokenizer.vqgan. Only the modules lpips and inception require JAX; import them as modules.
 
@@ -8,8 +8,8 @@ May import: tokenizer.vqgan. Only the modules lpips and inception require JAX; i
     fid         statistics of features and the Frechet distance between two sets
     code_usage  share of the codebook in use, perplexity of the codes
 
-Vocabulary: a reference is the image that another one is compared with. FID compares two sets of images, all other
-metrics two images. rFID is the FID of reconstructions, images that were encoded and decoded, against their originals.
+Vocabulary: a reference is the image with which another one is compared. FID compares two sets of images, all other
+metrics compare two images. rFID is the FID of reconstructions (encoded and decoded images) against their originals.
 
 Shapes: n, N images, B images of a batch, H W pixels, h w positions of a layer, C channels, D features, K codes.
 """

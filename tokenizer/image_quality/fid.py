@@ -11,20 +11,20 @@ NUM_FEATURES = 2048  # D of InceptionV3
 
 
 class FeatureStatistics:
-    """Mean and covariance of a set of feature vectors, accumulated part by part.
+    """Mean and covariance of a set of feature vectors, accumulated in parts.
 
     Parts are merged by their means and scatter matrices (Chan, Golub and LeVeque 1979), which avoids cancellation.
     """
 
     def __init__(self) -> None:
-        """Statistics of an empty set."""
+        """Creates the statistics of an empty set."""
         self.count = 0
         self.mean_D: np.ndarray = np.zeros(())
         self._scatter_DD: np.ndarray = np.zeros(())
 
     @classmethod
     def of(cls, features_ND: np.ndarray) -> "FeatureStatistics":
-        """Statistics of N > 0 feature vectors."""
+        """Returns the statistics of N > 0 feature vectors."""
         statistics, features_ND = cls(), np.asarray(features_ND, np.float64)
         statistics.count, statistics.mean_D = len(features_ND), features_ND.mean(axis=0)
         statistics._scatter_DD = (features_ND - statistics.mean_D).T @ (features_ND - statistics.mean_D)
@@ -40,12 +40,12 @@ class FeatureStatistics:
 
     @property
     def covariance_DD(self) -> np.ndarray:
-        """Unbiased covariance; zero for a single vector."""
+        """The unbiased covariance; zero for a single vector."""
         return self._scatter_DD / max(self.count - 1, 1)
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Frechet distance between the gaussians of two sets of features (arXiv 1706.08500, equation 6).
+    """Returns the Frechet distance between the gaussians of two sets of features (arXiv 1706.08500, equation 6).
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2). The trace of the root is the sum of the roots of the eigenvalues of
     S1^1/2 S2 S1^1/2. That matrix is symmetric, so no complex roots appear.
@@ -59,7 +59,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def warn_if_few(name: str, count: int) -> None:
-    """Logs a warning if a FID is of too few images to estimate a gaussian of `NUM_FEATURES` dimensions."""
+    """Logs a warning if there are too few images to estimate a gaussian of `NUM_FEATURES` dimensions."""
     if count < NUM_FEATURES:
         logging.warning(
             "%s: FID of %d images, fewer than the %d dimensions of its features: not meaningful",

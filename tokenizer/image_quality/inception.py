@@ -1,8 +1,8 @@
 """Features of images for FID: the pooled activations of InceptionV3 (arXiv 1512.00567).
 
 The weights come from a local file: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, the network of the original
-FID, or the same tensors as safetensors. That network differs from other versions of InceptionV3, and this one follows
-it: average pools exclude the padding, and the pool of the last block takes the maximum.
+FID, or the same tensors as safetensors. Unlike other versions of InceptionV3, this network
+excludes the padding from average pools and takes the maximum in the pool of the last block.
 
 Shapes: n images, B images of a batch, H W pixels, h w positions of a layer, C channels, D = 2048 features.
 """
@@ -40,7 +40,7 @@ def _pool(x_BhwC: jax.Array, initial: float, join: Callable, stride: int = 1, pa
 
 
 def _average(x_BhwC: jax.Array) -> jax.Array:
-    """Means of 3x3 positions without the padding."""
+    """Averages 3x3 positions, excluding the padding."""
     rows_h, columns_w = (np.convolve(np.ones(extent), np.ones(3))[1:-1] for extent in x_BhwC.shape[1:3])
     count_hw = np.outer(rows_h, columns_w).astype(np.float32)
     return _pool(x_BhwC, 0.0, jax.lax.add) / count_hw[None, :, :, None]
@@ -52,7 +52,7 @@ _halve = partial(_maximum, stride=2, padding="VALID")
 
 
 def _chain(name: str, *settings: tuple) -> list[Conv]:
-    """A sequence of convolutions, numbered from 1."""
+    """Returns a sequence of convolutions, numbered from 1."""
     return [Conv(f"{name}_{i}", *setting) for i, setting in enumerate(settings, 1)]
 
 
@@ -113,7 +113,7 @@ class Inception:
         self._params = self._batches.replicate(load(path))
 
     def __call__(self, pixels_nHW3: np.ndarray) -> np.ndarray:
-        """Features, float32 [n,D], of n > 0 images in [0, 1]."""
+        """Returns the features, float32 [n,D], of n > 0 images in [0, 1]."""
         batches = self._batches.split(pixels_nHW3)
         function = partial(_jitted_features, self._params)
         return np.concatenate(list(self._batches.map(function, batches, pixels_nHW3.shape[1:], np.float32)))
@@ -146,7 +146,7 @@ def load(path: str) -> dict[str, np.ndarray]:
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the files of all required tensors."""
+    """Returns the names and shapes of all required tensors in the files."""
     shapes_by_name: dict[str, tuple[int, ...]] = {}
 
     def record(conv: Conv, channels: int):
@@ -159,7 +159,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def features(params: dict, pixels_BHW3: jax.Array) -> jax.Array:
-    """Means over the last layer's positions, float32 [B,D], of images in [0, 1] of any size."""
+    """Returns the means over the last layer's positions, float32 [B,D], of images in [0, 1] of any size."""
     size = (len(pixels_BHW3), SIDE, SIDE, 3)
     x = 2 * jax.image.resize(pixels_BHW3, size, "bilinear", antialias=False) - 1
     x_BhwC = _apply(NETWORK, x, lambda conv, _: (params[f"{conv.name}.weight"], params[f"{conv.name}.bias"]))

@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924): the perceptual distance of two images, from features of VGG16 (arXiv 1409.1556).
+"""LPIPS (arXiv 1801.03924): the perceptual distance of two images, based on features of VGG16 (arXiv 1409.1556).
 
 The weights come from local files: torchvision's VGG16 (`features.0.weight`, ...) and the linear layers of the lpips
 package (`lin0.model.1.weight`, ...), in one file or two.
@@ -24,14 +24,14 @@ _SCALE = np.array([0.458, 0.448, 0.450], np.float32)[None, None, None]
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the files of all required tensors."""
+    """Returns the names and shapes of all required tensors in the files."""
     shapes_by_name: dict[str, tuple[int, ...]] = {}
     width, index = 3, 0
     for number, stage in enumerate(STAGES):
         for out in stage:
             shapes_by_name |= {f"features.{index}.weight": (out, width, 3, 3), f"features.{index}.bias": (out,)}
-            width, index = out, index + 2  # torchvision numbers the activations too
-        index += 1  # and the pools
+            width, index = out, index + 2  # torchvision also numbers the activations
+        index += 1  # ... and the pools
         shapes_by_name[f"lin{number}.model.1.weight"] = (1, width, 1, 1)
     return shapes_by_name
 
@@ -61,7 +61,7 @@ def load(paths: str) -> dict[str, np.ndarray]:
 def distance(
     params: Mapping[str, jax.Array], images_BHWC: jax.Array, references_BHWC: jax.Array, dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
-    """LPIPS of each pair of images in [0, 1], of at least 16x16 pixels: float32 [B]."""
+    """Returns the LPIPS of each pair of images in [0, 1] of at least 16x16 pixels: float32 [B]."""
     both = jnp.concatenate([images_BHWC, references_BHWC])
     total_B = jnp.zeros(len(images_BHWC))
     for number, features in enumerate(_features(params, both, dtype)):

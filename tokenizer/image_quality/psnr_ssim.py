@@ -13,21 +13,21 @@ _MIN_MSE = 1e-10  # a PSNR of 100 dB
 
 
 def mse(images_BHWC: np.ndarray, references_BHWC: np.ndarray) -> np.ndarray:
-    """Mean squared error of each image. Shape [B]."""
+    """Returns the mean squared error of each image, [B]."""
     assert images_BHWC.shape == references_BHWC.shape, (images_BHWC.shape, references_BHWC.shape)
     return np.square(np.asarray(images_BHWC, np.float64) - references_BHWC).mean(axis=(1, 2, 3))
 
 
 def psnr(images_BHWC: np.ndarray, references_BHWC: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB; 100 if the two are equal. Shape [B]."""
+    """Returns the peak signal-to-noise ratio of each image in dB, [B]; at most 100, the value of equal images."""
     return -10 * np.log10(np.maximum(mse(images_BHWC, references_BHWC), _MIN_MSE))
 
 
 def ssim(images_BHWC: np.ndarray, references_BHWC: np.ndarray) -> np.ndarray:
-    """Structural similarity of each image (Wang et al. 2004), the mean over pixels and channels. Shape [B].
+    """Returns the structural similarity of each image (Wang et al. 2004), the mean over pixels and channels, [B].
 
-    The weights are a gaussian of 11x11 pixels, sigma 1.5; as in the paper, only windows inside the image count. Equal
-    to scikit-image with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.
+    The weights are a gaussian of 11x11 pixels, sigma 1.5. As in the paper, windows lie inside the image. The result
+    equals scikit-image's with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.
 
     Raises:
       UserError: if the images are smaller than a window.
@@ -45,7 +45,7 @@ def ssim(images_BHWC: np.ndarray, references_BHWC: np.ndarray) -> np.ndarray:
 
 
 def _blur(x_BHWC: np.ndarray) -> np.ndarray:
-    """Gaussian means of all windows inside the image: [B, H-10, W-10, C]."""
+    """Returns the gaussian means of all windows inside the image: [B, H-10, W-10, C]."""
     weights = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
     weights /= weights.sum()
     height, width = (extent - WINDOW + 1 for extent in x_BHWC.shape[1:3])

@@ -1,4 +1,4 @@
-"""Image files, video files, folders of them, and charts. Imports EasyLM.storage only; never JAX.
+"""Image files, video files, folders and charts. May import EasyLM.storage; never JAX.
 
 Import the modules as namespaces: `from tokenizer.media import images`.
 
@@ -8,7 +8,7 @@ Import the modules as namespaces: `from tokenizer.media import images`.
   videos        frame times of a video file, and the frames at given times
   video_clock   frame times and seek points, from packets or by decoding (used by videos)
   video_writer  frames to an MP4 or GIF file
-  charts        what all charts share: a matplotlib figure, its style, an atomic save
+  charts        matplotlib figures: creation, common style, atomic save
 
 Vocabulary:
   pixels        RGB, channels last: uint8, or float32 in [0, 1]

@@ -1,4 +1,4 @@
-"""What all charts share: a matplotlib figure, its style, and an atomic save. Needs the extra `quickstart`."""
+"""Matplotlib figures: creation, common style, atomic save. Needs the extra `quickstart`."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 11, 9, 8  # points
 
 
 def check_output(path: str, flag: str) -> None:
-    """Checks that `save` can write the path, and creates its folder, before the work for the chart begins.
+    """Checks that `save` can write the path, and creates its folder, before the chart is computed.
 
     Raises:
       UserError: naming the flag, if the extension is unknown, matplotlib is missing or the file cannot be written.
@@ -29,7 +29,7 @@ def check_output(path: str, flag: str) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Returns an empty figure, width and height in inches, that draws without a display."""
+    """Returns an empty figure, width and height in inches, that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

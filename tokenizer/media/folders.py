@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from EasyLM.errors import UserError
 from tokenizer.media.images import IMAGE_EXTENSIONS
 
-_MAX_NAMED_EXTENSIONS = 50  # further ones are counted together: names such as log.1, log.2 have one extension each
+_MAX_NAMED_EXTENSIONS = 50  # further ones are counted together: log.1, log.2, ... all have different extensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def walk(
     Ignores hidden files and folders. Follows links to folders, except to a folder that contains the link.
 
     Args:
-      ignored: counts, by extension, the files that are not hidden and have another extension.
+      ignored: a counter that is updated with the other visible files, by extension.
 
     Raises:
       UserError: naming the flag, if the folder does not exist, has no such file, or a name is not UTF-8.
@@ -64,7 +64,7 @@ def walk(
     if not os.path.isdir(directory):
         raise UserError(f"--{flag}={directory}: no such folder")
     is_empty = True
-    subfolders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # (name, device and inode of its ancestors)
+    subfolders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # (name, (device, inode) of each ancestor)
     while subfolders:
         folder, ancestors = subfolders.pop()
         stat = os.stat(os.path.join(directory, folder))
@@ -77,7 +77,7 @@ def walk(
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                # entry.is_dir() raises for a link to itself; for anything but a link it needs no system call.
+                # entry.is_dir() needs no system call except for links, and raises for a link to itself.
                 if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     subfolders.append((f"{folder}{entry.name}/", ancestors))
                 elif entry.name.lower().endswith(tuple(extensions)):

@@ -66,17 +66,17 @@ def open_image(path: ImageFile) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # on broken bytes Pillow's decoders raise nearly anything, IndexError too
+    except Exception as error:  # Pillow's decoders raise many classes on broken bytes, even IndexError
         raise UserError(f"{path}: not a readable image ({error or type(error).__name__})") from error
 
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
-    """Converts an opened image as `load` does; size None keeps its size: float32 [height,width,3]."""
+    """Converts an opened image as `load` does, to float32 [height,width,3]. With size None it keeps its size."""
     return to_float32(_to_bytes(image, size))
 
 
 def to_float32(pixels: np.ndarray) -> np.ndarray:
-    """Scales bytes to float32 in [0, 1] in one pass: `astype` and a division take four times as long."""
+    """Scales bytes to float32 in [0, 1] in one pass. `astype` and a division take four times as long."""
     return np.divide(pixels, np.float32(255), dtype=np.float32)
 
 
@@ -120,7 +120,7 @@ def png_bytes(pixels: np.ndarray | Image.Image) -> bytes:
 
 
 def check_output(path: str, flag: str) -> None:
-    """Checks that `save` can write the path, and creates its folder, before the work for the image begins.
+    """Checks that `save` can write the path, and creates its folder, before the image is computed.
 
     Raises:
       UserError: naming the flag, if `save` cannot write there.
@@ -143,6 +143,6 @@ def save(path: str | os.PathLike, pixels: np.ndarray) -> None:
     """Atomically writes an image, uint8 [height,width,3] or gray of 8 or 16 bits [height,width]; creates its folder."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without flushing to the disk: commands write images by the thousand, and a lost one is quick to write again.
+    # No fsync: commands write thousands of images, and a lost one is quick to write again.
     with storage.atomic_path(path, sync=False) as temporary:
         Image.fromarray(pixels).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])

@@ -1,6 +1,6 @@
-"""When each frame of a video file is shown, and from which frames decoding can begin.
+"""The times at which a video file shows its frames, and the frames from which decoding can begin.
 
-Packet time stamps are used where they are exact, which requires reading the file but not decoding it.
+Times come from packets where packet times are exact, so the file is read but not decoded.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ import numpy as np
 
 from EasyLM.errors import UserError, check_installed
 
-# Codecs with one shown frame a packet, at the packet's time. (VP8, for one, has packets that are never shown.)
+# Codecs with one shown frame per packet, at the packet's time. (VP8, for example, has packets that are never shown.)
 _ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "prores", "ffv1"}
-# Formats (FFmpeg's names) with an index of their frames. Seeking in others is a search, after which a frame can have
-# another time stamp than when the file is decoded from its beginning: those are decoded from the beginning.
+# Formats (FFmpeg's names) with an index of their frames. Other formats are decoded from the beginning: after a seek
+# their frames can have other time stamps.
 _INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
-_DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end: smaller gaps are rounding
-_CACHED_CLOCKS = 16  # a builder reads the times of a video, then its frames, possibly several times
+_DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end; less is rounding
+_CACHED_CLOCKS = 16  # a build reads the times of a video, then its frames, possibly several times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class VideoClock:
     Attributes:
       ticks: int64 [n], ascending.
       seek_points: ticks of the frames from which decoding can begin, int64, ascending; contains the first frame.
-      by_index: the file has no reliable time stamps: the i-th decoded frame is shown at ticks[i].
+      by_index: whether time stamps are unreliable; if so, the i-th decoded frame is shown at ticks[i].
       tick_seconds: duration of a tick.
     """
 
@@ -56,7 +56,7 @@ def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
     av = import_av()
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    # Titles can have any encoding. PyAV 18 and older refuse other encodings than UTF-8 unless this is set.
+    # Titles can have any encoding. Without this option, PyAV 18 and older accept only UTF-8.
     options = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
         with av.open(os.fspath(path), **options) as container:
@@ -88,7 +88,7 @@ def read_clock(path: str | os.PathLike) -> VideoClock:
 def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
     with open_video(path) as (container, stream):
         container_format, rate, tick_seconds = container.format.name, stream.average_rate, stream.time_base
-        # AVI has no time stamps: they are guesses if frames are decoded in another order than shown.
+        # AVI has no time stamps. FFmpeg's are guesses if frames are decoded in another order than shown.
         by_index = container_format == "avi" and bool(stream.codec_context.has_b_frames) and bool(rate)
         packets = _read_packets(path, container, stream)
         ticks = [tick for tick, _ in packets]
@@ -108,7 +108,7 @@ def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
 
 
 def _read_packets(path: str, container: Any, stream: Any) -> list[tuple[int | None, bool]]:
-    """Returns (tick or None, whether it is a key frame) of each shown packet. Keeps no packet: all are the whole file.
+    """Returns (tick or None, whether it is a key frame) of each shown packet. Discards packets to save memory.
 
     Raises:
       UserError: naming the path, if the file is truncated.

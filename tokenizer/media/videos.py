@@ -19,7 +19,7 @@ VIDEO_EXTENSIONS = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv"),
     *(".3gp", ".3g2", ".m2ts", ".vob", ".asf", ".f4v", ".mxf", ".mpe", ".m2v", ".qt", ".ogm", ".dv", ".y4m"),
 )
-# Degrees counterclockwise, as the file's metadata states them.
+# By counterclockwise degrees in the metadata.
 _ROTATIONS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
@@ -34,18 +34,18 @@ def timestamps(path: str | os.PathLike) -> np.ndarray:
 
 
 def read(path: str | os.PathLike, seconds: Sequence[float] | np.ndarray, size: int | None = None) -> np.ndarray:
-    """Reads the frames shown at times in any order: float32 [k,size,size,3]; size None keeps their size.
+    """Reads the frames shown at times in any order: float32 [k,size,size,3]. With size None they keep their size.
 
-    The frame of a time is the last one that begins by then. Applies the rotation in the metadata, then resizes as
-    `images.load`. Seeks over unneeded frames where the format allows it.
+    The frame shown at a time is the last one whose own time is not later. Applies the rotation in the metadata, then
+    resizes as `images.load`. Seeks over unneeded frames where the format allows it.
 
     Raises:
-      UserError: naming the path, if `timestamps` does, a time is before the first frame or after the end of the last
-        one, or a frame cannot be decoded.
+      UserError: naming the path, if `timestamps` raises, a time is before the first frame or after the end of the
+        last one, or a frame cannot be decoded.
     """
     clock, times = read_clock(path), timestamps(path)
     numbers = np.searchsorted(times, seconds, side="right") - 1
-    # The duration of the last frame is unknown. It is taken to be at most the longest of the other frames' durations.
+    # The duration of the last frame is unknown; assume the longest duration of the other frames.
     end = times[-1] + (np.diff(times).max() if len(times) > 1 else 1.0)
     for number, second in zip(numbers, seconds):
         if number < 0 or not second <= end:
@@ -65,7 +65,7 @@ def read(path: str | os.PathLike, seconds: Sequence[float] | np.ndarray, size: i
 def _decode_selected(container: Any, stream: Any, clock: VideoClock, numbers: list[int]) -> Iterator[tuple[int, Any]]:
     """Yields (number, frame) for ascending frame numbers. Omits frames that the decoder does not return."""
     frames = _decode_from(container, stream, clock, None)
-    seek_point, latest = None, None  # latest: the (tick, frame) decoded last
+    seek_point, latest = None, None  # latest: (tick, frame) of the last decoded frame
     for number in numbers:
         target = clock.ticks[number]
         nearest = clock.seek_points[np.searchsorted(clock.seek_points, target, side="right") - 1]
@@ -86,7 +86,7 @@ def _decode_selected(container: Any, stream: Any, clock: VideoClock, numbers: li
 
 
 def _decode_from(container: Any, stream: Any, clock: VideoClock, seek_point: int | None) -> Iterator[tuple[int, Any]]:
-    """Yields (tick, frame) from a seek point on; None: from the current position of the file."""
+    """Yields (tick, frame) from a seek point on. None: from the current position in the file."""
     if seek_point is not None:
         container.seek(int(seek_point), stream=stream)
     for i, frame in enumerate(container.decode(stream)):

@@ -1,14 +1,14 @@
-"""Files of visual sentences: read, mix, select, summarize and render them.
+"""Reads, mixes, selects, summarizes and renders files of visual sentences.
 
 May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.image_quality.code_usage; never JAX.
 
-  reader          read_sentences: the sentences of a file in any form
+  reader          read_sentences: the sentences of a file in any format
   skipped_inputs  SkippedInputs: unusable inputs, reported and counted
-  selection       sentences by number and kind
-  rendering       decoded sentences as image files, videos, or one HTML page
-  mixing          sentences of several sources in a random order
-  disk_shuffle    a uniform permutation of lines in bounded memory
-  disk_space      checks that an output fits on its disk
+  selection       selects sentences by number and kind
+  rendering       writes decoded sentences as image files, videos or one HTML page
+  mixing          mixes sentences of several sources in random order
+  disk_shuffle    shuffles lines in bounded memory
+  disk_space      checks the free space for an output
   summary         statistics of sentences, as a table and as charts
 
 Vocabulary:

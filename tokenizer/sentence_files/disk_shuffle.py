@@ -1,7 +1,7 @@
-"""A random order of any number of lines in bounded memory.
+"""Shuffles any number of lines in bounded memory.
 
-Each line has a random key of 64 bits, and lines are sorted by key: a uniform permutation that depends on the keys, not
-on the memory limit. Lines that do not fit in memory are first scattered to files by key.
+Each line has a random 64-bit key. Sorting by key gives a uniform permutation that does not depend on the memory limit.
+Lines that do not fit in memory are first scattered to files by ranges of keys.
 """
 
 import array
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 KEY_BITS = 64
-_MAX_PARTS = 64  # files that one level scatters to; each buffers _BUFFER_BYTES
+_MAX_PARTS = 64  # files per level of scattering; each has a buffer of _BUFFER_BYTES
 _BUFFER_BYTES = 128 << 10
 _ENTRY_DTYPE = np.dtype([("key", "<u8"), ("size", "<u8")])
 
@@ -31,14 +31,14 @@ def sort_by_key(
 
     Args:
       lines: (key, line); keys lie in [first_key, first_key + 2^key_bits).
-      total_bytes: size of all lines, as well as it is known.
-      memory_bytes: size of the lines that may be in memory.
-      folder: an empty folder for temporary files, together as large as the lines. Each is removed after its use.
+      total_bytes: size of all lines, known or estimated.
+      memory_bytes: maximum size of the lines in memory.
+      folder: an empty folder for temporary files, together as large as the lines. Each is removed after use.
     """
     if total_bytes <= memory_bytes or key_bits == 0:
         yield from _sort(*_load(lines))
         return
-    # Parts are half as large as memory on average, because their sizes vary.
+    # Sizes of parts vary, so parts are on average half as large as the memory limit.
     part_bits = min(key_bits, _MAX_PARTS.bit_length() - 1, (2 * total_bytes // memory_bytes).bit_length())
     rest_bits = key_bits - part_bits
     names = [os.path.join(folder, f"{rest_bits}_{(first_key >> rest_bits) + part:x}") for part in range(1 << part_bits)]
@@ -46,7 +46,7 @@ def sort_by_key(
     for part, name in enumerate(names):
         size, entries = os.path.getsize(name), np.fromfile(f"{name}.entries", _ENTRY_DTYPE)
         if size <= memory_bytes or len(entries) == 1:
-            # Passed on without a name, so that the bytes are freed before the next part is read.
+            # Without a local variable, the bytes are freed before the next part is read.
             yield from _sort(entries, _read_and_remove(name))
         else:
             del entries
@@ -56,7 +56,7 @@ def sort_by_key(
 
 
 def _load(lines: Iterable[KeyedLine]) -> tuple[np.ndarray, bytearray]:
-    """Returns the entries and the concatenated lines. (Lists of numbers would outweigh short lines.)"""
+    """Returns the entries and the concatenated lines. Lists of ints would take more memory than short lines."""
     keys, sizes, data = array.array("Q"), array.array("Q"), bytearray()
     for key, line in lines:
         keys.append(key)

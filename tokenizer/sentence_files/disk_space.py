@@ -1,4 +1,4 @@
-"""Checks that an output fits on its disk before it is written."""
+"""Checks the free disk space before an output is written."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from EasyLM.errors import UserError
 
 
 def check_disk_space(path: str, needed_bytes: int) -> None:
-    """Checks the free space of the disk of a file.
+    """Checks that the disk of a file has enough free space.
 
     Raises:
       UserError: naming the path, if less than `needed_bytes` are free.

@@ -1,4 +1,4 @@
-"""Sentences of several sources in a random order: check and count the lines, draw which ones to take, shuffle them.
+"""Mixes sentences of several sources: checks and counts the lines, samples the sentences to take, shuffles them.
 
 Each source is read twice: once to check and count its lines, once to mix them.
 """
@@ -19,21 +19,21 @@ from tokenizer.sentence_files import disk_shuffle
 from tokenizer.sentence_files.disk_shuffle import KEY_BITS, KeyedLine
 from tokenizer.sentence_files.skipped_inputs import SkippedInputs
 
-_BATCHED_NUMBERS = 4096  # random numbers drawn at a time
+_RANDOM_BATCH = 4096  # random numbers per call of the generator
 _MARGIN_BYTES = 16 << 20  # left free on the disk
 
 
 @dataclasses.dataclass
 class Source:
-    """The files of one input, what `count_lines` finds in them, and the sentences to take.
+    """The files of one input, their counts (set by `count_lines`), and the number of sentences to take.
 
     Attributes:
       name: the path or glob.
       paths: its files.
-      bad_lines: (path, line number).
+      bad_lines: (path, line number) of each.
       sentences: number of good lines.
       bytes: size of the good lines.
-      taken: number of sentences to take; more than `sentences`: some repeatedly.
+      taken: number of sentences to take; if above `sentences`, sentences repeat.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Source:
 
 
 def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInputs) -> None:
-    """Counts the sentences and bytes of each source, and its bad lines, which are added to `skipped`."""
+    """Counts the sentences and bytes of each source. Adds its bad lines to `source.bad_lines` and `skipped`."""
     files = [(source, path) for source in sources for path in source.paths]
     is_size_known = not any(is_compressed(path) for _, path in files)
     total = sum(file_version(path)["size"] for _, path in files) if is_size_known else None
@@ -77,7 +77,7 @@ def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInpu
 def needed_space(sources: Sequence[Source], memory_bytes: int) -> int:
     """Returns the bytes on disk that `write_mixture` needs."""
     size = _mixture_bytes(sources)
-    # Temporary files are removed as they are written out: beside the output there is one part, which fits in memory.
+    # Each temporary file is removed once it is read: output and files together exceed the mixture by at most one part.
     return size + (memory_bytes if size > memory_bytes else 0) + _MARGIN_BYTES
 
 
@@ -87,13 +87,13 @@ def _mixture_bytes(sources: Sequence[Source]) -> int:
 
 
 def write_mixture(path: str, sources: Sequence[Source], seed: int, memory_bytes: int) -> int:
-    """Atomically writes the sentences to take in a random order; returns their number.
+    """Atomically writes the sentences to take in random order; returns their number.
 
     Args:
       path: the JSONL file.
       sources: after `count_lines`, with `taken` set.
-      seed: of the order, and of which sentences are taken.
-      memory_bytes: size of the lines that may be in memory; the others are in files beside `path`.
+      seed: of the order and of the choice of sentences.
+      memory_bytes: maximum size of the lines in memory; the others are in temporary files beside `path`.
 
     Raises:
       UserError: if a source changed since it was counted.
@@ -109,7 +109,7 @@ def write_mixture(path: str, sources: Sequence[Source], seed: int, memory_bytes:
 
 
 def keyed_lines(sources: Sequence[Source], seed: int) -> Iterator[KeyedLine]:
-    """Yields (random key, line) of each sentence to take, as often as it is taken."""
+    """Yields (random key, line) of the sentences to take; a repeated sentence has several keys."""
     for number, source in enumerate(sources):
         keys = _random_numbers(np.random.default_rng([seed, number, 0]))
         draws = _random_numbers(np.random.default_rng([seed, number, 1]))
@@ -118,7 +118,7 @@ def keyed_lines(sources: Sequence[Source], seed: int) -> Iterator[KeyedLine]:
         copies, wanted = divmod(source.taken, source.sentences)
         left = source.sentences
         for line in _good_lines(source):
-            # Selection sampling (Knuth, algorithm S): all sentences left are equally likely to be selected.
+            # Selection sampling (Knuth, algorithm S) selects each of the remaining sentences with equal probability.
             is_selected = next(draws) * left < wanted << KEY_BITS
             wanted, left = wanted - is_selected, left - 1
             for _ in range(copies + is_selected):
@@ -128,7 +128,7 @@ def keyed_lines(sources: Sequence[Source], seed: int) -> Iterator[KeyedLine]:
 
 
 def _good_lines(source: Source) -> Iterator[bytes]:
-    """Yields the lines that were counted; ignores lines that were appended since."""
+    """Yields the counted lines; ignores lines that were appended later."""
     count = 0
     for path in source.paths:
         for number, line in read_lines(path):
@@ -138,6 +138,6 @@ def _good_lines(source: Source) -> Iterator[bytes]:
 
 
 def _random_numbers(rng: np.random.Generator) -> Iterator[int]:
-    """Yields random numbers of 64 bits endlessly."""
+    """Yields random 64-bit numbers without end."""
     while True:
-        yield from rng.integers(0, 1 << KEY_BITS, _BATCHED_NUMBERS, np.uint64).tolist()
+        yield from rng.integers(0, 1 << KEY_BITS, _RANDOM_BATCH, np.uint64).tolist()

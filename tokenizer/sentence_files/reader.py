@@ -1,4 +1,4 @@
-"""Reads the sentences of a file in any form: JSONL, .gz, .zst or packed."""
+"""Reads the sentences of a file in any format: JSONL (also .gz and .zst) or packed."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,11 +15,11 @@ def read_sentences(
     """Yields (ids [n], JSON object of the record) of each sentence. The object of a packed sentence lacks its ids.
 
     Args:
-      on_bad_line: called with (`file:line`, message) of each line that is not a record, which is then skipped; None:
-        raise the message. A packed file has no such lines.
+      on_bad_line: called with (`file:line`, message) for each bad line, which is then skipped. None: a bad line raises.
+        Packed files have no bad lines.
 
     Raises:
-      UserError: if the file is missing or broken, or on a bad line without `on_bad_line`.
+      UserError: if the file is missing or broken, or has a bad line and `on_bad_line` is None.
     """
     if packed_file.is_packed(path):
         yield from packed_file.read(path, vocab_size)

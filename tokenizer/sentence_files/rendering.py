@@ -1,4 +1,4 @@
-"""Decoded sentences as image files, videos, or one HTML page. All files are written atomically."""
+"""Writes decoded sentences atomically as image files, videos or one HTML page."""
 
 import base64
 import html
@@ -35,7 +35,7 @@ class DecodedSentence(NamedTuple):
 
 
 def write_images(sentences: Iterable[DecodedSentence], directory: str, columns: int) -> int:
-    """Writes one PNG file a sentence, its images in rows of at most `columns`; returns the number of sentences."""
+    """Writes one PNG file per sentence, in rows of at most `columns` images; returns the number of sentences."""
     count = 0
     for number, pixels_nSS3, _ in sentences:
         sheet = grids.grid(pixels_nSS3, min(columns, len(pixels_nSS3)))
@@ -45,7 +45,7 @@ def write_images(sentences: Iterable[DecodedSentence], directory: str, columns: 
 
 
 def write_videos(sentences: Iterable[DecodedSentence], directory: str, extension: str, fps: float) -> int:
-    """Writes one video or animation a sentence; returns the number of sentences."""
+    """Writes one video or animation per sentence; returns the number of sentences."""
     count = 0
     for number, pixels_nSS3, _ in sentences:
         video_writer.write(os.path.join(directory, f"{number:06d}.{extension}"), pixels_nSS3, fps)
@@ -72,7 +72,7 @@ def write_html(sentences: Iterable[DecodedSentence], directory: str, title: str)
 def _section(sentence: DecodedSentence) -> str:
     """Returns the HTML of a sentence: its kind, and each image with its source."""
     kind, sources = sentence.record.get("kind", ""), _sources(sentence.record)
-    is_captioned = len(sources) == len(sentence.pixels)  # otherwise the sources stand above the images
+    is_captioned = len(sources) == len(sentence.pixels)  # otherwise one line above the images lists the sources
     title = " &middot; ".join(html.escape(str(part)) for part in (f"sentence {sentence.number}", kind) if part != "")
     parts = [f"<section><h2>{title}</h2>\n"]
     if sources and not is_captioned:

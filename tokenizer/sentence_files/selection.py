@@ -10,7 +10,7 @@ from EasyLM.errors import UserError
 
 
 class SelectionError(UserError):
-    """A selection does not fit the file. The message lacks the file's name: the caller adds it."""
+    """A selection does not fit the file. The caller adds the file's name to the message."""
 
 
 class NumberedSentence(NamedTuple):
@@ -23,12 +23,12 @@ class NumberedSentence(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Conditions that a selected sentence meets.
+    """Conditions for selecting a sentence.
 
     Attributes:
-      ranges: first and last numbers; empty: all.
-      kinds: allowed kinds; empty: all.
-      limit: the largest number of selected sentences; 0: all.
+      ranges: (first number, last number) of each range; empty: all sentences.
+      kinds: selected kinds; empty: all.
+      limit: maximum number of selected sentences; 0: all.
     """
 
     ranges: tuple[tuple[int, int], ...] = ()
@@ -37,7 +37,7 @@ class Selection:
 
 
 def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:
-    """Parses a comma list such as `0,5,10-20` as first and last numbers.
+    """Parses a comma list such as `0,5,10-20` to (first number, last number) pairs.
 
     Raises:
       UserError: naming the element that is neither a number nor a range.
@@ -46,13 +46,13 @@ def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:
     for element in filter(None, (element.strip() for element in text.split(","))):
         first, dash, last = element.partition("-")
         if not (first.isdecimal() and (last.isdecimal() if dash else True)) or (dash and int(last) < int(first)):
-            raise UserError(f"cannot read {element!r}: give numbers from 0 and ranges, as 0,5,10-20")
+            raise UserError(f"cannot read {element!r}: give numbers from 0 and ranges, such as 0,5,10-20")
         ranges.append((int(first), int(last) if dash else int(first)))
     return tuple(ranges)
 
 
 def select(sentences: Iterable[tuple[np.ndarray, dict[str, Any]]], selection: Selection) -> Iterator[NumberedSentence]:
-    """Yields the selected ones of (ids, record), and reads no further than the last of them.
+    """Yields the selected sentences of (ids, record). Stops reading after the last one.
 
     Raises:
       SelectionError: if the file ends before the last number of the ranges, or no sentence is selected.

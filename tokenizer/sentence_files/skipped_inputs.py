@@ -1,4 +1,4 @@
-"""Inputs that cannot be used: reported as they occur, counted, and listed in a build's report."""
+"""Unusable inputs: reported when they occur, counted, and listed in a build's report."""
 
 import sys
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from EasyLM.errors import UserError
 
 
 class SkippedInputs:
-    """Reasons of the unusable inputs by path, at most as many as the flag `--max_errors` allows.
+    """The skipped inputs of a command, at most `max_errors`.
 
     Attributes:
-      reasons: the message of each skipped input by its path.
+      reasons: path -> message of each skipped input.
     """
 
     def __init__(self, max_errors: int):
@@ -23,19 +23,19 @@ class SkippedInputs:
         return len(self.reasons)
 
     def restore(self, reasons: Mapping[str, str]) -> None:
-        """Adds the inputs that an interrupted build skipped."""
+        """Adds the inputs that an interrupted build skipped, without reporting them again."""
         self.reasons |= reasons
 
     def add(self, path: str, reason: str) -> None:
-        """Reports an input on standard error, once. The reason contains its path.
+        """Reports an input on standard error, once. The reason must contain its path.
 
         Raises:
-          UserError: if too many inputs were skipped.
+          UserError: with the reason, if `max_errors` other inputs are skipped already.
         """
         if path in self.reasons:
             return
         if len(self) >= self._max_errors:
             earlier = f", after {len(self)} others" if len(self) else ""
-            raise UserError(f"{reason}{earlier} (--max_errors={self._max_errors}; a higher one skips such inputs)")
+            raise UserError(f"{reason}{earlier} (--max_errors={self._max_errors}; a higher value skips such inputs)")
         self.reasons[path] = reason
         tqdm.write(f"skipped: {reason}", file=sys.stderr)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_KINDS = 1000  # counted by name: a file with more has something else under the key `kind`
+MAX_KINDS = 1000  # counted by name; further kinds are counted together
 OTHER_KINDS = "(others)"
 NO_KIND = "(none)"
-_BATCHED_IDS = 1 << 20  # ids counted at a time
+_BATCHED_IDS = 1 << 20  # ids counted at once
 _BAR_CHARACTERS = 40  # of the longest bar in the table
 _MAX_ROWS = 20  # of a table or a bar chart
 _MAX_TICKS = 12  # labels along the x axis
@@ -24,7 +24,7 @@ _COLOUR = "#4272ae"
 
 
 class BadLines:
-    """Counts the lines that are not records, and lists the first ones."""
+    """Counts bad lines and lists the first ones."""
 
     def __init__(self, max_listed: int):
         self._max_listed = max_listed
@@ -56,7 +56,7 @@ class Summary:
         self._kinds: collections.Counter[str] = collections.Counter()
 
     def add(self, ids: np.ndarray, record: Mapping[str, Any]) -> None:
-        """Counts a sentence: its ids [n], and its record, which can have a `kind`."""
+        """Counts a sentence: its ids [n] and its record, which may contain a `kind`."""
         length = len(ids)
         self._sentences, self._tokens = self._sentences + 1, self._tokens + length
         self._longest = max(self._longest, length)
@@ -102,7 +102,7 @@ class Summary:
 
 
 def table(statistics: Mapping[str, Any], codebook_size: int, tokens_per_image: int) -> str:
-    """Formats the statistics, with those of bad lines, for a terminal."""
+    """Formats the statistics of sentences and bad lines for a terminal."""
     values = {
         "files": f"{statistics['files']:,}",
         "sentences": f"{statistics['sentences']:,}",
@@ -130,7 +130,7 @@ def table(statistics: Mapping[str, Any], codebook_size: int, tokens_per_image: i
 
 
 def _text_bars(counts: Mapping[str, int], width: int) -> list[str]:
-    """Returns a line for each of the first entries, and one with the number of the others."""
+    """Returns a line for each of the first entries, and one with the number of further entries."""
     largest = max(counts.values(), default=1)
     lines = [
         f"{name:>{width}}  {count:>9,} {'#' * round(_BAR_CHARACTERS * count / largest)}"

@@ -3,14 +3,14 @@
 May import: tokenizer.media; no JAX. Import the modules as namespaces: `from tokenizer.synthetic import scenes`.
 
     scenes       images, annotations and clips of rendered scenes
-    layouts      which solids stand where; SPLITS, the styles of held-out scenes
-    geometry     solids, and where rays meet them
+    layouts      random arrangements of solids; SPLITS, the styles of held-out scenes
+    geometry     solids and ray tracing
     photos       crops of photographs from installed packages, and colour augmentation
     seed_ranges  which seeds are for training and which are held out
 
 Vocabulary: a scene is an image of one to four solids with its annotations (segmentation, depth, normals, edges); a clip
-is a scene over several frames; a layout is what both are rendered from. A split is a kind of scenes that training does
-not show: the seeds differ, and in all but "scenes" shapes, colours or backgrounds too.
+is a scene over several frames; both are rendered from a layout. A split is a set of held-out scenes. Its seeds differ
+from those of training; in all splits but "scenes", shapes, colours or backgrounds differ too.
 
 Shapes: S side of an image in pixels, P rays.
 """

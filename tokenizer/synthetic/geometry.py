@@ -1,4 +1,4 @@
-"""Solids on a floor before a wall, and where rays meet them.
+"""Solids on a floor before a wall, and their intersections with rays.
 
 Coordinates: x to the right, y up from the floor (y = 0), z towards the camera; the wall is the plane z = WALL_Z.
 Shapes: P rays.
@@ -11,9 +11,9 @@ import numpy as np
 
 WALL_Z = -3.6
 _FLOOR_MIN, _FLOOR_MAX = np.array([-1.9, -2.2]), np.array([1.9, 1.9])  # the part of the floor, in (x, z), for solids
-_MIN_DISTANCE = 1e-6  # of a hit: a ray does not hit the surface that it starts on
+_MIN_DISTANCE = 1e-6  # of a hit, so that a ray does not hit the surface on which it starts
 
-# The distance along each ray to the solid [P], infinite without a hit, and the outward normal there [P,3].
+# Distance along each ray to the solid [P], infinite without a hit, and outward normal at the hit [P,3].
 Intersection = tuple[np.ndarray, np.ndarray]
 
 
@@ -21,7 +21,7 @@ Intersection = tuple[np.ndarray, np.ndarray]
 class Solid:
     """A solid that stands on the floor, moves in a straight line and is reflected at the floor's ends.
 
-    Speeds are a third of a solid's width per frame on average, so that no copy of a frame passes as the next one.
+    The mean speed is a third of a solid's width per frame, so a copy of a frame is a poor prediction of the next one.
 
     Attributes:
       shape: a key of `INTERSECTIONS`.
@@ -92,7 +92,7 @@ def trace(solids: Sequence[Solid], origin_P3: np.ndarray, rays_P3: np.ndarray) -
 
 
 def _reflect(position: np.ndarray) -> np.ndarray:
-    """Maps a position on a straight line to that of a point reflected at the floor's ends."""
+    """Maps a position on a straight line to the position after reflections at the ends of the floor."""
     travelled = (position - _FLOOR_MIN) % (2 * (_FLOOR_MAX - _FLOOR_MIN))
     return _FLOOR_MIN + np.minimum(travelled, 2 * (_FLOOR_MAX - _FLOOR_MIN) - travelled)
 

@@ -1,4 +1,4 @@
-"""Random layouts of scenes: which solids stand where, in which room, under which light."""
+"""Random layouts of scenes: solids, room and light."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ COLOURS = np.array(
 )
 NEW_COLOURS = np.array([(120, 20, 60), (150, 220, 60), (250, 130, 170), (70, 70, 75)])
 HORIZON = 8  # frames without collisions
-_ATTEMPTS = 60  # to place a solid; after half of them solids do not move
+_ATTEMPTS = 60  # to place solids; from half of them on, new solids do not move
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """The distribution that layouts are drawn from. The defaults are those of training.
+    """The distribution of layouts. The defaults are those of training.
 
     Attributes:
       shapes, colours: of solids.
       brightness: range of the brightness of floor and wall.
-      tint: range of the part of a colour channel that floor and wall lack.
+      tint: range of the share that is removed from each colour channel of floor and wall.
     """
 
     shapes: tuple[str, ...] = SHAPES
@@ -42,7 +42,7 @@ class Style:
     tint: tuple[float, float] = (0.0, 0.35)
 
 
-# Scenes of "scenes" differ from training scenes by their seeds, those of the other splits by their style as well.
+# "scenes" differs from training scenes only by its seeds; the other splits also differ by their style.
 SPLITS = {
     "scenes": Style(),
     "colours": Style(colours=NEW_COLOURS),
@@ -69,7 +69,7 @@ class Layout:
 
 
 def seeded_layout(seed: int, split: str = "scenes") -> Layout:
-    """The layout of a seed in a split."""
+    """Returns the layout of a seed in a split."""
     return random_layout(np.random.default_rng([seed, 7]), SPLITS[split])
 
 
@@ -81,8 +81,8 @@ def random_layout(rng: np.random.Generator, style: Style = Style()) -> Layout:
     for attempt in range(_ATTEMPTS):
         if len(solids) == count:
             break
-        still = attempt > _ATTEMPTS // 2
-        solid = _random_solid(rng, style.shapes, style.colours[hues[len(solids)]] / 255, still)
+        is_still = attempt > _ATTEMPTS // 2
+        solid = _random_solid(rng, style.shapes, style.colours[hues[len(solids)]] / 255, is_still)
         if all(_is_apart(solid.at(frame), [other.at(frame) for other in solids]) for frame in range(HORIZON)):
             solids.append(solid)
     tint = rng.uniform(*style.brightness, (2, 1)) * (1 - rng.uniform(*style.tint, (2, 3)))
@@ -91,13 +91,13 @@ def random_layout(rng: np.random.Generator, style: Style = Style()) -> Layout:
     return Layout(tuple(solids), tint[0], tint[1], bool(rng.random() < 0.2), light / np.linalg.norm(light))
 
 
-def _random_solid(rng: np.random.Generator, shapes: tuple[str, ...], colour: np.ndarray, still: bool) -> Solid:
+def _random_solid(rng: np.random.Generator, shapes: tuple[str, ...], colour: np.ndarray, is_still: bool) -> Solid:
     shape = shapes[rng.integers(len(shapes))]
     radius = rng.uniform(0.65, 1.05)
     relative_heights = {"sphere": 2.0, "box": 1.5, "cylinder": rng.uniform(1.5, 2.2), "cone": rng.uniform(2.0, 2.7)}
     relative_heights |= {"pyramid": 1.9, "egg": 2.8}
     heading = rng.uniform(0, 2 * np.pi)
-    speed = 0.0 if still else rng.uniform(0.3, 0.9)
+    speed = 0.0 if is_still else rng.uniform(0.3, 0.9)
     return Solid(
         shape=shape,
         position=np.array([rng.uniform(-1.7, 1.7), rng.uniform(-1.9, 1.6)]),

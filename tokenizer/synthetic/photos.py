@@ -1,4 +1,4 @@
-"""Photographs from the wheels of scikit-image and scikit-learn: real images without a download."""
+"""Crops of the photographs that scikit-image and scikit-learn contain: real images without a download."""
 
 import functools
 import importlib.util
@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 
 from EasyLM.errors import UserError
 
-# (package, path in it). Held-out photographs are in no training set.
+# (package, path in the package). Held-out photographs are not used for training.
 TRAINING = (
     ("skimage", "data/astronaut.png"),
     ("skimage", "data/chelsea.png"),
@@ -27,7 +27,7 @@ HELD_OUT = (("skimage", "data/coffee.png"), ("sklearn", "datasets/images/flower.
 
 
 def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
-    """A random square of a photograph, at least a third of its shorter side, mirrored half of the time.
+    """Returns a random square of a photograph, at least a third of its shorter side, mirrored with probability 1/2.
 
     Returns:
       uint8 [size,size,3].
@@ -63,5 +63,5 @@ def recolour(pixels: np.ndarray, seed: int) -> np.ndarray:
 def _open(package: str, path: str) -> Image.Image:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(f"the photographs of {package} need it installed: pip install scikit-image scikit-learn")
+        raise UserError(f"the photographs of {package} require the package: pip install scikit-image scikit-learn")
     return Image.open(pathlib.Path(spec.origin).parent / path).convert("RGB")

@@ -1,7 +1,7 @@
 """Ray-traced scenes with exact annotations: solids on a floor before a wall, one light, one camera.
 
-A scene is a function of a seed, so a data set needs no download. Its annotations are computed from the geometry.
-Shapes: S side of the image, P = (3 S)^2 rays, 3x3 per pixel, the middle one through the pixel's centre.
+A scene is a function of a seed. Its annotations are computed from the geometry.
+Shapes: S side of the image, P = (3 S)^2 rays, 3x3 per pixel; the middle ray passes through the pixel's centre.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ PALETTE = {
     "pyramid": (175, 70, 205),
     "egg": (120, 230, 235),
 }
-NEAR, FAR = 3.6, 11.2  # distances along the view that are white and black in a depth image
+NEAR, FAR = 3.6, 11.2  # distances along the view axis: white and black in a depth image
 
 _RAYS_PER_SIDE = 3
 _EYE, _TARGET, _HALF_FIELD = np.array([0.0, 3.6, 6.4]), np.array([0.0, 0.55, -0.35]), np.deg2rad(19.5)
@@ -30,7 +30,7 @@ _CREASE_COSINE = np.cos(np.deg2rad(40))
 
 
 def scene(seed: int, size: int, split: str = "scenes") -> dict[str, np.ndarray]:
-    """An image and its annotations: `image` and each of `ANNOTATIONS`, uint8 [size,size,3].
+    """Returns an image and its annotations: `image` and each of `ANNOTATIONS`, uint8 [size,size,3].
 
     A segmentation has the colours of `PALETTE` and `BACKGROUND` only. Depth is brighter where nearer. Normals are
     (n + 1) / 2 in the camera's axes. Edges are white where a neighbouring pixel shows another solid or another face.
@@ -39,24 +39,24 @@ def scene(seed: int, size: int, split: str = "scenes") -> dict[str, np.ndarray]:
 
 
 def clip(seed: int, size: int, num_frames: int, split: str = "scenes") -> list[dict[str, np.ndarray]]:
-    """The frames of a scene whose solids move, each as `scene` returns it; the first is `scene(seed, size)`."""
+    """Returns the frames of a scene with moving solids, each as `scene` does. The first is `scene(seed, size)`."""
     layout = seeded_layout(seed, split)
     return [render(layout, frame, size) for frame in range(num_frames)]
 
 
 def label_ids(segmentation: np.ndarray) -> np.ndarray:
-    """A segmentation image as ids, uint8 [S,S]: 0 is the background, then the shapes in the order of `PALETTE`."""
+    """Converts a segmentation image to ids, uint8 [S,S]: 0 is the background, then shapes in the order of `PALETTE`."""
     colours = np.array([BACKGROUND, *PALETTE.values()])
     return np.argmax((segmentation[..., None, :] == colours).all(axis=-1), axis=-1).astype(np.uint8)
 
 
 def depth_to_distance(depth: np.ndarray) -> np.ndarray:
-    """A depth image as distances along the view, float64 [S,S], in 256 steps."""
+    """Converts a depth image to distances along the view axis, float64 [S,S], in 256 steps."""
     return FAR - (FAR - NEAR) * depth[..., 0] / 255
 
 
 def render(layout: Layout, frame: int, size: int) -> dict[str, np.ndarray]:
-    """The image and annotations of a frame, as `scene` returns them."""
+    """Returns the image and annotations of a frame, as `scene` does."""
     solids = [solid.at(frame) for solid in layout.solids]
     rays_P3, axes_33 = _camera(size * _RAYS_PER_SIDE)
     hits = trace(solids, np.broadcast_to(_EYE, rays_P3.shape), rays_P3)
@@ -73,7 +73,7 @@ def render(layout: Layout, frame: int, size: int) -> dict[str, np.ndarray]:
     depth_SS = at_centres(hits.distance * (rays_P3 @ axes_33[2]))[..., 0]
     normal_SS3 = at_centres(hits.normal @ axes_33.T)
     brightness_SS1 = np.clip((FAR - depth_SS[..., None]) / (FAR - NEAR), 0, 1)
-    colours = np.array([*(PALETTE[solid.shape] for solid in solids), BACKGROUND], np.uint8)  # index -1 is the last
+    colours = np.array([*(PALETTE[solid.shape] for solid in solids), BACKGROUND], np.uint8)  # [-1]: background
     facing_SS3 = normal_SS3 * np.array([1, 1, -1])  # blue grows towards the viewer
     edges_SS1 = np.where(_edges(solid_SS, normal_SS3), np.uint8(255), np.uint8(0))[..., None]
     return {

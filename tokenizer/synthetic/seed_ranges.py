@@ -1,12 +1,12 @@
-"""Which seeds of scenes are for training and which are held out.
+"""Ranges of scene seeds for training and for evaluation.
 
-A block is 10^6 consecutive seeds. `tokenizer.render --seed=B` draws from block B, so two values of --seed never share a
-scene. Blocks from `FIRST_HELD_OUT` on are reserved for evaluation:
+A block is 10^6 consecutive seeds. `tokenizer.render --seed=B` uses block B, so two values of --seed share no scene.
+Blocks from `FIRST_HELD_OUT` on are reserved for evaluation:
 
     blocks        seeds             used by
-    0..499        0..499,999,999    tokenizer.render: training sets, and test sets of your own
+    0..499        0..499,999,999    tokenizer.render: training sets and your own test sets
     500 + S       500,000,000...    evaluation.fewshot --benchmark=rendered --seed=S
-    900           900,000,000...    the examples on the page of the service (also block of the benchmark's --seed=400)
+    900           900,000,000...    examples on the page of the service, and the benchmark with --seed=400
 """
 
 from EasyLM.errors import UserError
@@ -17,7 +17,7 @@ _PAGE_EXAMPLES_BLOCK = 900
 
 
 def training_seed(block: int) -> int:
-    """The first seed of a block that may be rendered for training.
+    """Returns the first seed of a training block.
 
     Raises:
       UserError: if the block is reserved for evaluation.
@@ -31,13 +31,13 @@ def training_seed(block: int) -> int:
 
 
 def benchmark_seeds(seed: int, count: int) -> range:
-    """The seeds of `count` scenes of the rendered benchmark, other ones for each `seed`."""
+    """Returns the seeds of `count` scenes of the rendered benchmark, disjoint for different `seed`."""
     assert seed >= 0
     first = (FIRST_HELD_OUT + seed) * SEEDS_PER_BLOCK
     return range(first, first + count)
 
 
 def page_example_seed(index: int) -> int:
-    """The seed of an example on the page of the service."""
+    """Returns the seed of an example on the page of the service."""
     assert 0 <= index < SEEDS_PER_BLOCK
     return _PAGE_EXAMPLES_BLOCK * SEEDS_PER_BLOCK + index

@@ -1,21 +1,21 @@
-"""Training of a VQGAN: its objective, its discriminator, its images. The loop is that of EasyLM.training.
+"""The objective, the discriminator and the images for training a VQGAN. The loop is in EasyLM.training.
 
 May import EasyLM.data, EasyLM.storage, tokenizer.media, tokenizer.vqgan and tokenizer.image_quality.
 
     objective       initial state, loss, evaluation and optimizer
-    losses          the terms of the loss that need no network of their own
-    codebook        the codes as running means; replacement of unused codes
+    losses          loss terms without a network of their own
+    codebook        codes as running means; replacement of unused codes
     discriminator   patch discriminator, adversarial loss, adaptive weight
     image_rows      images of folders as a row source
     model_flags     the architecture as flags
 
 Vocabulary:
     hidden          the encoder's vectors before quantization
-    chosen          the code (a vector) of each of them
+    chosen          the code vector of each hidden vector
     reconstructed   the decoder's image
-    cell            the place of a code in an image, a square of pixels
+    cell            the square of pixels that corresponds to a code
     logit           the discriminator's output for a patch, positive where it looks real
-    average         the running mean of the network, which is evaluated and exported
+    average         the running mean of the network; it is evaluated and exported
 
 Shapes: as in tokenizer.vqgan; in the discriminator h w are patches.
 """

@@ -1,7 +1,7 @@
 """The codebook as running means (VQ-VAE, arXiv 1711.00937, appendix A.1), and the replacement of unused codes.
 
-The state is `{"share": [K], "sum": [K,Z]}`: the share of vectors that choose each code, and their sum over the number
-of vectors. A code is the mean of the vectors that chose it.
+The state is `{"share": [K], "sum": [K,Z]}`: the share of vectors that choose each code, and their sum divided by the
+number of all vectors. A code is the mean of the vectors that chose it.
 """
 
 import jax
@@ -10,14 +10,14 @@ import optax
 
 DECAY = 0.99  # of the running means, per step
 # In units of the uniform share 1/K: a code whose share is below _UNUSED is replaced and gets the share _REPLACED. An
-# unused code is thus replaced every 120 steps, often enough for an encoder that still changes; a rare code is kept.
+# unused code is thus replaced every 120 steps, while the encoder still changes; a rarely used code is kept.
 _UNUSED, _REPLACED = 0.03, 0.1
 
 Codebook = dict[str, jax.Array]
 
 
 def empty_codebook(num_codes: int, length: int) -> Codebook:
-    """Returns a codebook without any use. The first update places every code on a vector of its batch."""
+    """Returns a codebook of unused codes. The first update places every code on a vector of its batch."""
     return {"share": jnp.zeros(num_codes), "sum": jnp.zeros((num_codes, length))}
 
 
@@ -31,11 +31,11 @@ def update_codebook(codebook: Codebook, hidden_MZ: jax.Array, codes_M: jax.Array
 
     Used codes move by their running means. Unused codes are replaced by vectors of the batch (as in Jukebox, arXiv
     2005.00341), sampled with a probability proportional to the squared distance from their code (as in k-means++).
-    Uniform sampling would place most of them where most vectors are: many codes for a uniform wall.
+    Uniform sampling would place most of them in dense regions, such as many codes for a uniform wall.
 
     Args:
       hidden_MZ: the encoder's vectors.
-      codes_M: the code of each.
+      codes_M: the code of each vector.
     """
     num_codes = len(codebook["share"])
     chosen_MK = jax.nn.one_hot(codes_M, num_codes)

@@ -16,11 +16,13 @@ DISCRIMINATOR_FLAGS = {
     "weight": Flag(
         0.0, "Weight of the adversarial loss, times the adaptive weight (0.8 in VQGAN); 0: no discriminator.", least=0
     ),
-    "start_step": Flag(0, "First step of adversarial training. Start when reconstructions are good already.", least=0),
+    "start_step": Flag(0, "First step of adversarial training; reconstructions should be good by then.", least=0),
     "lr": Flag(1e-4, "Learning rate of the discriminator.", above=0),
     "channels": Flag(64, "Channels of the discriminator's first layer.", least=1),
     "layers": Flag(
-        3, "Layers of the discriminator that halve the side; a patch sees about 9 * 2^layers pixels.", least=1
+        3,
+        "Layers of the discriminator that halve the side; a patch depends on about 9 * 2^layers pixels a side.",
+        least=1,
     ),
 }
 
@@ -28,8 +30,8 @@ DISCRIMINATOR_FLAGS = {
 class Discriminator(nnx.Module):
     """One logit per patch of an image: the PatchGAN of pix2pix (arXiv 1611.07004, appendix 6.1.2).
 
-    Group normalization replaces the original's batch normalization. A logit then depends on its own image only, so it
-    does not change with the batch or the number of devices, and there are no running statistics.
+    Group normalization replaces the original's batch normalization. A logit then depends only on its own image, not on
+    the batch or the number of devices, and there are no running statistics.
     """
 
     def __init__(self, channels: int, layers: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
@@ -64,10 +66,10 @@ class Discriminator(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialLoss:
-    """Values of DISCRIMINATOR_FLAGS, validated for an image size. The discriminator's parameters are passed in.
+    """Values of DISCRIMINATOR_FLAGS, validated for an image size. Parameters of the discriminator are arguments.
 
     Raises:
-      UserError: with field, value and rule.
+      UserError: naming field, value and rule.
     """
 
     weight: float
@@ -82,7 +84,7 @@ class AdversarialLoss:
         if self.channels % min(32, self.channels):
             raise UserError(f"channels={self.channels}: must be 1..32 or a multiple of 32")
         if self.resolution // 2**self.layers < 3:
-            raise UserError(f"layers={self.layers}: leaves no patch of {self.resolution} pixels")
+            raise UserError(f"layers={self.layers}: too many for images of {self.resolution} pixels")
 
     def init_params(self, key: jax.Array) -> dict[str, jax.Array]:
         """Returns fresh parameters of the discriminator, by dotted path."""
@@ -102,14 +104,14 @@ class AdversarialLoss:
     def generator_loss(
         self, params: dict[str, jax.Array], reconstructed_BHWC: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns -mean(logits) and its gradient by reconstructed pixel [B,H,W,C]; both without further gradient."""
+        """Returns -mean(logits) and its gradient by reconstructed pixel [B,H,W,C]. Both are constants to autodiff."""
         network = self.discriminator(jax.lax.stop_gradient(params))
         return jax.value_and_grad(lambda pixels: -jnp.mean(network(pixels)))(jax.lax.stop_gradient(reconstructed_BHWC))
 
     def discriminator_loss(
         self, params: dict[str, jax.Array], real_BHWC: jax.Array, reconstructed_BHWC: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the hinge loss, whose gradient reaches the discriminator only, and the mean logits as metrics."""
+        """Returns the hinge loss, with a gradient for the discriminator only, and the mean logits as metrics."""
         network = self.discriminator(params)
         logits = network(jnp.concatenate([real_BHWC, jax.lax.stop_gradient(reconstructed_BHWC)]))
         real, reconstructed = jnp.split(logits, 2)

@@ -1,4 +1,4 @@
-"""Images of folders as a source of training rows."""
+"""Training rows from folders of images."""
 
 import concurrent.futures
 import os
@@ -15,11 +15,11 @@ class ImageRows:
     """A row source (see `EasyLM.training`): a row is an image, and each epoch has a new order.
 
     Attributes:
-      fingerprint: names and sizes of the files, their order, and the seed. Modification times do not count, so a run
+      fingerprint: names and sizes of the files, their order, and the seed. Modification times are excluded, so a run
         resumes on a copy of the folders.
 
     Raises:
-      UserError: if there are no folders or images. `rows` raises it, with the path, for a broken file.
+      UserError: if there are no folders or images. `rows` raises it for a broken file, naming the path.
     """
 
     def __init__(self, directories: str, flag: str, size: int, seed: int):

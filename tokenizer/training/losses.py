@@ -1,4 +1,4 @@
-"""The terms of the loss that need no network of their own."""
+"""Loss terms without a network of their own."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from flax import nnx
 def commitment_error(hidden_BhwZ: jax.Array, chosen_BhwZ: jax.Array, mask_Bhw: jax.Array | None = None) -> jax.Array:
     """Returns the mean squared distance of vectors from their codes. The codes get no gradient.
 
-    It is relative to the variance of the codes, so its weight does not depend on the scale of the vectors.
+    The distance is relative to the variance of the codes, so its weight does not depend on the scale of the vectors.
 
     Args:
       chosen_BhwZ: the code of each vector.
-      mask_Bhw: the vectors that count; None: all.
+      mask_Bhw: the vectors to include; None: all.
     """
     chosen_BhwZ = jax.lax.stop_gradient(chosen_BhwZ)
     scale = jnp.maximum(jnp.mean(jnp.var(chosen_BhwZ, axis=(0, 1, 2))), 1e-3)
@@ -44,7 +44,7 @@ def paste_rectangles(pixels_BHWC: jax.Array, side: int, key: jax.Array) -> tuple
 
     Returns:
       The images, and the mask [B,h,w] of the cells that neither lie in the rectangle nor touch it. A cell beside the
-      rectangle does not count as unchanged, since its code may depend on its neighbours.
+      rectangle is excluded, since its code may depend on its neighbours.
     """
     B, H = pixels_BHWC.shape[:2]
     edges_B22 = jnp.sort(jax.random.randint(key, (B, 2, 2), 0, side + 1), axis=-1)

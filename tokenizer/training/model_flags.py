@@ -1,4 +1,4 @@
-"""The architecture of a VQGAN as command-line flags."""
+"""Command-line flags for the architecture of a VQGAN."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ _HELP = {
     "hidden_channels": "Channels of the finest level.",
     "channel_mult": "Channels of each level, in multiples of hidden_channels; each further level halves the side.",
     "num_res_blocks": "Residual blocks per level of the encoder; the decoder has one more.",
-    "attn_resolutions": "Comma list of the sides at which attention follows each residual block.",
+    "attn_resolutions": "Comma list of the sides, in positions, at which attention follows each residual block.",
     "no_attn_mid_block": "No attention at the coarsest level.",
     "z_channels": "Channels between the network and the projection to codes.",
-    "num_embeddings": "Codes of the codebook.",
+    "num_embeddings": "Codes in the codebook.",
     "quantized_embed_dim": "Length of a code's vector.",
     "resample_with_conv": "Change the side by convolutions; otherwise by averaging and repeating pixels.",
     "commitment_cost": "Weight of the commitment loss, which moves the encoder's vectors towards their codes.",
@@ -31,7 +31,7 @@ MODEL_FLAGS = {name: Flag(_text(getattr(VQGANConfig(), name)), text) for name, t
 
 
 def config_from_flags(values: Any) -> VQGANConfig:
-    """Returns the VQGAN of the flags.
+    """Returns the configuration that the flags describe.
 
     Args:
       values: values of MODEL_FLAGS, the group `vqgan`.
@@ -44,7 +44,7 @@ def config_from_flags(values: Any) -> VQGANConfig:
         try:
             lists[name] = tuple(int(part) for part in values[name].split(",") if part)
         except ValueError:
-            raise UserError(f"--vqgan.{name}={values[name]}: must be a comma list of integers, as 1,2,4") from None
+            raise UserError(f"--vqgan.{name}={values[name]}: must be a comma list of integers, such as 1,2,4") from None
     try:
         return VQGANConfig(**{**values.to_dict(), **lists})
     except UserError as error:

@@ -1,11 +1,11 @@
-"""What a VQGAN is trained for: initial state, loss, evaluation and optimizer.
+"""The training objective of a VQGAN: initial state, loss, evaluation and optimizer.
 
 Trained parameters, by group:
     model           the network, by dotted path, without its codebook
     discriminator   the discriminator, with adversarial training only
-Extra state, which no gradient reaches:
+Extra state, which has no gradient:
     codebook        running means that define the codes (see `codebook`)
-    average         the running mean of `model`; this network is evaluated and exported
+    average         the running mean of `model`, which is evaluated and exported
     perceptual      the constant weights of LPIPS, if given
 """
 
@@ -46,14 +46,14 @@ class _Forward:
 class Objective:
     """The training objective of a VQGAN.
 
-    Reconstruction: mean absolute and squared error of pixels, and a perceptual term. That is LPIPS if `vgg`
+    Reconstruction: mean absolute and squared error of pixels, and a perceptual term. The latter is LPIPS if `vgg`
     (`lpips.load`) is given; otherwise the gradient error (`losses.gradient_error`), which keeps edges sharp.
-    Commitment: the encoder's vectors move towards their codes with the weight `commitment_cost` (VQ-VAE, arXiv
-    1711.00937, equation 3). The encoder receives the decoder's gradient as if there were no quantization.
-    Locality: with a `locality_weight`, vectors of cells that are unchanged when a rectangle of another image is pasted
-    in also move towards their codes in the original image. A code then depends on its own place only. Without this
-    term the codes of a uniform wall change with each object in front of it, and a model of sentences must guess them.
-    Adversarial: from a start step on, reconstructions also have to look real to a discriminator (VQGAN, arXiv
+    Commitment: pulls the encoder's vectors towards their codes with the weight `commitment_cost` (VQ-VAE, arXiv
+    1711.00937, equation 3). Gradients pass straight through the quantization, from the decoder to the encoder.
+    Locality (with a `locality_weight`): a rectangle of another image is pasted into each image. Vectors of unchanged
+    cells are pulled towards their codes in the original image, so a code depends only on its own cell. Without this
+    term the codes of a uniform wall change with each object before it, and a model of sentences cannot predict them.
+    Adversarial (from a start step on): raises the logits that a discriminator gives to reconstructions (VQGAN, arXiv
     2012.09841).
 
     Attributes:
@@ -86,7 +86,7 @@ class Objective:
     ) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
         """Returns the loss of `{"pixels": [B,H,W,3] in [0,1]}`, metrics, and the new extra state.
 
-        The value of the loss leaves the adversarial terms out, so it is comparable before and after their start.
+        The value of the loss excludes the adversarial terms, so it is comparable before and after their start.
         """
         pixels_BHWC = batch["pixels"]
         forward = self._forward(params["model"], extra["codebook"], pixels_BHWC)
@@ -107,7 +107,7 @@ class Objective:
             loss += gradient_only(discriminator_loss)
             pixel_gradient_BHWC += added_gradient_BHWC
             metrics |= adversarial_metrics
-        # The gradients by pixel are known; this term passes them on to the network without computing them again.
+        # The gradients by pixel are known. This term passes them to the network without recomputing them.
         loss += gradient_only(jnp.sum(jax.lax.stop_gradient(pixel_gradient_BHWC) * forward.reconstructed))
 
         network, hidden_BhwZ = jax.lax.stop_gradient((params["model"], forward.hidden))
@@ -129,7 +129,7 @@ class Objective:
         model = make_model(self.config, network, codebook, self.dtype)
         hidden_BhwZ, codes_BN = model.encode(pixels_BHWC)
         hidden_BhwZ = hidden_BhwZ.astype(jnp.float32)
-        # Before the first update the vectors pass unquantized: a decoder with constant input has no finite gradient.
+        # Before the first update, vectors pass unquantized: with constant input the decoder has no finite gradient.
         used = jnp.sum(codebook["share"]) > 0
         chosen_BhwZ = jnp.where(used, model.quantize(codes_BN).reshape(hidden_BhwZ.shape), hidden_BhwZ)
         straight_through_BhwZ = hidden_BhwZ + jax.lax.stop_gradient(chosen_BhwZ - hidden_BhwZ)
@@ -150,13 +150,13 @@ class Objective:
         return sum(terms.values(), jnp.zeros(())), terms | {"psnr": -10 * jnp.log10(terms["squared"])}
 
     def _commitment(self, forward: _Forward) -> tuple[jax.Array, Metrics]:
-        """The weighted commitment loss, and metrics of the codes."""
+        """Returns the weighted commitment loss, and metrics of the codes."""
         commitment = self.config.commitment_cost * commitment_error(forward.hidden, forward.chosen)
         counts_K = jnp.bincount(forward.codes.reshape(-1), length=self.config.num_embeddings)
         return commitment, {"commitment": commitment, **code_usage(counts_K)}
 
     def _locality(self, forward: _Forward, pixels_BHWC: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The locality loss, and the share of the unchanged cells that keep their code."""
+        """Returns the locality loss, and the share of unchanged cells that keep their code."""
         pasted_BHWC, unchanged_Bhw = paste_rectangles(pixels_BHWC, self.config.side, key)
         hidden_BhwZ, codes_BN = forward.model.encode(pasted_BHWC)
         unchanged_BN = unchanged_Bhw.reshape(codes_BN.shape)
@@ -172,7 +172,7 @@ class Objective:
         pixel_gradient_BHWC: jax.Array,
         step: jax.Array,
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        """The discriminator's loss, the generator's weighted gradient by reconstructed pixel, and metrics."""
+        """Returns the discriminator's loss, the generator's weighted gradient by reconstructed pixel, and metrics."""
         started, reconstructed_BHWC = adversarial.started(step), forward.reconstructed
         generator_loss, gradient_BHWC = adversarial.generator_loss(discriminator, reconstructed_BHWC)
         adaptive = adaptive_weight(forward.model.decoder.conv_out, forward.features, pixel_gradient_BHWC, gradient_BHWC)
@@ -195,7 +195,7 @@ class Objective:
 
 
 def learning_rate(rate: optax.Schedule, opt_state: optax.OptState) -> jax.Array:
-    """Returns the rate of the network's next update."""
+    """Returns the learning rate of the network's next update."""
 
     def is_schedule(state: Any) -> bool:
         return isinstance(state, optax.ScaleByScheduleState)

@@ -1,18 +1,18 @@
-"""The image tokenizer: a VQGAN, its files, and the codec that applies it to images and codes in batches.
+"""The image tokenizer: a VQGAN, its files, and the codec that converts images to codes and back in batches.
 
 May import: EasyLM.storage. Requires JAX.
 
     config          VQGANConfig: architecture and its validation
     model           the network: Encoder, Decoder, Codebook
-    layers          what it is built of: convolution, normalization, residual block, attention, change of size
+    layers          its layers: convolution, normalization, residual block, attention, change of size
     fast_ops        operations rewritten for CPUs, each beside its plain version
     weights         reads and writes config.json and weights under open-muse's names
-    device_batches  applies a function to inputs of any length in batches over all devices
+    device_batches  applies a function to inputs of any length, in batches over all devices
     codec           Codec: images <-> codes; the flags of every command that needs a tokenizer
 
 Vocabulary: a code is an index into the codebook, 0..num_embeddings - 1; an image has `tokens_per_image` codes, row by
-row. A level is a resolution of the network, 0 the finest. The released tokenizer is the one of the LVM release; the
-shipped one lies in tokenizer/pretrained.
+row. A level is a resolution of the network, 0 the finest. The released tokenizer is that of the LVM release; the
+shipped one is in tokenizer/pretrained.
 
 Shapes: n images, B images of a batch, H W pixels, S the resolution (H = W = S), C channels, h w positions at a coarser
 level, N codes of an image (h w at the coarsest), M vectors or positions, Z length of a code's vector, Y = Z + 1, K

@@ -21,13 +21,13 @@ from tokenizer.vqgan.device_batches import DeviceBatches
 PRETRAINED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "pretrained")
 COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
-MAX_CHUNK_PIXELS = 2**15  # with more, the layers of the finest level do not fit into a core's caches
-MIN_CHUNK_IMAGES = 2  # XLA rounds a batch of one image in another way, which changes some codes
+MAX_CHUNK_PIXELS = 2**15  # more pixels do not fit into a core's caches at the finest level
+MIN_CHUNK_IMAGES = 2  # XLA rounds a batch of one image differently, which changes some codes
 
 CODEC_FLAGS = {
     "vqgan": Flag(PRETRAINED, "Folder of the tokenizer: config.json with pytorch_model.bin or *.safetensors."),
-    "dtype": Flag("fp32", "Type of the tokenizer's computation.", choices=tuple(COMPUTE_DTYPES)),
-    "batch_size": Flag(32, "Images computed at a time, over all devices; on CPUs it changes no code.", least=1),
+    "dtype": Flag("fp32", "Data type of the tokenizer's computation.", choices=tuple(COMPUTE_DTYPES)),
+    "batch_size": Flag(32, "Images per batch, over all devices; on CPUs it does not affect the codes.", least=1),
 }
 
 
@@ -63,12 +63,12 @@ class Codec:
         self._state = self._batches.replicate(state)
 
     def encode(self, pixels_nSS3: np.ndarray) -> np.ndarray:
-        """Pixels in [0, 1] at the tokenizer's resolution -> codes [n,N] int32."""
+        """Encodes pixels [n,S,S,3] in [0, 1] to codes [n,N] int32."""
         codes = self.encode_batches(self._batches.split(pixels_nSS3))
         return np.concatenate([np.zeros((0, self.config.tokens_per_image), np.int32), *codes])
 
     def decode(self, codes_nN: np.ndarray) -> np.ndarray:
-        """Codes -> pixels [n,S,S,3] float32, clipped to [0, 1]."""
+        """Decodes codes [n,N] to pixels [n,S,S,3] float32, clipped to [0, 1]."""
         side = self.config.resolution
         pixels = self.decode_batches(self._batches.split(codes_nN))
         return np.concatenate([np.zeros((0, side, side, 3), np.float32), *pixels])
@@ -76,8 +76,8 @@ class Codec:
     def encode_batches(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields the codes [n,N] of each batch of pixels [n,S,S,3], n at most `batch_size`.
 
-        Fetches and dispatches a batch before it waits for the result of the previous one, so reading files in the
-        iterator and handling results overlap with the computation.
+        Fetches and dispatches a batch before it waits for the previous result. Reading files in the iterator and
+        handling results therefore overlap with the computation.
         """
         side = self.config.resolution
         return self._map(_encode, batches, (side, side, 3), np.float32)
@@ -97,7 +97,7 @@ class Codec:
         return self._batches.map(partial(function, self._graphdef, self._state), batches, shape, dtype)
 
 
-@partial(jax.jit, static_argnums=0)  # compiled once for all Codecs of one architecture
+@partial(jax.jit, static_argnums=0)  # compiled once per architecture, not per Codec
 def _encode(graphdef, state, pixels_BHWC):
     return nnx.merge(graphdef, state).encode(pixels_BHWC)[1]
 

@@ -1,4 +1,4 @@
-"""Settings of a VQGAN under open-muse's names, validated where they are built."""
+"""The configuration of a VQGAN under open-muse's names, validated on construction."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ class VQGANConfig:
     """Architecture of a VQGAN; the defaults are those of the released tokenizer.
 
     `dropout` and `commitment_cost` describe how a model was trained and do not affect inference. `norm_groups` is not
-    part of open-muse, where it is always 32. With one channel per group, group normalization removes each channel's
-    mean, and with it the overall colour of an image, so narrow models use fewer groups.
+    part of open-muse, which always uses 32. With one channel per group, group normalization removes each channel's
+    mean and thus the overall colour of an image, so narrow models use fewer groups.
 
     Raises:
       UserError: naming field, value and rule.

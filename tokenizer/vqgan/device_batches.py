@@ -39,8 +39,8 @@ class DeviceBatches:
 
         Args:
           devices: default: all.
-          max_chunk: the most images that a core computes at a time (default: its share of a batch).
-          min_chunk: the fewest; `batch_size` grows if a batch has fewer.
+          max_chunk: maximum number of images that a core computes at once (default: its share of a batch).
+          min_chunk: minimum number; raises `batch_size` if necessary.
 
         Raises:
           UserError: if `batch_size` is below 1.
@@ -53,7 +53,7 @@ class DeviceBatches:
         cores = os.cpu_count() or 1 if devices[0].platform == "cpu" else 1
         threads = max(min(cores, batch_size // min_chunk) // len(devices), 1)
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
-        share = max(-(-batch_size // (threads * len(devices))), min_chunk)  # of a thread, on each device
+        share = max(-(-batch_size // (threads * len(devices))), min_chunk)  # images of a thread on each device
         chunk = max(max_chunk or share, min_chunk)
         self._chunks = threads * -(-share // min(chunk, share)) if threads > 1 else 1
         multiple = self._chunks * len(devices)
@@ -64,7 +64,7 @@ class DeviceBatches:
         return jax.device_put(tree, self._replicated)
 
     def split(self, array_n: np.ndarray) -> Iterator[np.ndarray]:
-        """Slices of `batch_size` rows; the last one may be shorter."""
+        """Yields slices of `batch_size` rows; the last one may be shorter."""
         return (array_n[start : start + self.batch_size] for start in range(0, len(array_n), self.batch_size))
 
     def map(
@@ -90,7 +90,7 @@ class DeviceBatches:
             yield _fetch(*pending.popleft())
 
     def _dispatch(self, function: Callable, padded: np.ndarray) -> list[jax.Array | Future]:
-        """The results of a batch's chunks, being computed."""
+        """Starts to compute the chunks of a batch; returns their pending results."""
         if self._threads is None:
             result = function(jax.device_put(padded, self._sharded))
             result.copy_to_host_async()

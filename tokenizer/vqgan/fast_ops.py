@@ -1,9 +1,9 @@
 """Operations of the VQGAN rewritten for speed on CPUs, each beside its plain version.
 
 A plain version defines the result up to float32 rounding; the tests compare the two. The rewrites convolve at the
-lower of two resolutions, and read and write large arrays fewer times. Each docstring states the gain of encoding or
-decoding images: CPU time with the plain version over CPU time with the fast one. The shipped tokenizer (tokenizer/
-pretrained) was measured on 32 images of 32x32 pixels, the released layout on 8 images of 64x64.
+lower of two resolutions, and read and write large arrays fewer times. Each docstring states the gain: the CPU time of
+encoding or decoding images with the plain version, divided by that with the fast one. The shipped tokenizer
+(tokenizer/pretrained) was measured on 32 images of 32x32 pixels, the released layout on 8 images of 64x64.
 """
 
 import jax
@@ -20,7 +20,7 @@ def plain_conv_pool(x_BHWC: jax.Array, conv: nnx.Conv) -> jax.Array:
 def conv_pool(x_BHWC: jax.Array, conv: nnx.Conv) -> jax.Array:
     """`plain_conv_pool` of a 3x3 convolution as one 4x4 convolution of stride 2. Gain: shipped encoder 1.16.
 
-    The 4x4 kernel is the mean of the 3x3 kernel at its four offsets.
+    The 4x4 kernel is the mean of the 3x3 kernel at the four offsets.
     """
     offsets = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
     a, b, c, d = (jnp.pad(conv.kernel[...], offset) for offset in offsets)
@@ -59,13 +59,13 @@ def upsample_conv(x_BhwC: jax.Array, conv: nnx.Conv) -> jax.Array:
 
 
 def pool(x_BHWC: jax.Array) -> jax.Array:
-    """Means of 2x2 positions."""
+    """Averages 2x2 positions."""
     a, b, c, d = (x_BHWC[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
     return (a + b + c + d) / 4
 
 
 def upsample(x_BhwC: jax.Array) -> jax.Array:
-    """Every position repeated to 2x2 (nearest-neighbour upsampling)."""
+    """Repeats every position to 2x2 (nearest-neighbour upsampling)."""
     B, h, w, C = x_BhwC.shape
     return jnp.broadcast_to(x_BhwC[:, :, None, :, None], (B, h, 2, w, 2, C)).reshape(B, 2 * h, 2 * w, C)
 
@@ -102,7 +102,7 @@ def group_norm(x_BhwC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups:
 
 
 def plain_nearest_code(vectors_MZ: jax.Array, table_KZ: jax.Array) -> jax.Array:
-    """Index of the table row at the least squared distance from each vector, the lowest on a tie: int32 [M]."""
+    """Returns the index of the nearest table row to each vector, the lowest on a tie: int32 [M]."""
     product_MK = jnp.einsum("MZ,KZ->MK", vectors_MZ, table_KZ, precision="highest")
     return jnp.argmin(jnp.sum(table_KZ**2, axis=1)[None] - 2 * product_MK, axis=1).astype(jnp.int32)
 
@@ -118,7 +118,7 @@ def nearest_code(vectors_MZ: jax.Array, table_KZ: jax.Array) -> jax.Array:
     distance_KM = jnp.einsum("KY,MY->KM", table_KY, vectors_MY, precision="highest")
     code_KM = jax.lax.broadcasted_iota(jnp.int32, distance_KM.shape, 0)
     is_least_KM = distance_KM == jnp.min(distance_KM, axis=0, keepdims=True)
-    return jnp.min(jnp.where(is_least_KM, code_KM, len(table_KZ) - 1), axis=0)  # NaN equals nothing: the last code
+    return jnp.min(jnp.where(is_least_KM, code_KM, len(table_KZ) - 1), axis=0)  # NaN: the last code
 
 
 def _convolve(x_BHWC: jax.Array, kernel: jax.Array, conv: nnx.Conv, stride: int, padding) -> jax.Array:

@@ -1,6 +1,6 @@
-"""The layers that a VQGAN is built of: convolution, group normalization, residual block, attention, change of size.
+"""The layers of a VQGAN: convolution, group normalization, residual block, attention, change of size.
 
-Shapes: see the legend of the room.
+Shapes: see `tokenizer.vqgan`.
 """
 
 import jax
@@ -20,7 +20,7 @@ class LayerFactory:
         self.precision = "highest" if dtype == jnp.float32 else None
 
     def conv(self, width: int, out: int, size: int, strides: int = 1, padding: str | tuple = "SAME") -> nnx.Conv:
-        """A convolution of size x size positions."""
+        """Returns a convolution over size x size positions."""
         return nnx.Conv(
             width,
             out,
@@ -33,7 +33,7 @@ class LayerFactory:
         )
 
     def norm(self, width: int) -> "GroupNorm":
-        """A group normalization."""
+        """Returns a group normalization."""
         return GroupNorm(width, self.groups, self.dtype)
 
 
@@ -50,7 +50,7 @@ class GroupNorm(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Two normalized 3x3 convolutions beside a shortcut."""
+    """Two normalized 3x3 convolutions with a shortcut."""
 
     def __init__(self, width: int, out: int, layers: LayerFactory):
         self.norm1 = layers.norm(width)
@@ -61,7 +61,7 @@ class ResnetBlock(nnx.Module):
             self.nin_shortcut = layers.conv(width, out, 1)
 
     def __call__(self, x: jax.Array, upsample: bool = False, pool: bool = False) -> jax.Array:
-        """Applies the block to `x`, upsampled first with `upsample`; averages 2x2 positions of the result with `pool`.
+        """Applies the block. `upsample` first upsamples `x`; `pool` averages 2x2 positions of the result.
 
         Changes of size commute with everything but the 3x3 convolutions, so the rest runs at the lower resolution.
         """

@@ -1,7 +1,7 @@
 """The VQGAN network, which maps an image to codes and codes to an image, in the layout of open-muse's `taming` models.
 
-Modules have the names that parameters have in the files (`encoder.down.0.block.1.conv1`), so weights.py needs no table.
-Shapes: see the legend of the room.
+Modules are named like the parameters in the files (`encoder.down.0.block.1.conv1`), so weights.py needs no table.
+Shapes: see `tokenizer.vqgan`.
 """
 
 import jax
@@ -30,17 +30,17 @@ class VQGAN(nnx.Module):
         self.post_quant_conv = layers.conv(config.quantized_embed_dim, config.z_channels, 1)
 
     def encode(self, pixels_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Pixels in [0, 1] -> (vectors before quantization [B,h,w,Z], codes [B,N] int32, row by row)."""
+        """Encodes pixels in [0, 1] to (vectors before quantization [B,h,w,Z], codes [B,N] int32, row by row)."""
         hidden_BhwZ = self.quant_conv(self.encoder(pixels_BHWC))
         return hidden_BhwZ, self.quantize.nearest(hidden_BhwZ)
 
     def decode(self, codes_BN: jax.Array) -> jax.Array:
-        """Codes -> float32 pixels [B,H,W,3], not clipped to [0, 1]."""
+        """Decodes codes to float32 pixels [B,H,W,3], not clipped to [0, 1]."""
         vectors_BhwZ = rearrange(self.quantize(codes_BN), "B (h w) Z -> B h w Z", h=self.config.side)
         return self.decode_vectors(vectors_BhwZ)
 
     def decode_vectors(self, vectors_BhwZ: jax.Array) -> jax.Array:
-        """Vectors of the codebook's space -> float32 pixels [B,H,W,3], not clipped to [0, 1]."""
+        """Decodes code vectors, or vectors in their space, to float32 pixels [B,H,W,3], not clipped to [0, 1]."""
         return self.decoder(self.post_quant_conv(vectors_BhwZ)).astype(jnp.float32)
 
 
@@ -54,11 +54,11 @@ class Codebook(nnx.Module):
         self.embedding = nnx.Param(init_KZ)
 
     def __call__(self, codes: jax.Array) -> jax.Array:
-        """The vectors of codes: [..., Z]."""
+        """Returns the vectors of codes: [..., Z]."""
         return self.embedding[...][codes]
 
     def nearest(self, hidden_BhwZ: jax.Array) -> jax.Array:
-        """The codes at the least squared distance, computed in float32 whatever the model's dtype: [B,N] int32."""
+        """Returns the nearest codes, [B,N] int32. Computes distances in float32 for every dtype of the model."""
         table_KZ = self.embedding[...]
         vectors_MZ = rearrange(hidden_BhwZ, "B h w Z -> (B h w) Z").astype(jnp.float32)
         return rearrange(fast_ops.nearest_code(vectors_MZ, table_KZ), "(B N) -> B N", B=len(hidden_BhwZ))
@@ -89,7 +89,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """[B,h,w,C] -> pixels [B,H,W,3]. `up` is numbered like the encoder's levels, 0 the finest, and runs in reverse."""
+    """[B,h,w,C] -> pixels [B,H,W,3]. `up` is numbered as in the encoder, 0 the finest, and applied in reverse."""
 
     def __init__(self, config: VQGANConfig, layers: LayerFactory):
         widths = config.level_widths
@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
         return self.conv_out(self.features(z_BhwC))
 
     def features(self, z_BhwC: jax.Array) -> jax.Array:
-        """The input of the last layer, [B,H,W,C]."""
+        """Returns the input of the last layer, [B,H,W,C]."""
         x = self.mid(self.conv_in(z_BhwC))
         for i, level in enumerate(reversed(self.up)):
             x = level(x, upsample=self.upsamples and i > 0)
@@ -141,7 +141,7 @@ class Level(nnx.Module):
             self.upsample = upsample
 
     def __call__(self, x: jax.Array, upsample: bool = False, pool: bool = False) -> jax.Array:
-        attends = len(self.attn) > 1  # open-muse does not apply a single attention block, so its weights expect none
+        attends = len(self.attn) > 1  # open-muse's weights are trained without a level's only block
         for i, block in enumerate(self.block):
             pool_in_block = pool and not attends and i == len(self.block) - 1
             x = block(x, upsample=upsample and i == 0, pool=pool_in_block)

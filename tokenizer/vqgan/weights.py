@@ -68,46 +68,46 @@ def read_config(directory: str | os.PathLike) -> VQGANConfig:
     """
     path = pathlib.Path(directory) / "config.json"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the folder of a tokenizer holds config.json and weights")
+        raise UserError(f"{path}: no such file; a tokenizer folder contains config.json and weights")
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold an object of settings")
+        raise UserError(f"{path}: must contain a JSON object")
     return VQGANConfig.from_dict(values, str(path))
 
 
 def file_name(path: tuple) -> str:
-    """The name in a file of the parameter at a module path, e.g. `decoder.up.0.block.1.norm1.weight`."""
+    """Returns the name in a file of the parameter at a module path, e.g. `decoder.up.0.block.1.norm1.weight`."""
     return ".".join([*map(str, path[:-1]), _LEAF_NAMES[path[-1]]])
 
 
 def file_shape(leaf: nnx.Variable) -> tuple[int, ...]:
-    """The shape in a file of a parameter or its abstract value."""
+    """Returns the shape in a file of a parameter or its abstract value."""
     shape = tuple(leaf.get_value().shape)
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape
 
 
 def flat_parameters(model: nnx.Module) -> list[tuple[tuple, nnx.Variable]]:
-    """Every parameter of a module with its path."""
+    """Returns every parameter of a module with its path."""
     return list(nnx.to_flat_state(nnx.state(model)))
 
 
 def parameters(module: nnx.Module) -> dict[str, jax.Array]:
-    """The arrays of a module by dotted path, e.g. `encoder.down.0.block.0.conv1.kernel`."""
+    """Returns the arrays of a module by dotted path, e.g. `encoder.down.0.block.0.conv1.kernel`."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat_parameters(module)}
 
 
 def with_parameters(make: Callable[[], nnx.Module], arrays: Mapping[str, jax.Array]) -> Any:
-    """The module that `make` builds, with `arrays` (see `parameters`) instead of its own, which are never created."""
+    """Returns the module of `make` with `arrays` (see `parameters`). Its own arrays are never allocated."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a *.safetensors file, or of a torch file (needs torch; `weights_only`, so it runs no code).
+    """Reads a *.safetensors file, or a torch file (needs torch; `weights_only` prevents code execution).
 
     Raises:
       UserError: naming the file.
@@ -133,7 +133,7 @@ def check_tensors(
     Args:
       source: the name of the file, for errors.
       shapes: the expected shapes by name.
-      expected_by: what the shapes follow from, for errors.
+      expected_by: the origin of the expected shapes, for errors.
 
     Raises:
       UserError: naming the file and the tensors that are missing, unexpected or of another shape.
@@ -152,12 +152,12 @@ def to_file(array: np.ndarray) -> np.ndarray:
 
 
 def from_file(array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_file`."""
+    """Inverts `to_file`."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
 def _read_directory(directory: str | os.PathLike) -> tuple[str, dict[str, np.ndarray]]:
-    """The name of the weights, for errors, and their tensors."""
+    """Returns the name of the weights, for errors, and their tensors."""
     folder = pathlib.Path(directory)
     shards = sorted(folder.glob("*.safetensors"))
     path = folder / "pytorch_model.bin"
@@ -174,7 +174,7 @@ def _merge(shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
     for shard in shards:
         for name, array in read_tensors(shard).items():
             if name in owners:  # two models, or two versions of one
-                raise UserError(f"{owners[name]} and {shard} both hold {name}: keep the files of one model only")
+                raise UserError(f"{owners[name]} and {shard} both contain {name}: keep the files of one model only")
             tensors[name], owners[name] = array, shard
     return tensors
 

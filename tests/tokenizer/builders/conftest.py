@@ -1,4 +1,4 @@
-"""Fixtures of the build tests: a tiny tokenizer, loaded once, and inputs for every kind."""
+"""Fixtures of the build tests: a tiny tokenizer and inputs for every kind."""
 
 import pathlib
 
@@ -26,7 +26,7 @@ def tree(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def load_codecs_once(monkeypatch) -> None:
-    """Replaces the codec of builds by a cached one."""
+    """Makes builds use a cached codec."""
     monkeypatch.setattr(build, "Codec", load_codec)
 
 
@@ -38,7 +38,7 @@ def codec(tiny) -> Codec:
 
 @pytest.fixture
 def pairs(tmp_path) -> pathlib.Path:
-    """Five images with labels, which a test can damage."""
+    """Five images with labels. Tests may change them."""
     for i in range(5):
         write_image(tmp_path / "image" / f"{i}.png", i)
         write_image(tmp_path / "label" / f"{i}.png", 100 + i)

@@ -21,7 +21,7 @@ def test_files_without_partner_are_reported_or_skipped(pairs, tiny, capsys):
     assert skipped_names(output).keys() == {"lone.png"}
 
 
-def test_a_sentence_with_a_broken_image_is_left_out_without_a_substitute(pairs, tiny):
+def test_a_sentence_with_a_broken_image_is_left_out_and_not_replaced(pairs, tiny):
     before = build_records(pairs, tiny, pairs / "before.jsonl", "paired", n_epochs=4)
     broken = pairs / "label" / "2.png"
     broken.write_bytes(broken.read_bytes()[:90])
@@ -43,7 +43,7 @@ def test_short_and_broken_clips_are_reported(tree, tiny, tmp_path, capsys):
     sentences = build_records(tree, tiny, tmp_path / "out.jsonl", "frames", n_frames=4, max_errors=1)
     assert {clip_and_frames(record, 4)[0] for _, record in sentences} == {"a"}
     assert skipped_names(tmp_path / "out.jsonl").keys() == {"b"}
-    with pytest.raises(UserError, match="made no sentence, 2 inputs skipped"):
+    with pytest.raises(UserError, match="no sentence was built, 2 inputs skipped"):
         build_records(tree, tiny, tmp_path / "none.jsonl", "frames", n_frames=40, max_errors=2)
     (tmp_path / "videos").mkdir()
     whole = (tree / "videos" / "one.mp4").read_bytes()
@@ -77,7 +77,7 @@ def test_two_files_of_one_stem_are_reported(pairs, tiny):
         ("video", {"input_dir": "image"}, "--input_dir=.*image: contains no file with extension .mp4, "),
         ("images", {"shard": "2/2"}, "--shard=2/2: must be i/n"),
         ("inpainting", {"hole_mask_ratio": 1.5}, "--hole_mask_ratio=1.5: must be 0..1"),
-        ("co3d", {"input_dir": "image"}, "made no sentence"),
+        ("co3d", {"input_dir": "image"}, "no sentence was built"),
     ],
 )  # fmt: skip
 def test_invalid_settings_are_reported(tree, tiny, tmp_path, kind, settings, message):

@@ -19,7 +19,9 @@ def test_frames_are_windows_at_one_stride_in_numeric_order(tree, tiny, codec, tm
         strides[clip, int(step)] += 1
         assert_codes_of(codec, tokens, [read_rgb(path) for path in record["sources"]])
     assert strides.keys() == {("a", 1), ("a", 2), ("b", 1)}  # b is too short for a stride of 2
-    assert strides["b", 1] == 3 and strides["a", 1] % 3 == 0 and strides["a", 2] % 2 == 0  # as many as fit into 11
+    assert (
+        strides["b", 1] == 3 and strides["a", 1] % 3 == 0 and strides["a", 2] % 2 == 0
+    )  # as many windows as fit into 11 frames
 
 
 def test_video_frames_are_windows_of_each_stride(tree, tiny, codec, tmp_path):
@@ -30,7 +32,7 @@ def test_video_frames_are_windows_of_each_stride(tree, tiny, codec, tmp_path):
         numbers = np.round(np.array(record["seconds"]) * 10).astype(int)  # 10 frames a second
         (step,) = set(np.diff(numbers))
         strides[pathlib.Path(path).name, int(step)] += 1
-        with av.open(path) as container:  # independent of the code under test
+        with av.open(path) as container:  # independent of the tested code
             whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert [number_of(frame / 255) for frame in whole] == list(range(len(whole)))
         sized = [Image.fromarray(whole[i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for i in numbers]

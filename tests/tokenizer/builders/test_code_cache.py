@@ -1,4 +1,4 @@
-"""The code cache returns right codes or none, in a file of fixed size; a full disk disables it."""
+"""The code cache returns the cached codes or None. Its file has a fixed size, and a full disk disables it."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from tokenizer.builders.image_ref import ImageRef
 TOKENS = 4
 
 
-def test_cached_codes_are_right_or_missing(tmp_path):
+def test_cached_codes_are_correct_or_missing(tmp_path):
     capacity = 64
     cache = CodeCache(capacity, TOKENS, str(tmp_path))
     codes = {ImageRef(str(i), i / 7, "hole", i): np.full(TOKENS, i, np.uint16) for i in range(10 * capacity)}
@@ -22,12 +22,12 @@ def test_cached_codes_are_right_or_missing(tmp_path):
         np.testing.assert_array_equal(cache.get(ref), value)
         if i == capacity // 2:
             kept = sum(cache.get(ref) is not None for ref in list(codes)[:i])
-    assert kept >= 0.9 * capacity // 2  # few evictions while half full
+    assert kept >= 0.9 * capacity // 2  # few evictions up to half of the capacity
     cached = {ref: cache.get(ref) for ref in codes}
     assert 0.8 * capacity <= sum(value is not None for value in cached.values()) <= capacity
     for ref, value in cached.items():
         assert value is None or np.array_equal(value, codes[ref])
-    assert not os.listdir(tmp_path)  # the file has no name: a kill leaves nothing
+    assert not os.listdir(tmp_path)  # an unnamed file: nothing remains after SIGKILL
 
 
 def test_a_full_disk_disables_the_cache(tmp_path, monkeypatch, capsys):
@@ -49,4 +49,4 @@ def test_a_full_disk_disables_the_cache(tmp_path, monkeypatch, capsys):
         cache.put(ref, np.arange(TOKENS))
         assert cache.get(ref) is None
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "no longer cached for further epochs: [Errno 28] No space left" in warning
+    assert warning.count("\n") == 1 and "no longer cached for later epochs: [Errno 28] No space left" in warning

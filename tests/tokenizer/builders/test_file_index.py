@@ -1,4 +1,4 @@
-"""The index holds items of rows in order, tells when a file changes, and reports what it ignores."""
+"""The index contains items and rows in order. Its digest changes with the files, and it counts ignored files."""
 
 import sqlite3
 
@@ -42,7 +42,7 @@ def test_ignored_files_are_counted_once_per_directory(tmp_path):
     assert index.ignored == {".ply": 2, ".jgz": 1}
 
 
-def test_a_disk_without_room_for_the_index_is_reported(monkeypatch):
+def test_an_index_larger_than_the_disk_is_reported(monkeypatch):
     connect = sqlite3.connect
 
     def small(name):

@@ -21,7 +21,7 @@ TOKENS, SIDE = 4, 2
 
 
 class FakeCodec:
-    """Encodes an image as the value of its first pixel; records the batch sizes."""
+    """Encodes an image as the value of its first pixel, and records the batch sizes."""
 
     config = types.SimpleNamespace(resolution=SIDE)
 
@@ -40,12 +40,12 @@ class Sentence:
 
 
 def value(ref: ImageRef) -> int:
-    """The pixels of an image."""
+    """Returns the value of all pixels of an image."""
     return int(ref.path) % 251
 
 
 class CountingReader:
-    """Reads images at once, and counts the reads of each; raises for bad paths."""
+    """Reads images immediately and counts the reads of each. Bad paths raise."""
 
     def __init__(self, bad=()):
         self.reads, self.bad = collections.Counter(), bad
@@ -79,8 +79,7 @@ def test_an_endless_stream_needs_bounded_memory(tmp_path):
         if yielded == 2000:
             break
     assert set(codec.batches[1:]) == {8}  # full batches
-    # An image of two neighbouring sentences is read once.
-    assert max(read.reads.values()) == 1
+    assert max(read.reads.values()) == 1  # also images of two neighbouring sentences
 
 
 def test_long_sentences_and_errors_are_yielded_in_order(tmp_path):
@@ -113,7 +112,7 @@ def test_idle_time_excludes_encoding(monkeypatch):
     assert encoder.progress_text() == "0 images/s, device idle 50%"
 
 
-@pytest.mark.slow  # processes start
+@pytest.mark.slow  # starts processes
 def test_an_image_that_kills_its_worker_is_reported(tmp_path):
     deadly, size = ("3", "4", "11"), (1, SIDE, SIDE, 3)
     with Workers(2) as workers:

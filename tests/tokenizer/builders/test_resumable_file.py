@@ -1,4 +1,4 @@
-"""A resumable file survives kills, locks out other builds, and is renamed before its lock is released."""
+"""A resumable file survives SIGKILL, is locked against other builds, and is renamed before its lock is released."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from EasyLM.errors import UserError
 from tokenizer.builders import resumable_file
 
 
-def test_a_kill_before_the_rename_does_not_make_an_older_file_the_finished_one(tmp_path, monkeypatch):
+def test_after_a_kill_before_the_rename_an_older_file_does_not_pass_as_finished(tmp_path, monkeypatch):
     path = tmp_path / "out.jsonl"
 
     def write(seed):

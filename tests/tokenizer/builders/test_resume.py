@@ -1,4 +1,4 @@
-"""The same bytes from shards, any speed settings, and interrupted builds."""
+"""Shards, speed settings and interruptions do not change the bytes of a build."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def test_concatenated_shards_are_the_whole_file(tree, tiny, tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["video", "category"])
-def test_a_broken_input_is_skipped_alike_by_shards_workers_and_resumed_builds(tree, tiny, tmp_path, monkeypatch, kind):
+def test_shards_workers_and_resumed_builds_skip_the_same_broken_input(tree, tiny, tmp_path, monkeypatch, kind):
     folder = SETTINGS[kind]["input_dir"]
     shutil.copytree(tree / folder, tmp_path / folder)
     broken = tmp_path / folder / {"video": "one.mp4", "category": "bee/1.jpg"}[kind]
@@ -94,7 +94,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(tree, tiny, tmp_path, monkeypa
         )
         build_records(tree, tiny, output, kind)
         assert output.read_bytes() == whole
-        assert len([data for data in again if data]) == lines - last  # no line was made twice
+        assert len([data for data in again if data]) == lines - last  # no line was built twice
         for name in ("sentences", "pictures"):
             assert report_of(output)[name] == report_of(tmp_path / "whole.jsonl")[name]
         assert {path.name for path in tmp_path.glob(f"{last}.*")} == {output.name, f"{output.name}.report.json"}
@@ -111,7 +111,7 @@ def test_a_stopped_build_does_not_resume_with_other_settings_or_inputs(tree, tin
         build_records(tree, tiny, output, **settings)
     with pytest.raises(UserError, match=r"out\.jsonl\.partial was started with .* seed=6 \(then: 5\)"):
         build_records(tree, tiny, output, **settings, seed=6)
-    # max_errors determines no sentence: the build resumes.
+    # max_errors does not affect the sentences, so the build resumes.
     assert len(build_records(tree, tiny, output, **settings, max_errors=1)) == 4
     write_image(tmp_path / "in" / "3.png", 3)
     (tmp_path / "in" / "4.png").write_bytes(b"broken")
@@ -139,14 +139,14 @@ def test_a_finished_file_is_kept_unless_something_changed(tree, tiny, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(build, "write_sentences", lambda *_: pytest.fail("built again"))
         build_records(tree, tiny, output, "images", batch_size=4)
-        assert "is finished already: 5 sentences" in capsys.readouterr().out
+        assert "is already complete: 5 sentences" in capsys.readouterr().out
     output.write_bytes(output.read_bytes()[:-40])
     assert len(build_records(tree, tiny, output, "images")) == len(first)
     assert report_of(output)["files_passed_over"] == {}
     assert len(build_records(tree, tiny, output, "colorization")) == 4
 
 
-# A build that saves its progress after each sentence. After ARGV[1] saves it waits for SIGKILL; 0: it finishes.
+# A build that saves its progress after each sentence and waits for SIGKILL after ARGV[1] saves; 0: it finishes.
 BUILD = """
 import sys, time
 from EasyLM import flags
@@ -166,7 +166,7 @@ flags.run(build.main, build.FLAGS)
 
 @pytest.mark.slow
 def test_sigkill_at_any_time(tree, tiny, tmp_path):
-    """Processes that are killed at random times resume to the same bytes; their workers exit with them."""
+    """Builds that are killed at random times resume to the same bytes. Their workers exit with them."""
     for i in range(150):
         write_image(tmp_path / "in" / f"{i}.png", i)
 

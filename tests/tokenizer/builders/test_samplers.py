@@ -1,4 +1,4 @@
-"""Every epoch samples items once, in a new order that follows from the seed."""
+"""Every epoch samples items once, in a new order that depends on the seed."""
 
 import collections
 import types
@@ -22,7 +22,7 @@ def test_every_epoch_of_shots_uses_items_once_in_a_new_order(monkeypatch):
     assert other.rows(0, 0) != sampler.rows(0, 0)
 
 
-def test_every_epoch_of_classes_uses_images_once_and_as_many_as_possible(monkeypatch):
+def test_every_epoch_of_classes_uses_as_many_images_as_possible_once(monkeypatch):
     sizes = {"a": 7, "b": 6, "c": 4, "d": 2, "e": 1}
     names = [f"{name}/{i}.png" for name, size in sizes.items() for i in range(size)]
     index, _ = make_index(monkeypatch, names, file_index.by_class)

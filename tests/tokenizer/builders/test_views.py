@@ -1,4 +1,4 @@
-"""Views: gray, masked, label ids in colours, CO3D depth; against references made here."""
+"""Views (gray, masked, label colours, CO3D depth) equal independent references."""
 
 import itertools
 import pathlib
@@ -23,7 +23,7 @@ def test_label_ids_become_colours_of_the_voc_palette(tree, tiny, codec, tmp_path
 
     assert [voc(i) for i in (0, 1, 2, 15, 255)] == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]
-    ]  # fmt: skip  # as VOC2012 has them
+    ]  # fmt: skip  # the palette of VOC2012
     for tokens, record in build_records(tree, tiny, tmp_path / "out.jsonl", "map_color"):
         assert record["views"] == ["plain", "palette"] * 2
         expected = []
@@ -42,7 +42,7 @@ def test_label_ids_are_gray_values_or_palette_indices_but_not_rgb(tmp_path):
     image.save(tmp_path / "a.png")
     np.testing.assert_array_equal(views.label_ids(tmp_path / "a.png", 4), ids.repeat(2, 0).repeat(2, 1))
     write_image(tmp_path / "b.png", 0)
-    with pytest.raises(UserError, match=r"b\.png: .*RGB, no label ids"):
+    with pytest.raises(UserError, match=r"b\.png: .*RGB, not label ids"):
         views.label_ids(tmp_path / "b.png", 4)
     assert len(np.unique(views.label_colours(np.arange(1 << 16)), axis=0)) == 1 << 16
 
@@ -79,7 +79,7 @@ def test_inpainting_is_masked_then_whole(tree, tiny, codec, tmp_path):
 
 
 def _mask(view: str, rng) -> np.ndarray:
-    """The masked pixels as DATASET.md specifies them, from the same random numbers: bool [S,S]."""
+    """Returns the masked pixels as DATASET.md specifies them, from the same random numbers: bool [S,S]."""
     masked = np.zeros((SIDE, SIDE), bool)
     if view == "hole":
         side = round(rng.uniform(0.1, 0.5) * SIDE)  # 10 to 50% of the side

@@ -1,4 +1,4 @@
-"""The metrics of a tokenizer are those of its reconstructions, folder by folder."""
+"""eval_vqgan reports the metrics of reconstructions, for each folder and in total."""
 
 import json
 import pathlib
@@ -56,7 +56,7 @@ def test_metrics_and_image_show_the_reconstructions(tmp_path, capsys):
         ({"output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
     ],
 )
-def test_invalid_outputs_are_named_before_the_work(settings, message):
+def test_invalid_outputs_are_reported_before_images_are_read(settings, message):
     with pytest.raises(UserError, match=message):
         run_main(eval_vqgan, input_dirs="/nowhere", **settings)
 
@@ -74,7 +74,7 @@ def test_shipped_tokenizer_is_small():
 
 @pytest.mark.slow
 def test_shipped_tokenizer_reaches_the_psnr_of_its_table():
-    """Some of the held-out images of pretrained/README.md: at most 1 dB below the means there."""
+    """Tests some of the held-out images of pretrained/README.md: at most 1 dB below the means there."""
     table = re.findall(r"^\| (\w[\w, ]*) \| (\d+\.\d+) \|", (pathlib.Path(PRETRAINED) / "README.md").read_text(), re.M)
     first = seed_ranges.training_seed(2)  # --seed=2
     rendered = [scenes.scene(first + i, 32) for i in range(24)]

@@ -28,7 +28,7 @@ def accumulate(features_ND: np.ndarray, *cuts: int) -> FeatureStatistics:
 
 
 def test_statistics_of_parts_equal_those_of_the_whole():
-    """Also in float32 with a mean far above the deviation, and for two merged sets."""
+    """Tests float32 features with a mean far above the deviation, also for two merged sets."""
     features_ND = (np.random.default_rng(0).normal(size=(40, 5)) * [1, 2, 3, 4, 5] + 1e4).astype(np.float32)
     merged = accumulate(features_ND[:17], 1, 9)
     merged.merge(accumulate(features_ND[17:], 11))

@@ -1,4 +1,4 @@
-"""Features for FID equal torch: InceptionV3 of pytorch-fid, written out here, with random weights."""
+"""Features for FID equal those of torch: pytorch-fid's InceptionV3, rewritten here, with random weights."""
 
 import json
 
@@ -19,7 +19,7 @@ DIVISOR = 8
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The network with an eighth of the channels and a side that leaves 3x3 positions at its end."""
+    """Narrows the network to an eighth of the channels, and its input to a side that ends in 3x3 positions."""
 
     def narrowed(step):
         if isinstance(step, inception.Conv):
@@ -31,7 +31,7 @@ def narrow(monkeypatch):
 
 
 def random_tensors() -> dict[str, np.ndarray]:
-    """Weights under which features neither vanish nor explode."""
+    """Returns weights with which features neither vanish nor explode."""
     rng, tensors = np.random.default_rng(0), {}
     for name, shape in inception.shapes().items():
         if len(shape) == 4:
@@ -45,7 +45,7 @@ def random_tensors() -> dict[str, np.ndarray]:
 
 
 def torch_features(tensors, pixels_nHW3, side):
-    """The arithmetic of pytorch-fid, block by block."""
+    """Computes the features of pytorch-fid, block by block."""
     import torch
     from torch.nn import functional as F
 

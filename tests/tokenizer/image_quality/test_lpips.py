@@ -1,4 +1,4 @@
-"""LPIPS equals torch: VGG16 and the arithmetic of the lpips package, written out here, with random weights."""
+"""LPIPS equals that of torch: VGG16 and the lpips package, rewritten here, with random weights."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from tokenizer.vqgan.weights import from_file
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """VGG16 with fewer channels; only this table holds the widths."""
+    """Narrows VGG16."""
     monkeypatch.setattr(lpips, "STAGES", ((4, 4), (6, 6), (8, 8, 8), (8, 8, 8), (8, 8, 8)))
 
 

@@ -11,7 +11,7 @@ from tokenizer.synthetic import photos
 
 @pytest.fixture(scope="module")
 def pairs():
-    """Degraded photographs, each in another way, and the originals: two arrays [4,40,48,3]."""
+    """Photographs with different degradations, and the originals: two arrays [4,40,48,3]."""
     originals = np.stack([photos.crop(seed, 48)[:40] for seed in range(4)]) / 255
     noise = np.random.default_rng(0).normal(size=originals.shape)
     degraded = [

@@ -1,4 +1,4 @@
-"""Folders are listed completely, by extension, through links but not in loops; errors name the flag."""
+"""Folders are listed completely, by extension, and through links without loops. Errors name the flag."""
 
 import os
 import pathlib

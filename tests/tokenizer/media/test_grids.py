@@ -1,4 +1,4 @@
-"""Grids and tiles contain every image in order, and white gaps."""
+"""Grids and tiles contain every image in order; grids have white gaps."""
 
 import numpy as np
 

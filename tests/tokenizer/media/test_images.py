@@ -1,4 +1,4 @@
-"""Every image format is read as the right RGB pixels, or raises an error that names its path."""
+"""Every image format is read as the correct RGB pixels. Errors name the path."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ def palette(mode: str = "P") -> Image.Image:
 
 
 def with_alpha(mode: str) -> Image.Image:
-    """Opaque on the left; fully transparent on the right, over colours that must not show."""
+    """Returns an image that is opaque on the left and fully transparent on the right."""
     image = rgb().convert(mode)
     alpha = Image.new("L", (SIDE, SIDE), 255)
     alpha.paste(0, (4, 0, SIDE, SIDE))
@@ -33,7 +33,7 @@ def with_alpha(mode: str) -> Image.Image:
 
 
 def gray_of(colours: np.ndarray) -> np.ndarray:
-    """Pillow's gray values in three channels."""
+    """Returns Pillow's gray values in three channels."""
     return np.asarray(Image.fromarray(colours).convert("L").convert("RGB"))
 
 
@@ -90,7 +90,7 @@ def test_every_format_is_read_as_rgb(tmp_path, name):
     assert [path.name for path in folders.list_images(str(tmp_path), "input_dir")] == [name]
 
 
-# By EXIF orientation: from the shown pixels to the stored ones.
+# EXIF orientation -> function from shown to stored pixels.
 STORED = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
@@ -103,7 +103,7 @@ STORED = {
 }
 
 
-def test_exif_orientation_is_applied_beside_a_malformed_entry(tmp_path):
+def test_exif_orientation_is_applied_despite_a_malformed_entry(tmp_path):
     tags = [(274, 3, struct.pack("<HH", 6, 0)), (256, 9, struct.pack("<i", -6))]  # orientation 6; a negative width
     entries = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in tags)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
@@ -129,7 +129,7 @@ def test_resize_is_bicubic_and_ignores_the_aspect_ratio(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "bits.png"])
 def test_broken_files_are_named(tmp_path, name):
-    """A truncated, empty or corrupt file raises a UserError with its path, or is read; it raises nothing else."""
+    """An invalid file raises a UserError with its path. A mutated file raises that, or is read."""
     image, options, *_ = FILES[name]
     path = tmp_path / name
     image.resize((64, 64)).save(path, **options)

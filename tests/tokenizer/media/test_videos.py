@@ -1,4 +1,4 @@
-"""The frame of a time is the right one, in every container, decoded from the beginning or after a seek."""
+"""Every container gives the correct frame for a time, decoded from the beginning or after a seek."""
 
 import os
 
@@ -31,7 +31,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The files above."""
+    """The folder of FILES."""
     directory = tmp_path_factory.mktemp("videos")
     for name, (codec, milliseconds, options) in FILES.items():
         write_video(directory / name, codec, milliseconds, **options)
@@ -95,8 +95,7 @@ def test_sparse_frames_use_seeks(made, name, monkeypatch):
     assert len(decoded) < 40  # of 80
 
 
-def test_decoding_restarts_after_a_seek_past_the_frame(made, monkeypatch):
-    """Decoding restarts from the beginning."""
+def test_decoding_restarts_from_the_beginning_after_a_seek_past_the_frame(made, monkeypatch):
     decode_from = videos._decode_from
 
     def seek_too_far(container, stream, clock, seek_point):
@@ -214,7 +213,7 @@ class TestErrors:
 
 
 class TestWrite:
-    def test_mp4_back_again(self, tmp_path):
+    def test_mp4_round_trip(self, tmp_path):
         frames = np.stack([numbered_frame(number)[:23, :63] for number in range(12)])  # odd sizes
         video_writer.write(tmp_path / "deep" / "out.mp4", frames, 12.5)
         np.testing.assert_allclose(videos.timestamps(tmp_path / "deep" / "out.mp4"), np.arange(12) / 12.5, atol=1e-3)

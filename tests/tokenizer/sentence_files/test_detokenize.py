@@ -1,4 +1,4 @@
-"""The selected sentences are written as the tokenizer decodes them, in every format."""
+"""The selected sentences are decoded and written in every format."""
 
 import base64
 import html.parser
@@ -33,7 +33,7 @@ def codec(tiny):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Nine sentences of 1 to 3 images and three kinds in turn; their sources need HTML escaping."""
+    """Nine sentences of 1 to 3 images and three kinds. Their sources need HTML escaping."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("sentences") / "s.jsonl"
     lines = []
@@ -53,13 +53,13 @@ def detokenize_file(file, tiny, directory, **settings) -> list[str]:
 
 
 def selected(sentences, ranges="", kinds=(), limit=0) -> list[int]:
-    """The numbers of the selected sentences."""
+    """Returns the numbers of the selected sentences."""
     selection = Selection(parse_ranges(ranges), frozenset(kinds), limit)
     return [number for number, _, _ in select(sentences, selection)]
 
 
 def decoded_images(file, codec, number):
-    """The images of a sentence, uint8 [n,S,S,3]."""
+    """Returns the images of a sentence, uint8 [n,S,S,3]."""
     ids = [ids for ids, _ in records.read_records(str(file), TINY.num_embeddings)][number]
     return images.to_uint8(codec.decode(ids.reshape(-1, N)))
 

@@ -1,4 +1,4 @@
-"""Statistics equal those of a plain count; bad lines are counted and listed by address; charts show the counts."""
+"""Statistics equal a plain count. Bad lines are counted and listed by address. Charts show the counts."""
 
 import collections
 import gzip
@@ -16,16 +16,16 @@ from EasyLM.errors import UserError
 from tokenizer import inspect
 from tokenizer.sentence_files import summary
 
-EACH = 4  # tokens per image
+TOKENS_PER_IMAGE = 4
 
 
 @pytest.fixture
 def sentences(tmp_path):
-    """Sentences of random and special ids in three files of different forms, which also have bad lines."""
+    """Sentences of random and special ids in three files of different formats, with bad lines."""
     rng = np.random.default_rng(0)
     sentences = []
     for number in range(600):
-        ids = rng.zipf(1.3, EACH * rng.integers(0, 6) + (number % 50 == 0)) % 100
+        ids = rng.zipf(1.3, TOKENS_PER_IMAGE * rng.integers(0, 6) + (number % 50 == 0)) % 100
         ids[:1] = np.where(rng.random(len(ids[:1])) < 0.2, 8192, ids[:1])
         sentences.append((ids, {"kind": f"kind{number % 3}"} if number % 7 else {}))
     lines = [records.record_line(ids, **others) for ids, others in sentences]
@@ -36,10 +36,10 @@ def sentences(tmp_path):
 
 
 def statistics(tmp_path, names="a.jsonl,b.jsonl.gz,c.packed", **settings) -> dict:
-    """The JSON that the command writes."""
+    """Runs the command; returns the JSON that it writes."""
     paths = ",".join(str(tmp_path / name) for name in names.split(","))
     output = str(tmp_path / "out" / "f.json")
-    settings = {"tokens_per_image": EACH, "codebook_size": 128, "output_json": output, **settings}
+    settings = {"tokens_per_image": TOKENS_PER_IMAGE, "codebook_size": 128, "output_json": output, **settings}
     tokenizer_kit.run_main(inspect, input_files=paths, **settings)
     return json.loads((tmp_path / "out" / "f.json").read_text())
 
@@ -59,9 +59,9 @@ def test_statistics_equal_a_plain_count(sentences, tmp_path, monkeypatch, batche
         np.mean(lengths),
     )
     assert values["lengths_in_images"] == {
-        str(n): count for n, count in sorted(collections.Counter(n // EACH for n in lengths).items())
+        str(n): count for n, count in sorted(collections.Counter(n // TOKENS_PER_IMAGE for n in lengths).items())
     }
-    assert values["not_whole_images"] == sum(n % EACH != 0 for n in lengths) == 12
+    assert values["not_whole_images"] == sum(n % TOKENS_PER_IMAGE != 0 for n in lengths) == 12
     assert values["codes_used"] == len(counts) and values["codes_used_share"] == len(counts) / 128
     assert values["codes_perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
     assert values["special_ids"] == {"8192": int((ids == 8192).sum())}
@@ -96,8 +96,8 @@ def test_the_number_of_kinds_is_bounded(tmp_path, monkeypatch):
 
 
 def test_charts_show_lengths_codes_and_kinds():
-    """A panel each: bars and points have the heights of the counts."""
-    counts = summary.Summary(vocab_size=12, codebook_size=10, tokens_per_image=EACH)
+    """The heights of bars and points in the three panels are the counts."""
+    counts = summary.Summary(vocab_size=12, codebook_size=10, tokens_per_image=TOKENS_PER_IMAGE)
     for kind, ids in (("paired", [0, 1, 1, 2] * 2), ("frames", [1, 1, 1, 3]), ("frames", [11, 1, 0, 2])):
         counts.add(np.array(ids), {"kind": kind})
     lengths, codes, kinds = summary.plot(counts.statistics(), counts.code_counts()).axes

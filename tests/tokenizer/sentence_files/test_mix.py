@@ -1,4 +1,4 @@
-"""Mixing loses and invents nothing, orders are equally likely, memory is bounded, bad lines have an address."""
+"""Mixing keeps every sentence, all orders are equally likely, memory is bounded, and bad lines have an address."""
 
 import collections
 import gzip
@@ -25,7 +25,7 @@ from tokenizer.sentence_files import disk_shuffle, mixing
 
 
 def sentence(source: int, number: int) -> bytes:
-    """A line whose ids identify it. Lines differ in length."""
+    """Returns a line whose ids identify it. Lines differ in length."""
     return records.record_line([source, number, *range(number % 7)], kind="k", sources=[f"{source}/é{number}"])
 
 
@@ -48,7 +48,7 @@ def mixed(tmp_path, inputs, **settings) -> list[bytes]:
 
 class TestTakenSentences:
     def test_every_sentence_once(self, tmp_path):
-        """Of plain and compressed files and globs; blank lines and carriage returns are ignored."""
+        """Inputs are plain and compressed files and globs. Blank lines and carriage returns are ignored."""
         lines = [
             *write(tmp_path / "a.jsonl", 0, 40),
             *write(tmp_path / "b1.jsonl.gz", 1, 30),
@@ -76,7 +76,7 @@ class TestTakenSentences:
         ],
     )
     def test_weights_and_counts(self, tmp_path, settings, taken):
-        """Each sentence of an input comes floor or ceil of taken/size times, and the total is exact."""
+        """Each sentence of an input is taken floor or ceil of taken/size times; the total is exact."""
         write(tmp_path / "a.jsonl", 0, 40)
         write(tmp_path / "b.jsonl", 1, 20)
         counts = collections.Counter(mixed(tmp_path, "a.jsonl,b.jsonl", **settings))
@@ -117,7 +117,7 @@ class TestOrder:
         assert len(orders) == 24 and abs(chi_square - 23) < 5 * np.sqrt(46)
 
     def test_the_order_does_not_depend_on_the_memory_limit(self, tmp_path):
-        """The same lines from memory, from one level of files and from several."""
+        """Sorting in memory and with one or several levels of files gives the same lines."""
         lines = [sentence(0, number) for number in range(500)]
         total = sum(map(len, lines))
         keys = np.random.default_rng(0).integers(0, 1 << 64, len(lines), np.uint64).tolist()
@@ -186,7 +186,7 @@ class TestErrors:
             ({"counts": "-1,2"}, "--counts=-1,2: each must be 0 or more"),
             ({"counts": "1.5,2"}, "--counts=1.5,2: not a comma list of whole numbers"),
             ({"counts": "1,1", "weights": "1,1"}, "give one of them"),
-            ({"total": 5}, "--total=5: goes with --weights"),
+            ({"total": 5}, "--total=5: requires --weights"),
             ({"seed": -1}, "--seed=-1: must be at least 0"),
             ({"output": "a.jsonl"}, "is one of --inputs"),
             ({"output": "m.jsonl.gz"}, "must be a plain file"),
@@ -229,7 +229,7 @@ def test_short_lines_have_little_overhead_in_memory(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
-    """With 300 MB of sentences and a limit of 30 MB the process takes less than 160 MB, 60 of them Python and NumPy."""
+    """With 300 MB of sentences and a limit of 30 MB the process uses less than 160 MB, 60 for Python and NumPy."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 8192, (64, 4096))
     with open(tmp_path / "a.jsonl", "wb") as file:

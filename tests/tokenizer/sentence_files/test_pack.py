@@ -1,4 +1,4 @@
-"""Packed and unpacked sentences are the same, with their other fields; a packed token takes two bytes."""
+"""Packing and unpacking keeps sentences and their other fields. A packed token takes two bytes."""
 
 import gzip
 import os
@@ -31,7 +31,7 @@ def sentences(tmp_path):
 
 
 def run(tmp_path, inputs, output, **settings) -> pathlib.Path:
-    """Runs the command in a folder; returns the output's path. No other file remains."""
+    """Runs the command in a folder; returns the path of the output, the only new file."""
     paths = ",".join(str(tmp_path / name) for name in inputs.split(","))
     before = set(os.listdir(tmp_path))
     tokenizer_kit.run_main(pack, input_files=paths, output_file=str(tmp_path / output), **settings)
@@ -56,12 +56,12 @@ def test_other_fields_can_be_dropped(sentences, tmp_path):
     assert unpacked == [(ids, ["tokens"]) for ids, _ in sentences[:700]]
 
 
-def test_two_bytes_a_token(tmp_path, capsys):
+def test_a_token_takes_two_bytes(tmp_path, capsys):
     ids = np.arange(100_000) % 8192
     (tmp_path / "a.jsonl").write_bytes(records.record_line(ids) * 3)
     path = run(tmp_path, "a.jsonl", "a.packed")
     assert 2.0 <= os.path.getsize(path) / 300_000 < 2.02
-    assert "3 sentences, 300000 tokens, 2.01 bytes a token" in capsys.readouterr().out
+    assert "3 sentences, 300000 tokens, 2.01 bytes per token" in capsys.readouterr().out
 
 
 def test_bad_lines_are_reported_and_skipped(sentences, tmp_path):
@@ -102,7 +102,7 @@ def test_disk_space_is_checked_first(sentences, tmp_path, monkeypatch):
         run(tmp_path, "a.jsonl", "x.packed")
 
 
-def test_needed_space_of_compressed_inputs_is_of_their_content(tmp_path, monkeypatch):
+def test_needed_space_of_compressed_inputs_is_that_of_their_content(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.gz"
     ids_N = np.random.default_rng(0).integers(0, 8192, 5000)
     path.write_bytes(gzip.compress(records.record_line(ids_N)))

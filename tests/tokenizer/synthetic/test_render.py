@@ -14,7 +14,7 @@ from tokenizer import render
 from tokenizer.builders import views
 from tokenizer.synthetic import layouts, photos, scenes
 
-SECONDS = 60  # far more than anything here takes
+SECONDS = 60  # far more than any step takes
 
 
 def test_render_writes_matching_stems(tmp_path):
@@ -45,7 +45,7 @@ def test_render_writes_the_inputs_of_every_kind_of_sentence(tmp_path):
         ids = views.label_ids(tmp_path / "labels" / f"{i:06d}.png", 24)
         table = np.array([scenes.BACKGROUND, *(scenes.PALETTE[shape] for shape in layouts.SHAPES)])
         assert np.array_equal(table[ids], segmentation) and ids.max() > 0
-    # CO3D's depth images span the nearest to the farthest point; so does the scene's depth after this scaling.
+    # CO3D's depth images range from the nearest to the farthest point; scale the scene's depth in the same way.
     own = scenes.clip(0, 24, 1)[0]["depth"][..., 0].astype(float)
     stored = views.co3d_depth(tmp_path / sequence / "depths" / "frame000001.jpg.geometric.png", 24)[..., 0]
     expected = 255 * (0.2 + 0.8 * (own - own.min()) / np.ptp(own))

@@ -1,4 +1,4 @@
-"""Rendered scenes: annotations agree with the image and the geometry; everything follows from the seed."""
+"""Annotations of rendered scenes agree with the image and the geometry. A scene is a function of its seed."""
 
 import dataclasses
 
@@ -74,7 +74,7 @@ def test_normals_are_unit_vectors_towards_the_camera(rendered):
     for scene in rendered.values():
         vectors = scene["normals"] / 127.5 - 1
         assert np.allclose(np.linalg.norm(vectors, axis=-1), 1, atol=0.02)
-        assert vectors[..., 2].min() > -0.35  # perspective: slightly beyond the right angle near the image's border
+        assert vectors[..., 2].min() > -0.35  # perspective: the angle can slightly exceed 90 degrees near the border
 
 
 def test_clip_begins_with_the_scene_and_moves():
@@ -93,7 +93,7 @@ def test_solids_do_not_collide():
                     assert np.hypot(*(a.position - b.position)) > a.radius + b.radius
 
 
-def test_splits_show_what_no_training_scene_has():
+def test_splits_differ_from_training_scenes():
     def shapes(split):
         return {solid.shape for seed in range(40) for solid in layouts.seeded_layout(seed, split).solids}
 

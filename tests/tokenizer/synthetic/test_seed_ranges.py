@@ -17,7 +17,7 @@ def test_benchmark_seeds_are_disjoint_from_training_seeds(seed):
 
 
 def test_seeds_of_training_the_benchmark_and_the_page_are_those_of_earlier_releases():
-    """Changing them would change published figures and the shipped models' data."""
+    """Other seeds would change published results and the data of the shipped models."""
     assert [seed_ranges.training_seed(block) for block in (0, 2, 499)] == [0, 2 * 10**6, 499 * 10**6]
     assert seed_ranges.benchmark_seeds(3, 2) == range(503 * 10**6, 503 * 10**6 + 2)
     assert seed_ranges.page_example_seed(1003) == 9 * 10**8 + 1003

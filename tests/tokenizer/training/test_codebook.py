@@ -27,4 +27,4 @@ def test_unused_codes_move_to_vectors_far_from_their_code():
     vectors = jnp.concatenate([jnp.full((60, 2), 1.0), jnp.asarray([[9.0, 9.0], [7.0, 8.0]])])
     before = codebook([1.0, *[0.0] * 7], [[1.0, 1.0], *[[0.0, 0.0]] * 7])
     after = update_codebook(before, vectors, jnp.zeros(62, int), jax.random.key(0))
-    np.testing.assert_array_less(6.9, code_vectors(after)[1:])  # 60 of 62 vectors lie on their code; none is sampled
+    np.testing.assert_array_less(6.9, code_vectors(after)[1:])  # the 60 vectors on their code are not sampled

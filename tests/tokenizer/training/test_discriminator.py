@@ -47,7 +47,7 @@ def state(batch):
     """Parameters and extra state whose codes lie on vectors of the batch."""
     rng = np.random.default_rng(0)  # compiling the initializers would take longer than the tests
     params, extra = jax.eval_shape(BOTH.init, jax.random.key(0))
-    # One more scalar is drawn: with these numbers no code is so near a boundary that rounding changes it.
+    # One more scalar gives random numbers with which no vector is near a boundary, where rounding changes codes.
     shapes = params | extra | {"b": jax.ShapeDtypeStruct((), jnp.float32)}
     groups = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.2), jnp.float32), shapes)
     params, extra = ({name: groups[name] for name in part} for part in (params, extra))
@@ -62,7 +62,7 @@ def compiled(objective):
 
 
 def gradient(objective, state, batch, step=START):
-    """The loss, its metrics and the gradients at a step."""
+    """Returns the loss, its metrics and the gradients at a step."""
     params, extra = state
     names = ("model", "discriminator") if objective.adversarial else ("model",)
     (loss, (metrics, _)), gradients = compiled(objective)({n: params[n] for n in names}, extra, batch, step, KEY)
@@ -106,13 +106,13 @@ def test_discriminator_is_that_of_pix2pix():
 
 
 @pytest.mark.slow
-def test_network_gets_both_gradients_by_the_adaptive_weight(state, batch):
+def test_network_gets_both_gradients_with_the_adaptive_weight(state, batch):
     params, extra = state
     loss, metrics, both = gradient(BOTH, state, batch)
     plain_loss, _, plain = gradient(PLAIN, state, batch)
-    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)  # the adversarial terms have no value
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)  # adversarial terms do not affect the value
 
-    def generator(model):  # independent of the gradients by pixel that the objective uses
+    def generator(model):  # does not use the objective's gradients by pixel
         network = make_model(CONFIG, model, extra["codebook"])
         hidden, codes = network.encode(batch["pixels"])
         chosen = network.quantize(codes).reshape(hidden.shape)
@@ -147,7 +147,7 @@ def test_before_the_start_step_adversarial_training_has_no_effect(state, batch):
 
 
 @pytest.mark.slow
-def test_eight_devices_compute_the_same_as_one(state, batch):
+def test_eight_devices_give_the_results_of_one(state, batch):
     rate = optax.constant_schedule(1e-3)
     optimizer = Optimizer(BOTH.make_optimizer(rate, 1e-4, 1.0), functools.partial(learning_rate, rate))
     step = make_train_step(BOTH.loss, optimizer, seed=0)
@@ -176,7 +176,7 @@ def test_eight_devices_compute_the_same_as_one(state, batch):
     ("settings", "message"),
     [
         ({"channels": 48}, "channels=48: must be 1..32 or a multiple of 32"),
-        ({"layers": 3}, "layers=3: leaves no patch of 8 pixels"),
+        ({"layers": 3}, "layers=3: too many for images of 8 pixels"),
     ],
 )
 def test_invalid_settings_are_named(settings, message):
@@ -186,7 +186,7 @@ def test_invalid_settings_are_named(settings, message):
 
 @pytest.mark.slow
 def test_the_average_follows_the_network(state, batch):
-    """From old to 0.9 old + 0.1 network, with the network from before the step, for every parameter."""
+    """Every parameter becomes 0.9 old + 0.1 network, with the network before the step."""
     params, extra = state
     _, (_, updated) = jax.jit(PLAIN.loss)({"model": params["model"]}, extra, batch, START, KEY)
     assert updated["average"].keys() == params["model"].keys()

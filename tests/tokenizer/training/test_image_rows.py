@@ -1,4 +1,4 @@
-"""Images of folders as a row source."""
+"""Images of folders as training rows."""
 
 import os
 
@@ -28,7 +28,7 @@ def test_rows_are_a_function_of_their_number(folder):
 
 
 def test_a_run_does_not_resume_on_other_images(folder):
-    """The same number of images in the same folder; modification times do not count."""
+    """Files of another size or name prevent a resume, even if their number is equal; modification times do not."""
 
     def source():
         return ImageRows(str(folder / "pictures"), "input_dirs", 8, seed=3)

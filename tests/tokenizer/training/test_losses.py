@@ -1,4 +1,4 @@
-"""The terms of the loss, and the parameters that they reach."""
+"""The loss terms, and the parameters that receive their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_gradient_only_has_a_gradient_and_no_value():
 
 
 @pytest.mark.slow
-def test_locality_reaches_the_encoder_only():
+def test_locality_has_gradients_for_the_encoder_only():
     params, extra = Objective(CONFIG).init(jax.random.key(0))
     sum_KZ = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)) / 16, jnp.float32)
     extra["codebook"] = {"share": jnp.full(16, 1 / 16), "sum": sum_KZ}

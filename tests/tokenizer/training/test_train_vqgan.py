@@ -1,4 +1,4 @@
-"""Training a tokenizer: the loss falls, a resumed run is exact, the run directory holds a usable model."""
+"""Training a tokenizer reduces the loss, resumes exactly, and exports a usable model."""
 
 import dataclasses
 import json
@@ -32,13 +32,11 @@ SMALLEST = {
     "vqgan__num_embeddings": 16,
 }
 
-
-ADVERSARY = {"weight": 0.5, "start_step": 4, "channels": 4, "layers": 1}
-ADVERSARY = {f"adversary__{name}": value for name, value in ADVERSARY.items()}
+ADVERSARY = {"adversary__weight": 0.5, "adversary__start_step": 4, "adversary__channels": 4, "adversary__layers": 1}
 
 
 def train(folder, name, **settings):
-    """The metrics of each step of a run."""
+    """Trains; returns the metrics of each step."""
     defaults = {"total_steps": 12, "lr_warmup_steps": 2, "log_freq": 1, "save_model_freq": 5, "batch_size": 8}
     defaults |= {"input_dirs": str(folder / "pictures"), "lr": 2e-3}
     run_main(
@@ -59,7 +57,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_learns_resumes_exactly_and_exports_a_model(folder, monkeypatch):
+def test_training_reduces_the_loss_resumes_exactly_and_exports_a_model(folder, monkeypatch):
     whole = train(folder, "whole", **ADVERSARY)
     assert whole[11]["loss"] < 0.8 * whole[0]["loss"]
 
@@ -85,7 +83,7 @@ def test_training_learns_resumes_exactly_and_exports_a_model(folder, monkeypatch
 
 @pytest.mark.slow
 def test_lpips_is_a_loss_with_constant_weights(folder, monkeypatch):
-    """With a narrow VGG16, whose weights are in the checkpoint."""
+    """Uses a narrow VGG16. The checkpoint contains its weights."""
     monkeypatch.setattr(lpips, "STAGES", ((4, 4), (6, 6), (8, 8, 8), (8, 8, 8), (8, 8, 8)))
     rng = np.random.default_rng(0)
     tensors = {name: rng.normal(size=shape, scale=0.5).astype(np.float32) for name, shape in lpips.shapes().items()}
@@ -137,7 +135,7 @@ def test_locality_metrics_are_logged(folder):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_the_old_layout_is_refused(folder):
-    """It had the running means among the parameters."""
+    """The old layout has the running means among the parameters."""
     train(folder, "old", total_steps=3)
     path = (folder / "old" / "streaming_train_state").resolve()
     entries = [(entry.key, entry.read()) for entry in streaming.read_streaming(path)]
@@ -155,7 +153,7 @@ def test_a_checkpoint_of_the_old_layout_is_refused(folder):
         ({"input_dirs": ""}, "--input_dirs is missing"),
         ({"adversary__weight": -1.0}, "--adversary.weight=-1.0: must be at least 0"),
         ({"adversary__start_step": -1}, "--adversary.start_step=-1: must be at least 0"),
-        ({"adversary__weight": 0.8}, "--adversary.layers=3: leaves no patch of 8 pixels"),
+        ({"adversary__weight": 0.8}, "--adversary.layers=3: too many for images of 8 pixels"),
         ({"perceptual__vgg_weights": "none.pth"}, r"--perceptual.vgg_weights=none\.pth: none\.pth: no such file"),
         ({"vqgan__channel_mult": "1,x"}, "--vqgan.channel_mult=1,x"),
         ({"vqgan__norm_groups": 3}, "--vqgan.hidden_channels=4: .*norm_groups=3"),

@@ -1,4 +1,4 @@
-"""The codec: batch size, devices and CPU cores change no code; batches are prefetched."""
+"""Batch size, devices and CPU cores do not affect the codes. Batches are prefetched."""
 
 import os
 
@@ -22,7 +22,7 @@ def pixels():
     return np.stack([smooth_image(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
 
 
-def test_batch_size_devices_and_cores_change_no_code(tiny, pixels, monkeypatch):
+def test_batch_size_devices_and_cores_do_not_affect_codes(tiny, pixels, monkeypatch):
     assert jax.device_count() == 8
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     codec = Codec(tiny, batch_size=8)  # one image per device; the last batch is partial
@@ -56,8 +56,8 @@ def test_next_batch_is_dispatched_before_a_result_is_fetched(tiny, pixels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_batch_size_changes_no_code_of_the_shipped_tokenizer(dtype):
-    """A batch of one image may be rounded in another way: in bfloat16, some of these images would get other codes."""
+def test_batch_size_does_not_affect_codes_of_the_shipped_tokenizer(dtype):
+    """XLA can round a batch of one image differently, which would change the codes of some images in bfloat16."""
     pixels = (
         np.stack([image for seed in range(60) for image in scenes.scene(seed, 32).values()]).astype(np.float32) / 255
     )

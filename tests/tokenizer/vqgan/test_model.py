@@ -1,4 +1,4 @@
-"""The network: equal to open-muse on reference data and to torch on random weights; released shapes; settings."""
+"""The network equals open-muse on reference data and torch on random weights, and has the released shapes."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def test_default_config_has_the_released_shapes(golden):
         dataclasses.replace(TINY, resample_with_conv=True, attn_resolutions=(8, 16), num_res_blocks=2),
     ],
 )
-def test_torch_computes_the_same_from_our_files(tmp_path, config):
+def test_torch_gives_equal_results_from_our_files(tmp_path, config):
     torch = pytest.importorskip("torch")
     from torch_vqgan import TorchVQGAN
 

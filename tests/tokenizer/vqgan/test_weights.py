@@ -1,4 +1,4 @@
-"""Files of a VQGAN: released and our own ones load completely; invalid ones are named."""
+"""Released files and our own load completely; errors name invalid files."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def tiny(tmp_path_factory):
     return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
 
 
-def test_released_tensors_load_where_they_belong(golden, monkeypatch):
+def test_released_tensors_load_into_their_parameters(golden, monkeypatch):
     shapes = json.loads((golden / "vqgan_released_shapes.json").read_text())
     constants = {name: np.broadcast_to(np.float16(i), shape) for i, (name, shape) in enumerate(shapes.items())}
     monkeypatch.setattr(weights, "read_config", lambda directory: VQGANConfig())
@@ -32,7 +32,7 @@ def test_released_tensors_load_where_they_belong(golden, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 def test_released_files_of_full_size_load(golden, tmp_path, form):
-    """Each tensor holds its own number, so a tensor in the wrong place is detected."""
+    """Each tensor contains its own number, so a misplaced tensor is detected."""
     shapes = json.loads((golden / "vqgan_released_shapes.json").read_text())
     tensors = {name: np.full(shape, i, np.float16) for i, (name, shape) in enumerate(shapes.items())}
     config = dataclasses.asdict(VQGANConfig())
@@ -128,7 +128,7 @@ def test_files_of_two_models_are_rejected(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({"encoder.conv_in.bias": tensors["encoder.conv_in.bias"] + 1}, tmp_path / "older.safetensors")
-    with pytest.raises(UserError, match=r"/model\.safetensors and .*/older\.safetensors both hold encoder\."):
+    with pytest.raises(UserError, match=r"/model\.safetensors and .*/older\.safetensors both contain encoder\."):
         weights.load(tmp_path)
     names = set(tensors)
     del tensors["encoder.conv_in.bias"]
