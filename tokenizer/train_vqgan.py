@@ -29,6 +29,7 @@ from EasyLM.training import (
     Optimizer,
     Run,
     RunSettings,
+    StopSignals,
     TrainingData,
     TrainingTask,
     open_run,
@@ -86,6 +87,7 @@ FLAGS = {
 }
 
 
+@StopSignals()
 def main(config: Any) -> int:
     """Trains, then exports the model and its reconstructions. Returns the exit code."""
     logging.getLogger().setLevel(logging.INFO)

@@ -49,6 +49,8 @@ def initialize_distributed(config: Any) -> None:
     if not config.initialize_jax_distributed:
         return
     ids = _local_device_ids(config.local_device_ids)
+    # JAX's preemption service would take SIGTERM away from the handlers of this framework.
+    jax.config.update("jax_enable_preemption_service", False)
     _check_port(config)
     try:
         with _reported_wait(config):

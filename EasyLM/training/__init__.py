@@ -11,7 +11,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     batches       global batches on the mesh, prefetched; the data state
     optimizers    optimizers from flags
     throughput    items per second, seconds by activity, MFU
-    stop_signal   SIGINT and SIGTERM stop all processes after the same step
+    stop_signal   signals stop all processes after the same step
     metrics_log   the metrics of a run; their flags
     metrics_sinks metrics.jsonl, wandb, TensorBoard
 
@@ -30,6 +30,7 @@ from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
 from EasyLM.training.run import Run, open_run, train
 from EasyLM.training.settings import RUN_FLAGS, RunSettings
 from EasyLM.training.step import Optimizer, TrainState, make_train_step
+from EasyLM.training.stop_signal import StopSignals
 from EasyLM.training.task import Accounting, Model, ModelSettings, TrainingData, TrainingTask, model_without_extra
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RowSource",
     "Run",
     "RunSettings",
+    "StopSignals",
     "TrainState",
     "TrainingData",
     "TrainingTask",

@@ -70,9 +70,9 @@ def fit(
       Exception: from the data, the evaluation, a metric or a save. A run of one process saves the last complete step.
     """
     start = fetched = done = int(state.step)
-    stop, pending = False, None
     save_once = _save_once(save, batches, report.throughput)
     with report.progress_bar(start), StopVote() as vote:
+        stop, pending = vote.stop({}), None
         try:
             while done < settings.total_steps and not stop:
                 batch = next(batches)

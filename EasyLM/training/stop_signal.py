@@ -1,11 +1,10 @@
-"""Handling of signals that ask a run to stop after the step in progress."""
+"""Signals of users and schedulers as a request to stop after the step in progress."""
 
 import contextlib
 import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,56 +13,78 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# SIGINT: Ctrl-C. SIGTERM: SLURM, Kubernetes and TPU VMs send it before they end a job. SIGUSR1: a common choice for
-# SLURM's option --signal. SIGHUP: a closed terminal.
+# Ctrl-C; what SLURM, Kubernetes and TPU VMs send before they end a job; what SLURM users configure (--signal=USR1); a
+# closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
+class StopSignals(contextlib.ContextDecorator):
+    """Records STOP_SIGNALS while it is entered, instead of their usual effect.
+
+    Commands decorate `main` with it, so that a signal during start-up or compilation is not lost. A nested use shares
+    the record of the outermost one. Outside the main thread, where Python cannot handle signals, it does nothing.
+
+    After the first signal, Ctrl-C has its usual effect again. The other signals are ignored until the process exits:
+    schedulers repeat them while the state is saved, and `srun --kill-on-bad-exit` sends them when the first of several
+    processes has exited with STOPPED.
+    """
+
+    _outermost: "StopSignals | None" = None
+
+    def __enter__(self) -> "StopSignals":
+        if StopSignals._outermost is not None:
+            return StopSignals._outermost
+        self.received, self._handlers = False, {}
+        if threading.current_thread() is threading.main_thread():
+            StopSignals._outermost = self
+            self._handlers = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if StopSignals._outermost is self:
+            StopSignals._outermost = None
+            if not self.received:
+                for number, handler in self._handlers.items():
+                    signal.signal(number, handler)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler if each == signal.SIGINT else signal.SIG_IGN)
+        message = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())  # `print` raises if the signal interrupts another `print`
+
+
 class StopVote:
-    """A context in which STOP_SIGNALS ask all processes to stop after the same step.
+    """A context that decides after each step whether all processes stop because one of them has received a stop signal.
 
     Each step every process votes 0 or 1, and the maximum of the previous step decides. The vote follows the train step
-    on the devices, so no process waits for it. The first signal restores the previous handlers, so a second signal has
-    its usual effect.
+    on the devices, so no process waits for it.
     """
 
     def __enter__(self) -> "StopVote":
-        self._requested, self._previous_vote = False, None
-        self._handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                self._handlers[number] = signal.signal(number, self._request)
+        self._context, self._previous_vote = StopSignals(), None
+        self._signals = self._context.__enter__()
         if jax.process_count() > 1:
             self._mesh = Mesh(np.array(jax.devices()), ("device",))
             self._maximum = jax.jit(jnp.max, out_shardings=NamedSharding(self._mesh, P()))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
-        self._restore()
-        message = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
-        with contextlib.suppress(OSError):
-            os.write(2, message.encode())  # `print` raises if the signal interrupts another `print`
+        self._context.__exit__(*exception)
 
     def stop(self, metrics: dict) -> bool:
-        """Returns whether to stop now. Every process calls this once a step.
+        """Returns whether to stop now. Every process calls this once before the first step and once after each step.
 
         Args:
-          metrics: what the train step returned.
+          metrics: what the train step returned; empty before the first step.
         """
         if jax.process_count() == 1:
-            return self._requested
+            return self._signals.received
         if jax.default_backend() == "cpu":  # on CPUs (gloo) two concurrent multi-process programs deadlock
             jax.block_until_ready(metrics)
-        votes = np.full(jax.local_device_count(), self._requested, np.int32)
+        votes = np.full(jax.local_device_count(), self._signals.received, np.int32)
         vote = self._maximum(multihost_utils.host_local_array_to_global_array(votes, self._mesh, P("device")))
         decided, self._previous_vote = self._previous_vote, vote
         if jax.default_backend() == "cpu":

@@ -176,6 +176,19 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, num
 
 
 @pytest.mark.slow
+def test_a_signal_during_start_up_stops_before_the_first_step(tmp_path):
+    """The run directory appears before the step is compiled, which takes seconds."""
+    process = start(tmp_path, devices=1, total_steps=10**6, mesh_dim="1,1,1")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped after step 0" in finish(process, code=75)
+    assert int(final_state(tmp_path / "run")[("step",)]) == 0
+
+
+@pytest.mark.slow
 def test_a_run_resumes_on_fewer_devices(tmp_path, monkeypatch):
     def train_on(devices, name, stop):
         mesh = make_mesh("1,-1,1", jax.devices()[:devices])

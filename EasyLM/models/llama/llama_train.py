@@ -25,6 +25,7 @@ from EasyLM.training import (
     Accounting,
     ModelSettings,
     RunSettings,
+    StopSignals,
     TrainingData,
     TrainingTask,
     make_optimizer,
@@ -50,6 +51,7 @@ FLAGS = {
 }
 
 
+@StopSignals()
 def main(config: Any) -> int:
     """Trains as the flags say.
 
