@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from EasyLM import checkpoints
 from EasyLM.errors import UserError
-from EasyLM.parallel import batch_sharding, check_same
+from EasyLM.parallel import batch_sharding, check_same, on_first_process_first
 from EasyLM.storage import is_remote, json_digest
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
@@ -119,6 +119,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         evaluate = _make_evaluate(task, settings.eval_steps, mesh) if settings.eval_steps else None
         state, finished = fit(state, step, batches, settings.loop, report, save=save, evaluate=evaluate)
         checkpointer.wait()
+    on_first_process_first(lambda: None)  # no process exits while another one still writes
     if jax.process_index() == 0:
         _print_end(run, int(state.step), finished)
     return 0 if finished else STOPPED

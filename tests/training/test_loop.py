@@ -15,7 +15,7 @@ from tiny_run import train
 from EasyLM.models.llama.costs import flops_per_token
 from EasyLM.models.llama.llama_config import PRESETS
 from EasyLM.training import loop, throughput
-from EasyLM.training.stop_signal import StopVote
+from EasyLM.training.stop_signal import STOP_SIGNALS, StopVote
 
 DEVICES = 8  # of tests/conftest.py
 WAIT, STEP, SAVE, EVAL = 0.25, 1.0, 0.5, 2.0  # seconds; sums of powers of two are exact
@@ -195,7 +195,33 @@ def test_the_step_in_progress_when_training_stops_is_reported_and_saved(tmp_path
     assert saved == [(5, 5, 40)]
 
 
-def test_a_signal_during_a_print_stops_the_run(monkeypatch, capfd):
+@pytest.fixture
+def restored_signals():
+    """Restores the handlers, which a received signal changes for the rest of the process."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_repeated_signals_do_not_interrupt_the_save_but_ctrl_c_does(restored_signals, capfd):
+    with StopVote() as vote:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert vote.stop({})
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)  # while the process exits
+
+
+def test_without_a_signal_the_handlers_are_restored():
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with StopVote():
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_signal_during_a_print_stops_the_run(monkeypatch, capfd, restored_signals):
     """The progress bar prints at each step; a buffered file raises on a nested print."""
     signals = [signal.SIGTERM]
 
