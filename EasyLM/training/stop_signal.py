@@ -1,4 +1,4 @@
-"""Signals of users and schedulers as a request to stop after the step in progress."""
+"""Handling of signals that ask a run to stop after the step in progress."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Ctrl-C; what SLURM, Kubernetes and TPU VMs send before they end a job; what SLURM users configure (--signal=USR1); a
-# closed terminal.
+# SIGINT: Ctrl-C. SIGTERM: SLURM, Kubernetes and TPU VMs send it before they end a job. SIGUSR1: a common choice for
+# SLURM's option --signal. SIGHUP: a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
