@@ -18,15 +18,19 @@ if [ "${1:-all}" = fast ]; then
     exec python -m pytest -q -m "not slow"
 fi
 python -m pytest -q -m "not slow"
-# The test of the demo page needs a browser. Without one, it is skipped and prints the reason.
-if ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
-    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null || true
+# The test of the demo page needs a browser, the tests of batch jobs a SLURM. Without them these tests are skipped and print
+# the reason.
+if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+    packages=(chromium chromium-driver slurm-wlm munge iproute2)
+    dpkg -s "${packages[@]}" > /dev/null 2>&1 ||
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null; } || true
 fi
 python -m pytest -q -m slow
 rm -rf /tmp/lvm # output folder of the documents' commands
 for document in DATASET.md evaluation/EVAL.md; do
     WANDB_MODE=disabled bash scripts/run_commands.sh "$document"
 done
+bash scripts/run_commands.sh README.md "From my images to my model"
 out=$(mktemp -d)
 QUICKSTART_STEPS=20 bash scripts/quickstart.sh "$out"
 python - "$out/figures.json" <<'EOF'
