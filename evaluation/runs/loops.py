@@ -31,7 +31,7 @@ GENERATION_FLAGS = {
     "seed": Flag(0, "Seed of the sampling.", least=0, most=2**31 - 1),
     "evaluate_mse": Flag(False, "Report the mean squared error of the samples against the target images."),
 }
-_MAX_CODEC_BATCH = 32  # images that the tokenizer computes at a time
+_MAX_CODEC_BATCH = 32  # images per batch of the tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +154,8 @@ def _for_each_batch(
     def load(example: Example) -> tuple[np.ndarray, np.ndarray | None]:
         return run.load(example, side)
 
-    batch_size = (
-        -(-batch_size // prompter.batch_shards) * prompter.batch_shards
-    )  # rounded up: no device computes only padding
+    # Rounded up to a multiple of the shards: padding would waste the remaining shards.
+    batch_size = -(-batch_size // prompter.batch_shards) * prompter.batch_shards
     with tqdm(total=len(run.examples), initial=len(run.examples) - len(missing), unit="example") as bar:
         for batch, loaded in loaded_batches(missing, batch_size, load, run.num_workers, run.lengths):
             for example, values in zip(batch, compute(batch, loaded), strict=False):

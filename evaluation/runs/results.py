@@ -127,7 +127,7 @@ def _mean(value: float | list[float]) -> float:
 
 
 def _fingerprinted(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that results depend on. A fingerprint of the files is appended to the paths of models."""
+    """Returns the settings that results depend on. Paths of models include a fingerprint of their files."""
     kept = {name: value for name, value in settings.items() if name not in _RESUMABLE_SETTINGS}
     for name in ("checkpoint", "vqgan"):
         path = kept[name].split("::")[-1]
@@ -137,7 +137,7 @@ def _fingerprinted(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint(paths: Sequence[str], parameters: Sequence = ()) -> str:
-    """A digest of the parameters and of each file's size and modification time. Remote files count by name only."""
+    """Returns a digest of the parameters and of each file's size and modification time; of remote files, only names."""
     values = list(parameters)
     for path in paths:
         if is_remote(path) or not os.path.exists(path):

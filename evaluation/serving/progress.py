@@ -14,7 +14,7 @@ from evaluation.prompting import Prompter
 from evaluation.serving.batcher import AbandonedError, Job
 
 _GRAY = 0.5  # value of pixels that are not generated yet
-_PAUSE_FACTOR = 2  # pause after previews / their duration: previews take at most a third of the time
+_PAUSE_FACTOR = 2  # pause after previews, in multiples of their duration: previews take at most a third of the time
 
 
 @dataclasses.dataclass(frozen=True)

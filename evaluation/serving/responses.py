@@ -86,7 +86,7 @@ async def events(future: "Future[Answer]", previews: LatestPreview) -> AsyncIter
             yield _event("error", to_request_error(ClosedError(UNFINISHED)).body)
         except Exception as error:  # status 200 has been sent
             request_error = to_request_error(error)
-            if request_error.status == 500:  # error handlers of the application do not run any more
+            if request_error.status == 500:  # no error handler logs it after the start of a stream
                 logging.exception("a stream failed")
             yield _event("error", request_error.body)
     finally:

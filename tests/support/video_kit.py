@@ -29,9 +29,8 @@ def write_video(path, codec: str, milliseconds, rotation: int = 0, first: int = 
     """Writes a frame at each time, numbered from `first`. `rotation` is metadata, in degrees."""
     with av.open(str(path), "w") as container:
         rate = fractions.Fraction(1000, int(milliseconds[1] - milliseconds[0]))
-        base = (
-            1 / rate if str(path).endswith((".avi", ".mpg")) else MILLISECOND
-        )  # these containers store a frame rate, not timestamps
+        has_rate_only = str(path).endswith((".avi", ".mpg"))  # these containers do not store timestamps
+        base = 1 / rate if has_rate_only else MILLISECOND
         stream = container.add_stream(codec, rate=rate, time_base=base)
         stream.width, stream.height = BITS * SQUARE, 3 * SQUARE
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"

@@ -52,15 +52,14 @@ def test_a_stopped_run_resumes(model, lines, tmp_path):
     assert not unfinished.exists()
     resumed = read_json(tmp_path / "f.json")
     contents = {path.name: path.read_bytes() for path in after}
-    run_main(
-        batch_generation, **settings | {"batch_size_factor": 2}
-    )  # starts from the first example, with equal results
+    # A finished run leaves no results: this run starts from the first example.
+    run_main(batch_generation, **settings | {"batch_size_factor": 2})
     assert read_json(tmp_path / "f.json") == resumed
     assert {path.name: path.read_bytes() for path in modified(out)} == contents
     assert not modified(out).items() & after.items()
 
 
-# Runs the program of the second argument, and kills it after its first result.
+# Runs the command of the second argument. The process kills itself after the first result.
 KILLED = """
 import importlib, json, os, signal, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)

@@ -1,4 +1,4 @@
-"""scripts/load_test.py reports no lost responses; `leave_early` sends half of the requests completely."""
+"""scripts/load_test.py reports no lost responses; `leave_early` sends about half of its requests completely."""
 
 import asyncio
 import contextlib
