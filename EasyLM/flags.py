@@ -178,7 +178,7 @@ def help_text(main: Callable[[ConfigDict], Any], definitions: Definitions) -> st
     """Returns the help of a command: usage, description, and its flags by group, the required ones first."""
     description = (sys.modules[main.__module__].__doc__ or "").strip().partition("\n\n")[0]
     parts = [f"usage: {_program(main)} --flag=value ...", description, *_groups(definitions, "")]
-    parts.append("--flagfile=FILE reads flags from FILE, one a line; lines that start with # are comments.")
+    parts.append("--flagfile=FILE reads flags from FILE, one per line; lines that start with # are comments.")
     return "\n\n".join(parts)
 
 

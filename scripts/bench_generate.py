@@ -99,7 +99,7 @@ def on_cpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
         step = (seconds["ours"] - prefill) / (config.new_tokens - 1)
         print(
             f"{candidates} candidate(s): {rate(candidates, config, seconds['ours'])} "
-            f"(prompt {prefill:.2f} s, then {step * 1e3:.1f} ms a step)"
+            f"(prompt {prefill:.2f} s, then {step * 1e3:.1f} ms per step)"
         )
         if peer:
             peer_seconds_for_one = seconds["peer"] if candidates == 1 else peer_seconds_for_one
@@ -139,7 +139,7 @@ def on_gpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
         limit = step_bytes(model, batch, length + config.new_tokens / 2) / bandwidth
         verdict = "ok" if limit / step >= GPU_SHARE else "MISSED"
         print(
-            f"batch {batch:2} prompt {length:4}: {batch / step:8.0f} tokens/s, {step * 1e3:6.2f} ms a step, prompt "
+            f"batch {batch:2} prompt {length:4}: {batch / step:8.0f} tokens/s, {step * 1e3:6.2f} ms per step, prompt "
             f"{prefill:.3f} s; {limit / step:.1%} of the limit (bound: {GPU_SHARE:.0%}) {verdict}",
             flush=True,
         )
@@ -150,7 +150,8 @@ def on_gpu(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
     for (batch, length), (prompts_BP, step) in ours.items():
         peer_step, _ = step_seconds(lambda count, p=prompts_BP: peer(p, 1, count, static=True), config)
         print(
-            f"batch {batch:2} prompt {length:4}: transformers {peer_step * 1e3:6.2f} ms a step, {peer_step / step:.2f}"
+            f"batch {batch:2} prompt {length:4}: transformers {peer_step * 1e3:6.2f} ms per step, "
+            f"{peer_step / step:.2f}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Draws the first sentence of each JSONL file from its source images: one row a sentence, with its kind on the left.
+"""Draws the first sentence of each JSONL file from its source images: one row per sentence, with its kind on the left.
 
     python scripts/draw_sentences.py --input_dir=DIR --names=depth,frames --output_file=sentences.png
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A room (sub-package) may import the rooms on its right, and EasyLM's own modules (vocab, errors, flags, process_pool).
 ALLOWED = {
-    # EasyLM knows neither images nor prompts.
+    # EasyLM has no code for images or prompts.
     "EasyLM": "",
     "EasyLM.storage": "",
     "EasyLM.data": "EasyLM.storage",

@@ -222,7 +222,7 @@ group flags:
   --group.mode=TEXT  (default: a; one of: a, b)
       A mode.
 
---flagfile=FILE reads flags from FILE, one a line; lines that start with # are comments."""
+--flagfile=FILE reads flags from FILE, one per line; lines that start with # are comments."""
     )
 
 

@@ -31,7 +31,7 @@ DATASET_FLAGS = {
         "weights": Flag(
             "",
             "Comma list of shares of the rows, one for each element of `path`; each element has its own epochs. Empty: "
-            "the files are read one after another, each row once an epoch.",
+            "the files are read one after another, each row once per epoch.",
         ),
         "seq_length": Flag(1024, "Tokens in a row.", least=1),
         "batch_size": Flag(8, "Rows in the global batch of one micro-step.", least=1),

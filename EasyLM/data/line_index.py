@@ -100,7 +100,7 @@ def _build(
 
 
 def _progress_bar(path: str, size: int) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; the log of a job gets one line a minute
+    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; the log of a job gets one line per minute
     name = os.path.basename(path)
     return tqdm(total=size, desc=f"indexing {name}", unit="B", unit_scale=True, mininterval=interval, delay=2)
 

@@ -1,4 +1,4 @@
-"""Packed files: sentences as memory-mapped columns, two bytes a token. They replace JSONL files and give the same rows.
+"""Packed files: sentences as memory-mapped columns, two bytes per token. Their rows equal those of the JSONL files.
 
 Columns:
   ids         uint16, the ids of all sentences

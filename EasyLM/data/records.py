@@ -1,4 +1,4 @@
-"""Records: one JSON object a line, {"tokens": base64(int32 little-endian ids)}, with any other keys.
+"""Records: one JSON object per line, {"tokens": base64(int32 little-endian ids)}, with any other keys.
 
 Every reader and writer of records uses these functions. `record_fields` selects the parts of a record that become
 tokens.
@@ -29,12 +29,12 @@ def token_type(dtype: str) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
 
 
-def encode_tokens(tokens: np.typing.ArrayLike, dtype: str = TOKEN_DTYPE) -> str:
-    """Returns the base64 of ids [n] as little-endian integers of the given item type, which must hold them."""
+def encode_tokens(tokens: np.typing.ArrayLike) -> str:
+    """Returns the base64 of ids [n] as little-endian int32, which must hold them."""
     ids = np.asarray(tokens)
     assert ids.ndim == 1 and (ids.size == 0 or np.can_cast(ids.dtype, np.int64)), f"not ids: {ids.dtype} {ids.shape}"
-    narrow = ids.astype(token_type(dtype))
-    assert np.array_equal(narrow, ids), f"an id does not fit into {dtype}"
+    narrow = ids.astype(TOKEN_DTYPE)
+    assert np.array_equal(narrow, ids), f"an id does not fit into {TOKEN_DTYPE}"
     return pybase64.b64encode_as_string(narrow.tobytes())
 
 

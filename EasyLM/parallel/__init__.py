@@ -16,11 +16,10 @@ Vocabulary:
 
 from EasyLM.parallel.coordination import check_same, on_first_process_first
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
-from EasyLM.parallel.mesh import AXES, BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
-from EasyLM.parallel.partition import constrain, match_partition_rules, shardings
+from EasyLM.parallel.mesh import BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
+from EasyLM.parallel.partition import constrain, shardings
 
 __all__ = [
-    "AXES",
     "BATCH_AXES",
     "JAX_DISTRIBUTED_FLAGS",
     "axis_size",
@@ -30,7 +29,6 @@ __all__ = [
     "constrain",
     "initialize_distributed",
     "make_mesh",
-    "match_partition_rules",
     "on_first_process_first",
     "shardings",
 ]

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM.errors import UserError
 
+PREFETCHED_BATCHES = 2
+
 
 class RowSource(Protocol):
     """Rows of training data by their number.
@@ -27,11 +29,9 @@ class RowSource(Protocol):
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Returns rows start..start+count-1 as {name: array [count, ...]}; a pure function."""
-        ...
 
     def metrics(self, rows_consumed: int) -> dict[str, float]:
         """Returns the metrics of the data after `rows_consumed` rows."""
-        ...
 
 
 def dataset_state(source: RowSource, rows_consumed: int) -> dict[str, Any]:
@@ -80,19 +80,16 @@ class Batches:
 
     Each process reads only the rows of its own devices. `next` raises the thread's exceptions.
 
-    Args:
-      ahead: batches to prefetch.
-
     Attributes:
       position: rows consumed by the batches so far, where a resumed run continues.
       wait_seconds: seconds that `next` has waited for the thread so far.
     """
 
-    def __init__(self, source: RowSource, batch_size: int, sharding: NamedSharding, start_row: int = 0, ahead: int = 2):
+    def __init__(self, source: RowSource, batch_size: int, sharding: NamedSharding, start_row: int = 0):
         self.position, self.wait_seconds = start_row, 0.0
         self._source, self._batch_size, self._sharding = source, batch_size, sharding
         self._ranges = _local_ranges(batch_size, sharding)
-        self._ready: queue.Queue = queue.Queue(maxsize=ahead)
+        self._ready: queue.Queue = queue.Queue(maxsize=PREFETCHED_BATCHES)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start_row,), name="batches", daemon=True)
         self._thread.start()

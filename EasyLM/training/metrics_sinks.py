@@ -30,7 +30,7 @@ class MetricsSink(Protocol):
 
 
 class JsonLinesSink:
-    """Appends one JSON object a line. If a killed run has left a truncated last line, appends a newline first.
+    """Appends one JSON object per line. If a killed run has left a truncated last line, appends a newline first.
 
     Args:
       path: a local or remote path. A missing local directory is created.

@@ -12,6 +12,8 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag, to_dataclass
 from EasyLM.training.step import Optimizer
 
+_SQUARE_EPSILON = 1e-30  # Adafactor adds it to squared gradients
+_LEAST_SCALE = 1e-3  # Adafactor's lower bound of a tensor's root mean square
 _SHARED = {
     "clip_gradient": Flag(1.0, "Gradients are scaled down to at most this global norm.", above=0),
     "weight_decay": Flag(1e-4, "Decoupled weight decay of every parameter.", least=0),
@@ -142,7 +144,7 @@ def _momentum_dtype(c: AdamwSettings | PalmSettings) -> Any:
     return jnp.bfloat16 if c.bf16_momentum else jnp.float32
 
 
-def _scale_by_second_moment(exponent: float, epsilon: float = 1e-30) -> optax.GradientTransformation:
+def _scale_by_second_moment(exponent: float) -> optax.GradientTransformation:
     """`optax.scale_by_factored_rms(factored=False)`; its placeholders for factors have one row per stacked layer."""
 
     def init(params):
@@ -154,19 +156,19 @@ def _scale_by_second_moment(exponent: float, epsilon: float = 1e-30) -> optax.Gr
 
     def update(gradients, state, params):
         decay = 1 - jnp.float32(state.count + 1) ** -exponent
-        v = jax.tree.map(lambda g, v: decay * v + (1 - decay) * (jnp.square(g) + epsilon), gradients, state.v)
+        v = jax.tree.map(lambda g, v: decay * v + (1 - decay) * (jnp.square(g) + _SQUARE_EPSILON), gradients, state.v)
         updates = jax.tree.map(lambda g, v: g * v**-0.5, gradients, v)
         return updates, state._replace(count=optax.safe_increment(state.count), v=v)
 
     return optax.GradientTransformation(init, update)
 
 
-def _scale_by_parameter_size(minimum: float = 1e-3) -> optax.GradientTransformation:
+def _scale_by_parameter_size() -> optax.GradientTransformation:
     """Scales each tensor's update by the tensor's root mean square. Each of the stacked layers is a tensor."""
 
     def scale(update, param, stacked):
         axes = tuple(range(1, param.ndim)) if stacked else None
-        return update * jnp.maximum(jnp.sqrt(jnp.square(param).mean(axes, keepdims=True)), minimum)
+        return update * jnp.maximum(jnp.sqrt(jnp.square(param).mean(axes, keepdims=True)), _LEAST_SCALE)
 
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params, _stacked(params)))
 

@@ -14,8 +14,9 @@ from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_config, llama_model
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.parallel import check_batch_size, make_mesh, match_partition_rules, shardings
+from EasyLM.parallel import check_batch_size, make_mesh, shardings
 from EasyLM.parallel.mesh import parse_mesh_dim
+from EasyLM.parallel.partition import match_partition_rules
 from EasyLM.training import OPTIMIZER_FLAGS, make_optimizer
 from EasyLM.training.step import state_shapes
 

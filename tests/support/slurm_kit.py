@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 
+JOB_SECONDS = 240  # the longest wait for a job
 NODES = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
 CONFIG = """
 ClusterName=tests
@@ -71,9 +72,9 @@ class Cluster:
         words = self.run("node1", "scontrol", "--oneliner", "show", "job", job).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def await_state(self, job: str, *states: str, seconds: float = 240) -> dict[str, str]:
+    def await_state(self, job: str, *states: str) -> dict[str, str]:
         """Waits until a job is in one of these states. Returns its fields."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + JOB_SECONDS
         while (fields := self.job(job))["JobState"] not in states:
             assert time.monotonic() < deadline, f"job {job} is {fields['JobState']} ({fields['Reason']}), not {states}"
             time.sleep(0.2)

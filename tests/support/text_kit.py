@@ -7,6 +7,7 @@ import numpy as np
 from EasyLM import flags
 from EasyLM.data import DATASET_FLAGS
 
+SEQ_LENGTH = 16
 SENTENCES = [
     "a dog runs over the green field",
     "the cat sleeps on the red chair",
@@ -19,7 +20,7 @@ def text_config(kind, path, fields="text", **settings):
     config = flags.defaults(DATASET_FLAGS)
     config.type = kind
     config.text_processor.fields = fields
-    config[f"{kind}_dataset"].update(path=str(path), seq_length=16, batch_size=2, **settings)
+    config[f"{kind}_dataset"].update(path=str(path), seq_length=SEQ_LENGTH, batch_size=2, **settings)
     return config
 
 
@@ -28,9 +29,9 @@ def write_jsonl(path, sentences=SENTENCES, **others):
     return path
 
 
-def text_rows(ids, count, seq_length=16):
-    stream = np.resize(np.array(ids), count * seq_length + 1)
-    return stream[:-1].reshape(count, seq_length), stream[1:].reshape(count, seq_length)
+def text_rows(ids, count):
+    stream = np.resize(np.array(ids), count * SEQ_LENGTH + 1)
+    return stream[:-1].reshape(count, SEQ_LENGTH), stream[1:].reshape(count, SEQ_LENGTH)
 
 
 def encoded(tokenizer, sentences=SENTENCES):

@@ -12,6 +12,7 @@ import numpy as np
 from EasyLM import flags
 from EasyLM.models.llama import llama_train
 
+SECONDS = 240  # the longest wait for a trainer
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lvm_tiny"
 
 # The flags of the golden run (tests/golden/README.md).
@@ -70,17 +71,17 @@ def start_two(output_dir, port: int, **settings) -> list[subprocess.Popen]:
     ]
 
 
-def await_metrics(processes, *paths, seconds: float = 240) -> None:
+def await_metrics(processes, *paths) -> None:
     """Waits until trainers have logged a step to each of these files."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while not all(path.exists() and path.stat().st_size for path in paths):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.05)
 
 
-def finish(*processes: subprocess.Popen, code: int = 0, seconds: float = 240) -> str | list[str]:
+def finish(*processes: subprocess.Popen, code: int = 0) -> str | list[str]:
     """Waits for trainers to exit. Returns the output of one trainer, or a list of the outputs of several."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     try:
         outputs = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0] for process in processes]
     finally:

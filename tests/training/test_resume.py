@@ -20,7 +20,8 @@ from EasyLM.training import RUN_FLAGS, metrics_log, run
 from EasyLM.training.stop_signal import STOP_SIGNALS
 
 STEPS = 14
-# 24 sentences of 768 to 1500 tokens are about 212 rows of 128: at 18 rows a step an epoch ends within the run.
+# The data has about 212 rows (24 sentences of 768 to 1500 tokens, 128 tokens per row). With 24 rows per step, an epoch
+# ends within the run.
 VARIANTS = {
     "float32": {},
     "bfloat16": {"dtype": "bf16"},
