@@ -50,7 +50,7 @@ class Flag:
     above: float | None = None  # an exclusive lower limit
     most: float | None = None  # the largest valid number
     below: float | None = None  # an exclusive upper limit
-    required: bool = False  # must be given, and not empty
+    required: bool = False  # must be given and not empty
     type: builtins.type | None = None  # type of the value; required if the default is None
 
     @property
@@ -148,7 +148,7 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
 
 
 def parse(definitions: Definitions, argv: list[str]) -> ConfigDict:
-    """Parses and validates a command line, whose first item is the program's name; absl's own flags are accepted too.
+    """Parses and validates a command line, whose first item is the program's name. Also accepts absl's own flags.
 
     Raises:
       flags.Error: if a flag does not exist, or its value has another type.

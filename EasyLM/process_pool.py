@@ -55,7 +55,7 @@ class Workers:
         future = Future()
         try:
             future.set_result(function(*arguments))
-        except Exception as error:  # raised by `result`
+        except Exception as error:  # `result` raises it
             future.set_exception(error)
         return future
 
@@ -101,11 +101,11 @@ def result(future: "Future | _RetriedFuture", subject: str) -> Any:
     try:
         return future.result()
     except BrokenProcessPool:
-        raise UserError(f"{subject}: its reader process died (out of memory, or a crash in a library)") from None
+        raise UserError(f"{subject}: the process that read it died (out of memory, or a crash in a library)") from None
 
 
 def exit_with_parent() -> None:
-    """In a worker: exits when the parent dies, even by SIGKILL."""
+    """Makes a worker exit when its parent dies, even by SIGKILL."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

@@ -62,7 +62,7 @@ def test_functions_lost_with_a_worker_run_again(tmp_path):
     with Workers(2) as workers:
         futures = [workers.submit(die_once, str(tmp_path / "flag")), *(workers.submit(abs, -n) for n in range(5))]
         assert [result(future, "a.png") for future in futures] == ["second run", *range(5)]
-        with pytest.raises(UserError, match=r"^a.png: its reader process died \("):
+        with pytest.raises(UserError, match=r"^a.png: the process that read it died \("):
             result(workers.submit(os._exit, 1), "a.png")
         assert workers.submit(abs, -1).result() == 1
 

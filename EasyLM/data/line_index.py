@@ -94,7 +94,7 @@ def _build(
     if not tokens:
         raise UserError(f"{path}: holds no tokens" + (f"; {path}:{first_bad}" if first_bad else " (the file is empty)"))
     if file_version(path)["size"] != size:
-        raise UserError(f"{path}: changed while it was indexed; start again when nothing writes to it")
+        raise UserError(f"{path}: changed while it was indexed; start again when it is complete")
     content = content_digest(path, size)
     return {"tokens": tokens, "size": size, "content": content, "bad_lines": bad_lines, "first_bad": first_bad}
 

@@ -39,7 +39,7 @@ def parse_numbers(text: str, count: int, number_type: Callable[[str], Any] = flo
 
 
 def proportional(total: int, weights: Sequence[float]) -> list[int]:
-    """Returns whole numbers that add up to `total`, each within 1 of its share by weight (largest remainder)."""
+    """Returns integers whose sum is `total`, each within 1 of its share by weight (largest remainder method)."""
     shares = [total * weight / sum(weights) for weight in weights]
     numbers = [int(share) for share in shares]
     by_remainder = sorted(range(len(weights)), key=lambda i: numbers[i] - shares[i])
@@ -49,7 +49,7 @@ def proportional(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def block_counts(weights: Sequence[Fraction]) -> list[int]:
-    """Returns the rows of each source in a block: whole numbers in exactly these proportions.
+    """Returns the rows of each source in a block: integers in exactly these proportions.
 
     Raises:
       UserError: if the block would be too large.
@@ -62,7 +62,7 @@ def block_counts(weights: Sequence[Fraction]) -> list[int]:
 
 
 def _reduced(counts: Sequence[int]) -> list[int]:
-    """Divides whole numbers by their greatest common divisor."""
+    """Divides integers by their greatest common divisor."""
     divisor = math.gcd(*counts)
     return [count // divisor for count in counts]
 

@@ -105,7 +105,7 @@ def huggingface_examples(path: str, name: str, split: str, streaming: bool) -> E
     path = path.rstrip("/")
     if os.path.isfile(path):
         if is_compressed(path):
-            raise UserError(f"path={path}: is compressed: decompress it first")
+            raise UserError(f"path={path}: is compressed; decompress it first")
         return FileExamples([path])
     saved = any(os.path.isfile(os.path.join(path, file)) for file in ("dataset_dict.json", "state.json"))
     if os.path.isdir(path) and not saved:

@@ -1,4 +1,4 @@
-"""JSONL and packed files, one after another, as one stream of tokens."""
+"""JSONL and packed files, concatenated to one stream of tokens."""
 
 import bisect
 import resource

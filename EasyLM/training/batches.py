@@ -68,7 +68,7 @@ def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
         raise UserError("not a data state: it has neither rows_consumed nor total_tokens")
     if saved_length != length and (current.get("shuffle_seed", -1) >= 0 or tokens % length):
         raise UserError(
-            f"the saved data state ends after token {tokens} of the data in rows of "
+            f"the saved data state ends after token {tokens}, in rows of "
             f"{saved_length or saved.get('seq_length', 'unknown')}; no row of seq_length={length}, "
             f"shuffle_seed={current.get('shuffle_seed', -1)} continues it exactly"
         )

@@ -29,7 +29,7 @@ RUN_FLAGS = {
     "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation.", least=0),
     "log_all_worker": Flag(False, "Every process writes its metrics, not only process 0."),
     "max_nonfinite_steps": Flag(10, "Stop after this many steps in a row with a non-finite loss.", least=1),
-    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: known from the device's kind.", least=0),
+    "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: looked up by the device's kind.", least=0),
     "checkpointer": checkpoints.CHECKPOINTER_FLAGS,
     "logger": metrics_log.LOGGER_FLAGS,
     "jax_distributed": JAX_DISTRIBUTED_FLAGS,

@@ -57,7 +57,7 @@ class StartPoint:
 
 
 def find_start(given: StartFiles, run_dir: str, formats: CheckpointFormats) -> StartPoint:
-    """Locates and opens the files from which a run starts. Each file is read once.
+    """Locates and opens the files from which a run starts. Reads each file once.
 
     Args:
       given: values of `--load_checkpoint`, `--load_dataset_state` and `--load_metadata`.

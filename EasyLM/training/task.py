@@ -54,7 +54,7 @@ class ModelSettings:
       name: their key in metadata.json.
       values: the settings by name; JSON values, or tuples of them.
       resumable: the settings that may change on resume.
-      saved: PREFIX::PATH -> the settings of the model in a checkpoint without metadata, as far as they are known.
+      saved: PREFIX::PATH -> the settings of the model in a checkpoint without metadata; unknown settings are absent.
     """
 
     name: str

@@ -35,7 +35,7 @@ def peak_flops(peak_tflops: float) -> float | None:
     """Returns the peak FLOP/s of one device.
 
     Args:
-      peak_tflops: the peak in TFLOP/s; 0: look the device's kind up in `PEAK_TFLOPS`.
+      peak_tflops: the peak in TFLOP/s; 0: look up the device's kind in `PEAK_TFLOPS`.
 
     Returns:
       FLOP/s, or None for an unknown kind, such as a CPU.

@@ -1,4 +1,4 @@
-"""The losses depend neither on the mesh nor on the number of processes; each process reads only its own rows."""
+"""Losses do not depend on the mesh or the number of processes, and each process reads only its own rows."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Coordination of processes: they wait without a limit, report the same error and stop after the same step."""
+"""Coordination of processes: waits without a time limit, shared errors, and stopping after the same step."""
 
 import signal
 
@@ -102,7 +102,7 @@ def test_run_directories_that_are_not_shared_stop_both_processes(tmp_path, port)
         assert "a checkpoint is False on process 1 and True on process 0" in output and "Traceback" not in output
 
 
-def test_an_error_of_one_process_in_training_waits_for_no_other_process(tmp_path, monkeypatch):
+def test_an_error_in_training_does_not_wait_for_other_processes(tmp_path, monkeypatch):
     """The other processes are inside a step and would never answer, so the error would never be printed."""
 
     def fit(*_, **__):

@@ -105,7 +105,7 @@ def test_a_requeued_job_continues_bit_equal(cluster, tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize("node", slurm_kit.NODES)
-def test_a_killed_task_ends_the_job_and_nothing_is_lost(cluster, tmp_path, uninterrupted, node):
+def test_a_job_with_a_killed_task_fails_and_resumes_bit_equal(cluster, tmp_path, uninterrupted, node):
     job = submit(cluster, tmp_path)
     await_step(tmp_path, 2)
     (pid,) = [pid for pid in cluster.pids(node, "llama_train") if is_python(pid)]

@@ -17,7 +17,7 @@ def target(tmp_path):
     return path
 
 
-def test_the_file_changes_at_the_end_only(target):
+def test_the_file_changes_only_at_the_end(target):
     with atomic_file(target) as file:
         file.write(b"new")
         file.flush()

@@ -46,7 +46,7 @@ def test_global_batches_in_order(shape):
         stream.close()
 
 
-def test_process_with_separate_runs_of_rows(monkeypatch):
+def test_a_process_with_several_ranges_of_rows(monkeypatch):
     source = CountingRows()
     monkeypatch.setattr(batches, "_local_ranges", lambda size, sharding: [(0, 4), (4, 10), (10, 16)])
     stream = batches.Batches(source, 16, NamedSharding(mesh((8, 1, 1)), P("dp")))

@@ -206,7 +206,7 @@ def test_a_run_resumes_on_fewer_devices(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_mixture_resumes_packed_or_not(tmp_path):
+def test_a_mixture_resumes_with_a_packed_part(tmp_path):
     """A shuffled mixture starts on JSONL files and resumes with one part packed; the result is the same."""
     lines = (GOLDEN / "dataset.jsonl").read_bytes().splitlines(keepends=True)
     for name, part in (("a", lines[:8]), ("b", lines[8:])):

@@ -126,7 +126,7 @@ def test_an_image_that_kills_its_worker_is_reported(tmp_path):
         assert workers.submit(abs, -1).result() == 1
     for number, codes in enumerate(results):
         if str(number) in deadly:
-            reason = f"{number}: its reader process died (out of memory, or a crash in a library)"
+            reason = f"{number}: the process that read it died (out of memory, or a crash in a library)"
             assert codes == {str(number): reason}
         else:
             np.testing.assert_array_equal(codes, [[number] * TOKENS])
