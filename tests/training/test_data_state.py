@@ -39,7 +39,7 @@ def test_files_may_be_moved(sentences):
 def test_resume_with_another_seq_length(sentences):
     state = batches.dataset_state(dataset(sentences, 128), 6)
     assert batches.rows_consumed(state, dataset(sentences, 256)) == 3
-    with pytest.raises(UserError, match=r"after token 768 .* rows of 128; no row of seq_length=100"):
+    with pytest.raises(UserError, match=r"after token 768, in rows of 128; no row of seq_length=100"):
         batches.rows_consumed(state, dataset(sentences, 100))
     shuffled = batches.dataset_state(dataset(sentences, 128, shuffle_seed=1), 6)
     with pytest.raises(UserError, match="no row of seq_length=256, shuffle_seed=1"):
@@ -78,7 +78,7 @@ def test_release_states(sentences):
     state["config"]["tokens_count_at_start"] = 128
     assert batches.rows_consumed(state, source) == 59
     assert batches.rows_consumed({"total_tokens": 256}, source) == 2
-    with pytest.raises(UserError, match=r"after token 100 .* no row of seq_length=128"):
+    with pytest.raises(UserError, match=r"after token 100, .* no row of seq_length=128"):
         batches.rows_consumed({"total_tokens": 100}, source)
     with pytest.raises(UserError, match="shuffle_seed=4"):
         batches.rows_consumed(state, dataset(sentences, shuffle_seed=4))
