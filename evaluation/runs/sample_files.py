@@ -85,12 +85,13 @@ class ClipOutputs:
         clip_paths = {os.path.realpath(clip.path) for clip in clips}
         for clip in clips:
             base = self.base(clip)
-            other = owners.setdefault(base, clip)
-            if other is not clip:
-                raise UserError(
-                    f"{other.path} and {clip.path} would both be written to {os.path.basename(base)}: rename one, or "
-                    "process them in two runs"
-                )
+            for path in (base, f"{base}.png"):
+                other = owners.setdefault(path, clip)
+                if other is not clip:
+                    raise UserError(
+                        f"{other.path} and {clip.path} would both be written to {os.path.basename(path)}: rename one, "
+                        "or process them in two runs"
+                    )
             real = pathlib.Path(os.path.realpath(base))
             if inside := clip_paths.intersection(map(str, (real, *real.parents))):
                 raise UserError(f"{base} would be written into the clip {min(inside)}: choose another output folder")

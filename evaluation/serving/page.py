@@ -30,8 +30,9 @@ def build_page(engine: Engine, folder: pathlib.Path) -> "gradio.Blocks":
     seconds = page_files.KEPT_SECONDS
     with gradio.Blocks(title="Large Vision Model", analytics_enabled=False, delete_cache=(seconds, seconds)) as page:
         gradio.Markdown(_INTRODUCTION)
-        with gradio.Tab("Analogy"):
-            _analogy_tab(engine, folder)
+        if engine.max_prompt_images > 2:
+            with gradio.Tab("Analogy"):
+                _analogy_tab(engine, folder)
         with gradio.Tab("Sequence"):
             _sequence_tab(engine, folder)
     return page
@@ -54,7 +55,8 @@ def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
             columns.append(column)
         with gradio.Column(min_width=120):
             slots.append(image_slot("Query"))
-            num_shots = gradio.Slider(1, max_shots, initial_shots, step=1, label="Pairs")
+            # gradio refuses a slider from 1 to 1.
+            num_shots = gradio.Slider(1, max(2, max_shots), initial_shots, step=1, label="Pairs", visible=max_shots > 1)
     fields, button = _settings_row("analogy", with_frames=False)
 
     def select_example(event: gradio.SelectData) -> list:

@@ -44,12 +44,14 @@ def test_bad_lines_of_a_file_list_are_named(tmp_path):
         clips.find_clips(settings, 2)
 
 
-def test_clips_with_the_same_outputs_are_refused(tmp_path):
-    for name in ("a/b", "a_b"):
+@pytest.mark.parametrize(("first", "second", "output"), [("a/b", "a_b", "a_b"), ("a", "a.png", "a.png")])
+def test_clips_with_the_same_outputs_are_refused(tmp_path, first, second, output):
+    """A sheet has the name of its clip with `.png`, so a clip of that name cannot have a folder."""
+    for name in (first, second):
         write_clip(tmp_path / name, 2)
-    (tmp_path / "list.txt").write_text(f"{tmp_path}/a/b\n{tmp_path}/a_b\n")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/{first}\n{tmp_path}/{second}\n")
     settings = {"read_file_list": f"{tmp_path}/list.txt", "frame_input": True, "n_context_frames": 2}
-    with pytest.raises(UserError, match=r"/a/b and .*/a_b would both be written to a_b: rename one"):
+    with pytest.raises(UserError, match=f"/{first} and .*/{second} would both be written to {output}: rename one"):
         run_main(generate_videos, **settings, output_dir=f"{tmp_path}/o", checkpoint="none")
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import time
+import types
 
 import numpy as np
 import pytest
@@ -106,3 +107,14 @@ def test_examples_are_prompts_of_one_length(monkeypatch):
 
     monkeypatch.setattr("tokenizer.synthetic.photos.crop", raise_not_installed)
     assert len(page_examples.analogies(8)) == 4
+
+
+@pytest.mark.parametrize("max_prompt_images", [2, 4, 5])
+def test_the_page_fits_models_of_any_length(tmp_path, max_prompt_images):
+    """Without room for a shot and a query there is no analogy tab; with room for one shot, no slider."""
+    engine = types.SimpleNamespace(resolution=8, max_prompt_images=max_prompt_images)
+    config = page.build_page(engine, tmp_path).config
+    labels = [component["props"].get("label") for component in config["components"]]
+    assert ("Query" in labels) == (max_prompt_images > 2)
+    (pairs,) = [c["props"] for c in config["components"] if c["props"].get("label") == "Pairs"] or [None]
+    assert (pairs is not None and pairs["visible"]) == (max_prompt_images > 4)
