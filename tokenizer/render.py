@@ -23,15 +23,15 @@ from tokenizer.builders import views
 from tokenizer.media import images, video_writer
 from tokenizer.synthetic import layouts, photos, scenes, seed_ranges
 
-_MOST = seed_ranges.SEEDS_PER_BLOCK - 1
+_MAX = seed_ranges.SEEDS_PER_BLOCK - 1
 
 FLAGS = {
     "output_dir": Flag("", "Folder to write into.", required=True),
-    "num": Flag(100, "Scenes, each with its annotations.", least=0, most=_MOST),
-    "num_photos": Flag(0, "Crops of photographs, each in colour and in gray.", least=0, most=_MOST),
-    "num_clips": Flag(0, "Scenes in motion.", least=0, most=_MOST),
-    "clip_frames": Flag(8, "Frames of a clip.", least=1, most=_MOST),
-    "size": Flag(64, "Side of an image in pixels.", least=8, most=_MOST),
+    "num": Flag(100, "Scenes, each with its annotations.", least=0, most=_MAX),
+    "num_photos": Flag(0, "Crops of photographs, each in colour and in gray.", least=0, most=_MAX),
+    "num_clips": Flag(0, "Scenes in motion.", least=0, most=_MAX),
+    "clip_frames": Flag(8, "Frames of a clip.", least=1, most=_MAX),
+    "size": Flag(64, "Side of an image in pixels.", least=8, most=_MAX),
     "seed": Flag(
         0,
         f"Different seeds give different images; {seed_ranges.FIRST_HELD_OUT} and above are reserved for test sets.",
@@ -40,7 +40,7 @@ FLAGS = {
     "held_out_photos": Flag(False, "Crop the held-out photographs instead of the training ones."),
     "recolour_photos": Flag(False, "Change the colours of photographs at random."),
     "layouts": Flag(False, "Also write label ids, classes, depths of clips, videos, and clips in CO3D's layout."),
-    "workers": Flag(os.cpu_count() or 1, "Worker processes.", least=1, most=_MOST),
+    "workers": Flag(os.cpu_count() or 1, "Worker processes.", least=1, most=_MAX),
 }
 
 

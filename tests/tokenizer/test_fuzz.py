@@ -35,8 +35,8 @@ def mutations(whole: bytes, rng, count: int):
         data = bytearray(whole)
         position = int(rng.integers(len(data)))
         if i % 4 == 0:
-            for i_byte in rng.integers(0, len(data), rng.integers(1, 9)):
-                data[i_byte] = rng.integers(256)
+            for index in rng.integers(0, len(data), rng.integers(1, 9)):
+                data[index] = rng.integers(256)
         elif i % 4 == 1:
             del data[position:]
         elif i % 4 == 2:

@@ -26,7 +26,6 @@ Shapes: n images, S the side in pixels, N codes of an image.
 """
 
 from tokenizer.builders.file_index import FileIndex, InputFolder
-from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.kinds import KINDS, Kind
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.settings import SentenceSettings
@@ -36,7 +35,6 @@ __all__ = [
     "KINDS",
     "BuildPlan",
     "FileIndex",
-    "ImageRef",
     "InputFolder",
     "Kind",
     "Resources",

@@ -19,9 +19,8 @@ def test_frames_are_windows_at_one_stride_in_numeric_order(tree, tiny, codec, tm
         strides[clip, int(step)] += 1
         assert_codes_of(codec, tokens, [read_rgb(path) for path in record["sources"]])
     assert strides.keys() == {("a", 1), ("a", 2), ("b", 1)}  # b is too short for a stride of 2
-    assert (
-        strides["b", 1] == 3 and strides["a", 1] % 3 == 0 and strides["a", 2] % 2 == 0
-    )  # as many windows as fit into 11 frames
+    # As many windows as fit: b has 3 frames and 3 epochs, a has 11 frames.
+    assert strides["b", 1] == 3 and strides["a", 1] % 3 == 0 and strides["a", 2] % 2 == 0
 
 
 def test_video_frames_are_windows_of_each_stride(tree, tiny, codec, tmp_path):

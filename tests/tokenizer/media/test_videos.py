@@ -30,7 +30,7 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def folder(tmp_path_factory):
     """The folder of FILES."""
     directory = tmp_path_factory.mktemp("videos")
     for name, (codec, milliseconds, options) in FILES.items():
@@ -43,18 +43,18 @@ def numbers(pixels):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_timestamps_and_frames_of_every_container(made, name):
+def test_timestamps_and_frames_of_every_container(folder, name):
     milliseconds = FILES[name][1]
-    times = videos.timestamps(made / name)
+    times = videos.timestamps(folder / name)
     assert times.dtype == np.float64 and len(times) == 80
     # A container's clock can begin at another time and have coarse ticks.
     np.testing.assert_allclose(times - times[0], (milliseconds - milliseconds[0]) / 1000, atol=2e-3)
-    assert numbers(videos.read(made / name, times)) == list(range(80))
+    assert numbers(videos.read(folder / name, times)) == list(range(80))
 
 
-def test_a_title_in_another_encoding_is_accepted(made, tmp_path):
+def test_a_title_in_another_encoding_is_accepted(folder, tmp_path):
     path = tmp_path / "titled.mkv"
-    with av.open(str(made / "steady.avi")) as source, av.open(str(path), "w") as target:
+    with av.open(str(folder / "steady.avi")) as source, av.open(str(path), "w") as target:
         target.metadata["title"] = "TITLE!"
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -68,19 +68,19 @@ def test_a_title_in_another_encoding_is_accepted(made, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_times_in_any_order(made, name):
+def test_times_in_any_order(folder, name):
     """Single and repeated frames are bit-equal to those of a complete read."""
-    times = videos.timestamps(made / name)
-    whole = videos.read(made / name, times)
+    times = videos.timestamps(folder / name)
+    whole = videos.read(folder / name, times)
     rng = np.random.default_rng(1)
     for chosen in ([79], [0, 79], [40, 3, 41, 40], rng.integers(0, 80, 9)):
         gap = np.diff(times, append=times[-1] + 0.01)[chosen]
         within = times[chosen] + rng.uniform(0, 0.9, len(chosen)) * gap
-        np.testing.assert_array_equal(videos.read(made / name, within), whole[chosen])
+        np.testing.assert_array_equal(videos.read(folder / name, within), whole[chosen])
 
 
 @pytest.mark.parametrize("name", ["b_frames.mp4", "open_gop.mkv", "uneven.webm", "steady.avi"])
-def test_sparse_frames_use_seeks(made, name, monkeypatch):
+def test_sparse_frames_use_seeks(folder, name, monkeypatch):
     decoded = []
     decode_from = videos._decode_from
 
@@ -90,12 +90,12 @@ def test_sparse_frames_use_seeks(made, name, monkeypatch):
             yield frame
 
     monkeypatch.setattr(videos, "_decode_from", counting)
-    times = videos.timestamps(made / name)
-    assert numbers(videos.read(made / name, times[[2, 78]])) == [2, 78]
+    times = videos.timestamps(folder / name)
+    assert numbers(videos.read(folder / name, times[[2, 78]])) == [2, 78]
     assert len(decoded) < 40  # of 80
 
 
-def test_decoding_restarts_from_the_beginning_after_a_seek_past_the_frame(made, monkeypatch):
+def test_decoding_restarts_from_the_beginning_after_a_seek_past_the_frame(folder, monkeypatch):
     decode_from = videos._decode_from
 
     def seek_too_far(container, stream, clock, seek_point):
@@ -103,13 +103,13 @@ def test_decoding_restarts_from_the_beginning_after_a_seek_past_the_frame(made, 
         return decode_from(container, stream, clock, seek_point if is_start else clock.seek_points[-1])
 
     monkeypatch.setattr(videos, "_decode_from", seek_too_far)
-    times = videos.timestamps(made / "b_frames.mp4")
-    assert numbers(videos.read(made / "b_frames.mp4", times[[30, 31, 50, 79]])) == [30, 31, 50, 79]
+    times = videos.timestamps(folder / "b_frames.mp4")
+    assert numbers(videos.read(folder / "b_frames.mp4", times[[30, 31, 50, 79]])) == [30, 31, 50, 79]
 
 
-def test_hidden_packets_are_not_frames(made, tmp_path):
+def test_hidden_packets_are_not_frames(folder, tmp_path):
     """Two-pass VP8 encoders write frames for prediction only, which are never shown."""
-    with av.open(str(made / "vp8.webm")) as source, av.open(str(tmp_path / "hidden.webm"), "w") as target:
+    with av.open(str(folder / "vp8.webm")) as source, av.open(str(tmp_path / "hidden.webm"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
             data, pts, base = bytes(packet), packet.pts, packet.time_base
@@ -120,7 +120,7 @@ def test_hidden_packets_are_not_frames(made, tmp_path):
                 hidden.stream, hidden.time_base, hidden.pts, hidden.dts = stream, base, pts + 20, pts + 20
                 target.mux(hidden)
     times = videos.timestamps(tmp_path / "hidden.webm")
-    np.testing.assert_array_equal(times, videos.timestamps(made / "vp8.webm"))
+    np.testing.assert_array_equal(times, videos.timestamps(folder / "vp8.webm"))
     assert numbers(videos.read(tmp_path / "hidden.webm", times)) == list(range(80))
 
 
@@ -133,11 +133,11 @@ def test_rotation_metadata_is_applied(tmp_path, rotation, turns):
     assert np.abs(frame * 255 - expected).mean() < 12  # chroma subsampling blurs the borders of colours
 
 
-def test_pixels_are_float32_resized_by_pillow(made):
-    native = videos.read(made / "b_frames.mp4", [0.5, 1.0])
+def test_pixels_are_float32_resized_by_pillow(folder):
+    native = videos.read(folder / "b_frames.mp4", [0.5, 1.0])
     assert native.dtype == np.float32 and native.shape == (2, 24, 64, 3) and native.min() >= 0 and native.max() <= 1
     assert np.abs(native[0] * 255 - numbered_frame(10)).mean() < 12
-    small = videos.read(made / "b_frames.mp4", [0.5, 1.0], 16)
+    small = videos.read(folder / "b_frames.mp4", [0.5, 1.0], 16)
     for large, resized in zip(native, small):
         image = Image.fromarray(np.round(large * 255).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(resized, np.asarray(image, np.float32) / 255)
@@ -145,16 +145,16 @@ def test_pixels_are_float32_resized_by_pillow(made):
 
 class TestErrors:
     @pytest.mark.parametrize("name", ["b_frames.mp4", "uneven.mp4", "uneven.webm", "open_gop.mkv", "steady.avi"])
-    def test_truncated_files(self, made, tmp_path, name):
-        data = (made / name).read_bytes()
+    def test_truncated_files(self, folder, tmp_path, name):
+        data = (folder / name).read_bytes()
         for share in (0.0, 0.01, 0.3, 0.8):
             cut = tmp_path / name
             cut.write_bytes(data[: int(len(data) * share)])
             with pytest.raises(UserError, match=f"{cut}: "):
                 videos.timestamps(cut)
 
-    def test_truncated_after_the_index(self, made, tmp_path):
-        with av.open(str(made / "b_frames.mp4")) as source:  # faststart: the index precedes the frames
+    def test_truncated_after_the_index(self, folder, tmp_path):
+        with av.open(str(folder / "b_frames.mp4")) as source:  # faststart: the index precedes the frames
             with av.open(str(tmp_path / "web.mp4"), "w", options={"movflags": "faststart"}) as target:
                 stream = target.add_stream_from_template(source.streams.video[0])
                 for packet in source.demux(video=0):
@@ -186,16 +186,16 @@ class TestErrors:
                     function(tmp_path / name)
 
     @pytest.mark.parametrize("second", [-0.1, 4.2, float("nan"), float("inf")])
-    def test_times_outside(self, made, second):
+    def test_times_outside(self, folder, second):
         with pytest.raises(UserError, match=r"b_frames.mp4: no frame is shown at .* s \(its frames: 0 to 3.95 s\)"):
-            videos.read(made / "b_frames.mp4", [1.0, second])
+            videos.read(folder / "b_frames.mp4", [1.0, second])
 
-    def test_corrupt_bytes_are_read_or_reported(self, made, tmp_path):
+    def test_corrupt_bytes_are_read_or_reported(self, folder, tmp_path):
         """A corrupt file is read, or raises a UserError with its path."""
         rng = np.random.default_rng(0)
         outcomes = set()
         for name in ("b_frames.mp4", "uneven.webm", "steady.avi"):
-            data = np.frombuffer((made / name).read_bytes(), np.uint8)
+            data = np.frombuffer((folder / name).read_bytes(), np.uint8)
             for number in range(20):
                 mutated = data.copy()
                 positions = rng.integers(0, len(data), 1 + number * 3)

@@ -86,10 +86,10 @@ def test_discriminator_is_that_of_pix2pix():
         return [nn.GroupNorm(8, width, eps=1e-6), nn.LeakyReLU(0.2)]
 
     layers = [conv(3, 8, 2, True), nn.LeakyReLU(0.2), conv(8, 16, 2, False), *normal(16), conv(16, 32, 2, False)]
-    peer = nn.Sequential(*layers, *normal(32), conv(32, 64, 1, False), *normal(64), conv(64, 1, 1, True))
+    reference = nn.Sequential(*layers, *normal(32), conv(32, 64, 1, False), *normal(64), conv(64, 1, 1, True))
     torch.manual_seed(0)
-    arrays = [torch.randn(tensor.shape) * 0.1 for tensor in peer.parameters()]
-    for tensor, array in zip(peer.parameters(), arrays):
+    arrays = [torch.randn(tensor.shape) * 0.1 for tensor in reference.parameters()]
+    for tensor, array in zip(reference.parameters(), arrays):
         tensor.data = array
     names = ["conv_in.kernel", "conv_in.bias"]
     for i in range(3):
@@ -99,7 +99,7 @@ def test_discriminator_is_that_of_pix2pix():
     network = weights.with_parameters(lambda: Discriminator(8, 3, rngs=nnx.Rngs(0)), ours)
     pixels = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
     with torch.no_grad():
-        expected = peer(2 * torch.tensor(pixels).permute(0, 3, 1, 2) - 1)[:, 0]
+        expected = reference(2 * torch.tensor(pixels).permute(0, 3, 1, 2) - 1)[:, 0]
     logits = nnx.jit(lambda network, pixels: network(pixels))(network, pixels)
     assert logits.shape == (2, 2, 2) and expected.abs().max() > 0.1
     np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=1e-5)

@@ -55,14 +55,14 @@ def test_torch_gives_equal_results_from_our_files(tmp_path, config):
 
     model = random_vqgan(config)
     weights.save(model, tmp_path)
-    peer = TorchVQGAN(weights.read_config(tmp_path)).eval()
-    peer.load_state_dict(
+    reference_model = TorchVQGAN(weights.read_config(tmp_path)).eval()
+    reference_model.load_state_dict(
         {name: torch.tensor(array) for name, array in load_file(tmp_path / "model.safetensors").items()}
     )
     pixels = np.random.default_rng(1).random((2, 16, 16, 3), np.float32)
     with torch.no_grad():
-        hidden, codes = peer.encode(torch.tensor(pixels))
-        decoded = peer.decode(codes)
+        hidden, codes = reference_model.encode(torch.tensor(pixels))
+        decoded = reference_model.decode(codes)
     ours = nnx.jit(lambda model, pixels: model.encode(pixels))(model, pixels)
     np.testing.assert_allclose(ours[0], hidden, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(ours[1], codes)
