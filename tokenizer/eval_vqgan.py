@@ -55,6 +55,8 @@ def main(config: ConfigDict) -> None:
     directories = [name for name in config.input_dirs.split(",") if name]
     if not directories:
         raise UserError(f"--input_dirs={config.input_dirs}: names no folder")
+    if len({*directories, "all"}) <= len(directories):
+        raise UserError(f"--input_dirs={config.input_dirs}: names must differ, also from `all`, the name of the total")
     if config.output_json:
         check_output(config.output_json, "output_json")
     if config.output_picture:

@@ -69,10 +69,10 @@ def select(sentences: Iterable[tuple[np.ndarray, dict[str, Any]]], selection: Se
         if number == last or (selection.limit and count == selection.limit):
             break
     else:
-        if last is not None:
+        if last is not None and number >= 0:
             raise SelectionError(f"ends with sentence {number}, but sentence {last} is selected")
     if not count:
         if not kinds:
             raise SelectionError("contains no sentence")
         selected, present = (", ".join(sorted(map(repr, names))) for names in (selection.kinds, kinds))
-        raise SelectionError(f"contains no sentence of kind {selected}; it has the kinds {present}")
+        raise SelectionError(f"has no sentence of kind {selected} up to sentence {number}, only of kind {present}")

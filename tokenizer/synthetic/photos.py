@@ -27,7 +27,10 @@ HELD_OUT = (("skimage", "data/coffee.png"), ("sklearn", "datasets/images/flower.
 
 
 def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
-    """Returns a random square of a photograph, at least a third of its shorter side, mirrored with probability 1/2.
+    """Returns a random square of a photograph, mirrored with probability 1/2.
+
+    The square's side is at least a third of the photograph's shorter side and, where the photograph is large enough, at
+    least `size`: smaller photographs are enlarged.
 
     Returns:
       uint8 [size,size,3].
@@ -39,7 +42,7 @@ def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
     files = HELD_OUT if held_out else TRAINING
     photograph = _open(*files[rng.integers(len(files))])
     shorter = min(photograph.size)
-    side = int(rng.uniform(max(size, shorter / 3), shorter))
+    side = int(rng.uniform(min(max(size, shorter / 3), shorter), shorter))
     left, top = (int(rng.integers(extent - side + 1)) for extent in photograph.size)
     square = photograph.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     pixels = np.asarray(square)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+_CODE_BLOCK = 32  # codes per block of `nearest_code`
+
 
 def plain_conv_pool(x_BHWC: jax.Array, conv: nnx.Conv) -> jax.Array:
     """Convolves, then averages 2x2 positions."""
@@ -108,17 +110,29 @@ def plain_nearest_code(vectors_MZ: jax.Array, table_KZ: jax.Array) -> jax.Array:
 
 
 def nearest_code(vectors_MZ: jax.Array, table_KZ: jax.Array) -> jax.Array:
-    """`plain_nearest_code` as one product and two minima, which XLA vectorizes on CPUs, unlike argmin.
+    """`plain_nearest_code` as one product and plain minima, which XLA vectorizes on CPUs, unlike argmin.
 
-    |x - code|^2 - |x|^2 is the product of (-2 x, 1) and (code, |code|^2). Gain: shipped encoder 1.21.
+    |x - code|^2 - |x|^2 is the product of (-2 x, 1) and (code, |code|^2). The distances are read once, for the minimum
+    of each block of codes; then only the best block is searched. Gain: shipped encoder 1.21, and 1.06 by the blocks.
     """
     norm_K1 = jnp.sum(table_KZ**2, axis=1, keepdims=True)
     table_KY = jnp.concatenate([table_KZ, norm_K1], axis=1)  # Y = Z + 1
+    # Rows that fill the last block are far away, but not at infinity: precise products on TPUs turn infinity into NaN.
+    padding = -len(table_KY) % _CODE_BLOCK
+    table_KY = jnp.pad(table_KY, ((0, padding), (0, 0))).at[len(table_KZ) :, -1].set(1e30)
     vectors_MY = jnp.pad(-2 * vectors_MZ, ((0, 0), (0, 1)), constant_values=1)
     distance_KM = jnp.einsum("KY,MY->KM", table_KY, vectors_MY, precision="highest")
-    code_KM = jax.lax.broadcasted_iota(jnp.int32, distance_KM.shape, 0)
-    is_least_KM = distance_KM == jnp.min(distance_KM, axis=0, keepdims=True)
-    return jnp.min(jnp.where(is_least_KM, code_KM, len(table_KZ) - 1), axis=0)  # NaN: the last code
+    distance_JIM = rearrange(distance_KM, "(J I) M -> J I M", I=_CODE_BLOCK)  # J blocks of I codes
+    block_M = _first_minimum(jnp.min(distance_JIM, axis=1))
+    distance_IM = jnp.take_along_axis(distance_JIM, block_M[None, None], axis=0)[0]
+    return jnp.minimum(block_M * _CODE_BLOCK + _first_minimum(distance_IM), len(table_KZ) - 1)
+
+
+def _first_minimum(values_NM: jax.Array) -> jax.Array:
+    """Returns the first index of the minimum along axis 0, int32 [M]; the last index if a value is NaN."""
+    index_NM = jax.lax.broadcasted_iota(jnp.int32, values_NM.shape, 0)
+    is_minimum_NM = values_NM == jnp.min(values_NM, axis=0, keepdims=True)
+    return jnp.min(jnp.where(is_minimum_NM, index_NM, len(values_NM) - 1), axis=0)
 
 
 def _convolve(x_BHWC: jax.Array, kernel: jax.Array, conv: nnx.Conv, stride: int, padding) -> jax.Array:

@@ -61,6 +61,12 @@ def test_invalid_outputs_are_reported_before_images_are_read(settings, message):
         run_main(eval_vqgan, input_dirs="/nowhere", **settings)
 
 
+@pytest.mark.parametrize("folders", ["a,b,a", "a,all"])
+def test_ambiguous_names_are_refused(folders):
+    with pytest.raises(UserError, match=f"--input_dirs={folders}: names must differ"):
+        run_main(eval_vqgan, input_dirs=folders)
+
+
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="--input_dirs is missing"):
         run_main(eval_vqgan)

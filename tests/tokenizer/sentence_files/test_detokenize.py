@@ -98,7 +98,11 @@ def test_nothing_is_read_after_the_last_selected_sentence(file):
         ({"sentences": "4,9"}, "s.jsonl: ends with sentence 8, but sentence 9 is selected"),
         (
             {"kinds": "video"},
-            "s.jsonl: contains no sentence of kind 'video'; it has the kinds 'frames', 'images', 'paired'",
+            "s.jsonl: has no sentence of kind 'video' up to sentence 8, only of kind 'frames', 'images', 'paired'",
+        ),
+        (
+            {"sentences": "0", "kinds": "frames"},
+            "has no sentence of kind 'frames' up to sentence 0, only of kind 'paired'",
         ),
     ],
 )
@@ -109,8 +113,9 @@ def test_invalid_selections_are_reported(file, tiny, tmp_path, settings, message
 
 def test_a_file_without_sentences_is_reported(tiny, tmp_path):
     (tmp_path / "s.jsonl").touch()
-    with pytest.raises(UserError, match=r"s\.jsonl: contains no sentence"):
-        detokenize_file(tmp_path / "s.jsonl", tiny, tmp_path / "d")
+    for ranges in ("", "4"):
+        with pytest.raises(UserError, match=r"s\.jsonl: contains no sentence"):
+            detokenize_file(tmp_path / "s.jsonl", tiny, tmp_path / "d", sentences=ranges)
 
 
 def test_png_files_have_rows_of_images(file, tiny, codec, tmp_path):

@@ -16,6 +16,11 @@ def test_crops_are_functions_of_a_seed_and_held_out_photographs_are_disjoint():
     assert np.all(np.abs(gray[..., 0] - (0.2989 * crop[..., 0] + 0.587 * crop[..., 1] + 0.114 * crop[..., 2])) <= 0.5)
 
 
+def test_photographs_smaller_than_a_crop_are_enlarged():
+    """The smallest photographs have fewer than 512 rows."""
+    assert all(photos.crop(seed, 512).shape == (512, 512, 3) for seed in range(12))
+
+
 def test_recolour_changes_hues_and_hardly_changes_gray_images():
     crops = [photos.crop(seed, 40) for seed in range(40)]
     recoloured = [photos.recolour(crop, seed) for seed, crop in enumerate(crops)]
