@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tokenizer.media import images
+from tokenizer.media import images, sample_values
 
 LUMINANCE = np.array([0.2989, 0.5870, 0.1140])  # of red, green, blue
 HOLE_RANGE = (0.1, 0.5)  # side of a hole relative to the side of the image
@@ -30,17 +30,20 @@ def label_colours(ids: np.ndarray) -> np.ndarray:
 
 
 def label_ids(path: str | os.PathLike, size: int) -> np.ndarray:
-    """Reads the ids of a label image, int64 [size,size], resized to the nearest pixel.
+    """Reads the ids of a label image, int64 [size,size], resized to the nearest pixel. Applies the EXIF orientation.
 
-    An id is a gray value of 8 or 16 bits, or an index into the file's palette.
+    An id is a gray value of 1 to 16 bits, or an index into the file's palette.
 
     Raises:
-      UserError: naming the path, if it cannot be read or is an RGB image.
+      UserError: naming the path, if it cannot be read, is RGB or JPEG, or has an id outside its palette.
     """
     with images.open_image(path) as image:
-        if image.mode not in ("1", "L", "P", *images.SIXTEEN_BIT_MODES):
+        if image.mode not in ("1", "L", "P", *sample_values.SIXTEEN_BIT_MODES):
             raise ValueError(f"its values are {image.mode}, not label ids: save it in gray or with a palette")
-        return _resize_nearest(np.asarray(image).astype(np.int64), size)
+        step = sample_values.label_step(image)
+        ids = np.asarray(images.upright(image)).astype(np.int64) // step
+        sample_values.check_labels(image, ids)
+        return _resize_nearest(ids, size)
 
 
 def co3d_depth(path: str | os.PathLike, size: int) -> np.ndarray:
@@ -50,11 +53,15 @@ def co3d_depth(path: str | os.PathLike, size: int) -> np.ndarray:
     scaled by its own nearest and farthest point, because the unit differs between sequences.
     """
     with images.open_image(path) as image:
-        if image.mode not in images.SIXTEEN_BIT_MODES:
+        if image.mode not in sample_values.SIXTEEN_BIT_MODES:
             raise ValueError(f"its values are {image.mode}, not 16-bit depths of CO3D")
-        depth = _resize_nearest(np.asarray(image).astype(np.uint16), size).view(np.float16).astype(np.float64)
+        depth = (
+            _resize_nearest(np.asarray(images.upright(image)).astype(np.uint16), size)
+            .view(np.float16)
+            .astype(np.float64)
+        )
     with images.open_image(co3d_depth_mask(path)) as image:
-        valid = _resize_nearest(np.asarray(image.convert("L")), size) > 0
+        valid = _resize_nearest(np.asarray(images.upright(image).convert("L")), size) > 0
     valid &= np.isfinite(depth) & (depth > 0)
     valid_depth = depth[valid]
     if valid_depth.size:

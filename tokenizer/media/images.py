@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, features
 
 from EasyLM import storage
 from EasyLM.errors import UserError
+from tokenizer.media import sample_values
 
 ImageFile = str | os.PathLike | BinaryIO
 
@@ -33,7 +34,6 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" can hold 32 bits
 
 
 def load(path: ImageFile, size: int) -> np.ndarray:
@@ -48,8 +48,8 @@ def load(path: ImageFile, size: int) -> np.ndarray:
 def read(path: ImageFile, size: int) -> np.ndarray:
     """Reads an image as RGB bytes, resized (bicubic, without keeping the aspect ratio) to uint8 [size,size,3].
 
-    Applies the EXIF orientation, composites transparency over white, takes the first frame of an animation, and
-    scales 16-bit gray from 0..65535.
+    Applies the EXIF orientation, composites transparency over white, takes the first frame of an animation, converts an
+    embedded colour profile to sRGB, and scales gray of more than 8 bits by its largest possible value.
 
     Raises:
       UserError: naming the path, if the file is missing, broken or not an image.
@@ -87,29 +87,32 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 def _to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
     rgb = _to_rgb(upright(image))
-    return np.asarray(rgb if size is None else rgb.resize((size, size), Image.Resampling.BICUBIC))
+    if size is not None:
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(sample_values.to_srgb(rgb, image.info.get("icc_profile")))  # fewer pixels than before the resize
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation of an opened image."""
     image.load()  # a PNG file can store EXIF data after the pixels
-    transpose = _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # malformed EXIF data raises many classes; the pixels are intact
+        return image
+    transpose = _ORIENTATIONS.get(orientation)
     return image if transpose is None else image.transpose(transpose)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in SIXTEEN_BIT_MODES:
-        gray = np.asarray(image)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError(f"its values are {gray.min()}..{gray.max()}, more than 16 bits: save it with 8 or 16 bits")
-        return Image.fromarray(np.round(gray.astype(np.float64) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in sample_values.SIXTEEN_BIT_MODES:
+        return Image.fromarray(to_uint8(sample_values.sixteen_bit_gray(image))).convert("RGB")
     if image.mode == "F":
         raise ValueError("its values are floating point, whose range is unknown: save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return sample_values.cmyk_to_srgb(image) if image.mode == "CMYK" else image.convert("RGB")
 
 
 def png_bytes(pixels: np.ndarray | Image.Image) -> bytes:
