@@ -25,6 +25,7 @@ from EasyLM.errors import UserError, choose
 
 Settings = TypeVar("Settings")  # a frozen dataclass
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
+_HOME = re.compile(r"(?:^|(?<=,)|(?<=::))~[\w.-]*(?=/)")  # at the start of a path: in a comma list, after PREFIX::
 _HELP = {dashes + name for dashes in ("-", "--") for name in ("h", "help", "helpshort", "helpfull")}
 _WIDTH = 110  # columns of the help
 _DEFINERS: dict[type, Callable] = {
@@ -183,7 +184,9 @@ def help_text(main: Callable[[ConfigDict], Any], definitions: Definitions) -> st
 
 
 def expand_variables(name: str, value: Any) -> Any:
-    """Replaces `$NAME` and `${NAME}` in a text value by environment variables.
+    """Replaces `$NAME` and `${NAME}` in a text value by environment variables, `~/` and `~user/` by home directories.
+
+    Shells do not expand `~` after `--flag=`.
 
     Raises:
       UserError: naming flag and variable, if the variable is not set.
@@ -195,7 +198,9 @@ def expand_variables(name: str, value: Any) -> Any:
             raise UserError(f"--{name}={value}: the environment variable {variable} is not set")
         return os.environ[variable]
 
-    return _VARIABLE.sub(lookup, value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return _HOME.sub(lambda match: os.path.expanduser(match[0]), _VARIABLE.sub(lookup, value))
 
 
 def nearest_names(name: str, names: list[str]) -> list[str]:

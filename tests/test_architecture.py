@@ -1,6 +1,7 @@
 """The architecture as a table: which room may import which. Also: import cycles, lazy imports, sizes, annotations."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -65,6 +66,7 @@ def room_of(name: str) -> str:
     return name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
 
 
+@functools.cache
 def imports(name: str, top_level_only: bool = False) -> set[str]:
     """The modules that a module imports, by their dotted names."""
     tree = ast.parse(MODULES[name].read_text())

@@ -286,6 +286,10 @@ def test_environment_variables_expand(monkeypatch):
     monkeypatch.setenv("LVM_NODES", "4")
     assert flags.expand_variables("mesh_dim", "$LVM_NODES,-1,${LVM_NODES}") == "4,-1,4"
     assert flags.expand_variables("total_steps", 3) == 3
+    monkeypatch.setenv("HOME", "/home/me")
+    assert flags.expand_variables("path", "~/a.jsonl,~/b/*.jsonl,c~/d") == "/home/me/a.jsonl,/home/me/b/*.jsonl,c~/d"
+    assert flags.expand_variables("load_checkpoint", "params::~/run/params") == "params::/home/me/run/params"
+    assert flags.expand_variables("notes", "~ 3 runs, ~/ and a~b") == "~ 3 runs, ~/ and a~b"
     with pytest.raises(UserError, match=r"--mesh_dim=\$LVM_UNSET: the environment variable LVM_UNSET is not set"):
         flags.expand_variables("mesh_dim", "$LVM_UNSET")
 

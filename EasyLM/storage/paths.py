@@ -34,7 +34,12 @@ def expand_paths(flag: str, value: str) -> list[str]:
 
 
 def expand_path_groups(flag: str, value: str) -> list[tuple[str, list[str]]]:
-    """Returns (element, its files) for each element of a flag's comma list; otherwise as `expand_paths`."""
+    """Returns (element, its files) for each element of a flag's comma list; otherwise as `expand_paths`.
+
+    An existing file has precedence: its name may contain commas and the characters of globs.
+    """
+    if os.path.isfile(value):
+        return [(value, [value])]
     elements = [element.strip() for element in value.split(",") if element.strip()]
     if not elements:
         raise UserError(f"--{flag} is empty: give a file, a glob such as 'DIR/*.jsonl', or a comma list of them")
@@ -49,7 +54,7 @@ def expand_path_groups(flag: str, value: str) -> list[tuple[str, list[str]]]:
 
 
 def _files_of(element: str) -> list[str]:
-    if not any(character in element for character in "*?["):
+    if os.path.isfile(element) or not any(character in element for character in "*?["):
         file_version(element)
         return [element]
     paths = [path for path in _glob(element) if not path.endswith(DERIVED_SUFFIXES)]

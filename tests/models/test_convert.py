@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,12 @@ def test_export_keeps_the_type_of_the_checkpoint_by_default(golden, tmp_path, fl
 
 
 @pytest.mark.parametrize(
-    "kind", ["safetensors", "shards", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bin", "bf16 bin"))]
+    "kind",
+    [
+        "safetensors",
+        "shards",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bin", "bf16 bin", "legacy bin")),
+    ],
 )
 def test_every_weight_file_format_is_read(golden, tmp_path, monkeypatch, kind):
     params = checkpoints.load(tiny_state(golden))
@@ -81,12 +87,22 @@ def test_every_weight_file_format_is_read(golden, tmp_path, monkeypatch, kind):
 
         state = safetensors.torch.load_file(os.path.join(directory, "model.safetensors"))
         state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # of older versions of transformers
-        torch.save(state, os.path.join(directory, "pytorch_model.bin"))
+        zipped = kind != "legacy bin"  # torch before 1.6 wrote no zip archives
+        torch.save(state, os.path.join(directory, "pytorch_model.bin"), _use_new_zipfile_serialization=zipped)
         os.remove(os.path.join(directory, "model.safetensors"))
     if kind == "bf16 bin":
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     import_(directory, tmp_path / "back" / "params")
     assert_equal(checkpoints.load(f"params::{tmp_path}/back/params"), params)
+
+
+def test_a_single_file_has_precedence_over_the_index_of_earlier_shards(golden, tmp_path):
+    """As in transformers."""
+    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
+    stale = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(stale))
+    import_(directory, tmp_path / "params")
+    assert_equal(checkpoints.load(f"params::{tmp_path}/params"), checkpoints.load(tiny_state(golden)))
 
 
 def test_special_ids_are_never_image_codes(golden, tmp_path):

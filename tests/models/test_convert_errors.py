@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 
 import pytest
 from convert_kit import export, import_, run, tiny_state
@@ -37,6 +38,13 @@ def test_invalid_exports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
     export(tiny_state(golden), out)
     with pytest.raises(UserError, match=rf"--output_dir={out}: already holds a model \(config.json\)"):
         export(tiny_state(golden), out)
+
+
+def test_all_heads_may_be_spelled_null(golden, tmp_path):
+    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_key_value_heads": None}))
+    import_(directory, tmp_path / "params")
 
 
 def raise_disk_full(*_):

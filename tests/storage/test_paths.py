@@ -28,6 +28,14 @@ def test_order_and_derived_files(directory):
     ]
 
 
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a,b.jsonl", "a?.jsonl", "12:30.jsonl"])
+def test_an_existing_file_has_precedence_over_lists_and_globs(directory, name):
+    (directory / name).touch()
+    assert expand_paths("inputs", name) == [name]
+    if "," not in name:
+        assert expand_paths("inputs", f"d.txt,{name}") == ["d.txt", name]
+
+
 @pytest.mark.parametrize(
     "value, message",
     [

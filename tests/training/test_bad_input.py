@@ -15,6 +15,7 @@ from EasyLM.training import run as run_module
 JSON = "train_dataset.json_dataset"
 STATE = f"{GOLDEN}/init/streaming_train_state"
 INVALID = {
+    "half precision": ({"dtype": "fp16"}, "--dtype=fp16: small gradients underflow to zero.*use bf16"),
     "preset": ({"load_llama_config": "vqlm_8b"}, "load_llama_config='vqlm_8b': choose one of 'vqlm_debug'"),
     "config file": ({"load_llama_config": "json::missing.json"}, "config=json::missing.json: no such file"),
     "setting": ({"update_llama_config": "dict(hiden_size=64)"}, "unknown setting hiden_size; choose from vocab_size"),

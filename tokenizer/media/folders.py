@@ -80,7 +80,7 @@ def walk(
                 # entry.is_dir() needs no system call except for links, and raises for a link to itself.
                 if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     subfolders.append((f"{folder}{entry.name}/", ancestors))
-                elif entry.name.lower().endswith(tuple(extensions)):
+                elif entry.name.lower().endswith(tuple(extensions)) and not _is_special(entry):
                     is_empty = False
                     yield _file_entry(entry, folder, directory, flag)
                 elif ignored is not None:
@@ -93,6 +93,16 @@ def _count_extension(counts: collections.Counter, name: str) -> None:
     extension = os.path.splitext(name)[1].lower().encode(errors="replace").decode() or "without extension"
     is_named = extension in counts or len(counts) < _MAX_NAMED_EXTENSIONS
     counts[extension if is_named else "with further extensions"] += 1
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """Whether an entry that is no folder is a pipe, a socket or a device: reading it could wait forever.
+
+    A link to a missing file is not special; it is reported when it is read.
+    """
+    if entry.is_symlink():
+        return os.path.exists(entry.path) and not os.path.isfile(entry.path)
+    return not entry.is_file()
 
 
 def _file_entry(entry: os.DirEntry, folder: str, directory: str, flag: str) -> FileEntry:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterable
 
 import numpy as np
@@ -71,15 +72,22 @@ def _num_bytes(tensor: Entry) -> int:
 def read_weights(directory: str) -> list[Entry]:
     """Returns the tensors of a model directory, not yet read. A key has one part, the tensor's name.
 
+    The order of preference is that of transformers: safetensors before torch files, and a single file before shards, so
+    that an index left over from an earlier sharded model is ignored.
+
     Raises:
       UserError: naming the file, if there are no weights, or a file is broken or missing.
     """
-    for stem, read in (("model*.safetensors", _read_safetensors), ("pytorch_model*.bin", _read_torch)):
-        paths = sorted(glob.glob(os.path.join(glob.escape(directory), stem)))
-        for index in glob.glob(os.path.join(glob.escape(directory), f"{stem}.index.json")):
+    for stem, ending, read in (("model", "safetensors", _read_safetensors), ("pytorch_model", "bin", _read_torch)):
+        single, index = (os.path.join(directory, f"{stem}.{ending}{suffix}") for suffix in ("", ".index.json"))
+        if os.path.exists(single):
+            paths = [single]
+        elif os.path.exists(index):
             with open(index, encoding="utf-8") as file:
                 names = set(json.load(file)["weight_map"].values())
             paths = [os.path.join(directory, name) for name in sorted(names)]
+        else:
+            paths = sorted(glob.glob(os.path.join(glob.escape(directory), f"{stem}*.{ending}")))
         if paths:
             return [tensor for path in paths for tensor in read(path)]
     raise UserError(f"{directory}: no weights: neither model*.safetensors nor pytorch_model*.bin")
@@ -109,7 +117,8 @@ def _read_torch(path: str) -> list[Entry]:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch before 1.6 are no zip archives and cannot be memory-mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of many types, with advice that does not apply here
         raise UserError(f"{path}: not a readable torch weights file ({str(error).splitlines()[0]})") from None
 

@@ -211,7 +211,7 @@ def _from_hugging_face(values: dict[str, Any], source: str) -> dict[str, Any]:
     if values["model_type"] != "llama" or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"{source}: only plain LLaMA is supported, not {values['model_type']!r} with rope {rope}")
     heads = values.get("num_attention_heads")
-    if values.get("num_key_value_heads", heads) != heads:
+    if values.get("num_key_value_heads") not in (None, heads):  # null means all heads, as an omission does
         raise UserError(f"{source}: num_key_value_heads={values['num_key_value_heads']}: must be {heads}, all heads")
     renamed = {"max_sequence_length": values.get("max_position_embeddings"), "rope_theta": rope.get("rope_theta")}
     values = values | {name: value for name, value in renamed.items() if value is not None}

@@ -39,7 +39,9 @@ COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16
 FLAGS = {
     **RUN_FLAGS,
     "dtype": Flag(
-        "fp32", "Type of the computation; parameters, softmax and loss are float32.", choices=(*COMPUTE_DTYPES,)
+        "fp32",
+        "Type of the computation; parameters, softmax and loss are float32. fp16 is refused: gradients underflow.",
+        choices=(*COMPUTE_DTYPES,),
     ),
     "load_llama_config": Flag("", "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release)."),
     "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
@@ -64,6 +66,11 @@ def main(config: Any) -> int:
     initialize_distributed(config.jax_distributed)
 
     # Model
+    if config.dtype == "fp16":
+        raise UserError(
+            "--dtype=fp16: small gradients underflow to zero, as there is no loss scaling; use bf16, which has the "
+            "range of fp32"
+        )
     model = llama_config.build_config(config.load_llama_config, config.llama, config.update_llama_config)
     optimizer = make_optimizer(config.optimizer)
     tokenizer = text_tokenizer.load_tokenizer(**config.tokenizer)

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import socket
 
 import pytest
+from tokenizer_kit import write_image
 
 from EasyLM.errors import UserError
 from tokenizer.media import folders
@@ -70,3 +72,15 @@ def test_files_by_stem_and_names_in_natural_order():
         folders.by_stem([*paths, pathlib.Path("d/a.png")], "d", "input_dir")
     names = ["f10", "f9", "f09", "f9a", "g1"]
     assert sorted(names, key=folders.natural_key) == ["f09", "f9", "f9a", "f10", "g1"]
+
+
+def test_pipes_sockets_and_devices_are_not_read(tmp_path):
+    """Opening a pipe without a writer waits forever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket.png"))
+    write_image(tmp_path / "image.png", 0)
+    (tmp_path / "missing.png").symlink_to("gone.png")  # reported when it is read
+    assert [path.name for path in folders.list_images(str(tmp_path), "input_dir")] == ["image.png", "missing.png"]
