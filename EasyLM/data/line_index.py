@@ -5,6 +5,7 @@ The file is read once, in byte ranges, by one or more processes.
 
 import dataclasses
 import functools
+import logging
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ import pybase64
 from tqdm import tqdm
 
 from EasyLM.data.record_fields import RecordProcessor
-from EasyLM.data.records import RecordError, check_ids, parse_line, token_type
+from EasyLM.data.records import RecordError, check_ids, looks_like_int64, parse_line, token_type
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
 from EasyLM.storage import Columns, cached_columns, content_digest, file_version, open_binary
@@ -37,6 +38,7 @@ class RangeScan:
       counts: int64 arrays, one for each block: tokens of each line.
       lines: number of lines, including bad and blank ones.
       first_bad: line number (the first line of the range is 1) and reason.
+      looks_like_int64: whether every second id of the first lines of the file is 0; False in all other ranges.
     """
 
     start: int
@@ -46,6 +48,7 @@ class RangeScan:
     lines: int = 0
     bad_lines: int = 0
     first_bad: tuple[int, str] | None = None
+    looks_like_int64: bool = False
 
 
 def line_index(path: str, processor: RecordProcessor, processes: int = 1, skip_bad_lines: bool = False) -> Columns:
@@ -81,6 +84,8 @@ def _build(
     first_bad = None
     with _progress_bar(path, size) as bar, Workers(min(processes, len(starts))) as workers:
         for scan in workers.map(functools.partial(scan_range, path, processor, strict), starts, stops):
+            if scan.looks_like_int64:
+                logging.warning("%s: every second id is 0; are its ids 64-bit numbers (base64_token_dtype=i8)?", path)
             if scan.first_bad and not first_bad:
                 first_bad = f"{lines + scan.first_bad[0]}: {scan.first_bad[1][:REASON_CHARACTERS]}"
                 if strict:
@@ -151,9 +156,11 @@ class _Scanner:
             sizes = np.array([len(ids) for ids in raw])
             if (sizes % item.itemsize).any():
                 return False
-            check_ids(np.frombuffer(b"".join(raw), item), self._processor.vocab_size)
+            ids = np.frombuffer(b"".join(raw), item)
+            check_ids(ids, self._processor.vocab_size)
         except (AttributeError, ValueError):  # AttributeError: no such field; ValueError includes RecordError
             return False
+        scan.looks_like_int64 |= offset == 0 and looks_like_int64(ids)
         lengths = np.array([len(line) + 1 for line in lines])
         scan.positions.append(offset + np.cumsum(lengths) - lengths + begins)
         scan.counts.append(sizes // item.itemsize + self._processor.layout.num_literals)

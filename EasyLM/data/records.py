@@ -65,6 +65,11 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
         raise RecordError(f"id {ids[unsigned >= vocab_size][0]} is outside the vocabulary 0..{vocab_size - 1}")
 
 
+def looks_like_int64(ids: np.ndarray) -> bool:
+    """Whether every second id is 0, as if 64-bit ids had been decoded as 32-bit ids."""
+    return len(ids) >= 8 and len(ids) % 2 == 0 and not ids[1::2].any() and bool(ids[::2].any())
+
+
 def parse_line(line: bytes | memoryview) -> dict[str, Any]:
     """Returns the JSON object of a line. Raises RecordError if the line is not a JSON object."""
     try:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from data_kit import assert_rows, base64_line, dataset, plain_rows, plain_stream
 
@@ -132,3 +133,12 @@ def test_only_bad_lines(tmp_path):
     (tmp_path / "bad.jsonl").write_text("?\n?\n")
     with pytest.raises(UserError, match=r"bad.jsonl: holds no tokens; .*bad.jsonl:1: not JSON"):
         dataset(tmp_path / "bad.jsonl", skip_bad_lines=True)
+
+
+@pytest.mark.parametrize(("dtype", "warns"), [("<i8", True), ("<i4", False)])
+def test_ids_of_64_bits_read_as_32_bits_are_reported(tmp_path, caplog, dtype, warns):
+    ids = np.random.default_rng(0).integers(0, 512, (3, 20)).astype(dtype)
+    lines = [json.dumps({"tokens": base64.b64encode(row.tobytes()).decode()}) for row in ids]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    dataset(tmp_path / "a.jsonl", seq_length=8)
+    assert ("every second id is 0; are its ids 64-bit numbers" in caplog.text) == warns

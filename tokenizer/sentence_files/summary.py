@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from EasyLM.data.records import looks_like_int64
 from tokenizer.image_quality import code_usage
 from tokenizer.media import charts
 
@@ -50,7 +51,7 @@ class Summary:
         self._id_counts = np.zeros(vocab_size, np.int64)
         self._batch: list[np.ndarray] = []
         self._batch_ids = 0
-        self._sentences = self._tokens = self._partial_images = self._longest = 0
+        self._sentences = self._tokens = self._partial_images = self._longest = self._like_int64 = 0
         self._shortest: int | None = None
         self._lengths: collections.Counter[int] = collections.Counter()  # images of a sentence -> sentences
         self._kinds: collections.Counter[str] = collections.Counter()
@@ -62,6 +63,7 @@ class Summary:
         self._longest = max(self._longest, length)
         self._shortest = length if self._shortest is None else min(self._shortest, length)
         self._partial_images += bool(length % self._tokens_per_image)
+        self._like_int64 += looks_like_int64(ids)
         self._lengths[length // self._tokens_per_image] += 1
         kind = str(record.get("kind", NO_KIND))
         self._kinds[kind if kind in self._kinds or len(self._kinds) < MAX_KINDS else OTHER_KINDS] += 1
@@ -87,6 +89,7 @@ class Summary:
             "longest": self._longest,
             "mean_length": self._tokens / max(self._sentences, 1),
             "not_whole_images": self._partial_images,
+            "alternate_zeros": self._like_int64,
             "lengths_in_images": {str(length): self._lengths[length] for length in sorted(self._lengths)},
             "codes_used": codes_used,
             "codes_used_share": codes_used / self._codebook_size,
@@ -116,6 +119,10 @@ def table(statistics: Mapping[str, Any], codebook_size: int, tokens_per_image: i
         "bad lines": f"{statistics['bad_lines']:,}",
     }
     lines = [f"{name:<20} {value}" for name, value in values.items()]
+    if statistics["alternate_zeros"]:
+        lines.append(
+            f"every second id is 0 in {statistics['alternate_zeros']:,} sentences: are the ids 64-bit numbers?"
+        )
     if statistics["not_whole_images"]:
         lines.append(
             f"{statistics['not_whole_images']:,} sentences are not a whole number of images, {tokens_per_image} tokens "

@@ -145,3 +145,11 @@ def test_missing_matplotlib_is_reported_before_the_files_are_read(tmp_path, monk
 def test_invalid_settings(sentences, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         statistics(tmp_path, **settings)
+
+
+def test_ids_of_64_bits_are_reported(tmp_path, capsys):
+    ids = np.random.default_rng(0).integers(0, 128, (3, 2 * TOKENS_PER_IMAGE))
+    wide, narrow = (b"".join(records.record_line(row) for row in rows) for rows in (ids.view("<i4"), ids))
+    (tmp_path / "a.jsonl").write_bytes(wide + narrow)
+    assert statistics(tmp_path, "a.jsonl")["alternate_zeros"] == 3
+    assert "every second id is 0 in 3 sentences" in capsys.readouterr().out
