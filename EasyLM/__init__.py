@@ -13,6 +13,7 @@ Modules that all rooms may import:
     errors        UserError, for mistakes that the user can correct
     flags         declared command-line settings
     process_pool  worker processes that do not import JAX
+    progress      progress bars, and lines in the log of a job
 """
 
 __version__ = "0.2.0"

@@ -8,6 +8,7 @@ import builtins
 import dataclasses
 import difflib
 import functools
+import logging
 import math
 import operator
 import os
@@ -144,6 +145,8 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
+    # JAX reports every kind of device that the machine does not have.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     flags.FLAGS.mark_as_parsed()
     app.run(checked_main, argv=argv[:1], flags_parser=lambda program: program)
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import einops
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.progress import progress
 from EasyLM.storage import file_version
 from tokenizer.media import images
 from tokenizer.sentence_files import read_sentences, rendering
@@ -62,7 +62,7 @@ def decode_sentences(codec: Codec, path: str, selection: Selection) -> Iterator[
     tokens_per_image = codec.config.tokens_per_image
     sentences = read_sentences(path, codec.config.num_embeddings)
     try:
-        for number, ids, record in tqdm(select(sentences, selection), unit=" sentences", desc="decoding"):
+        for number, ids, record in progress(select(sentences, selection), unit=" sentences", desc="decoding"):
             if len(ids) == 0 or len(ids) % tokens_per_image:
                 raise UserError(
                     f"{path}: sentence {number}: {len(ids)} tokens are not a whole number of images, "

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.progress import progress
 from EasyLM.storage import check_output, write_json
 from tokenizer.image_quality import FeatureStatistics, code_usage, frechet_distance, inception, psnr, ssim, warn_if_few
 from tokenizer.media import folders, grids, images
@@ -104,7 +104,7 @@ def measure(
     values: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
     pairs, features = [], (FeatureStatistics(), FeatureStatistics())
     counts_K = np.zeros(codec.config.num_embeddings, np.int64)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), unit="image") as bar:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress(total=len(paths), unit="image") as bar:
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             pixels = np.stack(list(pool.map(lambda path: images.load(path, codec.config.resolution), batch)))

@@ -4,12 +4,10 @@ Counts sentences, tokens, lengths, kinds and uses of the codes, and lists bad li
 once, so memory does not grow with their size.
 """
 
-import sys
-
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from EasyLM.flags import Flag, run
+from EasyLM.progress import progress
 from EasyLM.storage import check_output, expand_paths, write_json
 from EasyLM.vocab import CODEBOOK_SIZE, TOKENS_PER_IMAGE, VOCAB_SIZE
 from tokenizer.media import charts
@@ -39,7 +37,7 @@ def main(config: ConfigDict) -> None:
     vocab_size = max(config.vocab_size, config.codebook_size)
     summary = Summary(vocab_size, config.codebook_size, config.tokens_per_image)
     bad_lines = BadLines(config.max_listed)
-    with tqdm(unit=" sentences", desc="reading", disable=not sys.stderr.isatty()) as bar:
+    with progress(unit=" sentences", desc="reading") as bar:
         for path in paths:
             for ids, record in read_sentences(path, config.vocab_size, bad_lines.add):
                 summary.add(ids, record)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.progress import progress
 from EasyLM.storage import atomic_file, expand_paths, file_version, is_compressed
 from EasyLM.vocab import VOCAB_SIZE
 from tokenizer.sentence_files import SkippedInputs, read_sentences
@@ -48,7 +48,7 @@ def main(config: ConfigDict) -> None:
     with prefix_errors("--output_file", separator="="):
         check_disk_space(config.output_file, _needed_space(paths, config.unpack))
     skipped = SkippedInputs(config.max_errors)
-    with tqdm(unit=" sentences", desc="unpacking" if config.unpack else "packing") as bar:
+    with progress(unit=" sentences", desc="unpacking" if config.unpack else "packing") as bar:
 
         def sentences(path: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
             for sentence in read_sentences(path, config.vocab_size, skipped.add):

@@ -14,11 +14,11 @@ from functools import partial
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from EasyLM.errors import prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import exit_with_parent
+from EasyLM.progress import progress
 from tokenizer.builders import views
 from tokenizer.media import images, video_writer
 from tokenizer.synthetic import layouts, photos, scenes, seed_ranges
@@ -59,7 +59,7 @@ def main(config: ConfigDict) -> None:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(config.workers, spawn, exit_with_parent) as pool:
         results = pool.map(_call, jobs, chunksize=max(1, min(16, len(jobs) // (4 * config.workers))))
-        for _ in tqdm(results, total=len(jobs), unit="scene", desc="rendering"):
+        for _ in progress(results, total=len(jobs), unit="scene", desc="rendering"):
             pass
 
 

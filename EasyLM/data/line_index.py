@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import RecordError, check_ids, looks_like_int64, parse_line, token_type
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
+from EasyLM.progress import progress
 from EasyLM.storage import Columns, cached_columns, content_digest, file_version, open_binary
 
 RANGE_BYTES = 64 << 20  # one task of a worker
@@ -105,9 +105,7 @@ def _build(
 
 
 def _progress_bar(path: str, size: int) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; the log of a job gets one line per minute
-    name = os.path.basename(path)
-    return tqdm(total=size, desc=f"indexing {name}", unit="B", unit_scale=True, mininterval=interval, delay=2)
+    return progress(total=size, desc=f"indexing {os.path.basename(path)}", unit="B", unit_scale=True, delay=2)
 
 
 def scan_range(path: str, processor: RecordProcessor, strict: bool, start: int, stop: int) -> RangeScan:

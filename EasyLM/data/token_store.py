@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from EasyLM.data.protocols import Examples
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import RecordError, parse_line
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
+from EasyLM.progress import progress
 from EasyLM.storage import cached_columns
 
 STORE_DTYPES = ("i4", "u4", "i2", "u2")
@@ -105,7 +105,7 @@ def _tokenize_all(
     first_bad = None
     tokenize = functools.partial(_tokenize, processor)
     with (
-        tqdm(desc=f"tokenizing {examples.name}", total=examples.total, unit=" examples", delay=2) as bar,
+        progress(desc=f"tokenizing {examples.name}", total=examples.total, unit=" examples", delay=2) as bar,
         Workers(settings.processes) as workers,
     ):
         iterator = iter(examples)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
+from EasyLM.progress import progress
 from EasyLM.storage import is_remote
 from EasyLM.training.step import Batch, Metrics
 from EasyLM.training.stop_signal import StopVote
@@ -149,7 +150,7 @@ class Report:
 
     def progress_bar(self, start: int) -> tqdm:
         """Returns the progress bar, a context manager; only process 0 shows it. Starts the measurement of time."""
-        self._bar = tqdm(
+        self._bar = progress(
             total=self._settings.total_steps,
             initial=start,
             unit="step",
@@ -168,13 +169,14 @@ class Report:
         metrics = jax.device_get(metrics)
         finite = bool(metrics.pop("finite"))
         self.throughput.count_step()
-        self._bar.update()
         self._nonfinite = 0 if finite else self._nonfinite + 1
         if logged or not finite:
             rates = self.throughput.metrics()
             self._log({"step": step, **metrics, "skipped_update": not finite, **rates})
             unit = self.throughput.unit
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rates[f'{unit}_per_second']:,.0f} {unit}/s")
+            figures = f"loss {metrics['loss']:.4f}, {rates[f'{unit}_per_second']:,.0f} {unit}/s"
+            self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update()
         if not finite:
             path = _save_batch(self._run_dir, step, batch)
             logging.warning("step %d: loss or gradient is not finite; no update; batch saved in %s", step, path)

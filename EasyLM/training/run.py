@@ -158,6 +158,7 @@ def _compiled_step(
         name: jax.ShapeDtypeStruct((task.data.batch_size, *array.shape[1:]), array.dtype, sharding=sharding)
         for name, array in task.data.train.rows(0, 1).items()
     }
+    logging.info("compiling the train step")
     begin = time.perf_counter()
     compiled = jit_train_step(step, state_shardings, mesh).lower(state, batch).compile()
     logging.info("compiled the train step in %.1f s", time.perf_counter() - begin)

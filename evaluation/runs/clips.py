@@ -11,10 +11,10 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
+from EasyLM.progress import progress
 from EasyLM.storage import read_text_lines
 from tokenizer.media import images, videos
 from tokenizer.media.folders import natural_key
@@ -96,7 +96,7 @@ def find_clips(settings: ClipSettings, num_frames: int) -> list[Clip]:
         return _open_clip(settings, path, os.path.relpath(path, root), num_frames)
 
     with ThreadPoolExecutor(settings.n_workers) as pool:  # counting the frames of a video requires reading it
-        bar = tqdm(pool.map(open_clip, paths), total=len(paths), desc="reading clips", unit="clip")
+        bar = progress(pool.map(open_clip, paths), total=len(paths), desc="reading clips", unit="clip")
         clips = [clip for clip in bar if clip is not None]
     if len(clips) < len(paths):
         print(f"{len(paths) - len(clips)} of {len(paths)} clips have fewer than {num_frames} frames and are skipped")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, to_dataclass
+from EasyLM.progress import progress
 from EasyLM.storage import check_output
 from evaluation.prompting.prompter import Prompter, PrompterSettings
 from evaluation.prompting.settings import GenerationSettings
@@ -156,7 +156,7 @@ def _for_each_batch(
 
     # Rounded up to a multiple of the shards: padding would waste the remaining shards.
     batch_size = -(-batch_size // prompter.batch_shards) * prompter.batch_shards
-    with tqdm(total=len(run.examples), initial=len(run.examples) - len(missing), unit="example") as bar:
+    with progress(total=len(run.examples), initial=len(run.examples) - len(missing), unit="example") as bar:
         for batch, loaded in loaded_batches(missing, batch_size, load, run.num_workers, run.lengths):
             for example, values in zip(batch, compute(batch, loaded), strict=False):
                 results.add(example, values)

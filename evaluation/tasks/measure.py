@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from EasyLM.progress import progress
 from evaluation.prompting import GenerationSettings, Prompter
 from evaluation.tasks import metrics
 from evaluation.tasks.baselines import baseline_answers
@@ -74,7 +74,7 @@ class Measurement:
         """Returns the tokens of the model's answers and the log-likelihoods of the true tokens, both [Q, N]."""
         generation = dataclasses.replace(self.generation, context_images=prompts_QPN.shape[1] + 1)
         answers, likelihoods = [], []
-        for start in tqdm(range(0, len(prompts_QPN), self.batch_size), desc=description, unit="batch"):
+        for start in progress(range(0, len(prompts_QPN), self.batch_size), desc=description, unit="batch"):
             batch = slice(start, start + self.batch_size)
             prompts, targets = list(prompts_QPN[batch]), list(true_tokens_QN[batch])
             answers_BCFN = self.prompter.generate(prompts, generation)

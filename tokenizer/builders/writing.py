@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from EasyLM.data import records
 from EasyLM.process_pool import Workers
+from EasyLM.progress import progress
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.kinds import KINDS, Sentence, compose
@@ -111,8 +111,7 @@ def _remaining(
 
 def progress_bar(description: str, done: int, total: int) -> tqdm:
     """Returns a bar whose estimate of the remaining time ignores the examples of an earlier run."""
-    # Without a terminal, as in the log of a job, one line per minute is enough.
-    bar = tqdm(unit="example", desc=description, mininterval=0.5 if sys.stderr.isatty() else 60)
+    bar = progress(unit="example", desc=description)
     bar.reset(total)
     bar.initial = bar.n = bar.last_print_n = done
     bar.refresh()

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from EasyLM.data import records
 from EasyLM.errors import UserError
+from EasyLM.progress import progress
 from EasyLM.storage import atomic_file, file_version, is_compressed, read_lines
 from tokenizer.sentence_files import disk_shuffle
 from tokenizer.sentence_files.disk_shuffle import KEY_BITS, KeyedLine
@@ -60,7 +60,7 @@ def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInpu
     files = [(source, path) for source in sources for path in source.paths]
     is_size_known = not any(is_compressed(path) for _, path in files)
     total = sum(file_version(path)["size"] for _, path in files) if is_size_known else None
-    with tqdm(total=total, unit="B", unit_scale=True, desc="checking") as bar:
+    with progress(total=total, unit="B", unit_scale=True, desc="checking") as bar:
         for source, path in files:
             for number, line in read_lines(path):
                 bar.update(len(line) + 1)
@@ -101,9 +101,9 @@ def write_mixture(path: str, sources: Sequence[Source], seed: int, memory_bytes:
     total = sum(source.taken for source in sources)
     directory = os.path.dirname(os.path.abspath(path))
     with tempfile.TemporaryDirectory(dir=directory, prefix=".mix_") as folder, atomic_file(path) as file:
-        keyed = tqdm(keyed_lines(sources, seed), total=total, unit=" sentences", desc="reading")
+        keyed = progress(keyed_lines(sources, seed), total=total, unit=" sentences", desc="reading")
         lines = disk_shuffle.sort_by_key(keyed, _mixture_bytes(sources), memory_bytes, folder)
-        for line in tqdm(lines, total=total, unit=" sentences", desc="writing"):
+        for line in progress(lines, total=total, unit=" sentences", desc="writing"):
             file.write(line + b"\n")
     return total
 

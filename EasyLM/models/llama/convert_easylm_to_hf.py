@@ -8,7 +8,6 @@ import os
 import shutil
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import Entry
@@ -16,6 +15,7 @@ from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_beside
+from EasyLM.progress import progress
 
 FLAGS = {
     "load_checkpoint": Flag(
@@ -66,7 +66,7 @@ def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
     temporary = f"{output_dir.rstrip('/')}.tmp-{os.getpid()}"
     try:
         os.makedirs(temporary)
-        with tqdm(total=len(tensors), desc="exporting", unit="tensor") as bar:
+        with progress(total=len(tensors), desc="exporting", unit="tensor") as bar:
             hf_files.write_safetensors(temporary, [hf_files.with_progress(tensor, bar) for tensor in tensors])
         dtype = tensors[0].dtype
         for name, values in {

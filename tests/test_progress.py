@@ -1,0 +1,38 @@
+"""Progress is a bar on a terminal and lines in a log."""
+
+import io
+import sys
+import time
+
+import pytest
+
+from EasyLM import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "is_bar"), [(io.StringIO, False), (Terminal, True)])
+def test_a_log_gets_lines_and_a_terminal_a_bar(monkeypatch, stream, is_bar):
+    monkeypatch.setattr(sys, "stderr", stream())
+    for _ in progress.progress(range(1000), desc="reading", file=sys.stderr):
+        pass
+    text = sys.stderr.getvalue()
+    assert ("\r" in text) == is_bar and "1000/1000" in text
+    if not is_bar:  # the beginning and the end
+        assert [line.split(":")[0] for line in text.splitlines() if line] == ["reading", "reading"]
+
+
+def test_a_log_gets_a_line_for_each_interval(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
+    begin = time.perf_counter()
+    with progress.progress(total=10**9, file=sys.stderr) as bar:
+        while sys.stderr.getvalue().count("\n") < 5 and time.perf_counter() - begin < 20:
+            bar.set_postfix_str("loss 1.0", refresh=False)
+            bar.update()
+        lines = [line for line in sys.stderr.getvalue().splitlines() if line]
+    assert len(lines) == 5 and all("loss 1.0" in line for line in lines[1:])
+    assert time.perf_counter() - begin > 4 * 0.05
