@@ -22,6 +22,7 @@ def pixels():
     return np.stack([smooth_image(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
 
 
+@pytest.mark.slow
 def test_batch_size_devices_and_cores_do_not_affect_codes(tiny, pixels, monkeypatch):
     assert jax.device_count() == 8
     monkeypatch.setattr(os, "cpu_count", lambda: 2)

@@ -41,6 +41,7 @@ def test_default_config_has_the_released_shapes(golden):
     assert VQGANConfig().tokens_per_image == 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
