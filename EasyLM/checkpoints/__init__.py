@@ -1,25 +1,25 @@
 """Checkpoints: formats, loading, background saving, run directories and the metadata beside them.
 
-May import `EasyLM.storage`. A checkpoint is named `PREFIX::PATH` (`trainstate::RUN/streaming_train_state`).
+May import `EasyLM.storage`. `PREFIX::PATH` names a checkpoint, for example `trainstate::RUN/streaming_train_state`.
 
 Vocabulary:
-  entry: one array of a checkpoint file, with its key; read on demand.
+  entry: one array of a checkpoint file, with its key. It is read on demand.
   key: the path of an array, a tuple of names (`("params", "transformer", "h", "3", ...)`).
-  stacked: with all layers along a leading axis, as arrays are in memory; files have one entry per layer.
-  state: `step`, `params` and `opt_state`; a train state is a file of all three.
-  sidecar: `metadata.json` or `dataset.json` beside the file of a state.
-  milestone: a checkpoint that is never pruned.
+  stacked: with all layers along the leading axis. Arrays are stacked in memory; files have one entry per layer.
+  state: `step`, `params` and `opt_state`. A train state is a checkpoint that holds all three.
+  sidecar: `metadata.json` or `dataset.json`, in the directory of a checkpoint file.
+  milestone: a checkpoint that pruning keeps.
 
 Modules:
-  entries: an array that is not read yet.
-  msgpack_arrays, streaming: the byte formats, of one array and of a file.
-  stacking: layers in memory and in files.
+  entries: arrays that have not been read yet.
+  msgpack_arrays, streaming: the byte format of one array, and that of a whole file.
+  stacking: the layout of layers in memory and in files.
   formats: the prefixes and their readers.
-  loading: from a checkpoint into shapes, types and shardings.
-  saving: the background writer of a run.
+  loading: loads a checkpoint into given shapes, types and shardings.
+  saving: saves the checkpoints of a run in the background.
   run_directory: atomic saves, links, milestones, pruning.
-  metadata: sidecars.
-  restricted_pickle: settings in pickles of the LVM release.
+  metadata: reads and creates the content of sidecars.
+  restricted_pickle: reads settings from pickles of the LVM release.
 """
 
 from EasyLM.checkpoints.entries import Entry

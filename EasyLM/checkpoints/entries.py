@@ -1,4 +1,4 @@
-"""An array of a checkpoint file that is not read yet, and the memory to read it into."""
+"""Arrays of a checkpoint file that have not been read yet, and host memory for them."""
 
 import dataclasses
 import io
@@ -17,7 +17,7 @@ from EasyLM.storage import is_remote
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One array of a checkpoint, not yet read."""
+    """One array of a checkpoint that has not been read yet."""
 
     key: tuple[str, ...]
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class Entry:
     read_into: Callable[[np.ndarray], None]  # fills a C-contiguous array of this shape and dtype
 
     def read(self) -> np.ndarray:
-        """Returns the array in fresh memory."""
+        """Reads the array into newly allocated memory and returns it."""
         array = host_memory(self.shape, self.dtype)
         self.read_into(array)
         return array
@@ -38,8 +38,9 @@ class Entry:
 def host_memory(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
     """Returns a zeroed, page-aligned array, which a CPU device adopts without a copy.
 
-    The pages have the default size. NumPy requests huge pages; a virtual machine that returns free memory to its host
-    must fault those in again each time, which made the first use of an array 3 to 7 times slower.
+    The memory uses pages of the default size, whereas NumPy requests huge pages. A virtual machine that returns free
+    memory to its host must fault in huge pages again for each array. The first use of an array was then 3 to 7 times
+    slower.
     """
     size = math.prod(shape)
     memory = mmap.mmap(-1, max(1, size * np.dtype(dtype).itemsize))
@@ -47,15 +48,15 @@ def host_memory(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
 
 
 def bytes_of(array: np.ndarray) -> memoryview:
-    """Returns the raw bytes of a C-contiguous array without a copy. (bfloat16 has no buffer protocol of its own.)"""
+    """Returns the raw bytes of a C-contiguous array without a copy. bfloat16 lacks the buffer protocol."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarray) -> None:
-    """Fills an array with pieces `(offset, num_bytes)` of a file. Thread-safe.
+    """Fills an array with the pieces `(offset, num_bytes)` of a file. This function is thread-safe.
 
     Raises:
-      UserError: if the file was truncated or deleted in the meantime.
+      UserError: if the file has been truncated or deleted since its headers were read.
     """
     buffer, position = bytes_of(array), 0
     try:
@@ -76,7 +77,7 @@ def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarra
 
 
 def _open_unbuffered(path: str) -> io.RawIOBase:
-    """Opens a file so that local reads go straight into the caller's buffer."""
+    """Opens a file. Reads of a local file fill the caller's buffer without an intermediate copy."""
     if is_remote(os.fspath(path)):
         return fsspec.open(path, "rb").open()
     return open(path, "rb", buffering=0)

@@ -1,4 +1,4 @@
-"""Checkpoint formats: `PREFIX::PATH` names a checkpoint, and its prefix selects the reader of the file."""
+"""Checkpoint formats. `PREFIX::PATH` names a checkpoint; the prefix selects the function that reads the file."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ def _below_params(path: str, entries: list[Entry]) -> list[Entry]:
 
 
 def _orbax(path: str) -> list[Entry]:
-    import orbax.checkpoint as ocp  # the import takes a second
+    import orbax.checkpoint as ocp  # imported here because the import takes a second
 
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(os.path.abspath(path))
@@ -54,7 +54,7 @@ def _copier(array, layer: int | None) -> Callable[[np.ndarray], None]:
     return lambda out: np.copyto(out, array if layer is None else array[layer])
 
 
-# Prefix -> reader of the entries: of a whole train state, or of parameters under the keys they have in a train state.
+# Prefix -> reader, which returns entries of a train state or of parameters. Parameters have their train state keys.
 CHECKPOINT_FORMATS: dict[str, Reader] = {
     "trainstate": _train_state,
     "trainstate_params": _train_state_params,
@@ -69,20 +69,20 @@ def open_checkpoint(spec: str, formats: Mapping[str, Reader] = CHECKPOINT_FORMAT
     """Returns the entries of the checkpoint `PREFIX::PATH` without reading their arrays.
 
     Raises:
-      UserError: for an unknown prefix, a missing path or one of the wrong kind, and a broken file.
+      UserError: if the prefix is unknown, the path is missing or of the wrong kind, or the file is broken.
     """
     prefix, path = parse_spec(spec, formats, f"checkpoint {spec!r}")
     return formats[prefix](path)
 
 
 def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str, str]:
-    """Returns prefix and path of `PREFIX::PATH`.
+    """Returns the prefix and the path of `PREFIX::PATH`.
 
     Args:
       name: the name of the spec in error messages.
 
     Raises:
-      UserError: for an unknown prefix, and a missing path or one of the wrong kind.
+      UserError: if the prefix is unknown, or the path is missing or of the wrong kind.
     """
     prefix, separator, path = spec.partition("::")
     if not separator:

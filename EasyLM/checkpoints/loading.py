@@ -18,43 +18,47 @@ from EasyLM.errors import UserError
 _READ_THREADS = 2  # more threads need more host memory and are no faster
 _MAX_NAMES_IN_ERROR = 6
 
-Bounds = tuple[tuple[int, int], ...]  # (start, stop) of a part of an array along each axis
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) along each axis, for one part of an array
 
 
 def load(spec: str, target: Any = None, formats: Mapping[str, Reader] = CHECKPOINT_FORMATS) -> Any:
     """Loads the checkpoint `PREFIX::PATH`.
 
-    Prefixes: `trainstate` (a whole streaming train state), `trainstate_params` (its parameters), `params` (a streaming
-    file of parameters), `flax_params` (plain flax msgpack), `orbax` (an Orbax directory of parameters, or of a train
-    state, whose parameters are loaded), and the others in `formats`.
+    Prefixes:
+      trainstate: all of a streaming train state.
+      trainstate_params: the parameters of a streaming train state.
+      params: a streaming file of parameters.
+      flax_params: a plain flax msgpack file of parameters.
+      orbax: the parameters in an Orbax directory, which holds parameters or a train state.
+    `formats` may define more prefixes.
+
+    The target may enable or disable gradient accumulation independently of the file. If only the target has it, the
+    accumulators and the micro-step are zero, and the number of updates is the file's step. If only the file has it, the
+    accumulated gradients are dropped with a warning. In both cases `step`, parameters and moments are kept.
 
     Args:
-      target: a pytree of shapes, types and shardings (`jax.ShapeDtypeStruct`, or arrays): a train state for
-        `trainstate`, else its parameters. Each array is cast to the target's type and placed on its sharding; a process
-        transfers only its own shards. Without a sharding it stays a NumPy array. None: the whole content of the file,
-        as nested dicts of NumPy arrays.
-      formats: the prefixes that are allowed.
-
-    Gradient accumulation may be switched on or off. A train state saved without it loads into one with it:
-    accumulators and micro-step are zero, and the number of updates is the file's step. In the other direction,
-    gradients accumulated so far are dropped with a warning. Both keep `step`, parameters and moments.
+      target: a pytree of `jax.ShapeDtypeStruct` or arrays, which give shapes, types and shardings. For `trainstate` it
+        is a train state; for the other prefixes it holds parameters. Each array is cast to the target's type and placed
+        on the target's sharding. A process transfers only its own shards. An array without a sharding is returned as a
+        NumPy array. If the target is None, the whole file is returned as nested dicts of NumPy arrays.
+      formats: the allowed prefixes and their readers.
 
     Returns:
       The target's structure with the loaded arrays.
 
     Raises:
-      UserError: for an unknown prefix, a missing path or one of the wrong kind, a broken file, and names or shapes that
-        differ from the target's. All errors are raised before any array is read.
+      UserError: if the prefix is unknown, the path is missing or of the wrong kind, the file is broken, or names or
+        shapes differ from the target's. These errors are raised before any array is read.
     """
     return load_entries(spec, open_checkpoint(spec, formats), target)
 
 
 def load_entries(spec: str, opened: Sequence[Entry], target: Any = None) -> Any:
-    """Loads a checkpoint that has been opened; see `load`.
+    """Loads an open checkpoint; see `load`.
 
     Args:
-      spec: the checkpoint's name in errors.
-      opened: its entries, as returned by `open_checkpoint`.
+      spec: the checkpoint's name in error messages.
+      opened: the entries that `open_checkpoint` returned.
     """
     entries = {entry.key: entry for entry in opened}
     if target is None:
@@ -96,10 +100,10 @@ def _zeros(key: Key, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
 
 
 def check_entries(source: str, entries: Mapping[Key, Entry], wanted: list[StackedArray]) -> None:
-    """Checks that the entries of `source` are those of the wanted arrays.
+    """Checks that the entries of `source` match the wanted arrays.
 
     Raises:
-      UserError: naming keys and shapes, if they are not.
+      UserError: if they do not match. The message names keys and shapes.
     """
     by_key = {key: stacked for stacked in wanted for key in stacked.file_keys}
     reasons = [
@@ -123,7 +127,7 @@ def _join_keys(keys: list[Key]) -> str:
 
 
 def _read_arrays(entries: Mapping[Key, Entry], wanted: list[StackedArray]) -> list:
-    """Reads the wanted arrays. Reading the next arrays overlaps with the transfer of one to its devices."""
+    """Reads the wanted arrays. The transfer of one array to its devices overlaps with the reads of the next arrays."""
     arrays: list = []
     reading: collections.deque = collections.deque()
     with ThreadPoolExecutor(_READ_THREADS) as pool:
@@ -160,7 +164,7 @@ def _read_parts(entries: Mapping[Key, Entry], stacked: StackedArray) -> dict[Bou
 
 
 def _device_bounds(stacked: StackedArray) -> dict[jax.Device | None, Bounds]:
-    """Returns device -> bounds of its shard, or None -> bounds of the whole array if there is no sharding."""
+    """Maps each device to the bounds of its shard. Without a sharding, maps None to the bounds of the whole array."""
     shape, sharding = stacked.array.shape, getattr(stacked.array, "sharding", None)
     if sharding is None:
         return {None: tuple((0, size) for size in shape)}

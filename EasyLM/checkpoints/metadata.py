@@ -1,4 +1,4 @@
-"""The files beside a checkpoint: `metadata.json` describes the run, `dataset.json` is the position in its data."""
+"""Sidecar files of a checkpoint: `metadata.json` describes the run; `dataset.json` holds its position in the data."""
 
 import contextlib
 import functools
@@ -16,10 +16,10 @@ from EasyLM.storage import open_binary
 
 
 def load_metadata(path: str) -> dict:
-    """Reads the metadata of a run: JSON, or a pickle of the LVM release, of which no code is executed.
+    """Reads the metadata of a run from JSON or from a pickle of the LVM release. No code in the pickle is executed.
 
     Raises:
-      UserError: if the file is neither, or its pickle refers to anything but settings.
+      UserError: if the file has neither format, or the pickle refers to anything other than settings.
     """
     with contextlib.closing(open_binary(path)) as file:
         data = file.read()
@@ -31,11 +31,11 @@ def load_metadata(path: str) -> dict:
         raise UserError(f"{path}: not JSON ({error})") from None
 
 
-load_dataset_state = load_metadata  # the same two formats
+load_dataset_state = load_metadata  # the dataset state has the same two formats
 
 
 def make_metadata(step: int, flags: Mapping, **sections: Any) -> dict:
-    """Returns a checkpoint's metadata: step, flags, the caller's sections (model, mesh), versions, git revision."""
+    """Returns the metadata of a checkpoint: step, flags, `sections` (model, mesh), versions and git revision."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     versions["python"] = platform.python_version()
     return {"step": step, "flags": dict(flags), **sections, "versions": versions, "git_revision": _git_revision()}
@@ -43,7 +43,7 @@ def make_metadata(step: int, flags: Mapping, **sections: Any) -> dict:
 
 @functools.cache
 def _git_revision() -> str | None:
-    """Returns the commit of this code, with `+changes` if the working tree is modified; None outside a git checkout."""
+    """Returns the git commit, with `+changes` if the working tree is modified. Returns None outside a git checkout."""
     git = ["git", "-C", os.path.dirname(__file__)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

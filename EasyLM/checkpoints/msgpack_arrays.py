@@ -1,7 +1,7 @@
 """The msgpack encoding of an array in flax: an extension of type 1 with `(shape, dtype name, raw bytes)`.
 
-An array of more than 2^30 bytes is a map of flat chunks instead. This module parses only the headers; array bytes are
-transferred directly between the file and the caller's buffer, so that no file is ever held in memory as a whole.
+An array of more than 2^30 bytes is encoded as a map of flat chunks. This module parses only the headers. It transfers
+array bytes directly between the file and the caller's buffer, so it never holds a whole file in memory.
 """
 
 import functools
@@ -24,7 +24,7 @@ MAX_CHUNK_BYTES = 2**30  # flax.serialization.MAX_CHUNK_SIZE: a larger array is 
 CHUNKED = "__msgpack_chunked_array__"
 _NDARRAY, _NPSCALAR = 1, 3  # flax's extension types
 
-# First byte -> (kind, width in bytes of the big-endian number that follows: a length, or the value itself).
+# First byte -> (kind, width in bytes of the big-endian number that follows). The number is a length or the value.
 _HEADERS = {
     0xC2: ("bool", 0),
     0xC3: ("bool", 0),
@@ -35,7 +35,7 @@ _HEADERS = {
     **{0xDC + i: ("array", 2 << i) for i in range(2)},
     **{0xDE + i: ("map", 2 << i) for i in range(2)},
 }
-# First bytes below each limit hold the kind and the number in one byte: (limit, kind, first byte of number 0).
+# (limit, kind, first byte of number 0). A first byte below the limit encodes both the kind and the number.
 _ONE_BYTE_HEADERS = ((0x80, "int", 0), (0x90, "map", 0x80), (0xA0, "array", 0x90), (0xC0, "str", 0xA0))
 _FIXED_EXT = {0xD4 + i: 1 << i for i in range(5)}  # first byte -> length
 
@@ -45,7 +45,7 @@ class HeaderReader:
 
     Attributes:
       offset: the next byte to read.
-      location: the entry that is being read, for error messages.
+      location: the current entry, for error messages.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -55,7 +55,7 @@ class HeaderReader:
             self._file: Any = fsspec.open(path, "rb", block_size=1 << 16).open()  # headers are small and far apart
             self.size = self._file.size
         else:
-            self._resolved_path = os.path.realpath(os.fspath(path))  # a running job may repoint its links
+            self._resolved_path = os.path.realpath(os.fspath(path))  # a running job may change its links
             self._file = open(self._resolved_path, "rb", buffering=4096)  # noqa: SIM115  (closed by __exit__)
             self.size = os.path.getsize(self._resolved_path)
 
@@ -66,7 +66,7 @@ class HeaderReader:
         self._file.close()
 
     def fail(self, reason: str) -> NoReturn:
-        """Raises UserError with the file, the entry and the byte offset."""
+        """Raises a UserError that names the file, the entry and the byte offset."""
         raise UserError(f"{self.path}: {self.location}: byte {self.offset}: {reason}")
 
     def take(self, count: int) -> bytes:
@@ -79,7 +79,7 @@ class HeaderReader:
         return data
 
     def token(self) -> tuple[str, int]:
-        """Returns (kind, length or value) of the next header. The type byte of an extension is not consumed."""
+        """Returns (kind, length or value) of the next header. Does not consume the type byte of an extension."""
         self._token_start = self.offset
         first = self.take(1)[0]
         for limit, kind, base in _ONE_BYTE_HEADERS:
@@ -91,11 +91,11 @@ class HeaderReader:
         return kind, int.from_bytes(self.take(width), "big")
 
     def step_back(self) -> None:
-        """Unreads the last token."""
+        """Moves back to the start of the last token."""
         self.offset = self._token_start
 
     def expect(self, kind: str, length: int | None = None) -> int:
-        """Returns the length or value of the next header, which must be of this kind and, if given, length."""
+        """Returns the length or value of the next header. Fails if the kind, or the given length, differs."""
         actual, value = self.token()
         if actual != kind or length not in (None, value):
             self.step_back()
@@ -104,14 +104,14 @@ class HeaderReader:
         return value
 
     def text(self) -> str:
-        """Returns the next value, a string."""
+        """Reads a string."""
         try:
             return self.take(self.expect("str")).decode()
         except UnicodeDecodeError:
             self.fail("a name is not valid UTF-8")
 
     def value(self, key: tuple[str, ...]) -> Entry:
-        """Returns the next value, an array in one piece or in chunks, and skips its bytes."""
+        """Returns the next value as an entry and skips its bytes. The array may be in one piece or in chunks."""
         kind, length = self.token()
         if kind == "map":
             if self.text() != CHUNKED:
@@ -122,7 +122,7 @@ class HeaderReader:
         return self._entry(key, shape, dtype, [piece])
 
     def chunked(self, key: tuple[str, ...], length: int) -> Entry:
-        """Returns a chunked array. Its map of `length` names is read up to and including the first name."""
+        """Returns a chunked array as an entry. The caller has read the map of `length` names through the first name."""
         shape: tuple[int, ...] = ()
         pieces, dtypes = [], set()
         self.expect("bool")

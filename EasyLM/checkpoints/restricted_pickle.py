@@ -1,4 +1,4 @@
-"""Reads the settings in pickles of the LVM release without executing code that a pickle refers to."""
+"""Reads settings from pickles of the LVM release. The code that a pickle refers to is never executed."""
 
 import io
 import pickle
@@ -8,13 +8,13 @@ from EasyLM.errors import UserError
 
 
 class _Settings:
-    """Replaces ml_collections' ConfigDict and FieldReference: holds their attributes and has no behaviour."""
+    """Replaces ConfigDict and FieldReference of ml_collections. It holds their attributes and has no methods."""
 
 
 _ALLOWED = {
     ("ml_collections.config_dict.config_dict", "ConfigDict"): _Settings,
     ("ml_collections.config_dict.config_dict", "FieldReference"): _Settings,
-    **{("builtins", kind.__name__): kind for kind in (bool, float, int, str)},  # field types, as values
+    **{("builtins", kind.__name__): kind for kind in (bool, float, int, str)},  # a FieldReference stores its field type
 }
 
 
@@ -32,11 +32,11 @@ class _RefusedError(Exception):
 def loads(data: bytes, path: str) -> Any:
     """Returns the content of a pickle as plain dicts, lists, tuples and values.
 
-    A ConfigDict becomes a dict, a FieldReference its value.
+    A ConfigDict becomes a dict. A FieldReference becomes its value.
 
     Raises:
-      UserError: naming `path`, if the pickle is broken or refers to anything but ConfigDict, FieldReference and plain
-        types.
+      UserError: if the pickle is broken or refers to anything other than ConfigDict, FieldReference and plain types.
+        The message names `path`.
     """
     try:
         return _plain(_Unpickler(io.BytesIO(data)).load())

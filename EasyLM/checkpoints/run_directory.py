@@ -1,17 +1,17 @@
-"""The checkpoints of a run on disk: a directory per saved step, and symbolic links that are updated atomically.
+"""The checkpoints of a run on disk: one directory per saved step, and symbolic links with atomic updates.
 
     RUN/checkpoints/step_00000020/{streaming_train_state, dataset.json, metadata.json}
     RUN/latest                    -> checkpoints/step_00000020
     RUN/streaming_train_state     -> latest/streaming_train_state     (dataset.json, metadata.json likewise)
     RUN/streaming_train_state_20  -> checkpoints/step_00000020/...    (a milestone; dataset_20.json, metadata_20.json)
 
-A save writes to a temporary directory, calls fsync, and renames it. Then one rename replaces `latest`, which switches
-all of its files together. Then the directories without a link are deleted. A kill at any moment leaves the last
-complete checkpoint in place.
+A save has three stages. It writes the files to a temporary directory, calls fsync, and renames the directory. It then
+replaces the link `latest` by one rename, which switches all files of the checkpoint atomically. Last, it deletes the
+step directories that no link points to. If the process is killed at any moment, the last complete checkpoint remains.
 
-Object stores (through fsspec) have no links. There the directories are the same, and a checkpoint is complete once
-`metadata.json` exists, which is written last. `latest` is an object with the name of the newest directory. A run
-deletes its own previous checkpoint, unless that is a milestone.
+Object stores (accessed through fsspec) have no links. The step directories are the same. A save writes `metadata.json`
+last, so a checkpoint with this file is complete. The object `latest` holds the name of the newest directory. A run
+deletes its own previous checkpoint unless it is a milestone.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ DATASET, METADATA = "dataset.json", "metadata.json"
 PREFIX_OF = {"streaming_train_state": "trainstate", "streaming_params": "params"}  # file name -> checkpoint prefix
 _STEP_DIRECTORY = re.compile(r"step_(\d{8,})(_\d+)?")
 
-Writers = Mapping[str, Callable[[BinaryIO], None]]  # file name -> function that writes the open file
+Writers = Mapping[str, Callable[[BinaryIO], None]]  # file name -> function that writes to the open file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +44,27 @@ class SavedCheckpoint:
 
 
 def open_run_directory(path: str) -> "LinkedDirectory | PlainDirectory":
-    """Returns the run directory at `path`, which need not exist: with links if local, else without."""
+    """Returns the run directory at `path`, which need not exist. A local directory has links; a remote one has none."""
     return PlainDirectory(path) if is_remote(path) else LinkedDirectory(path)
 
 
 def latest_checkpoint(run_dir: str) -> SavedCheckpoint | None:
-    """Returns the newest complete checkpoint of a run, or None. Its files exist until the next save of the run."""
+    """Returns the newest complete checkpoint of a run, or None. The next save of the run may delete its files."""
     return open_run_directory(run_dir).latest() if is_remote(run_dir) or os.path.isdir(run_dir) else None
 
 
 def sidecar_path(checkpoint_path: str, name: str) -> str | None:
     """Returns the path of the `metadata` or `dataset` file beside a checkpoint file, or None.
 
-    The file is JSON, or a pickle of the LVM release.
+    The file is JSON or a pickle of the LVM release.
     """
     if is_remote(checkpoint_path):
         directory, base = checkpoint_path.rsplit("/", 1)
         exists = fsspec.url_to_fs(directory)[0].exists
     else:
-        directory, base = os.path.split(os.path.realpath(checkpoint_path))  # resolved: the files of one save
+        directory, base = os.path.split(os.path.realpath(checkpoint_path))  # resolved to one save
         exists = os.path.exists
-    milestone = re.fullmatch(rf"(?:{'|'.join(PREFIX_OF)})(_\d+)", base)  # the release's: metadata_20.pkl
+    milestone = re.fullmatch(rf"(?:{'|'.join(PREFIX_OF)})(_\d+)", base)  # LVM release: metadata_20.pkl
     candidates = [f"{directory}/{name}{milestone[1] if milestone else ''}{ending}" for ending in (".json", ".pkl")]
     return next((path for path in candidates if exists(path)), None)
 
@@ -86,15 +86,15 @@ class LinkedDirectory:
         self._steps = os.path.join(path, CHECKPOINTS)
 
     def latest(self) -> SavedCheckpoint | None:
-        """Returns the checkpoint that the link `latest` names, or None."""
+        """Returns the checkpoint that the link `latest` points to, or None."""
         directory = os.path.realpath(os.path.join(self.path, LATEST))
         return _saved_checkpoint(directory, os.listdir(directory)) if os.path.isdir(directory) else None
 
     def prepare(self) -> None:
-        """Creates the directory and deletes the incomplete files of a killed run.
+        """Creates the directory and deletes the incomplete files of an interrupted run.
 
         Raises:
-          UserError: if it is not writable, or is a copy without the links.
+          UserError: if the directory is not writable, or is a copy that lost its links.
         """
         try:
             os.makedirs(self._steps, exist_ok=True)
@@ -110,7 +110,7 @@ class LinkedDirectory:
             raise UserError(f"{latest}: not a symbolic link; the run directory was copied without its links: remove it")
 
     def write(self, step: int, writers: Writers, milestone: bool) -> None:
-        """Writes a checkpoint and makes it the newest. An error leaves no files and changes no links."""
+        """Writes a checkpoint and points `latest` to it. A failed write leaves no files and changes no links."""
         temporary = os.path.join(self._steps, f"{TEMPORARY}{step}")
         try:
             os.mkdir(temporary)
@@ -130,7 +130,7 @@ class LinkedDirectory:
         self._prune()
 
     def _free_name(self, step: int) -> str:
-        """Returns an unused directory name. If a run resumes from a milestone, the step may exist already."""
+        """Returns an unused directory name. The step may already exist if the run resumed from a milestone."""
         name, count = f"step_{step:08d}", 0
         while os.path.lexists(os.path.join(self._steps, name)):
             count += 1
@@ -138,7 +138,7 @@ class LinkedDirectory:
         return name
 
     def _update_links(self, directory_name: str, step: int, names: list[str], milestone: bool) -> None:
-        names = sorted(names, key=lambda name: name in PREFIX_OF)  # the state last: its sidecars exist before it
+        names = sorted(names, key=lambda name: name in PREFIX_OF)  # the state is last, so its sidecars exist first
         if milestone:
             for name in names:
                 stem, ending = os.path.splitext(name)
@@ -147,7 +147,7 @@ class LinkedDirectory:
             self._link(name, f"{LATEST}/{name}")
         self._link(LATEST, f"{CHECKPOINTS}/{directory_name}")  # switches all files atomically
         flush_to_disk(self.path)
-        for name in PREFIX_OF:  # dangling if the run saved the other kind before
+        for name in PREFIX_OF:  # the link dangles if the run saved the other kind before
             link = os.path.join(self.path, name)
             if os.path.islink(link) and not os.path.exists(link):
                 os.remove(link)
@@ -162,7 +162,7 @@ class LinkedDirectory:
         os.replace(temporary, link)
 
     def _prune(self) -> None:
-        """Deletes the step directories without a link."""
+        """Deletes the step directories that no link points to."""
         links = [entry.path for entry in os.scandir(self.path) if entry.is_symlink()]
         kept = {
             os.path.relpath(os.path.realpath(link), os.path.realpath(self._steps)).split(os.sep)[0] for link in links
@@ -170,20 +170,20 @@ class LinkedDirectory:
         for name in os.listdir(self._steps):
             if _STEP_DIRECTORY.fullmatch(name) and name not in kept:
                 doomed = os.path.join(self._steps, f"{TEMPORARY}{name}")
-                os.rename(os.path.join(self._steps, name), doomed)  # a step directory is never incomplete
+                os.rename(os.path.join(self._steps, name), doomed)  # a step directory is always complete
                 _remove(doomed)
 
 
 class PlainDirectory:
-    """A run directory on a store without links or renames."""
+    """A run directory on an object store, which has no links and no atomic renames."""
 
     def __init__(self, path: str):
         self.path = path.rstrip("/")
         self._files, _ = fsspec.url_to_fs(self.path)
-        self._previous: str | None = None  # the directory of this run's last save, unless a milestone
+        self._previous: str | None = None  # the directory of the last save; None for a milestone
 
     def latest(self) -> SavedCheckpoint | None:
-        """Returns the checkpoint that the object `latest` names, else the last complete one, or None."""
+        """Returns the checkpoint that `latest` names, or else the complete one with the highest step, or None."""
         steps = f"{self.path}/{CHECKPOINTS}"
         self._files.invalidate_cache()
         if not self._files.exists(steps):
@@ -203,7 +203,7 @@ class PlainDirectory:
         """Checks that the store is writable.
 
         Raises:
-          UserError: if it is not.
+          UserError: if the store is not writable.
         """
         probe = f"{self.path}/{TEMPORARY}probe"
         try:
@@ -214,12 +214,12 @@ class PlainDirectory:
             raise UserError(f"{self.path}: cannot write checkpoints there ({error})") from None
 
     def write(self, step: int, writers: Writers, milestone: bool) -> None:
-        """Writes a checkpoint, its metadata last. A checkpoint of the same step is deleted after that."""
+        """Writes a checkpoint, with its metadata last. Then deletes an older checkpoint of the same step."""
         directory, replaced = f"{self.path}/{CHECKPOINTS}/step_{step:08d}", []
         while self._files.exists(f"{directory}/{METADATA}"):
             replaced.append(directory)
             directory = f"{self.path}/{CHECKPOINTS}/step_{step:08d}_{len(replaced)}"
-        if self._files.exists(directory):  # incomplete
+        if self._files.exists(directory):  # an incomplete checkpoint
             self._files.rm(directory, recursive=True)
         self._files.makedirs(directory, exist_ok=True)
         for name in sorted(writers, key=lambda name: name == METADATA):

@@ -18,7 +18,7 @@ from EasyLM.checkpoints.stacking import Key, StackedArray
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 
-# The names that `--checkpointer.float_dtype` and `--float_dtype` accept for the type of saved parameters.
+# Flag value -> type of saved parameters, for `--checkpointer.float_dtype` and `--float_dtype`.
 FLOAT_DTYPES = {
     name: np.dtype(dtype)
     for dtype, names in {
@@ -43,15 +43,16 @@ CHECKPOINTER_FLAGS = {
 class Checkpointer:
     """Saves a run's states asynchronously. `save` copies the state to host memory; a thread writes the copy.
 
-    Process 0 writes. It keeps one host copy of the saved arrays and reuses the memory for every save; `prepare`
-    allocates it in advance. Every process of a multi-host run calls every method at the same step.
+    Process 0 writes the files. It keeps one host copy of the saved arrays and reuses this memory for every save.
+    `prepare` allocates the memory in advance. In a multi-host run, every process must call `save` and `wait` at the
+    same steps.
 
     Args:
-      run_dir: local, or remote through fsspec (see `run_directory`).
+      run_dir: a local path, or a remote path that fsspec supports; see `run_directory`.
       float_dtype, save_optimizer_state: see CHECKPOINTER_FLAGS.
 
     Raises:
-      UserError: for an unknown type, and if the run directory is not writable.
+      UserError: if the type is unknown or the run directory is not writable.
     """
 
     def __init__(self, run_dir: str, *, float_dtype: str = "", save_optimizer_state: bool = False):
@@ -66,7 +67,7 @@ class Checkpointer:
             self._directory.prepare()
 
     def prepare(self, state: Any) -> None:
-        """Allocates the host memory for a state of these shapes in the background, because page faults are slow."""
+        """Allocates host memory for a state of these shapes. Page faults are slow, so a background thread does it."""
         if jax.process_index() == 0:
             arrays = stacking.stacked_arrays(self._saved_part(state))
 
@@ -77,12 +78,12 @@ class Checkpointer:
             self._start(touch_pages)
 
     def save(self, state: Any, step: int, dataset_state: Mapping, metadata: Mapping, milestone: bool = False) -> None:
-        """Saves a state (`step`, `params`, `opt_state`). On return its arrays may be donated.
+        """Saves a state (`step`, `params`, `opt_state`). The caller may donate its arrays afterwards.
 
         Waits for a save that is still in progress.
 
         Raises:
-          UserError: if the previous save failed. Earlier checkpoints are intact.
+          UserError: if the previous save failed. Earlier checkpoints remain intact.
         """
         self.wait()
         tree = self._saved_part(state)
@@ -102,7 +103,7 @@ class Checkpointer:
         """Blocks until the last save is on disk.
 
         Raises:
-          UserError: on every process, if the last save failed.
+          UserError: if the last save failed. Every process raises it.
         """
         if self._thread is not None:
             self._thread.join()
@@ -119,8 +120,10 @@ class Checkpointer:
             raise failure or UserError(f"{self._directory.path}: process 0 could not save the checkpoint")
 
     def close(self) -> None:
-        """Blocks until the last save is written, without communication: for use after an error on this process alone,
-        when the other processes are inside a step."""
+        """Blocks until the last save is written. Raises no error and does not communicate with other processes.
+
+        Use it after an error on this process alone, while the other processes execute a step.
+        """
         if self._thread is not None:
             self._thread.join()
 
@@ -131,7 +134,7 @@ class Checkpointer:
         def run() -> None:
             try:
                 work()
-            except BaseException as failure:  # `wait` raises it
+            except BaseException as failure:  # `wait` raises the error
                 self._failure = failure
                 logging.error("saving a checkpoint failed: %s", failure)
 
@@ -146,7 +149,7 @@ class Checkpointer:
         return buffer
 
     def _copy(self, arrays: list[StackedArray]) -> None:
-        """Copies the arrays into the buffers. The copies share no memory with the arrays, which may be donated."""
+        """Copies the arrays into the buffers. No memory is shared, so the arrays may be donated afterwards."""
         local = [stacked for stacked in arrays if getattr(stacked.array, "is_fully_addressable", True)]
         for stacked in local:
             if isinstance(stacked.array, jax.Array):
@@ -160,11 +163,11 @@ class Checkpointer:
                 self._gather(stacked)
 
     def _gather(self, stacked: StackedArray) -> None:
-        """Gathers an array that is sharded over processes to process 0, one layer at a time."""
+        """Gathers an array that is sharded over processes into the buffer of process 0, one layer at a time."""
         replicated = NamedSharding(stacked.array.sharding.mesh, P())
         for layer in range(len(stacked.file_keys)):
             index = (layer,) if stacked.is_stacked else ()
-            # Blocks on every process: two concurrent multi-process programs deadlock on CPUs (gloo).
+            # Every process blocks here, because two concurrent multi-process programs deadlock on CPUs (gloo).
             gathered = _gather_program(replicated)(stacked.array, *index).block_until_ready()
             if jax.process_index() == 0:
                 np.copyto(self._buffer(stacked)[(*index, ...)], np.asarray(gathered.addressable_data(0)))

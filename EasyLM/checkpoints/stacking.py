@@ -1,8 +1,8 @@
-"""The layout of layers: stacked along axis 0 in memory, one entry per layer in files.
+"""The layout of layers. Arrays are stacked along axis 0 in memory; files have one entry per layer.
 
-A file has `transformer/h/3/attention/wq/kernel [in, out]`; in memory `transformer/h/attention/wq/kernel` is
-`[layers, in, out]`. The rule applies to every path with an `h` that is not followed by a number: to parameters and to
-all optimizer state of the same structure.
+For example, a file has `transformer/h/3/attention/wq/kernel` of shape [in, out]. The array in memory is
+`transformer/h/attention/wq/kernel` of shape [layers, in, out]. An array is stacked if its path has an `h` without a
+number after it. This rule applies to parameters and to optimizer state of the same structure.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ import jax
 
 from EasyLM.checkpoints.entries import Entry
 
-LAYERS = "h"  # the name in a path after which a file has the layer's number
+LAYERS = "h"  # in the paths of a file, the layer's number follows this name
 
-Key = tuple[str, ...]  # the path of an array, name by name
+Key = tuple[str, ...]  # the path of an array, as a tuple of names
 
 
 @dataclasses.dataclass(frozen=True)
 class StackedArray:
-    """An array of a pytree and the file entries that hold it: one per layer if it is stacked, else one."""
+    """An array of a pytree and its file entries. A stacked array has one entry per layer; any other array has one."""
 
-    key: Key  # its path in memory
+    key: Key  # the path in memory
     array: Any  # a jax.Array, a np.ndarray, or a jax.ShapeDtypeStruct
     file_keys: tuple[Key, ...]
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the leading axis is the layer."""
+        """Whether the leading axis indexes layers."""
         return self.file_keys[0] != self.key
 
     @property
@@ -39,12 +39,12 @@ class StackedArray:
 
 
 def path_key(path: tuple) -> Key:
-    """Returns the path of a pytree leaf as flax names it in files: dict keys, field names and positions."""
+    """Returns the path of a pytree leaf as flax writes it to files: dict keys, field names and positions."""
     return tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
 
 
 def stacked_arrays(tree: Any) -> list[StackedArray]:
-    """Returns the arrays of any pytree, in its order."""
+    """Returns the arrays of a pytree in the order of its leaves."""
     arrays = []
     for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
         key = path_key(path)
@@ -58,7 +58,7 @@ def stacked_arrays(tree: Any) -> list[StackedArray]:
 
 
 def file_order(tree: Any) -> list[tuple[Key, StackedArray, int | None]]:
-    """Returns (file key, array, layer or None) of each entry of a tree's file, in file order: layer after layer."""
+    """Returns (file key, array, layer or None) of each entry in file order, which is layer by layer."""
     entries: list[tuple[Key, StackedArray, int | None]] = []
 
     def stack_of(stacked: StackedArray) -> Key:
@@ -75,7 +75,7 @@ def file_order(tree: Any) -> list[tuple[Key, StackedArray, int | None]]:
 
 
 def shapes_in_memory(entries: Iterable[Entry]) -> dict:
-    """Returns the nested dict of stacked `jax.ShapeDtypeStruct`s that the entries of a file load into."""
+    """Returns nested dicts of `jax.ShapeDtypeStruct`: the stacked arrays into which the entries of a file load."""
     tree: dict = {}
     counts: dict[Key, int] = {}
     for entry in entries:
@@ -93,5 +93,5 @@ def shapes_in_memory(entries: Iterable[Entry]) -> dict:
 
 
 def _layer_position(key: Key) -> int | None:
-    """Returns the index in a path of the layer's number, present or absent; None outside the layers."""
+    """Returns the index at which a path has, or would have, the layer's number. None for a path outside the layers."""
     return key.index(LAYERS) + 1 if LAYERS in key[:-1] else None

@@ -1,8 +1,8 @@
-"""Files of arrays, read and written entry by entry: streaming checkpoints and plain flax msgpack files.
+"""Reads and writes streaming checkpoints and plain flax msgpack files, one entry at a time.
 
-A streaming file is a sequence of msgpack arrays `[key, value]`. The key is the path, an array of strings. The value is
-a bin with `flax.serialization.to_bytes(array)`. There is no header and no index. A flax msgpack file is one nested map
-with the same arrays as leaves. `msgpack_arrays` defines the format of one array.
+A streaming file is a sequence of msgpack arrays `[key, value]`. The key is the path, as an array of strings. The value
+is a bin with `flax.serialization.to_bytes(array)`. The file has no header and no index. A flax msgpack file is one
+nested map with arrays as leaves. Module `msgpack_arrays` defines the format of one array.
 """
 
 import os
@@ -68,10 +68,10 @@ def read_flax(path: str | os.PathLike) -> list[Entry]:
 
 
 def write_entry(file: BinaryIO, key: tuple[str, ...], array: np.ndarray) -> None:
-    """Appends one entry to a streaming file, byte for byte as the LVM release does.
+    """Appends one entry to a streaming file. The bytes are identical to those of the LVM release.
 
     Raises:
-      UserError: if the array has 4 GiB or more, which one entry cannot hold.
+      UserError: if the array has 4 GiB or more, which exceeds the limit of an entry.
     """
     parts = list(value_parts(array))
     num_bytes = sum(memoryview(part).nbytes for part in parts)

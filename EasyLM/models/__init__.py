@@ -1,27 +1,28 @@
-"""Models, and the attention, losses and generation that they share.
+"""Models, and the parts that they share: attention, losses and generation.
 
-May import EasyLM's own modules only. `attention` may import this room; `llama` also `storage`, `data`, `checkpoints`,
-`parallel` and `training`. Imports nothing here: `--help` of a command must not import JAX.
+May import only the modules directly in EasyLM. `attention` may also import `EasyLM.models`. `llama` may import both,
+and also `storage`, `data`, `checkpoints`, `parallel` and `training`. This file imports nothing, because the `--help` of
+a command must not import JAX.
 
-Shapes are suffixes of names, one letter an axis (`q_BTHK`):
+The suffix of an array's name gives its shape, with one letter per axis (`q_BTHK`):
   B batch: rows, or prompts          D hidden size             P tokens of a prompt, padded on the left
   T tokens of a row; queries         F feed-forward size       C candidates of a prompt; chunks of a row
   S keys; slots of a cache           H heads                   N new tokens of a candidate
   t, s tokens of a chunk             K head dimension          V vocabulary
-A lower-case letter is a part of the axis in upper case; a digit is an axis of that size.
+A lower-case letter is a part of the axis with that upper-case letter. A digit is an axis of that size.
 
 Vocabulary:
   context: the arguments that all blocks of a forward pass share.
-  mask: which keys a query attends to; 1 for a token, 0 for padding.
-  prompt, candidate: generation continues each prompt several times; the candidates share the prompt's cache.
-  slot: the position of a new token in the candidates' cache.
+  mask: selects the keys that a query attends to. In a token mask, 1 is a token and 0 is padding.
+  prompt, candidate: a candidate is one continuation of a prompt. All candidates share the prompt's cache.
+  slot: the index of a new token in the candidates' cache.
 
 Modules:
   attention/: causal self-attention.
-  llama/: the LLaMA and its commands.
+  llama/: the LLaMA model and its commands.
   losses: cross-entropy and accuracy.
-  generate: generation with a cache, for any model.
+  generate: generation with a key-value cache, for any model.
   sampling: temperature, top-k, top-p.
-  chunks: chunks along time.
-  tuning: hardware-specific forms of plain operations.
+  chunks: splits arrays along time.
+  tuning: operations in forms that are faster on certain hardware.
 """

@@ -1,6 +1,6 @@
-"""Generation with a cache: prefill of the prompts, then one sampled token per step. Independent of the model.
+"""Generation with a key-value cache, for any model: prefill of the prompts, then one sampled token per step.
 
-The letters of shapes are those of `EasyLM.models`; V is the number of ids that may be sampled.
+`EasyLM.models` defines the letters of shapes. In this module V is the number of ids that may be sampled.
 """
 
 import zlib
@@ -16,8 +16,8 @@ from EasyLM.errors import UserError
 from EasyLM.models.sampling import check_sampling, sample
 from EasyLM.vocab import CODEBOOK_SIZE
 
-_INITIAL_SLOTS = 256  # the candidates' cache doubles from here: each size is compiled once, attention reads one size
-_PROGRESS_TOKENS = 16  # tokens between two calls of `progress`: a row of an image
+_INITIAL_SLOTS = 256  # first size of the candidates' cache; it then doubles, and each size is compiled once
+_PROGRESS_TOKENS = 16  # tokens between two calls of `progress`: one row of an image
 
 
 class ModelSizes(Protocol):
@@ -29,30 +29,30 @@ class ModelSizes(Protocol):
 
     @property
     def max_sequence_length(self) -> int:
-        """Longest sequence, in tokens."""
+        """Maximum length of a sequence, in tokens."""
 
 
 class Decoder(ModelSizes, Protocol):
-    """The model interface of generation: hashable, a static argument of jitted functions, with pure methods.
+    """The interface of a model for generation. It is a hashable static argument of jitted functions.
 
-    Caches are pytrees. Each array of the candidates' cache has its slots along axis -2.
+    Its methods are pure. Caches are pytrees. Axis -2 of each array of the candidates' cache is the slot.
     """
 
     def prepare(self, params: Any, allowed_ids: int) -> Any:
-        """Returns the weights in the form that `step` takes."""
+        """Returns the weights in the form that `step` expects."""
 
     def prefill(
         self, params: Any, prompts_BP: jax.Array, mask_BP: jax.Array | None, allowed_ids: int
     ) -> tuple[jax.Array, Any]:
-        """Returns logits [B, V] of the token after each prompt, and the prompts' cache."""
+        """Returns the logits [B, V] of the token after each prompt, and the cache of the prompts."""
 
     def empty_cache(self, batch: int, candidates: int, slots: int) -> Any:
-        """Returns the candidates' cache before their first token."""
+        """Returns an empty cache for the candidates."""
 
     def step(
         self, weights: Any, prompt_cache: Any, cache: Any, tokens_BC: jax.Array, slot: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """Writes `tokens_BC` to `slot` of the cache. Returns logits [B, C, V] of the next token, and the cache."""
+        """Writes `tokens_BC` to `slot` of the cache. Returns the logits [B, C, V] of the next token, and the cache."""
 
 
 def generate(
@@ -72,25 +72,25 @@ def generate(
 ) -> np.ndarray:
     """Generates the tokens after each prompt.
 
-    The tokens are a function of the prompt, the seed and the candidate's number. They are independent of the batch and
-    of padding. Equal prompts of a batch get equal candidates.
+    The tokens depend only on the prompt, the seed and the candidate's number, not on the rest of the batch or on
+    padding. Equal prompts with equal seeds get equal candidates.
 
     Args:
-      prompts_BP: token ids; for prompts of different lengths see `left_padded`.
+      prompts_BP: token ids. `left_padded` pads prompts of different lengths.
       num_new_tokens: N.
       num_candidates: C.
-      temperature: 0 selects the most likely token; values between 0 and 1e-6 are invalid.
-      top_k, top_p: see `Sampling`; 0 and 1 disable them.
-      seed: one for all prompts, or one for each.
-      allowed_ids: only smaller ids are generated; by default image codes.
-      prompt_mask_BP: 1 for a token, 0 for padding on the left; None: no padding.
-      progress: called every few tokens with all tokens so far, [B, C, n].
+      temperature: 0 selects the most likely token. Values between 0 and 1e-6 are invalid.
+      top_k, top_p: see `Sampling`. A top_k of 0 and a top_p of 1 disable them.
+      seed: one seed for all prompts, or a sequence with one seed per prompt.
+      allowed_ids: only ids below this number are generated. By default these are the image codes.
+      prompt_mask_BP: 1 for a token, 0 for padding on the left. None means no padding.
+      progress: a function that is called every few tokens with all tokens generated so far, [B, C, n].
 
     Returns:
-      int32 [B, C, N].
+      The new tokens, int32 [B, C, N].
 
     Raises:
-      UserError: for a setting out of range, a malformed prompt, or more tokens than the model's longest sequence.
+      UserError: if a setting is out of range, a prompt is malformed, or the tokens exceed the maximum length.
     """
     sampling = check_sampling(temperature, top_k, top_p)
     prompts_BP = check_tokens(decoder, prompts_BP, prompt_mask_BP, num_new_tokens)
@@ -123,7 +123,7 @@ def _check_positive(**counts: int) -> None:
 
 
 def left_padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pads prompts of different lengths. Returns tokens and mask, [B, P] each, the arguments of `generate`."""
+    """Pads prompts of different lengths. Returns tokens and mask, [B, P] each, for `generate`."""
     length = max(len(prompt) for prompt in prompts)
     prompts_BP, mask_BP = np.zeros((2, len(prompts), length), np.int32)
     for row_P, mask_P, prompt in zip(prompts_BP, mask_BP, prompts, strict=True):
@@ -134,10 +134,10 @@ def left_padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def check_tokens(
     model: ModelSizes, tokens_BP: np.ndarray, mask_BP: np.ndarray | None, num_new_tokens: int = 0
 ) -> np.ndarray:
-    """Returns the tokens as int32. Checks that they and `num_new_tokens` more fit the model.
+    """Returns the tokens as int32 after validation. The length check includes `num_new_tokens`.
 
     Raises:
-      UserError: for a wrong type, shape, id, length or mask.
+      UserError: if the type, the shape, an id, the length or the mask is invalid.
     """
     tokens_BP = np.asarray(tokens_BP)
     if tokens_BP.ndim != 2 or not tokens_BP.size or tokens_BP.dtype.kind not in "iu":
@@ -163,7 +163,7 @@ def check_tokens(
 
 
 def _keys(seed: int | Sequence[int], prompts_BP: np.ndarray, mask_BP: np.ndarray | None, candidates: int) -> jax.Array:
-    """Returns a key for each candidate [B, C]: of the seed, the prompt's tokens and the candidate's number."""
+    """Returns PRNG keys [B, C], derived from the seed, the prompt's tokens and the candidate's number."""
     rows = prompts_BP if mask_BP is None else [row[mask == 1] for row, mask in zip(prompts_BP, mask_BP, strict=True)]
     hashes_B = np.array([zlib.crc32(np.ascontiguousarray(row, "<i4").data) for row in rows], np.uint32)
     seeds, index_B = np.unique(np.broadcast_to(seed, len(rows)), return_inverse=True)
@@ -203,7 +203,7 @@ def _grow_cache(decoder, cache, batch, candidates, slots):
 
 @partial(jax.jit, static_argnames="decoder", donate_argnames=("cache", "tokens_BCS"))
 def _decode(decoder, weights, prompt_cache, cache, tokens_BCS, done, stop, sampling, keys_BC):
-    """Generates the tokens from `done` to `stop`."""
+    """Generates tokens `done` to `stop` - 1."""
 
     def step(number, carry):
         tokens_BCS, cache = carry

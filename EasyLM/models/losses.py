@@ -1,6 +1,6 @@
 """Cross-entropy and accuracy of next-token prediction, in float32.
 
-The letters of shapes are those of `EasyLM.models`.
+`EasyLM.models` defines the letters of shapes.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from EasyLM.models.chunks import split_time
 def cross_entropy_and_accuracy(
     logits_BTV: jax.Array, targets_BT: jax.Array, masks_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (mean negative log-likelihood in nats, share of targets that have the largest logit).
+    """Returns (mean negative log-likelihood in nats, accuracy). A target is correct if it has the largest logit.
 
-    The mean of a row is over its valid tokens (mask > 0). The result is the mean over rows, with equal weights.
+    Both are means over the valid tokens (mask > 0) of each row, then means over rows with equal weights.
     """
     return _weighted_sums(logits_BTV, targets_BT, _weights(targets_BT, masks_BT))
 
@@ -30,12 +30,12 @@ def chunked_cross_entropy_and_accuracy(
     masks_BT: jax.Array | None,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes `cross_entropy_and_accuracy` from hidden states, with the logits of `chunk` tokens per row in memory.
+    """Computes `cross_entropy_and_accuracy` from hidden states. Holds logits of only `chunk` tokens per row in memory.
 
-    The forward pass computes the gradients too, so nothing is computed twice. Only the loss is differentiable.
+    The forward pass also computes the gradients, which avoids recomputation. Only the loss is differentiable.
 
     Args:
-      logits_of: (hidden_BtD, head_DV) -> logits_BtV; must not capture arrays.
+      logits_of: a function (hidden_BtD, head_DV) -> logits_BtV. It must not capture arrays.
     """
     arrays = hidden_BTD, targets_BT, _weights(targets_BT, masks_BT)  # the weights of padded tokens are 0
     hidden_CBtD, targets_CBt, weights_CBt = (split_time(x_BT, chunk) for x_BT in arrays)
@@ -75,16 +75,16 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _weights(targets_BT, masks_BT):
-    """The weight of each token in the mean over rows of the mean over a row's valid tokens."""
+    """Returns token weights. The weighted sum is the mean over rows of the mean over each row's valid tokens."""
     valid_BT = jnp.ones(targets_BT.shape) if masks_BT is None else (masks_BT > 0).astype(jnp.float32)
     return valid_BT / jnp.maximum(valid_BT.sum(-1, keepdims=True), 1e-10) / targets_BT.shape[0]
 
 
 def _weighted_sums(logits_BTV, targets_BT, weights_BT):
-    """Returns the weighted sums of negative log-likelihood and of correct predictions."""
+    """Returns the weighted sums of negative log-likelihoods and of correct predictions."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     hit_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
-    # A masked sum instead of a gather: it is elementwise even if the vocabulary is split over devices.
+    # A masked sum replaces a gather, because the mask is elementwise even if the vocabulary is split over devices.
     target_logit_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
     nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit_BT
     correct_BT = logits_BTV.argmax(-1) == targets_BT

@@ -1,4 +1,4 @@
-"""Sampling of a token from logits: temperature, top-k, top-p."""
+"""Samples tokens from logits with temperature, top-k and top-p."""
 
 import dataclasses
 from functools import partial
@@ -9,19 +9,19 @@ import numpy as np
 
 from EasyLM.errors import UserError
 
-_MIN_TEMPERATURE = 1e-6  # logits divided by less may overflow
-_MAX_TOP_K = 2**31 - 1  # the largest int32; above any vocabulary, so it disables top_k
+_MIN_TEMPERATURE = 1e-6  # logits divided by a smaller value may overflow
+_MAX_TOP_K = 2**31 - 1  # the largest int32; it exceeds every vocabulary
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("temperature", "top_k", "top_p"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The settings of sampling. None disables a setting. Values are traced; None-ness is static.
+    """Settings for sampling. None disables a setting. Values are traced, but whether a value is None is static.
 
     Attributes:
-      temperature: divides the logits, at least 1e-6. None: greedy.
-      top_k: keeps the k most likely ids, and ties with the last of them.
-      top_p: of these, keeps the fewest most likely ids that together have this probability (arXiv 1904.09751).
+      temperature: divides the logits; at least 1e-6. None means greedy sampling.
+      top_k: keeps the k most likely ids, and all ids that tie with the least likely of these.
+      top_p: among these, keeps the smallest set of most likely ids with this total probability (arXiv 1904.09751).
     """
 
     temperature: float | None = None
@@ -30,10 +30,10 @@ class Sampling:
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
-    """Validates and converts the settings of users, in which 0, 0 and 1 disable a setting.
+    """Validates user settings and converts them. Values 0, 0 and 1 disable the respective settings.
 
     Raises:
-      UserError: naming the setting, its value and its range.
+      UserError: if a setting is out of range. The message names the setting, its value and its range.
     """
     if temperature != 0 and not _MIN_TEMPERATURE <= temperature < np.inf:
         raise UserError(
@@ -49,10 +49,10 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
 
 
 def check_seed(seed: int) -> None:
-    """Checks a user's seed; all programs accept the same range.
+    """Checks the seed of a user. All programs accept the same range.
 
     Raises:
-      UserError: naming the range.
+      UserError: if the seed is out of range. The message names the range.
     """
     if not 0 <= seed < 2**31:
         raise UserError(f"seed={seed}: must be 0..{2**31 - 1}")
@@ -77,5 +77,5 @@ def _lowest_kept(logits_V, sampling: Sampling):
     if sampling.top_p is not None:
         probabilities_V = jax.nn.softmax(sorted_V)
         kept_V &= jnp.cumsum(probabilities_V) - probabilities_V < sampling.top_p
-        kept_V = kept_V.at[0].set(True)  # also if top_p underflows in float32
+        kept_V = kept_V.at[0].set(True)  # keeps the first id even if top_p underflows in float32
     return jnp.where(kept_V, sorted_V, jnp.inf).min()

@@ -1,16 +1,16 @@
-"""Causal self-attention: one function, `attention`, with three implementations of the same numbers.
+"""Causal self-attention: one function, `attention`, with three equivalent implementations.
 
 May import `EasyLM.models`.
 
-Shapes: B batch, T queries, S keys (S = T), H heads, K head dimension. In blocks: t queries and s keys of a block, i and
-j number the blocks of queries and of keys.
+Shapes: B batch, T queries, S keys (S = T), H heads, K head dimension. In chunks: t queries and s keys of a chunk; i and
+j index the chunks of queries and of keys.
 
 Modules:
-  mask: which keys a query attends to, and dropout on the weights.
+  mask: selects the keys that a query attends to; dropout on the weights.
   dispatch: `attention`, which selects the implementation.
-  xla: all T x S weights at once.
-  blockwise: FlashAttention-2 in plain JAX, with linear memory.
-  cudnn: NVIDIA's fused kernel.
+  xla: attention with all T x S weights in memory.
+  blockwise: FlashAttention-2 in plain JAX. Memory is linear in the length.
+  cudnn: the fused kernel of cuDNN.
 """
 
 from EasyLM.models.attention.dispatch import IMPLEMENTATIONS, attention

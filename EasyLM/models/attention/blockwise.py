@@ -1,7 +1,8 @@
-"""Attention in linear memory: FlashAttention-2 (arXiv 2307.08691) in plain JAX.
+"""FlashAttention-2 (arXiv 2307.08691) in plain JAX. Memory is linear in the sequence length.
 
-Chunks that lie entirely in the future are skipped. Padded keys lie in the future of every true query. Padded queries
-are removed from the output, and their gradients are 0.
+Chunks of keys that are later than every query of a chunk are skipped. Zeros pad the end of the
+last chunk. The causal rule masks padded keys for every real query. Padded queries are removed from the output, and
+their gradients are 0.
 """
 
 from functools import partial
@@ -18,12 +19,12 @@ from EasyLM.models.attention.mask import MASKED_SCORE, AttentionMask
 def blockwise_attention(
     q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: AttentionMask, query_chunk: int, key_chunk: int
 ) -> jax.Array:
-    """Returns the attention's output [B, T, H, K] in q's dtype. The chunks need not divide the length."""
+    """Returns the attention's output [B, T, H, K] in q's dtype. The chunk sizes need not divide the length."""
     return _forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk)[0]
 
 
 def _forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk):
-    """Returns the output and the logarithm of the softmax's denominator, [i, B, H, t]."""
+    """Returns the output [B, T, H, K] and the logarithm of the softmax denominator [i, B, H, t]."""
     batch, length, heads, head_dim = q_BTHK.shape
     q_BHTK = _heads_first(q_BTHK, query_chunk)
     k_BHSK, v_BHSK = (_heads_first(x, key_chunk) for x in (k_BSHK, v_BSHK))
@@ -48,7 +49,7 @@ def _forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk):
 
         shape = (batch, heads, query_chunk)
         start = jnp.zeros((*shape, head_dim)), jnp.zeros(shape), jnp.full(shape, MASKED_SCORE)
-        keys_end = jnp.minimum(((i + 1) * query_chunk - 1) // key_chunk + 1, num_keys)  # up to the last query's own key
+        keys_end = jnp.minimum(((i + 1) * query_chunk - 1) // key_chunk + 1, num_keys)  # skips chunks of later keys
         sum_BHtK, norm_BHt, max_BHt = jax.lax.fori_loop(0, keys_end, add_keys, start)
         return (sum_BHtK / norm_BHt[..., None]).astype(q_BTHK.dtype), max_BHt + jnp.log(norm_BHt)
 
@@ -78,7 +79,7 @@ def _vjp_backward(query_chunk, key_chunk, residuals, dout_BTHK):
             dq_BHTK, dk_BHsK, dv_BHsK = carry
             q_BHtK, dout_BHtK, delta_BHt = (_chunk(x, i, query_chunk) for x in (q_BHTK, dout_BHTK, delta_BHT))
             t = _positions(i, query_chunk)
-            # With keys before queries, the products for dk and dv contract a last axis with a first one.
+            # With this axis order, the products for dk and dv contract the last axis of these scores.
             scores_BHst = _einsum("BHsK,BHtK->BHst", k_BHsK, q_BHtK) * scale
             allowed_BHst = mask.allowed(batch, t, s).swapaxes(1, 2)[:, None]
             weights_BHst = jnp.exp(jnp.where(allowed_BHst, scores_BHst, MASKED_SCORE) - lse_iBHt[i][:, :, None])
@@ -110,7 +111,7 @@ _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _heads_first(x_BTH: jax.Array, chunk: int) -> jax.Array:
-    """Moves [B, T, H, ...] to [B, H, T, ...] and pads T with zeros to whole chunks."""
+    """Transposes [B, T, H, ...] to [B, H, T, ...] and pads T with zeros to a multiple of the chunk size."""
     x_BHT = rearrange(x_BTH, "B T H ... -> B H T ...")
     return jnp.pad(x_BHT, ((0, 0), (0, 0), (0, -x_BHT.shape[2] % chunk)) + ((0, 0),) * (x_BHT.ndim - 3))
 

@@ -1,11 +1,11 @@
-"""Attention by cuDNN's fused kernel, on NVIDIA GPUs."""
+"""Attention with the fused kernel of cuDNN, on NVIDIA GPUs."""
 
 import jax
 import jax.numpy as jnp
 
 from EasyLM.models.attention.mask import AttentionMask
 
-_DTYPES = (jnp.bfloat16, jnp.float16)  # that the kernel takes
+_DTYPES = (jnp.bfloat16, jnp.float16)  # the types that the kernel supports
 
 
 def cudnn_applies(dtype: jnp.dtype, mask: AttentionMask) -> bool:
@@ -22,8 +22,8 @@ def cudnn_attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mas
         positions = jnp.arange(length)
         allowed_BTS = jnp.broadcast_to(mask.allowed(batch, positions, positions), (batch, length, length))
         allowed_B1TS = allowed_BTS[:, None]
-    # The kernel needs a head dimension that is a multiple of 8. Zeros do not change the scores; the scale is that of
-    # the true dimension.
+    # The kernel needs a head dimension that is a multiple of 8. Padding with zeros does not change the scores. The
+    # scale uses the unpadded dimension.
     padding = ((0, 0), (0, 0), (0, 0), (0, -head_dim % 8))
     q, k, v = (jnp.pad(x, padding) for x in (q_BTHK, k_BSHK, v_BSHK))
     scale = head_dim**-0.5

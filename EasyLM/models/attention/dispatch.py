@@ -1,4 +1,4 @@
-"""The choice among the implementations of attention."""
+"""Selects the implementation of attention."""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -23,19 +23,19 @@ def attention(
     query_chunk: int = 1024,
     key_chunk: int = 1024,
 ) -> jax.Array:
-    """Causal attention with float32 softmax.
+    """Computes causal attention with a float32 softmax.
 
     Args:
-      implementation: "xla" holds all T x S weights; "blockwise" iterates over chunks in linear memory; "cudnn" is
-        NVIDIA's kernel, for bf16 and fp16. "auto" is cudnn on a GPU where it applies, blockwise with small chunks on a
-        CPU, else xla.
-      query_chunk, key_chunk: of "blockwise"; they need not divide the length.
+      implementation: "xla" holds all T x S weights in memory. "blockwise" iterates over chunks in linear memory.
+        "cudnn" is NVIDIA's kernel, for bf16 and fp16. "auto" selects blockwise with small chunks on a CPU. On a GPU it
+        selects cudnn if the kernel supports the inputs and there is no forgetful causal mask. Otherwise it selects xla.
+      query_chunk, key_chunk: chunk sizes of "blockwise". They need not divide the length.
 
     Returns:
       [B, T, H, K] in q's dtype.
 
     Raises:
-      UserError: if cudnn is requested and does not apply.
+      UserError: if "cudnn" is requested and the kernel does not support the inputs.
     """
     assert q_BTHK.shape == k_BSHK.shape == v_BSHK.shape
     if implementation == "auto" and jax.default_backend() == "cpu":

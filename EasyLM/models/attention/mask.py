@@ -1,4 +1,4 @@
-"""Which keys a query attends to, and dropout on the weights, as functions of indices: the same for every chunking."""
+"""The attention mask and dropout on the weights, as functions of indices. They do not depend on the chunk sizes."""
 
 import dataclasses
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-MASKED_SCORE = -1e30  # finite, because differences of -inf are NaN
+MASKED_SCORE = -1e30  # finite, because -inf minus -inf is NaN
 
 
 @partial(
@@ -16,15 +16,15 @@ MASKED_SCORE = -1e30  # finite, because differences of -inf are NaN
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """The keys that each query attends to, in addition to the causal rule, and dropout on the weights.
+    """Restrictions on the keys that each query attends to, beyond the causal rule, and dropout on the weights.
 
-    A query always attends to its own key, so no row is empty.
+    A query always attends to its own key, so every query has at least one key.
 
     Attributes:
-      valid_BS: 1 for a token, 0 for padding; None: no padding.
+      valid_BS: 1 for a token, 0 for padding. None means no padding.
       forget_key: PRNG key of the forgetful causal mask (FCM, arXiv 2210.13432), or None. Each query drops a random
-        share of its past keys, uniform between the two `forget_ratios`. Key 0 is never dropped.
-      dropout_key: PRNG key of the dropout with `dropout_rate` on the attention weights, or None.
+        share of its past keys. The share is uniform between the two `forget_ratios`. Key 0 is never dropped.
+      dropout_key: PRNG key of dropout on the attention weights, or None. `dropout_rate` is the rate.
     """
 
     valid_BS: jax.Array | None = None  # noqa: N815
@@ -34,11 +34,11 @@ class AttentionMask:
     dropout_rate: float = 0.0
 
     def with_dropout(self, key: jax.Array | None, rate: float) -> "AttentionMask":
-        """Returns the mask with dropout added; the same mask if there is no key or the rate is 0."""
+        """Returns the mask with dropout. Returns the mask unchanged if there is no key or the rate is 0."""
         return self if key is None or rate == 0 else dataclasses.replace(self, dropout_key=key, dropout_rate=rate)
 
     def allowed(self, batch: int, t_T: jax.Array, s_S: jax.Array) -> jax.Array:
-        """Whether queries at positions `t_T` attend to keys at positions `s_S`: bool [B or 1, T, S]."""
+        """Returns whether queries at positions `t_T` attend to keys at positions `s_S`, as bool [B or 1, T, S]."""
         t, s = t_T[None, :, None], s_S[None, None, :]
         past = s < t
         if self.valid_BS is not None:
@@ -51,7 +51,7 @@ class AttentionMask:
         return past | (s == t)
 
     def dropout_factor(self, batch: int, heads: int, t_T: jax.Array, s_S: jax.Array) -> jax.Array | None:
-        """The factor of each weight under dropout, 0 or 1 / (1 - rate): [B, H, T, S]. None without dropout."""
+        """Returns the dropout factor of each weight, 0 or 1 / (1 - rate): [B, H, T, S]. None without dropout."""
         if self.dropout_key is None:
             return None
         b, h = jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[None, :, None, None]
@@ -60,9 +60,10 @@ class AttentionMask:
 
 
 def _uniform(key: jax.Array, *indices: jax.Array) -> jax.Array:
-    """Uniform float32 in [0, 1), a function of the key and the (broadcast) indices: recomputed, never stored.
+    """Returns uniform float32 values in [0, 1) as a function of the key and the indices, which are broadcast.
 
-    Each index is mixed in by a 32-bit hash with low bias (Wellons, "Prospecting for hash functions", 2018).
+    The values are recomputed when needed and never stored. A 32-bit hash with low bias mixes in each index
+    (Wellons, "Prospecting for hash functions", 2018).
     """
     x = jax.random.bits(key, (), jnp.uint32)
     x = jnp.reshape(x, (1,) * indices[0].ndim)

@@ -1,6 +1,6 @@
 """Exports a checkpoint as a Hugging Face LLaMA: `python -m EasyLM.models.llama.convert_easylm_to_hf --flag=value`.
 
-Holds one tensor in memory at a time, so the size of the model is not limited by the machine's memory.
+The command holds one tensor in memory at a time, so the model may be larger than the machine's memory.
 """
 
 import json
@@ -32,7 +32,7 @@ FLAGS = {
 
 
 def main(config: ConfigDict) -> None:
-    """Exports the checkpoint. The output directory appears once it is complete."""
+    """Exports the checkpoint. The output directory is created only when its files are complete."""
     if existing := hf_files.model_file(config.output_dir):
         raise UserError(f"--output_dir={config.output_dir}: already holds a model ({existing}); name another directory")
     if config.load_checkpoint.startswith("trainstate::"):
@@ -58,10 +58,10 @@ def _model_config(model_size: str, load_checkpoint: str) -> LLaMAConfig:
 
 
 def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
-    """Writes a model directory atomically. Into an existing directory the files are moved, `config.json` last.
+    """Writes a new model directory atomically. If the directory exists, moves the files into it, `config.json` last.
 
     Raises:
-      UserError: if it cannot be written.
+      UserError: if the directory cannot be written.
     """
     temporary = f"{output_dir.rstrip('/')}.tmp-{os.getpid()}"
     try:
@@ -87,7 +87,7 @@ def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
 
 
 def cli() -> None:
-    """Runs the command with the flags of the command line."""
+    """Runs `main` with the flags of the command line."""
     flags.run(main, FLAGS)
 
 

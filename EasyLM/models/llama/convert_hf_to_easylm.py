@@ -1,7 +1,7 @@
 """Imports a Hugging Face LLaMA: `python -m EasyLM.models.llama.convert_hf_to_easylm --hf_model=DIR --output_file=FILE`.
 
-Reads safetensors, or torch's `.bin` (which needs torch). Holds one tensor in memory at a time. Writes the model's
-settings beside the file as `metadata.json`, which training, export and evaluation read.
+The command reads safetensors files, or `.bin` files if torch is installed. It holds one tensor in memory at a time. It
+writes the model's settings to `metadata.json` beside the output file. Training, export and evaluation read this file.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ FLAGS = {
 
 
 def main(config: ConfigDict) -> None:
-    """Imports the model. The output file appears once it is complete."""
+    """Imports the model. The output file is created only when it is complete."""
     directory = os.path.dirname(os.path.abspath(config.output_file))
     metadata_path = os.path.join(directory, "metadata.json")
     for path in (config.output_file, metadata_path):
@@ -48,7 +48,7 @@ def main(config: ConfigDict) -> None:
 
 
 def _write(file: BinaryIO, entries: list[Entry], as_stream: bool) -> None:
-    """Writes parameters as the LVM release does: without the leading `params` of their keys."""
+    """Writes parameters as the LVM release does, with keys that lack the leading `params`."""
     below_params = (entry.renamed(entry.key[1:]) for entry in entries)
     if as_stream:
         for entry in below_params:
@@ -58,7 +58,7 @@ def _write(file: BinaryIO, entries: list[Entry], as_stream: bool) -> None:
 
 
 def cli() -> None:
-    """Runs the command with the flags of the command line."""
+    """Runs `main` with the flags of the command line."""
     flags.run(main, FLAGS)
 
 

@@ -1,10 +1,10 @@
-"""Sizes and costs that follow from a LLaMA's settings."""
+"""Parameter counts and FLOPs of a LLaMA, computed from its settings."""
 
 from EasyLM.models.llama.llama_config import LLaMAConfig
 
 
 def num_matmul_parameters(config: LLaMAConfig) -> int:
-    """Number of parameters that multiply every token: all but the norms and the embedding, which is a gather."""
+    """Number of parameters in matrix products: all except the norms and the embedding, which is a gather."""
     c = config
     block = 4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size
     return c.num_hidden_layers * block + c.hidden_size * c.vocab_size
@@ -18,11 +18,12 @@ def num_parameters(config: LLaMAConfig) -> int:
 
 
 def flops_per_token(config: LLaMAConfig, seq_length: int) -> int:
-    """Model FLOPs of training on one token of a sequence: 6 N + 6 L T D.
+    """Model FLOPs to train on one token of a sequence: 6 N + 6 L T D.
 
-    N is the number of parameters that multiply each token: 2 FLOPs forward, 4 backward. Attention scores and their
-    weighted sum take 4 T D per layer forward over all T keys (D the hidden size). Causal attention needs half of that,
-    and the backward pass twice as much again: 3 * 2 T D. Rematerialisation is not counted.
+    N is the number of parameters in matrix products. Each costs 2 FLOPs in the forward pass and 4 in the backward pass.
+    L is the number of layers, T the sequence length and D the hidden size. In the forward pass, attention scores and
+    the weighted sum of values cost 4 T D per layer over all T keys. Causal attention needs half of these FLOPs, 2 T D.
+    The backward pass costs twice as much as the forward pass, so a layer costs 6 T D. Recomputation is not counted.
     """
     attention = 6 * config.num_hidden_layers * seq_length * config.hidden_size
     return 6 * num_matmul_parameters(config) + attention

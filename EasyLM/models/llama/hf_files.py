@@ -1,4 +1,4 @@
-"""Weight files of Hugging Face models: reads and writes safetensors, reads torch's `.bin`, one tensor at a time."""
+"""Reads weight files of Hugging Face models (safetensors, torch `.bin`) and writes safetensors, tensor by tensor."""
 
 import dataclasses
 import functools
@@ -23,9 +23,9 @@ _SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYP
 
 
 def write_safetensors(directory: str, tensors: list[Entry]) -> None:
-    """Writes tensors, in order, to shards of at most 5 GB (or one tensor), with an index if there are several.
+    """Writes tensors in order to shards of at most 5 GB. Several shards get an index file.
 
-    Holds one tensor in memory at a time.
+    A larger tensor has its own shard. The function holds one tensor in memory at a time.
     """
     shards: list[list[Entry]] = [[]]
     for tensor in tensors:
@@ -70,13 +70,13 @@ def _num_bytes(tensor: Entry) -> int:
 
 
 def read_weights(directory: str) -> list[Entry]:
-    """Returns the tensors of a model directory, not yet read. A key has one part, the tensor's name.
+    """Returns the tensors of a model directory as entries, without reading them. A key is `(tensor name,)`.
 
-    The order of preference is that of transformers: safetensors before torch files, and a single file before shards, so
-    that an index left over from an earlier sharded model is ignored.
+    The order of preference is the same as in transformers: safetensors before torch files, and a single file before
+    shards. A stale index of an earlier sharded model is therefore ignored.
 
     Raises:
-      UserError: naming the file, if there are no weights, or a file is broken or missing.
+      UserError: if there are no weights, or a file is broken or missing. The message names the file.
     """
     for stem, ending, read in (("model", "safetensors", _read_safetensors), ("pytorch_model", "bin", _read_torch)):
         single, index = (os.path.join(directory, f"{stem}.{ending}{suffix}") for suffix in ("", ".index.json"))
@@ -117,9 +117,9 @@ def _read_torch(path: str) -> list[Entry]:
     import torch
 
     try:
-        # Files of torch before 1.6 are no zip archives and cannot be memory-mapped.
+        # Files from torch before 1.6 are not zip archives, so torch cannot memory-map them.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of many types, with advice that does not apply here
+    except Exception as error:  # torch raises many types, with advice that does not apply here
         raise UserError(f"{path}: not a readable torch weights file ({str(error).splitlines()[0]})") from None
 
     def read(tensor, out):
@@ -133,7 +133,7 @@ def _read_torch(path: str) -> list[Entry]:
 
 
 def with_progress(tensor: Entry, bar: tqdm) -> Entry:
-    """Returns the tensor; reading it advances a progress bar."""
+    """Returns the tensor as an entry that advances a progress bar when it is read."""
 
     def read_into(out: np.ndarray) -> None:
         tensor.read_into(out)
@@ -143,7 +143,7 @@ def with_progress(tensor: Entry, bar: tqdm) -> Entry:
 
 
 def model_file(directory: str) -> str | None:
-    """Returns the name of a model file in a directory, or None."""
+    """Returns the name of a model file in a directory, or None if there is none."""
     pattern = re.compile(r"config\.json|.*\.safetensors|pytorch_model.*\.bin")
     names = os.listdir(directory) if os.path.isdir(directory) else []
     return next((name for name in sorted(names) if pattern.fullmatch(name)), None)

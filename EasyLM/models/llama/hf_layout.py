@@ -1,7 +1,8 @@
-"""The names and the layout of a LLaMA's parameters in this project and in Hugging Face's.
+"""The names and layouts of LLaMA parameters in EasyLM and in Hugging Face models.
 
-Kernels are [in, out] here and [out, in] there. Rotary embeddings rotate the pairs (2i, 2i+1) of a head here and the
-pairs (i, i + K/2) there, so the order of the query and key projections' outputs within a head differs.
+EasyLM kernels have shape [in, out]; Hugging Face kernels have shape [out, in]. Rotary embeddings rotate the pairs
+(2i, 2i+1) of a head in EasyLM and the pairs (i, i + K/2) in Hugging Face models. The outputs of the query and key
+projections therefore have a different order within each head.
 """
 
 import json
@@ -18,7 +19,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_model
 from EasyLM.models.llama.llama_config import TOKEN_IDS, LLaMAConfig, config_from_dict
 
-# Parameter in a layer -> tensor below `model.layers.{i}`.
+# Name of a parameter in a layer -> name of the tensor below `model.layers.{i}`.
 _LAYER_NAMES = {
     "attention/wq/kernel": "self_attn.q_proj",
     "attention/wk/kernel": "self_attn.k_proj",
@@ -30,7 +31,7 @@ _LAYER_NAMES = {
     "attention_norm/kernel": "input_layernorm",
     "ffn_norm/kernel": "post_attention_layernorm",
 }
-# Parameter outside the layers -> tensor.
+# Name of a parameter outside the layers -> name of the tensor.
 _OTHER_NAMES = {
     "params/transformer/wte/embedding": "model.embed_tokens",
     "params/transformer/ln_f/kernel": "model.norm",
@@ -59,7 +60,7 @@ def to_hf(name: str, array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def from_hf(name: str, array: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `to_hf`; a view where possible."""
+    """Inverts `to_hf`. Returns a view where possible."""
     if array.ndim == 1 or name == "model.embed_tokens.weight":
         return array
     if name.endswith(_ROTARY):
@@ -68,14 +69,14 @@ def from_hf(name: str, array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def hf_tensors(config: LLaMAConfig, entries: list[Entry], source: str, dtype: np.dtype | None) -> list[Entry]:
-    """Returns the entries of a checkpoint as Hugging Face tensors, not yet read, in the order of the layers.
+    """Returns the entries of a checkpoint as Hugging Face tensors in layer order, without reading them.
 
     Args:
       source: the checkpoint's name in error messages.
-      dtype: of the tensors; None: the entries' own.
+      dtype: the type of the tensors. None keeps the type of each entry.
 
     Raises:
-      UserError: if names or shapes are not this model's.
+      UserError: if names or shapes differ from those of the model.
     """
     by_key = {entry.key: entry for entry in entries}
     shapes = parameter_shapes(config)
@@ -94,10 +95,10 @@ def _hf_tensor(config: LLaMAConfig, entry: Entry, dtype: np.dtype | None) -> Ent
 
 
 def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
-    """Returns the settings of a Hugging Face model, and its parameters as checkpoint entries, not yet read.
+    """Returns the settings of a Hugging Face model, and its parameters as entries that are not read yet.
 
     Raises:
-      UserError: if it is not a plain LLaMA, or files are missing or broken.
+      UserError: if the model is not a plain LLaMA, or a file is missing or broken.
     """
     path = os.path.join(directory, "config.json")
     try:
@@ -113,7 +114,7 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     tensors = {tensor.key[0]: tensor for tensor in hf_files.read_weights(directory)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some writers store the tied embedding twice
+        tensors.pop("lm_head.weight", None)  # some programs store the tied embedding twice
     key_of = {hf_name(key): key for key, _, _ in stacking.file_order(parameter_shapes(config))}
     missing, unknown = sorted(set(key_of) - set(tensors)), sorted(set(tensors) - set(key_of))
     if missing or unknown:
@@ -140,7 +141,7 @@ def parameter_shapes(config: LLaMAConfig) -> dict:
     return jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
 
 
-# The formats that LLaMA commands accept: those of `EasyLM.checkpoints`, and `huggingface::DIR`.
+# The LLaMA commands accept the formats of `EasyLM.checkpoints` and `huggingface::DIR`.
 CHECKPOINT_FORMATS = {**checkpoints.CHECKPOINT_FORMATS, "huggingface": lambda directory: read_model(directory)[1]}
 
 
@@ -173,11 +174,11 @@ def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def generation_config(config: LLaMAConfig) -> dict[str, Any]:
-    """Returns the content of `generation_config.json`: greedy by default; sampling is from all ids, not from 50."""
+    """Returns the content of `generation_config.json`: greedy by default, with top-k sampling disabled."""
     return {**special_ids(config), "do_sample": False, "top_k": 0}
 
 
 def special_ids(config: LLaMAConfig) -> dict[str, int | None]:
-    """Returns the ids of bos, eos and pad; null if the vocabulary lacks them. (The default is 1 and 2, image codes.)"""
+    """Returns the ids of bos, eos and pad, or None outside the vocabulary. HF's defaults, 1 and 2, are image codes."""
     ids = {name: getattr(config, name) for name in TOKEN_IDS}
     return {name: value if value < config.vocab_size else None for name, value in ids.items()}

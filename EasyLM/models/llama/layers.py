@@ -18,7 +18,7 @@ from EasyLM.models.llama.rotary import rotate
 from EasyLM.models.tuning import flat_matmul
 from EasyLM.parallel import BATCH_AXES, constrain
 
-KeysAndValues = tuple[jax.Array, jax.Array]  # [B, T, H, K] each, keys rotated
+KeysAndValues = tuple[jax.Array, jax.Array]  # [B, T, H, K] each; the keys are rotated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Context:
     rope: tuple[jax.Array, jax.Array]  # cosines and sines [B or 1, T, K/2], float32
     mask: AttentionMask
     mesh: Mesh | None
-    key: jax.Array | None = None  # PRNG key of dropout; None: no dropout
+    key: jax.Array | None = None  # PRNG key of dropout; None disables dropout
 
 
 class RMSNorm(nnx.Module):
@@ -66,7 +66,7 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head causal self-attention with rotary positions."""
+    """Multi-head causal self-attention with rotary position embedding."""
 
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
@@ -75,7 +75,7 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, KeysAndValues]:
-        """Returns the output [B, T, D], and keys and values for a cache."""
+        """Returns the output [B, T, D], and the keys and values for a cache."""
         c = self.config
         q_BTHK, k_BTHK, v_BTHK = self.project(x_BTD, context)
         try:
@@ -103,12 +103,12 @@ class Attention(nnx.Module):
 
 
 def merge_heads(x_BTHK: jax.Array) -> jax.Array:
-    """Returns [B, T, H, K] as [B, T, D]."""
+    """Reshapes [B, T, H, K] to [B, T, D]."""
     return rearrange(x_BTHK, "B T H K -> B T (H K)")
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """Feed-forward network with SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
@@ -130,7 +130,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward network, each with its norm, added to the residual stream."""
+    """Attention and a feed-forward network. Each has its own norm and adds its output to the residual stream."""
 
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
@@ -140,7 +140,7 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, KeysAndValues]:
-        """Returns the residual stream [B, T, D], and the attention's keys and values."""
+        """Returns the residual stream [B, T, D], and the keys and values of the attention."""
         c = self.config
         keys = (None,) * 3 if context.key is None else jax.random.split(context.key, 3)
         context = dataclasses.replace(context, mask=context.mask.with_dropout(keys[0], c.attn_pdrop))
@@ -153,14 +153,14 @@ class Block(nnx.Module):
 
 
 def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales the others up; the identity without a key."""
+    """Zeroes elements with probability `rate` and scales up the others. Without a key, returns `x`."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def remat(function: Callable, policy: str, scanned: bool = False) -> Callable:
-    """Applies `jax.checkpoint` with a policy of REMAT_POLICIES; "" leaves the function as it is."""
+    """Applies `jax.checkpoint` with a policy of REMAT_POLICIES. Policy "" returns the function unchanged."""
     if not policy:
         return function
     return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)

@@ -1,4 +1,4 @@
-"""The settings of a LLaMA, their flags, the presets, and the files that settings are read from."""
+"""The settings of a LLaMA, their flags, the presets, and functions that read settings from files."""
 
 import ast
 import dataclasses
@@ -14,7 +14,7 @@ from EasyLM.vocab import BOS, EOS, PAD, VOCAB_SIZE
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
-    """A field whose metadata is the flag that sets it."""
+    """Returns a dataclass field. Its metadata holds the flag that sets the field."""
     return dataclasses.field(default=default, metadata={"flag": Flag(default, help, **limits)})
 
 
@@ -33,10 +33,10 @@ def _remat(part: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class LLaMAConfig:
-    """The settings of a model, validated on construction.
+    """The settings of a model. The constructor validates them.
 
     Raises:
-      UserError: naming the field, its value and the rule or the choices.
+      UserError: if a field is invalid. The message names the field, its value and the rule or the choices.
     """
 
     vocab_size: int = _size(VOCAB_SIZE, "Number of token ids.")
@@ -97,7 +97,7 @@ class LLaMAConfig:
 
 FLAG_OF_FIELD: dict[str, Flag] = {field.name: field.metadata["flag"] for field in dataclasses.fields(LLaMAConfig)}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# The settings that a resumed run may change: how the model is computed, and ids that training does not use.
+# Settings that a resumed run may change. They affect only the computation, or are ids that training does not use.
 RESUMABLE_SETTINGS = frozenset(
     name
     for name in FLAG_OF_FIELD
@@ -120,7 +120,7 @@ def _preset(
     intermediate_size: int,
     num_hidden_layers: int,
     num_attention_heads: int,
-    # Recomputes cheap operations: faster than writing and reading their results, by a tenth on a CPU.
+    # Recomputes cheap operations. On a CPU this is 10% faster than writing and reading their results.
     remat_block: str = "projections_and_attention_saveable",
 ) -> LLaMAConfig:
     return LLaMAConfig(
@@ -132,7 +132,7 @@ def _preset(
     )
 
 
-# From 1b on, the activations of a useful batch do not fit in memory beside the train state.
+# From 1b on, memory cannot hold both the train state and the activations of a useful batch.
 _LEAST_MEMORY = "nothing_saveable"
 PRESETS = {
     "vqlm_debug": _preset(128, 256, 2, 4),
@@ -149,12 +149,12 @@ PRESETS = {
 
 
 def build_config(load_llama_config: str, llama: Mapping[str, Any], update_llama_config: str) -> LLaMAConfig:
-    """Returns the model that three flags describe.
+    """Returns the config that three flags specify.
 
     Args:
-      load_llama_config: see `load_config`; empty: the defaults.
-      llama: `--llama.*`; settings that are not None replace those.
-      update_llama_config: see `updated`; replaces both.
+      load_llama_config: see `load_config`. An empty string selects the defaults.
+      llama: the flags `--llama.*`. Settings that are not None override `load_llama_config`.
+      update_llama_config: see `updated`. Its settings override both.
     """
     config = load_config(load_llama_config) if load_llama_config else LLaMAConfig()
     given = {name: value for name, value in llama.items() if value is not None}
@@ -162,13 +162,13 @@ def build_config(load_llama_config: str, llama: Mapping[str, Any], update_llama_
 
 
 def load_config(spec: str) -> LLaMAConfig:
-    """Returns the config of `--load_llama_config`: the name of a preset, `json::PATH` or `pickle::PATH`.
+    """Returns the config that `spec` names: a preset, `json::PATH` or `pickle::PATH`.
 
-    The JSON file is a run's `metadata.json`, a plain dict of settings, or a Hugging Face `config.json`. The pickle is
-    the metadata of a run of the LVM release.
+    The JSON file holds the `metadata.json` of a run, a plain dict of settings, or a Hugging Face `config.json`. The
+    pickle file holds the metadata of a run of the LVM release.
 
     Raises:
-      UserError: for an unknown preset, and a file that is missing or holds no settings.
+      UserError: if the preset is unknown, or the file is missing or holds no settings.
     """
     kind, separator, path = spec.partition("::")
     if not separator:
@@ -181,7 +181,7 @@ def load_config(spec: str) -> LLaMAConfig:
 
 
 def config_beside(checkpoint_path: str) -> LLaMAConfig | None:
-    """Returns the config in the metadata beside a checkpoint file; None without metadata."""
+    """Returns the config in the metadata beside a checkpoint file, or None if there is no metadata."""
     metadata = sidecar_path(checkpoint_path, "metadata")
     return None if metadata is None else config_from_dict(load_metadata(metadata), metadata)
 
@@ -193,7 +193,7 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
       source: the name of the values in error messages.
 
     Raises:
-      UserError: if settings are missing or of another architecture; for a plain dict also if one is unknown.
+      UserError: if settings are missing or describe another architecture, or a plain dict has an unknown setting.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: holds no model settings")
@@ -207,26 +207,26 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
 
 
 def _from_hugging_face(values: dict[str, Any], source: str) -> dict[str, Any]:
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5 and 4
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # names in transformers 5 and 4
     if values["model_type"] != "llama" or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"{source}: only plain LLaMA is supported, not {values['model_type']!r} with rope {rope}")
     heads = values.get("num_attention_heads")
-    if values.get("num_key_value_heads") not in (None, heads):  # null means all heads, as an omission does
+    if values.get("num_key_value_heads") not in (None, heads):  # null or a missing key means all heads
         raise UserError(f"{source}: num_key_value_heads={values['num_key_value_heads']}: must be {heads}, all heads")
     renamed = {"max_sequence_length": values.get("max_position_embeddings"), "rope_theta": rope.get("rope_theta")}
     values = values | {name: value for name, value in renamed.items() if value is not None}
     values = {name: value for name, value in values.items() if name in FLAG_OF_FIELD}
-    for name in TOKEN_IDS:  # in the LVM release they are image codes
+    for name in TOKEN_IDS:  # in the LVM release these ids are image codes
         if not isinstance(values.get(name), int) or values[name] < BOS:
             values.pop(name, None)
     return values
 
 
 def updated(config: LLaMAConfig, text: str) -> LLaMAConfig:
-    """Returns the config with the settings of a Python dict literal: `{'hidden_size': 64}` or `dict(hidden_size=64)`.
+    """Updates a config from a Python dict literal: `{'hidden_size': 64}` or `dict(hidden_size=64)`.
 
     Raises:
-      UserError: if the text is not such a literal (no code is executed), or names an unknown setting.
+      UserError: if the text is not such a literal, or names an unknown setting. No code in the text is executed.
     """
     if not text:
         return config

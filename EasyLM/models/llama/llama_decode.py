@@ -1,7 +1,7 @@
-"""The LLaMA with a cache of keys and values, for `EasyLM.models.generate`, and the likelihood of given tokens.
+"""Decodes with a LLaMA and a key-value cache, for `EasyLM.models.generate`. Computes likelihoods of given tokens.
 
-Weights and caches are lists over the layers, with separate arrays, because each step would copy a slice of a stacked
-array.
+Weights and caches are lists with separate arrays for each layer. With stacked arrays, each step would copy a slice per
+layer.
 """
 
 import dataclasses
@@ -28,18 +28,18 @@ from EasyLM.models.llama.rotary import positions, rotary_table
 from EasyLM.models.tuning import after
 from EasyLM.parallel import BATCH_AXES, constrain, shardings
 
-_LOGITS_TOKENS = 2048  # tokens whose logits exist at once in `log_likelihoods`
-# While decoding, the weights of a device's heads are not split further: gathering them in each step would dominate it.
+_LOGITS_TOKENS = 2048  # tokens whose logits `log_likelihoods` holds in memory at once
+# For decoding, weights are split over mp only. Other axes would need a gather in each step, which would dominate it.
 _DECODE_RULES = tuple((path, P(*(axis if axis == "mp" else None for axis in spec))) for path, spec in PARTITION_RULES)
 
 
 @dataclasses.dataclass(frozen=True)
 class LLaMADecoder:
-    """The `EasyLM.models.generate.Decoder` of a LLaMA.
+    """Implements `EasyLM.models.generate.Decoder` for a LLaMA.
 
     Attributes:
-      dtype: of activations, kernels and caches; norms, rotary angles and softmax are float32.
-      mesh: of the parameters: prompts are split over dp and fsdp, heads and feed-forward over mp.
+      dtype: the type of activations, kernels and caches. Norms, rotary angles and softmax are float32.
+      mesh: the mesh of the parameters. Prompts are split over dp and fsdp; heads and feed-forward over mp.
     """
 
     config: LLaMAConfig
@@ -109,7 +109,7 @@ class LLaMADecoder:
     def step(
         self, weights: dict, prompt_cache: dict, cache: list, tokens_BC: jax.Array, slot: jax.Array
     ) -> tuple[jax.Array, list]:
-        """See `Decoder`. The candidates take the place of the model's tokens of a row."""
+        """See `Decoder`. The layers process the C candidates of a prompt along the axis for the tokens of a row."""
         transformer = weights["transformer"]
         rope = rotary_table(self.config, (prompt_cache["next_B"] + slot)[:, None])
         context = Context(rope, AttentionMask(), self.mesh)
@@ -126,7 +126,7 @@ class LLaMADecoder:
             new.append((k, v))
         x_BCD = nnx.merge(norm_graph, transformer["ln_f"])(x_BCD)
         logits_BCV = llama_model.logits(x_BCD, weights["lm_head"]["kernel"], self.mesh)
-        slot = after(slot, x_BCD)  # the caches are updated in place
+        slot = after(slot, x_BCD)  # lets XLA update the caches in place
         return logits_BCV, jax.tree.map(
             lambda old_BHCSK, new_BHCK: jax.lax.dynamic_update_slice_in_dim(
                 old_BHCSK, new_BHCK[:, :, :, None], slot, 3
@@ -146,14 +146,14 @@ def log_likelihoods(
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Returns the log-likelihood in nats of each token, given all tokens before it: float32 [B, T - from_position].
+    """Returns the log-likelihood, in nats, of each token given all earlier tokens: float32 [B, T - from_position].
 
     Args:
-      from_position: the first token that is evaluated, at least 1.
-      mask_BT: 1 for a token, 0 for padding on the left; None: no padding.
+      from_position: the position of the first evaluated token, at least 1.
+      mask_BT: 1 for a token, 0 for padding on the left. None means no padding.
 
     Raises:
-      UserError: for malformed tokens, more than the model's longest sequence, or a position outside the rows.
+      UserError: if tokens are malformed or exceed the maximum length, or `from_position` is out of range.
     """
     tokens_BT = check_tokens(config, tokens_BT, mask_BT)
     if not 1 <= from_position < tokens_BT.shape[1]:
@@ -187,7 +187,7 @@ def _log_likelihoods(config, params, tokens_BT, from_position, mask_BT, dtype, m
 
 
 def _attend(q_BHCK, k_BHCK, v_BHCK, prompt, mask_BP, own, slot):
-    """Attention of each candidate's new token to the shared prompt, to its tokens before `slot`, and to itself."""
+    """Attends from the new token of each candidate to the prompt, to the candidate's earlier tokens, and to itself."""
     (k_BHPK, v_BHPK), (k_BHCSK, v_BHCSK) = prompt, own
     q_BHCK = q_BHCK * q_BHCK.shape[-1] ** -0.5
     scores_BHCP = _einsum("BHCK,BHPK->BHCP", q_BHCK, k_BHPK)

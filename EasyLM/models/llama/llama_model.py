@@ -1,7 +1,7 @@
-"""LLaMA (arXiv 2302.13971): the model, and pure functions over its parameters.
+"""The LLaMA model (arXiv 2302.13971), and pure functions of its parameters.
 
-Parameters are a nested dict `{"params": {"transformer": ..., "lm_head": ...}}`. Each array of `transformer/h` holds all
-layers, stacked along a leading axis.
+The parameters are a nested dict `{"params": {"transformer": ..., "lm_head": ...}}`. Each array below `transformer/h`
+stacks all layers along the leading axis.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from EasyLM.models.llama.rotary import positions, rotary_table
 from EasyLM.models.tuning import LANES, flat_matmul
 from EasyLM.parallel import BATCH_AXES, axis_size, constrain
 
-# Tokens of one device whose float32 logits exist at once: 270 MB with a vocabulary of 8292.
+# Tokens per device whose float32 logits are in memory at once. A vocabulary of 8292 needs 270 MB.
 _LOGITS_TOKENS = 8192
 
 
 class Transformer(nnx.Module):
-    """Embedding, blocks and final norm."""
+    """The embedding, the blocks and the final norm."""
 
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
@@ -37,7 +37,7 @@ class Transformer(nnx.Module):
         self.ln_f = RMSNorm(config)
 
     def __call__(self, tokens_BT: jax.Array, context: Context, dtype: DTypeLike) -> jax.Array:
-        """Returns the normalised last hidden states [B, T, D]."""
+        """Returns the last hidden states [B, T, D] after the final norm."""
         c = self.config
         keys = None if context.key is None else jax.random.split(context.key, c.num_hidden_layers + 1)
         x_BTD = constrain(self.wte(tokens_BT).astype(dtype), context.mesh, BATCH_AXES)
@@ -59,7 +59,7 @@ class Transformer(nnx.Module):
 
 
 class LLaMA(nnx.Module):
-    """A transformer and its head."""
+    """A transformer with an output head."""
 
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
@@ -69,14 +69,14 @@ class LLaMA(nnx.Module):
 
     @property
     def head_DV(self) -> jax.Array:
-        """The kernel of the head; the transposed embedding if tied."""
+        """The kernel of the head. With tied embeddings it is the transposed embedding."""
         if self.config.tie_word_embeddings:
             return self.transformer.wte.embedding[...].T
         return self.lm_head.kernel[...]
 
 
 def init_params(config: LLaMAConfig, key: jax.Array) -> dict:
-    """Returns initial float32 parameters: normal with standard deviation `initializer_range`; norms are 1."""
+    """Returns initial float32 parameters. Norms are 1; others are normal with deviation `initializer_range`."""
     return {"params": nnx.to_pure_dict(nnx.state(LLaMA(config, nnx.Rngs(key))))}
 
 
@@ -91,14 +91,14 @@ def apply(
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Returns logits [B, T, V] in `dtype`; logits at t predict the token at t + 1.
+    """Returns logits [B, T, V] in `dtype`. The logits at t predict the token at t + 1.
 
     Args:
-      attention_mask_BT: 1 for a token, 0 for padding (on the left); None: no padding.
-      position_ids_BT: positions from 0; by default the index among the tokens of the mask.
-      dtype: of activations and kernels; norms, rotary angles and softmax are float32.
-      key: PRNG key of dropout and of the forgetful causal mask; None disables both.
-      mesh: over which activations are split: the batch over dp and fsdp, heads and feed-forward over mp.
+      attention_mask_BT: 1 for a token, 0 for padding on the left. None means no padding.
+      position_ids_BT: positions, counted from 0. By default, the index of a token among the unpadded tokens.
+      dtype: the type of activations and kernels. Norms, rotary angles and softmax are float32.
+      key: PRNG key of dropout and of the forgetful causal mask. None disables both.
+      mesh: the mesh of the activations. The batch is split over dp and fsdp; heads and feed-forward over mp.
     """
     hidden_BTD, head_DV = hidden_states(
         config,
@@ -124,7 +124,7 @@ def hidden_states(
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the normalised last hidden states [B, T, D] and the head's kernel [D, V], both in `dtype`.
+    """Returns the last hidden states [B, T, D] after the final norm, and the head's kernel [D, V], in `dtype`.
 
     The arguments are those of `apply`.
     """
@@ -141,7 +141,7 @@ def hidden_states(
 
 
 def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """Returns hidden @ head, [B, T, V]. In half precision the product is computed with a padded vocabulary."""
+    """Returns hidden @ head, [B, T, V]. Types other than float32 use a padded vocabulary."""
     vocab_size = head_DV.shape[1]
     if head_DV.dtype != jnp.float32:
         head_DV = jnp.pad(head_DV, ((0, 0), (0, -vocab_size % LANES)))
@@ -173,14 +173,14 @@ def make_loss_fn(config: LLaMAConfig, dtype: DTypeLike, mesh: Mesh | None = None
 
 
 def unstack(tree: Any, num_layers: int) -> list:
-    """Returns one tree per layer. The gradient of a split is one concatenation; that of slices is one addition each."""
+    """Splits stacked arrays into one tree per layer. The gradient of a split is a single concatenation."""
     leaves, structure = jax.tree.flatten(tree)
     layers = zip(*(jax.lax.split(leaf, (1,) * num_layers) for leaf in leaves), strict=True)
     return [jax.tree.unflatten(structure, [leaf[0] for leaf in layer]) for layer in layers]
 
 
 def with_params(config: LLaMAConfig, params: dict, dtype: DTypeLike) -> LLaMA:
-    """Returns the model with these parameters, kernels cast to `dtype`."""
+    """Returns the model with these parameters. Kernels are cast to `dtype`."""
     return nnx.merge(_graph(config), with_kernels(params["params"], dtype))
 
 
@@ -190,9 +190,9 @@ def _graph(config: LLaMAConfig) -> nnx.GraphDef:
 
 
 def with_kernels(params: dict, dtype: DTypeLike) -> dict:
-    """Returns the parameters with kernels cast to `dtype`, once, so that stacked copies and gradients have that type.
+    """Casts the stacked kernels to `dtype`, so the copies and the gradients of the stack have this type.
 
-    Norms and the embedding, whose gradient sums many rows, keep their type.
+    Norms and the embedding keep their type. The gradient of the embedding sums many rows.
     """
 
     def cast(path, array):

@@ -55,12 +55,12 @@ FLAGS = {
 
 @StopSignals()
 def main(config: Any) -> int:
-    """Trains as the flags say.
+    """Trains a model as specified by the flags.
 
-    Flags and starting files are validated before data is indexed and the step compiled.
+    Flags and initial files are validated before the data is indexed and the train step is compiled.
 
     Returns:
-      The exit code: 0, or 75 if a signal stopped the run after its state was saved.
+      The exit code: 0, or 75 if a signal stopped the run. The state is saved before exit code 75.
     """
     logging.getLogger().setLevel(logging.INFO)
     initialize_distributed(config.jax_distributed)
@@ -122,7 +122,7 @@ def _model_settings(model: LLaMAConfig) -> ModelSettings:
 
 
 def _saved_settings(spec: str) -> Mapping[str, Any]:
-    """Returns the model settings beside the checkpoint PREFIX::PATH; empty if there are none."""
+    """Returns the model settings beside the checkpoint `PREFIX::PATH`, or an empty mapping if there are none."""
     prefix, _, path = spec.partition("::")
     is_huggingface = prefix == "huggingface"
     config_file = f"json::{os.path.join(path, 'config.json')}"
@@ -131,7 +131,7 @@ def _saved_settings(spec: str) -> Mapping[str, Any]:
 
 
 def _check_dataset_flags(name: str, dataset_config: Any, model: LLaMAConfig, mesh: Mesh) -> None:
-    """Checks the flags of a dataset against model and mesh, and that its files exist."""
+    """Checks the flags of a dataset against the model and the mesh. Checks that the files of the dataset exist."""
     settings = dataset.settings(dataset_config)
     group = f"{name}.{dataset_config.type}_dataset"
     check_batch_size(f"--{group}.batch_size", settings.batch_size, mesh)
@@ -145,7 +145,7 @@ def _check_dataset_flags(name: str, dataset_config: Any, model: LLaMAConfig, mes
 
 
 def cli() -> None:
-    """Runs the command with the flags of the command line."""
+    """Runs `main` with the flags of the command line."""
     flags.run(main, FLAGS)
 
 

@@ -1,9 +1,9 @@
-"""How the parameters of a LLaMA are split over the mesh axes."""
+"""Partition rules: how the parameters of a LLaMA are split over the mesh axes."""
 
 from jax.sharding import PartitionSpec as P
 
-# (regular expression for a parameter's path, spec of one layer's array). The paths in optimizer states have other
-# prefixes, so the same rules apply to them.
+# (regular expression for a parameter's path, spec of one layer's array). The paths in optimizer states differ only in
+# their prefix, so the same rules apply to optimizer states.
 PARTITION_RULES = (
     ("transformer/wte/embedding", P("mp", "fsdp")),
     ("attention/(wq|wk|wv)/kernel", P("fsdp", "mp")),

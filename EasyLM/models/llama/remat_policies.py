@@ -1,4 +1,4 @@
-"""The rematerialisation policies of `llama.remat_*`: which values are saved for the backward pass."""
+"""The policies of the flags `llama.remat_*`. A policy selects the values that are saved for the backward pass."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 
 
 def _save_attention(prim: Any, *_: Any, **params: Any) -> bool:
-    """Saves the output of attention. cuDNN's is found by its primitive: saved by name, the kernel would run twice."""
+    """Saves the output of attention. Matches cuDNN by primitive, because saving by name would run the kernel twice."""
     return "dot_product_attention_fwd" in prim.name or (prim.name == "name" and params["name"] == "attention")
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864) of interleaved pairs."""
+"""Rotary position embedding (RoPE, arXiv 2104.09864) on interleaved pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ from EasyLM.models.llama.llama_config import LLaMAConfig
 
 
 def positions(length: int, attention_mask_BT: jax.Array | None) -> jax.Array:
-    """Position ids [B or 1, T]: the index of a token among the tokens of its row; padding on the left has 0."""
+    """Returns position ids [B or 1, T]: the index of a token among the tokens of its row. Left padding has 0."""
     if attention_mask_BT is None:
         return jnp.arange(length)[None]
     return jnp.clip(jnp.cumsum(attention_mask_BT, axis=-1) - 1, 0)
 
 
 def rotary_table(config: LLaMAConfig, position_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, K/2] of the angles, in float32: bf16 has only 524 values below 4096."""
+    """Returns cosines and sines [B, T, K/2] of the angles in float32. bf16 represents only 524 integers below 4096."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     angles_BTk = position_ids_BT[..., None].astype(jnp.float32) / (config.rope_theta**exponents)[None, None, :]
     return jnp.cos(angles_BTk), jnp.sin(angles_BTk)
