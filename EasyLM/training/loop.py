@@ -101,7 +101,7 @@ def fit(
                 _save_after_error(save_once, state, done, error)
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
-            save_once(state, done, _due(done, settings.save_milestone_freq) and done > start)
+            save_once(state, done, _due(done, settings.save_milestone_freq) and done > 0)
     return state, done >= settings.total_steps
 
 
@@ -118,12 +118,12 @@ def _save_after_error(save_once: Callable[[Any, int, bool], None], state: Any, d
 def _save_once(
     save: Callable[[Any, int, int, bool], None], batches: BatchIterator, throughput: Throughput
 ) -> Callable[[Any, int, bool], None]:
-    """Returns (state, done, milestone) -> None. It saves, unless its last call had the same `done` and `milestone`."""
+    """Returns (state, done, milestone) -> None. It does not save a step twice, unless to make it a milestone."""
     saved: tuple[int, bool] | None = None
 
     def save_once(state: Any, done: int, milestone: bool) -> None:
         nonlocal saved
-        if saved != (done, milestone):
+        if saved is None or saved[0] != done or (milestone and not saved[1]):
             with throughput.timed("save"):
                 save(state, done, batches.position, milestone)  # before next(batches), so the position is this step's
             saved = (done, milestone)

@@ -1,5 +1,6 @@
 """The training loop: throughput metrics (on a simulated clock), the end of training, non-finite losses, signals."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -193,6 +194,33 @@ def test_the_step_in_progress_when_training_stops_is_reported_and_saved(tmp_path
         )
     assert [(row["step"], row["skipped_update"]) for row in rows] == [(n, n == 3) for n in range(5)]
     assert saved == [(5, 5, 40)]
+
+
+@pytest.mark.parametrize(
+    ("start", "total_steps", "fails", "expected"),
+    [(0, 9, True, [(3, True)]), (6, 6, False, [(6, True)]), (7, 7, False, [(7, False)]), (0, 0, False, [(0, False)])],
+)
+def test_a_milestone_is_not_saved_again_as_an_ordinary_checkpoint(start, total_steps, fails, expected):
+    """On object stores the second save of a step replaces the first, and ordinary checkpoints are pruned."""
+    saved = []
+
+    class Batches:
+        position, wait_seconds = 0, 0.0
+
+        def __next__(self):
+            if fails and self.position == 3:
+                raise OSError("no more data")
+            self.position += 1
+
+    def step(state, batch):
+        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True}
+
+    settings = dataclasses.replace(SETTINGS, total_steps=total_steps, save_model_freq=0, save_milestone_freq=3)
+    batches, state = Batches(), types.SimpleNamespace(step=start)
+    report = make_report(batches, settings, log=lambda row: None)
+    with pytest.raises(OSError) if fails else contextlib.nullcontext():
+        loop.fit(state, step, batches, settings, report, save=lambda state, done, _, kept: saved.append((done, kept)))
+    assert saved == expected
 
 
 @pytest.fixture
