@@ -5,6 +5,7 @@ May import: tokenizer.media; no JAX. Import the modules as namespaces: `from tok
     scenes       images, annotations and clips of rendered scenes
     layouts      random arrangements of solids; SPLITS, the styles of held-out scenes
     geometry     solids and ray tracing
+    palette      64 colours, and images that consist of them
     photos       crops of photographs from installed packages, and colour augmentation
     seed_ranges  which seeds are for training and which are held out
 
