@@ -40,6 +40,20 @@ def start(script: str, **settings) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment, **settings)
 
 
+@pytest.mark.parametrize(
+    ("module", "unneeded"),
+    [
+        ("EasyLM.data.line_index", {"jax", "fsspec", "asyncio"}),
+        ("EasyLM.data.token_store", {"jax", "fsspec", "asyncio"}),
+        ("tokenizer.builders.image_ref", {"jax", "fsspec", "asyncio", "ml_collections", "EasyLM.data"}),
+    ],
+)
+def test_the_modules_of_worker_functions_import_little(module, unneeded):
+    script = f"import sys, {module}; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert module in output.split() and not unneeded & set(output.split())
+
+
 def test_one_process_runs_in_this_process():
     with Workers(1) as workers:
         assert list(workers.map(pow, [2, 3], [3, 2])) == [8, 9]

@@ -15,17 +15,11 @@ from ml_collections import ConfigDict
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output, content_digest
-from tokenizer.builders import (
-    KINDS,
-    BuildPlan,
-    FileIndex,
-    InputFolder,
-    Kind,
-    Resources,
-    ResumableFile,
-    SentenceSettings,
-    write_sentences,
-)
+from tokenizer.builders.file_index import FileIndex, InputFolder
+from tokenizer.builders.kinds import KINDS, Kind
+from tokenizer.builders.resumable_file import ResumableFile
+from tokenizer.builders.settings import SentenceSettings
+from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
 from tokenizer.media import folders, images, videos
 from tokenizer.sentence_files import SkippedInputs
 from tokenizer.vqgan import CODEC_FLAGS, Codec

@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import fsspec
 import numpy as np
 import pybase64
 
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import parse_line, token_type
-from EasyLM.storage import Columns, check_line_start, is_remote, open_binary
+from EasyLM.storage import Columns, check_line_start, is_remote, open_binary, remote_file_system
 
 # Bytes of one read, unless a line is longer. For 128 KiB or more, malloc maps a new buffer each time, and the page
 # faults take longer than the decoding.
@@ -123,7 +122,7 @@ def _base64_length(num_bytes: int) -> int:
 def _byte_reader(path: str) -> Callable[[int, int], bytes]:
     """Returns a function from (begin, end) to those bytes of the file."""
     if is_remote(path):
-        system, inner = fsspec.url_to_fs(path)
+        system, inner = remote_file_system(path)
         return functools.partial(system.cat_file, inner)
     file = open_binary(path)  # stays open as long as the reader
     return lambda begin, end: os.pread(file.fileno(), end - begin, begin)

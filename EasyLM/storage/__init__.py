@@ -24,6 +24,7 @@ from EasyLM.storage.paths import (
     file_version,
     is_compressed,
     is_remote,
+    remote_file_system,
 )
 from EasyLM.storage.reading import check_line_start, open_binary, read_lines, read_text_lines
 
@@ -46,6 +47,7 @@ __all__ = [
     "open_columns",
     "read_lines",
     "read_text_lines",
+    "remote_file_system",
     "write_columns",
     "write_json",
 ]

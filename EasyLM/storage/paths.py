@@ -5,8 +5,6 @@ import os
 import tempfile
 from typing import Any
 
-import fsspec
-
 from EasyLM.errors import UserError
 from EasyLM.storage.atomic import PARTIAL_SUFFIX
 
@@ -17,6 +15,13 @@ DERIVED_SUFFIXES = (".index", ".tokens", PARTIAL_SUFFIX)  # globs skip these fil
 def is_remote(path: str) -> bool:
     """Whether fsspec opens the path (gs://, s3://, hf://, ...)."""
     return "://" in path
+
+
+def remote_file_system(path: str) -> tuple[Any, str]:
+    """Returns the fsspec file system of a remote path, and the path in it."""
+    import fsspec  # here, because local work does not need it: it takes a quarter of a worker's start
+
+    return fsspec.url_to_fs(path)
 
 
 def is_compressed(path: str) -> bool:
@@ -65,7 +70,7 @@ def _files_of(element: str) -> list[str]:
 
 def _glob(pattern: str) -> list[str]:
     if is_remote(pattern):
-        system, inner = fsspec.url_to_fs(pattern)
+        system, inner = remote_file_system(pattern)
         return sorted(system.unstrip_protocol(path) for path in system.glob(inner) if system.isfile(path))
     return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
 
@@ -79,7 +84,7 @@ def file_version(path: str) -> dict[str, Any]:
       UserError: if the file does not exist, or is a directory.
     """
     if is_remote(path):
-        system, inner = fsspec.url_to_fs(path)
+        system, inner = remote_file_system(path)
         if not system.isfile(inner):
             raise UserError(f"{path}: no such file")
         return {"size": system.size(inner), "mark": str(system.ukey(inner))}

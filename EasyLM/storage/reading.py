@@ -6,18 +6,20 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
-import fsspec
 import zstandard
 
 from EasyLM.errors import UserError
-from EasyLM.storage.paths import file_version, is_remote
+from EasyLM.storage.paths import file_version, is_remote, remote_file_system
 
 COMPRESSED_BLOCK_BYTES = 64 << 10  # compressed bytes read at a time
 
 
 def open_binary(path: str) -> BinaryIO:
     """Opens a file for reading bytes."""
-    return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")
+    if is_remote(path):
+        system, inner = remote_file_system(path)
+        return system.open(inner, "rb")
+    return open(path, "rb")
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:

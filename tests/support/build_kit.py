@@ -13,7 +13,7 @@ from video_kit import numbered_frame
 
 from EasyLM.data import records
 from tokenizer import build
-from tokenizer.builders import ResumableFile
+from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.media import video_writer
 from tokenizer.vqgan import Codec
 

@@ -1,6 +1,6 @@
 """File indexes of names without files."""
 
-from tokenizer.builders import FileIndex, InputFolder
+from tokenizer.builders.file_index import FileIndex, InputFolder
 from tokenizer.media import folders, images
 from tokenizer.sentence_files import SkippedInputs
 

@@ -1,7 +1,8 @@
 """Builds visual sentences from folders of images and videos.
 
-May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.sentence_files; never JAX, because worker processes
-import these modules to read images. The codec is passed in.
+May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.sentence_files; never JAX. The codec is passed in.
+Import the modules: `from tokenizer.builders import views`. This file imports nothing, because worker processes import
+only `image_ref` and have to start fast.
 
 In the order of the data flow:
   file_index      FileIndex: the files of the input folders as items of rows
@@ -24,21 +25,3 @@ Vocabulary:
   stride   the step between the frames of a window of a clip
 Shapes: n images, S the side in pixels, N codes of an image.
 """
-
-from tokenizer.builders.file_index import FileIndex, InputFolder
-from tokenizer.builders.kinds import KINDS, Kind
-from tokenizer.builders.resumable_file import ResumableFile
-from tokenizer.builders.settings import SentenceSettings
-from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
-
-__all__ = [
-    "KINDS",
-    "BuildPlan",
-    "FileIndex",
-    "InputFolder",
-    "Kind",
-    "Resources",
-    "ResumableFile",
-    "SentenceSettings",
-    "write_sentences",
-]

@@ -1,8 +1,7 @@
 """The LLaMA model (arXiv 2302.13971): settings, layers, decoding, training, export and import.
 
-May import every sub-package of EasyLM. This file imports nothing, because the `--help` of a command must not import
-JAX. Other sub-packages import modules: `from EasyLM.models.llama import llama_config`. `EasyLM.models` defines the
-letters of shapes. In addition, k indexes the pairs of a head's dimension.
+May import every sub-package of EasyLM. Import the modules: `from EasyLM.models.llama import llama_config`. This file
+imports nothing. `EasyLM.models` defines the letters of shapes. In addition, k indexes the pairs of a head's dimension.
 
 Vocabulary:
   kernel: the matrix of a linear layer, or the scale of a norm.

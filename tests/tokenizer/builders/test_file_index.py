@@ -6,7 +6,8 @@ import pytest
 from index_kit import make_index
 
 from EasyLM.errors import UserError
-from tokenizer.builders import FileIndex, InputFolder, file_index
+from tokenizer.builders import file_index
+from tokenizer.builders.file_index import FileIndex, InputFolder
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import images
 from tokenizer.sentence_files import SkippedInputs

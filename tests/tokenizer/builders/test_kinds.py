@@ -9,7 +9,7 @@ from tokenizer_kit import run_main
 
 from EasyLM.data import records
 from tokenizer import build
-from tokenizer.builders import KINDS
+from tokenizer.builders.kinds import KINDS
 from tokenizer.vqgan import PRETRAINED
 
 

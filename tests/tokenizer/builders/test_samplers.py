@@ -6,7 +6,8 @@ import types
 import pytest
 from index_kit import make_index
 
-from tokenizer.builders import FileIndex, file_index, samplers
+from tokenizer.builders import file_index, samplers
+from tokenizer.builders.file_index import FileIndex
 
 
 def test_every_epoch_of_shots_uses_items_once_in_a_new_order(monkeypatch):
