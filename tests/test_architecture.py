@@ -22,7 +22,7 @@ ALLOWED = {
     "EasyLM.models EasyLM.models.attention",
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
-    "tokenizer.synthetic": "tokenizer.media",
+    "tokenizer.synthetic": "EasyLM.data tokenizer.media tokenizer.builders",
     "tokenizer.vqgan": "EasyLM.storage",
     "tokenizer.image_quality": "tokenizer.vqgan",
     "tokenizer.training": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.vqgan tokenizer.image_quality",

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
-from EasyLM.storage import check_output, content_digest
+from EasyLM.storage import check_output
 from tokenizer.builders.file_index import FileIndex, InputFolder
 from tokenizer.builders.kinds import KINDS, Kind
-from tokenizer.builders.resumable_file import ResumableFile
+from tokenizer.builders.resumable_file import ResumableFile, folder_fingerprint
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
 from tokenizer.media import folders, images, videos
@@ -128,10 +128,8 @@ def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
 
 def _fingerprint(config: ConfigDict, index: FileIndex) -> dict[str, Any]:
     """Returns everything that determines the bytes of the file."""
-    paths = [os.path.join(config.vqgan, name) for name in sorted(os.listdir(config.vqgan))]
-    tokenizer = [content_digest(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)]
     flags = {name: config[name] for name in SENTENCE_FLAGS}
-    return {"version": VERSION, "inputs": index.digest, "tokenizer": tokenizer, **flags}
+    return {"version": VERSION, "inputs": index.digest, "tokenizer": folder_fingerprint(config.vqgan), **flags}
 
 
 def cli() -> None:

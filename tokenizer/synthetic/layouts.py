@@ -22,7 +22,6 @@ COLOURS = np.array(
     ]
 )
 NEW_COLOURS = np.array([(120, 20, 60), (150, 220, 60), (250, 130, 170), (70, 70, 75)])
-HORIZON = 8  # frames without collisions
 _ATTEMPTS = 60  # to place solids; from half of them on, new solids do not move
 
 
@@ -34,12 +33,14 @@ class Style:
       shapes, colours: of solids.
       brightness: range of the brightness of floor and wall.
       tint: range of the share that is removed from each colour channel of floor and wall.
+      horizon: frames without collisions.
     """
 
     shapes: tuple[str, ...] = SHAPES
     colours: np.ndarray = dataclasses.field(default_factory=lambda: COLOURS)
     brightness: tuple[float, float] = (0.75, 1.0)
     tint: tuple[float, float] = (0.0, 0.35)
+    horizon: int = 8
 
 
 # "scenes" differs from training scenes only by its seeds; the other splits also differ by their style.
@@ -74,7 +75,7 @@ def seeded_layout(seed: int, split: str = "scenes") -> Layout:
 
 
 def random_layout(rng: np.random.Generator, style: Style = Style()) -> Layout:
-    """Draws one to four solids that do not collide within `HORIZON` frames, a room and a light."""
+    """Draws one to four solids that do not collide within the style's horizon, a room and a light."""
     solids: list[Solid] = []
     count = rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15])
     hues = rng.permutation(len(style.colours))
@@ -83,7 +84,7 @@ def random_layout(rng: np.random.Generator, style: Style = Style()) -> Layout:
             break
         is_still = attempt > _ATTEMPTS // 2
         solid = _random_solid(rng, style.shapes, style.colours[hues[len(solids)]] / 255, is_still)
-        if all(_is_apart(solid.at(frame), [other.at(frame) for other in solids]) for frame in range(HORIZON)):
+        if all(_is_apart(solid.at(frame), [other.at(frame) for other in solids]) for frame in range(style.horizon)):
             solids.append(solid)
     tint = rng.uniform(*style.brightness, (2, 1)) * (1 - rng.uniform(*style.tint, (2, 3)))
     azimuth = rng.uniform(-0.9, 0.9)

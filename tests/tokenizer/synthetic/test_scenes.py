@@ -86,7 +86,7 @@ def test_clip_begins_with_the_scene_and_moves():
 def test_solids_do_not_collide():
     for seed in range(30):
         layout = layouts.seeded_layout(seed)
-        for frame in range(layouts.HORIZON):
+        for frame in range(layouts.Style().horizon):
             solids = [solid.at(frame) for solid in layout.solids]
             for i, a in enumerate(solids):
                 for b in solids[:i]:

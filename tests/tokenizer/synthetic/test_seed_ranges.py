@@ -7,6 +7,8 @@ import pytest
 
 from tokenizer.synthetic import seed_ranges
 
+COMMANDS = re.compile(r"tokenizer\.(render|mappings)\b")
+
 
 @pytest.mark.parametrize("seed", [0, 1, 400, 10**6])
 def test_benchmark_seeds_are_disjoint_from_training_seeds(seed):
@@ -27,7 +29,7 @@ def test_scripts_and_documents_render_seeds_that_are_not_reserved():
     root = pathlib.Path(__file__).parents[3]
     paths = [*root.glob("scripts/*.sh"), root / "DATASET.md", root / "evaluation" / "EVAL.md"]
     commands = [line for path in paths for line in path.read_text().replace("\\\n", " ").splitlines()]
-    seeds = [seed for line in commands if "tokenizer.render" in line for seed in re.findall(r"--seed=(\d+)", line)]
+    seeds = [seed for line in commands if COMMANDS.search(line) for seed in re.findall(r"--seed=(\d+)", line)]
     seeds += [match[1] for line in commands if (match := re.search(r"demo_sentences\.sh \"\S+ (\d+)", line))]
     assert len(seeds) >= 9
     for seed in seeds:
