@@ -2,15 +2,18 @@
 
 import dataclasses
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from llama_kit import TINY, changed
 
 from EasyLM import checkpoints
 from EasyLM.models import losses
+from EasyLM.models.attention import AttentionMask
 from EasyLM.models.llama import layers, llama_model, rotary
 from EasyLM.models.llama.remat_policies import REMAT_POLICIES
 
@@ -238,6 +241,17 @@ def test_remat_policy_controls_saving_of_the_attention_kernel(monkeypatch, polic
     text = str(jax.make_jaxpr(gradient)(params, batch))
     assert text.count("= dot_product_attention_fwd") == runs
     assert "bf16[2,128,4,104]" in text and "scale=0.1\n" in text
+
+
+def test_the_devices_of_the_mesh_select_the_attention(monkeypatch):
+    """A step for devices that this process does not have uses their kernels."""
+    mesh, platforms = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")])), []
+    monkeypatch.setattr(layers, "constrain", lambda x, *_: x)
+    monkeypatch.setattr(layers, "attention", lambda *qkvm, platform, **_: platforms.append(platform) or qkvm[2])
+    block, x_BTD = layers.Attention(TINY, nnx.Rngs(0)), jnp.ones((1, 3, TINY.hidden_size))
+    for given in (mesh, None):
+        block(x_BTD, layers.Context(rotary.rotary_table(TINY, jnp.arange(3)[None]), AttentionMask(), given))
+    assert platforms == ["gpu", None]
 
 
 def test_initial_weights():

@@ -8,24 +8,50 @@ from EasyLM.models.attention.mask import AttentionMask
 _DTYPES = (jnp.bfloat16, jnp.float16)  # the types that the kernel supports
 
 
-def cudnn_applies(dtype: jnp.dtype, mask: AttentionMask) -> bool:
-    """Whether the kernel supports this backend, dtype and mask."""
-    return dtype in _DTYPES and mask.dropout_key is None and jax.default_backend() == "gpu"
+def cudnn_applies(platform: str, dtype: jnp.dtype, mask: AttentionMask) -> bool:
+    """Whether the kernel supports this platform, dtype and mask, with memory that is linear in the length."""
+    return platform == "gpu" and dtype in _DTYPES and mask.dropout_key is None and mask.forget_key is None
 
 
 def cudnn_attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: AttentionMask) -> jax.Array:
-    """Returns the attention's output [B, T, H, K] in q's dtype."""
-    batch, length, _, head_dim = q_BTHK.shape
-    if mask.valid_BS is None and mask.forget_key is None:
-        allowed_B1TS = None
-    else:
-        positions = jnp.arange(length)
-        allowed_BTS = jnp.broadcast_to(mask.allowed(batch, positions, positions), (batch, length, length))
-        allowed_B1TS = allowed_BTS[:, None]
+    """Returns the attention's output [B, T, H, K] in q's dtype. Padding must be on the left."""
+    if mask.valid_BS is None:
+        return _kernel(q_BTHK, k_BSHK, v_BSHK)
+    # The kernel takes lengths of rows that are padded on the right; a mask would be an array [B, T, S].
+    valid_BS11 = (mask.valid_BS != 0)[:, :, None, None]
+    length_B = jnp.sum(mask.valid_BS != 0, axis=1, dtype=jnp.int32)
+    shift_B = mask.valid_BS.shape[1] - length_B
+
+    def to_right(x_BSHK):
+        # The kernel may leave gradients at padded positions unwritten. `where` replaces them by zeros.
+        return _rolled(jnp.where(valid_BS11, x_BSHK, 0), -shift_B)
+
+    out_BTHK = _rolled(_kernel(to_right(q_BTHK), to_right(k_BSHK), to_right(v_BSHK), length_B), shift_B)
+    return jnp.where(valid_BS11, out_BTHK, v_BSHK)  # a padded query attends to its own key only
+
+
+def _kernel(q_BTHK, k_BSHK, v_BSHK, length_B=None):
+    """Returns causal attention [B, T, H, K], of the first `length_B` tokens of each row if given."""
+    head_dim = q_BTHK.shape[-1]
     # The kernel needs a head dimension that is a multiple of 8. Padding with zeros does not change the scores. The
     # scale uses the unpadded dimension.
     padding = ((0, 0), (0, 0), (0, 0), (0, -head_dim % 8))
     q, k, v = (jnp.pad(x, padding) for x in (q_BTHK, k_BSHK, v_BSHK))
-    scale = head_dim**-0.5
-    out = jax.nn.dot_product_attention(q, k, v, mask=allowed_B1TS, is_causal=True, scale=scale, implementation="cudnn")
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        scale=head_dim**-0.5,
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        implementation="cudnn",
+    )
     return out[..., :head_dim]
+
+
+def _rolled(x_BTHK: jax.Array, shift_B: jax.Array) -> jax.Array:
+    """Rolls each row along time by its own shift, to the right if positive."""
+    length = x_BTHK.shape[1]
+    index_BT = (jnp.arange(length)[None] - shift_B[:, None]) % length
+    return jnp.take_along_axis(x_BTHK, index_BT[:, :, None, None], axis=1)

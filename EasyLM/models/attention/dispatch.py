@@ -19,6 +19,7 @@ def attention(
     v_BSHK: jax.Array,
     mask: AttentionMask,
     *,
+    platform: str | None = None,
     implementation: str = "auto",
     query_chunk: int = 1024,
     key_chunk: int = 1024,
@@ -26,9 +27,11 @@ def attention(
     """Computes causal attention with a float32 softmax.
 
     Args:
+      platform: the platform of the devices that run the computation: "cpu", "gpu" or "tpu". None means JAX's default
+        backend.
       implementation: "xla" holds all T x S weights in memory. "blockwise" iterates over chunks in linear memory.
-        "cudnn" is NVIDIA's kernel, for bf16 and fp16. "auto" selects blockwise with small chunks on a CPU. On a GPU it
-        selects cudnn if the kernel supports the inputs and there is no forgetful causal mask. Otherwise it selects xla.
+        "cudnn" is NVIDIA's kernel, for bf16 and fp16. "auto" selects blockwise with small chunks on a CPU, xla on a
+        TPU, and on a GPU cudnn if the kernel supports the inputs, otherwise blockwise.
       query_chunk, key_chunk: chunk sizes of "blockwise". They need not divide the length.
 
     Returns:
@@ -38,16 +41,19 @@ def attention(
       UserError: if "cudnn" is requested and the kernel does not support the inputs.
     """
     assert q_BTHK.shape == k_BSHK.shape == v_BSHK.shape
-    if implementation == "auto" and jax.default_backend() == "cpu":
+    platform = platform or jax.default_backend()
+    if implementation == "auto" and platform == "cpu":
         implementation, query_chunk, key_chunk = "blockwise", CPU_ATTENTION_CHUNK, CPU_ATTENTION_CHUNK
+    elif implementation == "auto" and platform == "gpu":
+        implementation = "cudnn" if cudnn_applies(platform, q_BTHK.dtype, mask) else "blockwise"
     elif implementation == "auto":
-        implementation = "cudnn" if cudnn_applies(q_BTHK.dtype, mask) and mask.forget_key is None else "xla"
+        implementation = "xla"
     if implementation == "cudnn":
-        if not cudnn_applies(q_BTHK.dtype, mask):
+        if not cudnn_applies(platform, q_BTHK.dtype, mask):
             raise UserError(
-                "attention implementation 'cudnn' needs a GPU, bf16 or fp16, and no dropout on the weights; here are "
-                f"{jax.default_backend()}, {q_BTHK.dtype} and a dropout rate of {mask.dropout_rate}; choose 'auto' or "
-                "'xla'"
+                "attention implementation 'cudnn' needs a GPU, bf16 or fp16, no dropout on the weights and no "
+                f"forgetful causal mask; here are {platform}, {q_BTHK.dtype}, a dropout rate of {mask.dropout_rate} "
+                f"and forget ratios of {mask.forget_ratios}; choose 'auto' or 'blockwise'"
             )
         return cudnn_attention(q_BTHK, k_BSHK, v_BSHK, mask)
     if implementation == "xla":

@@ -30,6 +30,11 @@ class Context:
     mesh: Mesh | None
     key: jax.Array | None = None  # PRNG key of dropout; None disables dropout
 
+    @property
+    def platform(self) -> str | None:
+        """Platform of the mesh's devices, which need not be this process's default backend. None without a mesh."""
+        return None if self.mesh is None else self.mesh.devices.flat[0].platform
+
 
 class RMSNorm(nnx.Module):
     """Root mean square normalisation (arXiv 1910.07467) with a learned scale, computed in float32."""
@@ -84,6 +89,7 @@ class Attention(nnx.Module):
                 k_BTHK,
                 v_BTHK,
                 context.mask,
+                platform=context.platform,
                 implementation="blockwise" if c.scan_attention else c.attention_implementation,
                 query_chunk=c.scan_query_chunk_size,
                 key_chunk=c.scan_key_chunk_size,

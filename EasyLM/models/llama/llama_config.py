@@ -67,7 +67,9 @@ class LLaMAConfig:
     scan_mlp_chunk_size: int = _size(1024, "Tokens of one chunk of the feed-forward network.")
     scan_layers: bool = _setting(True, "Compile one block and loop over the layers; else compile each block.")
     attention_implementation: str = _setting(
-        "auto", "auto: cudnn on a GPU in bf16 or fp16, blockwise on a CPU, else xla.", choices=IMPLEMENTATIONS
+        "auto",
+        "auto: on a GPU cudnn in bf16 or fp16, else blockwise; on a CPU blockwise; on a TPU xla.",
+        choices=IMPLEMENTATIONS,
     )
 
     @property
