@@ -5,6 +5,7 @@ May import EasyLM's own modules only.
     mesh          the axes dp, fsdp and mp; `--mesh_dim`; the sharding of a batch
     partition     partition rules: the path of an array -> its sharding
     distributed   the start of jax.distributed
+    compiler      options of XLA by platform
     coordination  host work in the order of processes; values that must be equal on all of them
 
 Vocabulary:
@@ -14,6 +15,7 @@ Vocabulary:
     process         one Python process of a run, usually one per host; process 0 writes files
 """
 
+from EasyLM.parallel.compiler import compiler_options
 from EasyLM.parallel.coordination import check_same, on_first_process_first
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
 from EasyLM.parallel.mesh import BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
@@ -26,6 +28,7 @@ __all__ = [
     "batch_sharding",
     "check_batch_size",
     "check_same",
+    "compiler_options",
     "constrain",
     "initialize_distributed",
     "make_mesh",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from EasyLM.parallel import batch_sharding
+from EasyLM.parallel import batch_sharding, compiler_options
 
 Params = dict[str, Any]
 Batch = dict[str, Any]  # {name: array [batch_size, ...]}
@@ -131,4 +131,5 @@ def jit_train_step(train_step: Callable, state_shardings: TrainState, mesh: Mesh
         in_shardings=(state_shardings, batch_sharding(mesh)),
         out_shardings=(state_shardings, None),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )

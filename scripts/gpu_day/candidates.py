@@ -1,0 +1,59 @@
+"""The settings that `gpu_day.train` tries for each preset, for a card with 80 GB.
+
+The candidates of a preset are in the order of XLA's plan of their memory, because a process can only measure a peak
+that rises.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+# Bytes per parameter of a float32 state with its optimizer (12), and of copies and gradients in bf16 (4). vqlm_7b
+# does not fit on a card with 80 GB. Half of its layers have the same rates per layer.
+STATE_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Settings of one measurement.
+
+    Attributes:
+      rows: rows of a batch.
+      settings: changes to the preset.
+      options: compiler options, in addition to those of the trainer.
+    """
+
+    rows: int
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The settings as text."""
+        changes = [f"{name}={value}" for name, value in (self.settings | self.options).items()]
+        return ", ".join([f"{self.rows} rows", *changes])
+
+
+_PROJECTIONS = {"remat_block": "projections_and_attention_saveable"}
+_ATTENTION = {"remat_block": "attention_saveable"}
+_LEAST = {"remat_block": "nothing_saveable"}
+_UNROLLED = {"scan_layers": False}
+_HALF = {"num_hidden_layers": 16}
+CANDIDATES = {
+    "vqlm_debug": [Candidate(2)],
+    "vqlm_100m": [
+        Candidate(8, _PROJECTIONS),
+        Candidate(16, _PROJECTIONS),
+        Candidate(16, _UNROLLED | {"remat_block": ""}),
+        Candidate(32, _PROJECTIONS),
+    ],
+    "vqlm_1b": [
+        Candidate(8, _ATTENTION),
+        Candidate(4, _PROJECTIONS),
+        Candidate(8, _PROJECTIONS),
+        Candidate(8, _PROJECTIONS, {"xla_gpu_enable_triton_gemm": True}),
+        Candidate(8, _PROJECTIONS | _UNROLLED),
+    ],
+    "vqlm_3b": [Candidate(4, _LEAST), Candidate(2, _PROJECTIONS), Candidate(3, _PROJECTIONS)],
+    "vqlm_7b": [Candidate(4, _HALF | _LEAST), Candidate(1, _HALF | _PROJECTIONS), Candidate(2, _HALF | _PROJECTIONS)],
+}

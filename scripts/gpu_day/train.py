@@ -1,0 +1,145 @@
+"""Measures the trainer's step of one preset: tokens per second and memory of each candidate, kernels of the fastest."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from EasyLM.flags import Flag, defaults, run
+from EasyLM.models.llama import costs, llama_config, llama_model
+from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
+from EasyLM.parallel import batch_sharding, make_mesh, shardings
+from EasyLM.training import OPTIMIZER_FLAGS, TrainState, make_optimizer, make_train_step, model_without_extra
+from EasyLM.training.step import init_state, jit_train_step, state_shapes
+from gpu_day.candidates import CANDIDATES, STATE_BYTES, Candidate
+from gpu_day.measure import emit, peak_bytes, reason
+from gpu_day.profile import time_by_kernel
+
+FLAGS = {
+    "preset": Flag("vqlm_1b", "Preset of the model.", choices=tuple(CANDIDATES)),
+    "seq_length": Flag(4096, "Tokens of a row.", least=1),
+    "seconds": Flag(3.0, "Time to measure each candidate, after two warm-up steps.", above=0),
+    "profile": Flag(True, "Trace two steps of the fastest candidate."),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A compiled step, and functions that create its arguments.
+
+    Attributes:
+      step: (state, batch) -> (state, metrics); donates the state.
+      new_state: creates a fresh state.
+      batch: a batch of random tokens on the device.
+    """
+
+    step: Any
+    new_state: Callable[[], TrainState]
+    batch: dict[str, jax.Array]
+
+
+def main(config: ConfigDict) -> None:
+    """Measures the candidates, then traces the fastest. A candidate that fails is a record too."""
+    model, limit = llama_config.PRESETS[config.preset], (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    needed = STATE_BYTES * costs.num_parameters(model)
+    if limit and needed > limit:
+        reason_text = f"the state and gradients need {needed / 1e9:.0f} GB, the device has {limit / 1e9:.0f}"
+        emit("train", config.preset, preset=config.preset, error=reason_text)
+    fastest: tuple[float, Trainer | None] = 0.0, None
+    for candidate in CANDIDATES[config.preset]:
+        settings = llama_config.updated(model, repr(dict(candidate.settings)))
+        name = f"{config.preset}, {candidate.name}"
+        labels = {"preset": config.preset, "rows": candidate.rows, "parameters": costs.num_parameters(settings)}
+        try:
+            trainer, measured = measure(settings, candidate, config.seq_length, config.seconds)
+        except Exception as error:  # such as too little memory
+            emit("train", name, **labels, error=reason(error))
+            continue
+        emit("train", name, **labels, **measured)
+        if measured["tokens_per_second"] > fastest[0]:
+            fastest = measured["tokens_per_second"], trainer
+    if config.profile and fastest[1]:
+        emit("kernels", config.preset, milliseconds=profiled(fastest[1]))
+
+
+def measure(model: LLaMAConfig, candidate: Candidate, length: int, seconds: float) -> tuple[Trainer, dict]:
+    """Compiles and times a candidate. Returns the trainer and the values of its record."""
+    before = peak_bytes() or 0
+    begin = time.perf_counter()
+    trainer, planned = compiled_trainer(model, candidate, length)
+    compile_seconds = time.perf_counter() - begin
+    state = trainer.new_state()
+    for _ in range(2):
+        state, metrics = trainer.step(state, trainer.batch)
+        jax.block_until_ready((state, metrics))
+        begin, steps = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds or steps < 3:
+        state, metrics = trainer.step(state, trainer.batch)
+        steps += 1
+        if steps % 2 == 0:  # at most two steps are in flight, as in the trainer
+            jax.block_until_ready(metrics)
+    jax.block_until_ready((state, metrics))
+    step_seconds = (time.perf_counter() - begin) / steps
+    tokens = candidate.rows * length
+    peak = peak_bytes() or 0
+    return trainer, {
+        "tokens_per_second": tokens / step_seconds,
+        "tokens_per_step": tokens,
+        "step_seconds": step_seconds,
+        "steps": steps,
+        "loss": float(metrics["loss"]),
+        "flops_per_second": tokens * costs.flops_per_token(model, length) / step_seconds,
+        "compile_seconds": compile_seconds,
+        "planned_bytes": planned,
+        "peak_bytes": peak if peak > before else None,  # a smaller peak than an earlier one is not known
+    }
+
+
+def compiled_trainer(model: LLaMAConfig, candidate: Candidate, length: int) -> tuple[Trainer, int | None]:
+    """Returns the trainer's compiled step with its optimizer's default flags, and XLA's plan of its peak memory."""
+    mesh, optimizer = make_mesh("1,1,1", jax.devices()[:1]), make_optimizer(defaults(OPTIMIZER_FLAGS))
+    parts = model_without_extra(
+        partial(llama_model.init_params, model), llama_model.make_loss_fn(model, jnp.bfloat16, mesh), PARTITION_RULES
+    )
+    shapes = state_shapes(parts.init, optimizer)
+    places = shardings(mesh, PARTITION_RULES, shapes)
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    shape = candidate.rows, length
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
+    batch = {"input_tokens": tokens[0], "target_tokens": tokens[1], "loss_masks": np.ones(shape, np.float32)}
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    step = jit_train_step(make_train_step(parts.loss, optimizer, 0), places, mesh)
+    compiled = step.lower(state, batch).compile(compiler_options=dict(candidate.options))
+    planned = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", None)
+    return Trainer(compiled, partial(init_state, parts.init, optimizer, 0, places), batch), planned
+
+
+def profiled(trainer: Trainer, steps: int = 2) -> dict[str, float]:
+    """Returns milliseconds of a step by kernel. Empty if the trace holds no events of the device."""
+    state = trainer.new_state()
+    state, _ = trainer.step(state, trainer.batch)
+    jax.block_until_ready(state)
+
+    def traced():
+        nonlocal state
+        for _ in range(steps):
+            state, _ = trainer.step(state, trainer.batch)
+        jax.block_until_ready(state)
+
+    return {name: milliseconds / steps for name, milliseconds in time_by_kernel(traced).items()}
+
+
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
+    run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()
