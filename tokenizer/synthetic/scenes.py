@@ -4,6 +4,7 @@ A scene is a function of a seed. Its annotations are computed from the geometry.
 Shapes: S side of the image, P = (3 S)^2 rays, 3x3 per pixel; the middle ray passes through the pixel's centre.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -97,6 +98,7 @@ def _edges(solid_SS: np.ndarray, normal_SS3: np.ndarray) -> np.ndarray:
     return is_edge_SS
 
 
+@functools.lru_cache(maxsize=4)
 def _camera(side: int) -> tuple[np.ndarray, np.ndarray]:
     """Unit rays [side^2,3], row by row, and the camera's axes (right, up, forward) as rows."""
     forward = (_TARGET - _EYE) / np.linalg.norm(_TARGET - _EYE)
@@ -112,8 +114,10 @@ def _camera(side: int) -> tuple[np.ndarray, np.ndarray]:
 def _illumination(solids: Sequence[Solid], light: np.ndarray, points_P3: np.ndarray, normal_P3: np.ndarray):
     """Direct light on each point [P], 0..1: Lambert's law, zero in the shadow of a solid."""
     facing_P = np.clip(normal_P3 @ light, 0, 1)
-    shadowed_P = trace(solids, points_P3 + 1e-3 * normal_P3, np.broadcast_to(light, points_P3.shape)).solid >= 0
-    return np.where(shadowed_P, 0.0, facing_P)
+    lit = np.flatnonzero(facing_P)
+    starts = points_P3[lit] + 1e-3 * normal_P3[lit]
+    facing_P[lit[trace(solids, starts, np.broadcast_to(light, starts.shape)).solid >= 0]] = 0
+    return facing_P
 
 
 def _shade(
@@ -133,8 +137,11 @@ def _shade(
     colours = np.array([*(solid.colour for solid in solids), (0, 0, 0)])
     is_solid = hits.solid[:, None] >= 0
     base = np.where(is_solid, colours[hits.solid], room)
-    halfway = layout.light - rays_P3
-    halfway /= np.linalg.norm(halfway, axis=-1, keepdims=True)
-    shine = np.where(light_P > 0, np.clip(np.sum(halfway * hits.normal, axis=-1), 0, 1) ** 40, 0)
     shade = np.where(is_solid, 0.45 + 0.7 * light_P[:, None], 0.6 + 0.45 * light_P[:, None])
-    return base * shade + np.where(is_solid, 0.45 * shine[:, None], 0.0)
+    shaded_P3 = base * shade
+    shiny = np.flatnonzero((hits.solid >= 0) & (light_P > 0))
+    halfway = layout.light - rays_P3[shiny]
+    halfway /= np.linalg.norm(halfway, axis=-1, keepdims=True)
+    shine = np.clip(np.sum(halfway * hits.normal[shiny], axis=-1), 0, 1) ** 40
+    shaded_P3[shiny] += 0.45 * shine[:, None]
+    return shaded_P3
