@@ -59,6 +59,7 @@ def test_training_never_composes_held_out_pairs_of_families():
     """A held-out composition has trained parts only. The rotation occurs in compositions, but never after a copy."""
     rng = np.random.default_rng(0)
     pairs: dict[str, set[tuple[str, str]]] = {}
+    rotations = 0
     for split, count in ((mappings.TRAIN, DRAWS), (mappings.SEEN, 1000), (mappings.HELD_OUT, 1000)):
         pairs[split] = set()
         for _ in range(count):
@@ -66,8 +67,10 @@ def test_training_never_composes_held_out_pairs_of_families():
             pairs[split].add((type(first).__name__, type(second).__name__))
             is_rotation = isinstance(second, steps.Geometry) and second.symmetry == held_out.ROTATION
             assert not any(entries(first)) and not (any(entries(second)) and not is_rotation)
+            rotations += is_rotation
             if is_rotation:
                 assert len(entries(first)) > 0 and first not in (steps.Channels(0, 0), steps.HueTurn(0.0))
+    assert rotations > 500
     assert pairs[mappings.HELD_OUT] == {("Mark", "Geometry"), ("Recolour", "Channels"), ("Recolour", "HueTurn")}
     assert not pairs[mappings.TRAIN] & pairs[mappings.HELD_OUT] and pairs[mappings.SEEN] <= pairs[mappings.TRAIN]
     assert ("Exchange", "Geometry") in pairs[mappings.TRAIN] and ("Recolour", "Geometry") in pairs[mappings.TRAIN]
