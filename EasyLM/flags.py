@@ -25,9 +25,11 @@ import EasyLM
 from EasyLM.errors import UserError, choose
 
 Settings = TypeVar("Settings")  # a frozen dataclass
+DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # the release accepts both
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 _HOME = re.compile(r"(?:^|(?<=,)|(?<=::))~[\w.-]*(?=/)")  # at the start of a path: in a comma list, after PREFIX::
 _HELP = {dashes + name for dashes in ("-", "--") for name in ("h", "help", "helpshort", "helpfull")}
+INTERRUPTED = 130  # the exit code after Ctrl-C, by the convention of shells
 _WIDTH = 110  # columns of the help
 _DEFINERS: dict[type, Callable] = {
     bool: flags.DEFINE_boolean,
@@ -54,6 +56,8 @@ class Flag:
     below: float | None = None  # an exclusive upper limit
     required: bool = False  # must be given and not empty
     type: builtins.type | None = None  # type of the value; required if the default is None
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further texts -> the choice they mean
+    ignored: bool = False  # a flag of the LVM release that has no effect; it is parsed and left out of the settings
 
     @property
     def value_type(self) -> builtins.type:
@@ -82,7 +86,7 @@ class Flag:
 
 
 def leaves(definitions: Definitions, prefix: str = "") -> dict[str, Flag]:
-    """Flattens nested definitions to flags by their full dotted name."""
+    """Flattens nested definitions to flags by their full dotted name. Ignored flags are included."""
     flat: dict[str, Flag] = {}
     for name, value in definitions.items():
         flat |= {prefix + name: value} if isinstance(value, Flag) else leaves(value, f"{prefix}{name}.")
@@ -100,7 +104,7 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
     Raises:
       UserError: naming all missing flags, or the first flag whose value is not valid.
     """
-    flat = leaves(definitions)
+    flat = {name: flag for name, flag in leaves(definitions).items() if not flag.ignored}
     values = {name: functools.reduce(operator.getitem, name.split("."), config) for name in flat}
     missing = [f"--{name}" for name, flag in flat.items() if flag.required and values[name] in ("", None)]
     if missing:
@@ -116,8 +120,9 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
     """Parses the command line, calls `main(config)` and exits.
 
     `--help` and `--version` print and exit with code 0. A misspelt flag or a value of the wrong type exits with code 1.
-    A `UserError` or `OSError` prints one line and exits with code 2. Otherwise the exit code is what `main` returns.
-    Text flags may contain environment variables (see `expand_variables`), which a job script quotes to expand late.
+    A `UserError` or `OSError` prints one line and exits with code 2, Ctrl-C with code 130. Otherwise the exit code is
+    what `main` returns. Text flags may contain environment variables (see `expand_variables`), which a job script
+    quotes to expand late.
 
     Args:
       main: the command. The help starts with the docstring of its module.
@@ -144,6 +149,9 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
         except (UserError, OSError) as error:  # OSError: a missing file, a full disk, a lost network
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
     # JAX reports every kind of device that the machine does not have.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
@@ -162,7 +170,7 @@ def parse(definitions: Definitions, argv: list[str]) -> ConfigDict:
     registry.append_flag_values(flags.FLAGS)
     for name, flag in leaves(definitions).items():
         if flag.choices:
-            flags.DEFINE_enum(name, flag.default, flag.choices, flag.help, flag_values=registry)
+            flags.DEFINE_enum(name, flag.default, [*flag.choices, *flag.aliases], flag.help, flag_values=registry)
         else:
             _DEFINERS[flag.value_type](name, flag.default, flag.help, flag_values=registry)
     try:
@@ -173,7 +181,18 @@ def parse(definitions: Definitions, argv: list[str]) -> ConfigDict:
         raise flags.Error(f"--{error.flagname}: no such flag; {hint}--help lists all") from None
     if len(positional) > 1:
         raise UserError(f"unexpected argument {positional[1]!r}: every setting is a flag, --name=value")
-    config = _read(definitions, lambda name, flag: expand_variables(name, registry[name].value))
+    for name, flag in leaves(definitions).items():
+        if flag.ignored and registry[name].present:
+            print(f"note: --{name}: {flag.help}", file=sys.stderr)
+
+    def value_of(name: str, flag: Flag) -> Any:
+        value = expand_variables(name, registry[name].value)
+        if value not in flag.aliases:
+            return value
+        print(f"note: --{name}={value} means {flag.aliases[value]}", file=sys.stderr)
+        return flag.aliases[value]
+
+    config = _read(definitions, value_of)
     validate(definitions, config)
     return config
 
@@ -241,6 +260,7 @@ def _rules(flag: Flag) -> list[str]:
     rules = ["required" if flag.required else f"default: {default}"]
     if flag.choices:
         rules.append(f"one of: {', '.join(choice or 'empty' for choice in flag.choices)}")
+    rules += [f"{alias} means {choice}" for alias, choice in flag.aliases.items()]
     return rules + [flag.range] * bool(flag.range)
 
 
@@ -248,7 +268,8 @@ def _read(definitions: Definitions, value_of: Callable[[str, Flag], Any], prefix
     config = ConfigDict()
     for name, value in definitions.items():
         if isinstance(value, Flag):
-            config[name] = value_of(prefix + name, value)
+            if not value.ignored:
+                config[name] = value_of(prefix + name, value)
         else:
             config[name] = _read(value, value_of, f"{prefix}{name}.")
     return config

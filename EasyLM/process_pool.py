@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
@@ -105,7 +106,8 @@ def result(future: "Future | _RetriedFuture", subject: str) -> Any:
 
 
 def exit_with_parent() -> None:
-    """Makes a worker exit when its parent dies, even by SIGKILL."""
+    """Makes a worker exit when its parent dies, even by SIGKILL, and leave Ctrl-C to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the workers too
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

@@ -25,6 +25,7 @@ FLAGS = {
     "n_new_frames": Flag(4, "Frames to generate after the prompt.", least=1),
     "n_candidates": Flag(8, "Samples for each clip.", least=1),
     "batch_size_factor": Flag(4, "Clips per batch on each device; does not change results.", least=1),
+    "batch_size": Flag(32, "Ignored: --batch_size_factor is the number of clips on each device.", ignored=True),
     "fps": Flag(
         0.0,
         "Frame rate of videos to write for each candidate; 0: no videos.",

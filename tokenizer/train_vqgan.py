@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from EasyLM import checkpoints, flags
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
-from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh
+from EasyLM.parallel import check_batch_size, fail_together, initialize_distributed, make_mesh
 from EasyLM.storage import is_remote
 from EasyLM.training import (
     RUN_FLAGS,
@@ -88,6 +88,7 @@ FLAGS = {
 
 
 @StopSignals()
+@fail_together()
 def main(config: Any) -> int:
     """Trains, then exports the model and its reconstructions. Returns the exit code."""
     logging.getLogger().setLevel(logging.INFO)

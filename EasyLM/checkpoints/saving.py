@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from EasyLM.checkpoints import entries, run_directory, stacking, streaming
 from EasyLM.checkpoints.stacking import Key, StackedArray
 from EasyLM.errors import UserError, choose
-from EasyLM.flags import Flag
+from EasyLM.flags import DTYPE_ALIASES, Flag
 
 # Flag value -> type of saved parameters, for `--checkpointer.float_dtype` and `--float_dtype`.
 FLOAT_DTYPES = {
@@ -35,6 +35,7 @@ CHECKPOINTER_FLAGS = {
         "Type of the saved parameters (the optimizer's state keeps its types). Empty: in a train state unchanged, for "
         "an exact resume; bf16 for parameters alone.",
         choices=("", *FLOAT_DTYPES),
+        aliases=DTYPE_ALIASES,
     ),
     "save_optimizer_state": Flag(False, "Save the whole train state, for resuming; else the parameters alone."),
 }

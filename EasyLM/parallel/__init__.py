@@ -7,6 +7,7 @@ May import EasyLM's own modules only.
     distributed   the start of jax.distributed
     compiler      options of XLA by platform
     coordination  host work in the order of processes; values that must be equal on all of them
+    peers         the processes of a run end together
 
 Vocabulary:
     mesh            devices as an array with named axes: dp (data parallel), fsdp (fully sharded data parallel: batch
@@ -20,6 +21,7 @@ from EasyLM.parallel.coordination import check_same, on_first_process_first
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
 from EasyLM.parallel.mesh import BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
 from EasyLM.parallel.partition import constrain, shardings
+from EasyLM.parallel.peers import end_together, fail_together
 
 __all__ = [
     "BATCH_AXES",
@@ -30,6 +32,8 @@ __all__ = [
     "check_same",
     "compiler_options",
     "constrain",
+    "end_together",
+    "fail_together",
     "initialize_distributed",
     "make_mesh",
     "on_first_process_first",

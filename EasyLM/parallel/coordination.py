@@ -5,6 +5,8 @@ Device collectives are no substitute: on CPUs (gloo) they time out after 30 s.
 
 import itertools
 import json
+import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from EasyLM.errors import UserError
 
 _Result = TypeVar("_Result")
 _POLL_MS = 5000  # Ctrl-C is handled between two polls
+_REPORT_SECONDS = 60  # between two messages of a process that waits
 _DONE = "done"  # the value of a process that has finished; any other value is its error message
 _calls = itertools.count()  # all processes make the same calls in the same order, so each call has its own keys
 
@@ -30,7 +33,7 @@ def on_first_process_first(function: Callable[[], _Result]) -> _Result:
     process_count, own_index = jax.process_count(), jax.process_index()
     if process_count == 1:
         return function()
-    client, call = _client(), next(_calls)
+    client, call = jax_client(), next(_calls)
     keys = [f"EasyLM/on_first_process_first/{call}/{process}" for process in range(process_count)]
     if own_index != 0:
         _wait(client, keys[0], process=0)
@@ -53,7 +56,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    client, key = _client(), f"EasyLM/check_same/{next(_calls)}"
+    client, key = jax_client(), f"EasyLM/check_same/{next(_calls)}"
 
     def compare():
         if jax.process_index() == 0:
@@ -71,7 +74,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     on_first_process_first(compare)
 
 
-def _client() -> Any:
+def jax_client() -> Any:
     """Returns the client of JAX's key-value service, through Orbax: JAX has no public name for it."""
     from orbax.checkpoint import multihost  # takes a second; only runs of several processes need it
 
@@ -86,9 +89,17 @@ def _error_message(process: int, error: BaseException) -> str:
 
 
 def _wait(client: Any, key: str, process: int) -> None:
-    """Waits until `process` has set its key. Raises UserError if it failed or is no longer reachable."""
-    value = None
+    """Waits until `process` has set its key. Logs a message every minute.
+
+    Raises:
+      UserError: if it failed or is no longer reachable.
+    """
+    value, begin = None, time.monotonic()
+    reported = begin
     while value is None:
+        if time.monotonic() > reported + _REPORT_SECONDS:
+            reported = time.monotonic()
+            logging.warning("waiting for process %d since %.0f s", process, reported - begin)
         try:
             value = client.blocking_key_value_get(key, _POLL_MS)
         except jax.errors.JaxRuntimeError as error:

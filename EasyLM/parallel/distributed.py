@@ -15,6 +15,7 @@ import jax
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
+from EasyLM.parallel.peers import connect_peers
 
 JAX_DISTRIBUTED_FLAGS = {
     "initialize_jax_distributed": Flag(False, "Start jax.distributed: one process per host of a multi-host run."),
@@ -68,6 +69,7 @@ def initialize_distributed(config: Any) -> None:
             f"--jax_distributed: the processes did not connect ({error}); check coordinator_address="
             f"{config.coordinator_address}, num_processes={config.num_processes}, process_id={config.process_id}"
         ) from error
+    connect_peers(config.coordinator_address, config.heartbeat_timeout_seconds)
 
 
 def _local_device_ids(text: str | None) -> list[int] | None:

@@ -12,6 +12,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     optimizers    optimizers from flags
     throughput    items per second, seconds by activity, MFU
     stop_signal   signals stop all processes after the same step
+    watchdog      ends a run that makes no progress
     metrics_log   the metrics of a run; their flags
     metrics_sinks metrics.jsonl, wandb, TensorBoard
 

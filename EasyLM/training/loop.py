@@ -52,6 +52,7 @@ def fit(
     *,
     save: Callable[[Any, int, int, bool], None],
     evaluate: Callable[[Any], Metrics] | None = None,
+    expect: Callable[[str], None] = lambda what: None,
 ) -> tuple[Any, bool]:
     """Trains from `state.step` to `total_steps`.
 
@@ -62,6 +63,7 @@ def fit(
       train_step: (state, batch) -> (state, metrics), with the metric `finite`.
       save: (state, steps done, position, milestone) -> None; after it returns, `state` may be donated.
       evaluate: state -> metrics, called at every logged step.
+      expect: told what the loop waits for next (see `Watchdog`).
 
     Returns:
       The last state, and whether `total_steps` was reached; a signal stops the loop earlier.
@@ -71,13 +73,15 @@ def fit(
       Exception: from the data, the evaluation, a metric or a save. A run of one process saves the last complete step.
     """
     start = fetched = done = int(state.step)
-    save_once = _save_once(save, batches, report.throughput)
+    save_once = _save_once(save, batches, report.throughput, expect)
     with report.progress_bar(start), StopVote() as vote:
         stop, pending = vote.stop({}), None
         try:
             while done < settings.total_steps and not stop:
+                expect(f"the data of step {done}")
                 batch = next(batches)
                 fetched += 1
+                expect(f"step {done}")
                 state, metrics = train_step(state, batch)
                 done += 1
                 if pending is not None:
@@ -94,20 +98,32 @@ def fit(
             if pending is not None:
                 report(*pending)
         except Exception as error:
-            if isinstance(error, NonFiniteLossError) and pending is not None and pending[0] < done - 1:
-                with contextlib.suppress(NonFiniteLossError):  # the step in progress counts and is saved too
-                    report(done - 1, metrics, batch, True)
             if fetched == done > start:  # a failed step has donated the state
-                _save_after_error(save_once, state, done, error)
+                in_progress = pending is not None and pending[0] < done - 1
+                _save_after_error(error, report, (done - 1, metrics, batch) if in_progress else None, save_once, state)
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
             save_once(state, done, _due(done, settings.save_milestone_freq) and done > 0)
     return state, done >= settings.total_steps
 
 
-def _save_after_error(save_once: Callable[[Any, int, bool], None], state: Any, done: int, error: Exception) -> None:
-    """Saves the last complete step if the error occurs on all processes: a save needs all of them."""
+def _save_after_error(
+    error: Exception,
+    report: "Report",
+    in_progress: tuple[int, Metrics, Batch] | None,
+    save_once: Callable[[Any, int, bool], None],
+    state: Any,
+) -> None:
+    """Saves the last complete step if the error occurs on all processes: a save needs all of them.
+
+    Args:
+      in_progress: the step that has been dispatched and not reported.
+    """
+    done = int(state.step)
     if isinstance(error, NonFiniteLossError):  # the loss is the same on all processes
+        if in_progress is not None:
+            with contextlib.suppress(NonFiniteLossError):  # the step in progress counts and is saved too
+                report(*in_progress, True)
         save_once(state, done, False)
     elif jax.process_count() == 1:
         logging.error("an error ends the run after step %d; saving the state", done)
@@ -116,7 +132,10 @@ def _save_after_error(save_once: Callable[[Any, int, bool], None], state: Any, d
 
 
 def _save_once(
-    save: Callable[[Any, int, int, bool], None], batches: BatchIterator, throughput: Throughput
+    save: Callable[[Any, int, int, bool], None],
+    batches: BatchIterator,
+    throughput: Throughput,
+    expect: Callable[[str], None],
 ) -> Callable[[Any, int, bool], None]:
     """Returns (state, done, milestone) -> None. It does not save a step twice, unless to make it a milestone."""
     saved: tuple[int, bool] | None = None
@@ -124,8 +143,10 @@ def _save_once(
     def save_once(state: Any, done: int, milestone: bool) -> None:
         nonlocal saved
         if saved is None or saved[0] != done or (milestone and not saved[1]):
+            expect(f"the checkpoint after {done} steps")
             with throughput.timed("save"):
                 save(state, done, batches.position, milestone)  # before next(batches), so the position is this step's
+            expect(f"step {done - 1}")
             saved = (done, milestone)
 
     return save_once

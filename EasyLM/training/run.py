@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from EasyLM import checkpoints
 from EasyLM.errors import UserError
-from EasyLM.parallel import batch_sharding, check_same, on_first_process_first
+from EasyLM.parallel import batch_sharding, check_same, fail_together, on_first_process_first
 from EasyLM.storage import is_remote, json_digest
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
@@ -25,6 +25,7 @@ from EasyLM.training.start import CheckpointFormats, StartPoint, check_settings,
 from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train_step
 from EasyLM.training.task import ModelSettings, TrainingTask
 from EasyLM.training.throughput import Throughput
+from EasyLM.training.watchdog import Watchdog
 
 # The exit code of a run that a signal stopped and that has saved its state. The same command resumes the run. The
 # number is EX_TEMPFAIL of sysexits.h.
@@ -99,6 +100,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         closing(Batches(data.train, data.batch_size, batch_sharding(mesh), first_row)) as batches,
         closing(Logger(settings.logger, run.directory, settings.flags, settings.log_all_worker)) as logger,
         closing(checkpoints.Checkpointer(run.directory, **settings.checkpointer)) as checkpointer,
+        fail_together(),  # before the closing of the others, which may take long
     ):
 
         def log(metrics: Metrics) -> None:
@@ -116,9 +118,16 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         )
         report = Report(settings.loop, throughput, log, run.directory)
         save = _make_save(run, data.train, mesh, checkpointer)
-        evaluate = _make_evaluate(task, settings.eval_steps, mesh) if settings.eval_steps else None
-        state, finished = fit(state, step, batches, settings.loop, report, save=save, evaluate=evaluate)
-        checkpointer.wait()
+        watchdog = Watchdog(settings.watchdog_minutes)
+        evaluate = (
+            _make_evaluate(task, settings.eval_steps, mesh, state, watchdog.expect) if settings.eval_steps else None
+        )
+        with watchdog:
+            state, finished = fit(
+                state, step, batches, settings.loop, report, save=save, evaluate=evaluate, expect=watchdog.expect
+            )
+            watchdog.expect("the last checkpoint")
+            checkpointer.wait()
     on_first_process_first(lambda: None)  # no process exits while another one still writes
     if jax.process_index() == 0:
         _print_end(run, int(state.step), finished)
@@ -153,16 +162,20 @@ def _compiled_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
     """Compiles the train step before the first batch is requested, and logs the compile time."""
     step = make_train_step(task.model.loss, task.optimizer, seed)
-    sharding = batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((task.data.batch_size, *array.shape[1:]), array.dtype, sharding=sharding)
-        for name, array in task.data.train.rows(0, 1).items()
-    }
+    batch = _batch_shapes(task.data.train, task.data.batch_size, mesh)
     logging.info("compiling the train step")
     begin = time.perf_counter()
     compiled = jit_train_step(step, state_shardings, mesh).lower(state, batch).compile()
     logging.info("compiled the train step in %.1f s", time.perf_counter() - begin)
     return compiled
+
+
+def _batch_shapes(source: RowSource, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=sharding)
+        for name, array in source.rows(0, 1).items()
+    }
 
 
 def _make_save(
@@ -182,13 +195,18 @@ def _make_save(
     return save
 
 
-def _make_evaluate(task: TrainingTask, steps: int, mesh: Mesh) -> Callable[[TrainState], Metrics]:
-    """Returns a function that averages metrics over the first batches of the evaluation data."""
+def _make_evaluate(
+    task: TrainingTask, steps: int, mesh: Mesh, state: TrainState, expect: Callable[[str], None]
+) -> Callable[[TrainState], Metrics]:
+    """Returns a function that averages metrics over the first batches of the evaluation data. Compiles it."""
     source, batch_size = task.data.eval, task.data.eval_batch_size
     assert source is not None
-    step = jax.jit(task.model.evaluate)
+    logging.info("compiling the evaluation")
+    batch = _batch_shapes(source, batch_size, mesh)
+    step = jax.jit(task.model.evaluate).lower(state.params, state.extra, batch).compile()
 
     def evaluate(state: TrainState) -> Metrics:
+        expect("the evaluation")
         batches = Batches(source, batch_size, batch_sharding(mesh))
         try:
             batch_metrics = [step(state.params, state.extra, next(batches)) for _ in range(steps)]

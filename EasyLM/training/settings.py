@@ -29,6 +29,12 @@ RUN_FLAGS = {
     "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation.", least=0),
     "log_all_worker": Flag(False, "Every process writes its metrics, not only process 0."),
     "max_nonfinite_steps": Flag(10, "Stop after this many steps in a row with a non-finite loss.", least=1),
+    "watchdog_minutes": Flag(
+        30.0,
+        "End a run whose step, checkpoint or evaluation takes longer, with the stacks of all threads; 0: never.",
+        least=0,
+        most=10**6,
+    ),
     "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: looked up by the device's kind.", least=0),
     "checkpointer": checkpoints.CHECKPOINTER_FLAGS,
     "logger": metrics_log.LOGGER_FLAGS,
@@ -49,6 +55,7 @@ class RunSettings:
     start: StartFiles
     eval_steps: int
     log_all_worker: bool
+    watchdog_minutes: float
     peak_tflops: float
     checkpointer: Any
     logger: Any
@@ -63,6 +70,14 @@ class RunSettings:
             flags=config.to_dict(),
             **{
                 name: config[name]
-                for name in ("seed", "eval_steps", "log_all_worker", "peak_tflops", "checkpointer", "logger")
+                for name in (
+                    "seed",
+                    "eval_steps",
+                    "log_all_worker",
+                    "watchdog_minutes",
+                    "peak_tflops",
+                    "checkpointer",
+                    "logger",
+                )
             },
         )

@@ -115,17 +115,21 @@ def locate_start(given: StartFiles, run_dir: str) -> tuple[StartFiles, Mapping[s
 def check_settings(start: StartPoint, settings: ModelSettings) -> None:
     """Compares the model's settings with those of the checkpoint.
 
-    A run that starts from parameters without metadata may change the settings; a warning lists the changes.
+    A run that starts from parameters without metadata may change settings; a warning lists the changes.
 
     Raises:
-      UserError: if the metadata has other settings.
+      UserError: if the metadata has other settings, or the parameters need other ones.
     """
     differences = settings.differences(start.metadata.get(settings.name, {}))
     if differences:
         raise UserError(f"{start.files.metadata}: the checkpoint's model has other settings: {differences}")
     if start.files.checkpoint and not start.files.metadata:
-        differences = settings.differences(settings.saved(start.files.checkpoint))
-        if differences:
+        saved = settings.saved(start.files.checkpoint)
+        if differences := settings.differences(saved, among=settings.fixed):
+            raise UserError(
+                f"--load_checkpoint={start.files.checkpoint}: its parameters need other model settings: {differences}"
+            )
+        if differences := settings.differences(saved):
             logging.warning("%s was trained with other settings: %s", start.files.checkpoint, differences)
 
 

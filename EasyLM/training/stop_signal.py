@@ -3,8 +3,10 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 from types import FrameType
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from EasyLM.flags import INTERRUPTED
+
 # SIGINT: Ctrl-C. SIGTERM: SLURM, Kubernetes and TPU VMs send it before they end a job. SIGUSR1: a common choice for
 # SLURM's option --signal. SIGHUP: a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+_STUCK_SECONDS = 3  # without a handler's call: the main thread is inside native code
 
 
 class StopSignals(contextlib.ContextDecorator):
@@ -24,9 +30,9 @@ class StopSignals(contextlib.ContextDecorator):
     Commands decorate `main` with it, so that a signal during start-up or compilation is not lost. A nested use shares
     the record of the outermost one. Outside the main thread, where Python cannot handle signals, it does nothing.
 
-    After the first signal, Ctrl-C has its usual effect again. The other signals are ignored until the process exits:
-    schedulers repeat them while the state is saved, and `srun --kill-on-bad-exit` sends them when the first of several
-    processes has exited with STOPPED.
+    After the first signal, Ctrl-C has its usual effect again, also during a compilation, which Python cannot interrupt.
+    The other signals are ignored until the process exits: schedulers repeat them while the state is saved, and
+    `srun --kill-on-bad-exit` sends them when the first of several processes has exited with STOPPED.
     """
 
     _outermost: "StopSignals | None" = None
@@ -38,22 +44,54 @@ class StopSignals(contextlib.ContextDecorator):
         if threading.current_thread() is threading.main_thread():
             StopSignals._outermost = self
             self._handlers = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+            self._handled, self._interrupted = threading.Event(), threading.Event()
+            receiver, self._sender = socket.socketpair()
+            self._sender.setblocking(False)
+            self._wakeup_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._exit_if_stuck, args=(receiver,), name="stop signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if StopSignals._outermost is self:
             StopSignals._outermost = None
+            signal.set_wakeup_fd(self._wakeup_fd)
+            self._sender.close()  # ends the thread
             if not self.received:
                 for number, handler in self._handlers.items():
                     signal.signal(number, handler)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        for each, handler in self._handlers.items():
-            signal.signal(each, handler if each == signal.SIGINT else signal.SIG_IGN)
-        message = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
-        with contextlib.suppress(OSError):
-            os.write(2, message.encode())  # `print` raises if the signal interrupts another `print`
+        self._handled.set()
+        for each in self._handlers:
+            signal.signal(each, self._interrupt if each == signal.SIGINT else signal.SIG_IGN)
+        _write(f"\n{signal.Signals(number).name}: finishing the step, then saving\n")
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        self._interrupted.set()
+        raise KeyboardInterrupt
+
+    def _exit_if_stuck(self, receiver: socket.socket) -> None:
+        """Answers for the main thread, which does not call handlers of signals while it compiles.
+
+        Args:
+          receiver: receives the number of each signal at once.
+        """
+        stopping = False
+        with receiver:
+            while number := receiver.recv(1):
+                if stopping and number[0] == signal.SIGINT and not self._interrupted.wait(_STUCK_SECONDS):
+                    _write("\ninterrupted\n")
+                    os._exit(INTERRUPTED)
+                stopping = stopping or number[0] in STOP_SIGNALS
+                if not self._handled.wait(_STUCK_SECONDS):
+                    _write("\nstopping after the compilation in progress; Ctrl-C exits at once\n")
+
+
+def _write(message: str) -> None:
+    """Writes to stderr. `print` raises if a signal interrupts another `print`."""
+    with contextlib.suppress(OSError):
+        os.write(2, message.encode())
 
 
 class StopVote:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -54,21 +54,30 @@ class ModelSettings:
       name: their key in metadata.json.
       values: the settings by name; JSON values, or tuples of them.
       resumable: the settings that may change on resume.
+      fixed: the settings that cannot change even if a run starts from the parameters alone.
       saved: PREFIX::PATH -> the settings of the model in a checkpoint without metadata; unknown settings are absent.
     """
 
     name: str
     values: Mapping[str, Any]
     resumable: frozenset[str]
+    fixed: frozenset[str] = frozenset()
     saved: Callable[[str], Mapping[str, Any]] = lambda spec: {}
 
-    def differences(self, saved: Mapping[str, Any]) -> str:
-        """Returns the settings that differ from the saved ones as text; empty if the run can resume."""
+    def differences(self, saved: Mapping[str, Any], among: Container[str] | None = None) -> str:
+        """Returns the settings that differ from the saved ones as text; empty if the run can resume.
+
+        Args:
+          among: compare only these settings.
+        """
         values = json.loads(json.dumps(dict(self.values)))  # JSON has lists in place of tuples
         return ", ".join(
             f"{name}={value!r} (saved: {saved[name]!r})"
             for name, value in values.items()
-            if name in saved and name not in self.resumable and saved[name] != value
+            if name in saved
+            and name not in self.resumable
+            and saved[name] != value
+            and (among is None or name in among)
         )
 
 

@@ -15,7 +15,9 @@ from EasyLM.parallel import shardings
 
 MODEL_FLAGS = {
     "checkpoint": Flag("", "The model: PREFIX::PATH, as for training, or a Hugging Face directory.", required=True),
-    "load_llama_config": Flag("", "Preset or json::PATH. Empty: read the metadata beside the checkpoint."),
+    "load_llama_config": Flag(
+        "", "Preset or json::PATH, if there is no metadata beside the checkpoint; it must agree."
+    ),
 }
 
 
@@ -29,12 +31,12 @@ def load_model(
 
     Args:
       spec: PREFIX::PATH or a Hugging Face directory.
-      load_llama_config: preset or json::PATH; empty: use the checkpoint's own metadata.
+      load_llama_config: preset or json::PATH; empty: use the settings that the checkpoint records.
       mesh: the mesh of devices.
       dtype: type of the kernels.
 
     Raises:
-      UserError: if the checkpoint does not exist, or its model settings are unknown.
+      UserError: if the checkpoint does not exist, or its model settings are unknown or differ from the given ones.
     """
     is_prefixed = "::" in spec or os.path.isfile(spec)  # `parse_spec` rejects a file without a prefix
     prefix, path = checkpoints.parse_spec(
@@ -52,16 +54,14 @@ def load_model(
 
 
 def _model_config(prefix: str, path: str, load_llama_config: str) -> llama_config.LLaMAConfig:
+    recorded = llama_config.recorded_config(prefix, path)
     if load_llama_config:
-        return llama_config.load_config(load_llama_config)
+        config = llama_config.load_config(load_llama_config)
+        if recorded is not None:
+            llama_config.check_recorded(config, recorded, f"--load_llama_config={load_llama_config}", path)
+        return config
+    if recorded is not None:
+        return recorded
     if prefix == "huggingface":
-        file = os.path.join(path, "config.json")
-        if os.path.isdir(path) and not os.path.exists(file):
-            raise UserError(
-                f"--checkpoint={path}: no config.json in it: give a Hugging Face directory, or PREFIX::PATH"
-            )
-        return llama_config.load_config(f"json::{file}")
-    config = llama_config.config_beside(path)
-    if config is None:
-        raise UserError(f"--load_llama_config is empty, and there is no metadata.json beside {path}")
-    return config
+        raise UserError(f"--checkpoint={path}: no config.json in it: give a Hugging Face directory, or PREFIX::PATH")
+    raise UserError(f"--load_llama_config is empty, and there is no metadata.json beside {path}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag
+from EasyLM.flags import DTYPE_ALIASES, Flag
 from EasyLM.models import generate
 from EasyLM.models.llama import llama_decode
 from EasyLM.models.llama.llama_config import LLaMAConfig
@@ -26,8 +26,17 @@ TokenArrays = Sequence[np.ndarray] | np.ndarray  # tokens [P, N] of each prompt;
 PROMPTER_FLAGS = {
     **MODEL_FLAGS,
     "vqgan": CODEC_FLAGS["vqgan"],
-    "dtype": Flag("fp32", "Compute type of the model and the tokenizer.", choices=tuple(COMPUTE_DTYPES)),
+    "dtype": Flag(
+        "fp32",
+        "Compute type of the model and the tokenizer.",
+        choices=tuple(COMPUTE_DTYPES),
+        # float16 is the release's default. bf16 is as fast and small, and has the range of fp32.
+        aliases={**DTYPE_ALIASES, "float16": "bf16", "fp16": "bf16"},
+    ),
     "mesh_dim": Flag("1,-1,1", "Mesh of devices, as for training."),
+    "torch_devices": Flag(
+        "", "Ignored: all devices compute; CUDA_VISIBLE_DEVICES and --mesh_dim select them.", ignored=True
+    ),
 }
 
 

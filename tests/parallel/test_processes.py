@@ -1,5 +1,6 @@
 """Coordination of processes: waits without a time limit, shared errors, and stopping after the same step."""
 
+import re
 import signal
 
 import jax
@@ -42,7 +43,7 @@ def second_of_two(monkeypatch):
 
     def with_service(values):
         service = Service({key(call, process): text for (call, process), text in values.items()})
-        monkeypatch.setattr(coordination, "_client", lambda: service)
+        monkeypatch.setattr(coordination, "jax_client", lambda: service)
         return service
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -126,7 +127,7 @@ def test_a_bad_line_stops_both_processes_with_the_same_error(tmp_path, port):
     running = start_two(tmp_path, port, mesh_dim="1,4,1", train_dataset__json_dataset__path=path)
     for output in finish(*running, code=2):
         (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert error.startswith(f"error: {path}:3: not JSON") and "Traceback" not in output
+        assert re.match(rf"error: (process 0 on \S+: )?{path}:3: not JSON", error) and "Traceback" not in output
 
 
 @pytest.mark.slow

@@ -14,19 +14,22 @@ from EasyLM.checkpoints import Entry
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
-from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, config_beside
+from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, check_recorded, recorded_config
 from EasyLM.progress import progress
 
 FLAGS = {
     "load_checkpoint": Flag(
         "", "PREFIX::PATH of the parameters: trainstate_params, params, flax_params, ...", required=True
     ),
-    "model_size": Flag("", "Preset of the model; empty: read the metadata beside the checkpoint."),
+    "model_size": Flag("", "Preset of the model, if there is no metadata beside the checkpoint; it must agree."),
     "output_dir": Flag(
         "", "Directory for config.json, generation_config.json and the safetensors shards.", required=True
     ),
     "float_dtype": Flag(
-        "", "Type of the exported weights; empty: the checkpoint's.", choices=("", *checkpoints.FLOAT_DTYPES)
+        "",
+        "Type of the exported weights; empty: the checkpoint's.",
+        choices=("", *checkpoints.FLOAT_DTYPES),
+        aliases=flags.DTYPE_ALIASES,
     ),
 }
 
@@ -47,10 +50,14 @@ def main(config: ConfigDict) -> None:
 
 
 def _model_config(model_size: str, load_checkpoint: str) -> LLaMAConfig:
+    """Returns the settings that the checkpoint records. Without a record, returns those of the preset."""
+    prefix, _, path = load_checkpoint.partition("::")
+    model = recorded_config(prefix, path)
     if model_size:
-        return PRESETS[choose("--model_size", model_size, PRESETS)]
-    path = load_checkpoint.partition("::")[2]
-    model = config_beside(path)
+        preset = PRESETS[choose("--model_size", model_size, PRESETS)]
+        if model is None:
+            return preset
+        check_recorded(preset, model, f"--model_size={model_size}", path)
     if model is None:
         presets = ", ".join(PRESETS)
         raise UserError(f"--model_size is empty, and there is no metadata.json beside {path}: choose one of {presets}")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,6 +107,20 @@ RESUMABLE_SETTINGS = frozenset(
     if name.startswith(("remat_", "scan_")) or name in TOKEN_IDS or name == "attention_implementation"
 )
 
+# Settings for which the parameters were trained. With other values the same arrays compute something else.
+TRAINED_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)
+# Those that a run which starts from the parameters cannot change. Fine-tuning for longer sequences changes rope_theta.
+FIXED_SETTINGS = frozenset(TRAINED_SETTINGS) - {"rms_norm_eps", "rope_theta"}
+
 LLAMA_FLAGS = {
     name: dataclasses.replace(
         flag,
@@ -114,7 +129,7 @@ LLAMA_FLAGS = {
         help=f"{flag.help} Default: the value of --load_llama_config, or {flag.default!r}.",
     )
     for name, flag in FLAG_OF_FIELD.items()
-}
+} | {"use_cache": Flag(True, "Ignored: generation always uses a cache, training never.", ignored=True)}
 
 
 def _preset(
@@ -182,10 +197,38 @@ def load_config(spec: str) -> LLaMAConfig:
         raise UserError(f"load_llama_config={spec}: no such file") from None
 
 
-def config_beside(checkpoint_path: str) -> LLaMAConfig | None:
-    """Returns the config in the metadata beside a checkpoint file, or None if there is no metadata."""
-    metadata = sidecar_path(checkpoint_path, "metadata")
-    return None if metadata is None else config_from_dict(load_metadata(metadata), metadata)
+def recorded_config(prefix: str, path: str) -> LLaMAConfig | None:
+    """Returns the config that a checkpoint records, or None if it has none.
+
+    That is the metadata beside its file, or the `config.json` of a Hugging Face directory.
+
+    Args:
+      prefix: the checkpoint is `prefix::path`.
+    """
+    if prefix == "huggingface":
+        config_file = os.path.join(path, "config.json")
+        source = config_file if os.path.exists(config_file) else None
+    else:
+        source = sidecar_path(path, "metadata")
+    return None if source is None else config_from_dict(load_metadata(source), source)
+
+
+def check_recorded(given: LLaMAConfig, recorded: LLaMAConfig, flag: str, checkpoint: str) -> None:
+    """Checks the config that a flag gives against the one that the checkpoint records.
+
+    Raises:
+      UserError: naming the settings that the parameters were not trained with.
+    """
+    differences = ", ".join(
+        f"{name}={getattr(given, name)} (saved: {getattr(recorded, name)})"
+        for name in TRAINED_SETTINGS
+        if getattr(given, name) != getattr(recorded, name)
+    )
+    if differences:
+        raise UserError(
+            f"{flag}: {checkpoint} was trained with other settings: {differences}; leave the flag empty to use "
+            "those of the checkpoint"
+        )
 
 
 def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
@@ -245,6 +288,7 @@ def updated(config: LLaMAConfig, text: str) -> LLaMAConfig:
 
 
 def _replaced(config: LLaMAConfig, values: Mapping[Any, Any], source: str) -> LLaMAConfig:
+    values = {name: value for name, value in values.items() if name != "use_cache"}  # a setting of the release
     unknown = [str(name) for name in values if name not in FLAG_OF_FIELD]
     if unknown:
         raise UserError(f"{source}: unknown setting {', '.join(unknown)}; choose from {', '.join(FLAG_OF_FIELD)}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from EasyLM.flags import Flag
 from EasyLM.models.llama import costs, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.parallel import check_batch_size, initialize_distributed, make_mesh, on_first_process_first
+from EasyLM.parallel import check_batch_size, fail_together, initialize_distributed, make_mesh, on_first_process_first
 from EasyLM.storage import expand_path_groups
 from EasyLM.training import (
     OPTIMIZER_FLAGS,
@@ -42,6 +41,7 @@ FLAGS = {
         "fp32",
         "Type of the computation; parameters, softmax and loss are float32. fp16 is refused: gradients underflow.",
         choices=(*COMPUTE_DTYPES,),
+        aliases=flags.DTYPE_ALIASES,
     ),
     "load_llama_config": Flag("", "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release)."),
     "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
@@ -54,6 +54,7 @@ FLAGS = {
 
 
 @StopSignals()
+@fail_together()
 def main(config: Any) -> int:
     """Trains a model as specified by the flags.
 
@@ -117,16 +118,15 @@ def _model_settings(model: LLaMAConfig) -> ModelSettings:
         name="llama_config",
         values=dataclasses.asdict(model),
         resumable=llama_config.RESUMABLE_SETTINGS,
+        fixed=llama_config.FIXED_SETTINGS,
         saved=_saved_settings,
     )
 
 
 def _saved_settings(spec: str) -> Mapping[str, Any]:
-    """Returns the model settings beside the checkpoint `PREFIX::PATH`, or an empty mapping if there are none."""
+    """Returns the model settings that the checkpoint `PREFIX::PATH` records, or an empty mapping if there are none."""
     prefix, _, path = spec.partition("::")
-    is_huggingface = prefix == "huggingface"
-    config_file = f"json::{os.path.join(path, 'config.json')}"
-    saved = llama_config.load_config(config_file) if is_huggingface else llama_config.config_beside(path)
+    saved = llama_config.recorded_config(prefix, path)
     return dataclasses.asdict(saved) if saved else {}
 
 

@@ -143,7 +143,7 @@ def converted(tmp_path_factory):
 @pytest.mark.parametrize("prefix", SPECS)
 def test_every_checkpoint_format_loads_the_same_model(converted, tmp_path, prefix):
     """Formats with metadata load without `load_llama_config`."""
-    metadata = llama_config.config_beside(f"{GOLDEN}/final/streaming_train_state")
+    metadata = llama_config.recorded_config("trainstate", f"{GOLDEN}/final/streaming_train_state")
     (tmp_path / "model.json").write_text(json.dumps(dataclasses.asdict(metadata)))
     has_metadata = prefix.startswith("trainstate") or "hf" in SPECS[prefix]
     load_llama_config = "" if has_metadata else f"json::{tmp_path}/model.json"

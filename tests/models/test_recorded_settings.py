@@ -1,0 +1,90 @@
+"""Explicit model settings that differ from those that a checkpoint records are refused, with the differences."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import pytest
+from convert_kit import export
+from prompting_kit import CONFIG, tiny_checkpoint
+from tiny_run import GOLDEN, train
+
+from EasyLM.errors import UserError
+from EasyLM.models.llama import convert_easylm_to_hf, llama_config
+from EasyLM.models.llama.llama_config import PRESETS
+from EasyLM.parallel import make_mesh
+from evaluation.prompting import load_model
+
+OTHER = {"num_attention_heads": 8, "rope_theta": 500000.0}  # of the same shapes
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A checkpoint that records OTHER settings, and the flags that name it without them."""
+    flags = tiny_checkpoint(tmp_path)
+    settings = dataclasses.asdict(CONFIG) | OTHER
+    (tmp_path / "metadata.json").write_text(json.dumps({"step": 1, "llama_config": settings}))
+    return flags
+
+
+def differences(given=CONFIG) -> str:
+    return re.escape(", ".join(f"{name}={getattr(given, name)} (saved: {value})" for name, value in OTHER.items()))
+
+
+def test_export_refuses_another_preset(recorded, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "vqlm_debug", CONFIG)
+    with pytest.raises(UserError, match=rf"--model_size=vqlm_debug: .*/params was trained.*: {differences()}; leave"):
+        export(recorded["checkpoint"], tmp_path / "hf", model_size="vqlm_debug")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_export_takes_what_the_preset_leaves_open_from_the_record(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "vqlm_debug", dataclasses.replace(CONFIG, max_sequence_length=4096))
+    monkeypatch.setattr(convert_easylm_to_hf, "PRESETS", PRESETS)
+    flags = tiny_checkpoint(tmp_path)
+    (tmp_path / "metadata.json").write_text(json.dumps({"llama_config": dataclasses.asdict(CONFIG)}))
+    export(flags["checkpoint"], tmp_path / "hf", model_size="vqlm_debug")
+    exported = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert exported["max_position_embeddings"] == CONFIG.max_sequence_length != 4096
+
+
+def test_evaluation_refuses_other_settings(recorded):
+    mesh = make_mesh("1,1,1", jax.devices()[:1])
+    with pytest.raises(UserError, match=rf"--load_llama_config=json::.*: {differences()}; leave the flag empty"):
+        load_model(recorded["checkpoint"], recorded["load_llama_config"], mesh)
+    assert load_model(recorded["checkpoint"], "", mesh)[0].num_attention_heads == OTHER["num_attention_heads"]
+
+
+def test_evaluation_of_a_hugging_face_directory_refuses_other_settings(recorded, tmp_path):
+    export(recorded["checkpoint"], tmp_path / "hf")
+    mesh = make_mesh("1,1,1", jax.devices()[:1])
+    for spec in (f"{tmp_path}/hf", f"huggingface::{tmp_path}/hf"):
+        with pytest.raises(UserError, match=rf"--load_llama_config=json::.*/hf was trained.*: {differences()}; leave"):
+            load_model(spec, recorded["load_llama_config"], mesh)
+
+
+def test_settings_that_only_change_the_computation_may_differ(recorded, tmp_path):
+    changed = dataclasses.asdict(CONFIG) | OTHER | {"resid_pdrop": 0.5, "scan_attention": True, "remat_block": ""}
+    (tmp_path / "other.json").write_text(json.dumps(changed))
+    mesh = make_mesh("1,1,1", jax.devices()[:1])
+    assert load_model(recorded["checkpoint"], f"json::{tmp_path}/other.json", mesh)[0].resid_pdrop == 0.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("num_attention_heads", 2), ("tie_word_embeddings", True), ("num_hidden_layers", 1)]
+)
+def test_fine_tuning_refuses_settings_that_the_parameters_cannot_have(tmp_path, setting, value):
+    spec = f"trainstate_params::{GOLDEN}/final/streaming_train_state"
+    with pytest.raises(
+        UserError, match=rf"--load_checkpoint={spec}: its parameters need .*: {setting}={value} \(saved"
+    ):
+        train(tmp_path, load_checkpoint=spec, **{f"llama.{setting}": value})
+
+
+def test_the_compared_settings_are_all_that_change_the_function():
+    """A new setting must be sorted into one of the groups."""
+    computation = llama_config.RESUMABLE_SETTINGS
+    training = {"resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_min_ratio", "fcm_max_ratio", "initializer_range"}
+    sorted_ = {*llama_config.TRAINED_SETTINGS, *computation, *training, "max_sequence_length"}
+    assert sorted_ == set(llama_config.FLAG_OF_FIELD)
