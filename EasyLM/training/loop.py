@@ -78,10 +78,8 @@ def fit(
         stop, pending = vote.stop({}), None
         try:
             while done < settings.total_steps and not stop:
-                expect(f"the data of step {done}")
-                batch = next(batches)
+                batch = _next_batch(batches, done, expect)
                 fetched += 1
-                expect(f"step {done}")
                 state, metrics = train_step(state, batch)
                 done += 1
                 if pending is not None:
@@ -105,6 +103,13 @@ def fit(
         if stop or settings.save_model_freq or settings.save_milestone_freq:
             save_once(state, done, _due(done, settings.save_milestone_freq) and done > 0)
     return state, done >= settings.total_steps
+
+
+def _next_batch(batches: BatchIterator, step: int, expect: Callable[[str], None]) -> Batch:
+    expect(f"the data of step {step}")
+    batch = next(batches)
+    expect(f"step {step}")
+    return batch
 
 
 def _save_after_error(
