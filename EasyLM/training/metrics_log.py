@@ -11,9 +11,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag
-from EasyLM.training.metrics_sinks import JsonLinesSink, MetricsSink, TensorBoardSink, WandbSink, wandb_is_installed
+from EasyLM.training.metrics_sinks import (
+    JsonLinesSink,
+    MetricsSink,
+    TensorBoardSink,
+    WandbSink,
+    wandb_is_installed,
+    wandb_project,
+)
 
 LOGGER_FLAGS = {
     "online": Flag(False, "Send metrics to the wandb server; False: wandb writes files, which `wandb sync` uploads."),
@@ -28,12 +35,29 @@ LOGGER_FLAGS = {
         "Wait a random time up to this many seconds before wandb starts, so that many jobs do not connect at once.",
         least=0,
     ),
-    "experiment_id": Flag("", "Name of the run directory and wandb id; empty: random. The same name resumes that run."),
+    "experiment_id": Flag("", "Name of the run directory and of the wandb run; empty: random. The same name resumes that run."),
     "anonymous": Flag("", "wandb's anonymous mode.", choices=("", "allow", "must", "never")),
     "notes": Flag("", "Free text about the run, kept in its metadata and in wandb."),
     "entity": Flag("", "wandb user or team."),
     "prefix_to_id": Flag(False, "Add the prefix to the experiment_id too."),
 }
+
+
+def check_settings(settings: Any) -> None:
+    """Checks what wandb would refuse when it starts, after the data has been indexed.
+
+    Args:
+      settings: the values of LOGGER_FLAGS.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    if settings.wandb:
+        wandb_project(settings)
+        if settings.online and not wandb_is_installed():
+            raise UserError("--logger.online=True needs the package wandb: pip install wandb")
+    if settings.tensorboard:
+        check_installed("--logger.tensorboard=True", "tensorboard", "tensorboardX")
 
 
 def experiment_id(settings: Any) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,8 +14,9 @@ from typing import IO, Any, Literal, Protocol, cast
 import fsspec
 
 from EasyLM.errors import UserError, check_installed
-from EasyLM.storage import is_remote
+from EasyLM.storage import is_remote, json_digest
 
+_LONGEST_NAME = 128  # characters of a wandb project
 _REMOTE_FLUSH_SECONDS = 60  # between two uploads of a file on an object store
 Row = dict[str, Any]  # metrics of a step: JSON values by name, `step` among them
 
@@ -88,7 +90,7 @@ class WandbSink:
 
     Args:
       settings: the values of LOGGER_FLAGS.
-      run_dir: the run directory; its last part names the wandb run.
+      run_dir: the run directory; its last part names the wandb run, its path identifies it.
       run_settings: all settings of the run, shown by wandb.
       process: the index of this process; processes above 0 log to runs of their own.
 
@@ -104,17 +106,18 @@ class WandbSink:
         if settings.random_delay > 0:
             time.sleep(random.uniform(0, settings.random_delay))
         directory = settings.wandb_dir or (tempfile.gettempdir() if is_remote(run_dir) else run_dir)
-        name = os.path.basename(os.path.normpath(run_dir)) + (f"-{process}" if process else "")
+        suffix = f"-{process}" if process else ""
+        name = os.path.basename(os.path.normpath(run_dir)) + suffix
         # WANDB_MODE, wandb's own variable, takes precedence: a cluster without a network sets it to offline.
         mode = os.environ.get("WANDB_MODE") or ("online" if settings.online else "offline")
         try:
             os.makedirs(directory, exist_ok=True)
             self._run = wandb.init(
                 mode=cast(Literal["online", "offline", "disabled"], mode),
-                project=f"{settings.prefix}--{settings.project}" if settings.prefix else settings.project,
+                project=wandb_project(settings),
                 dir=directory,
-                id=name,
-                name=name,
+                id=wandb_id(run_dir) + suffix,
+                name=name[-_LONGEST_NAME:],
                 resume="allow",
                 config=dict(run_settings),
                 notes=settings.notes or None,
@@ -162,6 +165,35 @@ class TensorBoardSink:
     def close(self) -> None:
         """Writes the last events and closes the file."""
         self._writer.close()
+
+
+def wandb_project(settings: Any) -> str:
+    """Returns the name of the wandb project.
+
+    Args:
+      settings: the values of LOGGER_FLAGS.
+
+    Raises:
+      UserError: if wandb does not accept the name.
+    """
+    project = f"{settings.prefix}--{settings.project}" if settings.prefix else settings.project
+    if not project.strip() or len(project) > _LONGEST_NAME or any(character in project for character in "/\\#?%:"):
+        raise UserError(
+            f"--logger.project={settings.project} --logger.prefix={settings.prefix}: the wandb project {project!r} must "
+            f"have 1 to {_LONGEST_NAME} characters, without any of / \\ # ? % :"
+        )
+    return project
+
+
+def wandb_id(run_dir: str) -> str:
+    """Returns the wandb id of a run: the name of its directory and a digest of the whole path.
+
+    Two runs of one name in different directories are two runs in wandb. A run that resumes continues its wandb run.
+    wandb accepts the id whatever the name: other characters become dashes.
+    """
+    path = run_dir if is_remote(run_dir) else os.path.realpath(run_dir)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", os.path.basename(os.path.normpath(path)))
+    return f"{name[-_LONGEST_NAME // 2 :]}-{json_digest(path)}"
 
 
 def wandb_is_installed() -> bool:

@@ -53,6 +53,7 @@ def open_run(
     Raises:
       UserError: naming the flag or the file.
     """
+    metrics_log.check_settings(settings.logger)
     directory = run_directory(settings.logger)
     start = find_start(settings.start, directory, formats)
     check_settings(start, model_settings)

@@ -44,7 +44,6 @@ def log(run_dir, *rows, all_processes=False, **values):
 DEFAULT = {
     "mode": "offline",
     "project": "lvm",
-    "id": "a",
     "name": "a",
     "resume": "allow",
     "config": SETTINGS,
@@ -68,8 +67,36 @@ def test_flags_reach_wandb(tmp_path, calls, given, passed):
     log(tmp_path / "a", {"step": 0, "loss": float("nan")}, **given)
     (arguments,) = calls.inits
     assert arguments.pop("settings").silent is True
-    assert arguments == DEFAULT | {"dir": str(tmp_path / "a")} | passed
+    assert arguments == DEFAULT | {"dir": str(tmp_path / "a"), "id": metrics_sinks.wandb_id(str(tmp_path / "a"))} | passed
     assert calls.rows == [{"step": 0, "loss": None}, "finished"] and calls.delays == []
+
+
+def test_the_wandb_id_is_that_of_the_whole_path(tmp_path, monkeypatch):
+    """And wandb accepts it whatever the name."""
+    first, second = (metrics_sinks.wandb_id(str(tmp_path / experiment / "run")) for experiment in ("exp1", "exp2"))
+    assert first != second and first.startswith("run-")
+    monkeypatch.chdir(tmp_path)
+    assert metrics_sinks.wandb_id("exp1/run") == metrics_sinks.wandb_id("./exp2/../exp1/run/") == first
+    assert metrics_sinks.wandb_id("gs://bucket/a/run") != metrics_sinks.wandb_id("gs://bucket/b/run")
+    for name in ("a:b", "a b?", "#'x;,", "ü" * 300, " "):
+        wandb.Settings(run_id=metrics_sinks.wandb_id(str(tmp_path / name)) + "-17")
+
+
+@pytest.mark.parametrize("project", ["a/b", "a:b", "50%", "", "x" * 129])
+def test_a_project_that_wandb_refuses_is_found_with_the_flags(project):
+    config = flags.defaults(metrics_log.LOGGER_FLAGS)
+    config.project = project
+    with pytest.raises(UserError, match=r"--logger\.project=.*: the wandb project .* must have 1 to 128 characters"):
+        metrics_log.check_settings(config)
+    config.wandb = False
+    metrics_log.check_settings(config)
+
+
+def test_a_project_that_is_accepted_is_accepted_by_wandb():
+    config = flags.defaults(metrics_log.LOGGER_FLAGS)
+    for config.prefix, config.project in (("", "x" * 128), ("p q", "ü,;'")):
+        metrics_log.check_settings(config)
+        wandb.Settings(project=metrics_sinks.wandb_project(config))
 
 
 def test_wandb_mode_takes_precedence(tmp_path, calls, monkeypatch):
@@ -88,7 +115,8 @@ def test_wandb_dir_and_random_delay(tmp_path, calls):
 def test_processes_above_0_log_on_request_under_their_own_names(tmp_path, calls, monkeypatch, all_processes):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     log(tmp_path / "a", {"step": 0}, all_processes=all_processes)
-    assert [(call["id"], call["name"]) for call in calls.inits] == [("a-1", "a-1")] * all_processes
+    expected = (metrics_sinks.wandb_id(str(tmp_path / "a")) + "-1", "a-1")
+    assert [(call["id"], call["name"]) for call in calls.inits] == [expected] * all_processes
     assert [path.name for path in tmp_path.rglob("*.jsonl")] == ["metrics_1.jsonl"] * all_processes
 
 
