@@ -44,7 +44,7 @@ Definitions = Mapping[str, Any]  # each value is a Flag or further Definitions, 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A setting. The limits apply to numbers; NaN is never valid."""
+    """A setting. The limits apply to numbers. NaN is never valid, nor is an integer that does not fit in 64 bits."""
 
     default: Any  # None: unset
     help: str
@@ -77,7 +77,8 @@ class Flag:
         if value is None or self.value_type not in (int, float):
             return True
         return (
-            not math.isnan(value)
+            not (isinstance(value, float) and math.isnan(value))
+            and (self.value_type is float or -(2**63) <= value < 2**63)
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
@@ -113,7 +114,11 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
         if flag.choices and values[name] is not None:
             choose(f"--{name}", values[name], flag.choices)
         if not flag.allows(values[name]):
-            raise UserError(f"--{name}={values[name]}: must be {flag.range or 'a number'}")
+            kind = "a number" if flag.value_type is float else "a 64-bit integer"
+            in_64_bits = flag.value_type is float or -(2**63) <= values[name] < 2**63
+            raise UserError(f"--{name}={values[name]}: must be {flag.range if flag.range and in_64_bits else kind}")
+        if name.startswith("output") and "://" in str(values[name]):  # only a run directory may be remote
+            raise UserError(f"--{name}={values[name]}: must be a local path")
 
 
 def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[str] | None = None) -> None:

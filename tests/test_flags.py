@@ -174,6 +174,7 @@ def test_a_number_outside_its_range_is_refused():
         ("port", 65536, "0..65535"),
         ("size", 0.0, "above 0"),
         ("size", math.nan, "above 0"),
+        ("count", 2**63, "a 64-bit integer"),
         ("count", 0, "at least 1"),
     ]:
         with pytest.raises(UserError, match=re.escape(f"--{name}={value}: must be {rule}")):
@@ -387,3 +388,18 @@ def test_names_of_types_in_the_release(given, computed, capsys):
     config = flags.parse(command.FLAGS, ["program", "--input_file=a", "--checkpoint=b", f"--dtype={given}"])
     assert config.dtype == computed
     assert capsys.readouterr().err == (f"note: --dtype={given} means {computed}\n" if given != computed else "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_outputs_on_an_object_store_are_refused(command):
+    """Except run directories. Otherwise a local folder named gs: would appear."""
+    module = importlib.import_module(command)
+    for name in flags.leaves(module.FLAGS):
+        if name.startswith("output"):
+            config = flags.defaults(module.FLAGS)
+            for required, other in flags.leaves(module.FLAGS).items():
+                if other.required:
+                    config[required] = "somewhere"
+            config[name] = "gs://bucket/output"
+            with pytest.raises(UserError, match=f"--{name}=gs://bucket/output: must be a local path"):
+                flags.validate(module.FLAGS, config)

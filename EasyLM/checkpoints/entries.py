@@ -7,12 +7,11 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 
-import fsspec
 import numpy as np
 from numpy.typing import DTypeLike
 
 from EasyLM.errors import UserError
-from EasyLM.storage import is_remote
+from EasyLM.storage import is_remote, open_binary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,5 +78,5 @@ def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarra
 def _open_unbuffered(path: str) -> io.RawIOBase:
     """Opens a file. Reads of a local file fill the caller's buffer without an intermediate copy."""
     if is_remote(os.fspath(path)):
-        return fsspec.open(path, "rb").open()
+        return open_binary(os.fspath(path))
     return open(path, "rb", buffering=0)

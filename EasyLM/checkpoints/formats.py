@@ -7,8 +7,8 @@ import numpy as np
 
 from EasyLM.checkpoints import stacking, streaming
 from EasyLM.checkpoints.entries import Entry
-from EasyLM.errors import UserError, choose
-from EasyLM.storage import is_remote
+from EasyLM.errors import UserError, choose, prefix_errors
+from EasyLM.storage import is_remote, remote_file_system
 
 Reader = Callable[[str], list[Entry]]
 
@@ -88,7 +88,10 @@ def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str
     if not separator:
         raise UserError(f"{name}: must be PREFIX::PATH, with one of the prefixes {', '.join(formats)}")
     choose(f"{name}: prefix", prefix, formats)
-    if not is_remote(path):
+    if is_remote(path):
+        with prefix_errors(name):
+            remote_file_system(path)
+    else:
         kind, is_kind = ("directory", os.path.isdir) if prefix in _DIRECTORY_FORMATS else ("file", os.path.isfile)
         if not os.path.exists(path):
             raise UserError(f"{name}: there is no {path}")

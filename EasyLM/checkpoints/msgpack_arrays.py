@@ -11,14 +11,13 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import fsspec
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import msgpack
 import numpy as np
 
 from EasyLM.checkpoints.entries import Entry, bytes_of, read_pieces
 from EasyLM.errors import UserError
-from EasyLM.storage import is_remote
+from EasyLM.storage import is_remote, remote_file_system
 
 MAX_CHUNK_BYTES = 2**30  # flax.serialization.MAX_CHUNK_SIZE: a larger array is written in chunks
 CHUNKED = "__msgpack_chunked_array__"
@@ -52,7 +51,8 @@ class HeaderReader:
         self.path, self.offset, self.location = path, 0, "start"
         if is_remote(os.fspath(path)):
             self._resolved_path = os.fspath(path)
-            self._file: Any = fsspec.open(path, "rb", block_size=1 << 16).open()  # headers are small and far apart
+            system, inner = remote_file_system(self._resolved_path)
+            self._file: Any = system.open(inner, "rb", block_size=1 << 16)  # headers are small and far apart
             self.size = self._file.size
         else:
             self._resolved_path = os.path.realpath(os.fspath(path))  # a running job may change its links

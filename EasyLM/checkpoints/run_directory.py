@@ -21,10 +21,8 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from typing import BinaryIO
 
-import fsspec
-
 from EasyLM.errors import UserError
-from EasyLM.storage import flush_to_disk, is_remote
+from EasyLM.storage import flush_to_disk, is_remote, remote_file_system
 
 CHECKPOINTS, LATEST, TEMPORARY = "checkpoints", "latest", ".tmp-"
 DATASET, METADATA = "dataset.json", "metadata.json"
@@ -60,7 +58,7 @@ def sidecar_path(checkpoint_path: str, name: str) -> str | None:
     """
     if is_remote(checkpoint_path):
         directory, base = checkpoint_path.rsplit("/", 1)
-        exists = fsspec.url_to_fs(directory)[0].exists
+        exists = remote_file_system(directory)[0].exists
     else:
         directory, base = os.path.split(os.path.realpath(checkpoint_path))  # resolved to one save
         exists = os.path.exists
@@ -179,7 +177,7 @@ class PlainDirectory:
 
     def __init__(self, path: str):
         self.path = path.rstrip("/")
-        self._files, _ = fsspec.url_to_fs(self.path)
+        self._files, _ = remote_file_system(self.path)
         self._previous: str | None = None  # the directory of the last save; None for a milestone
 
     def latest(self) -> SavedCheckpoint | None:

@@ -45,7 +45,9 @@ DATASET_FLAGS = {
         "tokenizer_parallel_chunk_size": Flag(32, "Texts in one task of a tokenizing process.", least=1),
         "tokenizer_parallel_batch_size": Flag(1024, "Texts read ahead for the tokenizing processes.", least=1),
         "throughput_average_window_size": Flag(200, "Batches over which dataset_average_tps is averaged.", least=1),
-        "shuffle_seed": Flag(-1, "Seed of the order of the rows, new in each epoch; negative: the order of the files."),
+        "shuffle_seed": Flag(
+            -1, "Seed of the order of the rows, new in each epoch; negative: the order of the files.", most=2**62
+        ),
         "skip_bad_lines": Flag(False, "Skip lines that are not records (counted by dataset_skipped_lines)."),
     },
     "huggingface_dataset": {

@@ -9,6 +9,7 @@ from EasyLM.errors import UserError
 from EasyLM.storage.atomic import PARTIAL_SUFFIX
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
 DERIVED_SUFFIXES = (".index", ".tokens", PARTIAL_SUFFIX)  # globs skip these files
 
 
@@ -18,10 +19,30 @@ def is_remote(path: str) -> bool:
 
 
 def remote_file_system(path: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a remote path, and the path in it."""
+    """Returns the fsspec file system of a remote path, and the path in it.
+
+    Raises:
+      UserError: if the protocol is unknown, its package is not installed, or the system cannot be reached.
+    """
     import fsspec  # here, because local work does not need it: it takes a quarter of a worker's start
 
-    return fsspec.url_to_fs(path)
+    protocol = path.partition("://")[0]
+    if protocol.rpartition("::")[2] not in fsspec.available_protocols():
+        raise UserError(f"{path}: unknown protocol {protocol}://; known are {', '.join(_PACKAGES)} and those of fsspec")
+    try:
+        return fsspec.url_to_fs(path)
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        raise UserError(
+            f"{path}: {protocol}:// needs a package that is not installed: "
+            + (f"pip install {package}" if package else f"{error}".partition("\n")[0])
+        ) from None
+    except Exception as error:  # each package has its own errors of credentials and connections
+        raise UserError(f"{path}: not reachable ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def is_compressed(path: str) -> bool:
@@ -85,9 +106,12 @@ def file_version(path: str) -> dict[str, Any]:
     """
     if is_remote(path):
         system, inner = remote_file_system(path)
-        if not system.isfile(inner):
-            raise UserError(f"{path}: no such file")
-        return {"size": system.size(inner), "mark": str(system.ukey(inner))}
+        try:
+            if system.isfile(inner):
+                return {"size": system.size(inner), "mark": str(system.ukey(inner))}
+        except Exception as error:  # each package has its own errors of credentials and connections
+            raise UserError(f"{path}: not reachable ({_first_line(error)})") from error
+        raise UserError(f"{path}: no such file")
     if os.path.isdir(path):
         raise UserError(f"{path}: is a directory (name files, or a glob such as {os.path.join(path, '*.jsonl')})")
     if not os.path.isfile(path):

@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import fsspec
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from EasyLM.progress import progress
-from EasyLM.storage import is_remote
+from EasyLM.storage import is_remote, remote_file_system
 from EasyLM.training.step import Batch, Metrics
 from EasyLM.training.stop_signal import StopVote
 from EasyLM.training.throughput import Throughput
@@ -216,9 +215,13 @@ class Report:
 def _save_batch(run_dir: str, step: int, batch: Batch) -> str:
     """Saves this process's rows of a batch for inspection. Returns the path of the file."""
     path = os.path.join(run_dir, "nonfinite_batches", f"step_{step:08d}_process_{jax.process_index()}.npz")
-    if not is_remote(path):
+    if is_remote(path):
+        system, inner = remote_file_system(path)
+        opened = system.open(inner, "wb")
+    else:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    with fsspec.open(path, "wb") as file:
+        opened = open(path, "wb")  # noqa: SIM115  (closed below)
+    with opened as file:
         np.savez(file, **{name: _local_rows(array) for name, array in batch.items()})  # type: ignore[arg-type]
     return path
 

@@ -35,7 +35,9 @@ LOGGER_FLAGS = {
         "Wait a random time up to this many seconds before wandb starts, so that many jobs do not connect at once.",
         least=0,
     ),
-    "experiment_id": Flag("", "Name of the run directory and of the wandb run; empty: random. The same name resumes that run."),
+    "experiment_id": Flag(
+        "", "Name of the run directory and of the wandb run; empty: random. The same name resumes that run."
+    ),
     "anonymous": Flag("", "wandb's anonymous mode.", choices=("", "allow", "must", "never")),
     "notes": Flag("", "Free text about the run, kept in its metadata and in wandb."),
     "entity": Flag("", "wandb user or team."),

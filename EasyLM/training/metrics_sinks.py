@@ -11,10 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any, Literal, Protocol, cast
 
-import fsspec
-
 from EasyLM.errors import UserError, check_installed
-from EasyLM.storage import is_remote, json_digest
+from EasyLM.storage import is_remote, json_digest, remote_file_system
 
 _LONGEST_NAME = 128  # characters of a wandb project
 _REMOTE_FLUSH_SECONDS = 60  # between two uploads of a file on an object store
@@ -69,7 +67,7 @@ class _RemoteFile(io.BytesIO):
     """A file on an object store, which cannot append. It is uploaded whole, at most once a minute and when closed."""
 
     def __init__(self, path: str):
-        self._store, self._name = fsspec.url_to_fs(path)
+        self._store, self._name = remote_file_system(path)
         super().__init__(self._store.cat_file(self._name) if self._store.exists(self._name) else b"")
         self.seek(0, os.SEEK_END)
         self._uploaded = time.monotonic()
@@ -179,8 +177,8 @@ def wandb_project(settings: Any) -> str:
     project = f"{settings.prefix}--{settings.project}" if settings.prefix else settings.project
     if not project.strip() or len(project) > _LONGEST_NAME or any(character in project for character in "/\\#?%:"):
         raise UserError(
-            f"--logger.project={settings.project} --logger.prefix={settings.prefix}: the wandb project {project!r} must "
-            f"have 1 to {_LONGEST_NAME} characters, without any of / \\ # ? % :"
+            f"--logger.project={settings.project} --logger.prefix={settings.prefix}: the wandb project {project!r} "
+            f"must have 1 to {_LONGEST_NAME} characters, without any of / \\ # ? % :"
         )
     return project
 

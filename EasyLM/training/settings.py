@@ -11,7 +11,8 @@ from EasyLM.training.loop import LoopSettings
 from EasyLM.training.start import StartFiles
 
 RUN_FLAGS = {
-    "seed": Flag(42, "Seed of the initial parameters and of dropout."),
+    # JAX takes seeds modulo 2**32.
+    "seed": Flag(42, "Seed of the initial parameters and of dropout.", least=-(2**31), most=2**32 - 1),
     "mesh_dim": Flag(
         "1,-1,1",
         "Mesh sizes dp,fsdp,mp; -1: all remaining devices; or with names, as dp:1,fsdp:-1,mp:2; a leading ! allows "

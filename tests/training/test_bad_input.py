@@ -56,9 +56,36 @@ INVALID = {
     "no prefix": ({"load_checkpoint": STATE}, "PREFIX::PATH"),
     "no checkpoint": ({"load_checkpoint": "trainstate::missing"}, "there is no missing"),
     "other shape": (
-        {"load_checkpoint": f"trainstate::{STATE}", "update_llama_config": "dict(vocab_size=512,hidden_size=32)"},
-        rf"{STATE}: params/params/lm_head/kernel has shape \(64, 512\), expected \(32, 512\)",
+        {
+            "load_checkpoint": f"params::{GOLDEN}/streaming_params_bf16",  # without metadata
+            "update_llama_config": "dict(vocab_size=512,hidden_size=32)",
+        },
+        rf"{GOLDEN}/streaming_params_bf16: params/lm_head/kernel has shape \(64, 512\), expected \(32, 512\)",
     ),
+    "unknown protocol": (
+        {"load_checkpoint": "params::foo://a/b"},
+        "foo://a/b.*unknown protocol foo://; known are gs, s3",
+    ),
+    "protocol without its package": (
+        {"load_checkpoint": "params::gs://a/b"},
+        "checkpoint 'params::gs://a/b': gs://a/b: gs:// needs a package that is not installed: pip install gcsfs",
+    ),
+    "data on a protocol without its package": (
+        {f"{JSON}.path": "s3://a/b.jsonl"},
+        rf"--{JSON}\.path=s3://a/b\.jsonl: s3:// needs a package that is not installed: pip install s3fs",
+    ),
+    "run directory on a protocol without its package": (
+        {"logger.output_dir": "gs://a"},
+        "--logger.output_dir=gs://a: gs://a/run: gs:// needs a package that is not installed: pip install gcsfs",
+    ),
+    "metadata on an unknown protocol": (
+        {"load_checkpoint": f"trainstate::{STATE}", "load_metadata": "foo://a.json"},
+        r"foo://a\.json: unknown protocol foo://",
+    ),
+    "seed": ({"seed": 2**70}, f"--seed={2**70}: must be a 64-bit integer"),
+    "seed of 33 bits": ({"seed": 2**32}, r"--seed=4294967296: must be -2147483648\.\.4294967295"),
+    "seed of the order": ({f"{JSON}.shuffle_seed": 2**64}, f"--{JSON}.shuffle_seed={2**64}: must be a 64-bit integer"),
+    "steps": ({"total_steps": 2**63}, f"--total_steps={2**63}: must be a 64-bit integer"),
     "other settings": (
         {
             "load_checkpoint": f"trainstate::{STATE}",

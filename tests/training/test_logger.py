@@ -67,7 +67,9 @@ def test_flags_reach_wandb(tmp_path, calls, given, passed):
     log(tmp_path / "a", {"step": 0, "loss": float("nan")}, **given)
     (arguments,) = calls.inits
     assert arguments.pop("settings").silent is True
-    assert arguments == DEFAULT | {"dir": str(tmp_path / "a"), "id": metrics_sinks.wandb_id(str(tmp_path / "a"))} | passed
+    assert (
+        arguments == DEFAULT | {"dir": str(tmp_path / "a"), "id": metrics_sinks.wandb_id(str(tmp_path / "a"))} | passed
+    )
     assert calls.rows == [{"step": 0, "loss": None}, "finished"] and calls.delays == []
 
 

@@ -27,6 +27,7 @@ def test_ctrl_c_is_answered_during_native_code():
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
+        time.sleep(1)  # until the native code runs
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "\n"
         assert process.stderr.readline() == "stopping after the compilation in progress; Ctrl-C exits at once\n"
