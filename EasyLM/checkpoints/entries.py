@@ -1,11 +1,11 @@
 """Arrays of a checkpoint file that have not been read yet, and host memory for them."""
 
 import dataclasses
-import io
 import math
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -75,8 +75,8 @@ def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarra
                 position += count
 
 
-def _open_unbuffered(path: str) -> io.RawIOBase:
-    """Opens a file. Reads of a local file fill the caller's buffer without an intermediate copy."""
+def _open_unbuffered(path: str) -> Any:
+    """Opens a binary file. Reads of a local file fill the caller's buffer without an intermediate copy."""
     if is_remote(os.fspath(path)):
         return open_binary(os.fspath(path))
     return open(path, "rb", buffering=0)
