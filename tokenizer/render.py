@@ -1,9 +1,10 @@
 """Renders synthetic images: `python -m tokenizer.render --output_dir=D --num=200 --seed=0 --size=64`.
 
 Writes `image/ segmentation/ depth/ normals/ edges/` (scenes and their annotations, matched by stem), `photo_gray/
-photo_color/` (crops of photographs) and `frames/<clip>/<number>.png` (scenes in motion). `--layouts=True` adds the
-inputs of the other kinds of sentences: `labels/` (ids), `classes/<shape>/`, and for each clip `frames_depth/<clip>/`,
-`videos/<clip>.mp4` (needs the extra `video`) and `co3d/` (CO3D's layout).
+photo_color/` (crops of photographs), `flat/` (flat areas in the 64 colours of `synthetic.palette`) and
+`frames/<clip>/<number>.png` (scenes in motion). `--layouts=True` adds the inputs of the other kinds of sentences:
+`labels/` (ids), `classes/<shape>/`, and for each clip `frames_depth/<clip>/`, `videos/<clip>.mp4` (needs the extra
+`video`) and `co3d/` (CO3D's layout).
 """
 
 import concurrent.futures
@@ -21,7 +22,7 @@ from EasyLM.process_pool import exit_with_parent
 from EasyLM.progress import progress
 from tokenizer.builders import views
 from tokenizer.media import images, video_writer
-from tokenizer.synthetic import layouts, photos, scenes, seed_ranges
+from tokenizer.synthetic import layouts, palette, photos, scenes, seed_ranges
 
 _MAX = seed_ranges.SEEDS_PER_BLOCK - 1
 
@@ -29,6 +30,7 @@ FLAGS = {
     "output_dir": Flag("", "Folder to write into.", required=True),
     "num": Flag(100, "Scenes, each with its annotations.", least=0, most=_MAX),
     "num_photos": Flag(0, "Crops of photographs, each in colour and in gray.", least=0, most=_MAX),
+    "num_flat": Flag(0, "Images of flat areas with sharp edges.", least=0, most=_MAX),
     "num_clips": Flag(0, "Scenes in motion.", least=0, most=_MAX),
     "clip_frames": Flag(8, "Frames of a clip.", least=1, most=_MAX),
     "size": Flag(64, "Side of an image in pixels.", least=8, most=_MAX),
@@ -53,6 +55,7 @@ def main(config: ConfigDict) -> None:
         *(partial(_scene, i, labels=config.layouts) for i in range(config.num)),
         *(partial(_class, i) for i in range(config.num) if config.layouts),
         *(partial(_photo, i, **photo_settings) for i in range(config.num_photos)),
+        *(partial(_flat, i) for i in range(config.num_flat)),
         *(partial(_clip, i, frames=config.clip_frames, extra=config.layouts) for i in range(config.num_clips)),
     ]
     jobs = [partial(job, first_seed=first_seed, size=config.size, root=config.output_dir) for job in jobs]
@@ -92,6 +95,10 @@ def _photo(index: int, *, held_out: bool, recolour: bool, first_seed: int, size:
         colour = photos.recolour(colour, first_seed + index)
     for name, pixels in {"photo_color": colour, "photo_gray": views.gray(colour)}.items():
         images.save(os.path.join(root, name, f"{index:06d}.png"), pixels)
+
+
+def _flat(index: int, *, first_seed: int, size: int, root: str) -> None:
+    images.save(os.path.join(root, "flat", f"{index:06d}.png"), palette.flat_image(first_seed + index, size))
 
 
 def _clip(index: int, *, frames: int, extra: bool, first_seed: int, size: int, root: str) -> None:

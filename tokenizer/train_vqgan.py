@@ -68,7 +68,7 @@ FLAGS = {
         "Peak learning rate; decays to a hundredth at total_steps (cosine). A good value for small models is 2e-3.",
         above=0,
     ),
-    "lr_warmup_steps": Flag(1000, "Steps of linear warm-up.", least=1),
+    "lr_warmup_steps": Flag(1000, "Steps of linear warm-up, in which vectors are not quantized yet.", least=1),
     "weight_decay": Flag(1e-4, "Decoupled weight decay.", least=0),
     "clip_gradient": Flag(1.0, "Maximum norm of the network's gradient.", above=0),
     "average_decay": Flag(0.999, "Decay per step of the running mean of the network.", least=0, below=1),
@@ -76,7 +76,10 @@ FLAGS = {
         0.5, "Weight of the error in differences of neighbouring pixels; unused with LPIPS.", least=0
     ),
     "locality_weight": Flag(
-        0.0, "Weight of the locality loss, which keeps codes unchanged when the image changes elsewhere.", least=0
+        0.0,
+        "Weight of the locality loss, which keeps codes unchanged when the image changes elsewhere; it grows from 0 to "
+        "this value in the first half of the run.",
+        least=0,
     ),
     "perceptual": {
         "vgg_weights": Flag("", "Local weights of VGG16 and LPIPS, one file or a comma list of two; enables LPIPS."),
@@ -85,6 +88,8 @@ FLAGS = {
     "adversary": DISCRIMINATOR_FLAGS,
     "vqgan": MODEL_FLAGS,
 }
+
+_LEAST_VARIANCE = 0.2  # of reconstructions, relative to that of the images; a tokenizer that learns has over 0.7
 
 
 @StopSignals()
@@ -159,6 +164,8 @@ def _objective(config: Any, model: VQGANConfig) -> Objective:
         perceptual_weight=config.perceptual.weight,
         locality_weight=config.locality_weight,
         average_decay=config.average_decay,
+        locality_steps=max(1, config.total_steps // 2),
+        unquantized_steps=config.lr_warmup_steps,
         vgg=vgg,
         adversarial=adversarial,
     )
@@ -194,8 +201,22 @@ def save_reconstructions(run_dir: str, data: ImageRows, count: int = 12) -> None
     """Writes `reconstructions.png`: three rows of images, each above its reconstructions."""
     codec = Codec(os.path.join(run_dir, "vqgan"))
     pixels = data.rows(0, 3 * count)["pixels"].reshape(3, count, codec.config.resolution, -1, 3)
-    rows = [part for row in pixels for part in (row, codec.decode(codec.encode(row)))]
+    reconstructed = codec.decode(codec.encode(pixels.reshape(-1, *pixels.shape[2:]))).reshape(pixels.shape)
+    _warn_if_constant(pixels, reconstructed)
+    rows = [part for pair in zip(pixels, reconstructed, strict=True) for part in pair]
     images.save(os.path.join(run_dir, "reconstructions.png"), grids.grid(images.to_uint8(np.concatenate(rows)), count))
+
+
+def _warn_if_constant(pixels: np.ndarray, reconstructed: np.ndarray) -> None:
+    """Warns if reconstructions [...,H,W,3] hardly differ from image to image, unlike the images."""
+    shape = (-1, *pixels.shape[-3:])
+    variance, own = (np.var(array.reshape(shape), axis=0).mean() for array in (reconstructed, pixels))
+    if variance < _LEAST_VARIANCE * own:
+        logging.warning(
+            "the reconstructions hardly depend on the images (they have %.1f%% of the variance): the tokenizer has "
+            "learned nothing; train with a lower --lr, more --lr_warmup_steps or more --total_steps",
+            100 * variance / own,
+        )
 
 
 def cli() -> None:

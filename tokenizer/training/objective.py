@@ -11,6 +11,7 @@ Extra state, which has no gradient:
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from flax import nnx
 from tokenizer.image_quality import code_usage, lpips
 from tokenizer.training.codebook import Codebook, code_vectors, empty_codebook, update_codebook
 from tokenizer.training.discriminator import AdversarialLoss, adaptive_weight
-from tokenizer.training.losses import commitment_error, gradient_error, gradient_only, paste_rectangles
+from tokenizer.training.losses import commitment_error, gradient_error, gradient_only, paste_rectangles, roll_cells
 from tokenizer.vqgan import VQGAN, VQGANConfig, weights
 
 _EMBEDDING = "quantize.embedding"
@@ -50,14 +51,20 @@ class Objective:
     (`lpips.load`) is given; otherwise the gradient error (`losses.gradient_error`), which keeps edges sharp.
     Commitment: pulls the encoder's vectors towards their codes with the weight `commitment_cost` (VQ-VAE, arXiv
     1711.00937, equation 3). Gradients pass straight through the quantization, from the decoder to the encoder.
-    Locality (with a `locality_weight`): a rectangle of another image is pasted into each image. Vectors of unchanged
-    cells are pulled towards their codes in the original image, so a code depends only on its own cell. Without this
-    term the codes of a uniform wall change with each object before it, and a model of sentences cannot predict them.
+    Locality (with a `locality_weight`): each image is rolled by whole cells, and a rectangle of another image is pasted
+    into it. Vectors of unchanged cells are pulled towards their codes in the original image, so a code depends neither
+    on its place nor on the rest of the image. Without this term the codes of a uniform wall change with its place and
+    with each object before it, and a model of sentences cannot predict them.
     Adversarial (from a start step on): raises the logits that a discriminator gives to reconstructions (VQGAN, arXiv
     2012.09841).
 
     Attributes:
       average_decay: decay per step of the running mean of the network.
+      locality_steps: steps in which the weight of the locality loss grows from 0 to `locality_weight`. The whole weight
+        at the start would outweigh the reconstruction.
+      unquantized_steps: steps at the start in which vectors pass unquantized. The codes are then placed on vectors that
+        differ. From the start, all vectors would have the same few codes, the decoder would learn to ignore its input,
+        and nothing would teach the encoder to spread its vectors.
     """
 
     config: VQGANConfig
@@ -65,7 +72,9 @@ class Objective:
     gradient_weight: float = 1.0
     perceptual_weight: float = 1.0
     locality_weight: float = 0.0
+    locality_steps: int = 1
     average_decay: float = 0.999
+    unquantized_steps: int = 0
     vgg: Mapping[str, np.ndarray] | None = None
     adversarial: AdversarialLoss | None = None
 
@@ -98,7 +107,7 @@ class Objective:
         loss = reconstruction + commitment
         if self.locality_weight:
             locality, kept = self._locality(forward, pixels_BHWC, jax.random.fold_in(key, 1))
-            loss += self.locality_weight * locality
+            loss += self.locality_weight * jnp.minimum(step / self.locality_steps, 1.0) * locality
             metrics |= {"locality": locality, "codes_kept": kept}
         if self.adversarial is not None:
             discriminator_loss, added_gradient_BHWC, adversarial_metrics = self._adversarial_terms(
@@ -112,8 +121,9 @@ class Objective:
 
         network, hidden_BhwZ = jax.lax.stop_gradient((params["model"], forward.hidden))
         hidden_MZ = hidden_BhwZ.reshape(-1, hidden_BhwZ.shape[-1])
+        codebook = update_codebook(extra["codebook"], hidden_MZ, forward.codes.reshape(-1), key)
         extra = extra | {
-            "codebook": update_codebook(extra["codebook"], hidden_MZ, forward.codes.reshape(-1), key),
+            "codebook": jax.tree.map(partial(jnp.where, step >= self.unquantized_steps), codebook, extra["codebook"]),
             "average": optax.incremental_update(network, extra["average"], 1 - self.average_decay),
         }
         return loss, (metrics, extra)
@@ -129,7 +139,6 @@ class Objective:
         model = make_model(self.config, network, codebook, self.dtype)
         hidden_BhwZ, codes_BN = model.encode(pixels_BHWC)
         hidden_BhwZ = hidden_BhwZ.astype(jnp.float32)
-        # Before the first update, vectors pass unquantized: with constant input the decoder has no finite gradient.
         used = jnp.sum(codebook["share"]) > 0
         chosen_BhwZ = jnp.where(used, model.quantize(codes_BN).reshape(hidden_BhwZ.shape), hidden_BhwZ)
         straight_through_BhwZ = hidden_BhwZ + jax.lax.stop_gradient(chosen_BhwZ - hidden_BhwZ)
@@ -156,12 +165,17 @@ class Objective:
         return commitment, {"commitment": commitment, **code_usage(counts_K)}
 
     def _locality(self, forward: _Forward, pixels_BHWC: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the locality loss, and the share of unchanged cells that keep their code."""
-        pasted_BHWC, unchanged_Bhw = paste_rectangles(pixels_BHWC, self.config.side, key)
-        hidden_BhwZ, codes_BN = forward.model.encode(pasted_BHWC)
-        unchanged_BN = unchanged_Bhw.reshape(codes_BN.shape)
-        kept = jnp.sum(unchanged_BN & (codes_BN == forward.codes)) / jnp.maximum(jnp.sum(unchanged_BN), 1)
-        return commitment_error(hidden_BhwZ.astype(jnp.float32), forward.chosen, unchanged_Bhw), kept
+        """Returns the locality loss, and the share of moved but unchanged cells that keep their code."""
+        roll_key, paste_key = jax.random.split(key)
+        rolled_BHWC, shift_2, away_from_seam_hw = roll_cells(pixels_BHWC, self.config.side, roll_key)
+        changed_BHWC, unchanged_Bhw = paste_rectangles(rolled_BHWC, self.config.side, paste_key)
+        unchanged_Bhw &= away_from_seam_hw[None]
+        codes_Bhw = jnp.roll(forward.codes.reshape(unchanged_Bhw.shape), shift_2, axis=(1, 2))
+        chosen_BhwZ = jnp.roll(forward.chosen, shift_2, axis=(1, 2))
+        hidden_BhwZ, changed_codes_BN = forward.model.encode(changed_BHWC)
+        keeps_Bhw = unchanged_Bhw & (changed_codes_BN.reshape(codes_Bhw.shape) == codes_Bhw)
+        kept = jnp.sum(keeps_Bhw) / jnp.maximum(jnp.sum(unchanged_Bhw), 1)
+        return commitment_error(hidden_BhwZ.astype(jnp.float32), chosen_BhwZ, unchanged_Bhw), kept
 
     def _adversarial_terms(
         self,

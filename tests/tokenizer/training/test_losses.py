@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenizer.training import Objective
-from tokenizer.training.losses import gradient_error, gradient_only, paste_rectangles
+from tokenizer.training.losses import commitment_error, gradient_error, gradient_only, paste_rectangles, roll_cells
 from tokenizer.vqgan import VQGANConfig
 
 CONFIG = VQGANConfig(resolution=8, hidden_channels=4, channel_mult=(1,), norm_groups=2, num_embeddings=16)
@@ -24,6 +24,31 @@ def test_rectangles_of_the_next_image_are_pasted_and_the_mask_excludes_their_nei
     shifts = [around[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
     changed_B = ~is_own.all(axis=(1, 2))
     np.testing.assert_array_equal(unchanged[changed_B], np.all(shifts, axis=0)[changed_B])
+
+
+def test_cells_are_rolled_and_the_mask_excludes_those_at_the_seam():
+    cells = np.arange(2 * 36).reshape(2, 6, 6)
+    images = jnp.asarray(cells.repeat(4, axis=1).repeat(4, axis=2)[..., None])
+    shifts = set()
+    for seed in range(20):
+        rolled, shift, away = roll_cells(images, 6, jax.random.key(seed))
+        expected = np.roll(cells, shift, axis=(1, 2))
+        np.testing.assert_array_equal(rolled[:, ::4, ::4, 0], expected)
+        np.testing.assert_array_equal(rolled[:, 3::4, 3::4, 0], expected)
+        row, column = np.divmod(expected[0], 6)
+        inside = (
+            (row > 0) & (row < 5) & (column > 0) & (column < 5)
+        )  # of the original: cells whose neighbours are there
+        np.testing.assert_array_equal(away, inside)
+        shifts.add(tuple(np.asarray(shift).tolist()))
+    assert len(shifts) > 10
+
+
+def test_commitment_is_bounded_when_all_vectors_have_one_code():
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 16)), jnp.float32)
+    one_code = jnp.broadcast_to(jnp.mean(hidden, axis=(0, 1, 2)), hidden.shape)
+    for scale in (1e-2, 1.0, 1e2):
+        assert commitment_error(scale * hidden, scale * one_code) == pytest.approx(1, rel=1e-3)
 
 
 def test_gradient_error_distinguishes_errors_of_equal_mean():
@@ -47,12 +72,27 @@ def test_locality_has_gradients_for_the_encoder_only():
 
     def gradient(weight):
         objective = Objective(CONFIG, locality_weight=weight)
-        loss = jax.jit(jax.grad(lambda p: objective.loss(p, extra, batch, jnp.int32(0), jax.random.key(2))[0]))
+        loss = jax.jit(jax.grad(lambda p: objective.loss(p, extra, batch, jnp.int32(1), jax.random.key(2))[0]))
         return loss(params)["model"]
 
     without, with_locality = gradient(0.0), gradient(1.0)
     changed = {name for name, array in without.items() if not np.array_equal(array, with_locality[name])}
     assert changed and all(name.startswith(("encoder.", "quant_conv.")) for name in changed)
+
+
+@pytest.mark.slow
+def test_vectors_pass_unquantized_at_the_start_and_then_have_many_codes():
+    params, extra = Objective(CONFIG).init(jax.random.key(0))
+    batch = {"pixels": jnp.asarray(np.random.default_rng(1).random((4, 8, 8, 3), np.float32))}
+    loss = jax.jit(Objective(CONFIG, unquantized_steps=3).loss)
+    losses, used = [], []
+    for step in range(5):
+        value, (metrics, extra) = loss(params, extra, batch, jnp.int32(step), jax.random.key(step))
+        losses.append(float(value))
+        used.append(float(metrics["codes_used"]))
+    assert losses[:4] == [losses[0]] * 4  # the parameters do not change
+    assert used[:4] == [1 / 16] * 4 and used[4] > 0.5
+    assert losses[4] > losses[0]  # quantization costs something
 
 
 @pytest.mark.slow

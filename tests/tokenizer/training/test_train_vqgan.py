@@ -127,6 +127,14 @@ def test_a_signal_saves_and_the_same_command_resumes(folder):
     assert weights.load(folder / "run" / "vqgan").config.resolution == 8
 
 
+def test_constant_reconstructions_are_reported(caplog):
+    images = np.random.default_rng(0).random((2, 3, 8, 8, 3))
+    train_vqgan._warn_if_constant(images, 0.6 * images + 0.2)
+    assert not caplog.records
+    train_vqgan._warn_if_constant(images, np.full_like(images, images.mean()) + 0.1 * images)
+    assert "1.0% of the variance" in caplog.text
+
+
 @pytest.mark.slow
 def test_locality_metrics_are_logged(folder):
     row = train(folder, "local", total_steps=3, locality_weight=1.0)[2]
