@@ -9,6 +9,7 @@ CPU_ATTENTION_CHUNK = 128
 # In half precision, fast matrix kernels need dimensions that are multiples of this number. A vocabulary of 8292 is not
 # a multiple of 8.
 LANES = 128
+_ROW_COPIES = 8  # the smallest number of rows of NVIDIA's matrix units
 
 
 def flat_matmul(x_BTD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
@@ -18,7 +19,23 @@ def flat_matmul(x_BTD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     operand for this. With merged axes, a train step on a CPU (width 512, 4 layers, 4 x 512 tokens, float32) takes 0.79
     times as long and has 13 transposes instead of 24.
     """
-    return (x_BTD.reshape(-1, x_BTD.shape[-1]) @ kernel_DF).reshape(*x_BTD.shape[:-1], -1)
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    y_NF = x_ND @ kernel_DF if len(x_ND) > 1 else row_matmul(x_ND, kernel_DF)
+    return y_NF.reshape(*x_BTD.shape[:-1], -1)
+
+
+def row_matmul(x_1D: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """Returns `x_1D @ kernel_DF`. On NVIDIA GPUs it multiplies several copies of the row.
+
+    XLA's GPU backend expands a product with a single row: it writes the elementwise products to memory, reads them
+    again and sums them. With copies it is a matrix product. A decoding step of vqlm_1b for one prompt of 1,000 tokens
+    then has 496 kernels instead of 648, which write 96 MB instead of 1,017 MB (the weights have 2,290 MB).
+    """
+    return jax.lax.platform_dependent(x_1D, kernel_DF, cuda=_matmul_of_copies, default=jnp.matmul)
+
+
+def _matmul_of_copies(x_1D, kernel_DF):
+    return (jnp.repeat(x_1D, _ROW_COPIES, axis=0) @ kernel_DF)[:1]
 
 
 def after(index: jax.Array | int, array: jax.Array) -> jax.Array:

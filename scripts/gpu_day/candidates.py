@@ -35,7 +35,6 @@ class Candidate:
 
 
 _PROJECTIONS = {"remat_block": "projections_and_attention_saveable"}
-_ATTENTION = {"remat_block": "attention_saveable"}
 _LEAST = {"remat_block": "nothing_saveable"}
 _UNROLLED = {"scan_layers": False}
 _HALF = {"num_hidden_layers": 16}
@@ -44,16 +43,15 @@ CANDIDATES = {
     "vqlm_100m": [
         Candidate(8, _PROJECTIONS),
         Candidate(16, _PROJECTIONS),
-        Candidate(16, _UNROLLED | {"remat_block": ""}),
         Candidate(32, _PROJECTIONS),
+        Candidate(16, _UNROLLED | {"remat_block": ""}),
     ],
     "vqlm_1b": [
-        Candidate(8, _ATTENTION),
         Candidate(4, _PROJECTIONS),
         Candidate(8, _PROJECTIONS),
         Candidate(8, _PROJECTIONS, {"xla_gpu_enable_triton_gemm": True}),
         Candidate(8, _PROJECTIONS | _UNROLLED),
     ],
     "vqlm_3b": [Candidate(4, _LEAST), Candidate(2, _PROJECTIONS), Candidate(3, _PROJECTIONS)],
-    "vqlm_7b": [Candidate(4, _HALF | _LEAST), Candidate(1, _HALF | _PROJECTIONS), Candidate(2, _HALF | _PROJECTIONS)],
+    "vqlm_7b": [Candidate(1, _HALF | _PROJECTIONS), Candidate(2, _HALF | _PROJECTIONS)],
 }

@@ -64,7 +64,7 @@ def check_attention(head_dim: int, padded: bool, length: int) -> dict:
     arrays = [np.asarray(jax.random.normal(key, (2, length, 4, head_dim), jnp.bfloat16)) for key in keys]
     valid_BS = np.ones((2, length), np.int32)
     valid_BS[1, : length // 3] = 0
-    mask = AttentionMask(jnp.asarray(valid_BS) if padded else None)
+    mask = AttentionMask(valid_BS if padded else None)
 
     def with_gradients(q, k, v, weight, **how):
         out, pullback = jax.vjp(partial(attention, mask=mask, **how), q, k, v)

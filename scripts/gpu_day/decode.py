@@ -16,13 +16,15 @@ from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder
 from EasyLM.vocab import CODEBOOK_SIZE
 from gpu_day.measure import emit, peak_bytes, reason
+from gpu_day.profile import time_by_kernel
 
 SETTINGS = {
     "preset": Flag("vqlm_1b", "Preset of the model.", choices=tuple(llama_config.PRESETS)),
-    "cases": Flag("1x16,1x3840,4x3840", "Comma list of prompts x tokens of a prompt."),
+    "cases": Flag("1x16,4x3840", "Comma list of prompts x tokens of a prompt."),
     "new_tokens": Flag(256, "Tokens to generate: those of an image.", least=2),
     "rounds": Flag(3, "Runs of each measurement; the medians count.", least=1),
 }
+_TRACED_TOKENS = 32
 FLAGS = {**SETTINGS, "variant": Flag("", "Name of the compiler options in the environment, for the records.")}
 
 
@@ -53,6 +55,9 @@ def main(config: ConfigDict) -> None:
             + 2 * rows * length**2 * model.num_hidden_layers * model.hidden_size,
             peak_bytes=peak_bytes(),
         )
+        count = min(_TRACED_TOKENS, config.new_tokens)
+        traced = time_by_kernel(lambda tokens=tokens, count=count: tokens(count))
+        emit("kernels", f"prompt and {count} tokens, {case_name(case)}", milliseconds=traced)
 
 
 def parse_cases(text: str) -> list[tuple[int, int]]:

@@ -66,8 +66,8 @@ JOBS = [
     Job("train", 80, preset="vqlm_100m"),
     Job("vqgan", 60),
     Job("train", 80, preset="vqlm_3b"),
-    Job("decode", 75, ("--cases=1x16,4x3840",), preset="vqlm_7b"),
-    Job("peer", 90, ("--cases=1x3840,4x3840", "--rounds=2"), preset="vqlm_1b"),
+    Job("decode", 75, preset="vqlm_7b"),
+    Job("peer", 90, ("--rounds=2",), preset="vqlm_1b"),
     Job("train", 80, preset="vqlm_7b"),
     Job(
         "decode",
@@ -128,6 +128,7 @@ def run_job(job: Job, limit: float, report: Report) -> None:
     begin = time.monotonic()
     command = [sys.executable, "-m", f"gpu_day.{job.module}", *job.arguments]
     command += [f"--preset={job.preset}"] if job.preset else []
+    command += [f"--time_limit={limit}"] if job.module == "train" else []
     environment = dict(os.environ)
     if job.xla_flags:
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {job.xla_flags}".strip()

@@ -20,6 +20,7 @@ H200_ROOFLINE = {
 H200_BYTES_PER_SECOND, H200_TOKENS, LENGTH = 4.3e12, 32768, 4096
 # The optimizer reads a float32 state (12) and a bf16 gradient (2), and writes the state and a bf16 copy (2).
 OPTIMIZER_BYTES = 28
+_KERNELS = 9  # lines of a table of kernels; the file of records has more
 
 
 def with_shares(records: Records) -> Records:
@@ -95,8 +96,8 @@ def text(records: Records) -> str:
         if "ok" in record:
             values.append("ok" if record["ok"] else "FAILED")
         lines.append(f"{record['section']:12}{record['name']}: {'; '.join(values)}")
-        for kernel, milliseconds in record.get("milliseconds", {}).items():
-            lines.append(f"{'':12}{milliseconds:9.2f} ms  {kernel}")
+        for kernel, milliseconds in list(record.get("milliseconds", {}).items())[:_KERNELS]:
+            lines.append(f"{'':12}{milliseconds:9.3f} ms  {kernel[:80]}")
     return "\n".join(lines)
 
 

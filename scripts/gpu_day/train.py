@@ -26,8 +26,10 @@ FLAGS = {
     "preset": Flag("vqlm_1b", "Preset of the model.", choices=tuple(CANDIDATES)),
     "seq_length": Flag(4096, "Tokens of a row.", least=1),
     "seconds": Flag(3.0, "Time to measure each candidate, after two warm-up steps.", above=0),
-    "profile": Flag(True, "Trace two steps of the fastest candidate."),
+    "time_limit": Flag(600.0, "Seconds in total. A candidate that needs more than is left is skipped.", above=0),
 }
+
+_PROFILE_SECONDS = 10  # kept for the trace of the fastest candidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Trainer:
 
 def main(config: ConfigDict) -> None:
     """Measures the candidates, then traces the fastest. A candidate that fails is a record too."""
+    end, longest = time.monotonic() + config.time_limit - _PROFILE_SECONDS, 0.0
     model, limit = llama_config.PRESETS[config.preset], (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     needed = STATE_BYTES * costs.num_parameters(model)
     if limit and needed > limit:
@@ -57,16 +60,21 @@ def main(config: ConfigDict) -> None:
         settings = llama_config.updated(model, repr(dict(candidate.settings)))
         name = f"{config.preset}, {candidate.name}"
         labels = {"preset": config.preset, "rows": candidate.rows, "parameters": costs.num_parameters(settings)}
+        begin = time.monotonic()
+        if begin + longest > end:
+            emit("train", name, **labels, error="skipped: no time left")
+            continue
         try:
             trainer, measured = measure(settings, candidate, config.seq_length, config.seconds)
         except Exception as error:  # such as too little memory
             emit("train", name, **labels, error=reason(error))
             continue
+        longest = max(longest, time.monotonic() - begin)
         emit("train", name, **labels, **measured)
         if measured["tokens_per_second"] > fastest[0]:
             fastest = measured["tokens_per_second"], trainer
-    if config.profile and fastest[1]:
-        emit("kernels", config.preset, milliseconds=profiled(fastest[1]))
+    if fastest[1]:
+        emit("kernels", f"train step, {config.preset}", milliseconds=profiled(fastest[1]))
 
 
 def measure(model: LLaMAConfig, candidate: Candidate, length: int, seconds: float) -> tuple[Trainer, dict]:

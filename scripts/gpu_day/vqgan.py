@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.flags import Flag, run
 from gpu_day.measure import emit, peak_bytes, reason
+from gpu_day.profile import time_by_kernel
 from tokenizer.vqgan import VQGAN, Codec, VQGANConfig
 from tokenizer.vqgan.weights import save
 
@@ -31,13 +32,17 @@ def main(config: ConfigDict) -> None:
         for case in config.cases.split(","):
             dtype, batch_size = case.split("x")
             values = {"dtype": dtype, "batch_size": int(batch_size)}
+            codec = Codec(directory, dtype, int(batch_size), jax.devices()[:1])
             try:
-                measured = rates(Codec(directory, dtype, int(batch_size), jax.devices()[:1]), config.batches)
+                measured = rates(codec, config.batches)
             except Exception as error:  # such as too little memory
                 emit("vqgan", case, **values, error=reason(error))
                 continue
             for task, task_values in measured.items():
                 emit("vqgan", f"{task}, {case}", **values, **task_values)
+            pixels = np.zeros((codec.batch_size, config.resolution, config.resolution, 3), np.float32)
+            traced = time_by_kernel(lambda codec=codec, pixels=pixels: codec.decode(codec.encode(pixels)))
+            emit("kernels", f"a batch of images, {case}", milliseconds=traced)
 
 
 def rates(codec: Codec, batches: int) -> dict[str, dict]:
@@ -77,7 +82,8 @@ def flops_per_image(config: VQGANConfig, task: str) -> float:
         "decode": (lambda state, codes: nnx.merge(graph, state).decode(codes), codes),
     }
     function, shape = functions[task]
-    return jax.jit(function).lower(state, shape).cost_analysis()["flops"]
+    with jax.default_device(jax.devices("cpu")[0]):  # other backends need not count
+        return jax.jit(function).lower(state, shape).cost_analysis()["flops"]
 
 
 def cli() -> None:
