@@ -23,10 +23,13 @@ class Workers:
     Define the functions in modules that do not import JAX, so that workers start fast. When a worker dies (out of
     memory, or a crash in a library), every submitted call that has not finished is lost. Lost calls run again, one at a
     time, in a separate process. A call that kills this process too fails with BrokenProcessPool.
+
+    Attributes:
+      processes: the number of processes.
     """
 
     def __init__(self, processes: int):
-        self._processes = processes
+        self.processes = processes
         self._pool = _make_pool(processes) if processes > 1 else None
         self._retry_pool: ProcessPoolExecutor | None = None
 
@@ -50,7 +53,7 @@ class Workers:
                 future = _submit(self._pool, function, arguments)
             except BrokenProcessPool:
                 self._pool.shutdown(wait=False)
-                self._pool = _make_pool(self._processes)
+                self._pool = _make_pool(self.processes)
                 future = _submit(self._pool, function, arguments)
             return _RetriedFuture(future, functools.partial(self._retry, function, arguments))
         future = Future()

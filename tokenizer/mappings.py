@@ -9,10 +9,12 @@ The same command resumes an interrupted run.
 import contextlib
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, choose, prefix_errors
@@ -20,12 +22,14 @@ from EasyLM.flags import Flag, run
 from EasyLM.process_pool import Workers
 from EasyLM.storage import check_output
 from tokenizer.builders.resumable_file import ResumableFile, folder_fingerprint
-from tokenizer.synthetic import pool, seed_ranges, writing
-from tokenizer.synthetic.pool import PoolSettings
+from tokenizer.media import grids, images
+from tokenizer.synthetic import pool, seed_ranges, sentences, writing
+from tokenizer.synthetic.pool import Pool, PoolSettings
 from tokenizer.synthetic.sentences import FAMILIES, FRAMES, PAIRS, Mixture
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 1  # increases when the same flags give other sentences; a run resumes only with its own version
+_SHEET_SIDE, _SHEET_LABEL_WIDTH = 64, 176  # pixels
 
 DEFAULT_FAMILIES = (
     "mosaic:4,recolour:4,marks:2,channels:1,geometry:3,ramps:2,composed:3,segmentation:3,depth:1.5,normals:1.5,edges:1.5,"
@@ -55,6 +59,7 @@ FLAGS = {
     "output_file": Flag(
         "", "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it.", required=True
     ),
+    "output_picture": Flag("", "Image file for a sentence of each family, as composed and as decoded from its codes."),
     "fresh": Flag(False, "Discard an interrupted or finished run of the file."),
     "workers": Flag(os.cpu_count() or 1, "Processes that render and compose.", least=1),
 }
@@ -76,15 +81,16 @@ def main(config: ConfigDict) -> None:
             print(f"{config.output_file} is already complete: {_summary(file.finished_report)}")
             return
         check_output(config.output_file, "output_file")
+        if config.output_picture:
+            images.check_output(config.output_picture, "output_picture")
         settings = _pool_settings(config, mixture, first_seed, codec.config.resolution)
         seeds = range(first_seed, first_seed + config.num)
-        with tempfile.TemporaryDirectory() as directory:
-            start = time.monotonic()
-            with Workers(config.workers) as workers:
-                pool.render(settings, directory, workers)
-            rendering = round(time.monotonic() - start, 1)
-            report = writing.write_sentences(directory, mixture, seeds, codec, file, config.workers)
-        report["rendering_seconds"] = rendering
+        with tempfile.TemporaryDirectory() as directory, Workers(config.workers) as workers:
+            rendering_seconds = _render(settings, directory, workers, codec)
+            if config.output_picture:
+                images.save(config.output_picture, _sheet(Pool(directory), mixture.families, first_seed, codec))
+            report = writing.write_sentences(directory, mixture, seeds, codec, file, workers)
+        report["rendering_seconds"] = rendering_seconds
         file.finish(report)
     print(f"{config.output_file}: {_summary(report)}")
 
@@ -122,6 +128,27 @@ def _pool_settings(config: ConfigDict, mixture: Mixture, first_seed: int, size: 
         photos=config.num_photos if "photo_color" in mixture.families else 0,
         size=size,
     )
+
+
+def _render(settings: PoolSettings, directory: str, workers: Workers, codec: Codec) -> float:
+    """Renders the pool, and compiles the encoder meanwhile; returns the seconds."""
+    start = time.monotonic()
+    no_images = np.zeros((1, settings.size, settings.size, 3), np.float32)
+    compiling = threading.Thread(target=codec.encode, args=(no_images,), daemon=True)
+    compiling.start()
+    pool.render(settings, directory, workers)
+    compiling.join()
+    return round(time.monotonic() - start, 1)
+
+
+def _sheet(rendered: Pool, families: Sequence[str], seed: int, codec: Codec) -> np.ndarray:
+    """Draws the first sentence of each family as composed, and below it as decoded from its codes."""
+    rows = []
+    for family in families:
+        pixels_nSS3 = sentences.draw(rendered, family, seed)
+        decoded_nSS3 = codec.decode(codec.encode(images.to_float32(pixels_nSS3)))
+        rows += [(family, pixels_nSS3), (f"{family}, decoded", images.to_uint8(decoded_nSS3))]
+    return grids.labelled_rows(rows, _SHEET_SIDE, _SHEET_LABEL_WIDTH)
 
 
 def _summary(report: Mapping[str, Any]) -> str:

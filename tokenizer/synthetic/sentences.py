@@ -87,6 +87,15 @@ def compose(pool: Pool, mixture: Mixture, seed: int) -> tuple[list[int], list[np
     return numbers, pixels, {"kind": family, "mapping": mapping.describe()}
 
 
+def draw(pool: Pool, family: str, seed: int) -> np.ndarray:
+    """Returns the images of a sentence of a family, uint8 [16,S,S,3]."""
+    numbers, new_images, _ = compose(pool, Mixture((family,), (1.0,)), seed)
+    pixels = pool.pixels(np.maximum(numbers, 0))
+    if new_images:
+        pixels[np.array(numbers) == NEW_IMAGE] = new_images
+    return pixels
+
+
 def _choose_items(rng: np.random.Generator, pool: Pool, group: str, label: int) -> list[int]:
     """Draws the scenes or photographs of a sentence, all different. Most of them show the label if it is not 0."""
     items = rng.choice(pool.counts[group], PAIRS, replace=False)

@@ -52,22 +52,22 @@ class Timing:
 
 
 def write_sentences(
-    directory: str, mixture: Mixture, seeds: range, codec: Codec, file: ResumableFile, workers: int
+    directory: str, mixture: Mixture, seeds: range, codec: Codec, file: ResumableFile, workers: Workers
 ) -> dict[str, Any]:
     """Writes the sentences that the file does not contain yet, and returns the report.
 
     Args:
       directory: of the pool.
       seeds: one for each sentence of the file.
-      workers: processes that compose sentences.
+      workers: compose the sentences.
     """
     state = file.state or {"sentences": 0, "seconds": 0.0}
     first, start = state["sentences"], time.monotonic()
     timing = Timing()
     pool = Pool(directory)
     bar = progress(total=len(seeds), initial=first, unit="sentence", desc="writing")
-    with Workers(workers) as processes, bar:
-        composed = _compose(processes, workers, directory, mixture, seeds[first:], timing)
+    with bar:
+        composed = _compose(workers, directory, mixture, seeds[first:], timing)
         for sentences, tokens_nT in _encode(composed, pool, codec, timing):
             for tokens_T, keys in zip(tokens_nT, sentences.keys, strict=True):
                 file.write(records.record_line(tokens_T, **keys))
@@ -86,9 +86,7 @@ def write_sentences(
     }
 
 
-def _compose(
-    processes: Workers, workers: int, directory: str, mixture: Mixture, seeds: range, timing: Timing
-) -> Iterator[Sentences]:
+def _compose(workers: Workers, directory: str, mixture: Mixture, seeds: range, timing: Timing) -> Iterator[Sentences]:
     """Yields all sentences in order, while the workers compose the next ones."""
     pending: collections.deque = collections.deque()
     parts = (seeds[start : start + _SENTENCES_AT_ONCE] for start in range(0, len(seeds), _SENTENCES_AT_ONCE))
@@ -101,8 +99,8 @@ def _compose(
         return sentences
 
     for part in parts:
-        pending.append(processes.submit(compose_range, directory, mixture, part))
-        if len(pending) > _PENDING_PER_WORKER * workers:
+        pending.append(workers.submit(compose_range, directory, mixture, part))
+        if len(pending) > _PENDING_PER_WORKER * workers.processes:
             yield finish()
     while pending:
         yield finish()

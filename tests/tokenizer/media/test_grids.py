@@ -21,6 +21,16 @@ def test_a_grid_separates_images_by_white_gaps():
     np.testing.assert_array_equal(sheet, expected)
 
 
+def test_labelled_rows_have_their_images_enlarged_to_the_right_of_the_labels():
+    rows = [(f"row {i}", np.full((count, 2, 2, 3), 40 * i, np.uint8)) for i, count in enumerate((3, 2), start=1)]
+    sheet = grids.labelled_rows(rows, side=10, label_width=50, gap=4)
+    assert sheet.shape == (2 * 10 + 4, 50 + 3 * 10 + 2 * 4, 3)
+    for i, (top, count) in enumerate(((0, 3), (14, 2)), start=1):
+        assert np.all(sheet[top : top + 10, 50:60] == 40 * i) and sheet[top : top + 10, :50].min() < 100
+        assert np.all(sheet[top : top + 10, 78:] == (40 * i if count == 3 else 255))
+    assert np.all(sheet[10:14] == 255)
+
+
 def test_tiles_are_edge_to_edge():
     pixels_RCHW3 = random_images(6).reshape(2, 3, HEIGHT, WIDTH, 3)
     expected = np.concatenate([np.concatenate(row, axis=1) for row in pixels_RCHW3])

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizer_kit import run_main
 
 from EasyLM.data import records
@@ -89,6 +90,20 @@ def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
     assert write(path, num=200, **FEW_IMAGES) == whole
     assert len(calls) == 200 - 64
     assert write(path, num=200, **FEW_IMAGES) == whole and len(calls) == 200 - 64  # complete: nothing is written
+
+
+def test_picture_shows_each_family_as_composed_and_as_decoded(tmp_path, small_pool):
+    path = tmp_path / "sheet.png"
+    write(tmp_path / "x.jsonl", num=1, output_picture=str(path), families="segmentation:1,mosaic:1")
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape[0] == 4 * 64 + 3 * 4
+    composed, decoded = (sheet[top : top + 64, 176 : 176 + 64][::2, ::2] for top in (0, 68))
+    assert np.array_equal(composed, sentences.draw(small_pool, "segmentation", 0)[0])
+    codec = Codec()
+    expected = codec.decode(codec.encode(images.to_float32(composed[None])))[0]
+    assert np.abs(images.to_float32(decoded) - expected).max() < 0.01
+    with pytest.raises(UserError, match=r"--output_picture=p.txt: must end with one of .png"):
+        write(tmp_path / "y.jsonl", num=1, output_picture="p.txt")
 
 
 def test_pool_numbers_its_images(small_pool):
