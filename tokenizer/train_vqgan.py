@@ -109,26 +109,26 @@ def main(config: Any) -> int:
     # Start
     model_settings = ModelSettings("vqgan_config", dataclasses.asdict(model), resumable=frozenset({"commitment_cost"}))
     formats = {"trainstate": checkpoints.CHECKPOINT_FORMATS["trainstate"]}
-    run = open_run(RunSettings.from_flags(config), model_settings, formats)
-    _check_layout(run)
+    with open_run(RunSettings.from_flags(config), model_settings, formats) as run:
+        _check_layout(run)
 
-    # Data
-    data = ImageRows(config.input_dirs, "input_dirs", model.resolution, config.seed)
-    held_out = config.eval_steps or config.eval_dirs
-    eval_data = ImageRows(config.eval_dirs, "eval_dirs", model.resolution, 0) if held_out else None
+        # Data
+        data = ImageRows(config.input_dirs, "input_dirs", model.resolution, config.seed)
+        held_out = config.eval_steps or config.eval_dirs
+        eval_data = ImageRows(config.eval_dirs, "eval_dirs", model.resolution, 0) if held_out else None
 
-    # Train
-    task = TrainingTask(
-        Model(objective.init, objective.loss, objective.evaluate, partition_rules=((".*", P()),)),
-        _optimizer(config, objective),
-        TrainingData(data, config.batch_size, eval_data, config.batch_size),
-        Accounting(unit="images", items_per_row=1, flops_per_row=0.0),
-    )
-    code = train(run, task, mesh)
-    if jax.process_index() == 0:
-        export(run.directory, model)
-        save_reconstructions(run.directory, eval_data or data)
-    return code
+        # Train
+        task = TrainingTask(
+            Model(objective.init, objective.loss, objective.evaluate, partition_rules=((".*", P()),)),
+            _optimizer(config, objective),
+            TrainingData(data, config.batch_size, eval_data, config.batch_size),
+            Accounting(unit="images", items_per_row=1, flops_per_row=0.0),
+        )
+        code = train(run, task, mesh)
+        if jax.process_index() == 0:
+            export(run.directory, model)
+            save_reconstructions(run.directory, eval_data or data)
+        return code
 
 
 def _check_flags(config: Any) -> None:

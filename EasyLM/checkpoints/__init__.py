@@ -7,26 +7,40 @@ Vocabulary:
   key: the path of an array, a tuple of names (`("params", "transformer", "h", "3", ...)`).
   stacked: with all layers along the leading axis. Arrays are stacked in memory; files have one entry per layer.
   state: `step`, `params` and `opt_state`. A train state is a checkpoint that holds all three.
-  sidecar: `metadata.json` or `dataset.json`, in the directory of a checkpoint file.
+  sidecar: `metadata.json` `dataset.json` or `checksums.json`, in the directory of a checkpoint file.
   milestone: a checkpoint that pruning keeps.
 
 Modules:
   entries: arrays that have not been read yet.
   msgpack_arrays, streaming: the byte format of one array, and that of a whole file.
   stacking: the layout of layers in memory and in files.
-  formats: the prefixes and their readers.
+  checksums: a sidecar with a checksum of each array, verified when the array is read.
+  formats: the prefixes and their readers; orbax_directory: the reader of Orbax checkpoints.
   loading: loads a checkpoint into given shapes, types and shardings.
   saving: saves the checkpoints of a run in the background.
-  run_directory: atomic saves, links, milestones, pruning.
+  layout: the names of files in a run directory.
+  listing: every checkpoint in a run directory, in any form; the newest whole one.
+  run_directory, remote_run_directory: atomic saves, links, milestones; saves: numbers and pruning.
+  displaced: checkpoints that lie where a save makes its links.
   metadata: reads and creates the content of sidecars.
   restricted_pickle: reads settings from pickles of the LVM release.
 """
 
+from EasyLM.checkpoints.checksums import DamagedArrayError
+from EasyLM.checkpoints.displaced import check_replaceable
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.formats import CHECKPOINT_FORMATS, open_checkpoint, parse_spec
+from EasyLM.checkpoints.layout import sidecar_path
+from EasyLM.checkpoints.listing import (
+    OpenCheckpoint,
+    SavedCheckpoint,
+    has_interrupted_save,
+    latest_checkpoint,
+    list_checkpoints,
+    newest_whole,
+)
 from EasyLM.checkpoints.loading import check_entries, load, load_entries
 from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata, make_metadata
-from EasyLM.checkpoints.run_directory import SavedCheckpoint, latest_checkpoint, sidecar_path
 from EasyLM.checkpoints.saving import CHECKPOINTER_FLAGS, FLOAT_DTYPES, Checkpointer
 
 __all__ = [
@@ -34,15 +48,21 @@ __all__ = [
     "CHECKPOINT_FORMATS",
     "FLOAT_DTYPES",
     "Checkpointer",
+    "DamagedArrayError",
     "Entry",
+    "OpenCheckpoint",
     "SavedCheckpoint",
     "check_entries",
+    "check_replaceable",
+    "has_interrupted_save",
     "latest_checkpoint",
+    "list_checkpoints",
     "load",
     "load_dataset_state",
     "load_entries",
     "load_metadata",
     "make_metadata",
+    "newest_whole",
     "open_checkpoint",
     "parse_spec",
     "sidecar_path",

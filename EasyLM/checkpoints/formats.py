@@ -3,29 +3,29 @@
 import os
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
-from EasyLM.checkpoints import stacking, streaming
+from EasyLM.checkpoints import checksums, orbax_directory, streaming
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.errors import UserError, choose, prefix_errors
-from EasyLM.storage import is_remote, remote_file_system
+from EasyLM.storage import file_version, is_remote, remote_file_system
 
 Reader = Callable[[str], list[Entry]]
 
 
-def _train_state(path: str) -> list[Entry]:
-    return streaming.read_streaming(path)
+def _streaming(path: str) -> list[Entry]:
+    """Returns the entries of a streaming file. Their reads verify the checksums, if there are any beside the file."""
+    path = path if is_remote(path) else os.path.realpath(path)  # a running job may change its links
+    return checksums.verified(path, streaming.read_streaming(path), file_version(path)["size"])
 
 
 def _train_state_params(path: str) -> list[Entry]:
-    entries = [entry.renamed(entry.key[1:]) for entry in streaming.read_streaming(path) if entry.key[0] == "params"]
+    entries = [entry.renamed(entry.key[1:]) for entry in _streaming(path) if entry.key[0] == "params"]
     if not any(entry.key[0] == "params" for entry in entries):
         raise UserError(f"{path}: not a train state; load a file of parameters alone as params::{path}")
     return entries
 
 
 def _params(path: str) -> list[Entry]:
-    return _below_params(path, streaming.read_streaming(path))
+    return _below_params(path, _streaming(path))
 
 
 def _flax_params(path: str) -> list[Entry]:
@@ -38,29 +38,13 @@ def _below_params(path: str, entries: list[Entry]) -> list[Entry]:
     return [entry.renamed(("params", *entry.key)) for entry in entries]
 
 
-def _orbax(path: str) -> list[Entry]:
-    import orbax.checkpoint as ocp  # imported here because the import takes a second
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(os.path.abspath(path))
-    tree = tree["params"] if "opt_state" in tree else tree
-    return [
-        Entry(key, stacked.file_shape, np.dtype(stacked.array.dtype), _copier(stacked.array, layer))
-        for key, stacked, layer in stacking.file_order(tree)
-    ]
-
-
-def _copier(array, layer: int | None) -> Callable[[np.ndarray], None]:
-    return lambda out: np.copyto(out, array if layer is None else array[layer])
-
-
 # Prefix -> reader, which returns entries of a train state or of parameters. Parameters have their train state keys.
 CHECKPOINT_FORMATS: dict[str, Reader] = {
-    "trainstate": _train_state,
+    "trainstate": _streaming,
     "trainstate_params": _train_state_params,
     "params": _params,
     "flax_params": _flax_params,
-    "orbax": _orbax,
+    "orbax": orbax_directory.read_orbax,
 }
 _DIRECTORY_FORMATS = ("orbax", "huggingface")
 

@@ -24,10 +24,13 @@ def load_metadata(path: str) -> dict:
     with contextlib.closing(open_binary(path)) as file:
         data = file.read()
     if data[:1] != b"{":
-        return restricted_pickle.loads(data, path)
+        content = restricted_pickle.loads(data, path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: holds no settings, but a {type(content).__name__}")
+        return content
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
 

@@ -1,7 +1,6 @@
 """Saves the checkpoints of a run in the background."""
 
 import functools
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM.checkpoints import entries, run_directory, stacking, streaming
+from EasyLM.checkpoints import checksums, entries, layout, listing, run_directory, saves, stacking, streaming
 from EasyLM.checkpoints.stacking import Key, StackedArray
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import DTYPE_ALIASES, Flag
@@ -51,13 +50,22 @@ class Checkpointer:
     Args:
       run_dir: a local path, or a remote path that fsspec supports; see `run_directory`.
       float_dtype, save_optimizer_state: see CHECKPOINTER_FLAGS.
+      guard: called on process 0 before each save writes; raises UserError if another run has taken the directory.
 
     Raises:
       UserError: if the type is unknown or the run directory is not writable.
     """
 
-    def __init__(self, run_dir: str, *, float_dtype: str = "", save_optimizer_state: bool = False):
+    def __init__(
+        self,
+        run_dir: str,
+        *,
+        float_dtype: str = "",
+        save_optimizer_state: bool = False,
+        guard: Callable[[], None] = lambda: None,
+    ):
         choose("float_dtype", float_dtype, ("", *FLOAT_DTYPES))
+        self._guard = guard
         self._whole_state = save_optimizer_state
         self._dtype = FLOAT_DTYPES.get(float_dtype, None if save_optimizer_state else FLOAT_DTYPES["bf16"])
         self._directory = run_directory.open_run_directory(run_dir)
@@ -93,12 +101,18 @@ class Checkpointer:
             return
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
         state_name = "streaming_train_state" if self._whole_state else "streaming_params"
-        writers: run_directory.Writers = {
-            state_name: lambda file: self._write(file, shapes),
-            run_directory.DATASET: functools.partial(_write_bytes, _json(dataset_state)),
-            run_directory.METADATA: functools.partial(_write_bytes, _json(metadata)),
+        table: dict = {}
+        writers: saves.Writers = {
+            state_name: lambda file: table.update(self._write(file, shapes, state_name)),
+            layout.CHECKSUMS: lambda file: file.write(saves.json_bytes(table)),
+            layout.DATASET: saves.json_writer(dataset_state),
         }
-        self._start(lambda: self._directory.write(step, writers, milestone))
+
+        def write() -> None:
+            self._guard()
+            self._directory.write(step, writers, metadata, milestone)
+
+        self._start(write)
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.
@@ -113,10 +127,10 @@ class Checkpointer:
         if jax.process_count() > 1:
             failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
         if isinstance(failure, OSError):
-            raise UserError(
-                f"{self._directory.path}: the checkpoint was not saved ({failure.strerror or failure}); the previous "
-                "one is intact"
-            ) from failure
+            reason = f"{failure.strerror or failure}" + (f": {failure.filename}" if failure.filename else "")
+            newest = listing.latest_checkpoint(self._directory.path)
+            remains = f"{newest.name} is intact" if newest else "there is no earlier one"
+            raise UserError(f"{self._directory.path}: the checkpoint was not saved ({reason}); {remains}") from failure
         if failed:
             raise failure or UserError(f"{self._directory.path}: process 0 could not save the checkpoint")
 
@@ -173,7 +187,9 @@ class Checkpointer:
             if jax.process_index() == 0:
                 np.copyto(self._buffer(stacked)[(*index, ...)], np.asarray(gathered.addressable_data(0)))
 
-    def _write(self, file: BinaryIO, shapes: Any) -> None:
+    def _write(self, file: BinaryIO, shapes: Any, file_name: str) -> dict:
+        """Writes the arrays and returns the table of their checksums."""
+        by_key = {}
         for key, stacked, layer in stacking.file_order(shapes):
             array = self._buffers[stacked.key]
             array = array if layer is None else array[layer, ...]
@@ -181,6 +197,8 @@ class Checkpointer:
             if self._dtype is not None and is_parameter and jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
                 array = array.astype(self._dtype)
             streaming.write_entry(file, key, array)
+            by_key[key] = checksums.array_checksum(key, array)
+        return checksums.make_table(file_name, file.tell(), by_key)
 
 
 def _local_parts(array: np.ndarray | jax.Array) -> Iterator[tuple[tuple, np.ndarray]]:
@@ -199,11 +217,3 @@ def _gather_program(replicated: NamedSharding) -> Callable[..., jax.Array]:
         return jax.lax.dynamic_index_in_dim(array, index[0], keepdims=False) if index else array
 
     return jax.jit(take, out_shardings=replicated)
-
-
-def _json(value: Mapping) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _write_bytes(data: bytes, file: BinaryIO) -> None:
-    file.write(data)

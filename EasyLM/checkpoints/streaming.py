@@ -24,12 +24,16 @@ def read_streaming(path: str | os.PathLike) -> list[Entry]:
       UserError: naming file, key and byte offset, if the file is truncated or has another format.
     """
     entries: list[Entry] = []
+    keys: set[tuple[str, ...]] = set()
     with HeaderReader(path) as reader:
         while reader.offset < reader.size:
             reader.location = f"entry {len(entries)}"
             reader.expect("array", length=2)
             key = tuple(reader.text() for _ in range(reader.expect("array")))
             reader.location = "/".join(key)
+            if key in keys:
+                reader.fail("the array occurs twice in the file")
+            keys.add(key)
             end = reader.expect("bin") + reader.offset
             entries.append(reader.value(key))
             if reader.offset != end:
@@ -49,12 +53,15 @@ def read_flax(path: str | os.PathLike) -> list[Entry]:
         if kind != "map":
             reader.step_back()
             return [reader.value(key)]
-        entries = []
+        entries, names = [], set()
         for i in range(length):
             name = reader.text()
             if i == 0 and name == CHUNKED:
                 return [reader.chunked(key, length)]
             reader.location = "/".join((*key, name))
+            if name in names:
+                reader.fail("the name occurs twice in the file")
+            names.add(name)
             entries += walk((*key, name))
         return entries
 

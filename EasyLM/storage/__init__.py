@@ -11,12 +11,14 @@ Modules:
   paths    globs and comma lists of paths, file versions, checks of outputs
   reading  open files, read lines, decompress
   digests  digests of JSON values and of files
+  heartbeat_lock  one process at a time holds a directory
   columns  memory-mapped column files, cached or standalone
 """
 
 from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, write_json
 from EasyLM.storage.columns import Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest
+from EasyLM.storage.heartbeat_lock import HeartbeatLock
 from EasyLM.storage.paths import (
     check_output,
     expand_path_groups,
@@ -30,6 +32,7 @@ from EasyLM.storage.reading import check_line_start, open_binary, read_lines, re
 
 __all__ = [
     "Columns",
+    "HeartbeatLock",
     "atomic_file",
     "atomic_path",
     "cached_columns",

@@ -5,7 +5,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     step          the train state, and the pure functions that change it
     task          what a run trains: model, optimizer, data, units
     settings      the flags of every run, and their values
-    run           `open_run` validates flags and starting files; `train` does the rest
+    run           `open_run` locks the directory and validates flags and starting files; `train` does the rest
     start         where a run starts: fresh, from its latest checkpoint, or from --load_checkpoint
     loop          the training loop
     batches       global batches on the mesh, prefetched; the data state

@@ -4,8 +4,8 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import jax
@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 from EasyLM import checkpoints
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.parallel import batch_sharding, check_same, fail_together, on_first_process_first
-from EasyLM.storage import is_remote, json_digest, remote_file_system
+from EasyLM.storage import HeartbeatLock, is_remote, json_digest, remote_file_system
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
 from EasyLM.training.loop import Report, fit
 from EasyLM.training.metrics_log import Logger
 from EasyLM.training.settings import RunSettings
 from EasyLM.training.start import CheckpointFormats, StartPoint, check_settings, find_start, first_state
-from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train_step
+from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train_step, updates_done
 from EasyLM.training.task import ModelSettings, TrainingTask
 from EasyLM.training.throughput import Throughput
 from EasyLM.training.watchdog import Watchdog
@@ -40,24 +40,40 @@ class Run:
     directory: str
     model_settings: ModelSettings
     start: StartPoint
+    check_lock: Callable[[], None]  # raises UserError if another run has taken over the directory
 
 
+@contextmanager
 def open_run(
     settings: RunSettings, model_settings: ModelSettings, formats: CheckpointFormats = checkpoints.CHECKPOINT_FORMATS
-) -> Run:
-    """Creates the run directory, opens the starting files and validates the settings. Call it before indexing data.
+) -> Iterator[Run]:
+    """Creates and locks the run directory, opens the starting files and validates the settings.
+
+    Enter it before indexing data. The directory is locked until the exit.
 
     Args:
       formats: the valid prefixes of `--load_checkpoint`.
 
     Raises:
-      UserError: naming the flag or the file.
+      UserError: naming the flag or the file, or the process that uses the directory.
     """
     metrics_log.check_settings(settings.logger)
     directory = run_directory(settings.logger)
-    start = find_start(settings.start, directory, formats)
-    check_settings(start, model_settings)
-    return Run(settings, directory, model_settings, start)
+    with ExitStack() as stack:
+        check_lock = on_first_process_first(lambda: _lock(directory, stack))
+        start = find_start(settings.start, directory, formats)
+        check_settings(start, model_settings)
+        yield Run(settings, directory, model_settings, start, check_lock)
+
+
+def _lock(directory: str, stack: ExitStack) -> Callable[[], None]:
+    """Locks a run directory on process 0, which writes the checkpoints. Returns the check of the lock."""
+    if jax.process_index() != 0:
+        return lambda: None
+    try:
+        return stack.enter_context(HeartbeatLock(directory)).check
+    except UserError as error:
+        raise UserError(f"{error}; or give another --logger.experiment_id") from None
 
 
 def run_directory(logger: Any) -> str:
@@ -102,7 +118,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
     with (
         closing(Batches(data.train, data.batch_size, batch_sharding(mesh), first_row)) as batches,
         closing(Logger(settings.logger, run.directory, settings.flags, settings.log_all_worker)) as logger,
-        closing(checkpoints.Checkpointer(run.directory, **settings.checkpointer)) as checkpointer,
+        closing(checkpoints.Checkpointer(run.directory, **settings.checkpointer, guard=run.check_lock)) as checkpointer,
         fail_together(),  # before the closing of the others, which may take long
     ):
 
@@ -192,7 +208,9 @@ def _make_save(
     }
 
     def save(state: TrainState, step: int, position: int, milestone: bool) -> None:
-        metadata = checkpoints.make_metadata(step, run.settings.flags, **model_metadata)
+        updates = updates_done(state.opt_state)
+        counts = {} if updates is None else {"updates": updates}
+        metadata = checkpoints.make_metadata(step, run.settings.flags, **counts, **model_metadata)
         checkpointer.save(state, step, dataset_state(source, position), metadata, milestone=milestone)
 
     return save

@@ -43,73 +43,108 @@ class StartPoint:
       entries: the arrays of the checkpoint; `first_state` clears the list.
       dataset_state: the data state; None: the run starts with the first row.
       metadata: the metadata of the checkpoint; empty if there is none.
+      run_dir: the run directory.
     """
 
     files: StartFiles
     entries: list[Entry]
     dataset_state: Mapping[str, Any] | None
     metadata: Mapping[str, Any]
+    run_dir: str
 
     @property
     def step(self) -> int:
         """Micro-steps done, according to the metadata."""
         return int(self.metadata.get("step", 0))
 
+    @property
+    def updates(self) -> int:
+        """Updates done. Older metadata has no count of them, only the setting of accumulation."""
+        optimizer = self.metadata.get("flags", {}).get("optimizer", {})
+        return int(self.metadata.get("updates", self.step // optimizer.get("accumulate_gradient_steps", 1)))
+
 
 def find_start(given: StartFiles, run_dir: str, formats: CheckpointFormats) -> StartPoint:
     """Locates and opens the files from which a run starts. Reads each file once.
+
+    If the run directory has a checkpoint, the run resumes from the newest whole one. `--load_checkpoint` starts a new
+    run, or returns a run to one of its own milestones. After the next save the flag is part of the run's history and is
+    ignored, so a requeued job can repeat its command.
 
     Args:
       given: values of `--load_checkpoint`, `--load_dataset_state` and `--load_metadata`.
       formats: the valid prefixes of `--load_checkpoint`.
 
     Raises:
-      UserError: if a file is missing or damaged, or the run directory holds another run.
+      UserError: if a file is missing or damaged; if the run directory holds another run, checkpoints of which none is
+        whole, or a foreign file that a save would have to replace.
     """
     for name, path in (("load_metadata", given.metadata), ("load_dataset_state", given.dataset_state)):
         if path and not is_remote(path) and not os.path.isfile(path):
             raise UserError(f"--{name}={path}: no such file")
-    files, metadata = locate_start(given, run_dir)
-    entries = checkpoints.open_checkpoint(files.checkpoint, formats) if files.checkpoint else []
-    if metadata is None:
-        metadata = checkpoints.load_metadata(files.metadata) if files.metadata else {}
-    dataset_state = checkpoints.load_dataset_state(files.dataset_state) if files.dataset_state else None
-    return StartPoint(files, entries, dataset_state, metadata)
+    if not is_remote(run_dir):
+        checkpoints.check_replaceable(run_dir)
+    newest, problems = checkpoints.newest_whole(run_dir, formats)
+    history = _history(newest.saved.contents) if newest else ()
+    if newest and given.checkpoint in ("", *history):
+        for problem in problems:
+            logging.warning("%s: cannot be used, a save before it is: %s", run_dir, problem)
+        saved = newest.saved
+        logging.info("%s: resuming after step %s, from %s", run_dir, saved.step, saved.name)
+        files = StartFiles(saved.spec, saved.dataset_state, saved.metadata, history)
+        return StartPoint(files, newest.entries, newest.dataset_state, saved.contents, run_dir)
+    if newest or problems:
+        files = _within_run(given, run_dir, formats, history, problems)
+    else:
+        files = dataclasses.replace(given, history=(given.checkpoint,))
+        left = ", only an interrupted save" if checkpoints.has_interrupted_save(run_dir) else ""
+        logging.info("%s: holds no checkpoint%s; starting from %s", run_dir, left, given.checkpoint or "step 0")
+    return _open_files(files, run_dir, formats)
 
 
-def locate_start(given: StartFiles, run_dir: str) -> tuple[StartFiles, Mapping[str, Any] | None]:
-    """Locates the files from which a run starts.
+def _history(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns every `--load_checkpoint` from which the run of a checkpoint has started."""
+    flags = metadata.get("flags", {})
+    return tuple(metadata.get("started_from", [flags.get("load_checkpoint", "")]))
 
-    If the run directory has a checkpoint, the run resumes from the latest one. `--load_checkpoint` starts a new run, or
-    returns a run to one of its own milestones. After the next save the flag is part of the run's history and is
-    ignored, so a requeued job can repeat its command.
 
-    Returns:
-      The files, and the metadata if it was read: that of the run's latest checkpoint.
+def _within_run(
+    given: StartFiles, run_dir: str, formats: CheckpointFormats, history: tuple[str, ...], problems: list[str]
+) -> StartFiles:
+    """Returns the files of a milestone, in a directory that already holds a run.
 
     Raises:
-      UserError: if the run directory holds a run that started from another checkpoint.
+      UserError: if `--load_checkpoint` names no checkpoint in the run directory with its metadata and data position.
     """
-    latest = checkpoints.latest_checkpoint(run_dir)
-    if latest is None:
-        return dataclasses.replace(given, history=(given.checkpoint,)), None
-    metadata = checkpoints.load_metadata(latest.metadata)
-    history = tuple(metadata.get("started_from", [metadata["flags"]["load_checkpoint"]]))
-    if given.checkpoint in ("", *history):
-        return StartFiles(latest.spec, latest.dataset_state, latest.metadata, history), metadata
     path = given.checkpoint.partition("::")[2]
     if not os.path.realpath(path).startswith(os.path.realpath(run_dir) + os.sep):
+        if not history:
+            raise UserError(
+                f"{run_dir}: none of its checkpoints can be used: {'; '.join(problems)}; repair them or move them "
+                "away, name one with --load_checkpoint, or give another --logger.experiment_id"
+            )
         raise UserError(
             f"--load_checkpoint={given.checkpoint}: {run_dir} already holds a run that started from {history[0]!r}; "
             "give another --logger.experiment_id, or resume that run without --load_checkpoint"
         )
-    files = StartFiles(
-        given.checkpoint,
-        given.dataset_state or checkpoints.sidecar_path(path, "dataset") or "",
-        given.metadata or checkpoints.sidecar_path(path, "metadata") or "",
-        (*history, given.checkpoint),
+    checkpoints.parse_spec(given.checkpoint, formats, f"--load_checkpoint={given.checkpoint}")
+    sidecars = {
+        "dataset": given.dataset_state or checkpoints.sidecar_path(path, "dataset"),
+        "metadata": given.metadata or checkpoints.sidecar_path(path, "metadata"),
+    }
+    for name, flag in (("dataset", "load_dataset_state"), ("metadata", "load_metadata")):
+        if not sidecars[name]:
+            raise UserError(f"--load_checkpoint={given.checkpoint}: no {name}.json beside it; name one with --{flag}")
+    return StartFiles(
+        given.checkpoint, sidecars["dataset"] or "", sidecars["metadata"] or "", (*history, given.checkpoint)
     )
-    return files, None
+
+
+def _open_files(files: StartFiles, run_dir: str, formats: CheckpointFormats) -> StartPoint:
+    entries = checkpoints.open_checkpoint(files.checkpoint, formats) if files.checkpoint else []
+    metadata = checkpoints.load_metadata(files.metadata) if files.metadata else {}
+    dataset_state = checkpoints.load_dataset_state(files.dataset_state) if files.dataset_state else None
+    return StartPoint(files, entries, dataset_state, metadata, run_dir)
 
 
 def check_settings(start: StartPoint, settings: ModelSettings) -> None:
@@ -152,10 +187,25 @@ def first_state(
     )
     is_train_state = spec.startswith("trainstate::")
     assert is_train_state or not jax.tree.leaves(target.extra), "only trainstate:: checkpoints hold extra state"
-    loaded = checkpoints.load_entries(spec, start.entries, target if is_train_state else target.params)
+    loaded = read_arrays(start, target if is_train_state else target.params)
     start.entries.clear()  # frees memory: entries of orbax:: hold their arrays
     if is_train_state:
         return loaded, placement
     if start.step:
         logging.warning("the optimizer's moments start from zero at step %d; its schedule continues", start.step)
-    return state_from_params(loaded, optimizer, start.step, placement), placement
+    return state_from_params(loaded, optimizer, start.step, start.updates, placement), placement
+
+
+def read_arrays(start: StartPoint, target: Any = None) -> Any:
+    """Loads the arrays of the checkpoint from which a run starts; see `checkpoints.load`.
+
+    Raises:
+      UserError: as `checkpoints.load`. If an array is damaged, the message names the run's other checkpoints.
+    """
+    try:
+        return checkpoints.load_entries(start.files.checkpoint, start.entries, target)
+    except checkpoints.DamagedArrayError as error:
+        others = [saved for saved in checkpoints.list_checkpoints(start.run_dir) if not saved.problem]
+        specs = [f"{saved.spec} (step {saved.step})" for saved in others if saved.spec != start.files.checkpoint]
+        advice = f"; to go back to another checkpoint, give it as --load_checkpoint: {', '.join(specs)}"
+        raise UserError(f"{error}{advice if specs else ''}") from None

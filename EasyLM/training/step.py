@@ -59,24 +59,32 @@ def init_state(init: InitFn, optimizer: Optimizer, seed: int, state_shardings: T
     return jax.jit(_fresh_state(init, optimizer), out_shardings=state_shardings)(jax.random.key(seed))
 
 
-def state_from_params(params: Params, optimizer: Optimizer, step: int, state_shardings: TrainState) -> TrainState:
-    """Returns the train state of given parameters after `step` micro-steps, without extra state.
+def state_from_params(
+    params: Params, optimizer: Optimizer, step: int, updates: int, state_shardings: TrainState
+) -> TrainState:
+    """Returns the train state of given parameters after `step` micro-steps and `updates` updates, without extra state.
 
-    The optimizer's moments are zero; its schedules continue after the updates of these steps.
+    The optimizer's moments are zero; its schedules continue after the updates.
     """
-    updates = step // optimizer.micro_steps
-
-    def is_schedule(state):
-        return isinstance(state, optax.ScaleByScheduleState)
 
     def advance(state):
-        return state._replace(count=state.count + updates) if is_schedule(state) else state
+        return state._replace(count=state.count + updates) if _is_schedule(state) else state
 
     def make(params):
-        opt_state = jax.tree.map(advance, optimizer.transform.init(params), is_leaf=is_schedule)
+        opt_state = jax.tree.map(advance, optimizer.transform.init(params), is_leaf=_is_schedule)
         return TrainState(jnp.int32(step), params, opt_state)
 
     return jax.jit(make, out_shardings=state_shardings, donate_argnums=0)(params)
+
+
+def updates_done(opt_state: optax.OptState) -> int | None:
+    """Returns the position of the optimizer's schedule, which counts updates; None if it has no schedule."""
+    states = [state for state in jax.tree.leaves(opt_state, is_leaf=_is_schedule) if _is_schedule(state)]
+    return int(states[0].count) if states else None
+
+
+def _is_schedule(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState)
 
 
 def _fresh_state(init: InitFn, optimizer: Optimizer) -> Callable[[jax.Array], TrainState]:

@@ -44,7 +44,8 @@ def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(streaming, "write_entry", full)
     before = sorted(os.walk(tmp_path))
     saver.save(small_state(2), 2, {"step": 2}, {"step": 2}, milestone=True)
-    with pytest.raises(UserError, match=rf"{tmp_path}: the checkpoint was not saved \(No space left on device\)"):
+    reason = r"was not saved \(No space left on device\); checkpoints/step_00000001 is intact"
+    with pytest.raises(UserError, match=f"{tmp_path}: the checkpoint {reason}"):
         saver.save(small_state(3), 3, {}, METADATA)
     assert sorted(os.walk(tmp_path)) == before and contents(str(tmp_path)) == (1, 1, 1)
     save(saver, 4)

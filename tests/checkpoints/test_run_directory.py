@@ -25,9 +25,10 @@ def test_layout_milestones_and_pruning(tmp_path):
     for step in range(1, 7):
         save(saver, step, milestone=step in (2, 4))
         assert contents(str(tmp_path)) == (step, step, step)
-    names = {"streaming_train_state", "dataset.json", "metadata.json"}
+    sidecars = ("checksums", "dataset", "metadata")
+    names = {"streaming_train_state", *(f"{name}.json" for name in sidecars)}
     milestones = {f"streaming_train_state_{n}" for n in (2, 4)} | {
-        f"{name}_{n}.json" for n in (2, 4) for name in ("dataset", "metadata")
+        f"{name}_{n}.json" for n in (2, 4) for name in sidecars
     }
     assert set(os.listdir(tmp_path)) == {"checkpoints", "latest"} | names | milestones
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000002", "step_00000004", "step_00000006"]
@@ -92,7 +93,7 @@ def test_unwritable_run_directory_is_rejected(tmp_path):
     with pytest.raises(UserError, match=rf"{blocked}/run: cannot write checkpoints there \(Not a directory\)"):
         make_checkpointer(str(blocked / "run"))
     (tmp_path / "copied" / "latest").mkdir(parents=True)
-    with pytest.raises(UserError, match="copied without its links"):
+    with pytest.raises(UserError, match="copied/latest: does not belong to a complete checkpoint"):
         make_checkpointer(str(tmp_path / "copied"))
 
 
@@ -127,7 +128,7 @@ def test_remote_step_is_replaced_after_the_new_save(monkeypatch):
     again = make_checkpointer(run_dir)
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
-        with pytest.raises(UserError, match="the previous one is intact"):
+        with pytest.raises(UserError, match="checkpoints/step_00000004 is intact"):
             save(again, 4)
     assert contents(run_dir) == (4, 4, 4)
     for _ in range(3):

@@ -3,15 +3,21 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
 
 import jax
+import numpy as np
+import optax
 import pytest
+import run_states_kit as states
 from tiny_run import GOLDEN, MODEL_METRICS, TINY, assert_close, await_metrics, finish, metrics, start, train
 
 from EasyLM import flags
-from EasyLM.checkpoints import load_metadata, run_directory, streaming
+from EasyLM.checkpoints import layout, load_metadata, streaming
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_train
@@ -54,6 +60,57 @@ def test_the_schedule_continues_from_parameters_only(tmp_path):
     train(tmp_path, total_steps=6, **settings)
     resumed = train(tmp_path, total_steps=10, **settings)
     assert metrics(resumed, "step", "learning_rate") == metrics(whole, "step", "learning_rate")
+
+
+@pytest.mark.slow
+def test_updates_are_counted_across_a_change_of_accumulation(tmp_path):
+    """4 micro-steps an update, then 1: 8 micro-steps are 2 updates."""
+    settings = {"checkpointer__save_optimizer_state": False, "save_model_freq": 100}
+    train(tmp_path, total_steps=8, optimizer__accumulate_gradient_steps=4, **settings)
+    for total_steps in (10, 12):  # a second resume counts from the first one's updates, not from its setting
+        run_dir = train(tmp_path, total_steps=total_steps, **settings)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 5, 30, 3e-4)
+    resumed = metrics(run_dir, "learning_rate")
+    expected = [rate(update) for update in (2, 3, 4, 5)]
+    np.testing.assert_allclose([resumed[step][0] for step in (8, 9, 10, 11)], expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_copied_run_directory_is_resumed(tmp_path, caplog):
+    """The links have become files, and `latest` is gone."""
+    settings = {"save_model_freq": 2, "save_milestone_freq": 4}
+    run_dir = train(tmp_path, total_steps=6, **settings)
+    copied = tmp_path / "copied"
+    subprocess.run(["cp", "-rL", run_dir, copied], check=True)
+    shutil.rmtree(copied / "latest")
+    before = states.digests(copied / "checkpoints") | states.digests(copied)
+    train(tmp_path, total_steps=8, logger__experiment_id="copied", **settings)
+    assert f"{copied}: resuming after step 6, from checkpoints/step_00000006" in caplog.text
+    assert sorted(metrics(copied, "loss")) == list(range(8))
+    changed = before - states.digests(copied)
+    assert len(changed) == 1, "only metrics.jsonl has changed"
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_directory(tmp_path):
+    """The second one names the first. After a kill, the next one starts at once."""
+    settings = {"total_steps": 10**6, "mesh_dim": "1,1,1", "save_model_freq": 1}
+    first = start(tmp_path, devices=1, **settings)
+    await_metrics([first], tmp_path / "run" / "metrics.jsonl")
+    output = finish(start(tmp_path, devices=1, **settings), code=2)
+    assert f"{tmp_path}/run: in use by process {first.pid} on host" in output
+    assert "give another --logger.experiment_id" in output and "Traceback" not in output
+    first.kill()
+    first.communicate()
+    second = start(tmp_path, devices=1, **settings)
+    deadline = time.monotonic() + 120
+    while f'"process": {second.pid},' not in (tmp_path / "run" / "run_lock.json").read_text():
+        assert time.monotonic() < deadline and second.poll() is None
+        time.sleep(0.05)
+    second.send_signal(signal.SIGTERM)
+    output = finish(second, code=75)
+    assert f"taking over the lock of process {first.pid}" in output and "waiting up to" not in output
+    assert not (tmp_path / "run" / "run_lock.json").exists()
 
 
 @pytest.mark.slow
@@ -110,8 +167,9 @@ def test_resume_is_bit_equal(tmp_path, variant):
 
 def half_written(run_dir) -> int | None:
     """Returns the step whose checkpoint is incomplete: being written, or abandoned when the process was killed."""
-    names = (path.name.removeprefix(run_directory.TEMPORARY) for path in (run_dir / "checkpoints").glob("*"))
-    return next((int(name) for name in names if name.isdigit()), None)
+    names = (path.name for path in (run_dir / "checkpoints").glob("*"))
+    matches = (re.fullmatch(rf"{re.escape(layout.TEMPORARY)}(\d+)-\w+", name) for name in names)
+    return next((int(match[1]) for match in matches if match), None)
 
 
 def wait_for_a_save(process, run_dir, delay):

@@ -2,41 +2,43 @@
 
 import collections
 import functools
-import json
 
 import pytest
 from tiny_run import GOLDEN, train
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import streaming
-from EasyLM.checkpoints.run_directory import LinkedDirectory
+from EasyLM.checkpoints.run_directory import open_run_directory
 from EasyLM.errors import UserError
 from EasyLM.training import run
-from EasyLM.training.start import StartFiles, locate_start
+from EasyLM.training.start import StartFiles, find_start
+
+FORMATS = {**checkpoints.CHECKPOINT_FORMATS, "huggingface": lambda path: []}
 
 
 def start_of(run_dir, load_checkpoint="") -> StartFiles:
-    return locate_start(StartFiles(load_checkpoint), str(run_dir))[0]
+    return find_start(StartFiles(load_checkpoint), str(run_dir), FORMATS).files
 
 
 def save_step(run_dir, step, start, milestone=False):
     """Writes those files of a run started at `start` that the next start reads."""
     metadata = {"step": step, "flags": {"load_checkpoint": "of the last start only"}, "started_from": start.history}
-    files = {"streaming_train_state": b"", "dataset.json": b"{}", "metadata.json": json.dumps(metadata).encode()}
+    files = {"streaming_train_state": b"", "dataset.json": b"{}"}
     writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}
-    LinkedDirectory(str(run_dir)).prepare()
-    LinkedDirectory(str(run_dir)).write(step, writers, milestone)
+    directory = open_run_directory(str(run_dir))
+    directory.prepare()
+    directory.write(step, writers, metadata, milestone)
     return str(run_dir / "checkpoints" / f"step_{step:08d}")
 
 
 def test_a_requeued_command_resumes_the_run(tmp_path):
-    run_dir, elsewhere = tmp_path / "run", "huggingface::elsewhere"
+    run_dir, elsewhere = tmp_path / "run", f"huggingface::{tmp_path}"
     assert start_of(run_dir, elsewhere).checkpoint == elsewhere
     save_step(run_dir, 4, start_of(run_dir, elsewhere), milestone=True)
     newest = save_step(run_dir, 6, start_of(run_dir))  # resumed without the flag
     for again in ("", elsewhere):
         assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
-    with pytest.raises(UserError, match="already holds a run that started from 'huggingface::elsewhere'"):
+    with pytest.raises(UserError, match=f"already holds a run that started from '{elsewhere}'"):
         start_of(run_dir, "huggingface::other")
 
     back = f"trainstate::{run_dir}/streaming_train_state_4"

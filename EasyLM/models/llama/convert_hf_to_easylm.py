@@ -2,6 +2,7 @@
 
 The command reads safetensors files, or `.bin` files if torch is installed. It holds one tensor in memory at a time. It
 writes the model's settings to `metadata.json` beside the output file. Training, export and evaluation read this file.
+A streaming file also has a checksum of each array, in `checksums.json`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from EasyLM import checkpoints, flags
-from EasyLM.checkpoints import Entry, streaming
+from EasyLM.checkpoints import Entry, checksums, streaming
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
@@ -31,7 +32,8 @@ def main(config: ConfigDict) -> None:
     """Imports the model. The output file is created only when it is complete."""
     directory = os.path.dirname(os.path.abspath(config.output_file))
     metadata_path = os.path.join(directory, "metadata.json")
-    for path in (config.output_file, metadata_path):
+    checksums_path = os.path.join(directory, "checksums.json")
+    for path in (config.output_file, metadata_path, checksums_path):
         if os.path.exists(path):
             raise UserError(f"--output_file={config.output_file}: {path} exists; name a file in a directory of its own")
     model, entries = hf_layout.read_model(config.hf_model)
@@ -39,7 +41,10 @@ def main(config: ConfigDict) -> None:
     os.makedirs(directory, exist_ok=True)
     try:
         with atomic_file(config.output_file) as file, tqdm(total=len(entries), desc="importing", unit="tensor") as bar:
-            _write(file, [hf_files.with_progress(entry, bar) for entry in entries], config.streaming)
+            arrays = _write(file, [hf_files.with_progress(entry, bar) for entry in entries], config.streaming)
+            table = checksums.make_table(os.path.basename(config.output_file), file.tell(), arrays)
+        if config.streaming:
+            write_json(checksums_path, table)
         write_json(metadata_path, metadata)
     except OSError as error:
         raise UserError(f"--output_file={config.output_file}: cannot be written ({error.strerror})") from error
@@ -47,14 +52,18 @@ def main(config: ConfigDict) -> None:
     print(f"imported; load it as {prefix}::{config.output_file}")
 
 
-def _write(file: BinaryIO, entries: list[Entry], as_stream: bool) -> None:
-    """Writes parameters as the LVM release does, with keys that lack the leading `params`."""
+def _write(file: BinaryIO, entries: list[Entry], as_stream: bool) -> dict[tuple[str, ...], str]:
+    """Writes parameters as the LVM release does, with keys that lack the leading `params`. Returns their checksums."""
     below_params = (entry.renamed(entry.key[1:]) for entry in entries)
-    if as_stream:
-        for entry in below_params:
-            streaming.write_entry(file, entry.key, entry.read())
-    else:
+    if not as_stream:
         streaming.write_flax(file, below_params)
+        return {}
+    arrays = {}
+    for entry in below_params:
+        array = entry.read()
+        streaming.write_entry(file, entry.key, array)
+        arrays[entry.key] = checksums.array_checksum(entry.key, array)
+    return arrays
 
 
 def cli() -> None:

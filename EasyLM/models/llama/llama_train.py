@@ -81,36 +81,35 @@ def main(config: Any) -> int:
     dataset_names = ["train_dataset"] + ["eval_dataset"] * (config.eval_steps > 0)
     for name in dataset_names:
         _check_dataset_flags(name, config[name], model, mesh)
-    run = open_run(RunSettings.from_flags(config), _model_settings(model), hf_layout.CHECKPOINT_FORMATS)
+    with open_run(RunSettings.from_flags(config), _model_settings(model), hf_layout.CHECKPOINT_FORMATS) as run:
+        # Data
+        sources = {}
+        for name in dataset_names:
+            make_source = partial(dataset.make_dataset, config[name], tokenizer, model.vocab_size, name)
+            sources[name] = on_first_process_first(make_source)
+        seq_length = sources["train_dataset"].seq_length
 
-    # Data
-    sources = {}
-    for name in dataset_names:
-        make_source = partial(dataset.make_dataset, config[name], tokenizer, model.vocab_size, name)
-        sources[name] = on_first_process_first(make_source)
-    seq_length = sources["train_dataset"].seq_length
-
-    # Train
-    task = TrainingTask(
-        model_without_extra(
-            partial(llama_model.init_params, model),
-            llama_model.make_loss_fn(model, COMPUTE_DTYPES[config.dtype], mesh),
-            PARTITION_RULES,
-        ),
-        optimizer,
-        TrainingData(
-            train=sources["train_dataset"],
-            batch_size=dataset.settings(config.train_dataset).batch_size,
-            eval=sources.get("eval_dataset"),
-            eval_batch_size=dataset.settings(config.eval_dataset).batch_size,
-        ),
-        Accounting(
-            unit="tokens",
-            items_per_row=seq_length,
-            flops_per_row=seq_length * costs.flops_per_token(model, seq_length),
-        ),
-    )
-    return train(run, task, mesh)
+        # Train
+        task = TrainingTask(
+            model_without_extra(
+                partial(llama_model.init_params, model),
+                llama_model.make_loss_fn(model, COMPUTE_DTYPES[config.dtype], mesh),
+                PARTITION_RULES,
+            ),
+            optimizer,
+            TrainingData(
+                train=sources["train_dataset"],
+                batch_size=dataset.settings(config.train_dataset).batch_size,
+                eval=sources.get("eval_dataset"),
+                eval_batch_size=dataset.settings(config.eval_dataset).batch_size,
+            ),
+            Accounting(
+                unit="tokens",
+                items_per_row=seq_length,
+                flops_per_row=seq_length * costs.flops_per_token(model, seq_length),
+            ),
+        )
+        return train(run, task, mesh)
 
 
 def _model_settings(model: LLaMAConfig) -> ModelSettings:

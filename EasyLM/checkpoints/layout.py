@@ -1,0 +1,33 @@
+"""The names of files in a run directory."""
+
+import os
+import re
+
+from EasyLM.storage import is_remote, remote_file_system
+
+CHECKPOINTS, LATEST, TEMPORARY = "checkpoints", "latest", ".tmp-"
+DATASET, METADATA, CHECKSUMS = "dataset.json", "metadata.json", "checksums.json"
+WRITING = "writing.json"  # on an object store: marks a step directory until the save is complete
+PREFIX_OF = {"streaming_train_state": "trainstate", "streaming_params": "params"}  # file name -> checkpoint prefix
+LINKS = (*PREFIX_OF, CHECKSUMS, DATASET, METADATA)  # the links to the files of the newest checkpoint
+SAVE = "save"  # section of the metadata: the run directory, the number of the save, and whether it is a milestone
+# A directory of one checkpoint. A save writes `step_`; `kept_` holds files that lay where a save puts its links.
+STEP_DIRECTORY = re.compile(r"(step|kept)_(\d{8,})(_\d+)?")
+MILESTONE = re.compile(rf"({'|'.join(PREFIX_OF)})_(\d+)")  # the name of a milestone's state, beside the newest state
+
+
+def sidecar_path(checkpoint_path: str, name: str) -> str | None:
+    """Returns the path of the `metadata`, `dataset` or `checksums` file beside a checkpoint file, or None.
+
+    The file is JSON or a pickle of the LVM release.
+    """
+    if is_remote(checkpoint_path):
+        directory, base = checkpoint_path.rsplit("/", 1)
+        exists = remote_file_system(directory)[0].exists
+    else:
+        directory, base = os.path.split(os.path.realpath(checkpoint_path))  # resolved to one save
+        exists = os.path.exists
+    milestone = MILESTONE.fullmatch(base)  # LVM release: metadata_20.pkl
+    suffix = f"_{milestone[2]}" if milestone else ""
+    candidates = [f"{directory}/{name}{suffix}{ending}" for ending in (".json", ".pkl")]
+    return next((path for path in candidates if exists(path)), None)

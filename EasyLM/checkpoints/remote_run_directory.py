@@ -1,0 +1,66 @@
+"""A run directory on an object store."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from EasyLM.checkpoints.layout import LATEST, METADATA, SAVE, TEMPORARY, WRITING
+from EasyLM.checkpoints.listing import list_directory
+from EasyLM.checkpoints.metadata import load_metadata
+from EasyLM.checkpoints.saves import Saves, Writers, json_writer
+from EasyLM.errors import UserError
+from EasyLM.storage import remote_file_system
+
+
+class RemoteRunDirectory(Saves):
+    """A run directory on an object store, which has no links and no atomic renames."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._files, _ = remote_file_system(self.path)
+
+    def prepare(self) -> None:
+        """Checks that the store is writable, and deletes the parts of interrupted saves of this run.
+
+        Raises:
+          UserError: if the store is not writable.
+        """
+        probe = f"{self.path}/{TEMPORARY}probe"
+        try:
+            self._files.makedirs(self._steps, exist_ok=True)
+            self._files.pipe_file(probe, b"x")
+            self._files.rm_file(probe)
+            for name in list_directory(self._steps):
+                self._remove_interrupted(f"{self._steps}/{name}")
+        except Exception as error:  # each store has its own exceptions
+            raise UserError(f"{self.path}: cannot write checkpoints there ({error})") from None
+        self._read_saves()
+
+    def _remove_interrupted(self, directory: str) -> None:
+        files = list_directory(directory)
+        if WRITING not in files or METADATA in files:
+            return
+        with contextlib.suppress(UserError):  # an unreadable marker may belong to another run
+            if load_metadata(f"{directory}/{WRITING}").get("run_directory") == self.path:
+                self._files.rm(directory, recursive=True)
+
+    def write(self, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
+        """Writes a checkpoint, with its metadata last. Then deletes superseded checkpoints of this run."""
+        name, save = self._free_name(step), self._record(milestone)
+        directory = f"{self._steps}/{name}"
+        self._files.makedirs(directory, exist_ok=True)
+        files = {WRITING: json_writer(save), **writers, METADATA: json_writer({**metadata, SAVE: save})}
+        try:
+            for file_name, write in files.items():
+                with self._files.open(f"{directory}/{file_name}", "wb") as file:
+                    write(file)
+        except BaseException:
+            with contextlib.suppress(Exception):  # each store has its own; the next start deletes what remains
+                self._files.rm(directory, recursive=True)
+            raise
+        self._saves[name] = save
+        self._files.rm_file(f"{directory}/{WRITING}")
+        self._files.pipe_file(f"{self.path}/{LATEST}", name.encode())
+        for doomed in self._superseded(name):
+            self._files.rm(f"{self._steps}/{doomed}", recursive=True)
+            del self._saves[doomed]

@@ -1,0 +1,263 @@
+"""A lock on a directory, local or remote: the file `run_lock.json`, which its holder rewrites every few seconds.
+
+A plain file works where `flock` does not: on NFS of any version, and on object stores. The file names the holder (host,
+process, start) and counts heartbeats. A holder counts as dead in three cases:
+
+- it ran on this machine, and its process no longer exists;
+- its heartbeat does not advance during STALE_SECONDS of waiting, so the clocks of two hosts need not agree;
+- its last heartbeat is older than FORGOTTEN_SECONDS, which exceeds the error of any clock.
+
+A process that was suspended while another one took over its lock finds out at its next heartbeat; see `check`.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from typing import Any
+
+from EasyLM.errors import UserError
+from EasyLM.storage.atomic import atomic_path
+from EasyLM.storage.paths import is_remote, remote_file_system
+
+LOCK_NAME = "run_lock.json"
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+FORGOTTEN_SECONDS = 600.0
+_FIELDS = {"token": str, "directory": str, "host": str, "process": int, "since": float, "heartbeat": float}
+_POLL_SECONDS = 0.5  # while waiting for a heartbeat
+_SETTLE_SECONDS = 0.5  # after writing over a file: the last of several concurrent writers wins
+
+
+class HeartbeatLock:
+    """Holds a directory from the construction until `release`. Also a context manager.
+
+    Args:
+      directory: an existing local directory, or a remote path.
+
+    Raises:
+      UserError: if another process holds the lock, which the message names, or the file cannot be written.
+    """
+
+    def __init__(self, directory: str):
+        self._store = _LockFile(directory)
+        now = time.time()
+        self._content: dict[str, Any] = {
+            "token": secrets.token_hex(8),
+            "directory": self._store.directory,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "process_start": _process_start(os.getpid()),
+            "process_namespace": _process_namespace(),
+            "since": now,
+            "heartbeat": now,
+            "beats": 0,
+        }
+        self._lost_to: str | None = None
+        self._released = threading.Event()
+        self._acquire()
+        self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "HeartbeatLock":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def check(self) -> None:
+        """Raises UserError if another process has taken over the lock, because this one was suspended for long."""
+        self._notice_loss(self._store.read())
+        if self._lost_to is not None:
+            raise UserError(
+                f"{self._store.path}: this process was suspended, and {self._lost_to} took over the directory; "
+                "nothing more is written"
+            )
+
+    def release(self) -> None:
+        """Stops the heartbeat and deletes the file, unless another process has taken over the lock."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        self._thread.join()
+        with contextlib.suppress(Exception):  # each store has its own; what remains of the lock goes stale
+            if _is_same(self._store.read(), self._content):
+                self._store.delete()
+
+    def _acquire(self) -> None:
+        try:
+            if self._store.create(self._content):
+                return
+        except OSError as error:
+            raise UserError(f"{self._store.path}: cannot be written ({error.strerror})") from None
+        holder = self._store.read()
+        if holder is not None:
+            self._wait_for_death(holder)
+            logging.warning("%s: taking over the lock of %s, which is gone", self._store.path, _describe(holder))
+        self._store.write(self._content)
+        time.sleep(_SETTLE_SECONDS)
+        winner = self._store.read() or {}
+        if not _is_same(winner, self._content):
+            raise UserError(f"{self._store.directory}: in use by {_describe(winner)}; wait until it ends")
+
+    def _wait_for_death(self, holder: dict[str, Any]) -> None:
+        """Returns when the holder counts as dead. Raises UserError if it is alive."""
+        now = time.time()
+        age = now - holder.get("heartbeat", now)
+        same_machine = holder.get("process_namespace") == self._content["process_namespace"]
+        if (same_machine and not _is_alive(holder)) or age > FORGOTTEN_SECONDS:
+            return
+        is_copy = holder.get("directory") != self._store.directory  # the directory was copied with its lock
+        if same_machine and not is_copy and age < STALE_SECONDS:
+            self._refuse(holder)
+        logging.warning(
+            "%s: locked by %s; waiting up to %.0f s for its next heartbeat",
+            self._store.path,
+            _describe(holder),
+            STALE_SECONDS,
+        )
+        deadline = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            current = self._store.read()
+            if current is None:  # released
+                return
+            if current != holder:
+                self._refuse(current)
+
+    def _refuse(self, holder: dict[str, Any]) -> None:
+        raise UserError(f"{self._store.directory}: in use by {_describe(holder)}; wait until it ends")
+
+    def _beat(self) -> None:
+        failed = False
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                self._notice_loss(self._store.read())
+                if self._lost_to is not None:
+                    return
+                self._content |= {"heartbeat": time.time(), "beats": self._content["beats"] + 1}
+                self._store.write(self._content)
+                failed = False
+            except Exception as error:  # each store has its own exceptions; the next heartbeat tries again
+                if not failed:
+                    logging.warning("%s: the heartbeat could not be written (%s)", self._store.path, error)
+                failed = True
+
+    def _notice_loss(self, current: dict[str, Any] | None) -> None:
+        """Records that another process has taken over. A missing or unreadable file is written again."""
+        if current and not _is_same(current, self._content):
+            self._lost_to = _describe(current)
+
+
+class _LockFile:
+    """The file on its file system. Its content is a JSON object."""
+
+    def __init__(self, directory: str):
+        remote = is_remote(directory)
+        self.directory = directory.rstrip("/") if remote else os.path.realpath(directory)
+        self.path = f"{self.directory}/{LOCK_NAME}"
+        self._remote: Any = None
+        self._name = self.path
+        if remote:
+            self._remote, self._name = remote_file_system(self.path)
+
+    def create(self, content: dict[str, Any]) -> bool:
+        """Creates the file if it does not exist, atomically. Returns False if it exists, or the store cannot do it."""
+        if self._remote is not None:
+            return False
+        try:
+            file = open(self.path, "xb")  # noqa: SIM115  (closed below)
+        except FileExistsError:
+            return False
+        try:
+            with file:
+                file.write(_encode(content))
+        except OSError:
+            self.delete()
+            raise
+        return True
+
+    def read(self) -> dict[str, Any] | None:
+        """Returns the content; None if there is no file; an empty dict if it cannot be parsed."""
+        try:
+            if self._remote is not None:
+                self._remote.invalidate_cache()
+                data = self._remote.cat_file(self._name)
+            else:
+                with open(self.path, "rb") as file:
+                    data = file.read()
+        except FileNotFoundError:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(data)
+            if isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in _FIELDS.items()):
+                return value
+        return {}
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Replaces the file."""
+        if self._remote is not None:
+            self._remote.pipe_file(self._name, _encode(content))
+            return
+        with atomic_path(self.path, sync=False) as temporary, open(temporary, "wb") as file:
+            file.write(_encode(content))
+
+    def delete(self) -> None:
+        if self._remote is not None:
+            self._remote.rm_file(self._name)
+        else:
+            os.remove(self.path)
+
+
+def _encode(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content) + "\n").encode()
+
+
+def _is_same(content: dict[str, Any] | None, own: dict[str, Any]) -> bool:
+    return content is not None and content.get("token") == own["token"]
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "an unknown process"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
+    return f"process {holder['process']} on host {holder['host']} since {since}"
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the holder's process exists on this machine. Its start time tells it from a later one of the same id."""
+    process = holder["process"]
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _process_start(process) == holder.get("process_start")
+
+
+def _process_start(process: int) -> str | None:
+    """Returns the start time of a process in the kernel's units; None if the system does not tell it.
+
+    A zombie, which has ended but whose parent has not asked for its exit code, has the start time "ended".
+    """
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+            state, *fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return "ended" if state in "ZX" else fields[18]
+
+
+def _process_namespace() -> str:
+    """Returns a name of the set of processes that this one can see: host, boot and container."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+        parts.append(file.read().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)

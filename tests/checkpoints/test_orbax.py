@@ -1,0 +1,118 @@
+"""Orbax checkpoints: of any devices, of a CheckpointManager, on object stores."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from checkpoint_kit import assert_equal, golden_state
+
+from EasyLM import checkpoints
+from EasyLM.checkpoints import orbax_directory
+from EasyLM.errors import UserError
+
+
+@pytest.fixture
+def state(golden) -> dict:
+    state = golden_state(golden)
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def save_managed(directory, steps, arguments, **options) -> None:
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(**options)) as manager:
+        for step in steps:
+            manager.save(step, args=arguments(step))
+        manager.wait_until_finished()
+
+
+def test_a_state_of_four_devices_loads_on_one(tmp_path):
+    """The eight devices of this process saved it; a process with one device loads it."""
+    mesh = jax.make_mesh((8,), ("x",))
+    values = np.arange(64, dtype=np.float32).reshape(2, 8, 4)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    params = {"params": {"transformer": {"h": {"w": jax.device_put(values, sharding)}}}}
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "params", params)
+        saver.save(tmp_path / "state", {"step": jax.numpy.int32(3), "params": params, "opt_state": {}})
+    program = f"""
+        import jax
+        import numpy as np
+        from EasyLM import checkpoints
+        assert jax.device_count() == 1
+        for name in ("params", "state"):
+            tree = checkpoints.load(f"orbax::{tmp_path}/{{name}}")
+            np.testing.assert_array_equal(tree["params"]["transformer"]["h"]["w"], np.arange(64.0).reshape(2, 8, 4))
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("prefix", [None, "checkpoint"])
+def test_the_newest_step_of_a_manager_is_loaded(tmp_path, state, caplog, prefix):
+    caplog.set_level("INFO")
+
+    def arguments(step):
+        tree = jax.tree.map(lambda x: np.full_like(x, step), state)
+        return ocp.args.StandardSave(tree)
+
+    save_managed(tmp_path / "manager", (9, 10), arguments, step_prefix=prefix)
+    assert int(np.max(jax.tree.leaves(checkpoints.load(f"orbax::{tmp_path}/manager"))[0])) == 10
+    assert "reading step 10" in caplog.text
+    step = f"{prefix}_9" if prefix else "9"
+    for path in (f"manager/{step}", f"manager/{step}/default"):
+        assert int(np.max(jax.tree.leaves(checkpoints.load(f"orbax::{tmp_path}/{path}"))[0])) == 9
+
+
+def test_an_incomplete_step_is_passed_over(tmp_path, state, caplog):
+    save_managed(tmp_path / "manager", (9,), lambda step: ocp.args.StandardSave(state))
+    (tmp_path / "manager" / "12" / "default").mkdir(parents=True)
+    assert_equal(checkpoints.load(f"orbax::{tmp_path}/manager"), state["params"])
+    assert "step 12 is passed over" in caplog.text
+
+
+def test_the_item_with_the_state_is_chosen(tmp_path, state):
+    def arguments(step):
+        return ocp.args.Composite(state=ocp.args.StandardSave(state), averages=ocp.args.StandardSave({"a": np.ones(2)}))
+
+    save_managed(tmp_path / "manager", (9,), arguments)
+    assert_equal(checkpoints.load(f"orbax::{tmp_path}/manager"), state["params"])
+
+
+def test_unknown_items_are_listed(tmp_path, state):
+    def arguments(step):
+        return ocp.args.Composite(model=ocp.args.StandardSave(state), other=ocp.args.StandardSave(state))
+
+    save_managed(tmp_path / "manager", (9,), arguments)
+    with pytest.raises(UserError, match=r"name one: orbax::.*/manager/9/model, orbax::.*/manager/9/other$"):
+        checkpoints.load(f"orbax::{tmp_path}/manager")
+
+
+def test_other_directories_are_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match=f"orbax::{tmp_path}: no Orbax checkpoint"):
+        checkpoints.load(f"orbax::{tmp_path}")
+    (tmp_path / "_METADATA").write_text("damaged")
+    with pytest.raises(UserError, match=f"orbax::{tmp_path}: Orbax cannot read it") as caught:
+        checkpoints.load(f"orbax::{tmp_path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_remote_paths_stay_remote(monkeypatch):
+    """They are not joined to the working directory. There is no object store in this test."""
+    seen = []
+
+    def find_item(directory):
+        seen.append(str(directory))
+        raise UserError("seen")
+
+    monkeypatch.setattr(orbax_directory, "_find_item", find_item)
+    with pytest.raises(UserError, match="seen"):
+        orbax_directory.read_orbax("gs://bucket/run/9")
+    assert seen == ["gs://bucket/run/9"]

@@ -1,0 +1,209 @@
+"""The lock of a directory: one holder at a time; a dead holder is replaced, a living one is named."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from EasyLM.errors import UserError
+from EasyLM.storage import HeartbeatLock, heartbeat_lock
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """A minute becomes a second."""
+    monkeypatch.setattr(heartbeat_lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat_lock, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(heartbeat_lock, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat_lock, "_SETTLE_SECONDS", 0.1)
+
+
+@pytest.fixture(params=["local", "remote"])
+def directory(request, tmp_path):
+    return str(tmp_path) if request.param == "local" else f"memory://locks/{tmp_path.name}"
+
+
+def change_lock(directory: str, **changes) -> None:
+    """Rewrites the file of a lock."""
+    store = heartbeat_lock._LockFile(directory)
+    store.write(store.read() | changes)
+
+
+def abandoned(directory: str, **changes) -> None:
+    """Leaves the lock of a process that is gone."""
+    lock = HeartbeatLock(directory)
+    content = dict(lock._content)
+    lock.release()
+    heartbeat_lock._LockFile(directory).write(content | changes)
+
+
+ELSEWHERE = {"host": "node7", "process_namespace": "node7 boot pid:[1]"}
+
+
+def test_one_holder_at_a_time(directory):
+    with HeartbeatLock(directory) as lock:
+        begin = time.monotonic()
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime())
+        with pytest.raises(
+            UserError, match=rf"in use by process {os.getpid()} on host {socket.gethostname()} since"
+        ) as e:
+            HeartbeatLock(directory)
+        assert time.monotonic() - begin < 0.5, "a process on the same machine needs no waiting"
+        assert since in str(e.value) or since[:-2] in str(e.value)
+        lock.check()
+    HeartbeatLock(directory).release()
+
+
+def test_release_deletes_the_file(tmp_path):
+    HeartbeatLock(str(tmp_path)).release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_living_holder_on_another_host_is_noticed_by_its_heartbeat(directory, caplog):
+    with HeartbeatLock(directory) as lock:
+        lock._content |= ELSEWHERE
+        change_lock(directory, **ELSEWHERE)
+        with pytest.raises(UserError, match=r"in use by process .* on host node7 since"):
+            HeartbeatLock(directory)
+    assert "on host node7" in caplog.text and "waiting up to 1 s" in caplog.text
+
+
+@pytest.mark.parametrize("clock_error", [-300, 0, 300])
+def test_a_dead_holder_on_another_host_is_replaced_after_the_stated_time(directory, caplog, clock_error):
+    abandoned(directory, **ELSEWHERE, heartbeat=time.time() + clock_error)
+    begin = time.monotonic()
+    with HeartbeatLock(directory) as lock:
+        assert 1.0 <= time.monotonic() - begin < 3.0
+        lock.check()
+    assert "taking over the lock of process" in caplog.text
+
+
+def test_a_holder_that_died_long_ago_is_replaced_at_once(directory):
+    abandoned(directory, **ELSEWHERE, heartbeat=time.time() - 3600)
+    begin = time.monotonic()
+    HeartbeatLock(directory).release()
+    assert time.monotonic() - begin < 0.9
+
+
+@pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGTERM])
+def test_a_dead_process_on_the_same_machine_is_replaced_at_once(tmp_path, name):
+    """Also while it is a zombie: its parent has not asked for its exit code."""
+    program = "import sys, time\nfrom EasyLM.storage import HeartbeatLock\n"
+    program += "lock = HeartbeatLock(sys.argv[1])\nprint('locked', flush=True)\ntime.sleep(60)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=f"in use by process {process.pid} on host"):
+        HeartbeatLock(str(tmp_path))
+    process.send_signal(name)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    begin = time.monotonic()
+    HeartbeatLock(str(tmp_path)).release()
+    assert time.monotonic() - begin < 0.9
+    process.communicate()
+
+
+def test_a_later_process_with_the_same_id_is_not_the_holder(tmp_path):
+    abandoned(str(tmp_path), process_start="17")
+    begin = time.monotonic()
+    HeartbeatLock(str(tmp_path)).release()
+    assert time.monotonic() - begin < 0.9
+
+
+def test_the_lock_in_a_copy_of_a_directory_is_replaced(tmp_path):
+    """The holder lives, but does not write its heartbeat here."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with HeartbeatLock(str(tmp_path / "a")):
+        (tmp_path / "b" / heartbeat_lock.LOCK_NAME).write_bytes(
+            (tmp_path / "a" / heartbeat_lock.LOCK_NAME).read_bytes()
+        )
+        HeartbeatLock(str(tmp_path / "b")).release()
+
+
+def test_a_suspended_holder_finds_out(directory, monkeypatch):
+    first = HeartbeatLock(directory)
+    first._released.set()  # suspended: no heartbeat
+    first._thread.join()
+    change_lock(directory, **ELSEWHERE)
+    with HeartbeatLock(directory) as second:
+        with pytest.raises(UserError, match=r"was suspended, and process .* took over the directory"):
+            first.check()
+        first._released.clear()
+        first.release()
+        second.check()
+        assert heartbeat_lock._LockFile(directory).read()["token"] == second._content["token"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": 3}', b"[" * 100_000])
+def test_an_unreadable_lock_is_replaced_after_the_stated_time(tmp_path, content):
+    (tmp_path / heartbeat_lock.LOCK_NAME).write_bytes(content)
+    begin = time.monotonic()
+    HeartbeatLock(str(tmp_path)).release()
+    assert time.monotonic() - begin >= 1.0
+
+
+def _try_to_lock(directory, barrier, winners):
+    for name, value in (("HEARTBEAT_SECONDS", 0.1), ("STALE_SECONDS", 1.0), ("_SETTLE_SECONDS", 0.3)):
+        setattr(heartbeat_lock, name, value)
+    barrier.wait()
+    try:
+        lock = HeartbeatLock(directory)
+    except UserError:
+        return
+    winners.put(os.getpid())
+    time.sleep(1.5)
+    lock.release()
+
+
+@pytest.mark.parametrize("dead_holder", [False, True])
+def test_of_many_processes_one_wins(tmp_path, dead_holder):
+    if dead_holder:
+        abandoned(str(tmp_path), process_start="17")
+    context = multiprocessing.get_context("spawn")
+    barrier, winners = context.Barrier(6), context.Queue()
+    processes = [context.Process(target=_try_to_lock, args=(str(tmp_path), barrier, winners)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert winners.get(timeout=5) and winners.empty()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """The file can be created, but not written. It does not remain."""
+    monkeypatch.setattr(heartbeat_lock, "_encode", lambda content: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(UserError, match=rf"{tmp_path}/{heartbeat_lock.LOCK_NAME}: .*No space left"):
+        HeartbeatLock(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_heartbeats_go_on_after_a_failure(directory, monkeypatch, caplog):
+    with HeartbeatLock(directory) as lock:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock._store, "write", lambda content: os.close(-1))
+            time.sleep(0.5)
+        beats = lock._content["beats"]
+        deadline = time.monotonic() + 5
+        while heartbeat_lock._LockFile(directory).read()["beats"] <= beats:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert caplog.text.count("heartbeat could not be written") == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "lock heartbeat"]
+
+
+def test_the_file_tells_who_holds_it(tmp_path):
+    with HeartbeatLock(str(tmp_path)):
+        content = json.loads((tmp_path / heartbeat_lock.LOCK_NAME).read_text())
+    assert (content["host"], content["process"]) == (socket.gethostname(), os.getpid())
+    assert abs(content["since"] - time.time()) < 60
