@@ -1,10 +1,10 @@
 """Ranges of scene seeds for training and for evaluation.
 
-A block is 10^6 consecutive seeds. `tokenizer.render --seed=B` uses block B, so two values of --seed share no scene.
-Blocks from `FIRST_HELD_OUT` on are reserved for evaluation:
+A block is 10^6 consecutive seeds. `tokenizer.render --seed=B` and `tokenizer.mappings --seed=B` use block B, so two
+values of --seed share no scene. Blocks from `FIRST_HELD_OUT` on are reserved for evaluation:
 
     blocks        seeds             used by
-    0..499        0..499,999,999    tokenizer.render: training sets and your own test sets
+    0..499        0..499,999,999    tokenizer.render and tokenizer.mappings: training sets and your own test sets
     500 + S       500,000,000...    evaluation.fewshot --benchmark=rendered --seed=S
     900           900,000,000...    examples on the page of the service, and the benchmark with --seed=400
 """

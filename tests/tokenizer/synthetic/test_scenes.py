@@ -83,10 +83,11 @@ def test_clip_begins_with_the_scene_and_moves():
     assert not np.array_equal(frames[0]["image"], frames[3]["image"])
 
 
-def test_solids_do_not_collide():
+@pytest.mark.parametrize("horizon", [8, 16])
+def test_solids_do_not_collide(horizon):
     for seed in range(30):
-        layout = layouts.seeded_layout(seed)
-        for frame in range(layouts.Style().horizon):
+        layout = layouts.random_layout(np.random.default_rng(seed), layouts.Style(horizon=horizon))
+        for frame in range(horizon):
             solids = [solid.at(frame) for solid in layout.solids]
             for i, a in enumerate(solids):
                 for b in solids[:i]:
