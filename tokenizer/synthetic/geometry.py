@@ -51,6 +51,10 @@ class Solid:
             yaw=self.yaw + frame * self.yaw_rate,
         )
 
+    def path(self, num_frames: int) -> np.ndarray:
+        """The positions in the first frames: [frames,2]."""
+        return _reflect(self.position + np.arange(num_frames)[:, None] * self.velocity)
+
 
 @dataclasses.dataclass(frozen=True)
 class Hits:
@@ -104,7 +108,7 @@ def _passes(solid: Solid, origin_P3: np.ndarray, rays_P3: np.ndarray) -> np.ndar
 
 
 def _reflect(position: np.ndarray) -> np.ndarray:
-    """Maps a position on a straight line to the position after reflections at the ends of the floor."""
+    """Maps positions [...,2] on a straight line to the positions after reflections at the ends of the floor."""
     travelled = (position - _FLOOR_MIN) % (2 * (_FLOOR_MAX - _FLOOR_MIN))
     return _FLOOR_MIN + np.minimum(travelled, 2 * (_FLOOR_MAX - _FLOOR_MIN) - travelled)
 

@@ -1,7 +1,6 @@
 """Random layouts of scenes: solids, room and light."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -84,7 +83,7 @@ def random_layout(rng: np.random.Generator, style: Style = Style()) -> Layout:
             break
         is_still = attempt > _ATTEMPTS // 2
         solid = _random_solid(rng, style.shapes, style.colours[hues[len(solids)]] / 255, is_still)
-        if all(_is_apart(solid.at(frame), [other.at(frame) for other in solids]) for frame in range(style.horizon)):
+        if all(_are_apart(solid, other, style.horizon) for other in solids):
             solids.append(solid)
     tint = rng.uniform(*style.brightness, (2, 1)) * (1 - rng.uniform(*style.tint, (2, 3)))
     azimuth = rng.uniform(-0.9, 0.9)
@@ -111,5 +110,6 @@ def _random_solid(rng: np.random.Generator, shapes: tuple[str, ...], colour: np.
     )
 
 
-def _is_apart(solid: Solid, others: Sequence[Solid]) -> bool:
-    return all(np.hypot(*(solid.position - other.position)) > 1.15 * (solid.radius + other.radius) for other in others)
+def _are_apart(a: Solid, b: Solid, num_frames: int) -> bool:
+    distances = np.hypot(*(a.path(num_frames) - b.path(num_frames)).T)
+    return bool(np.all(distances > 1.15 * (a.radius + b.radius)))
