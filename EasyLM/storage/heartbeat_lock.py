@@ -97,6 +97,9 @@ class HeartbeatLock:
         holder = self._store.read()
         if holder is not None:
             self._wait_for_death(holder)
+            current = self._store.read()
+            if current is not None and current != holder:  # another process has been faster
+                self._refuse(current)
             logging.warning("%s: taking over the lock of %s, which is gone", self._store.path, _describe(holder))
         self._store.write(self._content)
         time.sleep(_SETTLE_SECONDS)

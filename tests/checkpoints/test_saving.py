@@ -108,6 +108,17 @@ def test_unexpected_errors_are_raised_by_wait(tmp_path, monkeypatch):
     saver.wait()
 
 
+def test_nothing_is_saved_in_a_directory_that_another_run_has_taken(tmp_path):
+    def refuse():
+        raise UserError("taken over")
+
+    saver = checkpoints.Checkpointer(str(tmp_path), save_optimizer_state=True, guard=refuse)
+    saver.save(small_state(1), 1, {}, METADATA)
+    with pytest.raises(UserError, match="taken over"):
+        saver.wait()
+    assert os.listdir(tmp_path) == ["checkpoints"] and not os.listdir(tmp_path / "checkpoints")
+
+
 @pytest.mark.slow
 def test_two_processes_save_sharded_arrays(tmp_path, port):
     """Process 0 gathers sharded arrays layer by layer and writes them; a failure stops both processes."""

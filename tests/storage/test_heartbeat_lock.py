@@ -180,6 +180,21 @@ def test_of_many_processes_one_wins(tmp_path, dead_holder):
     assert os.listdir(tmp_path) == []
 
 
+def test_the_last_of_two_concurrent_writers_wins(directory, monkeypatch):
+    """Both have found the lock of a dead process."""
+    abandoned(directory, **ELSEWHERE, heartbeat=time.time() - 3600)
+    sleep = time.sleep
+
+    def other_writes(seconds):
+        change_lock(directory, token="other", host="node8")
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", other_writes)
+    with pytest.raises(UserError, match=r"in use by process .* on host node8"):
+        HeartbeatLock(directory)
+    assert heartbeat_lock._LockFile(directory).read()["token"] == "other"
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     """The file can be created, but not written. It does not remain."""
     monkeypatch.setattr(heartbeat_lock, "_encode", lambda content: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))

@@ -191,6 +191,16 @@ def milestone_is_gone(run):
     shutil.rmtree(run / MILESTONE)
 
 
+def milestone_has_no_data_position(run):
+    whole(run)
+    (run / MILESTONE / "dataset.json").unlink()
+
+
+def milestone_has_no_metadata(run):
+    whole(run)
+    (run / MILESTONE / "metadata.json").unlink()
+
+
 def foreign_file_in_the_place_of_a_link(run):
     run.mkdir()
     (run / "dataset.json").write_text('{"images": 7}')

@@ -1,6 +1,7 @@
 """The trainer against the 30 recorded steps of the LVM release, through its own files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -24,6 +25,19 @@ RECORDED = {row["step"]: row for row in map(json.loads, (GOLDEN / "metrics.jsonl
     ],
 )
 def test_follows_the_release(tmp_path, first, settings):
+    follow(tmp_path, first, settings)
+
+
+@pytest.mark.slow
+def test_continues_a_run_of_the_release_in_its_directory(tmp_path):
+    shutil.copytree(GOLDEN / "step15", tmp_path / "run")
+    follow(tmp_path, 15, {"save_model_freq": 15})
+    for path in (GOLDEN / "step15").iterdir():
+        assert (tmp_path / "run" / "checkpoints" / "kept_00000015" / path.name).read_bytes() == path.read_bytes()
+
+
+def follow(tmp_path, first, settings):
+    """Trains up to step 30 and compares each step."""
     logged = metrics(train(tmp_path, **settings), "loss", "gradient_norm", "param_norm", "accuracy", "learning_rate")
     assert sorted(logged) == list(range(first, 30))
     for step, (loss, gradient_norm, param_norm, accuracy, learning_rate) in logged.items():

@@ -61,6 +61,8 @@ TABLE = {
         "step_00000020/streaming_train_state: .* truncated",
     ),
     states.milestone_is_gone: (40, NO_MILESTONE),
+    states.milestone_has_no_data_position: (40, "no dataset.json beside it; name one with --load_dataset_state"),
+    states.milestone_has_no_metadata: (40, "no metadata.json beside it; name one with --load_metadata"),
     states.foreign_file_in_the_place_of_a_link: (r"dataset.json: does not belong to a complete checkpoint",) * 2,
     states.state_replaced_by_a_foreign_file: (r"streaming_train_state: does not belong to a complete checkpoint",) * 2,
     states.empty: (0, NO_MILESTONE, "holds no checkpoint; starting from step 0"),
