@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -11,30 +10,40 @@ from collections.abc import Mapping
 from typing import Any
 
 from EasyLM.checkpoints import restricted_pickle
-from EasyLM.errors import UserError
-from EasyLM.storage import open_binary
+from EasyLM.errors import UserError, prefix_errors
+from EasyLM.storage import MOST_BYTES, check_schema, open_binary, parse_json
+
+_METADATA = {"step?": int, "flags?": dict, "llama_config?": dict, "vqgan_config?": dict, "started_from?": [str]}
+_DATASET_STATE = {"rows_consumed?": int, "source?": dict, "total_tokens?": int, "config?": dict}
+
+_COUNTS = {"step": 2**31, "rows_consumed": 2**63, "total_tokens": 2**63}  # exclusive limits
 
 
 def load_metadata(path: str) -> dict:
     """Reads the metadata of a run from JSON or from a pickle of the LVM release. No code in the pickle is executed.
 
     Raises:
-      UserError: if the file has neither format, or the pickle refers to anything other than settings.
+      UserError: if the file has neither format, a value has another type than in the files of a run, or the pickle
+        refers to anything other than settings.
     """
+    return _load(path, _METADATA)
+
+
+def load_dataset_state(path: str) -> dict:
+    """Reads the data state of a run. It has the same two formats, and raises the same errors."""
+    return _load(path, _DATASET_STATE)
+
+
+def _load(path: str, schema: Mapping[str, Any]) -> dict:
     with contextlib.closing(open_binary(path)) as file:
-        data = file.read()
-    if data[:1] != b"{":
-        content = restricted_pickle.loads(data, path)
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: holds no settings, but a {type(content).__name__}")
-        return content
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-
-
-load_dataset_state = load_metadata  # the dataset state has the same two formats
+        data = file.read(MOST_BYTES + 1)
+    with prefix_errors(path):
+        content = parse_json(data) if data[:1] == b"{" else restricted_pickle.loads(data)
+        check_schema(content, schema)
+        for name, limit in _COUNTS.items():
+            if not 0 <= content.get(name, 0) < limit:
+                raise UserError(f"{name}={content[name]}: must be 0..{limit - 1}")
+    return content
 
 
 def make_metadata(step: int, flags: Mapping, **sections: Any) -> dict:

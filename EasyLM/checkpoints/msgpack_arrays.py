@@ -112,6 +112,8 @@ class HeaderReader:
 
     def value(self, key: tuple[str, ...]) -> Entry:
         """Returns the next value as an entry and skips its bytes. The array may be in one piece or in chunks."""
+        if not key or not all(key):
+            self.fail("an empty name")
         kind, length = self.token()
         if kind == "map":
             if self.text() != CHUNKED:
@@ -164,7 +166,7 @@ class HeaderReader:
     def _dtype(self, name: str) -> np.dtype:
         try:
             dtype = np.dtype(name)
-        except TypeError:
+        except Exception:  # NumPy parses the name; a hostile one raises almost any exception
             dtype = np.dtype(object)
         if dtype.name != name or dtype.hasobject:
             self.fail(f"unknown array type {name!r}")

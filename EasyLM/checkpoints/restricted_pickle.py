@@ -2,24 +2,37 @@
 
 import io
 import pickle
+import pickletools
 from typing import Any
 
 from EasyLM.errors import UserError
 
+MOST_BYTES = 4 << 20  # a release's files have some kilobytes
+MOST_VALUES = 10**5  # after the expansion of references to one object
 
-class _Settings:
+
+class _Unchangeable(type):
+    """The type of a class whose attributes a pickle cannot set."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise TypeError(f"{cls.__name__} cannot be changed")
+
+
+class _Settings(metaclass=_Unchangeable):
     """Replaces ConfigDict and FieldReference of ml_collections. It holds their attributes and has no methods."""
 
 
-_ALLOWED = {
+_ALLOWED: dict[tuple[str, str], Any] = {
     ("ml_collections.config_dict.config_dict", "ConfigDict"): _Settings,
     ("ml_collections.config_dict.config_dict", "FieldReference"): _Settings,
-    **{("builtins", kind.__name__): kind for kind in (bool, float, int, str)},  # a FieldReference stores its field type
+    # A FieldReference stores its field type. The name stands for it: a pickle could call the type, and `str` of nested
+    # references needs gigabytes.
+    **{("builtins", kind): kind for kind in ("bool", "float", "int", "str")},
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type:
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise _RefusedError(f"{module}.{name}")
         return _ALLOWED[module, name]
@@ -29,29 +42,48 @@ class _RefusedError(Exception):
     pass
 
 
-def loads(data: bytes, path: str) -> Any:
+def loads(data: bytes) -> Any:
     """Returns the content of a pickle as plain dicts, lists, tuples and values.
 
     A ConfigDict becomes a dict. A FieldReference becomes its value.
 
     Raises:
-      UserError: if the pickle is broken or refers to anything other than ConfigDict, FieldReference and plain types.
-        The message names `path`.
+      UserError: if the pickle is broken, too large, or refers to anything other than ConfigDict, FieldReference and
+        plain types.
     """
+    if len(data) > MOST_BYTES:
+        raise UserError(f"not a pickle of settings: it has more than {MOST_BYTES >> 20} MiB")
     try:
-        return _plain(_Unpickler(io.BytesIO(data)).load())
+        _check_memo(data)
+        return _Expansion().plain(_Unpickler(io.BytesIO(data)).load())
     except _RefusedError as error:
-        raise UserError(f"{path}: refused: the pickle refers to {error}; only settings are read from pickles") from None
+        raise UserError(f"refused: the pickle refers to {error}; only settings are read from pickles") from None
     except Exception as error:  # a broken pickle may raise almost any exception
-        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+        raise UserError(f"not a readable pickle ({type(error).__name__}: {error})") from None
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, _Settings):
-        attributes = vars(value)
-        return _plain(attributes["_fields"] if "_fields" in attributes else attributes["_value"])
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
-    return value
+def _check_memo(data: bytes) -> None:
+    """Refuses a memo with gaps: Python allocates it up to the largest index, which may be 2**32."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
+            raise ValueError(f"{opcode.name} {argument} after {count} operations")
+
+
+class _Expansion:
+    """Replaces settings by plain values. Counts values, of which a few nested references make billions."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def plain(self, value: Any) -> Any:
+        self._count += 1
+        if self._count > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values")
+        if isinstance(value, _Settings):
+            attributes = vars(value)
+            return self.plain(attributes["_fields"] if "_fields" in attributes else attributes["_value"])
+        if isinstance(value, dict):
+            return {key: self.plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.plain(item) for item in value)
+        return value

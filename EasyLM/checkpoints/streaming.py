@@ -16,6 +16,8 @@ from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.msgpack_arrays import CHUNKED, HeaderReader, bin_header, value_parts
 from EasyLM.errors import UserError
 
+_MOST_DEPTH = 100  # of the nested map of a flax file
+
 
 def read_streaming(path: str | os.PathLike) -> list[Entry]:
     """Returns the entries of a streaming file. Reads only the headers.
@@ -49,6 +51,8 @@ def read_flax(path: str | os.PathLike) -> list[Entry]:
     """
 
     def walk(key: tuple[str, ...]) -> list[Entry]:
+        if len(key) > _MOST_DEPTH:
+            reader.fail(f"more than {_MOST_DEPTH} levels deep")
         kind, length = reader.token()
         if kind != "map":
             reader.step_back()

@@ -17,14 +17,15 @@ import numpy as np
 import orjson
 
 from EasyLM.data.record_fields import RecordProcessor
-from EasyLM.data.records import TOKENS_KEY
-from EasyLM.errors import UserError
-from EasyLM.storage import Columns, content_digest, file_version, is_remote, open_columns, write_columns
+from EasyLM.data.records import TOKENS_KEY, RecordError, parse_line
+from EasyLM.errors import UserError, prefix_errors
+from EasyLM.storage import Columns, content_digest, file_version, is_remote, open_columns, parse_json, write_columns
 
 ENDING = ".packed"
 FORMAT = "EasyLM packed sentences, version 1"
 DTYPES = {"ids": "<u2", "ends": "<i8", "others": "u1", "other_ends": "<i8", "origin": "u1"}
 LARGEST_ID = np.iinfo(np.uint16).max
+_ORIGIN = [{"size": int, "content": str, "tokens": int, "sentences": int}]
 _BLOCK_SENTENCES = 1024  # appended at a time
 
 Sentence = tuple[np.ndarray, dict[str, Any]]  # ids [n], record
@@ -90,9 +91,9 @@ def read(path: str, vocab_size: int) -> Iterator[Sentence]:
     for end, other_end in zip(arrays["ends"], arrays["other_ends"]):
         text = arrays["others"][other_begin:other_end].tobytes()
         try:
-            others = orjson.loads(text) if text else {}
-        except orjson.JSONDecodeError as error:
-            raise UserError(f"{path}: is damaged, at byte {other_begin} of the column others ({error})") from None
+            others = parse_line(text) if text else {}
+        except RecordError as reason:
+            raise UserError(f"{path}: is damaged, at byte {other_begin} of the column others ({reason})") from None
         yield arrays["ids"][begin:end], others
         begin, other_begin = end, other_end
 
@@ -137,7 +138,8 @@ class PackedFile:
         columns = _open(path, processor.vocab_size)
         self.path, self.bad_lines, self.bytes_read = path, 0, 0
         self._ids, self._ends = columns.arrays["ids"], columns.arrays["ends"]
-        self._origin = orjson.loads(columns.arrays["origin"].tobytes())
+        with prefix_errors(f"{path}: is damaged, in the column origin"):
+            self._origin = parse_json(columns.arrays["origin"].tobytes(), _ORIGIN)
         self._literals = processor.layout.num_literals  # of each line
         self.num_lines = len(self._ends)
         self.num_tokens = len(self._ids) + self._literals * self.num_lines

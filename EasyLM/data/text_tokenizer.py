@@ -2,13 +2,13 @@
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from typing import Any
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
+from EasyLM.storage import read_json
 
 TOKENIZER_FLAGS = {
     "vocab_file": Flag(
@@ -104,9 +104,8 @@ def _load_tokenizer_json(path: str) -> Loaded:
     def special_id(setting: str, names: tuple[str, ...]) -> int:
         config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
         if os.path.isfile(config):
-            with open(config) as file:
-                token = json.load(file).get(setting)
-            names = (token["content"] if isinstance(token, dict) else token,) if token else ()
+            token = read_json(config, {f"{setting}?": (str, dict, type(None))}).get(setting)
+            names = (token.get("content", "") if isinstance(token, dict) else token,) if token else ()
         ids = [model.token_to_id(name) for name in names]
         return next((token_id for token_id in ids if token_id is not None), NO_ID)
 

@@ -12,13 +12,15 @@ Modules:
   reading  open files, read lines, decompress
   digests  digests of JSON values and of files
   heartbeat_lock  one process at a time holds a directory
+  json_files  JSON files, bounded and checked with a schema
   columns  memory-mapped column files, cached or standalone
 """
 
-from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, write_json
+from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, names_full_disk, write_json
 from EasyLM.storage.columns import Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest
 from EasyLM.storage.heartbeat_lock import HeartbeatLock
+from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
 from EasyLM.storage.paths import (
     check_output,
     expand_path_groups,
@@ -31,6 +33,7 @@ from EasyLM.storage.paths import (
 from EasyLM.storage.reading import check_line_start, open_binary, read_lines, read_text_lines
 
 __all__ = [
+    "MOST_BYTES",
     "Columns",
     "HeartbeatLock",
     "atomic_file",
@@ -38,6 +41,7 @@ __all__ = [
     "cached_columns",
     "check_line_start",
     "check_output",
+    "check_schema",
     "content_digest",
     "expand_path_groups",
     "expand_paths",
@@ -46,8 +50,11 @@ __all__ = [
     "is_compressed",
     "is_remote",
     "json_digest",
+    "names_full_disk",
     "open_binary",
     "open_columns",
+    "parse_json",
+    "read_json",
     "read_lines",
     "read_text_lines",
     "remote_file_system",

@@ -6,6 +6,7 @@ resumes (`tokenizer.builders.resumable_file`), and a directory that is renamed a
 """
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 PARTIAL_SUFFIX = ".partial"
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -32,13 +34,25 @@ def atomic_path(path: str | os.PathLike, sync: bool = True) -> Iterator[str]:
     with open(temporary, "xb"):  # creates it with the permissions of an ordinary file, unlike `tempfile`
         pass
     try:
-        yield temporary
-        if sync:
-            flush_to_disk(temporary)
-        os.replace(temporary, path)
+        with names_full_disk(path):
+            yield temporary
+            if sync:
+                flush_to_disk(temporary)
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def names_full_disk(path: str | os.PathLike) -> Iterator[None]:
+    """Adds the path of the written file to errors of a full disk, which do not name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL_DISK and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 

@@ -22,6 +22,8 @@ from EasyLM.storage.digests import json_digest
 
 HEADER_BYTES = 4096  # the header is padded with spaces
 ALIGNMENT = 64  # bytes
+_HEADER_DIGEST = "header_digest"
+_COLUMN_DTYPES = ("u1", "<u2", "<u4", "<i2", "<i4", "<i8")
 
 Dtypes = Mapping[str, str]  # column -> item type, such as "<i8"
 Produce = Callable[[Callable[..., None]], dict[str, Any]]
@@ -107,7 +109,8 @@ def _join(target: BinaryIO, header: dict[str, Any], files: dict[str, BinaryIO], 
         file.seek(0)
         shutil.copyfileobj(file, target, 1 << 20)
         offset += -(-size // ALIGNMENT) * ALIGNMENT
-    data = orjson.dumps({**header, "columns": table})
+    header = {**header, "columns": table}
+    data = orjson.dumps({**header, _HEADER_DIGEST: json_digest(header)})
     assert len(data) <= HEADER_BYTES, f"a header of {len(data)} bytes"
     target.seek(0)
     target.write(data.ljust(HEADER_BYTES))
@@ -123,9 +126,14 @@ def _load(path: str, expected: dict[str, Any] | None) -> Columns | None:
         return None
     if not isinstance(header, dict) or header.get("expected") != expected or "columns" not in header:
         return None
+    digest = header.pop(_HEADER_DIGEST, None)  # packed files of version 0.1.0 have none
+    if digest != json_digest(header) and (digest is not None or expected is not None):
+        return None
     arrays = {}
     try:
         for name, (dtype, offset, length) in header.pop("columns").items():
+            if dtype not in _COLUMN_DTYPES:
+                return None
             if length == 0:  # its offset may be past the end of the file
                 arrays[name] = np.empty(0, dtype)
             elif length < 0 or offset + length * np.dtype(dtype).itemsize > len(mapped):

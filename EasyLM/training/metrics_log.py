@@ -89,7 +89,8 @@ class Logger:
     """Writes the metrics of each logged step to `metrics.jsonl`, and to wandb and TensorBoard if the flags select them.
 
     A resumed run appends; if a step is repeated, its last line counts. A metric that is not finite becomes null, since
-    JSON has no NaN. A service that fails during the run is disabled with a warning; the run continues.
+    JSON has no NaN. A service that fails during the run is disabled with a warning. If `metrics.jsonl` cannot be
+    written, a warning says so once, and each further row tries again. The run continues.
 
     Args:
       settings: the values of LOGGER_FLAGS.
@@ -104,6 +105,7 @@ class Logger:
     def __init__(self, settings: Any, run_dir: str, run_settings: Mapping[str, Any], all_processes: bool = False):
         process = jax.process_index()
         self._file: JsonLinesSink | None = None
+        self._file_failed = False  # the last row was not written
         self._services: list[MetricsSink] = []
         if process and not all_processes:
             return
@@ -127,7 +129,14 @@ class Logger:
         if self._file is None:
             return
         row = {name: _json_value(value) for name, value in metrics.items()}
-        self._file.log(row)
+        try:
+            self._file.log(row)
+        except Exception as error:  # a full disk, or an object store that cannot be reached; the next row may succeed
+            if not self._file_failed:
+                logging.warning("%s cannot be written; the run continues: %s", self._file.path, error)
+            self._file_failed = True
+        else:
+            self._file_failed = False
         for service in list(self._services):
             try:
                 service.log(row)
@@ -144,7 +153,10 @@ class Logger:
                 logging.warning("%s did not close: %s", type(service).__name__, error)
         self._services = []
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except Exception as error:
+                logging.warning("%s was not closed: %s", self._file.path, error)
             self._file = None
 
 

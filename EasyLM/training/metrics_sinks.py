@@ -40,7 +40,7 @@ class JsonLinesSink:
     """
 
     def __init__(self, path: str):
-        self._file = _open_to_append(path)
+        self.path, self._file = path, _open_to_append(path)
         if self._file.seek(0, os.SEEK_END):
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":

@@ -4,14 +4,13 @@ Keys that a command does not use may be omitted.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
-from EasyLM.storage import read_text_lines
+from EasyLM.storage import parse_json, read_text_lines
 
 LINE_FLAGS = {
     "input_file": Flag("", "JSONL file, one example per line.", required=True),
@@ -95,12 +94,7 @@ def read_lines(path: str, line_format: LineFormat, max_examples: int = 0) -> lis
 
 
 def _parse(name: str, text: str, line_format: LineFormat) -> Line:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"must be an object, not a {type(values).__name__}")
+    values = parse_json(text)
     inputs = _image_paths(values, line_format.input_key, line_format.base_dir)
     targets: tuple[str, ...] = ()
     key = line_format.target_key

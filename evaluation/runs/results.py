@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.storage import check_output, is_remote, write_json
+from EasyLM.storage import check_output, is_remote, names_full_disk, parse_json, write_json
 from evaluation.runs.example import EXAMPLE_FLAGS, Example
 from evaluation.tasks import metrics
 
@@ -53,7 +53,7 @@ class Results:
             text = file.read()
             text = text[: text.rfind(b"\n") + 1]  # drops a truncated last line
             file.truncate(len(text))
-        first, *rest = [json.loads(line) for line in text.splitlines()] or [{}]
+        first, *rest = [self._parse(number, line) for number, line in enumerate(text.splitlines())] or [{}]
         if not rest:
             self.discard()
             return
@@ -64,6 +64,12 @@ class Results:
                     "with the same settings, or delete the file to start again"
                 )
         self._values = {values.pop("example"): values for values in rest}
+
+    def _parse(self, number: int, line: bytes) -> dict:
+        try:
+            return parse_json(line, {"example": str} if number else dict)
+        except UserError as error:
+            raise UserError(f"{self._path}:{number + 1}: {error}; delete the file to start again") from None
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
         """Returns the examples without a valid result.
@@ -86,7 +92,7 @@ class Results:
         if self._path:
             new = [] if os.path.exists(self._path) else [self._settings]
             new.append({"example": example.name, **row})
-            with open(self._path, "a", encoding="utf-8") as file:
+            with names_full_disk(self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in new))
 
     def __getitem__(self, example: Example) -> dict:

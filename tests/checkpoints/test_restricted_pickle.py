@@ -2,15 +2,17 @@
 
 import os
 import pickle
+import time
 
 import pytest
 
+from EasyLM import checkpoints
 from EasyLM.checkpoints import restricted_pickle
 from EasyLM.errors import UserError
 
 
 def load(path):
-    return restricted_pickle.loads(path.read_bytes(), str(path))
+    return checkpoints.load_metadata(str(path))
 
 
 def is_plain(value):
@@ -61,3 +63,37 @@ def test_broken_pickles_are_rejected(tmp_path, golden):
         path.write_bytes(data[:size])
         with pytest.raises(UserError, match="not a readable pickle"):
             load(path)
+
+
+SETTINGS = b"cml_collections.config_dict.config_dict\nConfigDict\n"
+NESTED = b"(lp0\n" + b"".join(b"(l%sp%d\n" % (b"g%d\na" % (i - 1) * 10, i) for i in range(1, 12))
+HOSTILE = {
+    "nested references": (NESTED + b".", "more than 100000 values"),
+    "text of nested references": (b"cbuiltins\nstr\n(" + NESTED + b"tR.", "not callable"),
+    "slots of the shared class": (SETTINGS + b"(N(S'_fields'\nS'x'\ndtb.", "cannot be changed"),
+    "constructor of a type": (b"cbuiltins\nint\n(S'9'\ntR.", "not callable"),
+    "memo with a gap": (b"\x80\x02K\x01r\xff\xff\xff\x7f.", "LONG_BINPUT 2147483647 after"),
+    "memo with a gap, as text": (b"I1\np2147483647\n.", "PUT 2147483647 after"),
+    "a list": (b"(l.", "must be an object, not a list"),
+    "a cycle": (b"(dp0\nS'a'\ng0\ns.", "RecursionError|more than"),
+    "depth": (b"(l" * 5000 + b"a" * 4999 + b".", "RecursionError|more than|must be an object"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused_at_once(tmp_path, name):
+    data, message = HOSTILE[name]
+    path = tmp_path / "metadata.pkl"
+    path.write_bytes(data)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        load(path)
+    assert time.monotonic() - begin < 5
+    assert not hasattr(restricted_pickle._Settings, "_fields")
+
+
+def test_a_large_pickle_is_refused(tmp_path):
+    path = tmp_path / "metadata.pkl"
+    path.write_bytes(pickle.dumps({"step": bytes(5 << 20)}))
+    with pytest.raises(UserError, match="it has more than 4 MiB"):
+        load(path)

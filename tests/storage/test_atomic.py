@@ -1,8 +1,10 @@
 """Atomic writes: a complete file or none, and no temporary file afterwards."""
 
+import errno
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -75,3 +77,15 @@ def test_permissions_are_those_of_an_ordinary_file(target):
 def test_write_json(target):
     write_json(target, {"loss": np.float32(0.5), "codes": np.arange(3), "worst": float("inf"), "name": "é"})
     assert json.loads(target.read_text()) == {"loss": 0.5, "codes": [0, 1, 2], "worst": None, "name": "é"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_with_the_file(tmp_path, number):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(OSError, match=re.escape(f"{os.strerror(number)}: '{path}'")):
+        with atomic_path(path):
+            raise OSError(number, os.strerror(number))  # as `write` raises it
+    with pytest.raises(OSError, match=r"the other$"):
+        with atomic_path(path):
+            raise OSError(errno.EIO, "reading the other")
+    assert not list(tmp_path.iterdir())

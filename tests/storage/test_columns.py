@@ -1,9 +1,11 @@
 """Column files: round trips, validity of caches, and damaged files."""
 
+import json
 import os
 import pathlib
 
 import numpy as np
+import orjson
 import pytest
 
 from EasyLM.storage import cached_columns, columns, open_columns, write_columns
@@ -102,4 +104,36 @@ def test_damaged_headers_are_invalid(tmp_path, old, new):
     path = pathlib.Path(tmp_path / "a.packed")
     write_columns(str(path), DTYPES, produce)
     path.write_bytes(path.read_bytes().replace(old, new, 1))
+    assert open_columns(str(path)) is None
+
+
+def test_any_flipped_bit_of_a_header_is_noticed(tmp_path):
+    """The cache is written again; a packed file is refused."""
+    path = tmp_path / "a.packed"
+    write_columns(str(path), DTYPES, produce)
+    data = bytearray(path.read_bytes())
+    end = data.index(b" ")  # the rest of the header is padding
+    for place in range(end):
+        for bit in range(8):
+            data[place] ^= 1 << bit
+            path.write_bytes(data)
+            opened = open_columns(str(path))
+            if opened is not None:  # the flip has renamed the digest itself, as an older file has none
+                assert_content(opened)
+                assert b'"header_digest"' not in data[:end]
+            data[place] ^= 1 << bit
+
+
+@pytest.mark.parametrize("dtype", ["O", "(2,", "V9", "f" * 1000, None, 3, ["u1"], {"names": ["a"]}])
+def test_a_hostile_type_of_a_column_is_refused(tmp_path, dtype):
+    path = tmp_path / "a.packed"
+    header = {"columns": {"ids": [dtype, columns.HEADER_BYTES, 1]}}
+    path.write_bytes(orjson.dumps(header).ljust(columns.HEADER_BYTES) + bytes(64))
+    assert open_columns(str(path)) is None
+
+
+@pytest.mark.parametrize("table", [[], {"a": 3}, {"a": ["u1", -64, 1]}, {"a": ["u1", 0, 2**70]}, {"a": ["u1", "x", 1]}])
+def test_a_hostile_table_of_columns_is_refused(tmp_path, table):
+    path = tmp_path / "a.packed"
+    path.write_bytes(json.dumps({"columns": table}).encode().ljust(columns.HEADER_BYTES) + bytes(64))
     assert open_columns(str(path)) is None

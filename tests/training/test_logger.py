@@ -228,3 +228,20 @@ def test_tensorboard_event_files_hold_the_metrics(tmp_path):
     log(tmp_path, {"step": 7, "loss": 2.5}, wandb=False, tensorboard=True)
     (path,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in path.read_bytes()
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, calls, monkeypatch, caplog):
+    """One warning; the rows are written when there is space again."""
+    config = flags.defaults(metrics_log.LOGGER_FLAGS)
+    logger = metrics_log.Logger(config, str(tmp_path), SETTINGS)
+    write = metrics_sinks.JsonLinesSink.log
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for step in range(5):
+        monkeypatch.setattr(metrics_sinks.JsonLinesSink, "log", full if step in (1, 2) else write)
+        logger.log({"step": step})
+    logger.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 3, 4]
+    assert caplog.text.count("metrics.jsonl cannot be written; the run continues: [Errno 28]") == 1

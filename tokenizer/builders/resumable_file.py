@@ -15,10 +15,14 @@ from typing import Any, BinaryIO
 import orjson
 
 from EasyLM.errors import UserError
-from EasyLM.storage import content_digest, write_json
+from EasyLM.storage import content_digest, names_full_disk, read_json, write_json
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors on file systems without locks
 SAVE_SECONDS = 10.0  # between saves of the progress: the most work that a killed process loses
+
+
+_PROGRESS = {"identity": dict, "bytes": int, "state": dict}
+_REPORT = {"identity?": dict, "bytes?": int}
 
 
 class ResumableFile:
@@ -50,12 +54,12 @@ class ResumableFile:
         self._saved_at = time.monotonic()
         if os.path.isdir(path):
             raise UserError(f"{path}: is a folder, name a file")
-        progress = None if fresh else _read_json(self._progress)
+        progress = None if fresh else _read(self._progress, _PROGRESS)
         if progress is not None and os.path.exists(self._partial):
             self._resume(progress)
         elif not fresh and os.path.exists(path) and not os.path.exists(self._partial):
             # The report can describe the partial file instead, if `finish` was interrupted before the rename.
-            report = _read_json(self._report) or {}
+            report = _read(self._report, _REPORT) or {}
             if (report.get("identity"), report.get("bytes")) == (self._fingerprint, os.path.getsize(path)):
                 self.finished_report = report
                 _remove(self._progress)
@@ -69,8 +73,8 @@ class ResumableFile:
                 f"{self._partial} was started with other settings or inputs: {differences}. "
                 "Resume it with the same ones, write another file, or discard it with --fresh=True"
             )
-        if os.path.getsize(self._partial) < progress["bytes"]:
-            raise UserError(f"{self._partial} is shorter than its saved progress: discard it with --fresh=True")
+        if not 0 <= progress["bytes"] <= os.path.getsize(self._partial):
+            raise UserError(f"{self._partial} does not fit its saved progress: discard it with --fresh=True")
         self.state = progress["state"]
         self._open(progress["bytes"])
 
@@ -97,7 +101,8 @@ class ResumableFile:
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             self._open(0)
         assert self._file is not None
-        self._file.write(data)
+        with names_full_disk(self._partial):
+            self._file.write(data)
 
     def save_is_due(self) -> bool:
         """Returns whether SAVE_SECONDS have passed since the last save."""
@@ -126,8 +131,9 @@ class ResumableFile:
         """Flushes the file to disk, and creates it if it does not exist; returns its size in bytes."""
         self.write(b"")
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with names_full_disk(self._partial):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
 
@@ -137,12 +143,13 @@ def folder_fingerprint(directory: str) -> list[str]:
     return [content_digest(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)]
 
 
-def _read_json(path: str) -> dict[str, Any] | None:
+def _read(path: str, schema: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
-        with open(path, "rb") as file:
-            return orjson.loads(file.read())
+        return read_json(path, schema)
     except FileNotFoundError:
         return None
+    except UserError as error:
+        raise UserError(f"{error}; discard the earlier build with --fresh=True") from None
 
 
 def _remove(path: str) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.data import records
+from EasyLM.errors import prefix_errors
 from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
+from EasyLM.storage import check_schema
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.kinds import KINDS, Sentence, compose
@@ -25,6 +27,7 @@ from tokenizer.sentence_files import SkippedInputs
 
 _PENDING_BATCHES = 6  # up to three are on the device or queued for it; the others are being read
 _INITIAL_STATE = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}
+_STATE = {name: type(value) for name, value in _INITIAL_STATE.items()} | {"example": int, "skipped": {str: str}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,8 @@ def write_sentences(
 ) -> dict[str, Any]:
     """Writes the sentences that the file does not contain yet, and returns the report."""
     state = file.state or {**_INITIAL_STATE, "example": plan.examples.start}
+    with prefix_errors(f"{file.path}.progress.json"):
+        check_schema(state, _STATE, "state")
     skipped.restore(state["skipped"])
     start = time.monotonic() - state["seconds"]
     cache = CodeCache(resources.cached_images, codec.config.tokens_per_image, os.path.dirname(file.path) or ".")

@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
+from EasyLM.storage import check_schema
 from EasyLM.vocab import CODEBOOK_SIZE
+
+_MOST, _MOST_LEVELS = 2**16, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,15 @@ class VQGANConfig:
         factor = 2 ** max(len(self.channel_mult) - 1, 0)
         groups = f"times channel_mult={self.channel_mult} must be divisible by norm_groups={self.norm_groups}"
         rules = [
-            *((name, getattr(self, name) >= 1, "must be at least 1") for name in counts),
+            ("channel_mult", len(self.channel_mult) <= _MOST_LEVELS, f"must have at most {_MOST_LEVELS} levels"),
+            *((name, 1 <= getattr(self, name) <= _MOST, f"must be 1..{_MOST}") for name in counts),
             ("num_channels", self.num_channels == 3, "must be 3: images are RGB"),
             ("channel_mult", self.channel_mult and min(self.channel_mult) >= 1, "must be one or more numbers >= 1"),
+            (
+                "channel_mult",
+                max(self.level_widths, default=0) <= _MOST,
+                f"gives more than {_MOST} channels",
+            ),
             ("num_embeddings", 1 <= self.num_embeddings <= CODEBOOK_SIZE, f"must be 1..{CODEBOOK_SIZE}"),
             ("resolution", self.resolution % factor == 0, f"must be divisible by {factor}, 2^(levels - 1)"),
             ("hidden_channels", all(width % max(self.norm_groups, 1) == 0 for width in self.level_widths), groups),
@@ -80,9 +89,13 @@ class VQGANConfig:
         unknown = sorted(values.keys() - fields)
         if unknown:
             raise UserError(f"{source}: unknown key {unknown[0]!r}: valid are {', '.join(sorted(fields))}")
-        try:
+        with prefix_errors(source):
+            check_schema(values, _SCHEMA)
             return cls(**values)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
-        except TypeError as error:
-            raise UserError(f"{source}: a value has the wrong type ({error})") from error
+
+
+# JSON types of the fields; a default that is a tuple stands for a list of integers.
+_SCHEMA = {
+    f"{field.name}?": [int] if isinstance(field.default, tuple) else type(field.default)
+    for field in dataclasses.fields(VQGANConfig)
+}

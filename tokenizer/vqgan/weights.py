@@ -5,7 +5,6 @@ The name of a tensor is its module path with dots, then `weight` or `bias`. A co
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +17,7 @@ from flax import nnx
 from numpy.typing import DTypeLike
 
 from EasyLM.errors import UserError
-from EasyLM.storage import atomic_path, write_json
+from EasyLM.storage import atomic_path, read_json, write_json
 from tokenizer.vqgan.config import VQGANConfig
 from tokenizer.vqgan.model import VQGAN
 
@@ -69,13 +68,7 @@ def read_config(directory: str | os.PathLike) -> VQGANConfig:
     path = pathlib.Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a tokenizer folder contains config.json and weights")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must contain a JSON object")
-    return VQGANConfig.from_dict(values, str(path))
+    return VQGANConfig.from_dict(read_json(path), str(path))
 
 
 def file_name(path: tuple) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from EasyLM.checkpoints import entries
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.errors import UserError
+from EasyLM.storage import check_schema, parse_json, read_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -83,8 +84,9 @@ def read_weights(directory: str) -> list[Entry]:
         if os.path.exists(single):
             paths = [single]
         elif os.path.exists(index):
-            with open(index, encoding="utf-8") as file:
-                names = set(json.load(file)["weight_map"].values())
+            names = set(read_json(index, {"weight_map": {str: str}})["weight_map"].values())
+            if elsewhere := [name for name in names if os.path.basename(name) != name]:
+                raise UserError(f"{index}: {elsewhere[0]!r} is not the name of a file in this directory")
             paths = [os.path.join(directory, name) for name in sorted(names)]
         else:
             paths = sorted(glob.glob(os.path.join(glob.escape(directory), f"{stem}*.{ending}")))
@@ -98,12 +100,15 @@ def _read_safetensors(path: str) -> list[Entry]:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
+            header = parse_json(file.read(min(length, size)))
         header.pop("__metadata__", None)
+        check_schema(header, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}})
         tensors = []
         for name, info in header.items():
             begin, end = info["data_offsets"]
             shape, dtype = tuple(info["shape"]), np.dtype(_SAFETENSORS_DTYPES[info["dtype"]])
+            if begin < 0 or min(shape, default=0) < 0:
+                raise ValueError(f"{name}: a negative size or place")
             if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
                 raise ValueError(f"{name}: {end - begin} bytes of {size} do not make {shape} of {dtype}")
             read = functools.partial(entries.read_pieces, path, ((8 + length + begin, end - begin),))

@@ -5,7 +5,6 @@ EasyLM kernels have shape [in, out]; Hugging Face kernels have shape [out, in]. 
 projections therefore have a different order within each head.
 """
 
-import json
 import os
 from typing import Any
 
@@ -18,6 +17,7 @@ from EasyLM.checkpoints import Entry, stacking
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_model
 from EasyLM.models.llama.llama_config import TOKEN_IDS, LLaMAConfig, config_from_dict
+from EasyLM.storage import read_json
 
 # Name of a parameter in a layer -> name of the tensor below `model.layers.{i}`.
 _LAYER_NAMES = {
@@ -102,12 +102,9 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     """
     path = os.path.join(directory, "config.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+        values = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{directory}: no Hugging Face model: config.json is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     config = config_from_dict(values, path)
     if values.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act={values['hidden_act']!r}: only 'silu' is supported")

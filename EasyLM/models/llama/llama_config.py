@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from EasyLM.checkpoints import load_metadata, sidecar_path
-from EasyLM.errors import UserError, choose
+from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.models.attention import IMPLEMENTATIONS
 from EasyLM.models.llama.remat_policies import REMAT_POLICIES
+from EasyLM.storage import check_schema
 from EasyLM.vocab import BOS, EOS, PAD, VOCAB_SIZE
 
 
@@ -19,8 +20,8 @@ def _setting(default: Any, help: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"flag": Flag(default, help, **limits)})
 
 
-def _size(default: float, help: str) -> Any:
-    return _setting(default, help, above=0)
+def _size(default: float, help: str, **limits: Any) -> Any:
+    return _setting(default, help, above=0, **limits)
 
 
 def _rate(help: str) -> Any:
@@ -40,12 +41,12 @@ class LLaMAConfig:
       UserError: if a field is invalid. The message names the field, its value and the rule or the choices.
     """
 
-    vocab_size: int = _size(VOCAB_SIZE, "Number of token ids.")
-    hidden_size: int = _size(4096, "Width of the residual stream.")
-    intermediate_size: int = _size(11008, "Width inside the feed-forward network.")
-    num_hidden_layers: int = _size(32, "Number of blocks.")
+    vocab_size: int = _size(VOCAB_SIZE, "Number of token ids.", most=2**31 - 1)
+    hidden_size: int = _size(4096, "Width of the residual stream.", most=2**20)
+    intermediate_size: int = _size(11008, "Width inside the feed-forward network.", most=2**20)
+    num_hidden_layers: int = _size(32, "Number of blocks.", most=10_000)
     num_attention_heads: int = _size(32, "Number of attention heads; divides hidden_size.")
-    max_sequence_length: int = _size(4096, "Longest sequence, in tokens.")
+    max_sequence_length: int = _size(4096, "Longest sequence, in tokens.", most=2**31 - 1)
     rms_norm_eps: float = _size(1e-6, "Added to the mean square in RMSNorm.")
     rope_theta: float = _size(10000.0, "Base of the rotary embedding's wavelengths.")
     initializer_range: float = _size(0.02, "Standard deviation of the initial weights.")
@@ -240,9 +241,10 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
     Raises:
       UserError: if settings are missing or describe another architecture, or a plain dict has an unknown setting.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{source}: holds no model settings")
-    values = dict(values.get("llama_config", values))
+    with prefix_errors(source):
+        check_schema(values, {"llama_config?": dict})
+        values = dict(values.get("llama_config", values))
+        check_schema(values, {f"{name}?": (dict, type(None)) for name in ("rope_parameters", "rope_scaling")})
     if "model_type" in values:
         values = _from_hugging_face(values, source)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):

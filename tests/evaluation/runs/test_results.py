@@ -161,3 +161,13 @@ def test_a_file_without_a_result_accepts_other_settings(tmp_path):
     changed = SETTINGS | {"temperature": 0.5}
     Results(str(path), changed).add(example, {})
     assert Results(str(path), changed).missing([example]) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "not JSON"), ("[]", "must be an object"), ("{}", "lacks the key 'example'")]
+)
+def test_a_damaged_line_of_a_stopped_run_is_named(tmp_path, line, message):
+    path = tmp_path / "unfinished.jsonl"
+    path.write_text(f"{json.dumps(SETTINGS)}\n{line}\n")
+    with pytest.raises(UserError, match=rf"{path}:2: {message}.*; delete the file to start again"):
+        Results(str(path), SETTINGS)

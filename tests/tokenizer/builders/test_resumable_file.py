@@ -81,3 +81,38 @@ def test_two_builds_of_one_file_do_not_mix(tmp_path):
     first.write(b"three\n")
     first.finish({})
     assert (tmp_path / "out.jsonl").read_bytes() == b"one\nthree\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("{}", "lacks the key 'identity'"),
+        ('{"identity": {}, "bytes": "4", "state": {}}', "bytes must be an integer"),
+        ('{"identity": {}, "bytes": 4, "state": []}', "state must be an object"),
+    ],
+)
+def test_damaged_progress_is_named(tmp_path, text, message):
+    path = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").write_bytes(b"one\n")
+    progress = tmp_path / "out.jsonl.progress.json"
+    progress.write_text(text)
+    with pytest.raises(UserError, match=rf"^{progress}: {message}.*; discard the earlier build with --fresh=True"):
+        resumable_file.ResumableFile(str(path), {}, fresh=False)
+    resumable_file.ResumableFile(str(path), {}, fresh=True).close()
+
+
+@pytest.mark.parametrize("size", [-1, 5])
+def test_progress_that_does_not_fit_the_file_is_named(tmp_path, size):
+    (tmp_path / "out.jsonl.partial").write_bytes(b"one\n")
+    (tmp_path / "out.jsonl.progress.json").write_text(f'{{"identity": {{}}, "bytes": {size}, "state": {{}}}}')
+    with pytest.raises(UserError, match=r"out\.jsonl\.partial does not fit its saved progress: discard it"):
+        resumable_file.ResumableFile(str(tmp_path / "out.jsonl"), {}, fresh=False)
+
+
+def test_a_damaged_report_is_named(tmp_path):
+    (tmp_path / "out.jsonl").write_bytes(b"one\n")
+    (tmp_path / "out.jsonl.report.json").write_text('{"bytes": "4"}')
+    with pytest.raises(UserError, match=r"out\.jsonl\.report\.json: bytes must be an integer.*--fresh=True"):
+        resumable_file.ResumableFile(str(tmp_path / "out.jsonl"), {}, fresh=False)

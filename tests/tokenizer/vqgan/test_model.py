@@ -89,7 +89,13 @@ def test_codes_are_the_nearest_vectors_row_by_row(tiny, pixels):
         ({"num_embeddings": 8193}, r"num_embeddings=8193: must be 1\.\.8192"),
         ({"hidden_channels": 48}, "hidden_channels=48: .*norm_groups=32"),
         ({"colour": 1}, "unknown key 'colour'"),
-        ({"resolution": "large"}, "wrong type"),
+        ({"num_res_blocks": 10**9}, r"num_res_blocks=1000000000: must be 1\.\.65536"),
+        ({"channel_mult": (1,) * 13}, "channel_mult=.*: must have at most 12 levels"),
+        ({"channel_mult": (1, 10**6)}, "channel_mult=.*: gives more than 65536 channels"),
+        ({"channel_mult": "12"}, "config: channel_mult must be a list, not a text"),
+        ({"channel_mult": (1, None)}, r"config: channel_mult\[1\] must be an integer, not null"),
+        ({"resolution": 64.0}, "config: resolution must be an integer, not a number"),
+        ({"resolution": "large"}, "config: resolution must be an integer, not a text"),
     ],
 )
 def test_invalid_settings_are_named(settings, message):
