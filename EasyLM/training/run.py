@@ -25,7 +25,7 @@ from EasyLM.training.start import CheckpointFormats, StartPoint, check_settings,
 from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train_step, updates_done
 from EasyLM.training.task import ModelSettings, TrainingTask
 from EasyLM.training.throughput import Throughput
-from EasyLM.training.watchdog import Watchdog
+from EasyLM.training.watchdog import Watchdog, reported
 
 # The exit code of a run that a signal stopped and that has saved its state. The same command resumes the run. The
 # number is EX_TEMPFAIL of sysexits.h.
@@ -112,7 +112,8 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
     settings, data, accounting = run.settings, task.data, task.accounting
     first_row = _first_row(run.start, data.train)
     _check_processes_agree(run.start, first_row, data.train)
-    state, state_shardings = first_state(run.start, task.model, task.optimizer, mesh, settings.seed)
+    with reported("the first state"):
+        state, state_shardings = first_state(run.start, task.model, task.optimizer, mesh, settings.seed)
     first_step = int(state.step)
 
     with (
@@ -184,7 +185,8 @@ def _compiled_step(
     batch = _batch_shapes(task.data.train, task.data.batch_size, mesh)
     logging.info("compiling the train step")
     begin = time.perf_counter()
-    compiled = jit_train_step(step, state_shardings, mesh).lower(state, batch).compile()
+    with reported("the compilation of the train step"):
+        compiled = jit_train_step(step, state_shardings, mesh).lower(state, batch).compile()
     logging.info("compiled the train step in %.1f s", time.perf_counter() - begin)
     return compiled
 
@@ -224,7 +226,8 @@ def _make_evaluate(
     assert source is not None
     logging.info("compiling the evaluation")
     batch = _batch_shapes(source, batch_size, mesh)
-    step = jax.jit(task.model.evaluate).lower(state.params, state.extra, batch).compile()
+    with reported("the compilation of the evaluation"):
+        step = jax.jit(task.model.evaluate).lower(state.params, state.extra, batch).compile()
 
     def evaluate(state: TrainState) -> Metrics:
         expect("the evaluation")

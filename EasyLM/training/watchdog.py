@@ -1,9 +1,11 @@
 """A watchdog: says what a run waits for, and ends a run that no longer makes progress."""
 
+import contextlib
 import faulthandler
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from EasyLM.parallel import end_together
@@ -13,6 +15,18 @@ from EasyLM.parallel import end_together
 HANGS = 70
 REPORT_SECONDS = 60  # between two messages about the same wait
 _BACKSTOP_SECONDS = 60
+
+
+@contextlib.contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Logs each minute that the body has not finished, without a limit.
+
+    Args:
+      what: for example "the compilation".
+    """
+    with Watchdog(0) as watchdog:
+        watchdog.expect(what)
+        yield
 
 
 class Watchdog:

@@ -99,3 +99,13 @@ def test_each_part_of_the_loop_is_watched(tmp_path, monkeypatch, ended, part):
         "checkpoint": "the checkpoint after 1 steps",
     }[part]
     assert any(f"--watchdog_minutes=0.03: {expected} has" in error for error in ended)
+
+
+def test_a_long_compilation_is_reported_and_not_ended(monkeypatch, caplog, ended):
+    monkeypatch.setattr(watchdog, "REPORT_SECONDS", 0.2)
+    with watchdog.reported("the compilation"):
+        deadline = time.monotonic() + 30
+        while "waiting for the compilation since" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not ended
