@@ -19,7 +19,7 @@ Modules:
 from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, names_full_disk, write_json
 from EasyLM.storage.columns import Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest
-from EasyLM.storage.heartbeat_lock import HeartbeatLock
+from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
 from EasyLM.storage.paths import (
     check_output,
@@ -36,6 +36,7 @@ __all__ = [
     "MOST_BYTES",
     "Columns",
     "HeartbeatLock",
+    "LockedError",
     "atomic_file",
     "atomic_path",
     "cached_columns",

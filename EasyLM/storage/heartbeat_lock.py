@@ -18,7 +18,7 @@ import secrets
 import socket
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from EasyLM.errors import UserError
 from EasyLM.storage.atomic import atomic_path
@@ -33,6 +33,10 @@ _POLL_SECONDS = 0.5  # while waiting for a heartbeat
 _SETTLE_SECONDS = 0.5  # after writing over a file: the last of several concurrent writers wins
 
 
+class LockedError(UserError):
+    """A living process holds the lock. The message names it."""
+
+
 class HeartbeatLock:
     """Holds a directory from the construction until `release`. Also a context manager.
 
@@ -40,7 +44,8 @@ class HeartbeatLock:
       directory: an existing local directory, or a remote path.
 
     Raises:
-      UserError: if another process holds the lock, which the message names, or the file cannot be written.
+      LockedError: if another process holds the lock.
+      UserError: if the file cannot be written.
     """
 
     def __init__(self, directory: str):
@@ -59,7 +64,10 @@ class HeartbeatLock:
         }
         self._lost_to: str | None = None
         self._released = threading.Event()
-        self._acquire()
+        try:
+            self._acquire()
+        except OSError as error:
+            raise UserError(f"{self._store.path}: cannot be written ({error.strerror})") from None
         self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
         self._thread.start()
 
@@ -89,11 +97,8 @@ class HeartbeatLock:
                 self._store.delete()
 
     def _acquire(self) -> None:
-        try:
-            if self._store.create(self._content):
-                return
-        except OSError as error:
-            raise UserError(f"{self._store.path}: cannot be written ({error.strerror})") from None
+        if self._store.create(self._content):
+            return
         holder = self._store.read()
         if holder is not None:
             self._wait_for_death(holder)
@@ -105,10 +110,10 @@ class HeartbeatLock:
         time.sleep(_SETTLE_SECONDS)
         winner = self._store.read() or {}
         if not _is_same(winner, self._content):
-            raise UserError(f"{self._store.directory}: in use by {_describe(winner)}; wait until it ends")
+            self._refuse(winner)
 
     def _wait_for_death(self, holder: dict[str, Any]) -> None:
-        """Returns when the holder counts as dead. Raises UserError if it is alive."""
+        """Returns when the holder counts as dead. Raises LockedError if it is alive."""
         now = time.time()
         age = now - holder.get("heartbeat", now)
         same_machine = holder.get("process_namespace") == self._content["process_namespace"]
@@ -132,8 +137,8 @@ class HeartbeatLock:
             if current != holder:
                 self._refuse(current)
 
-    def _refuse(self, holder: dict[str, Any]) -> None:
-        raise UserError(f"{self._store.directory}: in use by {_describe(holder)}; wait until it ends")
+    def _refuse(self, holder: dict[str, Any]) -> NoReturn:
+        raise LockedError(f"{self._store.directory}: in use by {_describe(holder)}; wait until it ends")
 
     def _beat(self) -> None:
         failed = False

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from EasyLM import checkpoints
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.parallel import batch_sharding, check_same, fail_together, on_first_process_first
-from EasyLM.storage import HeartbeatLock, is_remote, json_digest, remote_file_system
+from EasyLM.storage import HeartbeatLock, LockedError, is_remote, json_digest, remote_file_system
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
 from EasyLM.training.loop import Report, fit
@@ -72,8 +72,8 @@ def _lock(directory: str, stack: ExitStack) -> Callable[[], None]:
         return lambda: None
     try:
         return stack.enter_context(HeartbeatLock(directory)).check
-    except UserError as error:
-        raise UserError(f"{error}; or give another --logger.experiment_id") from None
+    except LockedError as error:
+        raise UserError(f"{error}, or give another --logger.experiment_id") from None
 
 
 def run_directory(logger: Any) -> str:
