@@ -17,10 +17,11 @@ import numpy as np
 
 from EasyLM.checkpoints.entries import Entry, bytes_of
 from EasyLM.checkpoints.layout import MILESTONE, sidecar_path
-from EasyLM.checkpoints.metadata import load_metadata
 from EasyLM.errors import UserError
+from EasyLM.storage import read_json
 
 _ALGORITHM = "crc32"
+_SCHEMA = {"algorithm": str, "file": str, "bytes": int, "arrays": {str: str}}
 
 
 class DamagedArrayError(UserError):
@@ -51,14 +52,16 @@ def verified(path: str, entries: list[Entry], size: int) -> list[Entry]:
         damaged array raises DamagedArrayError.
     """
     table_path = sidecar_path(path, "checksums")
-    table = load_metadata(table_path) if table_path else {}
-    if table.get("file") != _saved_name(path):
-        return entries  # no checksums, or those of another file in the same directory
-    arrays = table.get("arrays")
-    if table.get("algorithm") != _ALGORITHM or not isinstance(arrays, dict):
-        raise UserError(f"{table_path}: not a file of checksums; delete it to load {path} without verification")
-    if size != table.get("bytes"):
-        raise UserError(f"{path}: has {size} bytes, but {table.get('bytes')} were saved: it is damaged ({table_path})")
+    if table_path is None:
+        return entries
+    table = read_json(table_path, _SCHEMA)
+    if table["file"] != _saved_name(path):
+        return entries  # the checksums of another file in the same directory
+    if table["algorithm"] != _ALGORITHM:
+        raise UserError(f"{table_path}: unknown algorithm {table['algorithm']!r}; known is {_ALGORITHM}")
+    if size != table["bytes"]:
+        raise UserError(f"{path}: has {size} bytes, but {table['bytes']} were saved: it is damaged ({table_path})")
+    arrays = table["arrays"]
     names = {"/".join(entry.key) for entry in entries}
     for name in sorted(names ^ set(arrays)):
         state = "unexpected" if name in names else "missing"

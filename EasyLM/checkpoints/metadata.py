@@ -13,10 +13,18 @@ from EasyLM.checkpoints import restricted_pickle
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import MOST_BYTES, check_schema, open_binary, parse_json
 
-_METADATA = {"step?": int, "flags?": dict, "llama_config?": dict, "vqgan_config?": dict, "started_from?": [str]}
+_METADATA = {
+    "step?": int,
+    "updates?": int,
+    "flags?": {"load_checkpoint?": str, "optimizer?": {"accumulate_gradient_steps?": int}},
+    "llama_config?": dict,
+    "vqgan_config?": dict,
+    "started_from?": [str],
+    "save?": {"run_directory?": str, "number?": int, "milestone?": bool},
+}
 _DATASET_STATE = {"rows_consumed?": int, "source?": dict, "total_tokens?": int, "config?": dict}
 
-_COUNTS = {"step": 2**31, "rows_consumed": 2**63, "total_tokens": 2**63}  # exclusive limits
+_COUNTS = {"step": 2**31, "updates": 2**31, "rows_consumed": 2**63, "total_tokens": 2**63}  # exclusive limits
 
 
 def load_metadata(path: str) -> dict:

@@ -6,10 +6,9 @@ from typing import Any
 
 from EasyLM.checkpoints.layout import LATEST, METADATA, SAVE, TEMPORARY, WRITING
 from EasyLM.checkpoints.listing import list_directory
-from EasyLM.checkpoints.metadata import load_metadata
 from EasyLM.checkpoints.saves import Saves, Writers, json_writer
 from EasyLM.errors import UserError
-from EasyLM.storage import remote_file_system
+from EasyLM.storage import read_json, remote_file_system
 
 
 class RemoteRunDirectory(Saves):
@@ -41,7 +40,7 @@ class RemoteRunDirectory(Saves):
         if WRITING not in files or METADATA in files:
             return
         with contextlib.suppress(UserError):  # an unreadable marker may belong to another run
-            if load_metadata(f"{directory}/{WRITING}").get("run_directory") == self.path:
+            if read_json(f"{directory}/{WRITING}").get("run_directory") == self.path:
                 self._files.rm(directory, recursive=True)
 
     def write(self, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:

@@ -22,13 +22,14 @@ from typing import Any, NoReturn
 
 from EasyLM.errors import UserError
 from EasyLM.storage.atomic import atomic_path
+from EasyLM.storage.json_files import parse_json
 from EasyLM.storage.paths import is_remote, remote_file_system
 
 LOCK_NAME = "run_lock.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 FORGOTTEN_SECONDS = 600.0
-_FIELDS = {"token": str, "directory": str, "host": str, "process": int, "since": float, "heartbeat": float}
+_SCHEMA = {"token": str, "directory": str, "host": str, "process": int, "since": float, "heartbeat": float}
 _POLL_SECONDS = 0.5  # while waiting for a heartbeat
 _SETTLE_SECONDS = 0.5  # after writing over a file: the last of several concurrent writers wins
 
@@ -200,10 +201,8 @@ class _LockFile:
                     data = file.read()
         except FileNotFoundError:
             return None
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(data)
-            if isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in _FIELDS.items()):
-                return value
+        with contextlib.suppress(UserError):
+            return parse_json(data, _SCHEMA)
         return {}
 
     def write(self, content: dict[str, Any]) -> None:

@@ -60,8 +60,8 @@ class StartPoint:
     @property
     def updates(self) -> int:
         """Updates done. Older metadata has no count of them, only the setting of accumulation."""
-        optimizer = self.metadata.get("flags", {}).get("optimizer", {})
-        return int(self.metadata.get("updates", self.step // optimizer.get("accumulate_gradient_steps", 1)))
+        accumulation = self.metadata.get("flags", {}).get("optimizer", {}).get("accumulate_gradient_steps", 1)
+        return int(self.metadata.get("updates", self.step // max(1, accumulation)))
 
 
 def find_start(given: StartFiles, run_dir: str, formats: CheckpointFormats) -> StartPoint:
