@@ -89,7 +89,7 @@ class Peers:
             }
         if "error" in message and self._ending.acquire(blocking=False):
             line = f"error: process {message['process']} on {message['host']}: {message['error']}"
-            print(f"\n{line}", file=sys.stderr, flush=True)
+            _print_line(line)
             if message.get("stacks"):
                 faulthandler.dump_traceback()
             self._send(message, besides=connection)
@@ -166,7 +166,7 @@ def fail_together() -> Iterator[None]:
 
 def end_together(error: str, code: int) -> NoReturn:
     """Ends all processes of the run at once, from any thread. Each prints the error and the stacks of its threads."""
-    print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    _print_line(f"error: {error}")
     faulthandler.dump_traceback()
     if Peers.connected is not None:
         Peers.connected.fail(error, code, stacks=True)
@@ -252,10 +252,16 @@ def _one_line(error: BaseException) -> str:
     return text.partition("\n")[0]
 
 
+def _print_line(text: str) -> None:
+    """Prints a line in one write: `print` writes the newline apart, and a progress bar may come between."""
+    sys.stderr.write(f"\n{text}\n")
+    sys.stderr.flush()
+
+
 def _exit_now(code: int, message: str = "") -> NoReturn:
     """Exits without JAX's wait for the other processes, which lasts `shutdown_timeout_seconds`."""
     if message:
-        print(message, file=sys.stderr)
+        _print_line(message)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
