@@ -23,9 +23,13 @@ from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, Prompter, P
 from evaluation.runs import UNFINISHED, Results
 from evaluation.tasks import (
     TASK_FLAGS,
+    InContextMeasurement,
+    MappingTask,
     Measurement,
     TaskSettings,
     TaskSource,
+    in_context,
+    in_context_report,
     load_task,
     metrics,
     plots,
@@ -49,6 +53,11 @@ FLAGS = {
     "output_plot": Flag("", "Image file for charts of the metrics over the number of shots."),
     "output_picture": Flag("", "Image file for a sheet of prompts, generated answers and true answers."),
     "rows_per_task": Flag(2, "Queries of each task shown on the sheet.", least=1),
+    "n_answers": Flag(
+        8,
+        "For mappings: queries of each task whose answers are generated, at 0, 1, 3, 7 and the most shots.",
+        least=1,
+    ),
 }
 
 
@@ -71,8 +80,11 @@ def main(config: ConfigDict) -> None:
         example = TaskExample(task.name, weight_files, (task.metric, task.digest()))
         if results.missing([example]):
             own_metric = {task.metric: selection.metrics[task.metric]} if task.metric else {}
-            measurement = Measurement(prompter, generation, config.batch_size, image_metrics | own_metric, network)
-            curve, answers_QN = measurement.curve(task, counts)
+            settings = prompter, generation, config.batch_size, image_metrics | own_metric
+            if isinstance(task, MappingTask):
+                curve, answers_QN = InContextMeasurement(*settings, config.n_answers).curve(task, counts)
+            else:
+                curve, answers_QN = Measurement(*settings, network).curve(task, counts)
             results.add(example, {"curve": curve, "answers": answers_QN[: config.rows_per_task].tolist()})
         tasks_json[task.name] = {
             "queries": len(task.prompts.answer_Q),
@@ -80,15 +92,19 @@ def main(config: ConfigDict) -> None:
             "counts": "context frames" if task.is_clip else "shots",
             "curve": results[example]["curve"],
         }
+        if isinstance(task, MappingTask):
+            tasks_json[task.name] |= in_context.summary(task, results[example]["curve"])
         if config.output_picture:
             answers = prompter.decode(np.array(results[example]["answers"], np.int32))
             rows += report.sheet_rows(task, max(counts), answers)
-    report.print_table(tasks_json)
+    (in_context_report.print_tables if config.benchmark == "mappings" else report.print_table)(tasks_json)
     if config.output_json:
         names = ("checkpoint", "benchmark", "split", "n_queries", "temperature", "seed")
         write_json(config.output_json, {"settings": {name: config[name] for name in names}, "tasks": tasks_json})
     if config.output_plot:
-        plots.plot_curves(tasks_json, config.output_plot)
+        (in_context_report.plot if config.benchmark == "mappings" else plots.plot_curves)(
+            tasks_json, config.output_plot
+        )
         print(f"wrote {config.output_plot}")
     if config.output_picture:
         images.save(config.output_picture, report.answer_sheet(rows))
@@ -120,6 +136,8 @@ def load_metrics(config: ConfigDict) -> tuple[dict[str, metrics.ImageMetric], in
     if config.lpips_weights:
         with prefix_errors(f"--lpips_weights={config.lpips_weights}"):
             image_metrics["lpips"] = functools.partial(jax.jit(lpips.distance), lpips.load(config.lpips_weights))
+    if config.inception_weights and config.benchmark == "mappings":
+        raise UserError("--inception_weights: --benchmark=mappings has no FID")
     if config.inception_weights:
         with prefix_errors(f"--inception_weights={config.inception_weights}"):
             network = inception.Inception(config.inception_weights, config.batch_size)

@@ -7,6 +7,7 @@ The same command resumes an interrupted run.
 """
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 import threading
@@ -47,6 +48,12 @@ SENTENCE_FLAGS = {
     "families": Flag(
         DEFAULT_FAMILIES, f"Families with their shares, a comma list of NAME:SHARE: {', '.join(FAMILIES)}."
     ),
+    "num_mappings": Flag(
+        0,
+        "Mappings of each family, the same ones for all seeds; 0: a new one for each sentence. A model of few mappings "
+        "memorises them.",
+        least=0,
+    ),
     "num_scenes": Flag(2048, "Scenes of the pool.", least=PAIRS, most=seed_ranges.SEEDS_PER_BLOCK),
     "num_clips": Flag(256, "Clips of the pool.", least=1, most=seed_ranges.SEEDS_PER_BLOCK),
     "num_photos": Flag(1024, "Crops of photographs of the pool.", least=PAIRS, most=seed_ranges.SEEDS_PER_BLOCK),
@@ -69,7 +76,7 @@ def main(config: ConfigDict) -> None:
     """Renders the pool, writes the file and prints the rates."""
     with prefix_errors(f"--seed={config.seed}"):
         first_seed = seed_ranges.training_seed(config.seed)
-    mixture = parse_families(config.families)
+    mixture = dataclasses.replace(parse_families(config.families), num_mappings=config.num_mappings)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
     fingerprint = {
         "version": VERSION,

@@ -187,9 +187,16 @@ class Prompter:
         return tokens_BCT.reshape(*tokens_BCT.shape[:2], num_images, -1)
 
     def log_likelihoods(self, prompts: TokenArrays, targets: TokenArrays) -> np.ndarray:
-        """Returns log p, in nats, of each target token after its prompt: [B, F N].
+        """Returns log p, in nats, of each target token after its prompt: [B, F N]. See `score`."""
+        return self.score(prompts, targets)[0]
+
+    def score(self, prompts: TokenArrays, targets: TokenArrays) -> tuple[np.ndarray, np.ndarray]:
+        """Scores each target token, given its prompt and the target tokens before it.
 
         `prompts` are tokens [P, N], P may differ; `targets` are tokens [F, N], one F for all.
+
+        Returns:
+          log p in nats, and whether no token is more likely, both [B, F N].
 
         Raises:
           UserError: if a prompt and its target exceed the model's longest sequence.
@@ -200,9 +207,10 @@ class Prompter:
         ]
         tokens_BT, mask_BT = generate.left_padded(_padded(rows, self.batch_shards))
         begin = tokens_BT.shape[1] - np.asarray(targets[0]).size
-        return llama_decode.log_likelihoods(
+        log_p_BT, is_most_likely_BT = llama_decode.score(
             self.config, self._params, tokens_BT, begin, mask_BT=mask_BT, dtype=self._dtype, mesh=self.mesh
-        )[: len(rows)]
+        )
+        return log_p_BT[: len(rows)], is_most_likely_BT[: len(rows)]
 
 
 def _last_images(prompts: TokenArrays, window: int) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tokenizer.media import images
 
-GAP, CAPTION, MARGIN = 4, 20, 116  # pixels between images; height of a line of text; width of the names
+GAP, CAPTION, MARGIN = 4, 20, 116  # pixels between images; height of a line of text; least width of the names
 PAPER, INK, FRAME = (255, 255, 255), (40, 40, 40), (216, 60, 40)
 
 
@@ -31,10 +31,11 @@ def contact_sheet(rows: Sequence[Row], size: int, framed: str = "") -> Image.Ima
       framed: caption of the images that are drawn with a coloured frame.
     """
     font = ImageFont.load_default(size=14)
+    margin = max(MARGIN, *(round(font.getlength(row.name)) + 2 * GAP for row in rows))
     step, columns = size + GAP, max(len(row.images) for row in rows)
     is_titled = [i == 0 or _title(row) != _title(rows[i - 1]) for i, row in enumerate(rows)]
     height = len(rows) * step + sum(is_titled) * (CAPTION + GAP) + GAP
-    paper = Image.new("RGB", (MARGIN + columns * step + GAP, height), PAPER)
+    paper = Image.new("RGB", (margin + columns * step + GAP, height), PAPER)
     draw = ImageDraw.Draw(paper)
     top = GAP
     for row, titled in zip(rows, is_titled, strict=True):
@@ -42,7 +43,7 @@ def contact_sheet(rows: Sequence[Row], size: int, framed: str = "") -> Image.Ima
         if titled:
             top += CAPTION + GAP
             draw.text((GAP, top + size // 2), row.name, INK, font, anchor="lm")
-        left = MARGIN + (columns - len(row.images)) * step
+        left = margin + (columns - len(row.images)) * step
         for caption, pixels in zip(row.captions, row.images, strict=True):
             if titled:
                 draw.text((left + size // 2, top - CAPTION // 2), caption, INK, font, anchor="mm")

@@ -43,6 +43,23 @@ def mean_iou(images_BHW3: np.ndarray, truths_BHW3: np.ndarray, palette: Sequence
     return np.where(present_CB.any(axis=0), mean_B, only_background_B)
 
 
+def colour_iou(images_BHW3: np.ndarray, truths_BHW3: np.ndarray) -> np.ndarray:
+    """Intersection over union, averaged over the main colours of the truth. Shape [B].
+
+    Main colours cover at least 1/128 of the truth, half a tile of a mosaic. Each pixel of the truth and of the image
+    belongs to the nearest main colour.
+    """
+    values = []
+    for image_HW3, truth_HW3 in zip(np.asarray(images_BHW3), np.asarray(truths_BHW3), strict=True):
+        pixels = np.round(truth_HW3.reshape(-1, 3) * 255).astype(int)
+        colours, counts = np.unique(pixels, axis=0, return_counts=True)
+        colours = colours[counts >= min(len(pixels) / 128, counts.max())]
+        predicted, true = (nearest_colours(x[None], colours)[0] for x in (image_HW3, truth_HW3))
+        masks = [(predicted == colour, true == colour) for colour in range(len(colours))]
+        values.append(np.mean([(a & b).sum() / (a | b).sum() for a, b in masks]))
+    return np.array(values)
+
+
 def depth_abs_rel(images_BHW3: np.ndarray, truths_BHW3: np.ndarray, near: float, far: float) -> np.ndarray:
     """Mean of |d - d*| / d* over pixels; depth d is `near` for white and `far` for black. Shape [B]."""
     predicted, true = (far - np.asarray(x, np.float64).mean(-1) * (far - near) for x in (images_BHW3, truths_BHW3))
@@ -98,11 +115,14 @@ IMAGE_METRICS: dict[str, ImageMetric] = {"mse": mse, "psnr": psnr, "ssim": ssim}
 TASK_METRICS: dict[str, ImageMetric] = {
     "scene_iou": functools.partial(mean_iou, palette=SCENE_PALETTE),
     "mask_iou": functools.partial(mean_iou, palette=MASK_PALETTE),
+    "colour_iou": colour_iou,
     "depth_abs_rel": functools.partial(depth_abs_rel, near=scenes.NEAR, far=scenes.FAR),
     "normal_degrees": normal_degrees,
     "edge_f_score": edge_f_score,
 }
-HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "scene_iou", "palette_iou", "mask_iou", "edge_f_score"})
+HIGHER_IS_BETTER = frozenset(
+    {"psnr", "ssim", "scene_iou", "palette_iou", "mask_iou", "colour_iou", "edge_f_score", "accuracy", "first_accuracy"}
+)
 
 
 def task_metrics(

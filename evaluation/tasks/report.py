@@ -30,11 +30,12 @@ def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
             lines["nats_gained"] = {"model": point["nats_gained"]}
         lines |= {name: point[name] for name in ("mse", result["figure"]) if name}
         for name, values in lines.items():
-            cells = "".join(f"{_cell(values.get(column)):>19}" for column in columns)
+            cells = "".join(f"{cell(values.get(column)):>19}" for column in columns)
             print(f"{task:22}{point['shots']:6}  {name:18}{cells}")
 
 
-def _cell(value: Mapping[str, float] | None) -> str:
+def cell(value: Mapping[str, float] | None) -> str:
+    """Returns a mean with its standard error as text; empty for None."""
     return "" if value is None else f"{value['mean']:.4g} ±{value['standard_error']:.2g}"
 
 

@@ -9,6 +9,7 @@ from evaluation.tasks import benchmarks, metrics
 from evaluation.tasks.metrics import ImageMetric
 from evaluation.tasks.tasks import TaskSource, folder_clips, folder_pairs
 
+MAPPING_SHOTS = "0,1,3,7"
 TASK_FLAGS = {
     "input_dirs": Flag("", "Comma list of folders of images, one for each task."),
     "target_dirs": Flag(
@@ -21,10 +22,12 @@ TASK_FLAGS = {
     ),
     "clip_dirs": Flag("", "Comma list of folders of clips (folders of frames), one for each task."),
     "benchmark": Flag(
-        "", "Adds the tasks of a public data set or of rendered scenes.", choices=("", *benchmarks.BENCHMARKS)
+        "",
+        "Adds the tasks of a public data set or of synthetic images.",
+        choices=("", *benchmarks.BENCHMARKS),
     ),
     **benchmarks.BENCHMARK_FLAGS,
-    "n_shots": Flag("3", "Comma list of numbers of shots."),
+    "n_shots": Flag("", f"Comma list of numbers of shots; empty: 3, for mappings {MAPPING_SHOTS}."),
     "n_context_frames": Flag("", "Comma list of numbers of context frames of clips; empty: n_shots, at least 1."),
 }
 
@@ -40,7 +43,7 @@ class TaskSettings(benchmarks.BenchmarkSettings):
     depth_range: str = ""
     clip_dirs: str = ""
     benchmark: str = ""
-    n_shots: str = "3"
+    n_shots: str = ""
     n_context_frames: str = ""
 
 
@@ -72,7 +75,8 @@ def select_tasks(settings: TaskSettings) -> TaskSelection:
     """
     task_metrics = _task_metrics(settings)
     _check_folders(settings, task_metrics)
-    shots = _parse_counts("n_shots", settings.n_shots, least=0)
+    default_shots = MAPPING_SHOTS if settings.benchmark == "mappings" else "3"
+    shots = _parse_counts("n_shots", settings.n_shots or default_shots, least=0)
     frames = sorted({max(1, count) for count in shots})
     if settings.n_context_frames:
         frames = _parse_counts("n_context_frames", settings.n_context_frames, least=1)
@@ -107,6 +111,8 @@ def _check_folders(settings: TaskSettings, task_metrics: Mapping[str, ImageMetri
         choose("--figures", name, task_metrics)
     if not (settings.input_dirs or settings.clip_dirs or settings.benchmark):
         raise UserError("no task: give --input_dirs and --target_dirs, or --clip_dirs, or --benchmark")
+    if settings.benchmark == "mappings" and (settings.input_dirs or settings.clip_dirs):
+        raise UserError("--benchmark=mappings has tables and charts of its own: measure folders in a separate run")
 
 
 def _parse_counts(flag: str, text: str, least: int) -> list[int]:

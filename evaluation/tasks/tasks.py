@@ -36,12 +36,14 @@ class TaskSource:
 
     Attributes:
       metric: key in `metrics.task_metrics` of an additional metric; empty: none.
+      load: makes the prompts of a task without pairs and clips: (shots, queries, side) -> `Task`.
     """
 
     name: str
     metric: str
     pairs: Sequence[Pair] = ()
     clips: Sequence[Sequence[ImageLoader]] = ()
+    load: "Callable[[int, int, int], Task] | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,8 @@ def load_task(source: TaskSource, shots: int, queries: int, seed: int, side: int
     Raises:
       UserError: naming the task, if it has too few examples, or the file that cannot be read.
     """
+    if source.load:
+        return source.load(shots, queries, side)
     if source.clips:
         prompts, loaders = _draw_sequences(source, shots, queries, seed)
     else:

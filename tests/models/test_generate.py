@@ -17,7 +17,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.generate import _decode, generate, left_padded
 from EasyLM.models.llama import convert_easylm_to_hf, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
-from EasyLM.models.llama.llama_decode import LLaMADecoder, log_likelihoods
+from EasyLM.models.llama.llama_decode import LLaMADecoder, score
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.models.sampling import Sampling
 from EasyLM.parallel import make_mesh, shardings
@@ -234,27 +234,30 @@ def test_tied_head(params):
 
 
 @pytest.mark.parametrize("from_position, mesh_dim", [(1, None), (13, None), (23, "2,2,2")])
-def test_log_likelihoods(params, monkeypatch, from_position, mesh_dim):
+def test_scores_of_tokens(params, monkeypatch, from_position, mesh_dim):
     # Chunks of 5 tokens; the last one is padded.
     monkeypatch.setattr("EasyLM.models.llama.llama_decode._LOGITS_TOKENS", 10)
     tokens_BT = np.stack(prompts_of(24, 24))
     tokens_BT[1] = tokens_BT[1, ::-1]
     log_p_BTV = jax.nn.log_softmax(logits_of(params, tokens_BT), axis=-1)
+    tokens_BT[0, -1] = log_p_BTV[0, -2].argmax()
     expected_BT = np.take_along_axis(np.asarray(log_p_BTV)[:, :-1], tokens_BT[:, 1:, None], -1)[..., 0]
     mesh = make_mesh(mesh_dim) if mesh_dim else None
-    got_BT = log_likelihoods(CONFIG, params, tokens_BT, from_position, mesh=mesh)
-    assert got_BT.dtype == np.float32
-    np.testing.assert_allclose(got_BT, expected_BT[:, from_position - 1 :], atol=2e-5, rtol=0)
+    log_p_BT, is_most_likely_BT = score(CONFIG, params, tokens_BT, from_position, mesh=mesh)
+    assert log_p_BT.dtype == np.float32
+    np.testing.assert_allclose(log_p_BT, expected_BT[:, from_position - 1 :], atol=2e-5, rtol=0)
+    expected_BT = np.asarray(log_p_BTV)[:, :-1].argmax(-1) == tokens_BT[:, 1:]
+    np.testing.assert_array_equal(is_most_likely_BT, expected_BT[:, from_position - 1 :])
+    assert is_most_likely_BT[0, -1]
 
 
-def test_log_likelihoods_of_padded_rows(params):
+def test_scores_of_padded_rows(params):
     rows = prompts_of(9, 24)
     tokens_BT, mask_BT = left_padded(rows)
-    got_BT = log_likelihoods(CONFIG, params, tokens_BT, 20, mask_BT=mask_BT)
+    got_BT, _ = score(CONFIG, params, tokens_BT, 20, mask_BT=mask_BT)
     for row, got_T in zip(rows, got_BT, strict=True):
-        np.testing.assert_allclose(
-            got_T, log_likelihoods(CONFIG, params, row[None], len(row) - 4)[0], atol=2e-5, rtol=0
-        )
+        alone_BT, _ = score(CONFIG, params, row[None], len(row) - 4)
+        np.testing.assert_allclose(got_T, alone_BT[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -287,4 +290,4 @@ def test_invalid_arguments_are_named(params, given, message):
 def test_invalid_positions_are_named(params):
     for position in (0, 8):
         with pytest.raises(UserError, match=f"from_position={position}: must be from 1 to 7"):
-            log_likelihoods(CONFIG, params, np.zeros((1, 8), int), position)
+            score(CONFIG, params, np.zeros((1, 8), int), position)

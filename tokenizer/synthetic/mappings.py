@@ -82,6 +82,33 @@ def draw(rng: np.random.Generator, family: str, split: str = TRAIN) -> Mapping:
     return FAMILIES[family](rng, split)
 
 
+def draw_other(rng: np.random.Generator, mapping: Mapping, split: str) -> Mapping:
+    """Draws another mapping with the same source and the same types of steps, for wrong examples.
+
+    A mosaic of few colours has no other held-out exchange. So the other exchange can have any pairs of colours, but no
+    pair of the given one.
+    """
+    while True:
+        other = draw(rng, mapping.family, split)
+        if [type(step) for step in other.steps] != [type(step) for step in mapping.steps]:
+            continue
+        given, first = mapping.steps[0], other.steps[0]
+        if isinstance(given, steps.Exchange):
+            first = steps.Exchange(given.colours, _other_images(rng, given))
+        other = dataclasses.replace(other, source=mapping.source, steps=(first, *other.steps[1:]))
+        if other.describe() != mapping.describe():
+            return other
+
+
+def _other_images(rng: np.random.Generator, exchange: steps.Exchange) -> np.ndarray:
+    """Draws an exchange of the same colours [k] in which each has another image, and none its own colour."""
+    allowed = ~np.eye(held_out.NUM_COLOURS, dtype=bool)
+    allowed[exchange.colours, exchange.images] = False
+    images = _exchange(rng, exchange.colours, allowed)
+    assert images is not None  # from three colours on, if no colour is its own image
+    return images
+
+
 def _allowed(table: np.ndarray, split: str) -> np.ndarray:
     """Returns the entries of a table of `held_out` that mappings of a split use."""
     return table if split == HELD_OUT else ~table

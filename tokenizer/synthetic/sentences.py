@@ -26,15 +26,28 @@ assert NUM_FRAMES == NUM_IMAGES
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """The shares of the families in a set of sentences. They need not add up to 1."""
+    """The families of a set of sentences.
+
+    Attributes:
+      weights: shares of the families. They need not add up to 1.
+      num_mappings: each family has so many mappings, the same ones for all seeds; 0: a new one for each sentence.
+    """
 
     families: tuple[str, ...]
     weights: tuple[float, ...]
+    num_mappings: int = 0
 
     def draw(self, rng: np.random.Generator) -> str:
         """Draws a family."""
         totals = np.cumsum(self.weights)
         return self.families[int(np.searchsorted(totals, rng.random() * totals[-1], side="right"))]
+
+    def draw_mapping(self, rng: np.random.Generator, family: str) -> mappings.Mapping:
+        """Draws a mapping of a family of `mappings`."""
+        if self.num_mappings:
+            number = int(rng.integers(self.num_mappings))
+            rng = np.random.default_rng([number, list(mappings.FAMILIES).index(family), 37])
+        return mappings.draw(rng, family)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +88,7 @@ def compose(pool: Pool, mixture: Mixture, seed: int) -> tuple[list[int], list[np
     family = mixture.draw(rng)
     if family == FRAMES:
         return list(pool.frame_numbers(int(rng.integers(pool.counts["clips"])))), [], {"kind": family}
-    mapping = mappings.draw(rng, family)
+    mapping = mixture.draw_mapping(rng, family)
     group = "photos" if family == "photo_color" else "scenes"
     numbers, pixels = [], []
     for item in _choose_items(rng, pool, group, mapping.label):

@@ -1,4 +1,4 @@
-"""Decodes with a LLaMA and a key-value cache, for `EasyLM.models.generate`. Computes likelihoods of given tokens.
+"""Decodes with a LLaMA and a key-value cache, for `EasyLM.models.generate`. Scores given tokens.
 
 Weights and caches are lists with separate arrays for each layer. With stacked arrays, each step would copy a slice per
 layer.
@@ -28,7 +28,7 @@ from EasyLM.models.llama.rotary import positions, rotary_table
 from EasyLM.models.tuning import after
 from EasyLM.parallel import BATCH_AXES, constrain, shardings
 
-_LOGITS_TOKENS = 2048  # tokens whose logits `log_likelihoods` holds in memory at once
+_LOGITS_TOKENS = 2048  # tokens whose logits `score` holds in memory at once
 # For decoding, weights are split over mp only. Other axes would need a gather in each step, which would dominate it.
 _DECODE_RULES = tuple((path, P(*(axis if axis == "mp" else None for axis in spec))) for path, spec in PARTITION_RULES)
 
@@ -136,7 +136,7 @@ class LLaMADecoder:
         )
 
 
-def log_likelihoods(
+def score(
     config: LLaMAConfig,
     params: dict,
     tokens_BT: np.ndarray,
@@ -145,8 +145,11 @@ def log_likelihoods(
     mask_BT: np.ndarray | None = None,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
-) -> np.ndarray:
-    """Returns the log-likelihood, in nats, of each token given all earlier tokens: float32 [B, T - from_position].
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores each token given all earlier tokens.
+
+    Returns:
+      Log-likelihoods in nats, float32 [B, T - from_position], and whether no token is more likely, bool of this shape.
 
     Args:
       from_position: the position of the first evaluated token, at least 1.
@@ -159,11 +162,12 @@ def log_likelihoods(
     if not 1 <= from_position < tokens_BT.shape[1]:
         raise UserError(f"from_position={from_position}: must be from 1 to {tokens_BT.shape[1] - 1}")
     mask_BT = None if mask_BT is None or np.all(mask_BT) else np.asarray(mask_BT, np.int32)
-    return np.asarray(_log_likelihoods(config, params, tokens_BT, from_position, mask_BT, dtype, mesh))
+    scores = _score(config, params, tokens_BT, from_position, mask_BT, dtype, mesh)
+    return np.asarray(scores[0]), np.asarray(scores[1])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "from_position", "dtype", "mesh"))
-def _log_likelihoods(config, params, tokens_BT, from_position, mask_BT, dtype, mesh):
+def _score(config, params, tokens_BT, from_position, mask_BT, dtype, mesh):
     inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, from_position:]
     hidden_BTD, head_DV = llama_model.hidden_states(
         config,
@@ -176,14 +180,15 @@ def _log_likelihoods(config, params, tokens_BT, from_position, mask_BT, dtype, m
     batch, length = targets_BT.shape
     chunk_length = min(max(_LOGITS_TOKENS // batch, 1), length)
 
-    def log_p_of_chunk(chunk):
+    def score_of_chunk(chunk):
         hidden_BtD, targets_Bt = chunk
         logits_BtV = llama_model.logits(hidden_BtD, head_DV, mesh).astype(jnp.float32)
-        return jnp.take_along_axis(logits_BtV, targets_Bt[..., None], -1)[..., 0] - jax.nn.logsumexp(logits_BtV, -1)
+        logits_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], -1)[..., 0]
+        return logits_Bt - jax.nn.logsumexp(logits_BtV, -1), logits_Bt == logits_BtV.max(-1)
 
     arrays = hidden_BTD[:, from_position - 1 :], targets_BT
-    log_p_CBt = jax.lax.map(log_p_of_chunk, tuple(split_time(x_BT, chunk_length) for x_BT in arrays))
-    return join_time(log_p_CBt, length)
+    scores_CBt = jax.lax.map(score_of_chunk, tuple(split_time(x_BT, chunk_length) for x_BT in arrays))
+    return tuple(join_time(x_CBt, length) for x_CBt in scores_CBt)
 
 
 def _attend(q_BHCK, k_BHCK, v_BHCK, prompt, mask_BP, own, slot):
