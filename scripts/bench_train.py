@@ -41,7 +41,7 @@ def main(config: ConfigDict) -> None:
         llama_model.make_loss_fn(model, jnp.float32),
         PARTITION_RULES,
     )
-    step = jax.jit(make_train_step(trained.loss, optimizer, seed=0), donate_argnums=0)
+    step = jax.jit(make_train_step(trained.loss_and_gradients, optimizer, seed=0), donate_argnums=0)
     params, _ = jax.jit(trained.init)(jax.random.key(0))
     state = TrainState(jnp.int32(0), params, jax.jit(optimizer.transform.init)(params))
     shape = config.batch_size, config.seq_length

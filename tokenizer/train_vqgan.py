@@ -70,7 +70,11 @@ FLAGS = {
     ),
     "lr_warmup_steps": Flag(1000, "Steps of linear warm-up, in which vectors are not quantized yet.", least=1),
     "weight_decay": Flag(1e-4, "Decoupled weight decay.", least=0),
-    "clip_gradient": Flag(1.0, "Maximum norm of the network's gradient.", above=0),
+    "clip_gradient": Flag(
+        1.0,
+        "Maximum norm of the network's gradient, its adversarial part included. The discriminator's is not clipped.",
+        above=0,
+    ),
     "average_decay": Flag(0.999, "Decay per step of the running mean of the network.", least=0, below=1),
     "gradient_weight": Flag(
         0.5, "Weight of the error in differences of neighbouring pixels; unused with LPIPS.", least=0
@@ -119,7 +123,7 @@ def main(config: Any) -> int:
 
         # Train
         task = TrainingTask(
-            Model(objective.init, objective.loss, objective.evaluate, partition_rules=((".*", P()),)),
+            Model(objective.init, objective.loss_and_gradients, objective.evaluate, partition_rules=((".*", P()),)),
             _optimizer(config, objective),
             TrainingData(data, config.batch_size, eval_data, config.batch_size),
             Accounting(unit="images", items_per_row=1, flops_per_row=0.0),

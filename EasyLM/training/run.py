@@ -181,7 +181,7 @@ def _compiled_step(
     task: TrainingTask, seed: int, mesh: Mesh, state: TrainState, state_shardings: TrainState
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
     """Compiles the train step before the first batch is requested, and logs the compile time."""
-    step = make_train_step(task.model.loss, task.optimizer, seed)
+    step = make_train_step(task.model.loss_and_gradients, task.optimizer, seed)
     batch = _batch_shapes(task.data.train, task.data.batch_size, mesh)
     logging.info("compiling the train step")
     begin = time.perf_counter()

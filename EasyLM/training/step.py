@@ -18,8 +18,8 @@ Metrics = dict[str, Any]  # {name: scalar}
 
 # init(key) -> (params, extra)
 InitFn = Callable[[jax.Array], tuple[Params, Params]]
-# loss(params, extra, batch, step, key) -> (loss, (metrics, new extra)); only params are differentiated.
-LossFn = Callable[[Params, Params, Batch, jax.Array, jax.Array], tuple[jax.Array, tuple[Metrics, Params]]]
+# loss_and_gradients(params, extra, batch, step, key) -> (loss, gradients of params, metrics, new extra)
+LossAndGradientsFn = Callable[[Params, Params, Batch, jax.Array, jax.Array], tuple[jax.Array, Params, Metrics, Params]]
 # evaluate(params, extra, batch) -> metrics, `loss` among them; without dropout or other noise
 EvalFn = Callable[[Params, Params, Batch], Metrics]
 
@@ -96,20 +96,18 @@ def _fresh_state(init: InitFn, optimizer: Optimizer) -> Callable[[jax.Array], Tr
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: Optimizer, seed: int
+    loss_and_gradients: LossAndGradientsFn, optimizer: Optimizer, seed: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure train step `(state, batch) -> (state, metrics)`.
 
     If the loss or the gradient is not finite, only the step count changes, and the metric `finite` is False. The metric
-    `learning_rate` is the rate of this update, `gradient_norm` the norm of the micro-step's gradient before clipping,
-    `param_norm` the norm of the updated parameters.
+    `learning_rate` is the rate of this update, `gradient_norm` the norm of the micro-step's gradients before clipping,
+    `param_norm` the norm of the updated parameters, both over all trained parameters.
     """
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)  # derived from the step, so it is not saved
-        (loss, (metrics, extra)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.extra, batch, state.step, key
-        )
+        loss, gradients, metrics, extra = loss_and_gradients(state.params, state.extra, batch, state.step, key)
         gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         updates, opt_state = optimizer.transform.update(gradients, state.opt_state, state.params)

@@ -9,7 +9,7 @@ import jax
 
 from EasyLM.parallel.partition import Rules
 from EasyLM.training.batches import RowSource
-from EasyLM.training.step import Batch, EvalFn, InitFn, LossFn, Metrics, Optimizer, Params
+from EasyLM.training.step import Batch, EvalFn, InitFn, LossAndGradientsFn, Metrics, Optimizer, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Model:
     """The functions of a model (see `step`), and the partition rules of its train state."""
 
     init: InitFn
-    loss: LossFn
+    loss_and_gradients: LossAndGradientsFn
     evaluate: EvalFn
     partition_rules: Rules
 
@@ -35,15 +35,15 @@ def model_without_extra(
       partition_rules: see `EasyLM.parallel`.
     """
 
-    def loss(params, extra, batch, step, key):
-        value, metrics = loss_fn(params, batch, key)
-        return value, (metrics, extra)
+    def loss_and_gradients(params, extra, batch, step, key):
+        (value, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        return value, gradients, metrics, extra
 
     def evaluate(params, extra, batch):
         value, metrics = loss_fn(params, batch, None)
         return {"loss": value, **metrics}
 
-    return Model(lambda key: (init_params(key), {}), loss, evaluate, partition_rules)
+    return Model(lambda key: (init_params(key), {}), loss_and_gradients, evaluate, partition_rules)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,22 +101,18 @@ class AdversarialLoss:
         """Returns 1.0 from the start step on, else 0.0."""
         return (step >= self.start_step).astype(jnp.float32)
 
-    def generator_loss(
-        self, params: dict[str, jax.Array], reconstructed_BHWC: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns -mean(logits) and its gradient by reconstructed pixel [B,H,W,C]. Both are constants to autodiff."""
-        network = self.discriminator(jax.lax.stop_gradient(params))
-        return jax.value_and_grad(lambda pixels: -jnp.mean(network(pixels)))(jax.lax.stop_gradient(reconstructed_BHWC))
+    def generator_loss(self, reconstructed_BHWC: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
+        """Returns -mean(logits) of reconstructions: what the VQGAN minimizes."""
+        return -jnp.mean(self.discriminator(params)(reconstructed_BHWC))
 
     def discriminator_loss(
         self, params: dict[str, jax.Array], real_BHWC: jax.Array, reconstructed_BHWC: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the hinge loss, with a gradient for the discriminator only, and the mean logits as metrics."""
-        network = self.discriminator(params)
-        logits = network(jnp.concatenate([real_BHWC, jax.lax.stop_gradient(reconstructed_BHWC)]))
+        """Returns the hinge loss, which the discriminator minimizes, and the mean logits as metrics."""
+        logits = self.discriminator(params)(jnp.concatenate([real_BHWC, reconstructed_BHWC]))
         real, reconstructed = jnp.split(logits, 2)
         loss = 0.5 * (jnp.mean(nnx.relu(1 - real)) + jnp.mean(nnx.relu(1 + reconstructed)))
-        return loss, {"verdict_real": jnp.mean(real), "verdict_drawn": jnp.mean(reconstructed)}
+        return loss, {"logits_real": jnp.mean(real), "logits_reconstructed": jnp.mean(reconstructed)}
 
 
 def adaptive_weight(
@@ -133,7 +129,6 @@ def adaptive_weight(
       pixel_gradient_BHWC, adversarial_pixel_gradient_BHWC: gradients of the two losses by reconstructed pixel.
     """
     graphdef, state = nnx.split(last_layer)
-    features_BHWC, state = jax.lax.stop_gradient((features_BHWC, state))
     _, backward = jax.vjp(lambda state: nnx.merge(graphdef, state)(features_BHWC).astype(jnp.float32), state)
     norm, adversarial_norm = (
         jnp.linalg.norm(backward(gradient)[0]["kernel"].get_value())

@@ -33,11 +33,6 @@ def gradient_error(error_BHWC: jax.Array) -> jax.Array:
     return total
 
 
-def gradient_only(term: jax.Array) -> jax.Array:
-    """Returns a term of value 0 with the gradient of `term`."""
-    return term - jax.lax.stop_gradient(term)
-
-
 def paste_rectangles(pixels_BHWC: jax.Array, side: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pastes a random rectangle of the next image into each image (as in CutMix, arXiv 1905.04899).
 

@@ -1,4 +1,4 @@
-"""The training objective of a VQGAN: initial state, loss, evaluation and optimizer.
+"""The training objective of a VQGAN: initial state, loss and gradients, evaluation and optimizer.
 
 Trained parameters, by group:
     model           the network, by dotted path, without its codebook
@@ -12,7 +12,7 @@ Extra state, which has no gradient:
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from flax import nnx
 from tokenizer.image_quality import code_usage, lpips
 from tokenizer.training.codebook import Codebook, code_vectors, empty_codebook, update_codebook
 from tokenizer.training.discriminator import AdversarialLoss, adaptive_weight
-from tokenizer.training.losses import commitment_error, gradient_error, gradient_only, paste_rectangles, roll_cells
+from tokenizer.training.losses import commitment_error, gradient_error, paste_rectangles, roll_cells
 from tokenizer.vqgan import VQGAN, VQGANConfig, weights
 
 _EMBEDDING = "quantize.embedding"
@@ -31,11 +31,9 @@ _EMBEDDING = "quantize.embedding"
 Metrics = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Forward:
+class _Forward(NamedTuple):
     """The arrays of one forward pass."""
 
-    model: VQGAN
     hidden: jax.Array  # [B,h,w,Z]
     chosen: jax.Array  # [B,h,w,Z]
     codes: jax.Array  # [B,N]
@@ -90,53 +88,70 @@ class Objective:
             extra["perceptual"] = jax.tree.map(jnp.asarray, dict(self.vgg))
         return params, extra
 
-    def loss(
+    def loss_and_gradients(
         self, params: dict[str, Any], extra: dict[str, Any], batch: dict, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
-        """Returns the loss of `{"pixels": [B,H,W,3] in [0,1]}`, metrics, and the new extra state.
+    ) -> tuple[jax.Array, dict[str, Any], Metrics, dict[str, Any]]:
+        """Returns the loss of `{"pixels": [B,H,W,3] in [0,1]}`, gradients by group, metrics, and the new extra state.
 
-        The value of the loss excludes the adversarial terms, so it is comparable before and after their start.
+        The network descends reconstruction, commitment, locality and the generator loss; the discriminator descends its
+        own loss. The returned loss excludes both adversarial terms, so it is comparable before and after their start.
         """
-        pixels_BHWC = batch["pixels"]
-        forward = self._forward(params["model"], extra["codebook"], pixels_BHWC)
-        (reconstruction, metrics), pixel_gradient_BHWC = jax.value_and_grad(self._reconstruction, has_aux=True)(
-            jax.lax.stop_gradient(forward.reconstructed), pixels_BHWC, extra
-        )
-        commitment, commitment_metrics = self._commitment(forward)
-        metrics |= commitment_metrics
-        loss = reconstruction + commitment
-        if self.locality_weight:
-            locality, kept = self._locality(forward, pixels_BHWC, jax.random.fold_in(key, 1))
-            loss += self.locality_weight * jnp.minimum(step / self.locality_steps, 1.0) * locality
-            metrics |= {"locality": locality, "codes_kept": kept}
-        if self.adversarial is not None:
-            discriminator_loss, added_gradient_BHWC, adversarial_metrics = self._adversarial_terms(
-                self.adversarial, params["discriminator"], forward, pixels_BHWC, pixel_gradient_BHWC, step
-            )
-            loss += gradient_only(discriminator_loss)
-            pixel_gradient_BHWC += added_gradient_BHWC
-            metrics |= adversarial_metrics
-        # The gradients by pixel are known. This term passes them to the network without recomputing them.
-        loss += gradient_only(jnp.sum(jax.lax.stop_gradient(pixel_gradient_BHWC) * forward.reconstructed))
+        pixels_BHWC, network = batch["pixels"], params["model"]
 
-        network, hidden_BhwZ = jax.lax.stop_gradient((params["model"], forward.hidden))
-        hidden_MZ = hidden_BhwZ.reshape(-1, hidden_BhwZ.shape[-1])
+        # The network's image and code loss. `backward` maps the gradients of these two to the gradient of the network.
+        def reconstruct(network: dict[str, jax.Array]) -> Any:
+            return self._reconstruct(network, extra["codebook"], pixels_BHWC, step, key)
+
+        (reconstructed_BHWC, code_loss), backward, (forward, metrics) = jax.vjp(reconstruct, network, has_aux=True)
+
+        # The gradient of the image: each loss of the image is differentiated by its pixels only.
+        image_loss = jax.value_and_grad(self._image_loss, has_aux=True)
+        (loss, image_metrics), gradient_BHWC = image_loss(reconstructed_BHWC, pixels_BHWC, extra)
+        metrics |= image_metrics
+        gradients = {}
+        if self.adversarial is not None:
+            added_gradient_BHWC, gradients["discriminator"], adversarial_metrics = self._adversarial_gradients(
+                self.adversarial, params, extra, forward, pixels_BHWC, gradient_BHWC, step
+            )
+            gradient_BHWC += added_gradient_BHWC
+            metrics |= adversarial_metrics
+        (gradients["model"],) = backward((gradient_BHWC, jnp.ones(())))
+
+        hidden_MZ = forward.hidden.reshape(-1, forward.hidden.shape[-1])
         codebook = update_codebook(extra["codebook"], hidden_MZ, forward.codes.reshape(-1), key)
         extra = extra | {
             "codebook": jax.tree.map(partial(jnp.where, step >= self.unquantized_steps), codebook, extra["codebook"]),
             "average": optax.incremental_update(network, extra["average"], 1 - self.average_decay),
         }
-        return loss, (metrics, extra)
+        return loss + code_loss, gradients, metrics, extra
 
     def evaluate(self, params: dict[str, Any], extra: dict[str, Any], batch: dict) -> Metrics:
         """Returns the metrics of the averaged network: reconstruction and commitment."""
-        forward = self._forward(extra["average"], extra["codebook"], batch["pixels"])
-        reconstruction, metrics = self._reconstruction(forward.reconstructed, batch["pixels"], extra)
+        model = make_model(self.config, extra["average"], extra["codebook"], self.dtype)
+        forward = self._forward(model, extra["codebook"], batch["pixels"])
+        loss, metrics = self._image_loss(forward.reconstructed, batch["pixels"], extra)
         commitment, commitment_metrics = self._commitment(forward)
-        return {"loss": reconstruction + commitment, **metrics, **commitment_metrics}
+        return {"loss": loss + commitment, **metrics, **commitment_metrics}
 
-    def _forward(self, network: dict[str, jax.Array], codebook: Codebook, pixels_BHWC: jax.Array) -> _Forward:
+    def _reconstruct(
+        self,
+        network: dict[str, jax.Array],
+        codebook: Codebook,
+        pixels_BHWC: jax.Array,
+        step: jax.Array,
+        key: jax.Array,
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[_Forward, Metrics]]:
+        """Returns the reconstructed image and the loss of the codes (commitment and locality), then arrays, metrics."""
         model = make_model(self.config, network, codebook, self.dtype)
+        forward = self._forward(model, codebook, pixels_BHWC)
+        loss, metrics = self._commitment(forward)
+        if self.locality_weight:
+            locality, kept = self._locality(model, forward, pixels_BHWC, jax.random.fold_in(key, 1))
+            loss += self.locality_weight * jnp.minimum(step / self.locality_steps, 1.0) * locality
+            metrics |= {"locality": locality, "codes_kept": kept}
+        return (forward.reconstructed, loss), (forward, metrics)
+
+    def _forward(self, model: VQGAN, codebook: Codebook, pixels_BHWC: jax.Array) -> _Forward:
         hidden_BhwZ, codes_BN = model.encode(pixels_BHWC)
         hidden_BhwZ = hidden_BhwZ.astype(jnp.float32)
         used = jnp.sum(codebook["share"]) > 0
@@ -144,11 +159,12 @@ class Objective:
         straight_through_BhwZ = hidden_BhwZ + jax.lax.stop_gradient(chosen_BhwZ - hidden_BhwZ)
         features_BHWC = model.decoder.features(model.post_quant_conv(straight_through_BhwZ))
         reconstructed_BHWC = model.decoder.conv_out(features_BHWC).astype(jnp.float32)
-        return _Forward(model, hidden_BhwZ, chosen_BhwZ, codes_BN, features_BHWC, reconstructed_BHWC)
+        return _Forward(hidden_BhwZ, chosen_BhwZ, codes_BN, features_BHWC, reconstructed_BHWC)
 
-    def _reconstruction(
+    def _image_loss(
         self, reconstructed_BHWC: jax.Array, pixels_BHWC: jax.Array, extra: dict[str, Any]
     ) -> tuple[jax.Array, Metrics]:
+        """Returns the reconstruction loss and its terms."""
         error_BHWC = reconstructed_BHWC - pixels_BHWC
         terms = {"absolute": jnp.mean(jnp.abs(error_BHWC)), "squared": jnp.mean(error_BHWC**2)}
         if self.vgg is None:
@@ -164,7 +180,9 @@ class Objective:
         counts_K = jnp.bincount(forward.codes.reshape(-1), length=self.config.num_embeddings)
         return commitment, {"commitment": commitment, **code_usage(counts_K)}
 
-    def _locality(self, forward: _Forward, pixels_BHWC: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _locality(
+        self, model: VQGAN, forward: _Forward, pixels_BHWC: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns the locality loss, and the share of moved but unchanged cells that keep their code."""
         roll_key, paste_key = jax.random.split(key)
         rolled_BHWC, shift_2, away_from_seam_hw = roll_cells(pixels_BHWC, self.config.side, roll_key)
@@ -172,27 +190,37 @@ class Objective:
         unchanged_Bhw &= away_from_seam_hw[None]
         codes_Bhw = jnp.roll(forward.codes.reshape(unchanged_Bhw.shape), shift_2, axis=(1, 2))
         chosen_BhwZ = jnp.roll(forward.chosen, shift_2, axis=(1, 2))
-        hidden_BhwZ, changed_codes_BN = forward.model.encode(changed_BHWC)
+        hidden_BhwZ, changed_codes_BN = model.encode(changed_BHWC)
         keeps_Bhw = unchanged_Bhw & (changed_codes_BN.reshape(codes_Bhw.shape) == codes_Bhw)
         kept = jnp.sum(keeps_Bhw) / jnp.maximum(jnp.sum(unchanged_Bhw), 1)
         return commitment_error(hidden_BhwZ.astype(jnp.float32), chosen_BhwZ, unchanged_Bhw), kept
 
-    def _adversarial_terms(
+    def _adversarial_gradients(
         self,
         adversarial: AdversarialLoss,
-        discriminator: dict[str, jax.Array],
+        params: dict[str, Any],
+        extra: dict[str, Any],
         forward: _Forward,
         pixels_BHWC: jax.Array,
-        pixel_gradient_BHWC: jax.Array,
+        reconstruction_gradient_BHWC: jax.Array,
         step: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, Metrics]:
-        """Returns the discriminator's loss, the generator's weighted gradient by reconstructed pixel, and metrics."""
-        started, reconstructed_BHWC = adversarial.started(step), forward.reconstructed
-        generator_loss, gradient_BHWC = adversarial.generator_loss(discriminator, reconstructed_BHWC)
-        adaptive = adaptive_weight(forward.model.decoder.conv_out, forward.features, pixel_gradient_BHWC, gradient_BHWC)
-        loss, logits = adversarial.discriminator_loss(discriminator, pixels_BHWC, reconstructed_BHWC)
-        metrics = {"generator": generator_loss, "discriminator": loss, "adaptive_weight": adaptive, **logits}
-        return started * loss, started * adaptive * adversarial.weight * gradient_BHWC, metrics
+    ) -> tuple[jax.Array, dict[str, jax.Array], Metrics]:
+        """Returns the weighted gradient of the generator loss by pixel, that of the discriminator, and metrics."""
+        generator = jax.value_and_grad(adversarial.generator_loss)
+        generator_loss, gradient_BHWC = generator(forward.reconstructed, params["discriminator"])
+        discriminator = jax.value_and_grad(adversarial.discriminator_loss, has_aux=True)
+        (discriminator_loss, logits), discriminator_gradient = discriminator(
+            params["discriminator"], pixels_BHWC, forward.reconstructed
+        )
+        last_layer = make_model(self.config, params["model"], extra["codebook"], self.dtype).decoder.conv_out
+        adaptive = adaptive_weight(last_layer, forward.features, reconstruction_gradient_BHWC, gradient_BHWC)
+        losses = {"generator": generator_loss, "discriminator": discriminator_loss}
+        started = adversarial.started(step)
+        return (
+            started * adaptive * adversarial.weight * gradient_BHWC,
+            jax.tree.map(lambda gradient: started * gradient, discriminator_gradient),
+            {**losses, "adaptive_weight": adaptive, **logits},
+        )
 
     def make_optimizer(
         self, rate: optax.Schedule, weight_decay: float, clip_gradient: float

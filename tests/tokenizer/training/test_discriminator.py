@@ -47,10 +47,9 @@ def state(batch):
     """Parameters and extra state whose codes lie on vectors of the batch."""
     rng = np.random.default_rng(0)  # compiling the initializers would take longer than the tests
     params, extra = jax.eval_shape(BOTH.init, jax.random.key(0))
-    # One more scalar gives random numbers with which no vector is near a boundary, where rounding changes codes.
-    shapes = params | extra | {"b": jax.ShapeDtypeStruct((), jnp.float32)}
-    groups = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.2), jnp.float32), shapes)
-    params, extra = ({name: groups[name] for name in part} for part in (params, extra))
+    params, extra = jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.2), jnp.float32), (params, extra)
+    )
     model = make_model(CONFIG, params["model"], extra["codebook"])
     hidden_MZ = nnx.jit(lambda model, pixels: model.encode(pixels)[0])(model, batch["pixels"]).reshape(-1, 4)
     return params, extra | {"codebook": {"share": jnp.full(8, 1 / 8), "sum": hidden_MZ[::64] / 8}}
@@ -58,14 +57,14 @@ def state(batch):
 
 @functools.cache
 def compiled(objective):
-    return jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+    return jax.jit(objective.loss_and_gradients)
 
 
 def gradient(objective, state, batch, step=START):
     """Returns the loss, its metrics and the gradients at a step."""
     params, extra = state
     names = ("model", "discriminator") if objective.adversarial else ("model",)
-    (loss, (metrics, _)), gradients = compiled(objective)({n: params[n] for n in names}, extra, batch, step, KEY)
+    loss, gradients, metrics, _ = compiled(objective)({n: params[n] for n in names}, extra, batch, step, KEY)
     return loss, metrics, gradients
 
 
@@ -148,9 +147,14 @@ def test_before_the_start_step_adversarial_training_has_no_effect(state, batch):
 
 @pytest.mark.slow
 def test_eight_devices_give_the_results_of_one(state, batch):
-    rate = optax.constant_schedule(1e-3)
-    optimizer = Optimizer(BOTH.make_optimizer(rate, 1e-4, 1.0), functools.partial(learning_rate, rate))
-    step = make_train_step(BOTH.loss, optimizer, seed=0)
+    """Up to rounding, which gradient descent does not amplify.
+
+    Adam does: the hinge loss has no gradient by the discriminator's last bias while all logits are in -1..1, and Adam
+    makes a full step of what rounding leaves.
+    """
+    rate = optax.constant_schedule(0.02)
+    optimizer = Optimizer(optax.sgd(rate), functools.partial(learning_rate, rate))
+    step = make_train_step(BOTH.loss_and_gradients, optimizer, seed=0)
     params, extra = state
     rows = []
     for devices in (jax.devices(), jax.devices()[:1]):
@@ -167,7 +171,7 @@ def test_eight_devices_give_the_results_of_one(state, batch):
         rows.append(metrics_of_steps)
     for one, other in zip(*rows, strict=True):
         for name in ("loss", "gradient_norm", "generator", "discriminator", "adaptive_weight", "code_perplexity"):
-            np.testing.assert_allclose(one[name], other[name], rtol=2e-4, err_msg=name)
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-4, err_msg=name)
     losses = [row["discriminator"] for row in rows[0]]
     assert losses[5] < losses[3]  # trained from step 3 on
 
@@ -188,7 +192,7 @@ def test_invalid_settings_are_named(settings, message):
 def test_the_average_follows_the_network(state, batch):
     """Every parameter becomes 0.9 old + 0.1 network, with the network before the step."""
     params, extra = state
-    _, (_, updated) = jax.jit(PLAIN.loss)({"model": params["model"]}, extra, batch, START, KEY)
+    _, _, _, updated = jax.jit(PLAIN.loss_and_gradients)({"model": params["model"]}, extra, batch, START, KEY)
     assert updated["average"].keys() == params["model"].keys()
     for name, old in extra["average"].items():
         expected = 0.9 * old + 0.1 * params["model"][name]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenizer.training import Objective
-from tokenizer.training.losses import commitment_error, gradient_error, gradient_only, paste_rectangles, roll_cells
+from tokenizer.training.losses import commitment_error, gradient_error, paste_rectangles, roll_cells
 from tokenizer.vqgan import VQGANConfig
 
 CONFIG = VQGANConfig(resolution=8, hidden_channels=4, channel_mult=(1,), norm_groups=2, num_embeddings=16)
@@ -58,22 +58,23 @@ def test_gradient_error_distinguishes_errors_of_equal_mean():
     assert gradient_error(checks) > 0.05
 
 
-def test_gradient_only_has_a_gradient_and_no_value():
-    value, gradient = jax.value_and_grad(lambda x: gradient_only(x**2))(3.0)
-    assert value == 0 and gradient == 6
+def start():
+    """Returns fresh parameters, and extra state whose codes are all in use."""
+    params, extra = jax.jit(Objective(CONFIG).init)(jax.random.key(0))
+    sum_KZ = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)) / 16, jnp.float32)
+    return params, extra | {"codebook": {"share": jnp.full(16, 1 / 16), "sum": sum_KZ}}
 
 
 @pytest.mark.slow
 def test_locality_has_gradients_for_the_encoder_only():
-    params, extra = Objective(CONFIG).init(jax.random.key(0))
-    sum_KZ = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)) / 16, jnp.float32)
-    extra["codebook"] = {"share": jnp.full(16, 1 / 16), "sum": sum_KZ}
+    params, extra = start()
     batch = {"pixels": jnp.asarray(np.random.default_rng(1).random((4, 8, 8, 3), np.float32))}
 
     def gradient(weight):
         objective = Objective(CONFIG, locality_weight=weight)
-        loss = jax.jit(jax.grad(lambda p: objective.loss(p, extra, batch, jnp.int32(1), jax.random.key(2))[0]))
-        return loss(params)["model"]
+        step = jax.jit(objective.loss_and_gradients)
+        _, gradients, _, _ = step(params, extra, batch, jnp.int32(1), jax.random.key(2))
+        return gradients["model"]
 
     without, with_locality = gradient(0.0), gradient(1.0)
     changed = {name for name, array in without.items() if not np.array_equal(array, with_locality[name])}
@@ -84,15 +85,35 @@ def test_locality_has_gradients_for_the_encoder_only():
 def test_vectors_pass_unquantized_at_the_start_and_then_have_many_codes():
     params, extra = Objective(CONFIG).init(jax.random.key(0))
     batch = {"pixels": jnp.asarray(np.random.default_rng(1).random((4, 8, 8, 3), np.float32))}
-    loss = jax.jit(Objective(CONFIG, unquantized_steps=3).loss)
+    loss_and_gradients = jax.jit(Objective(CONFIG, unquantized_steps=3).loss_and_gradients)
     losses, used = [], []
     for step in range(5):
-        value, (metrics, extra) = loss(params, extra, batch, jnp.int32(step), jax.random.key(step))
+        value, _, metrics, extra = loss_and_gradients(params, extra, batch, jnp.int32(step), jax.random.key(step))
         losses.append(float(value))
         used.append(float(metrics["codes_used"]))
     assert losses[:4] == [losses[0]] * 4  # the parameters do not change
     assert used[:4] == [1 / 16] * 4 and used[4] > 0.5
     assert losses[4] > losses[0]  # quantization costs something
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_the_loss_as_one_function():
+    """Evaluation computes the same loss without a separate gradient of the image."""
+    objective = Objective(CONFIG)
+    params, extra = start()
+    batch = {"pixels": jnp.asarray(np.random.default_rng(1).random((4, 8, 8, 3), np.float32))}
+    loss, gradients, _, _ = jax.jit(objective.loss_and_gradients)(params, extra, batch, jnp.int32(0), jax.random.key(2))
+
+    def whole(network):
+        return objective.evaluate(params, extra | {"average": network}, batch)["loss"]
+
+    expected_loss, expected = jax.jit(jax.value_and_grad(whole))(params["model"])
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert gradients.keys() == {"model"} and gradients["model"].keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(
+            gradients["model"][name], array, rtol=0, atol=1e-5 * np.abs(array).max() + 1e-8, err_msg=name
+        )
 
 
 @pytest.mark.slow
