@@ -16,7 +16,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -137,11 +137,9 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
     argv = sys.argv if argv is None else argv
     options = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
     if not _HELP.isdisjoint(options):
-        print(help_text(main, definitions))
-        sys.exit(0)
+        _print_and_exit(help_text(main, definitions))
     if "--version" in options:
-        print(f"EasyLM-LVM {EasyLM.__version__}")
-        sys.exit(0)
+        _print_and_exit(f"EasyLM-LVM {EasyLM.__version__}")
     try:
         config = parse(definitions, argv)
     except (flags.Error, UserError) as error:
@@ -162,6 +160,14 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     flags.FLAGS.mark_as_parsed()
     app.run(checked_main, argv=argv[:1], flags_parser=lambda program: program)
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # in `--help | head`; Python flushes again at exit, and must not fail then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
 
 
 def parse(definitions: Definitions, argv: list[str]) -> ConfigDict:

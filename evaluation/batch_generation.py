@@ -24,7 +24,11 @@ FLAGS = {
     **EXAMPLE_FLAGS,
     "output_base_dir": Flag("", "Folder that output paths are relative to.", required=True),
     **GENERATION_FLAGS,
-    "batch_size_factor": Flag(4, "Examples per batch on each device; does not change results.", least=1),
+    "batch_size_factor": Flag(
+        4,
+        "Examples in a batch for each device (with mp > 1 in --mesh_dim: for each mp devices). Changes no result.",
+        least=1,
+    ),
     "resize_output": Flag(
         "",
         "Size of each image: original (the size of the last input) or WIDTHxHEIGHT; empty: the tokenizer's resolution.",
@@ -41,8 +45,9 @@ def main(config: ConfigDict) -> None:
     outputs = LineOutputs(config.output_base_dir, config.n_candidates, size, config.include_input)
     targets = "optional" if config.evaluate_mse else "unused"
     line_format = LineFormat.from_config(config, targets=targets, output_key=config.json_output_key)
-    lines = read_lines(config.input_file, line_format, config.max_examples)
-    outputs.check(lines)
+    lines = read_lines(config.input_file, line_format)
+    outputs.check(lines)  # all lines: an output must not overwrite an image of a line that --max_examples leaves out
+    lines = lines[: config.max_examples or None]
     _check_targets(config, lines)
     loops.generate(
         EvaluationRun.from_config(config, config.batch_size_factor, lines, _load, lambda line: line.lengths),

@@ -24,7 +24,11 @@ FLAGS = {
     "n_context_frames": Flag(12, "Frames of the prompt.", least=1),
     "n_new_frames": Flag(4, "Frames to generate after the prompt.", least=1),
     "n_candidates": Flag(8, "Samples for each clip.", least=1),
-    "batch_size_factor": Flag(4, "Clips per batch on each device; does not change results.", least=1),
+    "batch_size_factor": Flag(
+        4,
+        "Clips in a batch for each device (with mp > 1 in --mesh_dim: for each mp devices). Changes no result.",
+        least=1,
+    ),
     "batch_size": Flag(32, "Ignored: --batch_size_factor is the number of clips on each device.", ignored=True),
     "fps": Flag(
         0.0,

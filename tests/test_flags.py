@@ -257,6 +257,16 @@ def test_help_of_every_command(command, option, monkeypatch, capsys):
     assert "--flagfile=FILE" in text
 
 
+def test_help_is_silent_when_its_reader_has_closed_the_pipe():
+    """As `head` does."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "tokenizer.pack", "--help"]
+    completed = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write_end)
+    assert (completed.returncode, completed.stderr) == (0, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
 def test_help_of_every_script(path):

@@ -17,12 +17,12 @@ from EasyLM.flags import Flag, run
 from EasyLM.storage import check_output
 from tokenizer.builders.file_index import FileIndex, InputFolder
 from tokenizer.builders.kinds import KINDS, Kind
-from tokenizer.builders.resumable_file import ResumableFile, folder_fingerprint
+from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
 from tokenizer.media import folders, images, videos
 from tokenizer.sentence_files import SkippedInputs
-from tokenizer.vqgan import CODEC_FLAGS, Codec
+from tokenizer.vqgan import CODEC_FLAGS, Codec, weights
 
 VERSION = 1  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
 
@@ -129,7 +129,7 @@ def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
 def _fingerprint(config: ConfigDict, index: FileIndex) -> dict[str, Any]:
     """Returns everything that determines the bytes of the file."""
     flags = {name: config[name] for name in SENTENCE_FLAGS}
-    return {"version": VERSION, "inputs": index.digest, "tokenizer": folder_fingerprint(config.vqgan), **flags}
+    return {"version": VERSION, "inputs": index.digest, "tokenizer": weights.digests(config.vqgan), **flags}
 
 
 def cli() -> None:

@@ -22,12 +22,12 @@ from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import Workers
 from EasyLM.storage import check_output
-from tokenizer.builders.resumable_file import ResumableFile, folder_fingerprint
+from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.media import grids, images
 from tokenizer.synthetic import pool, seed_ranges, sentences, writing
 from tokenizer.synthetic.pool import Pool, PoolSettings
 from tokenizer.synthetic.sentences import FAMILIES, FRAMES, PAIRS, Mixture
-from tokenizer.vqgan import CODEC_FLAGS, Codec
+from tokenizer.vqgan import CODEC_FLAGS, Codec, weights
 
 VERSION = 1  # increases when the same flags give other sentences; a run resumes only with its own version
 _SHEET_SIDE, _SHEET_LABEL_WIDTH = 64, 176  # pixels
@@ -80,7 +80,7 @@ def main(config: ConfigDict) -> None:
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
     fingerprint = {
         "version": VERSION,
-        "tokenizer": folder_fingerprint(config.vqgan),
+        "tokenizer": weights.digests(config.vqgan),
         **{name: config[name] for name in SENTENCE_FLAGS},
     }
     with contextlib.closing(ResumableFile(config.output_file, fingerprint, config.fresh)) as file:

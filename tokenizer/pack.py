@@ -30,7 +30,7 @@ FLAGS = {
         "", "JSONL files, also .gz and .zst, or packed files: a comma list of paths and globs.", required=True
     ),
     "output_file": Flag(
-        "", f"The *{packed_file.ENDING} file, or JSONL with --unpack; written atomically.", required=True
+        "", f"The *{packed_file.ENDING} file, or *.jsonl with --unpack; written atomically.", required=True
     ),
     "unpack": Flag(False, "Convert packed files to JSONL."),
     "keep_others": Flag(True, "Keep the fields of the records besides the tokens, such as kind and sources."),
@@ -87,9 +87,9 @@ def _input_paths(config: ConfigDict) -> list[str]:
         if packed_file.is_packed(path) != config.unpack:
             reason = f"is not a {packed_file.ENDING} file" if config.unpack else "is packed (--unpack=True unpacks it)"
             raise UserError(f"--input_files={config.input_files}: {path} {reason}")
-    if packed_file.is_packed(config.output_file) == config.unpack or is_compressed(config.output_file):
-        ending = ".jsonl" if config.unpack else packed_file.ENDING
-        raise UserError(f"--output_file={config.output_file}: must end in {ending}")
+    ending = ".jsonl" if config.unpack else packed_file.ENDING
+    if not config.output_file.endswith(ending):
+        raise UserError(f"--output_file={config.output_file}: must end in {ending} with --unpack={config.unpack}")
     return paths
 
 

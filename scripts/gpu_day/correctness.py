@@ -136,12 +136,12 @@ def run_steps(config: llama_config.LLaMAConfig, batches: list, device: jax.Devic
     state = init_state(model.init, optimizer, 0, places)
     batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in batches]
 
-    def loss(params, batch):
-        return model.loss(params, {}, batch, 0, jax.random.key(0))[0]
+    def gradients(params, batch):
+        return model.loss_and_gradients(params, {}, batch, 0, jax.random.key(0))[1]
 
-    gradient = jax.jit(jax.grad(loss))(state.params, batches[0])
+    gradient = jax.jit(gradients)(state.params, batches[0])
     yield {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(gradient)}
-    step = jit_train_step(make_train_step(model.loss, optimizer, 0), places, mesh)
+    step = jit_train_step(make_train_step(model.loss_and_gradients, optimizer, 0), places, mesh)
     for batch in batches:
         state, metrics = step(state, batch)
         yield float(metrics["loss"])

@@ -123,7 +123,7 @@ def compiled_trainer(model: LLaMAConfig, candidate: Candidate, length: int) -> t
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
     batch = {"input_tokens": tokens[0], "target_tokens": tokens[1], "loss_masks": np.ones(shape, np.float32)}
     batch = jax.device_put(batch, batch_sharding(mesh))
-    step = jit_train_step(make_train_step(parts.loss, optimizer, 0), places, mesh)
+    step = jit_train_step(make_train_step(parts.loss_and_gradients, optimizer, 0), places, mesh)
     compiled = step.lower(state, batch).compile(compiler_options=dict(candidate.options))
     planned = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", None)
     return Trainer(compiled, partial(init_state, parts.init, optimizer, 0, places), batch), planned

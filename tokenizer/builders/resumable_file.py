@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from EasyLM.errors import UserError
-from EasyLM.storage import content_digest, names_full_disk, read_json, write_json
+from EasyLM.storage import names_full_disk, read_json, write_json
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors on file systems without locks
 SAVE_SECONDS = 10.0  # between saves of the progress: the most work that a killed process loses
@@ -135,12 +135,6 @@ class ResumableFile:
             self._file.flush()
             os.fsync(self._file.fileno())
         return self._file.tell()
-
-
-def folder_fingerprint(directory: str) -> list[str]:
-    """Returns the digests of the files of a folder, such as a tokenizer, in order of their names."""
-    paths = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
-    return [content_digest(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)]
 
 
 def _read(path: str, schema: Mapping[str, Any]) -> dict[str, Any] | None:

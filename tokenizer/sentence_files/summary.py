@@ -163,7 +163,10 @@ def plot(statistics: Mapping[str, Any], code_counts: np.ndarray) -> "Figure":
 
 
 def _plot_bars(axes: "Axes", title: str, x_label: str, counts: Mapping[str, int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.bar(range(len(counts)), list(counts.values()), color=_COLOUR)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     ticks = range(0, len(counts), max(1, -(-len(counts) // _MAX_TICKS)))
     axes.set_xticks(ticks, [list(counts)[i] for i in ticks])
     _label(axes, title, x_label)

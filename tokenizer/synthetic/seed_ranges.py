@@ -5,8 +5,9 @@ values of --seed share no scene. Blocks from `FIRST_HELD_OUT` on are reserved fo
 
     blocks        seeds             used by
     0..499        0..499,999,999    tokenizer.render and tokenizer.mappings: training sets and your own test sets
-    500 + S       500,000,000...    evaluation.fewshot --benchmark=rendered --seed=S
-    900           900,000,000...    examples on the page of the service, and the benchmark with --seed=400
+    500 + S       500,000,000...    evaluation.fewshot --benchmark=rendered --seed=S, for S < 400
+    900           900,000,000...    examples on the page of the service
+    501 + S       901,000,000...    evaluation.fewshot --benchmark=rendered --seed=S, for S >= 400
 """
 
 from EasyLM.errors import UserError
@@ -33,7 +34,8 @@ def training_seed(block: int) -> int:
 def benchmark_seeds(seed: int, count: int) -> range:
     """Returns the seeds of `count` scenes of the rendered benchmark, disjoint for different `seed`."""
     assert seed >= 0
-    first = (FIRST_HELD_OUT + seed) * SEEDS_PER_BLOCK
+    block = FIRST_HELD_OUT + seed
+    first = (block + (block >= _PAGE_EXAMPLES_BLOCK)) * SEEDS_PER_BLOCK
     return range(first, first + count)
 
 

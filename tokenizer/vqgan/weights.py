@@ -17,7 +17,7 @@ from flax import nnx
 from numpy.typing import DTypeLike
 
 from EasyLM.errors import UserError
-from EasyLM.storage import atomic_path, read_json, write_json
+from EasyLM.storage import atomic_path, content_digest, read_json, write_json
 from tokenizer.vqgan.config import VQGANConfig
 from tokenizer.vqgan.model import VQGAN
 
@@ -69,6 +69,16 @@ def read_config(directory: str | os.PathLike) -> VQGANConfig:
     if not path.is_file():
         raise UserError(f"{path}: no such file; a tokenizer folder contains config.json and weights")
     return VQGANConfig.from_dict(read_json(path), str(path))
+
+
+def digests(directory: str | os.PathLike) -> list[str]:
+    """Returns digests of config.json and of each weight file that `load` reads. Other files have no influence.
+
+    Raises:
+      UserError: naming the folder, if it has no weights.
+    """
+    paths = [pathlib.Path(directory) / "config.json", *_weight_files(directory)]
+    return [content_digest(str(path), path.stat().st_size) for path in paths]
 
 
 def file_name(path: tuple) -> str:
@@ -149,16 +159,20 @@ def from_file(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
+def _weight_files(directory: str | os.PathLike) -> list[pathlib.Path]:
+    folder = pathlib.Path(directory)
+    paths = sorted(folder.glob("*.safetensors")) or [folder / "pytorch_model.bin"]
+    if not paths[0].is_file():
+        raise UserError(f"{directory}: no weights: pytorch_model.bin or *.safetensors")
+    return paths
+
+
 def _read_directory(directory: str | os.PathLike) -> tuple[str, dict[str, np.ndarray]]:
     """Returns the name of the weights, for errors, and their tensors."""
-    folder = pathlib.Path(directory)
-    shards = sorted(folder.glob("*.safetensors"))
-    path = folder / "pytorch_model.bin"
-    if shards:
-        return f"{folder}/*.safetensors", _merge(shards)
-    if not path.is_file():
-        raise UserError(f"{directory}: no weights: pytorch_model.bin or *.safetensors")
-    return str(path), read_tensors(path)
+    paths = _weight_files(directory)
+    if paths[0].suffix == ".safetensors":
+        return f"{directory}/*.safetensors", _merge(paths)
+    return str(paths[0]), read_tensors(paths[0])
 
 
 def _merge(shards: list[pathlib.Path]) -> dict[str, np.ndarray]:

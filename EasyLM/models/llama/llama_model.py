@@ -81,36 +81,13 @@ def init_params(config: LLaMAConfig, key: jax.Array) -> dict:
 
 
 def apply(
-    config: LLaMAConfig,
-    params: dict,
-    tokens_BT: jax.Array,
-    *,
-    attention_mask_BT: jax.Array | None = None,
-    position_ids_BT: jax.Array | None = None,
-    dtype: DTypeLike = jnp.float32,
-    key: jax.Array | None = None,
-    mesh: Mesh | None = None,
+    config: LLaMAConfig, params: dict, tokens_BT: jax.Array, *, mesh: Mesh | None = None, **options: Any
 ) -> jax.Array:
     """Returns logits [B, T, V] in `dtype`. The logits at t predict the token at t + 1.
 
-    Args:
-      attention_mask_BT: 1 for a token, 0 for padding on the left. None means no padding.
-      position_ids_BT: positions, counted from 0. By default, the index of a token among the unpadded tokens.
-      dtype: the type of activations and kernels. Norms, rotary angles and softmax are float32.
-      key: PRNG key of dropout and of the forgetful causal mask. None disables both.
-      mesh: the mesh of the activations. The batch is split over dp and fsdp; heads and feed-forward over mp.
+    All arguments are those of `hidden_states`.
     """
-    hidden_BTD, head_DV = hidden_states(
-        config,
-        params,
-        tokens_BT,
-        attention_mask_BT=attention_mask_BT,
-        position_ids_BT=position_ids_BT,
-        dtype=dtype,
-        key=key,
-        mesh=mesh,
-    )
-    return logits(hidden_BTD, head_DV, mesh)
+    return logits(*hidden_states(config, params, tokens_BT, mesh=mesh, **options), mesh)
 
 
 def hidden_states(
@@ -126,7 +103,12 @@ def hidden_states(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the last hidden states [B, T, D] after the final norm, and the head's kernel [D, V], in `dtype`.
 
-    The arguments are those of `apply`.
+    Args:
+      attention_mask_BT: 1 for a token, 0 for padding on the left. None means no padding.
+      position_ids_BT: positions, counted from 0. By default, the index of a token among the unpadded tokens.
+      dtype: the type of activations and kernels. Norms, rotary angles and softmax are float32.
+      key: PRNG key of dropout and of the forgetful causal mask. None disables both.
+      mesh: the mesh of the activations. The batch is split over dp and fsdp; heads and feed-forward over mp.
     """
     assert tokens_BT.shape[1] <= config.max_sequence_length, "the caller checks the length"
     keys = (None, None) if key is None else jax.random.split(key)

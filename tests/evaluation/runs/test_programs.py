@@ -111,6 +111,17 @@ def test_outputs_never_overwrite_an_input_or_a_target(lines, tmp_path, output, m
         run_main(batch_generation, **lines, **settings)
 
 
+def test_outputs_never_overwrite_an_image_of_a_line_beyond_max_examples(lines, tmp_path):
+    write_lines(
+        tmp_path / "lines.jsonl",
+        {"input": ["1.png"], "output": "3.png"},
+        {"input": ["3.png"], "output": "b.png"},
+    )
+    settings = {"output_base_dir": lines["input_base_dir"], "checkpoint": "none", "max_examples": 1}
+    with pytest.raises(UserError, match=r"lines\.jsonl:1: .*in/3\.png would overwrite an image of .*lines\.jsonl:3:"):
+        run_main(batch_generation, **lines, **settings)
+
+
 def test_a_failed_start_leaves_nothing_behind(lines, tmp_path):
     settings = {**lines, "output_base_dir": str(tmp_path / "o"), "load_llama_config": "vqlm_debug"}
     with pytest.raises(UserError, match="there is no none"):

@@ -104,6 +104,7 @@ def test_charts_show_lengths_codes_and_kinds():
     for axes, names, heights in ((lengths, ["1", "2"], [2, 1]), (kinds, ["frames", "paired"], [2, 1])):
         assert [bar.get_height() for bar in axes.patches] == heights
         assert [label.get_text() for label in axes.get_xticklabels()] == names
+        assert all(tick == round(tick) for tick in axes.get_yticks())
     (curve,) = codes.lines
     assert curve.get_ydata().tolist() == [8, 3, 3, 1] and codes.get_yscale() == "log"
     assert "4 of 10 codes used" in codes.get_title(loc="left")

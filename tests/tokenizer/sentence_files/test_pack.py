@@ -83,6 +83,7 @@ def test_bad_lines_are_reported_and_skipped(sentences, tmp_path):
         ({"output": "x.packed", "unpack": True}, "a.jsonl is not a .packed file"),
         ({"inputs": "a.packed", "output": "x.packed"}, "a.packed is packed (--unpack=True"),
         ({"inputs": "a.packed", "output": "x.packed", "unpack": True}, "x.packed: must end in .jsonl"),
+        ({"inputs": "a.packed", "output": "x.txt", "unpack": True}, "x.txt: must end in .jsonl with --unpack=True"),
         ({"inputs": "a.packed", "output": "x.jsonl", "unpack": True}, "a.packed: is truncated, or not of the format"),
         ({"vocab_size": 65537}, "--vocab_size=65537: must be 1..65536"),
         ({"vocab_size": 8}, r"a.jsonl:1: id 9 is outside the vocabulary 0..7"),

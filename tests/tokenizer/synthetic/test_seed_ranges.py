@@ -10,12 +10,13 @@ from tokenizer.synthetic import seed_ranges
 COMMANDS = re.compile(r"tokenizer\.(render|mappings)\b")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 400, 10**6])
+@pytest.mark.parametrize("seed", [0, 1, 399, 400, 10**6])
 def test_benchmark_seeds_are_disjoint_from_training_seeds(seed):
     last_training = seed_ranges.training_seed(seed_ranges.FIRST_HELD_OUT - 1) + seed_ranges.SEEDS_PER_BLOCK - 1
     assert min(seed_ranges.benchmark_seeds(seed, 64)) > last_training
     assert seed_ranges.page_example_seed(0) > last_training
     assert not set(seed_ranges.benchmark_seeds(seed, 64)) & set(seed_ranges.benchmark_seeds(seed + 1, 64))
+    assert seed_ranges.page_example_seed(0) not in seed_ranges.benchmark_seeds(seed, 64)
 
 
 def test_seeds_of_training_the_benchmark_and_the_page_are_those_of_earlier_releases():

@@ -19,6 +19,21 @@ def tiny(tmp_path_factory):
     return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
 
 
+def test_digests_change_with_the_files_that_are_loaded_only(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    digests = weights.digests(tmp_path)
+    assert len(digests) == 2
+    (tmp_path / "README.md").write_text("About this tokenizer.")
+    assert weights.digests(tmp_path) == digests
+    for name in ("config.json", "model.safetensors"):
+        before = weights.digests(tmp_path)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b" ")
+        assert weights.digests(tmp_path) != before
+    os.unlink(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no weights"):
+        weights.digests(tmp_path)
+
+
 def test_released_tensors_load_into_their_parameters(golden, monkeypatch):
     shapes = json.loads((golden / "vqgan_released_shapes.json").read_text())
     constants = {name: np.broadcast_to(np.float16(i), shape) for i, (name, shape) in enumerate(shapes.items())}
