@@ -11,7 +11,7 @@ Vocabulary:
   prompt       images in order. Analogy prompt: shots, then a query. Sequential prompt: frames.
   shot         an (image, annotation) pair that shows the task
   query        the image whose annotation the model generates
-  context      the images that the model attends to, the generated one included
+  context      the images that the model attends to, including the one that it generates
   candidate    one of several samples for the same prompt
   token        a code of the tokenizer; an image is `tokens_per_image` tokens
 

@@ -18,9 +18,9 @@ In the order of the data flow:
   resumable_file  ResumableFile: an output file that an interrupted build resumes
 
 Vocabulary:
-  row      one image from each input folder: an image, or an image and its annotations
+  row      one image from each input folder, such as an image with its annotations
   item     rows that belong together: a pair, the frames of a clip in temporal order, or the images of a class
-  example  the rows of one or more sentences; builds progress, shard and resume by examples
+  example  the rows of one or more sentences; the unit of progress, of shards and of resuming
   shot     an item of an example
   stride   the step between the frames of a window of a clip
 Shapes: n images, S the side in pixels, N codes of an image.

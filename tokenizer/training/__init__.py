@@ -2,7 +2,7 @@
 
 May import EasyLM.data, EasyLM.storage, tokenizer.media, tokenizer.vqgan and tokenizer.image_quality.
 
-    objective       initial state, loss, evaluation and optimizer
+    objective       initial state, loss and gradients, evaluation, optimizer
     losses          loss terms without a network of their own
     codebook        codes as running means; replacement of unused codes
     discriminator   patch discriminator, adversarial loss, adaptive weight
@@ -14,6 +14,7 @@ Vocabulary:
     chosen          the code vector of each hidden vector
     reconstructed   the decoder's image
     cell            the square of pixels that corresponds to a code
+    generator       the VQGAN, as the opponent of the discriminator; generator loss: what it minimizes against it
     logit           the discriminator's output for a patch, positive where it looks real
     average         the running mean of the network; it is evaluated and exported
 
