@@ -1,8 +1,9 @@
 """Measures how a tokenizer preserves flat colours: `python scripts/flat_colours.py [--vqgan=DIR]` (ten seconds).
 
 Encodes and decodes each of the 64 colours of `tokenizer.synthetic.palette` as a whole image, and as the shapes of the
-segmentations of eight held-out scenes on the usual background. Counts the colours that are drawn within 12 of 255, and the
-codes that a colour takes in the cells it fills. A language model can use a palette only if a colour takes few codes.
+segmentations of eight held-out scenes on the usual background. Counts the colours that are drawn within 12 of 255, and
+the codes that a colour takes in the cells it fills. A language model can use a palette only if a colour takes few
+codes.
 """
 
 import numpy as np
