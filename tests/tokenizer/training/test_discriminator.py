@@ -123,7 +123,9 @@ def test_network_gets_both_gradients_with_the_adaptive_weight(state, batch):
     np.testing.assert_allclose(metrics["adaptive_weight"], adaptive, rtol=1e-4)
     expected = jax.tree.map(lambda a, b: a + 0.5 * adaptive * b, plain["model"], adversarial)
     close(both["model"], expected)
-    assert optax.tree.norm(optax.tree.sub(both["model"], plain["model"])) > 0.1 * optax.tree.norm(plain["model"])
+    # At the last kernel, the adaptive weight gives both losses the same norm.
+    added = jnp.linalg.norm(both["model"][LAST] - plain["model"][LAST])
+    np.testing.assert_allclose(added, 0.5 * jnp.linalg.norm(plain["model"][LAST]), rtol=0.05)
 
     def hinge(discriminator):
         network = ADVERSARIAL.discriminator(discriminator)
