@@ -20,7 +20,7 @@ TRAIN, SEEN, HELD_OUT = SPLITS = ("train", "seen", "held_out")
 _TRAINED_LABELS = 5  # the background and the shapes of training scenes
 _FEWEST_COLOURS = 4  # of a mosaic
 _LEAST_HUE_TURN = 30.0  # degrees, of a mapping that is not a copy
-_ATTEMPTS = 10_000  # to draw colours that can be exchanged; about 10 are needed
+_ATTEMPTS = 10_000  # to draw colours that can be exchanged, or another mapping; about 10 are needed
 _USUAL_ENDS = np.array([(0, 0, 0), (255, 255, 255)], np.uint8)  # of ramps
 _IMAGE = steps.View("image")
 
@@ -87,8 +87,12 @@ def draw_other(rng: np.random.Generator, mapping: Mapping, split: str) -> Mappin
 
     A mosaic of few colours has no other held-out exchange. So the other exchange can have any pairs of colours, but no
     pair of the given one.
+
+    Args:
+      split: that of the given mapping, "seen" or "held_out". Mappings for training can be copies, which have no other.
     """
-    while True:
+    assert split != TRAIN
+    for _ in range(_ATTEMPTS):
         other = draw(rng, mapping.family, split)
         if [type(step) for step in other.steps] != [type(step) for step in mapping.steps]:
             continue
@@ -98,6 +102,7 @@ def draw_other(rng: np.random.Generator, mapping: Mapping, split: str) -> Mappin
         other = dataclasses.replace(other, source=mapping.source, steps=(first, *other.steps[1:]))
         if other.describe() != mapping.describe():
             return other
+    raise AssertionError(f"no other mapping of {mapping.family} in {_ATTEMPTS} attempts")
 
 
 def _other_images(rng: np.random.Generator, exchange: steps.Exchange) -> np.ndarray:

@@ -88,6 +88,19 @@ def test_answers_and_wrong_examples_are_limited_to_some_numbers_of_shots(prompte
     assert set(two["nats"]) == {"model", "wrong_examples"} and len(two["per_query"]["mse"]["model"]) == 1
 
 
+def test_accuracies_are_shares_of_the_most_likely_tokens(prompter, task, monkeypatch):
+    """Of 64 tokens, the first 6 and the last 32 are not the most likely ones."""
+    is_right_N = np.isin(np.arange(64), np.arange(6, 32))
+    monkeypatch.setattr(
+        prompter, "score", lambda prompts, _: [np.tile(x, (len(prompts), 1)) for x in (0 - is_right_N, is_right_N)]
+    )
+    measurement = InContextMeasurement(prompter, GenerationSettings(temperature=0.0), 2, {}, 1)
+    ((point,), _) = measurement.curve(task, [1])
+    assert point["accuracy"]["model"]["mean"] == pytest.approx(26 / 64)
+    assert point["first_accuracy"]["model"]["mean"] == 6 / 12
+    assert point["nats"]["model"]["mean"] == pytest.approx(26 / 64)
+
+
 def test_differences_are_paired_by_query():
     def point(shots: int, nats: list[float], wrong: list[float], iou: list[float]) -> dict:
         values = {"nats": {"model": nats, "wrong_examples": wrong}, "colour_iou": {"model": iou, "copy_query": [0.5]}}
@@ -125,6 +138,8 @@ def test_command_writes_tables_charts_and_values_and_resumes(tmp_path, prompter,
     assert measured_tasks == [*names[:3], *names[2:]]
     tasks = json.loads((tmp_path / "a.json").read_text())["tasks"]
     assert list(tasks) == names and [point["shots"] for point in tasks["mosaic_seen"]["curve"]] == [0, 2]
+    values = tasks["channels_seen"]["curve"][1]["per_query"]
+    assert len(values["nats"]["model"]) == 2 and len(values["mse"]["model"]) == 1
     assert tasks["channels_seen"]["family"] == "channels" and tasks["mosaic_held_out"]["split"] == "held_out"
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*names, "first_accuracy", "colour_iou", "lookup"))
