@@ -12,7 +12,7 @@ from checkpoint_kit import assert_equal, random_params
 from convert_kit import export, import_, tiny_state
 
 from EasyLM import checkpoints
-from EasyLM.models.llama import hf_files, hf_layout
+from EasyLM.models.llama import hf_layout
 from EasyLM.models.llama.llama_config import PRESETS
 
 SPECIAL_IDS = {"bos_token_id": 8192, "eos_token_id": 8193, "pad_token_id": 8192}
@@ -71,11 +71,10 @@ def test_export_keeps_the_type_of_the_checkpoint_by_default(golden, tmp_path, fl
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bin", "bf16 bin", "legacy bin")),
     ],
 )
-def test_every_weight_file_format_is_read(golden, tmp_path, monkeypatch, kind):
+def test_every_weight_file_format_is_read(golden, tmp_path, kind):
     params = checkpoints.load(tiny_state(golden))
-    if kind == "shards":
-        monkeypatch.setattr(hf_files, "MAX_SHARD_BYTES", 100_000)
-    directory = export(tiny_state(golden), tmp_path / "hf", float_dtype="bf16" if kind == "bf16 bin" else "")
+    settings = {"shards": {"max_shard_mb": 0.1}, "bf16 bin": {"float_dtype": "bf16"}}.get(kind, {})
+    directory = export(tiny_state(golden), tmp_path / "hf", **settings)
     if kind == "shards":
         names = [name for name in os.listdir(directory) if name.endswith(".safetensors")]
         sizes = [os.path.getsize(os.path.join(directory, name)) for name in names]

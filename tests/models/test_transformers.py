@@ -19,11 +19,12 @@ SPECIAL_IDS = {"bos_token_id": 8192, "eos_token_id": 8193, "pad_token_id": 8192}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_shard_bytes", [hf_files.MAX_SHARD_BYTES, 100_000])
-def test_logits_of_exported_lvm_tiny_equal_the_release(golden, tmp_path, monkeypatch, max_shard_bytes):
-    monkeypatch.setattr(hf_files, "MAX_SHARD_BYTES", max_shard_bytes)
+@pytest.mark.parametrize("max_shard_mb", [hf_files.MAX_SHARD_MB, 0.1])
+def test_logits_of_exported_lvm_tiny_equal_the_release(golden, tmp_path, max_shard_mb):
     reference = np.load(golden / "lvm_tiny" / "golden.npz")
-    logits_BTV = torch_logits(export(tiny_state(golden), tmp_path / "hf"), reference["input_tokens"])
+    logits_BTV = torch_logits(
+        export(tiny_state(golden), tmp_path / "hf", max_shard_mb=max_shard_mb), reference["input_tokens"]
+    )
     np.testing.assert_allclose(logits_BTV, reference["logits"], atol=2e-5, rtol=0)
 
 

@@ -10,6 +10,8 @@ from EasyLM.errors import UserError
 from EasyLM.storage import json_digest
 from tokenizer.media import folders, images
 
+MAX_CACHE_BYTES = 2 * 2**30  # decoded images are kept if all of them fit: decoding small ones is slower than a step
+
 
 class ImageRows:
     """A row source (see `EasyLM.training`): a row is an image, and each epoch has a new order.
@@ -37,6 +39,9 @@ class ImageRows:
         files = {name: sorted((entry.name, entry.size) for entry in folders.walk(name, flag)) for name in names}
         self._paths = [os.path.join(name, file) for name in names for file, _ in files[name]]
         self._size, self._seed = size, seed
+        self._cache: dict[int, np.ndarray] | None = None
+        if len(self._paths) * size**2 * 3 * np.dtype(np.float32).itemsize <= MAX_CACHE_BYTES:
+            self._cache = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         self.fingerprint = {
             "seed": seed,
@@ -49,7 +54,15 @@ class ImageRows:
         """Returns rows start..start+count-1 as {"pixels": [count,H,W,3]} float32 in [0, 1]."""
         total = len(self._paths)
         order = [shuffled_number(row, total, self._seed) for row in range(start, start + count)]
-        return {"pixels": np.stack(list(self._pool.map(lambda i: images.load(self._paths[i], self._size), order)))}
+        return {"pixels": np.stack(list(self._pool.map(self._load, order)))}
+
+    def _load(self, index: int) -> np.ndarray:
+        """Returns an image as float32 [S,S,3] in [0, 1]."""
+        if self._cache is None:
+            return images.load(self._paths[index], self._size)
+        if index not in self._cache:
+            self._cache[index] = images.load(self._paths[index], self._size)
+        return self._cache[index]
 
     def metrics(self, rows_consumed: int) -> dict[str, float]:
         """Returns the number of epochs."""

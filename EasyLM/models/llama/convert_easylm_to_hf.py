@@ -25,6 +25,9 @@ FLAGS = {
     "output_dir": Flag(
         "", "Directory for config.json, generation_config.json and the safetensors shards.", required=True
     ),
+    "max_shard_mb": Flag(
+        hf_files.MAX_SHARD_MB, "Largest size of a weight file in MB; a larger tensor has its own file.", above=0
+    ),
     "float_dtype": Flag(
         "",
         "Type of the exported weights; empty: the checkpoint's.",
@@ -45,7 +48,12 @@ def main(config: ConfigDict) -> None:
     entries = checkpoints.open_checkpoint(config.load_checkpoint)
     model = _model_config(config.model_size, config.load_checkpoint)
     dtype = checkpoints.FLOAT_DTYPES.get(config.float_dtype)
-    export(model, hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype), config.output_dir)
+    export(
+        model,
+        hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype),
+        config.output_dir,
+        config.max_shard_mb,
+    )
     print(f"exported to {config.output_dir}")
 
 
@@ -64,7 +72,9 @@ def _model_config(model_size: str, load_checkpoint: str) -> LLaMAConfig:
     return model
 
 
-def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
+def export(
+    model: LLaMAConfig, tensors: list[Entry], output_dir: str, max_shard_mb: float = hf_files.MAX_SHARD_MB
+) -> None:
     """Writes a new model directory atomically. If the directory exists, moves the files into it, `config.json` last.
 
     Raises:
@@ -74,7 +84,9 @@ def export(model: LLaMAConfig, tensors: list[Entry], output_dir: str) -> None:
     try:
         os.makedirs(temporary)
         with progress(total=len(tensors), desc="exporting", unit="tensor") as bar:
-            hf_files.write_safetensors(temporary, [hf_files.with_progress(tensor, bar) for tensor in tensors])
+            hf_files.write_safetensors(
+                temporary, [hf_files.with_progress(tensor, bar) for tensor in tensors], max_shard_mb
+            )
         dtype = tensors[0].dtype
         for name, values in {
             "generation_config.json": hf_layout.generation_config(model),

@@ -18,19 +18,19 @@ from EasyLM.checkpoints.entries import Entry
 from EasyLM.errors import UserError
 from EasyLM.storage import check_schema, parse_json, read_json
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_MB = 5000.0
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
-def write_safetensors(directory: str, tensors: list[Entry]) -> None:
-    """Writes tensors in order to shards of at most 5 GB. Several shards get an index file.
+def write_safetensors(directory: str, tensors: list[Entry], max_shard_mb: float = MAX_SHARD_MB) -> None:
+    """Writes tensors in order to shards of at most `max_shard_mb` megabytes. Several shards get an index file.
 
     A larger tensor has its own shard. The function holds one tensor in memory at a time.
     """
     shards: list[list[Entry]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(map(_num_bytes, shards[-1])) + _num_bytes(tensor) > MAX_SHARD_BYTES:
+        if shards[-1] and sum(map(_num_bytes, shards[-1])) + _num_bytes(tensor) > max_shard_mb * 1e6:
             shards.append([])
         shards[-1].append(tensor)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]

@@ -7,7 +7,7 @@ import pytest
 
 from tokenizer.synthetic import seed_ranges
 
-COMMANDS = re.compile(r"tokenizer\.(render|mappings)\b")
+COMMANDS = re.compile(r"tokenizer\.(render|mappings)\b|^write ")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 399, 400, 10**6])

@@ -8,7 +8,8 @@ from tokenizer_kit import write_image
 
 from EasyLM.errors import UserError
 from EasyLM.training import batches
-from tokenizer.training import ImageRows
+from tokenizer.media import images
+from tokenizer.training import ImageRows, image_rows
 
 
 @pytest.fixture
@@ -25,6 +26,18 @@ def test_rows_are_a_function_of_their_number(folder):
     epochs = [{row.tobytes() for row in rows[start : start + 6]} for start in (0, 6, 12)]
     assert len(epochs[0]) == 6 and epochs[0] == epochs[1] == epochs[2]
     assert not np.array_equal(rows[:6], rows[6:12])
+
+
+def test_images_are_decoded_once_if_all_of_them_fit_into_memory(folder, monkeypatch):
+    loaded, load = [], images.load
+    monkeypatch.setattr(images, "load", lambda path, size: loaded.append(path) or load(path, size))
+    source = ImageRows(str(folder / "pictures"), "input_dirs", 8, seed=3)
+    cached = np.concatenate([source.rows(start, 6)["pixels"] for start in (0, 6, 12)])
+    assert len(loaded) == 6
+    monkeypatch.setattr(image_rows, "MAX_CACHE_BYTES", 6 * 8 * 8 * 3 * 4 - 1)
+    uncached = ImageRows(str(folder / "pictures"), "input_dirs", 8, seed=3).rows(0, 18)["pixels"]
+    np.testing.assert_array_equal(uncached, cached)
+    assert len(loaded) == 6 + 18
 
 
 def test_a_run_does_not_resume_on_other_images(folder):
