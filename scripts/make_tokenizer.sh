@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains the small tokenizer of tokenizer/pretrained: images of 32x32 pixels, 8x8 codes out of 1024.
+# Trains a small tokenizer: images of 32x32 pixels, 8x8 codes out of 1024.
 #
 #   bash scripts/make_tokenizer.sh cpu|gpu [FOLDER]     (default: build/tokenizer)
 #
-# gpu: 7000 steps of 64 images, the shipped tokenizer; tokenizer/pretrained/README.md has the card and the time.
-# cpu: 3000 steps of 16 images, about 20 minutes on two cores (50 images/s).
+# gpu: 7000 steps of 64 images, four minutes on an H100: scripts/in_context/tokenizer, with the figures beside it.
+# cpu: 3000 steps of 16 images, about 20 minutes on two cores that reach 50 images/s.
 # Needs the extra `quickstart` and no download.
 set -euo pipefail
 form=${1:-} out=${2:-build/tokenizer}
@@ -34,4 +34,4 @@ WANDB_MODE=${WANDB_MODE:-disabled} python -m tokenizer.train_vqgan \
     --average_decay="$average" --log_freq=100 --save_model_freq=1000 --logger.output_dir="$out" --logger.experiment_id=run
 
 python scripts/flat_colours.py --vqgan="$out/run/vqgan"
-echo "model: $out/run/vqgan (copy it to tokenizer/pretrained); reconstructions: $out/run/reconstructions.png"
+echo "model: $out/run/vqgan; reconstructions: $out/run/reconstructions.png"

@@ -1,0 +1,33 @@
+"""The recipes of scripts/ run, at a small size."""
+
+import json
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_the_model_of_mappings_is_trained_and_exported(tmp_path):
+    sizes = {"MOSAICS": "8", "SENTENCES": "16", "STEPS": "3", "SEEDS": "0 1", "JAX_PLATFORMS": "cpu"}
+    command = ["bash", "scripts/make_in_context_model.sh", "cpu", str(tmp_path)]
+    completed = subprocess.run(
+        command, cwd=ROOT, env=os.environ | sizes, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert "loss on new mosaics by seed" in completed.stderr
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 1024
+    rows = [json.loads(line) for line in (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("script", ["make_in_context_model.sh", "make_tokenizer.sh"])
+def test_a_recipe_names_its_forms(script):
+    completed = subprocess.run(
+        ["bash", f"scripts/{script}", "tpu"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert completed.returncode == 2
+    assert f"scripts/{script} cpu|gpu" in completed.stderr
