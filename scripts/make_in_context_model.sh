@@ -4,27 +4,25 @@
 #
 #   bash scripts/make_in_context_model.sh cpu|gpu [FOLDER]     (default: build/in_context)
 #
-# gpu: one H100 with 16 cores, about 6 minutes. cpu: a narrower model on a tenth of the sentences, on two cores.
-# MOSAICS, SENTENCES and STEPS (of the second stage) make it shorter. Needs the extra `quickstart` and no download.
+# gpu: from nothing but seeds, on one H100 with 16 cores, in about 6 minutes.
+# cpu: continues from scripts/in_context/model on new scenes, on two cores, in about an hour and a half.
+# MOSAICS, SENTENCES, STEPS and BATCH (gpu) make it shorter. Needs the extra `quickstart` and no download.
 #
-# 1. Mosaics only, with several seeds. Tiles that are independent of each other can be predicted from the examples only, so
-#    the model has to look them up. When it learns to depends on the seed, and the best seed goes on.
-# 2. All families. The pool has so many scenes that the model cannot memorize them.
+# The gpu form has two stages. The first has mosaics only, with several seeds: tiles that are independent of each other can
+# be predicted from the examples only, so the model has to look them up. When it learns to depends on the seed, and the best
+# seed goes on. The second stage has all families.
 set -euo pipefail
 form=${1:-} out=${2:-build/in_context}
 case $form in
 gpu)
     mosaics=${MOSAICS:-48000} sentences=${SENTENCES:-160000} encode=512
-    pool="--num_scenes=$((sentences * 3 / 4)) --num_clips=$((sentences / 25 + 1)) --num_photos=$((sentences / 12 + 8))"
-    seeds=${SEEDS:-0 1} batch=16 rate=1.5e-3 steps=${STEPS:-16000}
+    seeds=${SEEDS:-0 1} batch=${BATCH:-16} rate=1.5e-3 steps=${STEPS:-16000}
     settings=(--dtype=bf16 --mesh_dim=1,-1,1)
     export XLA_PYTHON_CLIENT_PREALLOCATE=false # several processes share the device
     ;;
 cpu)
-    mosaics=${MOSAICS:-8000} sentences=${SENTENCES:-16000} encode=64
-    pool="--num_scenes=$((sentences * 3 / 4)) --num_clips=$((sentences / 25 + 1)) --num_photos=$((sentences / 12 + 8))"
-    seeds=${SEEDS:-0} batch=4 rate=2.5e-3 steps=${STEPS:-6000}
-    settings=(--mesh_dim=-1,1,1 --update_llama_config='dict(hidden_size=192,intermediate_size=512,num_attention_heads=4)')
+    sentences=${SENTENCES:-6000} encode=64 batch=4 rate=6e-4 steps=${STEPS:-1500}
+    settings=(--mesh_dim=-1,1,1)
     # Two CPU devices that split a batch are up to 25% faster than one device with two threads.
     export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2"
     ;;
@@ -42,34 +40,37 @@ write() { # NAME FLAGS...
 }
 train() { # EXPERIMENT FILE STEPS FLAGS...
     python -m EasyLM.models.llama.llama_train --flagfile=configs/demo.flags \
-        --load_llama_config=json::scripts/in_context/model.json "${settings[@]}" --total_steps="$3" \
+        --load_llama_config=json::scripts/in_context/settings.json "${settings[@]}" --total_steps="$3" \
         --save_model_freq="$3" --train_dataset.json_dataset.path="$out/$2.jsonl" \
         --train_dataset.json_dataset.seq_length=1024 --train_dataset.json_dataset.batch_size="$batch" \
         --optimizer.adamw_optimizer.lr="$rate" --optimizer.adamw_optimizer.lr_warmup_steps=$(($3 / 20 + 1)) \
         --logger.output_dir="$out" --logger.experiment_id="$1" "${@:4}"
 }
 
-# All sentences are written while the first stage trains.
-# shellcheck disable=SC2086
-write sentences --seed=2 --num="$sentences" $pool > "$out/sentences.log" 2>&1 &
-writing=$!
-trap 'kill $writing 2> /dev/null || true' EXIT
-write mosaics --seed=1 --num="$mosaics" --families=mosaic:1 --num_scenes=8
-write new_mosaics --seed=3 --num=64 --families=mosaic:1 --num_scenes=8
+# The pool has so many scenes that the model cannot memorize them.
+write_sentences() {
+    write sentences --seed=2 --num="$sentences" --num_scenes=$((sentences * 3 / 4)) --num_clips=$((sentences / 25 + 1)) \
+        --num_photos=$((sentences / 12 + 8))
+}
 
-running=()
-for seed in $seeds; do # the rate hardly decays, because the lookup is learned late
-    train "mosaics_$seed" mosaics $((mosaics / batch)) --optimizer.adamw_optimizer.lr_decay_steps=$((4 * mosaics / batch)) \
-        --seed="$seed" --eval_steps=$((64 / batch)) \
-        --eval_dataset.text_processor.fields='{tokens}' --eval_dataset.json_dataset.path="$out/new_mosaics.jsonl" \
-        --eval_dataset.json_dataset.seq_length=1024 --eval_dataset.json_dataset.batch_size="$batch" \
-        > "$out/mosaics_$seed.log" 2>&1 &
-    running+=($!)
-done
-for process in "${running[@]}"; do
-    wait "$process" || { tail -n 5 "$out"/mosaics_*.log >&2 && exit 1; }
-done
-best=$(python - "$out" $seeds <<'PYTHON'
+# Trains on mosaics with each seed, prints the losses, and sets `start` to the best parameters.
+train_on_mosaics() {
+    write mosaics --seed=1 --num="$mosaics" --families=mosaic:1 --num_scenes=8
+    write new_mosaics --seed=3 --num=64 --families=mosaic:1 --num_scenes=8
+    local running=() seed process
+    for seed in $seeds; do # the rate hardly decays, because the lookup is learned late
+        train "mosaics_$seed" mosaics $((mosaics / batch)) --seed="$seed" --eval_steps=$((64 / batch)) \
+            --optimizer.adamw_optimizer.lr_decay_steps=$((4 * mosaics / batch)) \
+            --eval_dataset.text_processor.fields='{tokens}' --eval_dataset.json_dataset.path="$out/new_mosaics.jsonl" \
+            --eval_dataset.json_dataset.seq_length=1024 --eval_dataset.json_dataset.batch_size="$batch" \
+            > "$out/mosaics_$seed.log" 2>&1 &
+        running+=($!)
+    done
+    for process in "${running[@]}"; do
+        wait "$process" || { tail -n 5 "$out"/mosaics_*.log >&2 && exit 1; }
+    done
+    # shellcheck disable=SC2086
+    start=$(python - "$out" $seeds <<'PYTHON'
 import json
 import sys
 
@@ -79,12 +80,23 @@ for seed in seeds:
     with open(f"{out}/mosaics_{seed}/metrics.jsonl") as file:
         losses[seed] = [row["eval_loss"] for row in map(json.loads, file) if "eval_loss" in row][-1]
 print(f"loss on new mosaics by seed: {losses}", file=sys.stderr)
-print(min(losses, key=losses.get))
+print(f"trainstate_params::{out}/mosaics_{min(losses, key=losses.get)}/streaming_train_state")
 PYTHON
-)
-wait $writing || { tail -n 5 "$out/sentences.log" >&2 && exit 1; }
-train all sentences "$steps" --optimizer.adamw_optimizer.lr_decay_steps="$steps" --seed="$best" \
-    --load_checkpoint="trainstate_params::$out/mosaics_$best/streaming_train_state"
+    )
+}
+
+if [ "$form" = gpu ]; then
+    # All sentences are written while the first stage trains.
+    write_sentences > "$out/sentences.log" 2>&1 &
+    writing=$!
+    trap 'kill $writing 2> /dev/null || true' EXIT
+    train_on_mosaics
+    wait $writing || { tail -n 5 "$out/sentences.log" >&2 && exit 1; }
+else
+    write_sentences
+    start=huggingface::scripts/in_context/model
+fi
+train all sentences "$steps" --optimizer.adamw_optimizer.lr_decay_steps="$steps" --load_checkpoint="$start"
 python -m EasyLM.models.llama.convert_easylm_to_hf --float_dtype=bf16 --max_shard_mb=14 --output_dir="$out/model" \
     --load_checkpoint="trainstate_params::$out/all/streaming_train_state"
 echo "model: $out/model"
