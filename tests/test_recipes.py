@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.mark.parametrize("form", ["cpu", "gpu"])
 def test_the_model_of_mappings_is_trained_and_exported(tmp_path, form):
     """On the CPU, each form."""
-    sizes = {"MOSAICS": "8", "SENTENCES": "16", "STEPS": "3", "SEEDS": "0 1", "BATCH": "4", "JAX_PLATFORMS": "cpu"}
+    sizes = {"MOSAICS": "16", "SENTENCES": "16", "STEPS": "3", "SEEDS": "0 1", "BATCH": "8", "JAX_PLATFORMS": "cpu"}
     command = ["bash", "scripts/make_in_context_model.sh", form, str(tmp_path)]
     completed = subprocess.run(
         command, cwd=ROOT, env=os.environ | sizes, capture_output=True, text=True, timeout=900, check=False
