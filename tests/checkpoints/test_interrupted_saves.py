@@ -52,6 +52,7 @@ def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog)
     assert contents(str(tmp_path)) == (4, 4, 4)
 
 
+@pytest.mark.slow
 def test_file_size_limit_leaves_the_previous_checkpoint(tmp_path):
     """With a limit of the operating system instead of a mock."""
     program = f"""
@@ -84,6 +85,7 @@ def run_python(program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("milestone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, milestone):
     """Kills a save of step 2 before its first, second, ... change to the disk, until one completes."""

@@ -127,6 +127,7 @@ def test_cudnn_error_names_its_requirements():
         attention(*inputs()[:3], AttentionMask(), platform="cpu", implementation="cudnn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [MASKS["plain"], MASKS["left-padded"]], ids=["plain", "left-padded"])
 def test_cudnn_padding_equals_xla(mask, monkeypatch):
     """`cudnn_attention` pads the head dimension and shifts padded rows. Here XLA stands in for the kernel."""

@@ -118,6 +118,7 @@ def kept_probabilities(logits_V, top_k=0, top_p=1.0):
 slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "position, limits",
     [

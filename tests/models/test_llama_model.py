@@ -110,6 +110,7 @@ def test_variants_agree(reference, settings):
     assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, loss_bound, gradient_bound",
     [("bfloat16", 0.01, 0.05), pytest.param("float16", 0.002, 0.02, marks=pytest.mark.slow)],
@@ -254,6 +255,7 @@ def test_the_devices_of_the_mesh_select_the_attention(monkeypatch):
     assert platforms == ["gpu", None]
 
 
+@pytest.mark.slow
 def test_initial_weights():
     config = changed(initializer_range=0.05)
     params = jax.jit(lambda key: llama_model.init_params(config, key))(jax.random.key(0))["params"]

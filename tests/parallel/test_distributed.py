@@ -28,6 +28,7 @@ def settings(**changes):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_missing_process_is_reported(port, process):
     command = [sys.executable, "-c", START, "--jax_distributed.initialize_jax_distributed"]

@@ -103,6 +103,7 @@ def test_run_directories_that_are_not_shared_stop_both_processes(tmp_path, port)
         assert "a checkpoint is False on process 1 and True on process 0" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_error_in_training_does_not_wait_for_other_processes(tmp_path, monkeypatch):
     """The other processes are inside a step and would never answer, so the error would never be printed."""
 

@@ -165,6 +165,7 @@ def _try_to_lock(directory, barrier, winners):
     lock.release()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead_holder", [False, True])
 def test_of_many_processes_one_wins(tmp_path, dead_holder):
     if dead_holder:

@@ -39,6 +39,7 @@ def ended(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_progress_restarts_the_time(ended):
     with Watchdog(0.03) as running:  # 1.8 s
         for step in range(4):
@@ -61,6 +62,7 @@ def test_a_long_wait_is_logged_again_and_again(monkeypatch, caplog):
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_thread_that_blocks_python_is_noticed_by_a_native_thread():
     program = """
 import ctypes, sys

@@ -106,6 +106,7 @@ def test_settings_are_read_by_the_names_of_flags_and_requests():
     assert GenerationSettings.from_user(values) == expected
 
 
+@pytest.mark.slow
 def test_kernels_have_the_compute_type(tmp_path):
     model_flags = tiny_checkpoint(tmp_path)
     mesh = make_mesh("1,1,1", jax.devices()[:1])

@@ -72,6 +72,7 @@ def test_a_file_depends_on_the_seed_but_not_on_speed_settings(tree, tiny, tmp_pa
     assert (tmp_path / "d.jsonl").read_bytes() != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["paired", "multi_sequence", "video"])
 def test_a_killed_build_resumes_to_the_same_bytes(tree, tiny, tmp_path, monkeypatch, kind):
     build_records(tree, tiny, tmp_path / "whole.jsonl", kind)

@@ -77,6 +77,7 @@ def test_images_of_the_pool_are_encoded_once(tmp_path, write):
     assert len(lines) == 200 and report["images_encoded"] == 2 * 12 + 2 * NUM_FRAMES
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes(tmp_path, write, monkeypatch):
     whole = write(tmp_path / "whole.jsonl", num=200, **FEW_IMAGES)
     path, record_line, calls = tmp_path / "part.jsonl", records.record_line, []

@@ -20,6 +20,7 @@ def conv():
     return layer
 
 
+@pytest.mark.slow
 def test_conv_pool_equals_plain_version(x_BHWC, conv):
     ours, plain = fast_ops.conv_pool(x_BHWC, conv), fast_ops.plain_conv_pool(x_BHWC, conv)
     assert ours.shape == (2, 4, 6, 5)

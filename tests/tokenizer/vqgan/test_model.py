@@ -23,6 +23,7 @@ def pixels():
     return np.stack([smooth_image(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
 
 
+@pytest.mark.slow
 def test_reference_data_of_open_muse_is_reproduced(golden):
     pytest.importorskip("torch")
     model = weights.load(golden / "vqgan_small")
