@@ -58,5 +58,10 @@ def _print(name: str, errors: np.ndarray, counts: np.ndarray) -> None:
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the script with the flags of the command line."""
     run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

@@ -68,7 +68,8 @@ def main(config: ConfigDict) -> None:
     if config.output_json:
         check_output(config.output_json, "output_json")
     settings = to_dataclass(Settings, config)
-    options = [f"--{name}={config[name]}" for name in (*PROMPTER_FLAGS, "max_batch")]
+    names = [name for name, flag in PROMPTER_FLAGS.items() if not flag.ignored]
+    options = [f"--{name}={config[name]}" for name in (*names, "max_batch")]
     options.append(f"--max_queue={-(-settings.clients // 2)}")  # some requests get 429
     options += [f"--warm_up={settings.pictures}", f"--max_body_mb={MAX_BODY_MB}", f"--read_seconds={READ_SECONDS}"]
     sys.exit(asyncio.run(run_test(settings, options)))
