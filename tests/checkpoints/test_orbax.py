@@ -29,6 +29,7 @@ def save_managed(directory, steps, arguments, **options) -> None:
         manager.wait_until_finished()
 
 
+@pytest.mark.slow
 def test_a_state_of_four_devices_loads_on_one(tmp_path):
     """The eight devices of this process saved it; a process with one device loads it."""
     mesh = jax.make_mesh((8,), ("x",))

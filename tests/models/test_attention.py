@@ -67,6 +67,7 @@ def test_blockwise_equals_xla(name, chunks):
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_blockwise_in_bf16_is_close_to_float32():
     how = {"implementation": "blockwise", "query_chunk": 4, "key_chunk": 4}
     actual = jax.jit(lambda *x: with_gradients(*x, AttentionMask(), **how))(*inputs(jnp.bfloat16))

@@ -252,6 +252,7 @@ def test_scores_of_tokens(params, monkeypatch, from_position, mesh_dim):
     assert is_most_likely_BT[0, -1]
 
 
+@pytest.mark.slow
 def test_scores_of_padded_rows(params):
     rows = prompts_of(9, 24)
     tokens_BT, mask_BT = left_padded(rows)

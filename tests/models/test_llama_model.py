@@ -102,6 +102,7 @@ def test_gradients_equal_the_release(reference):
     assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_variants_agree(reference, settings):
     params, numbers = reference
@@ -142,6 +143,7 @@ def test_loss_in_chunks_agrees(reference, monkeypatch):
     assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5
 
 
+@pytest.mark.slow
 def test_explicit_positions(reference):
     params, numbers = reference
     tokens_BT = numbers["input_tokens"]

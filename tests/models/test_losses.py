@@ -47,6 +47,7 @@ def test_half_precision_logits_are_summed_in_float32(batch):
     assert (loss.dtype, loss, accuracy) == (jnp.float32, *expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 10])
 def test_chunked_loss_and_gradients_equal_the_whole(batch, chunk):
     hidden_BTD, head_DV, targets_BT, masks_BT = batch

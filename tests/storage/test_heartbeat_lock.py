@@ -92,6 +92,7 @@ def test_a_holder_that_died_long_ago_is_replaced_at_once(directory):
     assert time.monotonic() - begin < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGTERM])
 def test_a_dead_process_on_the_same_machine_is_replaced_at_once(tmp_path, name):
     """Also while it is a zombie: its parent has not asked for its exit code."""

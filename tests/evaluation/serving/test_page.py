@@ -109,6 +109,7 @@ def test_examples_are_prompts_of_one_length(monkeypatch):
     assert len(page_examples.analogies(8)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_prompt_images", [2, 4, 5])
 def test_the_page_fits_models_of_any_length(tmp_path, max_prompt_images):
     """Without room for a shot and a query there is no analogy tab; with room for one shot, no slider."""

@@ -45,6 +45,7 @@ def torch_lpips(torch, tensors, one, other):
     return total
 
 
+@pytest.mark.slow
 def test_equals_torch(narrow, tmp_path):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)

@@ -34,6 +34,7 @@ def test_digests_change_with_the_files_that_are_loaded_only(tiny, tmp_path):
         weights.digests(tmp_path)
 
 
+@pytest.mark.slow
 def test_released_tensors_load_into_their_parameters(golden, monkeypatch):
     shapes = json.loads((golden / "vqgan_released_shapes.json").read_text())
     constants = {name: np.broadcast_to(np.float16(i), shape) for i, (name, shape) in enumerate(shapes.items())}
