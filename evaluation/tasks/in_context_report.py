@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.tasks import mapping_tasks
 from evaluation.tasks.in_context import FIRST_TOKENS, WRONG
 from evaluation.tasks.metrics import HIGHER_IS_BETTER
+from evaluation.tasks.plots import save_curves
 from evaluation.tasks.report import cell
 from tokenizer.media import charts
 
@@ -60,20 +61,7 @@ def plot(results: Results, path: str | os.PathLike) -> None:
             title = f"{_TITLES.get(metric, metric)}\n({direction})"
             axes[row, column].set_title(title if row else f"{family}\n{title}", fontsize=charts.LABEL_SIZE)
         axes[2, column].set_xlabel("shots", fontsize=charts.LABEL_SIZE)
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        charts.style(axis)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=max(2, len(families)),
-        fontsize=charts.LABEL_SIZE,
-        frameon=False,
-    )
-    charts.save(figure, path)
+    save_curves(figure, path, columns=max(2, len(families)))
 
 
 def _plot_metric(axis: "Axes", results: Sequence[Mapping[str, Any]], metric: str) -> None:

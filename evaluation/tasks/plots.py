@@ -9,6 +9,7 @@ from tokenizer.media import charts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MODEL_COLOUR, _UNIGRAM_COLOUR = "#c8321e", "#7a4fa5"
 _BASELINE_STYLES = {
@@ -38,16 +39,26 @@ def plot_curves(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         direction = "higher is better" if metric in HIGHER_IS_BETTER else "lower is better"
         axes[1, column].set_title(f"{metric} ({direction})", fontsize=charts.TICK_SIZE)
     axes[0, 0].set_ylabel("perplexity", fontsize=charts.LABEL_SIZE)
+    save_curves(figure, path)
+
+
+def save_curves(figure: "Figure", path: str | os.PathLike, columns: int = 0) -> None:
+    """Styles the axes of curves over a number of shots, adds one legend below them, and writes the file.
+
+    Args:
+      columns: of the legend; 0: all labels in one line.
+    """
     handles: dict[str, Any] = {}
-    for axis in axes.flat:
+    for axis in figure.axes:
         charts.style(axis)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+        locator: Any = axis.xaxis.get_major_locator()  # a MaxNLocator
+        locator.set_params(integer=True)
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=len(handles),
+        ncols=columns or len(handles),
         fontsize=charts.LABEL_SIZE,
         frameon=False,
     )
