@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Runs all checks: lint, types, fast and slow tests on 8 virtual CPU devices, the commands of the documents, the quickstart.
+# Runs all checks: lint, types, fast and slow tests on 8 virtual CPU devices, the documentation, the commands of the
+# documents, the quickstart.
 #
-#   bash scripts/test.sh          everything: about 30 minutes on two CPU cores
+#   bash scripts/test.sh          everything: about 40 minutes on two CPU cores
 #   bash scripts/test.sh fast     lint, types and fast tests: about 3 minutes
 #
 # Needs Python 3.11 or newer and a network connection; installs its dependencies into .venv (or $VENV).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh dev,text,serve
+bash scripts/setup.sh dev,text,serve,docs
 . "${VENV:-.venv}/bin/activate"
 # torch reads .bin weights and checks exports. The version is pinned, because other builds install gigabytes of CUDA.
 python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5"
@@ -26,6 +27,7 @@ if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null; } || true
 fi
 python -m pytest -q -m slow
+bash scripts/docs.sh "$(mktemp -d)"
 rm -rf /tmp/lvm # output folder of the documents' commands
 for document in DATASET.md evaluation/EVAL.md; do
     WANDB_MODE=disabled bash scripts/run_commands.sh "$document"

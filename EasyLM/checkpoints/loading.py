@@ -30,6 +30,7 @@ def load(spec: str, target: Any = None, formats: Mapping[str, Reader] = CHECKPOI
       params: a streaming file of parameters.
       flax_params: a plain flax msgpack file of parameters.
       orbax: the parameters in an Orbax directory, which holds parameters or a train state.
+
     `formats` may define more prefixes.
 
     The target may enable or disable gradient accumulation independently of the file. If only the target has it, the

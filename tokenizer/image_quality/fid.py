@@ -47,8 +47,8 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Returns the Frechet distance between the gaussians of two sets of features (arXiv 1706.08500, equation 6).
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2). The trace of the root is the sum of the roots of the eigenvalues of
-    S1^1/2 S2 S1^1/2. That matrix is symmetric, so no complex roots appear.
+    `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2)`. The trace of the root is the sum of the roots of the eigenvalues of
+    `S1^1/2 S2 S1^1/2`. That matrix is symmetric, so no complex roots appear.
     """
     covariance_DD, other_DD = a.covariance_DD, b.covariance_DD
     values_D, vectors_DD = np.linalg.eigh(covariance_DD)

@@ -74,7 +74,7 @@ class DeviceBatches:
         shape: tuple[int, ...],
         dtype: DTypeLike,
     ) -> Iterator[np.ndarray]:
-        """Yields `function` of each batch [n, *shape], n at most `batch_size`, as host arrays. Pads short batches.
+        """Yields `function` of each batch `[n, *shape]`, n at most `batch_size`, as host arrays. Pads short batches.
 
         Fetches and dispatches a batch before it waits for the result of the previous one.
         """
