@@ -1,4 +1,4 @@
-"""scripts/tpu on an imitated Google Cloud: a slice of two workers, each a directory, whose `gcloud` runs the commands."""
+"""scripts/tpu on an imitated Google Cloud: each of the two workers of a slice is a directory."""
 
 import os
 import pathlib
@@ -22,12 +22,14 @@ ssh)
     for argument; do case $argument in --command=*) command=${argument#--command=} ;; esac; done
     code=0 workers=0
     [[ " $* " = *" --worker=all "* ]] && workers="0 1"
-    for worker in $workers; do (cd "$CLOUD/worker$worker" && WORKER=$worker HOME=$PWD bash -c "$command") || code=$?; done
+    for worker in $workers; do
+        (cd "$CLOUD/worker$worker" && WORKER=$worker HOME=$PWD bash -c "$command") || code=$?
+    done
     exit $code ;;
 *) exit 64 ;;
 esac
 """
-# Of the project's repository, only the set-up; its python notes its arguments and ends as the next line of `codes` says.
+# The set-up of an imitated project, whose python notes its arguments and ends as the next line of `codes` says.
 SETUP = """mkdir -p .venv/bin
 echo 'PATH=$PWD/.venv/bin:$PATH' > .venv/bin/activate
 cat > .venv/bin/python <<'EOF'
