@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from EasyLM.checkpoints import checksums, orbax_directory, streaming
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.errors import UserError, choose, prefix_errors
-from EasyLM.storage import file_version, is_remote, remote_file_system
+from EasyLM.storage import file_version, is_remote, local_path, remote_file_system
 
 Reader = Callable[[str], list[Entry]]
 
@@ -60,7 +60,7 @@ def open_checkpoint(spec: str, formats: Mapping[str, Reader] = CHECKPOINT_FORMAT
 
 
 def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str, str]:
-    """Returns the prefix and the path of `PREFIX::PATH`.
+    """Returns the prefix and the path of `PREFIX::PATH`. A path on the Hugging Face Hub is downloaded.
 
     Args:
       name: the name of the spec in error messages.
@@ -76,6 +76,8 @@ def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str
         with prefix_errors(name):
             remote_file_system(path)
     else:
+        with prefix_errors(name):
+            path = local_path(path)
         kind, is_kind = ("directory", os.path.isdir) if prefix in _DIRECTORY_FORMATS else ("file", os.path.isfile)
         if not os.path.exists(path):
             raise UserError(f"{name}: there is no {path}")

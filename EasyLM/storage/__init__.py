@@ -12,6 +12,7 @@ Modules:
   reading  open files, read lines, decompress
   digests  digests of JSON values and of files
   heartbeat_lock  one process at a time holds a directory
+  hub      names on the Hugging Face Hub in place of local paths
   json_files  JSON files, bounded and checked with a schema
   columns  memory-mapped column files, cached or standalone
 """
@@ -20,6 +21,7 @@ from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, names
 from EasyLM.storage.columns import Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest
 from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError
+from EasyLM.storage.hub import local_path
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
 from EasyLM.storage.paths import (
     check_output,
@@ -51,6 +53,7 @@ __all__ = [
     "is_compressed",
     "is_remote",
     "json_digest",
+    "local_path",
     "names_full_disk",
     "open_binary",
     "open_columns",

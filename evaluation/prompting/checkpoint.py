@@ -14,7 +14,9 @@ from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import shardings
 
 MODEL_FLAGS = {
-    "checkpoint": Flag("", "The model: PREFIX::PATH, as for training, or a Hugging Face directory.", required=True),
+    "checkpoint": Flag(
+        "", "The model: PREFIX::PATH, as for training, or a Hugging Face directory or name.", required=True
+    ),
     "load_llama_config": Flag(
         "", "Preset or json::PATH, if there is no metadata beside the checkpoint; it must agree."
     ),

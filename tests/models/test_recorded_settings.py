@@ -5,13 +5,15 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 from convert_kit import export
+from huggingface_hub import constants
 from prompting_kit import CONFIG, tiny_checkpoint
 from tiny_run import GOLDEN, train
 
 from EasyLM.errors import UserError
-from EasyLM.models.llama import convert_easylm_to_hf, llama_config
+from EasyLM.models.llama import convert_easylm_to_hf, llama_config, llama_train
 from EasyLM.models.llama.llama_config import PRESETS
 from EasyLM.parallel import make_mesh
 from evaluation.prompting import load_model
@@ -69,6 +71,39 @@ def test_settings_that_only_change_the_computation_may_differ(recorded, tmp_path
     (tmp_path / "other.json").write_text(json.dumps(changed))
     mesh = make_mesh("1,1,1", jax.devices()[:1])
     assert load_model(recorded["checkpoint"], f"json::{tmp_path}/other.json", mesh)[0].resid_pdrop == 0.5
+
+
+def test_training_takes_the_settings_of_the_checkpoint_that_it_starts_from(recorded, tmp_path, monkeypatch):
+    models = []
+
+    def open_run(settings, model_settings, formats):
+        models.append(model_settings.values)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(llama_train, "open_run", open_run)
+    export(recorded["checkpoint"], tmp_path / "hf")
+    for spec in (recorded["checkpoint"], f"huggingface::{tmp_path}/hf"):
+        settings = {"load_checkpoint": spec, "load_llama_config": "", "update_llama_config": "", "mesh_dim": "1,-1,1"}
+        data = {"train_dataset.json_dataset.seq_length": 16, "train_dataset.json_dataset.batch_size": 8}
+        with pytest.raises(UserError, match="far enough"):
+            train(tmp_path, **settings, **data, **{"llama.resid_pdrop": 0.5})
+        assert models[-1]["num_attention_heads"] == OTHER["num_attention_heads"]
+        assert models[-1]["hidden_size"] == CONFIG.hidden_size
+        assert models[-1]["resid_pdrop"] == 0.5, "a flag overrides them"
+
+
+def test_a_model_on_the_hub_is_loaded_by_its_name(recorded, tmp_path, monkeypatch):
+    commit = tmp_path / "models--Owner--model" / "snapshots" / ("0" * 40)
+    export(recorded["checkpoint"], commit / "small")
+    (commit.parent.parent / "refs").mkdir()
+    (commit.parent.parent / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    config, params = load_model("Owner/model/small", "", make_mesh("1,1,1", jax.devices()[:1]))
+    assert config.num_attention_heads == OTHER["num_attention_heads"]
+    expected = load_model(recorded["checkpoint"], "", make_mesh("1,1,1", jax.devices()[:1]))[1]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from EasyLM.checkpoints import Entry, checksums, streaming
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
-from EasyLM.storage import atomic_file, write_json
+from EasyLM.storage import atomic_file, local_path, write_json
 
 FLAGS = {
-    "hf_model": Flag("", "Directory of the Hugging Face model: config.json and weights.", required=True),
+    "hf_model": Flag("", "Hugging Face model: a directory, or a name on the Hub.", required=True),
     "output_file": Flag(
         "", "File to write; it is loaded as params::FILE, or flax_params::FILE if not streaming.", required=True
     ),
@@ -36,7 +36,7 @@ def main(config: ConfigDict) -> None:
     for path in (config.output_file, metadata_path, checksums_path):
         if os.path.exists(path):
             raise UserError(f"--output_file={config.output_file}: {path} exists; name a file in a directory of its own")
-    model, entries = hf_layout.read_model(config.hf_model)
+    model, entries = hf_layout.read_model(local_path(config.hf_model))
     metadata = checkpoints.make_metadata(0, config.to_dict(), llama_config=dataclasses.asdict(model))
     os.makedirs(directory, exist_ok=True)
     try:

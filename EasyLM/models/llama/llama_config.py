@@ -166,15 +166,17 @@ PRESETS = {
 }
 
 
-def build_config(load_llama_config: str, llama: Mapping[str, Any], update_llama_config: str) -> LLaMAConfig:
+def build_config(
+    load_llama_config: str, llama: Mapping[str, Any], update_llama_config: str, default: LLaMAConfig = LLaMAConfig()
+) -> LLaMAConfig:
     """Returns the config that three flags specify.
 
     Args:
-      load_llama_config: see `load_config`. An empty string selects the defaults.
+      load_llama_config: see `load_config`. An empty string selects `default`.
       llama: the flags `--llama.*`. Settings that are not None override `load_llama_config`.
       update_llama_config: see `updated`. Its settings override both.
     """
-    config = load_config(load_llama_config) if load_llama_config else LLaMAConfig()
+    config = load_config(load_llama_config) if load_llama_config else default
     given = {name: value for name, value in llama.items() if value is not None}
     return updated(dataclasses.replace(config, **given), update_llama_config)
 

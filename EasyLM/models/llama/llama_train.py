@@ -17,7 +17,7 @@ from EasyLM.models.llama import costs, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import check_batch_size, fail_together, initialize_distributed, make_mesh, on_first_process_first
-from EasyLM.storage import expand_path_groups
+from EasyLM.storage import expand_path_groups, local_path
 from EasyLM.training import (
     OPTIMIZER_FLAGS,
     RUN_FLAGS,
@@ -43,7 +43,11 @@ FLAGS = {
         choices=(*COMPUTE_DTYPES,),
         aliases=flags.DTYPE_ALIASES,
     ),
-    "load_llama_config": Flag("", "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release)."),
+    "load_llama_config": Flag(
+        "",
+        "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release); empty: the settings that "
+        "--load_checkpoint records.",
+    ),
     "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
     "llama": llama_config.LLAMA_FLAGS,
     "tokenizer": text_tokenizer.TOKENIZER_FLAGS,
@@ -72,7 +76,10 @@ def main(config: Any) -> int:
             "--dtype=fp16: small gradients underflow to zero, as there is no loss scaling; use bf16, which has the "
             "range of fp32"
         )
-    model = llama_config.build_config(config.load_llama_config, config.llama, config.update_llama_config)
+    recorded = _recorded_config(config.load_checkpoint) if config.load_checkpoint else None
+    model = llama_config.build_config(
+        config.load_llama_config, config.llama, config.update_llama_config, recorded or LLaMAConfig()
+    )
     optimizer = make_optimizer(config.optimizer)
     tokenizer = text_tokenizer.load_tokenizer(**config.tokenizer)
     mesh = make_mesh(config.mesh_dim)
@@ -124,9 +131,13 @@ def _model_settings(model: LLaMAConfig) -> ModelSettings:
 
 def _saved_settings(spec: str) -> Mapping[str, Any]:
     """Returns the model settings that the checkpoint `PREFIX::PATH` records, or an empty mapping if there are none."""
-    prefix, _, path = spec.partition("::")
-    saved = llama_config.recorded_config(prefix, path)
+    saved = _recorded_config(spec)
     return dataclasses.asdict(saved) if saved else {}
+
+
+def _recorded_config(spec: str) -> LLaMAConfig | None:
+    prefix, _, path = spec.partition("::")
+    return llama_config.recorded_config(prefix, local_path(path))
 
 
 def _check_dataset_flags(name: str, dataset_config: Any, model: LLaMAConfig, mesh: Mesh) -> None:

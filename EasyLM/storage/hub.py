@@ -1,0 +1,62 @@
+"""Names on the Hugging Face Hub: `OWNER/NAME[@REVISION][/FOLDER]` in place of a local path.
+
+huggingface_hub downloads to its cache (HF_HOME) and reads the cache alone if HF_HUB_OFFLINE=1.
+"""
+
+import os
+import re
+
+from EasyLM.errors import UserError
+
+_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>[^@]+))?")
+_SETTINGS = ("*.json", "*.yaml", "*.yml")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.ckpt")  # in order of preference: a repository may hold several forms
+
+
+def local_path(path: str) -> str:
+    """Returns the local path of a model or tokenizer that may be on the Hub.
+
+    A path that exists, and one that cannot be the name of a repository, are returned as they are. Otherwise settings
+    and weights are downloaded: of a repository, of a folder in it, or one file.
+
+    Raises:
+      UserError: if the name is neither a local path nor available on the Hub or in the cache.
+    """
+    match = _NAME.fullmatch(path)
+    if os.path.exists(path) or match is None:
+        return path
+    repository, revision, inside = match["repository"], match["revision"], (match["inside"] or "").strip("/")
+    file_name = os.path.basename(inside)
+    if "." in file_name or file_name.startswith("streaming_"):
+        patterns = [inside, *(os.path.join(os.path.dirname(inside), name) for name in _SETTINGS)]
+        found = os.path.join(_download(path, repository, revision, patterns), inside)
+        if not os.path.exists(found):
+            raise UserError(f"{path}: neither a local path, nor a file of {repository} on the Hugging Face Hub")
+        return found
+    for weights in _WEIGHTS:
+        patterns = [os.path.join(inside, name) for name in (*_SETTINGS, weights)]
+        directory = os.path.normpath(os.path.join(_download(path, repository, revision, patterns), inside))
+        if _holds(directory, weights):
+            return directory
+    raise UserError(
+        f"{path}: neither a local path, nor a directory with weights ({', '.join(_WEIGHTS)}) on the Hugging Face Hub"
+    )
+
+
+def _holds(directory: str, pattern: str) -> bool:
+    return os.path.isdir(directory) and any(name.endswith(pattern[1:]) for name in os.listdir(directory))
+
+
+def _download(path: str, repository: str, revision: str | None, patterns: list[str]) -> str:
+    """Returns the local directory of a repository's files that match the patterns."""
+    import huggingface_hub  # here, because importing it takes a quarter of a second
+
+    try:
+        return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # its own errors, those of the HTTP client, of disks
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        option = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"{path}: there is no such local path, and the Hugging Face Hub cannot provide it ({reason}); download it "
+            f"where there is a network, `hf download {repository}{option} --local-dir DIR`, and give DIR instead"
+        ) from error
