@@ -9,11 +9,12 @@ Rooms, from the lowest to the highest; tests/test_architecture.py holds the allo
     models        attention, losses, generation, and the LLaMA with its commands
 
 Modules that all rooms may import:
-    vocab         ids of image codes and special tokens
-    errors        UserError, for mistakes that the user can correct
-    flags         declared command-line settings
-    process_pool  worker processes that do not import JAX
-    progress      progress bars, and lines in the log of a job
+    vocab           ids of image codes and special tokens
+    errors          UserError, for mistakes that the user can correct
+    skipped_inputs  unusable inputs of a command: reported, counted and skipped
+    flags           declared command-line settings
+    process_pool    worker processes that do not import JAX
+    progress        progress bars, and lines in the log of a job
 """
 
 __version__ = "0.2.0"

@@ -9,8 +9,16 @@ class UserError(ValueError):
     """Bad input: a flag, a file, a line, a checkpoint. The message names it, its value and the valid choices.
 
     Commands print the message as one line and exit with code 2 (`flags.run`). Any other exception is a bug, and keeps
-    its traceback.
+    its traceback. Control characters, which file names can contain, are escaped, so that the message is one line.
     """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """Escapes the characters that do not print: a line break becomes `\\n`, a byte that is not UTF-8 `\\udce9`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def choose(name: str, value: str, choices: Collection[str]) -> str:

@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import EasyLM
-from EasyLM.errors import UserError, choose
+from EasyLM.errors import UserError, choose, one_line
 
 Settings = TypeVar("Settings")  # a frozen dataclass
 DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # the release accepts both
@@ -150,7 +150,7 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
         try:
             return main(config)
         except (UserError, OSError) as error:  # OSError: a missing file, a full disk, a lost network
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from EasyLM.data import packed_file, parse_numbers, proportional
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output, expand_path_groups, is_compressed, is_remote, write_json
 from EasyLM.vocab import VOCAB_SIZE
-from tokenizer.sentence_files import SkippedInputs
 from tokenizer.sentence_files.disk_space import check_disk_space
 from tokenizer.sentence_files.mixing import Source, count_lines, needed_space, write_mixture
 

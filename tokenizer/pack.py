@@ -15,9 +15,10 @@ from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
+from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import atomic_file, expand_paths, file_version, is_compressed
 from EasyLM.vocab import VOCAB_SIZE
-from tokenizer.sentence_files import SkippedInputs, read_sentences
+from tokenizer.sentence_files import read_sentences
 from tokenizer.sentence_files.disk_space import check_disk_space
 
 _DECOMPRESSED = 4  # approximate bytes of JSONL per byte of .gz or .zst: an id takes 43 bits, 13 of them information

@@ -62,6 +62,7 @@ FLAGS = {
     ),
     "input_dirs": Flag("", "Comma list of folders of images; subfolders are included.", required=True),
     "eval_dirs": Flag("", "Comma list of folders of held-out images, for --eval_steps and reconstructions.png."),
+    "max_errors": Flag(0, "Maximum number of unusable images to skip, in each process; each is reported.", least=0),
     "batch_size": Flag(64, "Images per step, over all devices.", least=1),
     "lr": Flag(
         1e-4,
@@ -117,9 +118,11 @@ def main(config: Any) -> int:
         _check_layout(run)
 
         # Data
-        data = ImageRows(config.input_dirs, "input_dirs", model.resolution, config.seed)
+        data = ImageRows(config.input_dirs, "input_dirs", model.resolution, config.seed, config.max_errors)
         held_out = config.eval_steps or config.eval_dirs
-        eval_data = ImageRows(config.eval_dirs, "eval_dirs", model.resolution, 0) if held_out else None
+        eval_data = None
+        if held_out:
+            eval_data = ImageRows(config.eval_dirs, "eval_dirs", model.resolution, 0, config.max_errors)
 
         # Train
         task = TrainingTask(

@@ -16,16 +16,17 @@ import numpy as np
 import orjson
 
 from EasyLM.errors import UserError
+from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import folders
-from tokenizer.sentence_files import SkippedInputs
 
 # Folders of a CO3D sequence: CATEGORY/SEQUENCE/images/frame000001.jpg.
 CO3D_SUBFOLDERS = ("images", "masks", "depths", "depth_masks")
 _CACHE_KIB = 64 << 10
 _SCHEMA = f"""
 PRAGMA cache_size = -{_CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-CREATE TABLE file (item TEXT, sort_key TEXT, folder INT, path TEXT, PRIMARY KEY (item, sort_key, folder)) WITHOUT ROWID;
+CREATE TABLE file (item TEXT, sort_key TEXT, folder INT, path TEXT, PRIMARY KEY (item, sort_key, folder, path))
+    WITHOUT ROWID;
 CREATE TABLE row (number INTEGER PRIMARY KEY, paths TEXT);
 CREATE TABLE item (number INTEGER PRIMARY KEY, first INT, size INT);
 """
@@ -98,11 +99,14 @@ class FileIndex:
     def __init__(
         self, layout: Layout, inputs: Sequence[InputFolder], extensions: Sequence[str], skipped: SkippedInputs
     ):
-        """Lists the files. Files without a partner in another folder are added to `skipped`.
+        """Lists the files.
+
+        Adds to `skipped`: files without a partner in another folder, two files of one folder that belong to the same
+        row, and the unusable paths of `folders.walk`.
 
         Raises:
-          UserError: naming the flag, if a folder does not exist or has no such file, or two of its files belong to the
-            same row; if the index does not fit on the disk.
+          UserError: naming the flag, if a folder does not exist or has no such file; if the index does not fit on the
+            disk.
         """
         try:
             self.digest, self._length = self._build(layout, inputs, extensions, skipped)
@@ -141,7 +145,7 @@ class FileIndex:
     ) -> Iterator[folders.FileEntry]:
         """Inserts the files of one input folder into the database, and yields them."""
         root = pathlib.Path(folder.directory)
-        for entry in folders.walk(folder.directory, folder.flag, extensions, ignored):
+        for entry in folders.walk(folder.directory, folder.flag, extensions, ignored, skipped.add):
             if folder.subfolder and folder.subfolder != os.path.basename(os.path.dirname(entry.name)):
                 continue
             yield entry
@@ -151,29 +155,25 @@ class FileIndex:
             except UserError as error:
                 skipped.add(path, f"{path} {error}")
                 continue
-            try:
-                self._database.execute("INSERT INTO file VALUES (?, ?, ?, ?)", (item, sort_key, number, path))
-            except sqlite3.IntegrityError:
-                query = "SELECT path FROM file WHERE (item, sort_key, folder) = (?, ?, ?)"
-                (other,) = self._database.execute(query, (item, sort_key, number)).fetchone()
-                first, second = (os.path.basename(p) for p in sorted([other, path]))
-                raise UserError(f"{folder}: {first} and {second} share the stem {_stem(entry.name)!r}") from None
+            self._database.execute("INSERT INTO file VALUES (?, ?, ?, ?)", (item, sort_key, number, path))
 
     def _join(self, inputs: Sequence[InputFolder], skipped: SkippedInputs) -> int:
         """Joins files into rows and items; returns the number of items."""
-        files = self._database.execute("SELECT item, sort_key, folder, path FROM file ORDER BY item, sort_key, folder")
+        columns = "item, sort_key, folder, path"
+        files = self._database.execute(f"SELECT {columns} FROM file ORDER BY {columns}")
         items = rows = 0
         for _, item_files in itertools.groupby(files, key=lambda file: file[0]):
             first = rows
             for _, row_files in itertools.groupby(item_files, key=lambda file: file[1]):
-                paths = {folder: path for _, _, folder, path in row_files}
-                if len(paths) == len(inputs):
-                    self._database.execute("INSERT INTO row VALUES (?, ?)", (rows, orjson.dumps(list(paths.values()))))
-                    rows += 1
+                paths: dict[int, list[str]] = {}
+                for _, _, folder, path in row_files:
+                    paths.setdefault(folder, []).append(path)
+                if defect := _defect(paths, inputs):
+                    skipped.add(*defect)
                 else:
-                    missing = next(folder for number, folder in enumerate(inputs) if number not in paths)
-                    path = min(paths.items())[1]
-                    skipped.add(path, f"{path} has no partner in {missing}")
+                    row = orjson.dumps([path for (path,) in paths.values()])
+                    self._database.execute("INSERT INTO row VALUES (?, ?)", (rows, row))
+                    rows += 1
             if rows > first:
                 self._database.execute("INSERT INTO item VALUES (?, ?, ?)", (items, first, rows - first))
                 items += 1
@@ -203,6 +203,19 @@ class FileIndex:
     def _row_range(self, item: int) -> tuple[int, int]:
         """Returns the first row of an item and the number of its rows."""
         return self._database.execute("SELECT first, size FROM item WHERE number = ?", (item,)).fetchone()
+
+
+def _defect(paths: dict[int, list[str]], inputs: Sequence[InputFolder]) -> tuple[str, str] | None:
+    """Returns the path and the reason if the files of each folder, in order, do not make a row."""
+    for files in paths.values():
+        if len(files) > 1:  # which of them is meant is unknown
+            names = " and ".join(map(os.path.basename, files[1:]))
+            return files[0], f"{files[0]} and {names} share the stem {os.path.basename(_stem(files[0]))!r}"
+    for number, folder in enumerate(inputs):
+        if number not in paths:
+            path = next(iter(paths.values()))[0]
+            return path, f"{path} has no partner in {folder}"
+    return None
 
 
 def _to_row(paths: bytes) -> tuple[ImageRef, ...]:

@@ -15,6 +15,7 @@ from EasyLM.data import records
 from EasyLM.errors import prefix_errors
 from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
+from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_schema
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
@@ -23,7 +24,6 @@ from tokenizer.builders.pipeline import Codec, Encoder, Pipeline
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.samplers import Sampler
 from tokenizer.builders.settings import SentenceSettings
-from tokenizer.sentence_files import SkippedInputs
 
 _PENDING_BATCHES = 6  # up to three are on the device or queued for it; the others are being read
 _INITIAL_STATE = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}

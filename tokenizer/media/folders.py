@@ -6,10 +6,14 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 from EasyLM.errors import UserError
 from tokenizer.media.images import IMAGE_EXTENSIONS
+
+# Called with the path of an unusable input and with a reason, which begins with the path.
+Report = Callable[[str, str], None]
 
 _MAX_NAMED_EXTENSIONS = 50  # further ones are counted together: log.1, log.2, ... all have different extensions
 
@@ -23,16 +27,21 @@ class FileEntry:
     modified_ns: int
 
 
-def list_images(directory: str, flag: str) -> list[pathlib.Path]:
+def refuse(path: str, reason: str) -> NoReturn:
+    """Raises the reason why a path is unusable as a UserError."""
+    raise UserError(reason)
+
+
+def list_images(directory: str, flag: str, report: Report = refuse) -> list[pathlib.Path]:
     """Lists the images in a folder and its subfolders, sorted by name. Hidden files are ignored.
 
     Reports other ignored files, by extension, on standard error.
 
     Raises:
-      UserError: naming the flag, if the folder does not exist or has no image.
+      UserError: see `walk`.
     """
     ignored: collections.Counter = collections.Counter()
-    names = sorted(entry.name for entry in walk(directory, flag, ignored=ignored))
+    names = sorted(entry.name for entry in walk(directory, flag, ignored=ignored, report=report))
     report_ignored(ignored, f"--{flag}={directory}")
     return [pathlib.Path(directory, name) for name in names]
 
@@ -50,6 +59,7 @@ def walk(
     flag: str,
     extensions: Sequence[str] = IMAGE_EXTENSIONS,
     ignored: collections.Counter | None = None,
+    report: Report = refuse,
 ) -> Iterator[FileEntry]:
     """Yields the files with these extensions (in any case) in a folder and its subfolders, unsorted, as they are read.
 
@@ -57,36 +67,52 @@ def walk(
 
     Args:
       ignored: a counter that is updated with the other visible files, by extension.
+      report: is called with each path that has such an extension but is unusable (a pipe, a socket or a device, or a
+        name that is not UTF-8), and with each folder that cannot be listed.
 
     Raises:
-      UserError: naming the flag, if the folder does not exist, has no such file, or a name is not UTF-8.
+      UserError: naming the flag, if the folder does not exist or has no such file; by default for unusable paths.
     """
     if not os.path.isdir(directory):
         raise UserError(f"--{flag}={directory}: no such folder")
+    if not _is_utf8(directory):
+        raise UserError(f"--{flag}={_printable(directory)}: the name is not UTF-8; rename the folder")
     is_empty = True
     subfolders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # (name, (device, inode) of each ancestor)
     while subfolders:
         folder, ancestors = subfolders.pop()
-        stat = os.stat(os.path.join(directory, folder))
-        # Only ancestors count as loops. Skipping every visited folder would make one of two links to the same folder
-        # depend on the listing order.
-        if (stat.st_dev, stat.st_ino) in ancestors:
-            continue
-        ancestors += ((stat.st_dev, stat.st_ino),)
-        with os.scandir(os.path.join(directory, folder)) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                # entry.is_dir() needs no system call except for links, and raises for a link to itself.
-                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                    subfolders.append((f"{folder}{entry.name}/", ancestors))
-                elif entry.name.lower().endswith(tuple(extensions)) and not _is_special(entry):
+        try:
+            stat = os.stat(os.path.join(directory, folder))
+            # Only ancestors count as loops. Skipping every visited folder would make one of two links to the same
+            # folder depend on the listing order.
+            if (stat.st_dev, stat.st_ino) in ancestors:
+                continue
+            for entry in _visible(os.path.join(directory, folder)):
+                name = f"{folder}{entry.name}"
+                if _is_folder(entry):
+                    subfolders.append((f"{name}/", (*ancestors, (stat.st_dev, stat.st_ino))))
+                elif not entry.name.lower().endswith(tuple(extensions)):
+                    if ignored is not None:
+                        _count_extension(ignored, entry.name)
+                else:
                     is_empty = False
-                    yield _file_entry(entry, folder, directory, flag)
-                elif ignored is not None:
-                    _count_extension(ignored, entry.name)
+                    if defect := _defect(entry, name):
+                        path = _printable(os.path.join(directory, name))
+                        report(path, f"{path}: {defect}")
+                    else:
+                        yield _file_entry(entry, name)
+        except OSError as error:
+            path = _printable(os.path.join(directory, folder.rstrip("/")))
+            report(path, f"{path}: cannot be listed ({error.strerror})")
     if is_empty:
         raise UserError(f"--{flag}={directory}: contains no file with extension {', '.join(extensions)}")
+
+
+def _visible(folder: str) -> Iterator[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                yield entry
 
 
 def _count_extension(counts: collections.Counter, name: str) -> None:
@@ -95,26 +121,45 @@ def _count_extension(counts: collections.Counter, name: str) -> None:
     counts[extension if is_named else "with further extensions"] += 1
 
 
-def _is_special(entry: os.DirEntry) -> bool:
-    """Whether an entry that is no folder is a pipe, a socket or a device: reading it could wait forever.
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether the entry is a folder or a link to one."""
+    # entry.is_dir() needs no system call except for links, and raises for a link to itself.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
-    A link to a missing file is not special; it is reported when it is read.
+
+def _defect(entry: os.DirEntry, name: str) -> str:
+    """Returns why an entry that is no folder cannot be an input; empty: it can.
+
+    Reading a pipe, a socket or a device could wait forever. A link to a missing file is reported when it is read.
     """
+    if not _is_utf8(name):
+        return f"the name {os.fsencode(name)!r} is not UTF-8; rename the file"
     if entry.is_symlink():
-        return os.path.exists(entry.path) and not os.path.isfile(entry.path)
-    return not entry.is_file()
+        is_special = os.path.exists(entry.path) and not os.path.isfile(entry.path)
+    else:
+        is_special = not entry.is_file()
+    return "is a pipe, a socket or a device, not a file" if is_special else ""
 
 
-def _file_entry(entry: os.DirEntry, folder: str, directory: str, flag: str) -> FileEntry:
-    name = f"{folder}{entry.name}"
+def _is_utf8(name: str) -> bool:
+    """Whether a name that the system returned is valid UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise UserError(f"--{flag}={directory}: the name {os.fsencode(name)!r} is not UTF-8; rename the file") from None
+        return False
+    return True
+
+
+def _printable(path: str) -> str:
+    """Returns the path with the bytes that are not UTF-8 as \\xe9."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _file_entry(entry: os.DirEntry, name: str) -> FileEntry:
     try:
         stat = entry.stat()
-    except OSError:  # a dangling link: reading the file reports it
-        stat = entry.stat(follow_symlinks=False)
+    except OSError:  # a dangling link, or a file that was just deleted: reading it reports that
+        return FileEntry(name, 0, 0)
     return FileEntry(name, stat.st_size, stat.st_mtime_ns)
 
 

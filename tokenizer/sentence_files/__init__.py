@@ -2,14 +2,13 @@
 
 May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.image_quality.code_usage; never JAX.
 
-  reader          read_sentences: the sentences of a file in any format
-  skipped_inputs  SkippedInputs: unusable inputs, reported and counted
-  selection       selects sentences by number and kind
-  rendering       writes decoded sentences as image files, videos or one HTML page
-  mixing          mixes sentences of several sources in random order
-  disk_shuffle    shuffles lines in bounded memory
-  disk_space      checks the free space for an output
-  summary         statistics of sentences, as a table and as charts
+  reader        read_sentences: the sentences of a file in any format
+  selection     selects sentences by number and kind
+  rendering     writes decoded sentences as image files, videos or one HTML page
+  mixing        mixes sentences of several sources in random order
+  disk_shuffle  shuffles lines in bounded memory
+  disk_space    checks the free space for an output
+  summary       statistics of sentences, as a table and as charts
 
 Vocabulary:
   sentence  the ids of one record, and its JSON object with further fields such as `kind` and `sources`
@@ -19,6 +18,5 @@ Shapes: n images of a sentence, S the side in pixels, N codes of an image.
 """
 
 from tokenizer.sentence_files.reader import read_sentences
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
 
-__all__ = ["SkippedInputs", "read_sentences"]
+__all__ = ["read_sentences"]

@@ -14,10 +14,10 @@ import numpy as np
 from EasyLM.data import records
 from EasyLM.errors import UserError
 from EasyLM.progress import progress
+from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import atomic_file, file_version, is_compressed, read_lines
 from tokenizer.sentence_files import disk_shuffle
 from tokenizer.sentence_files.disk_shuffle import KEY_BITS, KeyedLine
-from tokenizer.sentence_files.skipped_inputs import SkippedInputs
 
 _RANDOM_BATCH = 4096  # random numbers per call of the generator
 _MARGIN_BYTES = 16 << 20  # left free on the disk

@@ -1,9 +1,12 @@
 """Unusable inputs and settings are reported by name, skipped when allowed, and counted."""
 
 import os
+import struct
+import zlib
 
 import pytest
 from build_kit import build_records, clip_and_frames, report_of, skipped_names
+from PIL import Image
 from tokenizer_kit import write_image
 
 from EasyLM.errors import UserError
@@ -55,10 +58,50 @@ def test_short_and_broken_clips_are_reported(tree, tiny, tmp_path, capsys):
     assert "too short: 5 frames, 6 needed" in skipped_names(tmp_path / "video.jsonl")["b.mp4"]
 
 
-def test_two_files_of_one_stem_are_reported(pairs, tiny):
+def test_two_files_of_one_stem_are_reported_or_skipped(pairs, tiny):
     write_image(pairs / "label" / "3.bmp", 9)
     with pytest.raises(UserError, match=r"3\.bmp and 3\.png share the stem '3'"):
         build_records(pairs, tiny, pairs / "out.jsonl", "paired")
+    sentences = build_records(pairs, tiny, pairs / "out.jsonl", "paired", n_shots=1, max_errors=1)
+    sources = {os.path.basename(path) for _, record in sentences for path in record["sources"]}
+    assert sources == {f"{i}.png" for i in (0, 1, 2, 4)}  # which annotation is the right one is unknown
+    assert skipped_names(pairs / "out.jsonl").keys() == {"3.bmp"}
+
+
+def test_every_kind_of_unusable_file_is_named_counted_and_skipped(tmp_path, tiny):
+    """Good names and good files are used, however odd they are."""
+    root = tmp_path / "in"
+    for name in ("good.png", "a\nb.png", "\x1b[31m.png", "%s{}.png", "folder.png/inside.png"):
+        write_image(root / name, 1)
+    for name, size in {"wide.png": (3000, 1), "high.png": (1, 3000), "dot.png": (1, 1)}.items():
+        Image.new("RGB", size, "red").save(root / name)
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    for name in ("moving.gif", "moving.png", "moving.webp", "pages.tif"):
+        frames[0].save(root / name, save_all=True, append_images=frames[1:])
+    used = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+    whole = (root / "good.png").read_bytes()
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    bomb = whole[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + whole[33:]
+    bad_files = {"zero.png": b"", "cut.png": whole[:60], "text.jpg": b"text", "cut\n.png": whole[:60], "bomb.png": bomb}
+    for name, content in bad_files.items():
+        (root / name).write_bytes(content)
+    (root / os.fsdecode(b"caf\xe9.png")).write_bytes(whole)
+    os.mkfifo(root / "pipe.png")
+    (root / "dangling.png").symlink_to("nowhere.png")
+    (root / "loop.png").symlink_to("loop.png")
+    bad = {*bad_files, r"caf\xe9.png", "pipe.png", "dangling.png", "loop.png"}
+    settings = {"input_dir": str(root), "workers": 2}
+    sentences = build_records(tmp_path, tiny, tmp_path / "out.jsonl", "images", max_errors=len(bad), **settings)
+    assert sorted(record["sources"] for _, record in sentences) == sorted([f"{root}/{name}"] for name in used)
+    reasons = {
+        entry["input"].removeprefix(f"{root}/"): entry["reason"]
+        for entry in report_of(tmp_path / "out.jsonl")["skipped"]
+    }
+    assert reasons.keys() == bad and not any("\n" in reason for reason in reasons.values())
+    with pytest.raises(UserError, match=f"after {len(bad) - 1} others .--max_errors={len(bad) - 1}") as caught:
+        build_records(tmp_path, tiny, tmp_path / "less.jsonl", "images", max_errors=len(bad) - 1, **settings)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 from index_kit import make_index
 
 from EasyLM.errors import UserError
+from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders import file_index
 from tokenizer.builders.file_index import FileIndex, InputFolder
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import images
-from tokenizer.sentence_files import SkippedInputs
 
 
 def test_items_have_rows_in_order_and_the_digest_changes_with_the_files(monkeypatch):

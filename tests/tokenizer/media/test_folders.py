@@ -8,7 +8,7 @@ import pytest
 from tokenizer_kit import write_image
 
 from EasyLM.errors import UserError
-from tokenizer.media import folders
+from tokenizer.media import folders, images
 
 
 def test_images_are_listed_by_name(tmp_path):
@@ -59,10 +59,43 @@ def test_linked_folders_are_followed_except_loops(tmp_path):
     assert names == [*linked, "own/1.png", "self.png"]
 
 
-def test_a_name_that_is_not_utf8_is_reported(tmp_path):
+def list_and_report(directory) -> tuple[list[str], dict[str, str]]:
+    reported: dict[str, str] = {}
+    paths = folders.list_images(str(directory), "input_dir", reported.__setitem__)
+    assert all(reason.startswith(f"{path}: ") for path, reason in reported.items())
+    return [path.name for path in paths], {os.path.basename(path): reason for path, reason in reported.items()}
+
+
+def test_names_that_are_not_utf8_are_reported(tmp_path):
+    (tmp_path / "good.png").write_bytes(b"x")
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
-    with pytest.raises(UserError, match=r"caf\\xe9.png' is not UTF-8"):
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    (tmp_path / os.fsdecode(b"\xff/in.png")).write_bytes(b"x")
+    names, reported = list_and_report(tmp_path)
+    assert names == ["good.png"] and reported.keys() == {r"caf\xe9.png", "in.png"}
+    assert r"caf\xe9.png' is not UTF-8; rename the file" in reported[r"caf\xe9.png"]
+    with pytest.raises(UserError, match=r"caf\\xe9.png' is not UTF-8|xff/in.png' is not UTF-8"):
         folders.list_images(str(tmp_path), "input_dir")
+    with pytest.raises(UserError, match=r"--input_dir=.*\\xff: the name is not UTF-8"):
+        folders.list_images(os.fsdecode(bytes(tmp_path) + b"/\xff"), "input_dir")
+
+
+def test_folders_that_cannot_be_listed_are_reported(tmp_path, monkeypatch):
+    """The superuser may list every folder, so the test replaces the system call."""
+    for name in ("a/1.png", "closed/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    scandir = os.scandir
+
+    def scan(path):
+        if path.endswith("closed/"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    names, reported = list_and_report(tmp_path)
+    assert names == ["1.png"]
+    assert reported == {"closed": f"{tmp_path}/closed: cannot be listed (Permission denied)"}
 
 
 def test_files_by_stem_and_names_in_natural_order():
@@ -74,7 +107,7 @@ def test_files_by_stem_and_names_in_natural_order():
     assert sorted(names, key=folders.natural_key) == ["f09", "f9", "f9a", "f10", "g1"]
 
 
-def test_pipes_sockets_and_devices_are_not_read(tmp_path):
+def test_pipes_sockets_and_devices_are_reported_and_not_read(tmp_path):
     """Opening a pipe without a writer waits forever."""
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("pipe.png")
@@ -83,4 +116,9 @@ def test_pipes_sockets_and_devices_are_not_read(tmp_path):
         listener.bind(str(tmp_path / "socket.png"))
     write_image(tmp_path / "image.png", 0)
     (tmp_path / "missing.png").symlink_to("gone.png")  # reported when it is read
-    assert [path.name for path in folders.list_images(str(tmp_path), "input_dir")] == ["image.png", "missing.png"]
+    names, reported = list_and_report(tmp_path)
+    assert names == ["image.png", "missing.png"]
+    assert reported.keys() == {"pipe.png", "link.png", "device.png", "socket.png"}
+    for name in reported:
+        with pytest.raises(UserError, match=f"{name}: is not a file"):
+            images.read(tmp_path / name, 8)

@@ -58,3 +58,30 @@ def test_a_run_does_not_resume_on_other_images(folder):
     file.rename(folder / "pictures" / "9.png")
     with pytest.raises(UserError, match="belongs to other data or another order: names_and_sizes changed"):
         batches.rows_consumed(before, source())
+
+
+def test_the_next_image_takes_the_place_of_an_unusable_one(folder, monkeypatch):
+    directory = folder / "pictures"
+
+    def source(max_errors):
+        return ImageRows(str(directory), "input_dirs", 8, seed=3, max_errors=max_errors)
+
+    whole = source(0).rows(0, 18)["pixels"]
+    with_cache = [np.flatnonzero((whole == images.load(directory / f"{i}.png", 8)).all((1, 2, 3))) for i in range(6)]
+    (directory / "2.png").write_bytes(b"")
+    (directory / "3.png").write_bytes(b"text")
+    expected = whole.copy()
+    expected[with_cache[2]] = expected[with_cache[3]] = images.load(directory / "4.png", 8)
+    os.mkfifo(directory / "9.png")
+    np.testing.assert_array_equal(source(3).rows(0, 18)["pixels"], expected)
+    np.testing.assert_array_equal(source(3).rows(11, 5)["pixels"], expected[11:16])  # as after a resume
+    monkeypatch.setattr(image_rows, "MAX_CACHE_BYTES", 0)
+    np.testing.assert_array_equal(source(3).rows(0, 18)["pixels"], expected)
+    with pytest.raises(UserError, match=r"[23]\.png: not a readable image.*after 2 others .--max_errors=2"):
+        source(2).rows(0, 18)
+    with pytest.raises(UserError, match=r"9\.png: is a pipe"):
+        source(0)
+    for i in range(6):
+        (directory / f"{i}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"0\.png: neither this image nor any other one can be read"):
+        source(99).rows(0, 6)

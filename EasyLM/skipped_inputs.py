@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, one_line
 
 
 class SkippedInputs:
@@ -38,4 +38,4 @@ class SkippedInputs:
             earlier = f", after {len(self)} others" if len(self) else ""
             raise UserError(f"{reason}{earlier} (--max_errors={self._max_errors}; a higher value skips such inputs)")
         self.reasons[path] = reason
-        tqdm.write(f"skipped: {reason}", file=sys.stderr)
+        tqdm.write(f"skipped: {one_line(reason)}", file=sys.stderr)
