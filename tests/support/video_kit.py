@@ -29,7 +29,7 @@ def write_video(path, codec: str, milliseconds, rotation: int = 0, first: int = 
     """Writes a frame at each time, numbered from `first`. `rotation` is metadata, in degrees."""
     with av.open(str(path), "w") as container:
         rate = fractions.Fraction(1000, int(milliseconds[1] - milliseconds[0]))
-        has_rate_only = str(path).endswith((".avi", ".mpg"))  # these containers do not store timestamps
+        has_rate_only = str(path).endswith((".avi", ".mpg", ".m2v"))  # these containers do not store timestamps
         base = 1 / rate if has_rate_only else MILLISECOND
         stream = container.add_stream(codec, rate=rate, time_base=base)
         stream.width, stream.height = BITS * SQUARE, 3 * SQUARE
@@ -40,5 +40,32 @@ def write_video(path, codec: str, milliseconds, rotation: int = 0, first: int = 
         for number, time in enumerate(milliseconds):
             frame = av.VideoFrame.from_ndarray(numbered_frame(first + number), format="rgb24")
             frame.time_base, frame.pts = base, round(int(time) * MILLISECOND / base)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_planes(path, codec: str, pixel_format: str, planes, size=(64, 48), count: int = 2, **tags) -> None:
+    """Writes frames of one colour.
+
+    Args:
+      planes: the value of each plane's samples.
+      size: width and height.
+      tags: of the stream: colorspace, color_range, color_trc and color_primaries, as numbers of H.273.
+    """
+    width, height = size
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        stream.options = {"crf": "0", "preset": "ultrafast"} if codec == "libx264" else {}
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for number in range(count):
+            frame = av.VideoFrame(width, height, pixel_format)
+            for plane, value in zip(frame.planes, planes, strict=True):
+                samples = np.full(plane.buffer_size // (2 if "10le" in pixel_format else 1), value)
+                plane.update(samples.astype("<u2" if "10le" in pixel_format else np.uint8).tobytes())
+            frame.pts, frame.time_base = number, fractions.Fraction(1, 10)
+            for name, value in tags.items():
+                setattr(frame, name, value)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -2,13 +2,15 @@
 
 Import the modules as namespaces: `from tokenizer.media import images`.
 
-  images        one image file: decode to RGB pixels, encode as PNG, write atomically
-  folders       list a folder's files, match them by stem, sort names in natural order
-  grids         several images as one
-  videos        frame times of a video file, and the frames at given times
-  video_clock   frame times and seek points, from packets or by decoding (used by videos)
-  video_writer  frames to an MP4 or GIF file
-  charts        matplotlib figures: creation, common style, atomic save
+  images         one image file: decode to RGB pixels, encode as PNG, write atomically
+  sample_values  what the stored values of an image file mean (used by images)
+  folders        list a folder's files, match them by stem, sort names in natural order
+  grids          several images as one
+  videos         frame times of a video file, and the frames at given times
+  video_clock    frame times and seek points, from packets or by decoding (used by videos)
+  video_frames   decoded frames to upright sRGB pixels (used by videos)
+  video_writer   frames to an MP4 or GIF file
+  charts         matplotlib figures: creation, common style, atomic save
 
 Vocabulary:
   pixels        RGB, channels last: uint8, or float32 in [0, 1]

@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 import fractions
 import functools
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from EasyLM.errors import UserError, check_installed
 
@@ -22,6 +24,7 @@ _ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "mpeg1v
 # their frames can have other time stamps.
 _INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
 _DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end; less is rounding
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of a frame: the limit that Pillow has for image files
 _CACHED_CLOCKS = 16  # a build reads the times of a video, then its frames, possibly several times
 
 
@@ -32,7 +35,7 @@ class VideoClock:
     Attributes:
       ticks: int64 [n], ascending.
       seek_points: ticks of the frames from which decoding can begin, int64, ascending; contains the first frame.
-      by_index: whether time stamps are unreliable; if so, the i-th decoded frame is shown at ticks[i].
+      by_index: whether time stamps do not identify frames; if so, the i-th decoded frame is shown at ticks[i].
       tick_seconds: duration of a tick.
     """
 
@@ -64,6 +67,9 @@ def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
                 raise UserError(f"{path}: has no video stream")
             if container.streams.video[0].codec_context is None:
                 raise UserError(f"{path}: its video stream has an unknown codec")
+            width, height = (getattr(container.streams.video[0].codec_context, name) for name in ("width", "height"))
+            if width * height > _MAX_PIXELS:
+                raise UserError(f"{path}: frames of {width}x{height} pixels, more than {_MAX_PIXELS}")
             yield container, container.streams.video[0]
     except UserError:
         raise
@@ -91,24 +97,62 @@ def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
         # AVI has no time stamps. FFmpeg's are guesses if frames are decoded in another order than shown.
         by_index = container_format == "avi" and bool(stream.codec_context.has_b_frames) and bool(rate)
         packets = _read_packets(path, container, stream)
-        ticks = [tick for tick, _ in packets]
-        seek_points = [tick for tick, is_key in packets if is_key and tick is not None]
-        is_exact = stream.codec_context.name in _ONE_FRAME_PER_PACKET and None not in ticks
+        ticks = [packet.tick for packet in packets]
+        seek_points = [packet.tick for packet in packets if packet.is_key and packet.tick is not None]
+        has_one_clock = _are_ascending([packet.decode_tick for packet in packets if packet.decode_tick is not None])
+        is_unique = None not in ticks and len(set(ticks)) == len(ticks)
+        is_exact = stream.codec_context.name in _ONE_FRAME_PER_PACKET and has_one_clock and is_unique
     if by_index or not is_exact:
         with open_video(path) as (container, stream):
             ticks = [frame.pts for frame in container.decode(stream)]
-    if container_format not in _INDEXED_FORMATS:
+        if by_index:
+            ticks, tick_seconds = [*range(len(ticks))], 1 / rate
+        elif not _are_ascending(ticks):
+            ticks, by_index = [*_continuous(ticks)], True
+    if by_index or container_format not in _INDEXED_FORMATS:
         seek_points = []
-    if by_index:
-        ticks, seek_points, tick_seconds = list(range(len(ticks))), [], 1 / rate
-    ticks_n = np.unique(np.array([tick for tick in ticks if tick is not None], np.int64))
-    if not len(ticks_n):
+    if not ticks:
         raise UserError(f"{path}: its video stream has no frame")
+    ticks_n = np.unique(np.array(ticks, np.int64))
     return VideoClock(ticks_n, np.union1d(ticks_n[:1], np.array(seek_points, np.int64)), by_index, tick_seconds)
 
 
-def _read_packets(path: str, container: Any, stream: Any) -> list[tuple[int | None, bool]]:
-    """Returns (tick or None, whether it is a key frame) of each shown packet. Discards packets to save memory.
+def _are_ascending(ticks: Sequence[int | None]) -> bool:
+    known = [tick for tick in ticks if tick is not None]
+    return len(known) == len(ticks) and all(earlier < later for earlier, later in itertools.pairwise(known))
+
+
+def _continuous(ticks: Sequence[int | None]) -> list[int]:
+    """Returns ascending ticks of frames whose clock restarts, or which have no tick.
+
+    In joined segments each one can begin at the same tick. It follows the segment before it at the usual distance.
+    """
+    known = [tick for tick in ticks if tick is not None]
+    distances = [later - earlier for earlier, later in itertools.pairwise(known) if later > earlier]
+    distance = int(np.median(distances)) if distances else 1
+    shown: list[int] = []
+    shift = 0
+    for tick in ticks:
+        last = shown[-1] if shown else (known[0] if known else 0) - distance
+        if tick is None:
+            shown.append(last + distance)
+            continue
+        if tick + shift <= last:
+            shift = last + distance - tick
+        shown.append(tick + shift)
+    return shown
+
+
+class _Packet(NamedTuple):
+    """A shown packet: the ticks of its frame and of its decoding, and whether it is a key frame."""
+
+    tick: int | None
+    decode_tick: int | None
+    is_key: bool
+
+
+def _read_packets(path: str, container: Any, stream: Any) -> list[_Packet]:
+    """Returns the shown packets without their data, to save memory.
 
     Raises:
       UserError: naming the path, if the file is truncated.
@@ -122,7 +166,7 @@ def _read_packets(path: str, container: Any, stream: Any) -> list[tuple[int | No
         if packet.stream.index == stream.index:
             count += 1
             if packet.size and not packet.is_discard:
-                shown.append((packet.pts, packet.is_keyframe))
+                shown.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
     if count < stream.frames:
         raise UserError(f"{path}: is truncated: it has {count} of {stream.frames} frames")
     duration = (container.duration or 0) / 1e6 if container.format.name == "matroska,webm" else 0.0

@@ -9,18 +9,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from EasyLM.errors import UserError
-from tokenizer.media import images
+from tokenizer.media import video_frames
 from tokenizer.media.video_clock import VideoClock, open_video, read_clock
 
 VIDEO_EXTENSIONS = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv"),
     *(".3gp", ".3g2", ".m2ts", ".vob", ".asf", ".f4v", ".mxf", ".mpe", ".m2v", ".qt", ".ogm", ".dv", ".y4m"),
 )
-# By counterclockwise degrees in the metadata.
-_ROTATIONS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
 def timestamps(path: str | os.PathLike) -> np.ndarray:
@@ -36,12 +33,12 @@ def timestamps(path: str | os.PathLike) -> np.ndarray:
 def read(path: str | os.PathLike, seconds: Sequence[float] | np.ndarray, size: int | None = None) -> np.ndarray:
     """Reads the frames shown at times in any order: float32 [k,size,size,3]. With size None they keep their size.
 
-    The frame shown at a time is the last one whose own time is not later. Applies the rotation in the metadata, then
-    resizes as `images.load`. Seeks over unneeded frames where the format allows it.
+    The frame shown at a time is the last one whose own time is not later. Applies the orientation in the metadata,
+    converts the colours to sRGB, and resizes as `images.load`. Seeks over unneeded frames where the format allows it.
 
     Raises:
       UserError: naming the path, if `timestamps` raises, a time is before the first frame or after the end of the
-        last one, or a frame cannot be decoded.
+        last one, a frame cannot be decoded, its colours are not supported, or with size None the sizes differ.
     """
     clock, times = read_clock(path), timestamps(path)
     numbers = np.searchsorted(times, seconds, side="right") - 1
@@ -55,10 +52,13 @@ def read(path: str | os.PathLike, seconds: Sequence[float] | np.ndarray, size: i
         for number, frame in _decode_selected(container, stream, clock, np.unique(numbers).tolist()):
             if frame.is_corrupt:
                 raise UserError(f"{path}: the frame at {times[number]:g} s is damaged")
-            decoded[number] = _to_pixels(frame, size)
+            decoded[number] = video_frames.to_pixels(frame, size)
     missing = [number for number in numbers.tolist() if number not in decoded]
     if missing:
         raise UserError(f"{path}: the frame at {times[missing[0]]:g} s cannot be decoded")
+    sizes = sorted({pixels.shape[1::-1] for pixels in decoded.values()})
+    if len(sizes) > 1:
+        raise UserError(f"{path}: its frames have different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}")
     return np.stack([decoded[number] for number in numbers.tolist()])
 
 
@@ -93,9 +93,3 @@ def _decode_from(container: Any, stream: Any, clock: VideoClock, seek_point: int
         tick = int(clock.ticks[min(i, len(clock.ticks) - 1)]) if clock.by_index else frame.pts
         if tick is not None:
             yield tick, frame
-
-
-def _to_pixels(frame: Any, size: int | None) -> np.ndarray:
-    image = frame.to_image()
-    rotation = _ROTATIONS.get(round(frame.rotation / 90) % 4 * 90)
-    return images.to_pixels(image.transpose(rotation) if rotation is not None else image, size)
