@@ -14,17 +14,18 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output
+from tokenizer.builders import views
 from tokenizer.builders.file_index import FileIndex, InputFolder
 from tokenizer.builders.kinds import KINDS, Kind
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
 from tokenizer.media import folders, images, videos
-from tokenizer.sentence_files import SkippedInputs
 from tokenizer.vqgan import CODEC_FLAGS, Codec, weights
 
-VERSION = 1  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
+VERSION = 2  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
 
 # Flags that determine the sentences. An interrupted build resumes only with the same values.
 SENTENCE_FLAGS = {
@@ -38,6 +39,11 @@ SENTENCE_FLAGS = {
     "max_stride": Flag(1, "frames, multi_sequence, co3d: largest random step between frames.", least=1),
     "strides": Flag("1", "video: steps between frames, a comma list; each makes its own sentences."),
     "hole_mask_ratio": Flag(0.5, "inpainting: probability that a mask is one hole, not patches.", least=0, most=1),
+    "depth_range": Flag(
+        "",
+        "near,far: distances of white and black in annotations of 16 bits or floating point, in the unit of the files, "
+        "such as 500,10000; empty: black is 0 and white the largest value of the format.",
+    ),
     "seed": Flag(0, "Seed of every random choice.", least=0),
     "shard": Flag("0/1", "i/n: build only part i (from 0) of n; the concatenated parts equal the whole file."),
     "vqgan": CODEC_FLAGS["vqgan"],
@@ -108,7 +114,12 @@ def _settings(config: ConfigDict) -> SentenceSettings:
     strides = _integers("strides", config.strides, ",")
     if min(strides) < 1:
         raise UserError(f"--strides={config.strides}: each must be at least 1")
-    names = ("seed", "n_shots", "images_per_shot", "n_frames", "max_stride", "hole_mask_ratio")
+    if config.depth_range:
+        with prefix_errors(f"--depth_range={config.depth_range}"):
+            if KINDS[config.kind].targets == "none" or config.kind == "map_color":
+                raise UserError(f"--kind={config.kind} has no annotations with depths")
+            views.parse_depth_range(config.depth_range)
+    names = ("depth_range", "seed", "n_shots", "images_per_shot", "n_frames", "max_stride", "hole_mask_ratio")
     return SentenceSettings(strides=strides, **{name: config[name] for name in names})
 
 

@@ -160,21 +160,6 @@ def read_palette(path: str) -> list[Colour]:
     return list(line_of_colour)
 
 
-def parse_depth_range(text: str) -> tuple[float, float]:
-    """Parses `near,far`.
-
-    Raises:
-      UserError: if the text is not two different positive distances.
-    """
-    try:
-        near, far = map(float, text.split(","))
-    except ValueError:
-        near = far = 0.0
-    if not (0 < near < np.inf and 0 < far < np.inf and near != far):
-        raise UserError("must be near,far: two different distances above 0, such as 0.5,10")
-    return near, far
-
-
 def perplexity(log_likelihoods_BN: np.ndarray) -> np.ndarray:
     """exp(mean negative log-likelihood) of each example's tokens. Shape [B]."""
     return np.exp(-np.asarray(log_likelihoods_BN, np.float64).mean(axis=1))

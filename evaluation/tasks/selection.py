@@ -8,6 +8,7 @@ from EasyLM.flags import Flag
 from evaluation.tasks import benchmarks, metrics
 from evaluation.tasks.metrics import ImageMetric
 from evaluation.tasks.tasks import TaskSource, folder_clips, folder_pairs
+from tokenizer.builders import views
 
 MAPPING_SHOTS = "0,1,3,7"
 TASK_FLAGS = {
@@ -18,7 +19,9 @@ TASK_FLAGS = {
     "figures": Flag("", f"Comma list, a metric or nothing for each task: {', '.join(metrics.TASK_METRICS)}."),
     "palette": Flag("", "Colour file of the metric palette_iou: one R G B per line, the background first."),
     "depth_range": Flag(
-        "", "near,far: distances of white and black for depth_abs_rel; empty: those of rendered scenes."
+        "",
+        "near,far: distances of white and black for depth_abs_rel; annotations of 16 bits or floating point hold "
+        "distances in this unit. Empty: those of rendered scenes.",
     ),
     "clip_dirs": Flag("", "Comma list of folders of clips (folders of frames), one for each task."),
     "benchmark": Flag(
@@ -90,7 +93,7 @@ def _task_metrics(settings: TaskSettings) -> Mapping[str, ImageMetric]:
             palette = metrics.read_palette(settings.palette)
     if settings.depth_range:
         with prefix_errors(f"--depth_range={settings.depth_range}"):
-            depth_range = metrics.parse_depth_range(settings.depth_range)
+            depth_range = views.parse_depth_range(settings.depth_range)
     return metrics.task_metrics(palette, depth_range)
 
 
@@ -132,7 +135,8 @@ def _list_sources(settings: TaskSettings, frames: int) -> list[TaskSource]:
         inputs, targets = settings.input_dirs.split(","), settings.target_dirs.split(",")
         names = settings.figures.split(",") if settings.figures else [""] * len(inputs)
         for input_dir, target_dir, metric in zip(inputs, targets, names, strict=True):
-            sources.append((f"--target_dirs={target_dir}", folder_pairs(input_dir, target_dir, metric)))
+            depth_range = settings.depth_range if metric == "depth_abs_rel" else ""
+            sources.append((f"--target_dirs={target_dir}", folder_pairs(input_dir, target_dir, metric, depth_range)))
     if settings.clip_dirs:
         sources += [(f"--clip_dirs={folder}", folder_clips(folder)) for folder in settings.clip_dirs.split(",")]
     if settings.benchmark:

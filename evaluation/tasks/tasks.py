@@ -15,6 +15,7 @@ import numpy as np
 
 from EasyLM.errors import UserError
 from evaluation.tasks.prompt_layout import PromptLayout, analogy_prompts, sequential_prompts
+from tokenizer.builders import views
 from tokenizer.media import folders, images
 
 ImageLoader = Callable[[int], np.ndarray]  # side -> uint8 [S,S,3]
@@ -128,10 +129,13 @@ def _draw(values: Sequence[Item], count: int, seed: int) -> list[Item]:
     return [values[i] for i in sorted(order[:count])]
 
 
-def folder_pairs(input_dir: str, target_dir: str, metric: str) -> TaskSource:
+def folder_pairs(input_dir: str, target_dir: str, metric: str, depth_range: str = "") -> TaskSource:
     """Pairs the images and annotations of two folders by stem. The task has the name of the second folder.
 
     Prints the number of images without an annotation.
+
+    Args:
+      depth_range: near,far of annotations that are depth maps; see `views.depth`.
 
     Raises:
       UserError: naming the flag and the folder.
@@ -143,7 +147,13 @@ def folder_pairs(input_dir: str, target_dir: str, metric: str) -> TaskSource:
     stems = sorted(inputs.keys() & targets.keys())
     if unmatched := len(inputs) - len(stems):
         print(f"skipped {unmatched} of {len(inputs)} images of {input_dir}: no annotation in {target_dir}")
-    pairs = [Pair(partial(images.read, inputs[stem]), partial(images.read, targets[stem])) for stem in stems]
+
+    def read_target(path: pathlib.Path, size: int) -> np.ndarray:
+        return (
+            views.depth(path, size, *views.parse_depth_range(depth_range)) if depth_range else images.read(path, size)
+        )
+
+    pairs = [Pair(partial(images.read, inputs[stem]), partial(read_target, targets[stem])) for stem in stems]
     return TaskSource(pathlib.Path(target_dir).name, metric, pairs=pairs)
 
 

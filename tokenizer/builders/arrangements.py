@@ -27,7 +27,7 @@ def row_by_row(rows: list[Row], rng: np.random.Generator, settings: SentenceSett
 
 def coloured_labels(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
     """Yields [image, label, ...] with label ids as colours of a palette."""
-    yield [ref for image, label in rows for ref in (image, label._replace(view="palette"))]
+    yield [ref for image, label in rows for ref in (image, label._replace(view="palette", argument=""))]
 
 
 def shuffled_tasks(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
@@ -46,7 +46,7 @@ def inpainting(rows: list[Row], rng: np.random.Generator, settings: SentenceSett
     sentence = []
     for (image,) in rows:
         view = "hole" if rng.random() < settings.hole_mask_ratio else "patches"
-        sentence += [image._replace(view=view, key=int(rng.integers(2**53))), image]
+        sentence += [image._replace(view=view, argument=str(rng.integers(2**53))), image]
     yield sentence
 
 

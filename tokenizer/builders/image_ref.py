@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenizer.builders.views import RANDOM_VIEWS, VIEWS
+from tokenizer.builders.views import VIEWS
 from tokenizer.media import images, videos
 
 
@@ -19,26 +19,26 @@ class ImageRef(NamedTuple):
       path: an image file, or a video file if `seconds` is given.
       seconds: the time in the video.
       view: one of VIEWS.
-      key: seed of a random view.
+      argument: of the view: the seed of a random mask, or the range of a depth map; empty: none.
     """
 
     path: str
     seconds: float | None = None
     view: str = "plain"
-    key: int = 0
+    argument: str = ""
 
 
 def to_record(refs: Iterable[ImageRef]) -> dict[str, Any]:
     """Returns the record fields that describe the images of a sentence.
 
-    `seconds` and `views` are omitted if no image has them. A view with a random key is written as `hole:KEY`.
+    `seconds` and `views` are omitted if no image has them. A view with an argument is written as `hole:1234`.
     """
     refs = list(refs)
     fields: dict[str, Any] = {"sources": [ref.path for ref in refs]}
     if any(ref.seconds is not None for ref in refs):
         fields["seconds"] = [ref.seconds for ref in refs]
     if any(ref.view != "plain" for ref in refs):
-        fields["views"] = [f"{ref.view}:{ref.key}" if ref.view in RANDOM_VIEWS else ref.view for ref in refs]
+        fields["views"] = [f"{ref.view}:{ref.argument}" if ref.argument else ref.view for ref in refs]
     return fields
 
 
@@ -48,8 +48,8 @@ def from_record(record: Mapping[str, Any]) -> list[ImageRef]:
     seconds = record.get("seconds", [None] * count)
     views = [view.partition(":") for view in record.get("views", ["plain"] * count)]
     return [
-        ImageRef(path, second, view, int(key or 0))
-        for path, second, (view, _, key) in zip(record["sources"], seconds, views)
+        ImageRef(path, second, view, argument)
+        for path, second, (view, _, argument) in zip(record["sources"], seconds, views)
     ]
 
 
@@ -73,4 +73,4 @@ def read(group: list[ImageRef], size: int) -> np.ndarray:
     path, seconds, _, _ = group[0]
     if seconds is not None:
         return images.to_uint8(videos.read(path, [ref.seconds for ref in group if ref.seconds is not None], size))
-    return np.stack([VIEWS[ref.view](ref.path, size, ref.key) for ref in group])
+    return np.stack([VIEWS[ref.view](ref.path, size, ref.argument) for ref in group])

@@ -10,6 +10,7 @@ import numpy as np
 
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers, result
+from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders import arrangements, file_index, samplers
 from tokenizer.builders.arrangements import Arrangement, Row
 from tokenizer.builders.file_index import FileIndex, Layout
@@ -17,7 +18,6 @@ from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.samplers import Sampler
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.media import videos
-from tokenizer.sentence_files import SkippedInputs
 
 _PREFETCHED_VIDEOS = 16  # videos whose frame times are prefetched
 
@@ -87,6 +87,8 @@ def compose(
         try:
             if kind.is_video:
                 rows = [(ImageRef(path, seconds),) for seconds in result(times, path).tolist()]
+            if settings.depth_range:
+                rows = [_with_depth(row, settings.depth_range) for row in rows]
             for number, images in enumerate(kind.arrangement(rows, rng, settings)):
                 yield Sentence(example, number, images)
         except arrangements.TooShortError as error:
@@ -94,6 +96,11 @@ def compose(
             skipped.add(path, f"{path}: {error}")
         except UserError as error:
             skipped.add(path, str(error))
+
+
+def _with_depth(row: Row, depth_range: str) -> Row:
+    """Returns the row with the view `depth` for its annotations."""
+    return row[0], *(annotation._replace(view="depth", argument=depth_range) for annotation in row[1:])
 
 
 def _rows(kind: Kind, sampler: Sampler, examples: range, workers: Workers) -> Iterator[tuple[int, list[Row], Any]]:

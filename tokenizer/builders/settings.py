@@ -15,6 +15,8 @@ class SentenceSettings:
       max_stride: the largest random stride between frames.
       strides: strides of the windows of a video.
       hole_mask_ratio: probability that a mask is a hole.
+      depth_range: near,far: the distances of white and black in annotations of more than 8 bits; empty: the values
+        span black to white.
     """
 
     seed: int
@@ -24,3 +26,4 @@ class SentenceSettings:
     max_stride: int
     strides: tuple[int, ...]
     hole_mask_ratio: float
+    depth_range: str = ""

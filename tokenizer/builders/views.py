@@ -1,4 +1,4 @@
-"""Views turn the file of an image into pixels: plain, gray, masked, label colours, CO3D depth."""
+"""Views turn the file of an image into pixels: plain, gray, masked, label colours, depth."""
 
 import os
 import pathlib
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from EasyLM.errors import UserError
 from tokenizer.media import images, sample_values
 
 LUMINANCE = np.array([0.2989, 0.5870, 0.1140])  # of red, green, blue
@@ -32,7 +33,7 @@ def label_colours(ids: np.ndarray) -> np.ndarray:
 def label_ids(path: str | os.PathLike, size: int) -> np.ndarray:
     """Reads the ids of a label image, int64 [size,size], resized to the nearest pixel. Applies the EXIF orientation.
 
-    An id is a gray value of 1 to 16 bits, or an index into the file's palette.
+    An id is a gray value as it is stored, where black is 0, or an index into the file's palette.
 
     Raises:
       UserError: naming the path, if it cannot be read, is RGB or JPEG, or has an id outside its palette.
@@ -40,10 +41,46 @@ def label_ids(path: str | os.PathLike, size: int) -> np.ndarray:
     with images.open_image(path) as image:
         if image.mode not in ("1", "L", "P", *sample_values.SIXTEEN_BIT_MODES):
             raise ValueError(f"its values are {image.mode}, not label ids: save it in gray or with a palette")
-        step = sample_values.label_step(image)
-        ids = np.asarray(images.upright(image)).astype(np.int64) // step
+        ids = np.asarray(images.upright(image, sample_values.stored_values(image)))
         sample_values.check_labels(image, ids)
-        return _resize_nearest(ids, size)
+        return _resize_nearest(ids.astype(np.int64), size)
+
+
+def depth(path: str | os.PathLike, size: int, near: float, far: float) -> np.ndarray:
+    """Reads a depth map as an image, white at `near` and black at `far` and beyond: uint8 [size,size,3].
+
+    The distances are in the unit of the file, which has gray of 16 bits or floating point. Values that are not positive
+    and finite are black. The map is resized to the nearest pixel. A file with gray of 8 bits or with colours is already
+    an image: it is read as `images.read` does.
+
+    Raises:
+      UserError: naming the path, if it cannot be read or no value is between `near` and `far`.
+    """
+    with images.open_image(path) as image:
+        if image.mode not in ("F", *sample_values.SIXTEEN_BIT_MODES):
+            return images.to_bytes(image, size)
+        values = np.asarray(images.upright(image, sample_values.stored_values(image)), np.float64)
+        valid = np.isfinite(values) & (values > 0)
+        if valid.any() and not ((values >= min(near, far)) & (values <= max(near, far)) & valid).any():
+            least, most = values[valid].min(), values[valid].max()
+            raise ValueError(f"its depths are {least:g} to {most:g}, all outside the range {near:g} to {far:g}")
+    brightness = np.where(valid, (far - np.where(valid, values, far)) / (far - near), 0)
+    return np.repeat(images.to_uint8(_resize_nearest(brightness, size))[..., None], 3, axis=-1)
+
+
+def parse_depth_range(text: str) -> tuple[float, float]:
+    """Parses `near,far`.
+
+    Raises:
+      UserError: if the text is not two different positive distances.
+    """
+    try:
+        near, far = map(float, text.split(","))
+    except ValueError:
+        near = far = 0.0
+    if not (0 < near < np.inf and 0 < far < np.inf and near != far):
+        raise UserError("must be near,far: two different distances above 0, such as 0.5,10")
+    return near, far
 
 
 def co3d_depth(path: str | os.PathLike, size: int) -> np.ndarray:
@@ -55,11 +92,8 @@ def co3d_depth(path: str | os.PathLike, size: int) -> np.ndarray:
     with images.open_image(path) as image:
         if image.mode not in sample_values.SIXTEEN_BIT_MODES:
             raise ValueError(f"its values are {image.mode}, not 16-bit depths of CO3D")
-        depth = (
-            _resize_nearest(np.asarray(images.upright(image)).astype(np.uint16), size)
-            .view(np.float16)
-            .astype(np.float64)
-        )
+        bits = np.asarray(images.upright(image, sample_values.stored_values(image))).astype(np.uint16)
+        depth = _resize_nearest(bits, size).view(np.float16).astype(np.float64)
     with images.open_image(co3d_depth_mask(path)) as image:
         valid = _resize_nearest(np.asarray(images.upright(image).convert("L")), size) > 0
     valid &= np.isfinite(depth) & (depth > 0)
@@ -94,13 +128,13 @@ def with_hole(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels
 
 
-def _read_with_hole(path: str, size: int, key: int) -> np.ndarray:
-    return with_hole(images.read(path, size), np.random.default_rng(key))
+def _read_with_hole(path: str, size: int, key: str) -> np.ndarray:
+    return with_hole(images.read(path, size), np.random.default_rng(int(key)))
 
 
-def _read_with_patches(path: str, size: int, key: int) -> np.ndarray:
+def _read_with_patches(path: str, size: int, key: str) -> np.ndarray:
     """Reads an image and blackens a random share of its 8x8 patches, at least one and not all."""
-    rng = np.random.default_rng(key)
+    rng = np.random.default_rng(int(key))
     count = PATCHES * PATCHES
     is_dropped = rng.permutation(count) < rng.integers(1, count)
     patch = np.arange(size) * PATCHES // size  # index of the patch of each row or column of pixels
@@ -108,13 +142,13 @@ def _read_with_patches(path: str, size: int, key: int) -> np.ndarray:
     return np.where(is_black[..., None], np.uint8(0), images.read(path, size))
 
 
-# Each reads a file: (path, size, key) -> uint8 [size,size,3].
-VIEWS: dict[str, Callable[[str, int, int], np.ndarray]] = {
-    "plain": lambda path, size, key: images.read(path, size),
-    "gray": lambda path, size, key: gray(images.read(path, size)),
+# Each reads a file: (path, size, argument) -> uint8 [size,size,3]. The argument of a mask is the seed of its position.
+VIEWS: dict[str, Callable[[str, int, str], np.ndarray]] = {
+    "plain": lambda path, size, _: images.read(path, size),
+    "gray": lambda path, size, _: gray(images.read(path, size)),
     "hole": _read_with_hole,
     "patches": _read_with_patches,
-    "palette": lambda path, size, key: label_colours(label_ids(path, size)),
-    "co3d_depth": lambda path, size, key: co3d_depth(path, size),
+    "palette": lambda path, size, _: label_colours(label_ids(path, size)),
+    "depth": lambda path, size, depth_range: depth(path, size, *parse_depth_range(depth_range)),
+    "co3d_depth": lambda path, size, _: co3d_depth(path, size),
 }
-RANDOM_VIEWS = ("hole", "patches")  # views that depend on the key

@@ -55,14 +55,17 @@ def read(path: ImageFile, size: int) -> np.ndarray:
       UserError: naming the path, if the file is missing, broken or not an image.
     """
     with open_image(path) as image:
-        return _to_bytes(image, size)
+        return to_bytes(image, size)
 
 
 @contextlib.contextmanager
 def open_image(path: ImageFile) -> Iterator[Image.Image]:
     """Opens an image file. Converts any error raised inside the context to a UserError that names the path."""
+    if isinstance(path, str | os.PathLike) and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: is not a file")  # reading a pipe could wait forever
     try:
         with Image.open(path) as image:
+            sample_values.scale_transparency(image)
             yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -72,7 +75,7 @@ def open_image(path: ImageFile) -> Iterator[Image.Image]:
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     """Converts an opened image as `load` does, to float32 [height,width,3]. With size None it keeps its size."""
-    return to_float32(_to_bytes(image, size))
+    return to_float32(to_bytes(image, size))
 
 
 def to_float32(pixels: np.ndarray) -> np.ndarray:
@@ -85,22 +88,24 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
 
 
-def _to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
+def to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
+    """Converts an opened image as `read` does, to uint8 [height,width,3]. With size None it keeps its size."""
     rgb = _to_rgb(upright(image))
     if size is not None:
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(sample_values.to_srgb(rgb, image.info.get("icc_profile")))  # fewer pixels than before the resize
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation of an opened image."""
+def upright(image: Image.Image, samples: Image.Image | None = None) -> Image.Image:
+    """Applies the EXIF orientation of an opened image to it, or to `samples` that were computed from it."""
+    samples = image if samples is None else samples
     image.load()  # a PNG file can store EXIF data after the pixels
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # malformed EXIF data raises many classes; the pixels are intact
-        return image
+        return samples
     transpose = _ORIENTATIONS.get(orientation)
-    return image if transpose is None else image.transpose(transpose)
+    return samples if transpose is None else samples.transpose(transpose)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

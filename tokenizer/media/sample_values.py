@@ -1,7 +1,8 @@
 """What the stored values of an image file mean: bit depth, polarity, transparent value, colour profile.
 
-Pillow leaves these to the caller for gray of more than 8 bits and for embedded colour profiles. It also multiplies gray
-of 2 and 4 bits so that it fills a byte, which is wrong for label ids.
+Pillow leaves these to the caller for gray of more than 8 bits and for embedded colour profiles. It also scales gray of
+fewer bits, and PGM files of any largest value, to whole bytes: that is wrong for label ids, depths and the transparent
+value.
 """
 
 import contextlib
@@ -25,8 +26,7 @@ def sixteen_bit_gray(image: Image.Image) -> np.ndarray:
     Raises:
       ValueError: if a value does not fit into the bits.
     """
-    tags = getattr(image, "tag_v2", {})
-    bits = min(int(np.max(tags.get(_BITS_PER_SAMPLE, 16))), 16)
+    bits = _tiff_bits(image)
     largest = 2**bits - 1
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > largest:
@@ -35,29 +35,65 @@ def sixteen_bit_gray(image: Image.Image) -> np.ndarray:
         )
     transparent = image.info.get("transparency")
     gray = values / largest
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    if _is_white_zero(image):
         gray = 1 - gray
     return np.where(values == transparent, 1.0, gray) if isinstance(transparent, int) else gray
 
 
-def label_step(image: Image.Image) -> int:
-    """Returns the factor by which Pillow multiplies the ids of a label image: 85 for 2 bits, 17 for 4 bits, else 1.
+def stored_values(image: Image.Image) -> Image.Image:
+    """Returns the values of an opened gray or palette image without Pillow's scaling, in mode I or F; black is 0.
 
     Call it before the pixels are loaded: an image forgets the layout of its file then.
     """
+    numerator, denominator = _scale(image)
+    if image.mode == "F":
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if image.mode in SIXTEEN_BIT_MODES and _is_white_zero(image):
+        values = 2 ** _tiff_bits(image) - 1 - values
+    return Image.fromarray(((values * denominator + numerator // 2) // numerator).astype(np.int32))
+
+
+def scale_transparency(image: Image.Image) -> None:
+    """Scales the transparent value of a PNG file as Pillow scales its pixels. Call it before the pixels are loaded."""
+    value = image.info.get("transparency")
+    if isinstance(value, int) and image.mode == "L":
+        numerator, denominator = _scale(image)
+        image.info["transparency"] = value * numerator // denominator
+    elif isinstance(value, tuple) and _decoder_arguments(image)[0] == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)  # Pillow keeps the upper bytes
+
+
+def _tiff_bits(image: Image.Image) -> int:
+    return min(int(np.max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, 16))), 16)
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+
+
+def _scale(image: Image.Image) -> tuple[int, int]:
+    """Returns the factor by which Pillow multiplies stored values, as a fraction: 85 for gray of 2 bits."""
+    arguments = _decoder_arguments(image)
+    if image.format == "PPM" and image.mode in ("L", "I") and len(arguments) == 2:
+        return 255 if image.mode == "L" else 65535, arguments[1]  # the largest value of the file
+    if image.mode != "L":
+        return 1, 1
+    return {"L;2": 85, "L;4": 17}.get(str(arguments[0])[:3], 1), 1
+
+
+def _decoder_arguments(image: Image.Image) -> tuple:
+    """Returns the arguments of Pillow's decoder; the first one is the layout of the stored values."""
     tiles = getattr(image, "tile", [])
-    if image.mode != "L" or not tiles:
-        return 1
-    arguments = tiles[0].args
-    raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments
-    return {"L;2": 85, "L;4": 17}.get(str(raw_mode)[:3], 1)
+    arguments = tiles[0].args if tiles else ""
+    return arguments if isinstance(arguments, tuple) and arguments else (arguments,)
 
 
 def check_labels(image: Image.Image, ids: np.ndarray) -> None:
     """Checks that ids can be label ids of the image.
 
     Raises:
-      ValueError: if compression has changed them, or they are outside the palette.
+      ValueError: if compression has changed them, or they are outside the palette or 0..2^24-1.
     """
     if image.format in _LOSSY_FORMATS:
         raise ValueError(f"{image.format} compression changes label ids: save them as PNG")
@@ -65,6 +101,8 @@ def check_labels(image: Image.Image, ids: np.ndarray) -> None:
         entries = len(image.palette.palette) // len(image.palette.mode)
         if ids.max() >= entries:
             raise ValueError(f"id {ids.max()} is outside its palette of {entries} colours")
+    if ids.min() < 0 or ids.max() >= 2**24:
+        raise ValueError(f"its ids are {ids.min()}..{ids.max()}: must be from 0 to 2^24 - 1")
 
 
 def to_srgb(rgb: Image.Image, profile: bytes | None) -> Image.Image:

@@ -99,8 +99,7 @@ def test_depth_error_is_relative_to_the_depth_of_brightness():
     near, far = 2.0, 10.0
     true, predicted = np.full((1, 4, 4, 3), 0.5), np.full((1, 4, 4, 3), 0.25)  # depths 6 and 8
     assert metrics.depth_abs_rel(predicted, true, near, far) == pytest.approx([2 / 6])
-    depth_range = metrics.parse_depth_range("2,10")
-    assert metrics.task_metrics(depth_range=depth_range)["depth_abs_rel"](predicted, true) == pytest.approx([2 / 6])
+    assert metrics.task_metrics(depth_range=(2.0, 10.0))["depth_abs_rel"](predicted, true) == pytest.approx([2 / 6])
     expected = metrics.depth_abs_rel(predicted, true, scenes.NEAR, scenes.FAR)
     assert metrics.task_metrics()["depth_abs_rel"](predicted, true) == pytest.approx(expected)
 

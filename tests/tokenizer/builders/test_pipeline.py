@@ -133,7 +133,7 @@ def test_an_image_that_kills_its_worker_is_reported(tmp_path):
 
 
 def test_images_are_written_to_records_and_back():
-    sentence = [ImageRef("a.mp4", 1.5), ImageRef("b:c.png", None, "hole", 12), ImageRef("d.png", None, "gray")]
+    sentence = [ImageRef("a.mp4", 1.5), ImageRef("b:c.png", None, "hole", "12"), ImageRef("d.png", None, "gray")]
     fields = image_ref.to_record(sentence)
     assert fields == {
         "sources": ["a.mp4", "b:c.png", "d.png"],

@@ -69,7 +69,7 @@ def test_inpainting_is_masked_then_whole(tree, tiny, codec, tmp_path):
             assert masked.path == whole.path and whole.view == "plain"
             masks.append(masked.view)
             pixels = read_rgb(whole.path).copy()
-            pixels[_mask(masked.view, np.random.default_rng(masked.key))] = 0
+            pixels[_mask(masked.view, np.random.default_rng(int(masked.argument)))] = 0
             expected += [pixels, read_rgb(whole.path)]
         assert_codes_of(codec, tokens, expected)
     assert {*masks} == {"hole", "patches"}
@@ -105,12 +105,12 @@ def test_masks_have_the_documented_sizes(tmp_path):
     Image.new("RGB", (size, size), "white").save(tmp_path / "white.png")
     sides, ratios, positions = set(), [], set()
     for key in range(200):
-        masked = ~views.VIEWS["hole"](tmp_path / "white.png", size, key).any(-1)
+        masked = ~views.VIEWS["hole"](tmp_path / "white.png", size, str(key)).any(-1)
         rows, columns = np.flatnonzero(masked.any(1)), np.flatnonzero(masked.any(0))
         assert masked.sum() == len(rows) * len(columns) and len(rows) == len(columns) == np.ptp(rows) + 1
         sides.add(len(rows))
         positions.add((rows[0], columns[0]))
-        dropped = ~views.VIEWS["patches"](tmp_path / "white.png", size, key).any(-1)
+        dropped = ~views.VIEWS["patches"](tmp_path / "white.png", size, str(key)).any(-1)
         cells = dropped.reshape(8, 8, 8, 8).mean((1, 3))  # patches of 32 of 256 pixels: an eighth of the side
         assert np.isin(cells, (0, 1)).all() and 0 < cells.sum() < 64
         ratios.append(cells.mean())
