@@ -15,9 +15,10 @@ from collections.abc import Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors.flax import load_file, save_file
 
+from EasyLM.checkpoints.safetensors_file import read_safetensors, tensor_entry, write_safetensors
 from EasyLM.flags import Flag, run
+from EasyLM.storage import atomic_file
 
 OUTPUT_MATRICES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
@@ -31,9 +32,10 @@ def main(config: ConfigDict) -> None:
     """Writes the deeper model."""
     source, target = pathlib.Path(config.hf_model), pathlib.Path(config.output_dir)
     settings = json.loads((source / "config.json").read_text())
-    tensors = deepened(load_file(source / "model.safetensors"))
+    tensors = deepened({tensor.key[0]: tensor.read() for tensor in read_safetensors(source / "model.safetensors")})
     target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / "model.safetensors")
+    with atomic_file(target / "model.safetensors") as file:
+        write_safetensors(file, [tensor_entry(name, array) for name, array in tensors.items()])
     settings["num_hidden_layers"] *= 2
     (target / "config.json").write_text(json.dumps(settings, indent=2))
 

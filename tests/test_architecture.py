@@ -23,7 +23,7 @@ ALLOWED = {
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
     "tokenizer.synthetic": "EasyLM.data tokenizer.media tokenizer.builders",
-    "tokenizer.vqgan": "EasyLM.storage",
+    "tokenizer.vqgan": "EasyLM.storage EasyLM.checkpoints",
     "tokenizer.image_quality": "tokenizer.vqgan",
     "tokenizer.training": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.vqgan tokenizer.image_quality",
     "tokenizer.sentence_files": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.image_quality",

@@ -13,6 +13,7 @@ Vocabulary:
 Modules:
   entries: arrays that have not been read yet.
   msgpack_arrays, streaming: the byte format of one array, and that of a whole file.
+  safetensors_file: reads and writes safetensors files, with checksums.
   stacking: the layout of layers in memory and in files.
   checksums: a sidecar with a checksum of each array, verified when the array is read.
   formats: the prefixes and their readers; orbax_directory: the reader of Orbax checkpoints.

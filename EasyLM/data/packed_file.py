@@ -6,12 +6,17 @@ Columns:
   others      bytes, the JSON of the other keys of each record
   other_ends  int64, bytes of `others` up to the end of each sentence
   origin      bytes, JSON: the fingerprints of the packed JSONL files, so that a run resumes from either form
+
+The header holds a checksum of each column. Opening a file reads all of it, at 1 to 4 GB/s per core: it verifies the
+checksums and the order of the ends, and finds the largest id. For a file of more than 64 MiB the result is cached, as
+the index of a JSONL file is, until the size or the modification time of the file changes. Reading rows costs no more.
 """
 
 import bisect
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 import orjson
@@ -19,13 +24,24 @@ import orjson
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import TOKENS_KEY, RecordError, parse_line
 from EasyLM.errors import UserError, prefix_errors
-from EasyLM.storage import Columns, content_digest, file_version, is_remote, open_columns, parse_json, write_columns
+from EasyLM.storage import (
+    Columns,
+    cached_columns,
+    checksums,
+    content_digest,
+    file_version,
+    is_remote,
+    open_columns,
+    parse_json,
+    write_columns,
+)
 
 ENDING = ".packed"
 FORMAT = "EasyLM packed sentences, version 1"
 DTYPES = {"ids": "<u2", "ends": "<i8", "others": "u1", "other_ends": "<i8", "origin": "u1"}
 LARGEST_ID = np.iinfo(np.uint16).max
 _ORIGIN = [{"size": int, "content": str, "tokens": int, "sentences": int}]
+CACHED_BYTES = 64 << 20  # size of a file from which on the result of its verification is cached
 _BLOCK_SENTENCES = 1024  # appended at a time
 
 Sentence = tuple[np.ndarray, dict[str, Any]]  # ids [n], record
@@ -84,7 +100,7 @@ def read(path: str, vocab_size: int) -> Iterator[Sentence]:
     """Yields ids uint16 [n] and the other keys of each sentence, as `records.read_records` does.
 
     Raises:
-      UserError: naming the path, if it is not a packed file, or an id is not below vocab_size.
+      UserError: naming the path, if it is damaged or not a packed file, or an id is not below vocab_size.
     """
     arrays = _open(path, vocab_size).arrays
     begin = other_begin = 0
@@ -101,12 +117,17 @@ def read(path: str, vocab_size: int) -> Iterator[Sentence]:
 def _open(path: str, vocab_size: int) -> Columns:
     if is_remote(path):
         raise UserError(f"{path}: a packed file is memory-mapped and must be local: copy it to this machine")
-    file_version(path)
+    version = file_version(path)
     columns = open_columns(path)
     if columns is None or not _is_valid(columns):
         raise UserError(f"{path}: is truncated, or not of the format {FORMAT!r}: write it with tokenizer.pack")
-    if columns.metadata["largest_id"] >= vocab_size:
-        raise UserError(f"{path}: id {columns.metadata['largest_id']} is outside the vocabulary 0..{vocab_size - 1}")
+    verify = functools.partial(_verify, path, columns)
+    if version["size"] > CACHED_BYTES:
+        largest_id = cached_columns(path, ".index", FORMAT, version, {}, verify).metadata["largest_id"]
+    else:
+        largest_id = verify()["largest_id"]
+    if largest_id >= vocab_size:
+        _raise_outside(path, columns, largest_id, vocab_size)
     return columns
 
 
@@ -114,11 +135,50 @@ def _is_valid(columns: Columns) -> bool:
     """Whether the columns are those of a packed file, and their lengths agree."""
     if columns.metadata.get("format") != FORMAT or columns.arrays.keys() != DTYPES.keys():
         return False
-    if not isinstance(columns.metadata.get("largest_id"), int):
-        return False
     ids, ends, others, other_ends, _ = (columns.arrays[name] for name in DTYPES)
+    if any(array.dtype != DTYPES[name] for name, array in columns.arrays.items()):
+        return False
     lasts = [int(column[-1]) if len(column) else 0 for column in (ends, other_ends)]
     return len(ends) == len(other_ends) and lasts == [len(ids), len(others)]
+
+
+def _verify(path: str, columns: Columns, append: Callable[..., None] | None = None) -> dict[str, Any]:
+    """Reads the whole file. Returns the largest id.
+
+    The header's `largest_id` is not used: files of version 0.1.0 have no checksums.
+
+    Raises:
+      UserError: naming the file and the column, if it is damaged.
+    """
+    damaged = columns.damaged_column()
+    for name in ("ends", "other_ends"):
+        last = 0
+        for block in checksums.blocks(columns.arrays[name]):
+            if block[0] < last or (block[1:] < block[:-1]).any():
+                damaged = damaged or name
+            last = block[-1]
+    if damaged:
+        raise UserError(
+            f"{path}: is damaged: the column {damaged} differs from what was written; copy or pack the file again"
+        )
+    return {"largest_id": max((int(block.max()) for block in checksums.blocks(columns.arrays["ids"])), default=0)}
+
+
+def _raise_outside(path: str, columns: Columns, largest_id: int, vocab_size: int) -> NoReturn:
+    """Raises UserError, naming the place of the largest id, which is outside the vocabulary."""
+    place, ends = 0, columns.arrays["ends"]
+    for block in checksums.blocks(columns.arrays["ids"]):
+        is_largest = block == largest_id
+        if is_largest.any():
+            place += int(is_largest.argmax())
+            break
+        place += len(block)
+    sentence = int(np.searchsorted(ends, place, side="right"))
+    token = place - (int(ends[sentence - 1]) if sentence else 0)
+    raise UserError(
+        f"{path}: id {largest_id} is outside the vocabulary 0..{vocab_size - 1} (token {token} of sentence {sentence}, "
+        "counted from 0)"
+    )
 
 
 class PackedFile:

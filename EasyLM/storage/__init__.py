@@ -10,17 +10,19 @@ Modules:
   atomic   write a file completely or not at all; JSON files
   paths    globs and comma lists of paths, file versions, checks of outputs
   reading  open files, read lines, decompress
+  checksums  CRC-32 checksums of arrays
   digests  digests of JSON values and of files
-  heartbeat_lock  one process at a time holds a directory
+  heartbeat_lock  one process at a time holds a directory or writes a file
+  processes  which process has written a file, and whether it still exists
   hub      names on the Hugging Face Hub in place of local paths
   json_files  JSON files, bounded and checked with a schema
   columns  memory-mapped column files, cached or standalone
 """
 
-from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, names_full_disk, write_json
+from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, names_full_disk, scratch_folder, write_json
 from EasyLM.storage.columns import Columns, cached_columns, open_columns, write_columns
-from EasyLM.storage.digests import content_digest, json_digest
-from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError
+from EasyLM.storage.digests import content_digest, json_digest, same_contents
+from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, lock_output, lock_output_folder
 from EasyLM.storage.hub import local_path
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
 from EasyLM.storage.paths import (
@@ -54,6 +56,8 @@ __all__ = [
     "is_remote",
     "json_digest",
     "local_path",
+    "lock_output",
+    "lock_output_folder",
     "names_full_disk",
     "open_binary",
     "open_columns",
@@ -62,6 +66,8 @@ __all__ = [
     "read_lines",
     "read_text_lines",
     "remote_file_system",
+    "same_contents",
+    "scratch_folder",
     "write_columns",
     "write_json",
 ]

@@ -1,21 +1,27 @@
 """Atomic writes of local files: a file appears complete under its name, or not at all.
 
 Commands write their output files through `atomic_path`. There are two exceptions: a file that grows for hours and
-resumes (`tokenizer.builders.resumable_file`), and a directory that is renamed as a whole
-(`EasyLM.checkpoints.run_directory`, `EasyLM.models.llama.convert_easylm_to_hf`).
+resumes (`tokenizer.builders.resumable_file`), and the checkpoints of a run (`EasyLM.checkpoints.run_directory`).
+
+The name of a temporary file or folder identifies its process: `.NAME.OWNER.RANDOM.partial`. What killed processes have
+left is deleted by `remove_leftovers`, when an output is locked and when a cache is written.
 """
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import orjson
 
+from EasyLM.storage.processes import is_gone, owner_tag
+
 PARTIAL_SUFFIX = ".partial"
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -29,8 +35,7 @@ def atomic_path(path: str | os.PathLike, sync: bool = True) -> Iterator[str]:
       sync: flush the file to the disk before the rename, so that after a power failure `path` is the old or the new
         file. Use False for files that are quick to write again.
     """
-    directory, name = os.path.split(path)
-    temporary = os.path.join(directory, f".{name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    temporary = _temporary_name(path)
     with open(temporary, "xb"):  # creates it with the permissions of an ordinary file, unlike `tempfile`
         pass
     try:
@@ -46,12 +51,42 @@ def atomic_path(path: str | os.PathLike, sync: bool = True) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def scratch_folder(path: str | os.PathLike) -> Iterator[str]:
+    """Yields an empty hidden folder beside `path`, which is deleted at the end. It may be renamed to `path`."""
+    temporary = _temporary_name(path)
+    os.mkdir(temporary)
+    try:
+        with names_full_disk(path):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_name(path: str | os.PathLike) -> str:
+    return f"{_temporary_stem(path)}{owner_tag()}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
+
+
+def _temporary_stem(path: str | os.PathLike) -> str:
+    directory, name = os.path.split(os.fspath(path).rstrip("/"))
+    return os.path.join(directory, f".{name}.")
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Deletes the temporary files and folders of a path whose processes are gone. Lists the directory."""
+    stem = _temporary_stem(path)
+    for left in glob.iglob(f"{glob.escape(stem)}*{PARTIAL_SUFFIX}", include_hidden=True):
+        if is_gone(left[len(stem) :].partition(".")[0]):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if os.path.isdir(left) else os.unlink(left)
+
+
+@contextlib.contextmanager
 def names_full_disk(path: str | os.PathLike) -> Iterator[None]:
     """Adds the path of the written file to errors of a full disk, which do not name it."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL_DISK and error.filename is None:
+        if error.errno in FULL_DISK and error.filename is None:
             error.filename = os.fspath(path)
         raise
 

@@ -1,15 +1,18 @@
 """Column files: a JSON header and columns of numbers, opened memory-mapped.
 
-Most column files are caches, derived from a source file: a line index, tokenized text. A cache lies beside its source
-if that directory is writable, otherwise in the user's cache directory. Each value of the settings has its own cache. A
-cache of another version of its source is ignored and replaced.
+The header holds a checksum of each column and a digest of itself. Files of version 0.1.0 have neither.
+
+Most column files are caches, derived from a source file: a line index, tokenized text. A cache lies beside its source,
+or where that directory is full or not writable, in the user's cache directory or the directory of temporary files. Each
+value of the settings has its own cache. A cache that is damaged, or of another version of its source, is ignored and
+replaced: opening it verifies the checksums.
 """
 
 import contextlib
 import dataclasses
+import logging
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -17,12 +20,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
-from EasyLM.storage.atomic import atomic_file
+from EasyLM.errors import UserError
+from EasyLM.storage import checksums
+from EasyLM.storage.atomic import FULL_DISK, atomic_file, remove_leftovers
 from EasyLM.storage.digests import json_digest
+from EasyLM.storage.json_files import parse_json
 
 HEADER_BYTES = 4096  # the header is padded with spaces
 ALIGNMENT = 64  # bytes
-_HEADER_DIGEST = "header_digest"
+_HEADER_DIGEST, _CHECKSUMS = "header_digest", "checksums"
 _COLUMN_DTYPES = ("u1", "<u2", "<u4", "<i2", "<i4", "<i8")
 
 Dtypes = Mapping[str, str]  # column -> item type, such as "<i8"
@@ -36,10 +42,21 @@ class Columns:
     Attributes:
       metadata: JSON values from the header.
       arrays: read-only memory-mapped arrays by column.
+      checksums: `checksums.array_checksum` of each column; empty in files of version 0.1.0.
     """
 
     metadata: dict[str, Any]
     arrays: dict[str, np.ndarray]
+    checksums: dict[str, str]
+
+    def damaged_column(self) -> str | None:
+        """Reads all columns. Returns the name of the first one whose bytes differ from those written, or None."""
+        for name, expected in self.checksums.items():
+            array = self.arrays[name]
+            data = (block.view(np.uint8).data for block in checksums.blocks(array))
+            if checksums.array_checksum(name, array.shape, array.dtype, data) != expected:
+                return name
+        return None
 
 
 def cached_columns(
@@ -54,21 +71,31 @@ def cached_columns(
       version: JSON values that change when the source changes.
       dtypes: item type by column.
       produce: called with a function `append(**arrays)`, which extends the columns. Returns the metadata (JSON values).
-        If it raises, no file is left.
+        If it raises, no file is left. It is called again for the next directory if the first one becomes full.
+
+    Raises:
+      UserError: naming the directories, if none of them can hold the cache.
     """
     digest = json_digest(settings)
     name = f"{os.path.basename(source.rstrip('/'))}.{digest}{suffix}"
     expected = {"version": version, "identity": digest}
-    candidates = [*_sidecar_paths(source, name), _user_cache_path(source, name)]
+    candidates = _cache_paths(source, name)
     for path in candidates:
         cached = _load(path, expected)
-        if cached is not None:
+        if cached is not None and cached.damaged_column() is None:
             return cached
-    path = next(filter(_is_writable, candidates[:-1]), candidates[-1])
-    _write(path, dtypes, produce, {"expected": expected})
-    columns = _load(path, expected)
-    assert columns is not None, path
-    return columns
+    reasons = []
+    for path in candidates:
+        reason = _why_full(path, dtypes, produce, expected) if _is_writable(path) else "not writable"
+        if not reason:
+            columns = _load(path, expected)
+            assert columns is not None, path
+            return columns
+        reasons.append(f"{os.path.dirname(path)} ({reason})")
+    raise UserError(
+        f"{source}: no directory for its cache {name}: {', '.join(reasons)}; make space, or set XDG_CACHE_HOME to a "
+        "directory with space"
+    )
 
 
 def write_columns(path: str, dtypes: Dtypes, produce: Produce) -> None:
@@ -77,7 +104,10 @@ def write_columns(path: str, dtypes: Dtypes, produce: Produce) -> None:
 
 
 def open_columns(path: str) -> Columns | None:
-    """Opens a standalone column file. Returns None if it is invalid or truncated."""
+    """Opens a standalone column file. Returns None if it is invalid, truncated or too long.
+
+    The columns themselves are verified by `Columns.damaged_column`.
+    """
     return _load(path, None)
 
 
@@ -101,60 +131,88 @@ def _temporary_files(columns: Dtypes, directory: str) -> Iterator[dict[str, Bina
 
 
 def _join(target: BinaryIO, header: dict[str, Any], files: dict[str, BinaryIO], dtypes: Dtypes) -> None:
-    offset, table = HEADER_BYTES, {}
+    offset, table, sums = HEADER_BYTES, {}, {}
     for column, file in files.items():
-        size = file.tell()
-        table[column] = (dtypes[column], offset, size // np.dtype(dtypes[column]).itemsize)
+        size, dtype = file.tell(), np.dtype(dtypes[column])
+        length = size // dtype.itemsize
+        table[column] = (dtypes[column], offset, length)
         target.seek(offset)
         file.seek(0)
-        shutil.copyfileobj(file, target, 1 << 20)
+        sums[column] = checksums.array_checksum(column, (length,), dtype, _copied(file, target))
         offset += -(-size // ALIGNMENT) * ALIGNMENT
-    header = {**header, "columns": table}
+    header = {**header, "columns": table, _CHECKSUMS: sums}
     data = orjson.dumps({**header, _HEADER_DIGEST: json_digest(header)})
     assert len(data) <= HEADER_BYTES, f"a header of {len(data)} bytes"
     target.seek(0)
     target.write(data.ljust(HEADER_BYTES))
 
 
+def _copied(source: BinaryIO, target: BinaryIO) -> Iterator[bytes]:
+    """Copies the rest of a file, and yields its bytes."""
+    while data := source.read(1 << 20):
+        target.write(data)
+        yield data
+
+
 def _load(path: str, expected: dict[str, Any] | None) -> Columns | None:
     try:
         with open(path, "rb") as file:
-            header = orjson.loads(file.read(HEADER_BYTES))
+            header = parse_json(file.read(HEADER_BYTES))
             # One map for all columns: each map keeps a file descriptor open.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, orjson.JSONDecodeError):
-        return None
-    if not isinstance(header, dict) or header.get("expected") != expected or "columns" not in header:
-        return None
-    digest = header.pop(_HEADER_DIGEST, None)  # packed files of version 0.1.0 have none
-    if digest != json_digest(header) and (digest is not None or expected is not None):
-        return None
-    arrays = {}
-    try:
+        if header.get("expected") != expected:
+            return None
+        # Packed files of version 0.1.0 have no digest and no checksums.
+        digest, is_old = header.pop(_HEADER_DIGEST, None), _CHECKSUMS not in header and expected is None
+        if digest != json_digest(header) and not (digest is None and is_old):
+            return None
+        arrays, end = {}, HEADER_BYTES
         for name, (dtype, offset, length) in header.pop("columns").items():
-            if dtype not in _COLUMN_DTYPES:
+            if dtype not in _COLUMN_DTYPES or length < 0:
                 return None
-            if length == 0:  # its offset may be past the end of the file
-                arrays[name] = np.empty(0, dtype)
-            elif length < 0 or offset + length * np.dtype(dtype).itemsize > len(mapped):
-                return None
-            else:
-                arrays[name] = np.frombuffer(mapped, dtype, length, offset)
-    except (AttributeError, TypeError, ValueError, OverflowError):  # a damaged header
+            # The offset of an empty column may be past the end of the file.
+            arrays[name] = np.frombuffer(mapped, dtype, length, offset) if length else np.empty(0, dtype)
+            end = max(end, offset + arrays[name].nbytes if length else end)
+        sums = {} if is_old else header.pop(_CHECKSUMS)
+    except (OSError, UserError, AttributeError, KeyError, TypeError, ValueError, OverflowError):  # a damaged header
         return None
-    return Columns(header, arrays)
+    is_whole = end == len(mapped) and (is_old or sums.keys() == arrays.keys())
+    return Columns(header, arrays, sums) if is_whole else None
 
 
 def _is_writable(path: str) -> bool:
-    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=os.path.dirname(path)):
-        return True
+    """Whether a file can be created in the directory of a path, which is created if missing."""
+    directory = os.path.dirname(path)
+    with contextlib.suppress(OSError):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
     return False
 
 
-def _sidecar_paths(source: str, name: str) -> list[str]:
-    return [] if "://" in source else [os.path.join(os.path.dirname(os.path.abspath(source)), name)]
+def _why_full(path: str, dtypes: Dtypes, produce: Produce, expected: dict[str, Any]) -> str:
+    """Writes a cache. Returns an empty text, or how the disk became full."""
+    remove_leftovers(path)
+    try:
+        _write(path, dtypes, produce, {"expected": expected})
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        logging.warning("%s cannot be written (%s); trying another directory", path, os.strerror(error.errno))
+        return os.strerror(error.errno)
+    return ""
 
 
-def _user_cache_path(source: str, name: str) -> str:
-    directory = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(directory, "EasyLM", f"{json_digest(os.path.abspath(source))}.{name}")
+def _cache_paths(source: str, name: str) -> list[str]:
+    """Returns the places for a cache: beside a local source, the user's cache directory, and that of temporary files.
+
+    The last one is for jobs on machines where the other two are read-only or full.
+    """
+    beside = [] if "://" in source else [os.path.join(os.path.dirname(os.path.abspath(source)), name)]
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    elsewhere = f"{json_digest(os.path.abspath(source))}.{name}"
+    temporary = os.path.join(tempfile.gettempdir(), f"EasyLM-{os.getuid()}")
+    paths = [*beside, os.path.join(user_cache, "EasyLM", elsewhere)]
+    if os.path.isdir(temporary) and os.stat(temporary).st_uid != os.getuid():  # another user's files are not trusted
+        return paths
+    return [*paths, os.path.join(temporary, elsewhere)]

@@ -1,7 +1,8 @@
-"""A lock on a directory, local or remote: the file `run_lock.json`, which its holder rewrites every few seconds.
+"""A lock on a directory, local or remote, or on an output: a small file that its holder rewrites every few seconds.
 
-A plain file works where `flock` does not: on NFS of any version, and on object stores. The file names the holder (host,
-process, start) and counts heartbeats. A holder counts as dead in three cases:
+The lock of a run directory is the file `run_lock.json` in it; that of an output `NAME` is `.NAME.lock` beside it. Such
+a file works where `flock` does not: on NFS of any version, and on object stores. It names the holder (host, process,
+start) and counts heartbeats. A holder counts as dead in three cases:
 
 - it ran on this machine, and its process no longer exists;
 - its heartbeat does not advance during STALE_SECONDS of waiting, so the clocks of two hosts need not agree;
@@ -20,10 +21,11 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from EasyLM.errors import UserError
-from EasyLM.storage.atomic import atomic_path
+from EasyLM.errors import UserError, prefix_errors
+from EasyLM.storage.atomic import atomic_path, remove_leftovers
 from EasyLM.storage.json_files import parse_json
-from EasyLM.storage.paths import is_remote, remote_file_system
+from EasyLM.storage.paths import check_output, is_remote, remote_file_system
+from EasyLM.storage.processes import is_alive, process_namespace, process_start
 
 LOCK_NAME = "run_lock.json"
 HEARTBEAT_SECONDS = 10.0
@@ -39,26 +41,27 @@ class LockedError(UserError):
 
 
 class HeartbeatLock:
-    """Holds a directory from the construction until `release`. Also a context manager.
+    """Holds a directory or an output from the construction until `release`. Also a context manager.
 
     Args:
-      directory: an existing local directory, or a remote path.
+      path: an existing local directory, or a remote one, which holds the lock.
+      is_output: the path is a local file or folder, which need not exist; the lock is beside it.
 
     Raises:
       LockedError: if another process holds the lock.
       UserError: if the file cannot be written.
     """
 
-    def __init__(self, directory: str):
-        self._store = _LockFile(directory)
+    def __init__(self, path: str, is_output: bool = False):
+        self._store = _LockFile(path, is_output)
         now = time.time()
         self._content: dict[str, Any] = {
             "token": secrets.token_hex(8),
-            "directory": self._store.directory,
+            "directory": self._store.subject,
             "host": socket.gethostname(),
             "process": os.getpid(),
-            "process_start": _process_start(os.getpid()),
-            "process_namespace": _process_namespace(),
+            "process_start": process_start(os.getpid()),
+            "process_namespace": process_namespace(),
             "since": now,
             "heartbeat": now,
             "beats": 0,
@@ -83,8 +86,8 @@ class HeartbeatLock:
         self._notice_loss(self._store.read())
         if self._lost_to is not None:
             raise UserError(
-                f"{self._store.path}: this process was suspended, and {self._lost_to} took over the directory; "
-                "nothing more is written"
+                f"{self._store.path}: this process was suspended, and {self._lost_to} took over the "
+                f"{self._store.kind}; nothing more is written"
             )
 
     def release(self) -> None:
@@ -98,6 +101,7 @@ class HeartbeatLock:
                 self._store.delete()
 
     def _acquire(self) -> None:
+        self._store.remove_leftovers()
         if self._store.create(self._content):
             return
         holder = self._store.read()
@@ -118,9 +122,9 @@ class HeartbeatLock:
         now = time.time()
         age = now - holder.get("heartbeat", now)
         same_machine = holder.get("process_namespace") == self._content["process_namespace"]
-        if (same_machine and not _is_alive(holder)) or age > FORGOTTEN_SECONDS:
+        if (same_machine and not is_alive(holder["process"], holder.get("process_start"))) or age > FORGOTTEN_SECONDS:
             return
-        is_copy = holder.get("directory") != self._store.directory  # the directory was copied with its lock
+        is_copy = holder.get("directory") != self._store.subject  # the directory was copied with its lock
         if same_machine and not is_copy and age < STALE_SECONDS:
             self._refuse(holder)
         logging.warning(
@@ -139,7 +143,7 @@ class HeartbeatLock:
                 self._refuse(current)
 
     def _refuse(self, holder: dict[str, Any]) -> NoReturn:
-        raise LockedError(f"{self._store.directory}: in use by {_describe(holder)}; wait until it ends")
+        raise LockedError(f"{self._store.subject}: in use by {_describe(holder)}; wait until it ends")
 
     def _beat(self) -> None:
         failed = False
@@ -162,13 +166,41 @@ class HeartbeatLock:
             self._lost_to = _describe(current)
 
 
+def lock_output(path: str, flag: str) -> HeartbeatLock:
+    """Locks an output file until `release`, after `check_output`. Deletes what killed processes have left of it.
+
+    Raises:
+      UserError: naming the flag, if the file cannot be written, or the process that is writing it.
+    """
+    check_output(path, flag)
+    return _lock_and_clean(path, flag)
+
+
+def lock_output_folder(path: str, flag: str) -> HeartbeatLock:
+    """Locks an output folder, which need not exist, as `lock_output` locks a file."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from None
+    return _lock_and_clean(path, flag)
+
+
+def _lock_and_clean(path: str, flag: str) -> HeartbeatLock:
+    with prefix_errors(f"--{flag}", separator="="):
+        lock = HeartbeatLock(path, is_output=True)
+    remove_leftovers(path)
+    return lock
+
+
 class _LockFile:
     """The file on its file system. Its content is a JSON object."""
 
-    def __init__(self, directory: str):
-        remote = is_remote(directory)
-        self.directory = directory.rstrip("/") if remote else os.path.realpath(directory)
-        self.path = f"{self.directory}/{LOCK_NAME}"
+    def __init__(self, path: str, is_output: bool = False):
+        remote = is_remote(path)
+        self.subject = path.rstrip("/") if remote else os.path.realpath(path)
+        self.kind = "output" if is_output else "directory"
+        folder, name = os.path.split(self.subject)
+        self.path = os.path.join(folder, f".{name}.lock") if is_output else f"{self.subject}/{LOCK_NAME}"
         self._remote: Any = None
         self._name = self.path
         if remote:
@@ -213,6 +245,11 @@ class _LockFile:
         with atomic_path(self.path, sync=False) as temporary, open(temporary, "wb") as file:
             file.write(_encode(content))
 
+    def remove_leftovers(self) -> None:
+        """Deletes what killed processes have left while they wrote the file."""
+        if self._remote is None:
+            remove_leftovers(self.path)
+
     def delete(self) -> None:
         if self._remote is not None:
             self._remote.rm_file(self._name)
@@ -233,38 +270,3 @@ def _describe(holder: dict[str, Any]) -> str:
         return "an unknown process"
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
     return f"process {holder['process']} on host {holder['host']} since {since}"
-
-
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the holder's process exists on this machine. Its start time tells it from a later one of the same id."""
-    process = holder["process"]
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return _process_start(process) == holder.get("process_start")
-
-
-def _process_start(process: int) -> str | None:
-    """Returns the start time of a process in the kernel's units; None if the system does not tell it.
-
-    A zombie, which has ended but whose parent has not asked for its exit code, has the start time "ended".
-    """
-    try:
-        with open(f"/proc/{process}/stat", encoding="utf-8") as file:
-            state, *fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return "ended" if state in "ZX" else fields[18]
-
-
-def _process_namespace() -> str:
-    """Returns a name of the set of processes that this one can see: host, boot and container."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
-        parts.append(file.read().strip())
-    with contextlib.suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from EasyLM.errors import UserError
+from EasyLM.storage import same_contents
 
 PREFETCHED_BATCHES = 2
 
@@ -53,7 +54,9 @@ def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
     length = current.get("seq_length", 1)
     if "rows_consumed" in state:
         saved = state["source"]
-        changed = [name for name in current if name != "seq_length" and saved.get(name) != current[name]]
+        changed = [
+            name for name in current if name != "seq_length" and not same_contents(saved.get(name), current[name])
+        ]
         if changed:
             raise UserError(
                 f"the saved data state belongs to other data or another order: {', '.join(changed)} changed"

@@ -1,12 +1,16 @@
 """A packed file instead of its JSONL files: the same rows, and a run resumes from either."""
 
+import json
+import os
 import pathlib
 
+import numpy as np
 import pytest
 from data_kit import assert_rows, base64_line, dataset
 
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
+from EasyLM.storage import columns
 from EasyLM.training import batches
 
 
@@ -56,6 +60,82 @@ def test_invalid_packed_files(packed_files, tmp_path):
         bad.write_bytes(contents)
         with pytest.raises(UserError, match=r"bad.packed: is truncated, or not of the format"):
             dataset(bad)
+
+
+def test_a_flipped_bit_in_any_column_is_named(packed_files, tmp_path):
+    data = pathlib.Path(packed_files[1]).read_bytes()
+    bad = tmp_path / "bad.packed"
+    table = json.loads(data[: columns.HEADER_BYTES])["columns"]
+    for name, (dtype, offset, length) in table.items():
+        size = length * np.dtype(dtype).itemsize
+        for place in (offset, offset + size // 2, offset + size - 1):
+            damaged = bytearray(data)
+            damaged[place] ^= 0x80
+            bad.write_bytes(damaged)
+            # A wrong last end contradicts the length of another column, which is noticed before any column is read.
+            with pytest.raises(UserError, match=rf"bad.packed: is (damaged: the column {name} differs|truncated)"):
+                dataset(bad)
+
+
+def test_a_file_joined_to_itself_is_refused(packed_files, tmp_path):
+    data = pathlib.Path(packed_files[1]).read_bytes()
+    (tmp_path / "twice.packed").write_bytes(data + data)
+    with pytest.raises(UserError, match=r"twice.packed: is truncated"):
+        dataset(tmp_path / "twice.packed")
+
+
+def test_a_large_file_is_verified_once(packed_files, monkeypatch):
+    monkeypatch.setattr(packed_file, "CACHED_BYTES", 1000)
+    dataset(packed_files[1])
+    verified = []
+    damaged_column = columns.Columns.damaged_column
+    monkeypatch.setattr(
+        columns.Columns, "damaged_column", lambda self: verified.extend(self.arrays) or damaged_column(self)
+    )
+    dataset(packed_files[1])
+    assert verified == []  # the cached result has no columns
+    os.utime(packed_files[1])
+    dataset(packed_files[1])
+    assert "ids" in verified
+    verified.clear()
+    monkeypatch.setattr(packed_file, "CACHED_BYTES", 1 << 30)
+    dataset(packed_files[1])
+    assert "ids" in verified
+
+
+def as_version_0_1_0(path, ids=None, ends=None, largest_id=511):
+    """Rewrites a packed file without digest and checksums, with changed arrays."""
+    data = bytearray(pathlib.Path(path).read_bytes())
+    header = json.loads(data[: columns.HEADER_BYTES])
+    del header["checksums"], header["header_digest"]
+    header["largest_id"] = largest_id
+    for name, changes in (("ids", ids or {}), ("ends", ends or {})):
+        dtype, offset, length = header["columns"][name]
+        array = np.frombuffer(data, dtype, length, offset)
+        for place, value in changes.items():
+            array[place] = value
+    data[: columns.HEADER_BYTES] = json.dumps(header).encode().ljust(columns.HEADER_BYTES)
+    pathlib.Path(path).write_bytes(data)
+
+
+def test_a_file_of_version_0_1_0_gives_the_same_rows(packed_files):
+    plain = dataset(packed_files[0], 33)
+    as_version_0_1_0(packed_files[1])
+    assert_rows(dataset(packed_files[1], 33).rows(0, 9), *plain.rows(0, 9).values())
+
+
+def test_the_largest_id_of_the_header_is_not_trusted(packed_files):
+    """The place of the id is named: it is the second token of sentence 4."""
+    ends = columns.open_columns(packed_files[1]).arrays["ends"]
+    as_version_0_1_0(packed_files[1], ids={int(ends[3]) + 1: 9999}, largest_id=3)
+    with pytest.raises(UserError, match=r"both.packed: id 9999 is outside .* 0\.\.511 \(token 1 of sentence 4"):
+        dataset(packed_files[1])
+
+
+def test_ends_that_fall_are_found_without_checksums(packed_files):
+    as_version_0_1_0(packed_files[1], ends={300: 0})
+    with pytest.raises(UserError, match=r"both.packed: is damaged: the column ends"):
+        dataset(packed_files[1])
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from EasyLM.storage import atomic, atomic_file, atomic_path, write_json
+from EasyLM.storage import atomic, atomic_file, atomic_path, processes, write_json
 
 
 @pytest.fixture
@@ -89,3 +91,54 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, number):
         with atomic_path(path):
             raise OSError(errno.EIO, "reading the other")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scratch_folder_lies_beside_the_path_and_is_deleted(target):
+    with pytest.raises(KeyboardInterrupt), atomic.scratch_folder(target) as folder:
+        assert os.listdir(folder) == [] and os.path.dirname(folder) == str(target.parent)
+        (pathlib.Path(folder) / "part").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(target.parent) == ["out.txt"]
+
+
+def test_a_folder_of_another_process_is_not_deleted(target, monkeypatch):
+    """Its name is taken: the error comes before anything is removed."""
+    monkeypatch.setattr(atomic, "_temporary_name", lambda path: f"{path}.partial")
+    other = target.with_name("out.txt.partial")
+    other.mkdir()
+    (other / "part").touch()
+    with pytest.raises(FileExistsError), atomic.scratch_folder(target):
+        pytest.fail("the folder is not ours")
+    assert os.listdir(other) == ["part"]
+
+
+def test_leftovers_of_processes_that_are_gone_are_deleted(target):
+    """Also of a zombie's successor with the same id; not those of living processes, other hosts or other files."""
+    own = processes.owner_tag()
+    gone = own.rpartition("-")[0] + "-1"
+    kept = {
+        f".out.txt.{own}.0.partial",
+        ".out.txt.0123abcd-1-1.0.partial",
+        f".other.{gone}.0.partial",
+        ".out.txt.x.partial",
+    }
+    for name in (*kept, f".out.txt.{gone}.0.partial"):
+        target.with_name(name).touch()
+    target.with_name(f".out.txt.{gone}.1.partial").mkdir()
+    (target.with_name(f".out.txt.{gone}.1.partial") / "part").touch()
+    atomic.remove_leftovers(target)
+    assert set(os.listdir(target.parent)) == kept | {"out.txt"}
+
+
+def test_temporary_files_name_their_process(target):
+    with atomic_path(target) as temporary:
+        tag = os.path.basename(temporary).removeprefix(".out.txt.").partition(".")[0]
+        assert str(os.getpid()) in tag and not processes.is_gone(tag)
+    process = subprocess.run(
+        [sys.executable, "-c", "from EasyLM.storage.processes import owner_tag; print(owner_tag())"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert processes.is_gone(process.stdout.strip())

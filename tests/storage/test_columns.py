@@ -1,14 +1,17 @@
 """Column files: round trips, validity of caches, and damaged files."""
 
+import errno
 import json
 import os
 import pathlib
+import tempfile
 
 import numpy as np
 import orjson
 import pytest
 
-from EasyLM.storage import cached_columns, columns, open_columns, write_columns
+from EasyLM.errors import UserError
+from EasyLM.storage import cached_columns, columns, open_columns, processes, write_columns
 
 DTYPES = {"ids": "<u2", "ends": "<i8", "empty": "u1"}
 
@@ -107,21 +110,119 @@ def test_damaged_headers_are_invalid(tmp_path, old, new):
     assert open_columns(str(path)) is None
 
 
-def test_any_flipped_bit_of_a_header_is_noticed(tmp_path):
-    """The cache is written again; a packed file is refused."""
+def flipped(data: bytes, bit: int) -> bytes:
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    """In the header and in the columns. The padding after the header and between columns has no meaning."""
     path = tmp_path / "a.packed"
     write_columns(str(path), DTYPES, produce)
-    data = bytearray(path.read_bytes())
-    end = data.index(b" ")  # the rest of the header is padding
-    for place in range(end):
-        for bit in range(8):
-            data[place] ^= 1 << bit
-            path.write_bytes(data)
-            opened = open_columns(str(path))
-            if opened is not None:  # the flip has renamed the digest itself, as an older file has none
-                assert_content(opened)
-                assert b'"header_digest"' not in data[:end]
-            data[place] ^= 1 << bit
+    data = path.read_bytes()
+    end, ids, ends = data.index(b" "), columns.HEADER_BYTES, columns.HEADER_BYTES + columns.ALIGNMENT
+    for bit in range(8 * end):
+        path.write_bytes(flipped(data, bit))
+        assert open_columns(str(path)) is None
+    for name, start, size in (("ids", ids, 12), ("ends", ends, 16)):
+        for bit in range(8 * start, 8 * (start + size)):
+            path.write_bytes(flipped(data, bit))
+            assert open_columns(str(path)).damaged_column() == name
+    path.write_bytes(data)
+    assert open_columns(str(path)).damaged_column() is None
+
+
+def test_a_damaged_cache_is_written_again(source):
+    cached(source)
+    (path,) = source.parent.iterdir()
+    data = path.read_bytes()
+    path.write_bytes(flipped(data, 8 * columns.HEADER_BYTES))
+    assert_content(cached(source))
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("change", [lambda data: data + data, lambda data: data + b"\0", lambda data: data[:-1]])
+def test_a_file_of_another_length_is_invalid(tmp_path, change):
+    path = tmp_path / "a.packed"
+    write_columns(str(path), DTYPES, produce)
+    path.write_bytes(change(path.read_bytes()))
+    assert open_columns(str(path)) is None
+
+
+def test_a_file_of_version_0_1_0_opens(tmp_path):
+    """It has no digest of the header and no checksums. A key that is repeated there is refused all the same."""
+    path = tmp_path / "a.packed"
+    write_columns(str(path), DTYPES, produce)
+    data = path.read_bytes()
+    header = json.loads(data[: columns.HEADER_BYTES])
+    del header["checksums"], header["header_digest"]
+    path.write_bytes(orjson.dumps(header).ljust(columns.HEADER_BYTES) + data[columns.HEADER_BYTES :])
+    assert_content(open_columns(str(path)))
+    repeated = b'{"tokens":7,' + orjson.dumps(header)[1:]
+    path.write_bytes(repeated.ljust(columns.HEADER_BYTES) + data[columns.HEADER_BYTES :])
+    assert open_columns(str(path)) is None
+
+
+def fill_directory(monkeypatch, *directories) -> None:
+    """Makes the disks of directories full: a file can be created there, but its columns cannot be joined."""
+    join = columns._join
+
+    def join_if_space(target, *arguments):
+        if os.path.dirname(target.name) in map(str, directories):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        join(target, *arguments)
+
+    monkeypatch.setattr(columns, "_join", join_if_space)
+
+
+def test_a_full_directory_is_passed_over(source, tmp_path, monkeypatch, caplog):
+    fill_directory(monkeypatch, source.parent)
+    assert_content(cached(source))
+    assert not os.listdir(source.parent) and "No space left on device" in caplog.text
+    assert_content(cached(source, produce=forbidden))
+    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+
+
+def test_the_last_place_is_the_directory_of_temporary_files(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "cache").write_text("a file, where no directory can be made")
+    fill_directory(monkeypatch, source.parent)
+    assert_content(cached(source))
+    assert_content(cached(source, produce=forbidden))
+    assert len(list((tmp_path / "tmp").rglob("*.index"))) == 1
+
+
+def test_without_any_place_all_are_named(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    places = source.parent, tmp_path / "cache" / "EasyLM", tmp_path / "tmp" / f"EasyLM-{os.getuid()}"
+    fill_directory(monkeypatch, *places)
+    with pytest.raises(UserError, match=r"data\.jsonl: no directory for its cache") as error:
+        cached(source)
+    assert all(f"{place} (No space left on device)" in str(error.value) for place in places)
+
+
+def test_errors_of_the_source_are_not_those_of_the_cache(source):
+    def unreadable(append):
+        raise PermissionError(errno.EACCES, "Permission denied", "data.jsonl")
+
+    with pytest.raises(PermissionError, match=r"data\.jsonl"):
+        cached(source, produce=unreadable)
+
+
+def test_leftovers_of_dead_processes_are_deleted(source):
+    """A killed process leaves the temporary file of its cache."""
+    cached(source)
+    (path,) = source.parent.iterdir()
+    own = f".{path.name}.{processes.owner_tag()}.00000000.partial"
+    dead = own.replace(processes.owner_tag(), processes.owner_tag().rpartition("-")[0] + "-1")
+    elsewhere = f".{path.name}.0123abcd-1-1.00000000.partial"
+    for name in (own, dead, elsewhere):
+        (source.parent / name).touch()
+    cached(source, version={"size": 2})
+    assert {name.name for name in source.parent.iterdir()} == {path.name, own, elsewhere}
 
 
 @pytest.mark.parametrize("dtype", ["O", "(2,", "V9", "f" * 1000, None, 3, ["u1"], {"names": ["a"]}])

@@ -8,6 +8,7 @@ import pytest
 from data_kit import assert_rows, copy_golden, dataset
 
 from EasyLM.errors import UserError
+from EasyLM.storage import digests
 from EasyLM.training import batches
 
 
@@ -67,6 +68,33 @@ def test_other_data_is_refused(sentences):
     first, second, *others = sentences.read_text().splitlines(keepends=True)
     sentences.write_text("".join([second, first, *others]))
     os.utime(sentences, ns=(1, 1))  # the clock of files may not have ticked since they were copied
+    with pytest.raises(UserError, match="files changed"):
+        batches.rows_consumed(state, dataset(sentences))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_lines_reordered_in_the_middle_are_noticed(sentences, large, monkeypatch):
+    """The size and both ends of the file stay the same. A large file is sampled."""
+    lines = sentences.read_text().splitlines(keepends=True) * 2
+    sentences.write_text("".join(lines))
+    if large:
+        monkeypatch.setattr(digests, "SAMPLES", 8)
+        monkeypatch.setattr(digests, "SAMPLE_BYTES", 4096)
+    state = batches.dataset_state(dataset(sentences), 6)
+    assert sum(map(len, lines[:40])) > digests.END_BYTES < sum(map(len, lines[-40:]))
+    sentences.write_text("".join([*lines[:40], *lines[40:-40][::-1], *lines[-40:]]))
+    os.utime(sentences, ns=(1, 1))
+    with pytest.raises(UserError, match="files changed"):
+        batches.rows_consumed(state, dataset(sentences))
+
+
+def test_states_of_version_0_1_0_continue(sentences):
+    """Their digests cover only the ends of the files."""
+    state = batches.dataset_state(dataset(sentences), 6)
+    (file,) = state["source"]["files"]
+    file["content"] = file["content"][:16]
+    assert batches.rows_consumed(state, dataset(sentences)) == 6
+    file["content"] = "0" * 16
     with pytest.raises(UserError, match="files changed"):
         batches.rows_consumed(state, dataset(sentences))
 

@@ -1,6 +1,6 @@
 """The image tokenizer: a VQGAN, its files, and the codec that converts images to codes and back in batches.
 
-May import: EasyLM.storage. Requires JAX.
+May import: EasyLM.storage, EasyLM.checkpoints. Requires JAX.
 
     config          VQGANConfig: architecture and its validation
     model           the network: Encoder, Decoder, Codebook

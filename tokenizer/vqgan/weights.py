@@ -16,8 +16,9 @@ import numpy as np
 from flax import nnx
 from numpy.typing import DTypeLike
 
-from EasyLM.errors import UserError
-from EasyLM.storage import atomic_path, content_digest, read_json, write_json
+from EasyLM.checkpoints.safetensors_file import read_safetensors, tensor_entry, write_safetensors
+from EasyLM.errors import UserError, check_installed
+from EasyLM.storage import atomic_file, content_digest, read_json, write_json
 from tokenizer.vqgan.config import VQGANConfig
 from tokenizer.vqgan.model import VQGAN
 
@@ -45,14 +46,11 @@ def load(directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> VQGAN:
 
 
 def save(model: VQGAN, directory: str | os.PathLike, dtype: DTypeLike = np.float32) -> None:
-    """Atomically writes model.safetensors, with tensors in `dtype`, and config.json."""
-    from safetensors.numpy import save_file
-
+    """Atomically writes model.safetensors, with tensors in `dtype` and their checksums, and config.json."""
     os.makedirs(directory, exist_ok=True)
     arrays = {file_name(path): np.asarray(leaf.get_value()).astype(dtype) for path, leaf in flat_parameters(model)}
-    tensors = {name: to_file(array) for name, array in arrays.items()}
-    with atomic_path(os.path.join(directory, "model.safetensors")) as temporary:
-        save_file(tensors, temporary)
+    with atomic_file(os.path.join(directory, "model.safetensors")) as file:
+        write_safetensors(file, [tensor_entry(name, to_file(array)) for name, array in sorted(arrays.items())])
     config = dataclasses.asdict(model.config)
     if config["norm_groups"] == _OPEN_MUSE_GROUPS:  # open-muse's readers do not know this key
         del config["norm_groups"]
@@ -116,11 +114,10 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       UserError: naming the file.
     """
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{path}: reading it needs torch: pip install torch") from error
+        return {tensor.key[0]: tensor.read() for tensor in read_safetensors(path)}
+    check_installed(str(path), "torch", "torch")
+    import torch
+
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.float().numpy() for name, tensor in tensors.items()}
@@ -184,17 +181,6 @@ def _merge(shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
                 raise UserError(f"{owners[name]} and {shard} both contain {name}: keep the files of one model only")
             tensors[name], owners[name] = array, shard
     return tensors
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.flax import load_file  # reads bfloat16, which safetensors.numpy does not
-
-    try:
-        with jax.default_device(jax.devices("cpu")[0]):
-            return {name: np.asarray(value) for name, value in load_file(path).items()}
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from error
 
 
 def _shortened(names: Collection[str]) -> str:

@@ -5,7 +5,6 @@ The command holds one tensor in memory at a time, so the model may be larger tha
 
 import json
 import os
-import shutil
 
 from ml_collections import ConfigDict
 
@@ -16,6 +15,7 @@ from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, check_recorded, recorded_config
 from EasyLM.progress import progress
+from EasyLM.storage import lock_output_folder, scratch_folder
 
 FLAGS = {
     "load_checkpoint": Flag(
@@ -39,6 +39,11 @@ FLAGS = {
 
 def main(config: ConfigDict) -> None:
     """Exports the checkpoint. The output directory is created only when its files are complete."""
+    with lock_output_folder(config.output_dir, "output_dir"):
+        _export(config)
+
+
+def _export(config: ConfigDict) -> None:
     if existing := hf_files.model_file(config.output_dir):
         raise UserError(f"--output_dir={config.output_dir}: already holds a model ({existing}); name another directory")
     if config.load_checkpoint.startswith("trainstate::"):
@@ -80,29 +85,26 @@ def export(
     Raises:
       UserError: if the directory cannot be written.
     """
-    temporary = f"{output_dir.rstrip('/')}.tmp-{os.getpid()}"
     try:
-        os.makedirs(temporary)
-        with progress(total=len(tensors), desc="exporting", unit="tensor") as bar:
-            hf_files.write_safetensors(
-                temporary, [hf_files.with_progress(tensor, bar) for tensor in tensors], max_shard_mb
-            )
-        dtype = tensors[0].dtype
-        for name, values in {
-            "generation_config.json": hf_layout.generation_config(model),
-            "config.json": hf_layout.hf_config(model, dtype),
-        }.items():
-            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
-                json.dump(values, file, indent=2)
-        if not os.path.exists(output_dir):
-            os.rename(temporary, output_dir)
-            return
-        for name in sorted(os.listdir(temporary), key=lambda name: name == "config.json"):
-            os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
+        with (
+            scratch_folder(output_dir) as temporary,
+            progress(total=len(tensors), desc="exporting", unit="tensor") as bar,
+        ):
+            hf_files.write_shards(temporary, [hf_files.with_progress(tensor, bar) for tensor in tensors], max_shard_mb)
+            dtype = tensors[0].dtype
+            for name, values in {
+                "generation_config.json": hf_layout.generation_config(model),
+                "config.json": hf_layout.hf_config(model, dtype),
+            }.items():
+                with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
+                    json.dump(values, file, indent=2)
+            if not os.path.exists(output_dir):
+                os.rename(temporary, output_dir.rstrip("/"))
+                return
+            for name in sorted(os.listdir(temporary), key=lambda name: name == "config.json"):
+                os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
     except OSError as error:
         raise UserError(f"--output_dir={output_dir}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cli() -> None:

@@ -1,14 +1,15 @@
 """Imports a Hugging Face LLaMA: `python -m EasyLM.models.llama.convert_hf_to_easylm --hf_model=DIR --output_file=FILE`.
 
 The command reads safetensors files, or `.bin` files if torch is installed. It holds one tensor in memory at a time. It
-writes the model's settings to `metadata.json` beside the output file. Training, export and evaluation read this file.
-A streaming file also has a checksum of each array, in `checksums.json`.
+writes the model's settings to `metadata.json` beside the output file, and a checksum of each array to `checksums.json`.
+Training, export and evaluation read these files.
 """
 
 import dataclasses
 import os
 from typing import BinaryIO
 
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from EasyLM.checkpoints import Entry, checksums, streaming
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
-from EasyLM.storage import atomic_file, local_path, write_json
+from EasyLM.storage import atomic_file, local_path, lock_output_folder, write_json
 
 FLAGS = {
     "hf_model": Flag("", "Hugging Face model: a directory, or a name on the Hub.", required=True),
@@ -31,6 +32,11 @@ FLAGS = {
 def main(config: ConfigDict) -> None:
     """Imports the model. The output file is created only when it is complete."""
     directory = os.path.dirname(os.path.abspath(config.output_file))
+    with lock_output_folder(directory, "output_file"):
+        _import(config, directory)
+
+
+def _import(config: ConfigDict, directory: str) -> None:
     metadata_path = os.path.join(directory, "metadata.json")
     checksums_path = os.path.join(directory, "checksums.json")
     for path in (config.output_file, metadata_path, checksums_path):
@@ -43,8 +49,7 @@ def main(config: ConfigDict) -> None:
         with atomic_file(config.output_file) as file, tqdm(total=len(entries), desc="importing", unit="tensor") as bar:
             arrays = _write(file, [hf_files.with_progress(entry, bar) for entry in entries], config.streaming)
             table = checksums.make_table(os.path.basename(config.output_file), file.tell(), arrays)
-        if config.streaming:
-            write_json(checksums_path, table)
+        write_json(checksums_path, table)
         write_json(metadata_path, metadata)
     except OSError as error:
         raise UserError(f"--output_file={config.output_file}: cannot be written ({error.strerror})") from error
@@ -54,15 +59,21 @@ def main(config: ConfigDict) -> None:
 
 def _write(file: BinaryIO, entries: list[Entry], as_stream: bool) -> dict[tuple[str, ...], str]:
     """Writes parameters as the LVM release does, with keys that lack the leading `params`. Returns their checksums."""
-    below_params = (entry.renamed(entry.key[1:]) for entry in entries)
-    if not as_stream:
+    arrays: dict[tuple[str, ...], str] = {}
+
+    def with_checksum(entry: Entry) -> Entry:
+        def read_into(out: np.ndarray) -> None:
+            entry.read_into(out)
+            arrays[entry.key] = checksums.array_checksum(entry.key, out)
+
+        return dataclasses.replace(entry, read_into=read_into)
+
+    below_params = [with_checksum(entry.renamed(entry.key[1:])) for entry in entries]
+    if as_stream:
+        for entry in below_params:
+            streaming.write_entry(file, entry.key, entry.read())
+    else:
         streaming.write_flax(file, below_params)
-        return {}
-    arrays = {}
-    for entry in below_params:
-        array = entry.read()
-        streaming.write_entry(file, entry.key, array)
-        arrays[entry.key] = checksums.array_checksum(entry.key, array)
     return arrays
 
 

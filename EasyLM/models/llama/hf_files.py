@@ -4,33 +4,30 @@ import dataclasses
 import functools
 import glob
 import json
-import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import numpy as np
 from tqdm import tqdm
 
-from EasyLM.checkpoints import entries
 from EasyLM.checkpoints.entries import Entry
-from EasyLM.errors import UserError
-from EasyLM.storage import check_schema, parse_json, read_json
+from EasyLM.checkpoints.safetensors_file import num_bytes, read_safetensors, write_safetensors
+from EasyLM.errors import UserError, check_installed
+from EasyLM.storage import read_json
 
 MAX_SHARD_MB = 5000.0
-_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
-def write_safetensors(directory: str, tensors: list[Entry], max_shard_mb: float = MAX_SHARD_MB) -> None:
+def write_shards(directory: str, tensors: list[Entry], max_shard_mb: float = MAX_SHARD_MB) -> None:
     """Writes tensors in order to shards of at most `max_shard_mb` megabytes. Several shards get an index file.
 
     A larger tensor has its own shard. The function holds one tensor in memory at a time.
     """
     shards: list[list[Entry]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(map(_num_bytes, shards[-1])) + _num_bytes(tensor) > max_shard_mb * 1e6:
+        if shards[-1] and sum(map(num_bytes, shards[-1])) + num_bytes(tensor) > max_shard_mb * 1e6:
             shards.append([])
         shards[-1].append(tensor)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -38,36 +35,14 @@ def write_safetensors(directory: str, tensors: list[Entry], max_shard_mb: float 
         names = ["model.safetensors"]
     else:
         weight_map = {tensor.key[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": sum(map(_num_bytes, tensors))}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(map(num_bytes, tensors))}, "weight_map": weight_map}
         with open(os.path.join(directory, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
             json.dump(index, file, indent=2)
     for name, shard in zip(names, shards, strict=True):
         with open(os.path.join(directory, name), "wb") as file:
-            _write_shard(file, shard)
+            write_safetensors(file, shard)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _write_shard(file, tensors: Iterable[Entry]) -> None:
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + _num_bytes(tensor)
-        header[tensor.key[0]] = {
-            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    data = json.dumps(header).encode()
-    data += b" " * (-len(data) % 8)  # aligns the tensors to 8 bytes
-    file.write(len(data).to_bytes(8, "little") + data)
-    for tensor in tensors:
-        file.write(entries.bytes_of(tensor.read()))
-
-
-def _num_bytes(tensor: Entry) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def read_weights(directory: str) -> list[Entry]:
@@ -79,7 +54,7 @@ def read_weights(directory: str) -> list[Entry]:
     Raises:
       UserError: if there are no weights, or a file is broken or missing. The message names the file.
     """
-    for stem, ending, read in (("model", "safetensors", _read_safetensors), ("pytorch_model", "bin", _read_torch)):
+    for stem, ending, read in (("model", "safetensors", read_safetensors), ("pytorch_model", "bin", _read_torch)):
         single, index = (os.path.join(directory, f"{stem}.{ending}{suffix}") for suffix in ("", ".index.json"))
         if os.path.exists(single):
             paths = [single]
@@ -91,34 +66,23 @@ def read_weights(directory: str) -> list[Entry]:
         else:
             paths = sorted(glob.glob(os.path.join(glob.escape(directory), f"{stem}*.{ending}")))
         if paths:
-            return [tensor for path in paths for tensor in read(path)]
+            return _unique({path: read(path) for path in paths})
     raise UserError(f"{directory}: no weights: neither model*.safetensors nor pytorch_model*.bin")
 
 
-def _read_safetensors(path: str) -> list[Entry]:
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(min(length, size)))
-        header.pop("__metadata__", None)
-        check_schema(header, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}})
-        tensors = []
-        for name, info in header.items():
-            begin, end = info["data_offsets"]
-            shape, dtype = tuple(info["shape"]), np.dtype(_SAFETENSORS_DTYPES[info["dtype"]])
-            if begin < 0 or min(shape, default=0) < 0:
-                raise ValueError(f"{name}: a negative size or place")
-            if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
-                raise ValueError(f"{name}: {end - begin} bytes of {size} do not make {shape} of {dtype}")
-            read = functools.partial(entries.read_pieces, path, ((8 + length + begin, end - begin),))
-            tensors.append(Entry((name,), shape, dtype, read))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({type(error).__name__}: {error})") from None
-    return tensors
+def _unique(tensors_of: Mapping[str, list[Entry]]) -> list[Entry]:
+    """Returns the tensors of all files. Raises UserError if two files contain the same one."""
+    owners: dict[tuple[str, ...], str] = {}
+    for path, tensors in tensors_of.items():
+        for tensor in tensors:
+            if tensor.key in owners:  # two models, or two versions of one
+                raise UserError(f"{owners[tensor.key]} and {path} both contain {tensor.key[0]}: keep one model only")
+            owners[tensor.key] = path
+    return [tensor for tensors in tensors_of.values() for tensor in tensors]
 
 
 def _read_torch(path: str) -> list[Entry]:
+    check_installed(path, "torch", "torch")
     import torch
 
     try:
