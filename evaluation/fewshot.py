@@ -20,7 +20,7 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run, to_dataclass
 from EasyLM.storage import check_output, write_json
 from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, Prompter, PrompterSettings
-from evaluation.runs import UNFINISHED, Results
+from evaluation.runs import UNFINISHED, Results, open_results
 from evaluation.tasks import (
     TASK_FLAGS,
     InContextMeasurement,
@@ -36,6 +36,7 @@ from evaluation.tasks import (
     report,
     select_tasks,
 )
+from evaluation.tasks.selection import TaskSelection
 from tokenizer.image_quality import inception, lpips
 from tokenizer.media import charts, images
 
@@ -66,7 +67,12 @@ def main(config: ConfigDict) -> None:
     selection = select_tasks(to_dataclass(TaskSettings, config))
     generation = GenerationSettings.from_user(config)
     check_outputs(config)
-    results = Results(config.output_json and f"{config.output_json}.{UNFINISHED}", dict(config))
+    with open_results(config.output_json and f"{config.output_json}.{UNFINISHED}", dict(config)) as results:
+        measure_all(config, selection, generation, results)
+
+
+def measure_all(config: ConfigDict, selection: TaskSelection, generation: GenerationSettings, results: Results) -> None:
+    """Measures the tasks without a result in `results`, prints and writes everything, and discards `results`."""
     image_metrics, network = load_metrics(config)
     prompter = Prompter.load(to_dataclass(PrompterSettings, config))
     weight_files = tuple(filter(None, (config.palette, config.inception_weights, *config.lpips_weights.split(","))))

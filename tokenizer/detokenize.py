@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
-from EasyLM.storage import file_version
+from EasyLM.storage import file_version, lock_output_folder
 from tokenizer.media import images
 from tokenizer.sentence_files import read_sentences, rendering
 from tokenizer.sentence_files.rendering import DecodedSentence
@@ -44,12 +44,13 @@ def main(config: ConfigDict) -> None:
     file_version(config.input_file)
     codec = Codec(config.vqgan, config.dtype, config.batch_size)
     decoded = decode_sentences(codec, config.input_file, Selection(ranges, kinds, config.limit))
-    if config.format == "png":
-        count = rendering.write_images(decoded, config.output_dir, config.columns)
-    elif config.format == "html":
-        count = rendering.write_html(decoded, config.output_dir, os.path.basename(config.input_file))
-    else:
-        count = rendering.write_videos(decoded, config.output_dir, config.format, config.fps)
+    with lock_output_folder(config.output_dir, "output_dir"):
+        if config.format == "png":
+            count = rendering.write_images(decoded, config.output_dir, config.columns)
+        elif config.format == "html":
+            count = rendering.write_html(decoded, config.output_dir, os.path.basename(config.input_file))
+        else:
+            count = rendering.write_videos(decoded, config.output_dir, config.format, config.fps)
     print(f"{config.output_dir}: {count} sentences")
 
 

@@ -15,7 +15,7 @@ from EasyLM.data import packed_file, parse_numbers, proportional
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import check_output, expand_path_groups, is_compressed, is_remote, write_json
+from EasyLM.storage import check_output, expand_path_groups, is_compressed, is_remote, lock_output, write_json
 from EasyLM.vocab import VOCAB_SIZE
 from tokenizer.sentence_files.disk_space import check_disk_space
 from tokenizer.sentence_files.mixing import Source, count_lines, needed_space, write_mixture
@@ -41,6 +41,11 @@ FLAGS = {
 def main(config: ConfigDict) -> None:
     """Mixes the inputs and prints how many sentences of each were taken."""
     sources = _sources(config)
+    with lock_output(config.output_file, "output_file"):
+        _mix(sources, config)
+
+
+def _mix(sources: Sequence[Source], config: ConfigDict) -> None:
     count_lines(sources, config.vocab_size, SkippedInputs(config.max_errors))
     for source, taken in zip(sources, _taken(sources, config)):
         source.taken = taken
@@ -74,7 +79,6 @@ def _sources(config: ConfigDict) -> list[Source]:
             raise UserError(f"--inputs={config.inputs}: {path} is packed: unpack it first (tokenizer.pack --unpack)")
         if not is_remote(path) and os.path.abspath(path) == os.path.abspath(config.output_file):
             raise UserError(f"--output_file={config.output_file}: is one of --inputs={config.inputs}")
-    check_output(config.output_file, "output_file")
     if config.output_json:
         check_output(config.output_json, "output_json")
     return sources

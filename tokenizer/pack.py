@@ -16,7 +16,7 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import atomic_file, expand_paths, file_version, is_compressed
+from EasyLM.storage import atomic_file, expand_paths, file_version, is_compressed, lock_output
 from EasyLM.vocab import VOCAB_SIZE
 from tokenizer.sentence_files import read_sentences
 from tokenizer.sentence_files.disk_space import check_disk_space
@@ -45,7 +45,11 @@ FLAGS = {
 def main(config: ConfigDict) -> None:
     """Packs or unpacks the files, and prints the size of the result."""
     paths = _input_paths(config)
-    os.makedirs(os.path.dirname(os.path.abspath(config.output_file)), exist_ok=True)
+    with lock_output(config.output_file, "output_file"):
+        _write(paths, config)
+
+
+def _write(paths: Sequence[str], config: ConfigDict) -> None:
     with prefix_errors("--output_file", separator="="):
         check_disk_space(config.output_file, _needed_space(paths, config.unpack))
     skipped = SkippedInputs(config.max_errors)

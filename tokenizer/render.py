@@ -20,6 +20,7 @@ from EasyLM.errors import prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import exit_with_parent
 from EasyLM.progress import progress
+from EasyLM.storage import lock_output_folder
 from tokenizer.builders import views
 from tokenizer.media import images, video_writer
 from tokenizer.synthetic import layouts, palette, photos, scenes, seed_ranges
@@ -60,7 +61,10 @@ def main(config: ConfigDict) -> None:
     ]
     jobs = [partial(job, first_seed=first_seed, size=config.size, root=config.output_dir) for job in jobs]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(config.workers, spawn, exit_with_parent) as pool:
+    with (
+        lock_output_folder(config.output_dir, "output_dir"),
+        concurrent.futures.ProcessPoolExecutor(config.workers, spawn, exit_with_parent) as pool,
+    ):
         results = pool.map(_call, jobs, chunksize=max(1, min(16, len(jobs) // (4 * config.workers))))
         for _ in progress(results, total=len(jobs), unit="scene", desc="rendering"):
             pass

@@ -23,7 +23,7 @@ Shape letters: as in `evaluation.prompting`; T frames of a clip.
 from evaluation.runs.example import EXAMPLE_FLAGS
 from evaluation.runs.lines import LINE_FLAGS, Line, read_lines
 from evaluation.runs.loops import GENERATION_FLAGS, EvaluationRun
-from evaluation.runs.results import UNFINISHED, Results
+from evaluation.runs.results import UNFINISHED, Results, open_results
 
 __all__ = [
     "EXAMPLE_FLAGS",
@@ -33,5 +33,6 @@ __all__ = [
     "EvaluationRun",
     "Line",
     "Results",
+    "open_results",
     "read_lines",
 ]

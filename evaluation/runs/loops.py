@@ -18,7 +18,7 @@ from evaluation.prompting.prompter import Prompter, PrompterSettings
 from evaluation.prompting.settings import GenerationSettings
 from evaluation.runs.example import Example
 from evaluation.runs.prefetch import loaded_batches
-from evaluation.runs.results import UNFINISHED, Results, unfinished_name
+from evaluation.runs.results import UNFINISHED, Results, open_results, unfinished_name
 from evaluation.tasks import metrics
 
 GENERATION_FLAGS = {
@@ -77,23 +77,23 @@ def measure(run: EvaluationRun) -> None:
     """
     if run.output_json:
         check_output(run.output_json, "output_json")
-    results = Results(run.output_json and f"{run.output_json}.{UNFINISHED}", run.settings)
-    prompter = _load_prompter(run)
-    for example in run.examples:
-        num_context, num_target = run.lengths(example)
-        if num_context + num_target > prompter.max_images:
-            raise UserError(
-                f"{example.name}: {num_context} images and {num_target} targets: the model's longest sequence holds "
-                f"{prompter.max_images}"
-            )
+    with open_results(run.output_json and f"{run.output_json}.{UNFINISHED}", run.settings) as results:
+        prompter = _load_prompter(run)
+        for example in run.examples:
+            num_context, num_target = run.lengths(example)
+            if num_context + num_target > prompter.max_images:
+                raise UserError(
+                    f"{example.name}: {num_context} images and {num_target} targets: the model's longest sequence "
+                    f"holds {prompter.max_images}"
+                )
 
-    def score(batch: list, loaded: list) -> Iterable[dict]:
-        prompts_BPN, targets_BFN = (prompter.encode(np.stack(images)) for images in zip(*loaded, strict=True))
-        perplexity_B = metrics.perplexity(prompter.log_likelihoods(prompts_BPN, targets_BFN))
-        return [{"perplexity": perplexity, "tokens": targets_BFN[0].size} for perplexity in perplexity_B.tolist()]
+        def score(batch: list, loaded: list) -> Iterable[dict]:
+            prompts_BPN, targets_BFN = (prompter.encode(np.stack(images)) for images in zip(*loaded, strict=True))
+            perplexity_B = metrics.perplexity(prompter.log_likelihoods(prompts_BPN, targets_BFN))
+            return [{"perplexity": perplexity, "tokens": targets_BFN[0].size} for perplexity in perplexity_B.tolist()]
 
-    _for_each_batch(run, results, prompter, run.batch_size, score)
-    results.finish(run.examples, ["perplexity"], run.output_json)
+        _for_each_batch(run, results, prompter, run.batch_size, score)
+        results.finish(run.examples, ["perplexity"], run.output_json)
 
 
 def generate(
@@ -120,21 +120,21 @@ def generate(
     """
     if run.output_json:
         check_output(run.output_json, "output_json")
-    results = Results(os.path.join(output_dir, unfinished_name(list_path)), run.settings)
-    prompter = _load_prompter(run)
+    with open_results(os.path.join(output_dir, unfinished_name(list_path)), run.settings) as results:
+        prompter = _load_prompter(run)
 
-    def answer(batch: list, loaded: list) -> Iterable[dict]:
-        prompts_BPN = prompter.encode(np.stack([prompt for prompt, _ in loaded]))
-        samples_BCFSS3 = prompter.decode(prompter.generate(prompts_BPN, settings))
-        for example, (prompt, target), samples in zip(batch, loaded, samples_BCFSS3, strict=False):
-            values: dict[str, Any] = {"written": save(example, prompt, samples)}
-            if target is not None:
-                mse_C = [float(metrics.mse(sample_FSS3, target).mean()) for sample_FSS3 in samples]
-                values |= {"mse": mse_C, "best_mse": min(mse_C)}
-            yield values
+        def answer(batch: list, loaded: list) -> Iterable[dict]:
+            prompts_BPN = prompter.encode(np.stack([prompt for prompt, _ in loaded]))
+            samples_BCFSS3 = prompter.decode(prompter.generate(prompts_BPN, settings))
+            for example, (prompt, target), samples in zip(batch, loaded, samples_BCFSS3, strict=False):
+                values: dict[str, Any] = {"written": save(example, prompt, samples)}
+                if target is not None:
+                    mse_C = [float(metrics.mse(sample_FSS3, target).mean()) for sample_FSS3 in samples]
+                    values |= {"mse": mse_C, "best_mse": min(mse_C)}
+                yield values
 
-    _for_each_batch(run, results, prompter, run.batch_size * prompter.batch_shards, answer)
-    results.finish(run.examples, ["mse", "best_mse"] if evaluate_mse else [], run.output_json)
+        _for_each_batch(run, results, prompter, run.batch_size * prompter.batch_shards, answer)
+        results.finish(run.examples, ["mse", "best_mse"] if evaluate_mse else [], run.output_json)
     print(f"{output_dir}: wrote the images of {len(run.examples)} prompts")
 
 

@@ -4,17 +4,18 @@ The file exists only while a run is unfinished. Its first line holds the run's s
 with a fingerprint of the example's files.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.storage import check_output, is_remote, names_full_disk, parse_json, write_json
+from EasyLM.storage import HeartbeatLock, check_output, is_remote, names_full_disk, parse_json, write_json
 from evaluation.runs.example import EXAMPLE_FLAGS, Example
 from evaluation.tasks import metrics
 
@@ -24,6 +25,21 @@ _RESUMABLE_SETTINGS = {
     *("input_file", "input_files", "read_file_list", "shuffle", "output_dir", "output_base_dir", "mesh_dim"),
     *("batch_size", "batch_size_factor", "output_plot", "output_picture", *EXAMPLE_FLAGS),
 }
+
+
+@contextlib.contextmanager
+def open_results(path: str, settings: Mapping[str, Any]) -> Iterator["Results"]:
+    """Yields `Results`, locked against another run with the same path.
+
+    Raises:
+      UserError: as `Results`; or naming the process that uses the path.
+    """
+    if not path:
+        yield Results("", settings)
+        return
+    check_output(path)
+    with HeartbeatLock(path, is_output=True):
+        yield Results(path, settings)
 
 
 class Results:
@@ -43,8 +59,7 @@ class Results:
         self._values: dict[str, dict] = {}
         if not path:
             return
-        self._settings = _fingerprinted(settings)
-        check_output(path)  # the first result creates the file: a failed start leaves none
+        self._settings = _fingerprinted(settings)  # the first result creates the file: a failed start leaves none
         if os.path.exists(path):
             self._resume()
 

@@ -4,10 +4,7 @@
 `FILE.report.json` is written, then `FILE.partial` is renamed to `FILE`.
 """
 
-import errno
-import fcntl
 import os
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -15,9 +12,8 @@ from typing import Any, BinaryIO
 import orjson
 
 from EasyLM.errors import UserError
-from EasyLM.storage import names_full_disk, read_json, write_json
+from EasyLM.storage import HeartbeatLock, names_full_disk, read_json, write_json
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors on file systems without locks
 SAVE_SECONDS = 10.0  # between saves of the progress: the most work that a killed process loses
 
 
@@ -51,18 +47,33 @@ class ResumableFile:
         self.finished_report: dict[str, Any] | None = None
         self.state: dict[str, Any] | None = None
         self._file: BinaryIO | None = None
+        self._lock: HeartbeatLock | None = None
         self._saved_at = time.monotonic()
         if os.path.isdir(path):
             raise UserError(f"{path}: is a folder, name a file")
-        progress = None if fresh else _read(self._progress, _PROGRESS)
+        try:
+            if not fresh:
+                self._read_earlier_run()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_earlier_run(self) -> None:
+        if os.path.exists(self._partial):
+            self._acquire()  # the progress of a running build changes
+        progress = _read(self._progress, _PROGRESS)
         if progress is not None and os.path.exists(self._partial):
             self._resume(progress)
-        elif not fresh and os.path.exists(path) and not os.path.exists(self._partial):
+        elif os.path.exists(self.path) and not os.path.exists(self._partial):
             # The report can describe the partial file instead, if `finish` was interrupted before the rename.
             report = _read(self._report, _REPORT) or {}
-            if (report.get("identity"), report.get("bytes")) == (self._fingerprint, os.path.getsize(path)):
+            if (report.get("identity"), report.get("bytes")) == (self._fingerprint, os.path.getsize(self.path)):
                 self.finished_report = report
                 _remove(self._progress)
+
+    def _acquire(self) -> None:
+        if self._lock is None:
+            self._lock = HeartbeatLock(self.path, is_output=True)
 
     def _resume(self, progress: dict[str, Any]) -> None:
         saved, current = progress["identity"], self._fingerprint
@@ -79,21 +90,13 @@ class ResumableFile:
         self._open(progress["bytes"])
 
     def _open(self, size: int) -> None:
-        """Opens and locks the partial file, then truncates it to `size`. Another run can write an unlocked file."""
-        self._file = file = open(self._partial, "ab")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(f"{self.path}: another build is writing it") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            print(f"warning: {self.path}: not locked against another build ({error.strerror})", file=sys.stderr)
+        """Locks the file, opens the partial file and truncates it to `size`. Another run can write an unlocked file."""
+        self._acquire()
+        self._file = open(self._partial, "ab")  # noqa: SIM115
         if not size:
             _remove(self._progress)  # must not outlive the bytes that it describes
-        file.truncate(size)
-        file.seek(size)
+        self._file.truncate(size)
+        self._file.seek(size)
 
     def write(self, data: bytes) -> None:
         """Appends data."""
@@ -109,7 +112,11 @@ class ResumableFile:
         return time.monotonic() - self._saved_at >= SAVE_SECONDS
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Saves the progress: all bytes written so far are valid, and `state` (JSON values) is the resume point."""
+        """Saves the progress: all bytes written so far are valid, and `state` (JSON values) is the resume point.
+
+        Raises:
+          UserError: if this process was suspended, and another one has taken over the file.
+        """
         size = self._sync()
         write_json(self._progress, {"identity": self._fingerprint, "bytes": size, "state": state})
         self._saved_at = time.monotonic()
@@ -123,14 +130,17 @@ class ResumableFile:
         _remove(self._progress)
 
     def close(self) -> None:
-        """Closes the file. Bytes written since the last save are discarded on resume."""
+        """Closes and unlocks the file. Bytes written since the last save are discarded on resume."""
         if self._file is not None:
             self._file.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def _sync(self) -> int:
         """Flushes the file to disk, and creates it if it does not exist; returns its size in bytes."""
         self.write(b"")
-        assert self._file is not None
+        assert self._file is not None and self._lock is not None
+        self._lock.check()
         with names_full_disk(self._partial):
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -4,8 +4,6 @@ Each source is read twice: once to check and count its lines, once to mix them.
 """
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from EasyLM.data import records
 from EasyLM.errors import UserError
 from EasyLM.progress import progress
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import atomic_file, file_version, is_compressed, read_lines
+from EasyLM.storage import atomic_file, file_version, is_compressed, read_lines, scratch_folder
 from tokenizer.sentence_files import disk_shuffle
 from tokenizer.sentence_files.disk_shuffle import KEY_BITS, KeyedLine
 
@@ -99,8 +97,7 @@ def write_mixture(path: str, sources: Sequence[Source], seed: int, memory_bytes:
       UserError: if a source changed since it was counted.
     """
     total = sum(source.taken for source in sources)
-    directory = os.path.dirname(os.path.abspath(path))
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".mix_") as folder, atomic_file(path) as file:
+    with scratch_folder(path) as folder, atomic_file(path) as file:
         keyed = progress(keyed_lines(sources, seed), total=total, unit=" sentences", desc="reading")
         lines = disk_shuffle.sort_by_key(keyed, _mixture_bytes(sources), memory_bytes, folder)
         for line in progress(lines, total=total, unit=" sentences", desc="writing"):
