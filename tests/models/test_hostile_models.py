@@ -35,7 +35,7 @@ def model(golden, tmp_path) -> pathlib.Path:
 def test_a_damaged_config_is_refused(model, tmp_path, changes, message):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^{re.escape(str(model / 'config.json'))}: .*{message}"):
         import_(model, tmp_path / "out" / "params")
 
 

@@ -296,4 +296,5 @@ def _replaced(config: LLaMAConfig, values: Mapping[Any, Any], source: str) -> LL
     unknown = [str(name) for name in values if name not in FLAG_OF_FIELD]
     if unknown:
         raise UserError(f"{source}: unknown setting {', '.join(unknown)}; choose from {', '.join(FLAG_OF_FIELD)}")
-    return dataclasses.replace(config, **values)
+    with prefix_errors(source):
+        return dataclasses.replace(config, **values)
