@@ -1,0 +1,153 @@
+"""Kinds: image files and video files.
+
+PNG files have checksums: a mutated one gives the pixels of the whole one, or is refused. The reference of the other
+formats is the plain decoder of Pillow or PyAV.
+"""
+
+import fractions
+import io
+import pathlib
+from typing import Any
+
+import av
+import numpy as np
+from PIL import ExifTags, Image
+
+from campaign.attempts import Attempt, require, require_equal
+from campaign.mutations import mutated
+from EasyLM.errors import UserError
+from tokenizer.builders import views
+from tokenizer.media import images, videos
+
+_SIZE = 24
+_PIXELS = (40, 30)
+_FORMATS: dict[str, dict] = {
+    "jpg": {"quality": 90},
+    "gif": {},
+    "webp": {},
+    "bmp": {},
+    "tif": {"compression": "tiff_lzw"},
+    "ppm": {},
+    "tga": {},
+    "jp2": {},
+    "sgi": {},
+    "pcx": {},
+    "qoi": {},
+}
+_CODECS = {"mp4": "mpeg4", "mkv": "mpeg4", "webm": "libvpx-vp9", "avi": "mjpeg", "mov": "libx264", "mpg": "mpeg1video"}
+_FRAMES = 8
+
+
+def image_files(folder: pathlib.Path) -> Attempt:
+    """Mutated image files, read as images or as labels."""
+    plain = {name: _encoded(_smooth_image(), name, **options) for name, options in _FORMATS.items()}
+    checked = _png_files()
+    expected = {name: images.read(io.BytesIO(data), _SIZE) for name, data in checked.items()}
+    labels = {name: _labels(io.BytesIO(data)) for name, data in checked.items()}
+
+    def attempt(rng: np.random.Generator, case: pathlib.Path) -> None:
+        name = str(rng.choice([*plain, *checked]))
+        is_checked = name in checked
+        path = case / ("image.png" if is_checked else f"image.{name}")
+        path.write_bytes(mutated(rng, checked[name] if is_checked else plain[name]))
+        if is_checked and rng.random() < 0.5:
+            require_equal(views.label_ids(path, _SIZE), labels[name], "labels")
+            return
+        pixels = images.read(path, _SIZE)
+        require_equal((pixels.shape, pixels.dtype), ((_SIZE, _SIZE, 3), np.uint8), "shape and type")
+        if is_checked:
+            require_equal(pixels, expected[name], "pixels")
+            return
+        with Image.open(path) as image:
+            image.load()
+            if image.mode == "RGB" and not {"icc_profile", "exif", "transparency"} & set(image.info):
+                resized = image.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
+                require_equal(pixels, np.asarray(resized), "pixels")
+
+    return attempt
+
+
+def _labels(file: Any) -> np.ndarray | None:
+    try:
+        return views.label_ids(file, _SIZE)
+    except UserError:  # an RGB image has no labels
+        return None
+
+
+def _png_files() -> dict[str, bytes]:
+    image = _smooth_image()
+    gray = np.asarray(image.convert("L")).astype(np.uint16)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return {
+        "rgb": _encoded(image, "png"),
+        "palette": _encoded(image.quantize(16), "png"),
+        "two_bits": _encoded(image.quantize(4), "png", bits=2),
+        "gray": _encoded(image.convert("L"), "png"),
+        "sixteen_bits": _encoded(Image.fromarray(gray * 257), "png"),
+        "transparent": _encoded(image.quantize(16), "png", transparency=3),
+        "turned": _encoded(image, "png", exif=exif),
+        "with_alpha": _encoded(image.convert("RGBA"), "png", dpi=(72, 72)),
+    }
+
+
+def _smooth_image() -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(_PIXELS, Image.Resampling.BICUBIC)
+
+
+def _encoded(image: Image.Image, extension: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, Image.registered_extensions()[f".{extension}"], **options)
+    return file.getvalue()
+
+
+def video_files(folder: pathlib.Path) -> Attempt:
+    """Mutated video files. Frames at some times are those of a decoder that reads from the beginning."""
+    whole = {}
+    for name, codec in _CODECS.items():
+        _write_video(folder / f"video.{name}", codec)
+        whole[name] = (folder / f"video.{name}").read_bytes()
+
+    def attempt(rng: np.random.Generator, case: pathlib.Path) -> None:
+        name = str(rng.choice([*whole]))
+        path = case / f"video.{name}"
+        path.write_bytes(mutated(rng, whole[name]))
+        times = videos.timestamps(path)
+        require(np.all(np.diff(times) > 0) and np.all(np.isfinite(times)), f"times are not ascending: {times}")
+        chosen = rng.choice(times, min(len(times), 3))
+        frames = videos.read(path, chosen)
+        require_equal(frames.dtype, np.dtype(np.float32), "type")
+        for time, frame in zip(chosen, frames, strict=True):
+            reference = _frame_at(path, time)
+            if reference is not None and reference.shape == frame.shape:
+                difference = float(np.abs(images.to_float32(reference) - frame).max())
+                require(difference < 0.02, f"the frame at {time} s differs by {difference:.3f}")
+
+    return attempt
+
+
+def _write_video(path: pathlib.Path, codec: str) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.gop_size = 64, 48, 4
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for number in range(_FRAMES):
+            coarse = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(coarse.repeat(16, 0).repeat(16, 1), format="rgb24")
+            frame.time_base, frame.pts = fractions.Fraction(1, 25), number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _frame_at(path: pathlib.Path, time: float) -> np.ndarray | None:
+    """Returns the frame at a time, decoded from the beginning; None if there is none or it cannot be decoded."""
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            for frame in container.decode(stream):
+                if frame.pts is not None and abs(frame.pts * float(stream.time_base) - time) < 1e-6:
+                    return np.asarray(frame.to_image())
+    except (av.FFmpegError, ValueError, OverflowError):
+        pass
+    return None
