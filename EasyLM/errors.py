@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 from collections.abc import Collection, Iterator
 
+MOST_CHARACTERS = 2000  # of a message
+
 
 class UserError(ValueError):
     """Bad input: a flag, a file, a line, a checkpoint. The message names it, its value and the valid choices.
@@ -17,8 +19,14 @@ class UserError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """Escapes the characters that do not print: a line break becomes `\\n`, a byte that is not UTF-8 `\\udce9`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Returns a message as one readable line.
+
+    Escapes the characters that do not print: a line break becomes `\\n`, a byte that is not UTF-8 `\\udce9`. Leaves out
+    the middle of a text that is longer than MOST_CHARACTERS: a damaged file can contain a value of any length.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
 
 
 def choose(name: str, value: str, choices: Collection[str]) -> str:
