@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from EasyLM.errors import UserError
+from EasyLM.errors import MOST_CHARACTERS, UserError, one_line
 
 RIGHT, REFUSED = "right", "refused"
 # The verdicts that are faults.
@@ -27,7 +27,7 @@ FAULTS = {
     MEMORY: "more memory than the limit of the kind",
 }
 VERDICTS = (RIGHT, REFUSED, *FAULTS)
-_MOST_MESSAGE = 1000  # characters of a clear error
+_MOST_MESSAGE = MOST_CHARACTERS + 20  # of a clear error
 
 Attempt = Callable[[np.random.Generator, pathlib.Path], int | None]  # returns the number of tries, None for 1
 
@@ -81,8 +81,8 @@ def judge(attempt: Attempt, rng: np.random.Generator, case: pathlib.Path) -> tup
         verdict, message = REFUSED, str(error)
     except UnclearError as error:
         verdict, message = UNCLEAR, str(error)
-    except (UserError, OSError) as error:  # commands print these as one line
-        message = str(error)
+    except (UserError, OSError) as error:
+        message = one_line(str(error))  # as commands print it
         verdict = REFUSED if is_clear(message, str(case)) else UNCLEAR
         if verdict == UNCLEAR:
             message += f"\n{traceback.format_exc()}"
