@@ -34,7 +34,7 @@ FLAGS = {
 
 def main(config: ConfigDict) -> None:
     """Compares both models with each of the two layouts."""
-    shipped = weights.read_config(codec.PRETRAINED)
+    shipped = weights.load(codec.PRETRAINED).config
     batch_of_shipped = config.batch_size * config.resolution**2 // shipped.resolution**2
     with tempfile.TemporaryDirectory() as directory:
         weights.save(random_model(dataclasses.replace(VQGANConfig(), resolution=config.resolution)), directory)

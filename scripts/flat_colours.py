@@ -19,7 +19,7 @@ FLAGS = CODEC_FLAGS
 
 def main(config: ConfigDict) -> None:
     """Prints the two measurements."""
-    codec = Codec(config.vqgan, config.dtype, config.batch_size)
+    codec = Codec.from_flags(config)
     size = codec.config.resolution
     flat = np.broadcast_to(palette.COLOURS[:, None, None], (len(palette.COLOURS), size, size, 3))
     everywhere = np.ones((1, size, size), bool)

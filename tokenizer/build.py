@@ -51,6 +51,7 @@ SENTENCE_FLAGS = {
 }
 FLAGS = {
     **SENTENCE_FLAGS,
+    "resolution": CODEC_FLAGS["resolution"],
     "batch_size": CODEC_FLAGS["batch_size"],
     "output_file": Flag(
         "", "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it.", required=True
@@ -68,7 +69,7 @@ def main(config: ConfigDict) -> None:
     """Builds the file and prints its statistics."""
     kind, skipped = KINDS[config.kind], SkippedInputs(config.max_errors)
     inputs, settings, (shard, shards) = _input_folders(kind, config), _settings(config), _shard(config.shard)
-    codec = Codec(config.vqgan, config.dtype, config.batch_size)
+    codec = Codec.from_flags(config)
     extensions = videos.VIDEO_EXTENSIONS if kind.is_video else images.IMAGE_EXTENSIONS
     index = FileIndex(kind.layout, inputs, extensions, skipped)
     with prefix_errors("--", separator=""):
@@ -140,7 +141,12 @@ def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
 def _fingerprint(config: ConfigDict, index: FileIndex) -> dict[str, Any]:
     """Returns everything that determines the bytes of the file."""
     flags = {name: config[name] for name in SENTENCE_FLAGS}
-    return {"version": VERSION, "inputs": index.digest, "tokenizer": weights.digests(config.vqgan), **flags}
+    return {
+        "version": VERSION,
+        "inputs": index.digest,
+        "tokenizer": weights.digests(config.vqgan, config.resolution),
+        **flags,
+    }
 
 
 def cli() -> None:

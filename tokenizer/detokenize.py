@@ -42,7 +42,7 @@ def main(config: ConfigDict) -> None:
         ranges = parse_ranges(config.sentences)  # before the model is loaded
     kinds = frozenset(kind.strip() for kind in config.kinds.split(",") if kind.strip())
     file_version(config.input_file)
-    codec = Codec(config.vqgan, config.dtype, config.batch_size)
+    codec = Codec.from_flags(config)
     decoded = decode_sentences(codec, config.input_file, Selection(ranges, kinds, config.limit))
     with lock_output_folder(config.output_dir, "output_dir"):
         if config.format == "png":

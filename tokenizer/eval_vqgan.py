@@ -66,7 +66,7 @@ def main(config: ConfigDict) -> None:
     if config.inception_weights:
         with prefix_errors(f"--inception_weights={config.inception_weights}"):
             network = inception.Inception(config.inception_weights, config.batch_size)
-    codec = Codec(config.vqgan, config.dtype, config.batch_size)
+    codec = Codec.from_flags(config)
 
     metrics: dict[str, dict[str, Any]] = {}
     counts_K, rows = np.zeros(codec.config.num_embeddings, np.int64), []

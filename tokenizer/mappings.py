@@ -62,6 +62,7 @@ SENTENCE_FLAGS = {
 }
 FLAGS = {
     **SENTENCE_FLAGS,
+    "resolution": CODEC_FLAGS["resolution"],
     "batch_size": CODEC_FLAGS["batch_size"],
     "output_file": Flag(
         "", "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it.", required=True
@@ -77,10 +78,10 @@ def main(config: ConfigDict) -> None:
     with prefix_errors(f"--seed={config.seed}"):
         first_seed = seed_ranges.training_seed(config.seed)
     mixture = dataclasses.replace(parse_families(config.families), num_mappings=config.num_mappings)
-    codec = Codec(config.vqgan, config.dtype, config.batch_size)
+    codec = Codec.from_flags(config)
     fingerprint = {
         "version": VERSION,
-        "tokenizer": weights.digests(config.vqgan),
+        "tokenizer": weights.digests(config.vqgan, config.resolution),
         **{name: config[name] for name in SENTENCE_FLAGS},
     }
     with contextlib.closing(ResumableFile(config.output_file, fingerprint, config.fresh)) as file:

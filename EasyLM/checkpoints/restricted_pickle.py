@@ -2,23 +2,16 @@
 
 import io
 import pickle
-import pickletools
 from typing import Any
 
 from EasyLM.errors import UserError
+from EasyLM.storage import Unchangeable, check_memo
 
 MOST_BYTES = 4 << 20  # a release's files have some kilobytes
 MOST_VALUES = 10**5  # after the expansion of references to one object
 
 
-class _Unchangeable(type):
-    """The type of a class whose attributes a pickle cannot set."""
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise TypeError(f"{cls.__name__} cannot be changed")
-
-
-class _Settings(metaclass=_Unchangeable):
+class _Settings(metaclass=Unchangeable):
     """Replaces ConfigDict and FieldReference of ml_collections. It holds their attributes and has no methods."""
 
 
@@ -54,19 +47,12 @@ def loads(data: bytes) -> Any:
     if len(data) > MOST_BYTES:
         raise UserError(f"not a pickle of settings: it has more than {MOST_BYTES >> 20} MiB")
     try:
-        _check_memo(data)
+        check_memo(data)
         return _Expansion().plain(_Unpickler(io.BytesIO(data)).load())
     except _RefusedError as error:
         raise UserError(f"refused: the pickle refers to {error}; only settings are read from pickles") from None
     except Exception as error:  # a broken pickle may raise almost any exception
         raise UserError(f"not a readable pickle ({type(error).__name__}: {error})") from None
-
-
-def _check_memo(data: bytes) -> None:
-    """Refuses a memo with gaps: Python allocates it up to the largest index, which may be 2**32."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
-            raise ValueError(f"{opcode.name} {argument} after {count} operations")
 
 
 class _Expansion:

@@ -17,6 +17,8 @@ Modules:
   hub      names on the Hugging Face Hub in place of local paths
   json_files  JSON files, bounded and checked with a schema
   columns  memory-mapped column files, cached or standalone
+  pickles  what makes reading a pickle safe
+  torch_file  tensors in the files of torch.save, read without torch
 """
 
 from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, names_full_disk, scratch_folder, write_json
@@ -34,17 +36,22 @@ from EasyLM.storage.paths import (
     is_remote,
     remote_file_system,
 )
+from EasyLM.storage.pickles import Unchangeable, check_memo
 from EasyLM.storage.reading import check_line_start, open_binary, read_lines, read_text_lines
+from EasyLM.storage.torch_file import TorchTensor, read_torch_file
 
 __all__ = [
     "MOST_BYTES",
     "Columns",
     "HeartbeatLock",
     "LockedError",
+    "TorchTensor",
+    "Unchangeable",
     "atomic_file",
     "atomic_path",
     "cached_columns",
     "check_line_start",
+    "check_memo",
     "check_output",
     "check_schema",
     "content_digest",
@@ -65,6 +72,7 @@ __all__ = [
     "read_json",
     "read_lines",
     "read_text_lines",
+    "read_torch_file",
     "remote_file_system",
     "same_contents",
     "scratch_folder",

@@ -26,6 +26,7 @@ TokenArrays = Sequence[np.ndarray] | np.ndarray  # tokens [P, N] of each prompt;
 PROMPTER_FLAGS = {
     **MODEL_FLAGS,
     "vqgan": CODEC_FLAGS["vqgan"],
+    "resolution": CODEC_FLAGS["resolution"],
     "dtype": Flag(
         "fp32",
         "Compute type of the model and the tokenizer.",
@@ -47,6 +48,7 @@ class PrompterSettings:
     checkpoint: str
     load_llama_config: str = ""
     vqgan: str = PRETRAINED
+    resolution: int = 0
     dtype: str = "fp32"
     mesh_dim: str = "1,-1,1"
 
@@ -79,7 +81,7 @@ class Prompter:
           UserError: naming the flag or the file that is wrong.
         """
         mesh = make_mesh(settings.mesh_dim)
-        codec = Codec(settings.vqgan, settings.dtype, codec_batch_size)
+        codec = Codec(settings.vqgan, settings.dtype, codec_batch_size, resolution=settings.resolution)
         dtype = COMPUTE_DTYPES[settings.dtype]
         config, params = load_model(settings.checkpoint, settings.load_llama_config, mesh, dtype)
         return cls(codec, config, params, mesh, dtype)

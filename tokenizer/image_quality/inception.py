@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from EasyLM.errors import UserError
+from tokenizer.formats import check_tensors, read_tensors
 from tokenizer.vqgan import DeviceBatches, weights
 
 SIDE = 299  # pixels of the network's input
@@ -132,10 +133,10 @@ def load(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: no such file")
     tensors = {
         name: array.astype(np.float64)
-        for name, array in weights.read_tensors(pathlib.Path(path)).items()
+        for name, array in read_tensors(pathlib.Path(path)).items()
         if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(".num_batches_tracked")
     }
-    weights.check_tensors(path, tensors, shapes(), "pytorch-fid's InceptionV3")
+    check_tensors(path, tensors, shapes(), "pytorch-fid's InceptionV3")
     params = {}
     for name in [name.removesuffix(".conv.weight") for name in tensors if name.endswith(".conv.weight")]:
         gain, bias, mean, variance = (tensors[f"{name}.bn.{leaf}"] for leaf in _BATCH_NORM)

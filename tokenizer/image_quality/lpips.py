@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from EasyLM.errors import UserError
+from tokenizer.formats import read_tensors
 from tokenizer.vqgan import weights
 
 # Channels of VGG16's convolutions, with a pool between stages. LPIPS compares the last activations of each stage.
@@ -50,7 +51,7 @@ def load(paths: str) -> dict[str, np.ndarray]:
     for path in map(pathlib.Path, filter(None, paths.split(","))):
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        tensors |= weights.read_tensors(path)
+        tensors |= read_tensors(path)
     for name, shape in shapes().items():
         if name not in tensors or tensors[name].shape != shape:
             problem = f"has shape {tensors[name].shape}, not {shape}" if name in tensors else "is missing"

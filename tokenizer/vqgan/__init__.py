@@ -1,12 +1,12 @@
 """The image tokenizer: a VQGAN, its files, and the codec that converts images to codes and back in batches.
 
-May import: EasyLM.storage, EasyLM.checkpoints. Requires JAX.
+May import: EasyLM.storage, EasyLM.checkpoints, tokenizer.formats. Requires JAX.
 
     config          VQGANConfig: architecture and its validation
     model           the network: Encoder, Decoder, Codebook
     layers          its layers: convolution, normalization, residual block, attention, change of size
     fast_ops        operations rewritten for CPUs, each beside its plain version
-    weights         reads and writes config.json and weights under open-muse's names
+    weights         loads the files of any format; writes config.json and weights under open-muse's names
     device_batches  applies a function to inputs of any length, in batches over all devices
     codec           Codec: images <-> codes; the flags of every command that needs a tokenizer
 

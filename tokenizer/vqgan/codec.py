@@ -6,6 +6,7 @@ Shapes: n images, S the resolution, N tokens of an image.
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +26,23 @@ MAX_CHUNK_PIXELS = 2**15  # more pixels do not fit into a core's caches at the f
 MIN_CHUNK_IMAGES = 2  # XLA rounds a batch of one image differently, which changes some codes
 
 CODEC_FLAGS = {
-    "vqgan": Flag(PRETRAINED, "Folder of the tokenizer: config.json with pytorch_model.bin or *.safetensors."),
+    "vqgan": Flag(
+        PRETRAINED,
+        "The tokenizer: a folder of this project, of open-muse, or of diffusers' VQModel (config.json and weights), of "
+        "taming-transformers (model.yaml and *.ckpt), or a file of LlamaGen (*.pt).",
+    ),
+    "resolution": Flag(
+        0,
+        "Side of the tokenizer's images in pixels; 0: as its files say, or 256 if they do not (LlamaGen).",
+        least=0,
+    ),
     "dtype": Flag("fp32", "Data type of the tokenizer's computation.", choices=tuple(COMPUTE_DTYPES)),
     "batch_size": Flag(32, "Images per batch, over all devices; on CPUs it does not affect the codes.", least=1),
 }
 
 
 class Codec:
-    """A tokenizer loaded from a folder. Inputs of any length are split into batches, the last one padded.
+    """An `ImageTokenizer` loaded from files. Inputs of any length are split into batches, the last one padded.
 
     The device computes a batch while the host prepares the next one and handles the result of the previous one.
 
@@ -47,20 +57,53 @@ class Codec:
         dtype: str = "fp32",
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
+        resolution: int = 0,
     ):
         """Loads a model onto `devices` (default: all). Rounds `batch_size` up to a multiple of their number.
+
+        Args:
+          directory: a folder or file of any format of `tokenizer.formats`.
+          dtype: a key of COMPUTE_DTYPES.
+          batch_size: images of a batch, over all devices.
+          devices: default: all.
+          resolution: side of an image in pixels; 0: as the files say, or 256.
 
         Raises:
           UserError: naming --vqgan and the file that is missing or invalid.
         """
         with prefix_errors(f"--vqgan={directory}"):
-            model = weights.load(directory, COMPUTE_DTYPES[dtype])
+            model = weights.load(directory, COMPUTE_DTYPES[dtype], resolution)
         self.config = model.config
         max_chunk = max(MAX_CHUNK_PIXELS // self.config.resolution**2, 1)
         self._batches = DeviceBatches(batch_size, devices, max_chunk, MIN_CHUNK_IMAGES)
         self.batch_size = self._batches.batch_size
         self._graphdef, state = nnx.split(model)
         self._state = self._batches.replicate(state)
+
+    @classmethod
+    def from_flags(cls, config: Any) -> "Codec":
+        """Loads the tokenizer that the flags CODEC_FLAGS name, onto all devices."""
+        return cls(config.vqgan, config.dtype, config.batch_size, resolution=config.resolution)
+
+    @property
+    def resolution(self) -> int:
+        """Side of an image in pixels."""
+        return self.config.resolution
+
+    @property
+    def num_codes(self) -> int:
+        """Codes in the codebook."""
+        return self.config.num_embeddings
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Codes of an image."""
+        return self.config.tokens_per_image
+
+    @property
+    def pixel_range(self) -> tuple[int, int]:
+        """Range of the pixels inside the network."""
+        return self.config.pixel_range
 
     def encode(self, pixels_nSS3: np.ndarray) -> np.ndarray:
         """Encodes pixels [n,S,S,3] in [0, 1] to codes [n,N] int32."""

@@ -6,9 +6,10 @@ from typing import Any
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import check_schema
-from EasyLM.vocab import CODEBOOK_SIZE
+from EasyLM.vocab import CODEBOOK_SIZE, MOST_CODES
 
 _MOST, _MOST_LEVELS = 2**16, 12
+_PIXEL_RANGES = ((0, 1), (-1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,10 @@ class VQGANConfig:
     `dropout` and `commitment_cost` describe how a model was trained and do not affect inference. `norm_groups` is not
     part of open-muse, which always uses 32. With one channel per group, group normalization removes each channel's
     mean and thus the overall colour of an image, so narrow models use fewer groups.
+
+    Three settings state what other projects do differently from open-muse. `pixel_range` is the range of the network's
+    pixels. With `normalize_codes`, vectors and codes have length 1. With `skip_single_attention`, a level with a single
+    residual block ignores its attention.
 
     Raises:
       UserError: naming field, value and rule.
@@ -37,9 +42,12 @@ class VQGANConfig:
     resample_with_conv: bool = True
     commitment_cost: float = 0.25
     norm_groups: int = 32
+    pixel_range: tuple[int, int] = (0, 1)
+    normalize_codes: bool = False
+    skip_single_attention: bool = True
 
     def __post_init__(self):
-        for name in ("channel_mult", "attn_resolutions"):
+        for name in ("channel_mult", "attn_resolutions", "pixel_range"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         counts = ["resolution", "hidden_channels", "num_res_blocks", "z_channels", "quantized_embed_dim", "norm_groups"]
         factor = 2 ** max(len(self.channel_mult) - 1, 0)
@@ -54,7 +62,8 @@ class VQGANConfig:
                 max(self.level_widths, default=0) <= _MOST,
                 f"gives more than {_MOST} channels",
             ),
-            ("num_embeddings", 1 <= self.num_embeddings <= CODEBOOK_SIZE, f"must be 1..{CODEBOOK_SIZE}"),
+            ("num_embeddings", 1 <= self.num_embeddings <= MOST_CODES, f"must be 1..{MOST_CODES}"),
+            ("pixel_range", self.pixel_range in _PIXEL_RANGES, "must be [0, 1] or [-1, 1]"),
             ("resolution", self.resolution % factor == 0, f"must be divisible by {factor}, 2^(levels - 1)"),
             ("hidden_channels", all(width % max(self.norm_groups, 1) == 0 for width in self.level_widths), groups),
         ]

@@ -31,6 +31,9 @@ class VQGAN(nnx.Module):
 
     def encode(self, pixels_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encodes pixels in [0, 1] to (vectors before quantization [B,h,w,Z], codes [B,N] int32, row by row)."""
+        low, high = self.config.pixel_range
+        if (low, high) != (0, 1):
+            pixels_BHWC = low + (high - low) * pixels_BHWC
         hidden_BhwZ = self.quant_conv(self.encoder(pixels_BHWC))
         return hidden_BhwZ, self.quantize.nearest(hidden_BhwZ)
 
@@ -41,27 +44,38 @@ class VQGAN(nnx.Module):
 
     def decode_vectors(self, vectors_BhwZ: jax.Array) -> jax.Array:
         """Decodes code vectors, or vectors in their space, to float32 pixels [B,H,W,3], not clipped to [0, 1]."""
-        return self.decoder(self.post_quant_conv(vectors_BhwZ)).astype(jnp.float32)
+        pixels_BHWC = self.decoder(self.post_quant_conv(vectors_BhwZ)).astype(jnp.float32)
+        low, high = self.config.pixel_range
+        return pixels_BHWC if (low, high) == (0, 1) else (pixels_BHWC - low) / (high - low)
 
 
 class Codebook(nnx.Module):
-    """The table of code vectors, [K,Z] float32."""
+    """The table of code vectors, [K,Z] float32. With `normalize_codes`, codes and vectors have length 1 (LlamaGen)."""
 
     def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
         bound = 1.0 / config.num_embeddings
         shape = (config.num_embeddings, config.quantized_embed_dim)
         init_KZ = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
         self.embedding = nnx.Param(init_KZ)
+        self.normalizes = config.normalize_codes
 
     def __call__(self, codes: jax.Array) -> jax.Array:
         """Returns the vectors of codes: [..., Z]."""
-        return self.embedding[...][codes]
+        return self._table()[codes]
 
     def nearest(self, hidden_BhwZ: jax.Array) -> jax.Array:
         """Returns the nearest codes, [B,N] int32. Computes distances in float32 for every dtype of the model."""
-        table_KZ = self.embedding[...]
         vectors_MZ = rearrange(hidden_BhwZ, "B h w Z -> (B h w) Z").astype(jnp.float32)
-        return rearrange(fast_ops.nearest_code(vectors_MZ, table_KZ), "(B N) -> B N", B=len(hidden_BhwZ))
+        vectors_MZ = _unit(vectors_MZ) if self.normalizes else vectors_MZ
+        return rearrange(fast_ops.nearest_code(vectors_MZ, self._table()), "(B N) -> B N", B=len(hidden_BhwZ))
+
+    def _table(self) -> jax.Array:
+        return _unit(self.embedding[...]) if self.normalizes else self.embedding[...]
+
+
+def _unit(vectors_MZ: jax.Array) -> jax.Array:
+    """Scales vectors to length 1."""
+    return vectors_MZ / jnp.maximum(jnp.linalg.norm(vectors_MZ, axis=-1, keepdims=True), 1e-12)
 
 
 class Encoder(nnx.Module):
@@ -139,9 +153,10 @@ class Level(nnx.Module):
             self.downsample = downsample
         if upsample is not None:
             self.upsample = upsample
+        self.least_attention = 2 if config.skip_single_attention else 1
 
     def __call__(self, x: jax.Array, upsample: bool = False, pool: bool = False) -> jax.Array:
-        attends = len(self.attn) > 1  # open-muse's weights are trained without a level's only block
+        attends = len(self.attn) >= self.least_attention  # open-muse trains without the only block of a level
         for i, block in enumerate(self.block):
             pool_in_block = pool and not attends and i == len(self.block) - 1
             x = block(x, upsample=upsample and i == 0, pool=pool_in_block)

@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 from tokenizer_kit import TINY, tiny_vqgan
 
 from EasyLM.errors import UserError
+from tokenizer import formats
+from tokenizer.formats.architecture import Translated
 from tokenizer.vqgan import Codec, VQGANConfig, weights
 
 
@@ -38,8 +40,8 @@ def test_digests_change_with_the_files_that_are_loaded_only(tiny, tmp_path):
 def test_released_tensors_load_into_their_parameters(golden, monkeypatch):
     shapes = json.loads((golden / "vqgan_released_shapes.json").read_text())
     constants = {name: np.broadcast_to(np.float16(i), shape) for i, (name, shape) in enumerate(shapes.items())}
-    monkeypatch.setattr(weights, "read_config", lambda directory: VQGANConfig())
-    monkeypatch.setattr(weights, "_read_directory", lambda directory: ("released", dict(constants)))
+    translated = Translated(dataclasses.asdict(VQGANConfig()), dict(constants), "released", "config.json")
+    monkeypatch.setattr(weights.formats, "read", lambda path, resolution: translated)
     model = weights.load("released")
     loaded = {weights.file_name(p): float(leaf.get_value().ravel()[0]) for p, leaf in weights.flat_parameters(model)}
     assert loaded == {name: float(i) for i, name in enumerate(shapes)}
@@ -149,11 +151,11 @@ def test_files_of_two_models_are_rejected(tiny, tmp_path):
     names = set(tensors)
     del tensors["encoder.conv_in.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    assert set(weights._read_directory(tmp_path)[1]) == names  # shards of one model
+    assert set(formats.read(tmp_path).tensors) == names  # shards of one model
 
 
 def test_incomplete_folders_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json: no such file"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: no tokenizer: a folder has config.json and weights, "):
         weights.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):

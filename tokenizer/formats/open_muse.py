@@ -1,0 +1,45 @@
+"""Folders of open-muse's VQGANModel, of the LVM release, and of this project: config.json and weights."""
+
+import pathlib
+
+import numpy as np
+
+from EasyLM.errors import UserError
+from EasyLM.storage import read_json
+from tokenizer.formats.architecture import Translated, at_resolution
+from tokenizer.formats.tensor_files import read_tensors
+
+
+def find(path: pathlib.Path) -> list[pathlib.Path] | None:
+    """Returns config.json and the weight files of a folder, or None if it has no config.json.
+
+    Raises:
+      UserError: naming the folder, if it has no weights.
+    """
+    if not (path / "config.json").is_file():
+        return None
+    weights = sorted(path.glob("*.safetensors")) or [path / "pytorch_model.bin"]
+    if not weights[0].is_file():
+        raise UserError(f"{path}: no weights: pytorch_model.bin or *.safetensors")
+    return [path / "config.json", *weights]
+
+
+def read(files: list[pathlib.Path], resolution: int) -> Translated:
+    """Reads the files of `find`. Several weight files are the shards of one model."""
+    config, *weights = files
+    settings = read_json(config)
+    source = str(weights[0]) if weights[0].suffix == ".bin" else f"{weights[0].parent}/*.safetensors"
+    return Translated(
+        at_resolution(settings, resolution) if resolution else settings, _merge(weights), source, str(config)
+    )
+
+
+def _merge(shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    owners: dict[str, pathlib.Path] = {}
+    for shard in shards:
+        for name, array in read_tensors(shard).items():
+            if name in owners:  # two models, or two versions of one
+                raise UserError(f"{owners[name]} and {shard} both contain {name}: keep the files of one model only")
+            tensors[name], owners[name] = array, shard
+    return tensors
