@@ -19,10 +19,10 @@ if [ "${1:-all}" = fast ]; then
     exec python -m pytest -q -m "not slow"
 fi
 python -m pytest -q -m "not slow"
-# The test of the demo page needs a browser, the tests of batch jobs a SLURM. Without them these tests are skipped and print
-# the reason.
+# The test of the demo page needs a browser, the tests of batch jobs a SLURM, the comparison of image readers libvips. Without
+# them these tests are skipped and print the reason.
 if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
-    packages=(chromium chromium-driver slurm-wlm munge iproute2)
+    packages=(chromium chromium-driver slurm-wlm munge iproute2 libvips-tools)
     dpkg -s "${packages[@]}" > /dev/null 2>&1 ||
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null; } || true
 fi

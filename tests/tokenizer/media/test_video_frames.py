@@ -40,7 +40,13 @@ HD, SD = (1280, 720), (720, 576)
 @pytest.mark.parametrize(
     ("size", "tag", "matrix"),
     [
-        *((SD, UNKNOWN, BT601), (HD, UNKNOWN, BT709), ((720, 1280), UNKNOWN, BT709), ((64, 48), UNKNOWN, BT601)),
+        *(
+            (SD, UNKNOWN, BT601),
+            (HD, UNKNOWN, BT709),
+            ((720, 1280), UNKNOWN, BT709),
+            ((768, 578), UNKNOWN, BT709),
+            ((64, 48), UNKNOWN, BT601),
+        ),
         *((SD, BT709, BT709), (HD, BT601, BT601), (SD, BT601, BT601), ((63, 35), BT709, BT709)),
     ],
 )
@@ -172,8 +178,9 @@ def test_mirrored_and_turned_videos_are_upright(tmp_path, matrix):
 
 
 class TestClocksThatRestart:
-    @pytest.mark.parametrize("name", ["a.ts", "a.mpg"])
-    @pytest.mark.parametrize("shift", [0, 400, 4000])
+    @pytest.mark.parametrize(
+        ("name", "shift"), [*itertools.product(("a.ts", "a.mpg"), (0, 400, 4000)), ("a.ts", 420), ("a.ts", 10**6)]
+    )
     def test_joined_segments_keep_all_their_frames(self, tmp_path, name, shift):
         """The second segment begins at the time of the first, within it, or after it."""
         codec = {"a.ts": "libx264", "a.mpg": "mpeg2video"}[name]
