@@ -40,6 +40,7 @@ def commands(folder: pathlib.Path) -> Attempt:
     programs = _programs(folder)
     expected, sizes = {}, {}
     for name, program in programs.items():
+        (folder / name).mkdir()
         program.write(folder / name)
         expected[name] = _content(folder / name)
         sizes[name] = sum(map(len, expected[name].values()))
