@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import pathlib
+import struct
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -24,6 +26,8 @@ IMAGE_EXTENSIONS = (
     *(".jpe", ".jfif", ".apng", ".dib", ".pbm", ".pnm", ".tga", ".pcx", ".psd", ".qoi", ".sgi"),
     *(ext for library, extensions in _OPTIONAL_EXTENSIONS.items() if features.check(library) for ext in extensions),
 )
+_BLOCK_BYTES = 1 << 20
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # By EXIF orientation. (Pillow's exif_transpose also rewrites the other EXIF entries, and fails if one is malformed.)
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -65,12 +69,37 @@ def open_image(path: ImageFile) -> Iterator[Image.Image]:
         raise UserError(f"{path}: is not a file")  # reading a pipe could wait forever
     try:
         with Image.open(path) as image:
+            check_png(image)
             sample_values.scale_transparency(image)
             yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's decoders raise many classes on broken bytes, even IndexError
         raise UserError(f"{path}: not a readable image ({error or type(error).__name__})") from error
+
+
+def check_png(image: Image.Image) -> None:
+    """Verifies the checksums of the pixel data of an opened PNG file. Pillow skips them.
+
+    Raises:
+      ValueError: if they differ. Other formats and images that are loaded already are not checked.
+    """
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None:
+        return
+    position = file.tell()
+    file.seek(len(_PNG_SIGNATURE))
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IDAT":
+            crc = zlib.crc32(kind)
+            while length and (data := file.read(min(length, _BLOCK_BYTES))):
+                crc, length = zlib.crc32(data, crc), length - len(data)
+            if file.read(4) != struct.pack(">I", crc):
+                raise ValueError("its pixels are damaged: their checksum differs")
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    file.seek(position)
 
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:

@@ -9,6 +9,7 @@ from PIL import Image
 from tokenizer_kit import smooth_image
 
 from EasyLM.errors import UserError
+from evaluation.serving import Limits, uploads
 from tokenizer.media import folders, images
 
 SIDE = 8
@@ -149,6 +150,26 @@ def test_broken_files_are_named(tmp_path, name):
             assert images.read(path, SIDE).shape == (SIDE, SIDE, 3)
         except UserError as error:
             assert name in str(error)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L"])
+def test_damaged_pixels_of_a_png_are_named(tmp_path, mode):
+    """The data is stored without compression, so that Pillow decodes every flipped bit."""
+    path = tmp_path / "damaged.png"
+    rgb().convert(mode).save(path, compress_level=0)
+    whole = path.read_bytes()
+    expected = images.read(path, SIDE)
+    begin = whole.index(b"IDAT") + 4 + 2 + 5  # after the headers of zlib and of the stored block
+    for position in (begin + 1, begin + SIDE + 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"^{path}: .*pixels are damaged"):
+            images.read(path, SIDE)
+        with pytest.raises(UserError, match=r"^pictures\[0\]: .*pixels are damaged"):
+            uploads.decode_images([bytes(damaged)], SIDE, Limits())
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(images.read(path, SIDE), expected)
 
 
 @pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
