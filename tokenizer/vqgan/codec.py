@@ -29,7 +29,7 @@ CODEC_FLAGS = {
     "vqgan": Flag(
         PRETRAINED,
         "The tokenizer: a folder of this project, of open-muse, or of diffusers' VQModel (config.json and weights), of "
-        "taming-transformers (model.yaml and *.ckpt), or a file of LlamaGen (*.pt).",
+        "taming-transformers (model.yaml and *.ckpt), or a file of LlamaGen (*.pt); or the name of one on the Hub.",
     ),
     "resolution": Flag(
         0,
