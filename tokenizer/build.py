@@ -23,7 +23,7 @@ from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
 from tokenizer.media import folders, images, videos
-from tokenizer.vqgan import CODEC_FLAGS, Codec, weights
+from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 2  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
 
@@ -77,7 +77,8 @@ def main(config: ConfigDict) -> None:
     total = sampler.num_examples * config.n_epochs
     examples = range(total * shard // shards, total * (shard + 1) // shards)
     plan = BuildPlan(config.kind, sampler, settings, examples)
-    with contextlib.closing(ResumableFile(config.output_file, _fingerprint(config, index), config.fresh)) as file:
+    fingerprint = _fingerprint(config, codec, index)
+    with contextlib.closing(ResumableFile(config.output_file, fingerprint, config.fresh)) as file:
         if file.finished_report is not None:
             print(f"{config.output_file} is already complete: {_summary(file.finished_report)}")
             return
@@ -138,15 +139,10 @@ def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
         raise UserError(f"--{name}={value}: must be integers separated by {separator!r}") from None
 
 
-def _fingerprint(config: ConfigDict, index: FileIndex) -> dict[str, Any]:
+def _fingerprint(config: ConfigDict, codec: Codec, index: FileIndex) -> dict[str, Any]:
     """Returns everything that determines the bytes of the file."""
     flags = {name: config[name] for name in SENTENCE_FLAGS}
-    return {
-        "version": VERSION,
-        "inputs": index.digest,
-        "tokenizer": weights.digests(config.vqgan, config.resolution),
-        **flags,
-    }
+    return {"version": VERSION, "inputs": index.digest, "tokenizer": codec.digest, **flags}
 
 
 def cli() -> None:

@@ -6,11 +6,14 @@ of each sentence. Sentences are numbered from 0 in the order of the file.
 """
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import einops
 from ml_collections import ConfigDict
 
+from EasyLM.data.tokenizer_names import TOKENIZER_KEY, tokenizer_of
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
@@ -33,6 +36,9 @@ FLAGS = {
     "columns": Flag(8, "png: images in a row.", least=1),
     "fps": Flag(4.0, "mp4, gif: images per second.", above=0, most=100),
     **CODEC_FLAGS,
+    "vqgan": Flag(
+        "", "Folder of the tokenizer that made the sentences; empty: the one that ships with the project, if it did."
+    ),
 }
 
 
@@ -43,6 +49,7 @@ def main(config: ConfigDict) -> None:
     kinds = frozenset(kind.strip() for kind in config.kinds.split(",") if kind.strip())
     file_version(config.input_file)
     codec = Codec.from_flags(config)
+    _check_first(codec, config.input_file, bool(config.vqgan))
     decoded = decode_sentences(codec, config.input_file, Selection(ranges, kinds, config.limit))
     with lock_output_folder(config.output_dir, "output_dir"):
         if config.format == "png":
@@ -54,16 +61,39 @@ def main(config: ConfigDict) -> None:
     print(f"{config.output_dir}: {count} sentences")
 
 
+def _check_first(codec: Codec, path: str, is_chosen: bool) -> None:
+    """Checks the tokenizer of the first sentence before its ids, which may be outside another tokenizer's codebook."""
+    sentences = read_sentences(path, vocab_size=1 << 31, on_bad_line=lambda *bad_line: None)
+    _, record = next(sentences, (None, {TOKENIZER_KEY: codec.digest}))
+    _check_tokenizer(codec, path, 0, record)
+    if tokenizer_of(record) is None and not is_chosen:
+        print(
+            f"warning: {path} does not name its tokenizer; decoding with the one that ships with the project (--vqgan)",
+            file=sys.stderr,
+        )
+
+
+def _check_tokenizer(codec: Codec, path: str, number: int, record: Mapping[str, Any]) -> None:
+    name = tokenizer_of(record)
+    if name not in (None, codec.digest):
+        raise UserError(
+            f"{path}: sentence {number} has tokens of the tokenizer {name}; --vqgan must name its folder, not that of "
+            f"{codec.digest}"
+        )
+
+
 def decode_sentences(codec: Codec, path: str, selection: Selection) -> Iterator[DecodedSentence]:
     """Yields the images of the selected sentences of a file.
 
     Raises:
-      UserError: naming the file, for a bad line, a selection without sentences, or tokens that are not whole images.
+      UserError: naming the file, for a bad line, a selection without sentences, a sentence of another tokenizer, or
+        tokens that are not whole images.
     """
     tokens_per_image = codec.config.tokens_per_image
     sentences = read_sentences(path, codec.config.num_embeddings)
     try:
         for number, ids, record in progress(select(sentences, selection), unit=" sentences", desc="decoding"):
+            _check_tokenizer(codec, path, number, record)
             if len(ids) == 0 or len(ids) % tokens_per_image:
                 raise UserError(
                     f"{path}: sentence {number}: {len(ids)} tokens are not a whole number of images, "

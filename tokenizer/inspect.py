@@ -20,7 +20,13 @@ FLAGS = {
     ),
     "vocab_size": Flag(VOCAB_SIZE, "Ids must be below it; lines with other ids are bad.", least=1),
     "codebook_size": Flag(CODEBOOK_SIZE, "Codes of the tokenizer; higher ids are special.", least=1),
-    "tokens_per_image": Flag(TOKENS_PER_IMAGE, "Codes of an image, the unit of the listed lengths.", least=1),
+    "tokens_per_image": Flag(
+        None,
+        f"Codes of an image, the unit of the listed lengths; none: what most records say, or {TOKENS_PER_IMAGE} if no "
+        "record says it.",
+        least=1,
+        type=int,
+    ),
     "max_listed": Flag(20, "Maximum number of bad lines to list; all are counted.", least=0),
     "output_json": Flag("", "Write the statistics to this file."),
     "output_picture": Flag("", "Write charts of lengths, codes and kinds to this image file (needs matplotlib)."),
@@ -43,7 +49,7 @@ def main(config: ConfigDict) -> None:
                 summary.add(ids, record)
                 bar.update()
     statistics = summary.statistics() | {"files": len(paths), **bad_lines.statistics()}
-    print(table(statistics, config.codebook_size, config.tokens_per_image))
+    print(table(statistics, config.codebook_size))
     if config.output_json:
         write_json(config.output_json, statistics)
     if config.output_picture:

@@ -27,9 +27,9 @@ from tokenizer.media import grids, images
 from tokenizer.synthetic import pool, seed_ranges, sentences, writing
 from tokenizer.synthetic.pool import Pool, PoolSettings
 from tokenizer.synthetic.sentences import FAMILIES, FRAMES, PAIRS, Mixture
-from tokenizer.vqgan import CODEC_FLAGS, Codec, weights
+from tokenizer.vqgan import CODEC_FLAGS, Codec
 
-VERSION = 1  # increases when the same flags give other sentences; a run resumes only with its own version
+VERSION = 2  # increases when the same flags give other sentences; a run resumes only with its own version
 _SHEET_SIDE, _SHEET_LABEL_WIDTH = 64, 176  # pixels
 
 DEFAULT_FAMILIES = (
@@ -81,7 +81,7 @@ def main(config: ConfigDict) -> None:
     codec = Codec.from_flags(config)
     fingerprint = {
         "version": VERSION,
-        "tokenizer": weights.digests(config.vqgan, config.resolution),
+        "tokenizer": codec.digest,
         **{name: config[name] for name in SENTENCE_FLAGS},
     }
     with contextlib.closing(ResumableFile(config.output_file, fingerprint, config.fresh)) as file:

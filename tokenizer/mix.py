@@ -46,7 +46,9 @@ def main(config: ConfigDict) -> None:
 
 
 def _mix(sources: Sequence[Source], config: ConfigDict) -> None:
-    count_lines(sources, config.vocab_size, SkippedInputs(config.max_errors))
+    tokenizer = count_lines(sources, config.vocab_size, SkippedInputs(config.max_errors))
+    if tokenizer.name and tokenizer.unnamed:
+        print(f"warning: {tokenizer.unnamed} sentences do not name their tokenizer; the others name {tokenizer.name}")
     for source, taken in zip(sources, _taken(sources, config)):
         source.taken = taken
         if taken and not source.sentences:

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from EasyLM.data import packed_file, records
+from EasyLM.data.tokenizer_names import TOKENIZER_KEY
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
@@ -34,7 +35,7 @@ FLAGS = {
         "", f"The *{packed_file.ENDING} file, or *.jsonl with --unpack; written atomically.", required=True
     ),
     "unpack": Flag(False, "Convert packed files to JSONL."),
-    "keep_others": Flag(True, "Keep the fields of the records besides the tokens, such as kind and sources."),
+    "keep_others": Flag(True, "Keep the fields of the records besides the tokens and the tokenizer."),
     "vocab_size": Flag(
         VOCAB_SIZE, "Ids must be below it; they take two bytes.", least=1, most=packed_file.LARGEST_ID + 1
     ),
@@ -79,7 +80,8 @@ def unpack(sentences: Iterator[tuple[np.ndarray, dict[str, Any]]], path: str, ke
     counts = {"tokens": 0, "sentences": 0}
     with atomic_file(path) as file:
         for ids, others in sentences:
-            file.write(records.record_line(ids, **(others if keep_others else {})))
+            kept = others if keep_others else {key: others[key] for key in (TOKENIZER_KEY,) if key in others}
+            file.write(records.record_line(ids, **kept))
             counts["tokens"] += len(ids)
             counts["sentences"] += 1
     return counts

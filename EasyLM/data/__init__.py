@@ -4,7 +4,7 @@
     text -> examples -> token store, a token stream -> ...
 
 Imports EasyLM.storage, and no JAX, because worker processes import this room. Other rooms import the names below and
-the modules `records` and `packed_file`.
+the modules `records`, `packed_file` and `tokenizer_names`.
 
 Vocabulary:
   record       JSON object on one line of a JSONL file: {"tokens": base64}, or text fields
@@ -21,6 +21,7 @@ Vocabulary:
 Modules:
   protocols      interfaces: TokenStream, TokenFile, Examples, Tokenizer
   records        reads and writes records
+  tokenizer_names  the tokenizer that records name; refuses mixtures
   record_fields  field lists, which select the parts of a record that become tokens
   line_index     index of the lines of a JSONL file
   jsonl_file     token file of a JSONL file

@@ -11,6 +11,7 @@ import pybase64
 
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import parse_line, token_type
+from EasyLM.data.tokenizer_names import tokenizer_of
 from EasyLM.storage import Columns, check_line_start, is_remote, open_binary, remote_file_system
 
 # Bytes of one read, unless a line is longer. For 128 KiB or more, malloc maps a new buffer each time, and the page
@@ -36,6 +37,7 @@ class JsonlFile:
         self._positions, self._ends = index.arrays["positions"], index.arrays["ends"]
         self.num_tokens, self.num_lines = index.metadata["tokens"], len(self._ends)
         self.bad_lines, self.bytes_read = index.metadata["bad_lines"], 0
+        self.tokenizer = tokenizer_of(index.metadata)
         self._layout = processor.layout
         self._item = token_type(processor.dtype)
         self._read_bytes = _byte_reader(path)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import RecordError, check_ids, looks_like_int64, parse_line, token_type
+from EasyLM.data.tokenizer_names import OneTokenizer, tokenizer_of
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
@@ -39,6 +40,7 @@ class RangeScan:
       lines: number of lines, including bad and blank ones.
       first_bad: line number (the first line of the range is 1) and reason.
       looks_like_int64: whether every second id of the first lines of the file is 0; False in all other ranges.
+      tokenizers: the tokenizers that the records name, with the first line of each, counted as in `first_bad`.
     """
 
     start: int
@@ -49,6 +51,7 @@ class RangeScan:
     bad_lines: int = 0
     first_bad: tuple[int, str] | None = None
     looks_like_int64: bool = False
+    tokenizers: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def line_index(path: str, processor: RecordProcessor, processes: int = 1, skip_bad_lines: bool = False) -> Columns:
@@ -60,10 +63,12 @@ def line_index(path: str, processor: RecordProcessor, processes: int = 1, skip_b
 
     Returns:
       columns `positions` int64 [n] (see `RangeScan`) and `ends` int64 [n], tokens up to the end of each line; metadata
-      `tokens`, `size`, `content` (a digest of the file), `bad_lines`, `first_bad` ("LINE: reason").
+      `tokens`, `size`, `content` (a digest of the file), `bad_lines`, `first_bad` ("LINE: reason"), and `tokenizer`,
+      the one that the records name, or None.
 
     Raises:
-      UserError: naming FILE:LINE of the first bad line, unless bad lines are skipped; or if there are no tokens.
+      UserError: naming FILE:LINE of the first bad line, unless bad lines are skipped; or of a line that names another
+        tokenizer than the lines before it; or if there are no tokens.
     """
     version = file_version(path)
     produce = functools.partial(_build, path, version["size"], processor, processes, not skip_bad_lines)
@@ -82,10 +87,13 @@ def _build(
     stops = [min(start + RANGE_BYTES, size) for start in starts]
     tokens = lines = bad_lines = 0
     first_bad = None
+    tokenizer = OneTokenizer()
     with _progress_bar(path, size) as bar, Workers(min(processes, len(starts))) as workers:
         for scan in workers.map(functools.partial(scan_range, path, processor, strict), starts, stops):
             if scan.looks_like_int64:
                 logging.warning("%s: every second id is 0; are its ids 64-bit numbers (base64_token_dtype=i8)?", path)
+            for name, line in scan.tokenizers.items():
+                tokenizer.add(name, f"{path}:{lines + line}")
             if scan.first_bad and not first_bad:
                 first_bad = f"{lines + scan.first_bad[0]}: {scan.first_bad[1][:REASON_CHARACTERS]}"
                 if strict:
@@ -100,8 +108,14 @@ def _build(
         raise UserError(f"{path}: holds no tokens" + (f"; {path}:{first_bad}" if first_bad else " (the file is empty)"))
     if file_version(path)["size"] != size:
         raise UserError(f"{path}: changed while it was indexed; start again when it is complete")
-    content = content_digest(path, size)
-    return {"tokens": tokens, "size": size, "content": content, "bad_lines": bad_lines, "first_bad": first_bad}
+    return {
+        "tokens": tokens,
+        "size": size,
+        "content": content_digest(path, size),
+        "bad_lines": bad_lines,
+        "first_bad": first_bad,
+        "tokenizer": tokenizer.name,
+    }
 
 
 def _progress_bar(path: str, size: int) -> tqdm:
@@ -148,9 +162,14 @@ class _Scanner:
             begins = [self._opening.search(line).end() for line in lines]  # type: ignore[union-attr]  # caught below
             ends = [line.index(b'"', begin) for line, begin in zip(lines, begins)]
             raw = [pybase64.b64decode(line[b:e], None, True) for line, b, e in zip(lines, begins, ends)]
+            tokenizers = set()
             for rest in {line[:b] + PLACEHOLDER + line[e:] for line, b, e in zip(lines, begins, ends)}:
-                if parse_line(rest).get(self._key) != PLACEHOLDER.decode():
+                record = parse_line(rest)
+                if record.get(self._key) != PLACEHOLDER.decode():
                     return False
+                tokenizers.add(tokenizer_of(record))
+            if len(tokenizers) > 1:  # the other function finds the first line of each
+                return False
             sizes = np.array([len(ids) for ids in raw])
             if (sizes % item.itemsize).any():
                 return False
@@ -159,6 +178,7 @@ class _Scanner:
         except (AttributeError, ValueError):  # AttributeError: no such field; ValueError includes RecordError
             return False
         scan.looks_like_int64 |= offset == 0 and looks_like_int64(ids)
+        _note_tokenizer(scan, tokenizers.pop(), scan.lines + 1)
         lengths = np.array([len(line) + 1 for line in lines])
         scan.positions.append(offset + np.cumsum(lengths) - lengths + begins)
         scan.counts.append(sizes // item.itemsize + self._processor.layout.num_literals)
@@ -174,6 +194,7 @@ class _Scanner:
                     ids, _ = self._processor(record)
                     counts.append(len(ids))
                     positions.append(self._position(offset, line, record))
+                    _note_tokenizer(scan, tokenizer_of(record), number)
                 except RecordError as reason:
                     scan.bad_lines += 1
                     scan.first_bad = scan.first_bad or (number, str(reason))
@@ -187,6 +208,11 @@ class _Scanner:
             if opening and line.startswith(record[self._key].encode() + b'"', opening.end()):
                 return offset + opening.end()
         return -1 - offset
+
+
+def _note_tokenizer(scan: RangeScan, name: str | None, number: int) -> None:
+    if name is not None and len(scan.tokenizers) < 2:  # two are an error
+        scan.tokenizers.setdefault(name, number)
 
 
 def _line_blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:

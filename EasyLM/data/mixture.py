@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from EasyLM.data.token_rows import Throughput, TokenRows
+from EasyLM.data.tokenizer_names import common_tokenizer
 from EasyLM.errors import UserError
 
 LEAST_BLOCK = 512  # rows; computing the order of a block takes longer than reading a row
@@ -74,6 +75,7 @@ class MixedRows:
 
     Attributes:
       seq_length: T.
+      tokenizer: the image tokenizer that the records name, or None.
       fingerprint: JSON values that determine every row.
     """
 
@@ -92,9 +94,15 @@ class MixedRows:
           counts: rows of each source in a block, from `block_counts`.
           shuffle_seed: selects the orders of the blocks; negative for the same regular order in each block.
           token_count, window: see `token_rows.RowSettings`.
+
+        Raises:
+          UserError: if two sources name different tokenizers.
         """
         self._sources, self._counts, self._seed, self._token_count = sources, counts, shuffle_seed, token_count
         self.seq_length = sources[0].seq_length
+        self.tokenizer = common_tokenizer(
+            (source.tokenizer, f"source {number} of the mixture") for number, source in enumerate(sources, start=1)
+        )
         self._throughput = Throughput(window * sources[0].batch_size)
         self._block = functools.lru_cache(8)(self._make_block)
         self.fingerprint: dict[str, Any] = {

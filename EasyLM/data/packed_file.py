@@ -7,9 +7,10 @@ Columns:
   other_ends  int64, bytes of `others` up to the end of each sentence
   origin      bytes, JSON: the fingerprints of the packed JSONL files, so that a run resumes from either form
 
-The header holds a checksum of each column. Opening a file reads all of it, at 1 to 4 GB/s per core: it verifies the
-checksums and the order of the ends, and finds the largest id. For a file of more than 64 MiB the result is cached, as
-the index of a JSONL file is, until the size or the modification time of the file changes. Reading rows costs no more.
+The header holds a checksum of each column, and the name of the tokenizer if all sentences have one. Opening a file
+reads all of it, at 1 to 4 GB/s per core: it verifies the checksums and the order of the ends, and finds the largest id.
+For a file of more than 64 MiB the result is cached, as the index of a JSONL file is, until the size or the modification
+time of the file changes. Reading rows costs no more.
 """
 
 import bisect
@@ -23,6 +24,7 @@ import orjson
 
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import TOKENS_KEY, RecordError, parse_line
+from EasyLM.data.tokenizer_names import TOKENIZER_KEY, OneTokenizer, tokenizer_of
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import (
     Columns,
@@ -61,8 +63,12 @@ def write(path: str, sources: Iterable[tuple[str, Iterable[Sentence]]], keep_oth
 
     Returns:
       {"tokens": tokens of all sentences, "sentences": their number}
+
+    Raises:
+      UserError: naming both sentences, if two name different tokenizers.
     """
     totals = {"tokens": 0, "sentences": 0}
+    tokenizer = OneTokenizer()
 
     def produce(append) -> dict[str, Any]:
         largest = other_bytes = 0
@@ -70,6 +76,8 @@ def write(path: str, sources: Iterable[tuple[str, Iterable[Sentence]]], keep_oth
         for source, sentences in sources:
             iterator, before = iter(sentences), dict(totals)
             while block := list(itertools.islice(iterator, _BLOCK_SENTENCES)):
+                for number, (_, record) in enumerate(block, totals["sentences"] - before["sentences"]):
+                    tokenizer.add(tokenizer_of(record), f"{source}, sentence {number}")
                 ids, counts, others = _block_columns(block, keep_others)
                 largest = max(largest, int(ids.max(initial=0)))
                 assert largest <= LARGEST_ID
@@ -83,7 +91,7 @@ def write(path: str, sources: Iterable[tuple[str, Iterable[Sentence]]], keep_oth
             counted = {name: total - before[name] for name, total in totals.items()}
             origin.append({"size": size, "content": content_digest(source, size), **counted})
         append(origin=np.frombuffer(orjson.dumps(origin), np.uint8))
-        return {"format": FORMAT, "largest_id": largest}
+        return {"format": FORMAT, "largest_id": largest, TOKENIZER_KEY: None if tokenizer.unnamed else tokenizer.name}
 
     write_columns(path, DTYPES, produce)
     return totals
@@ -102,7 +110,9 @@ def read(path: str, vocab_size: int) -> Iterator[Sentence]:
     Raises:
       UserError: naming the path, if it is damaged or not a packed file, or an id is not below vocab_size.
     """
-    arrays = _open(path, vocab_size).arrays
+    columns = _open(path, vocab_size)
+    arrays, name = columns.arrays, tokenizer_of(columns.metadata)
+    common = {} if name is None else {TOKENIZER_KEY: name}
     begin = other_begin = 0
     for end, other_end in zip(arrays["ends"], arrays["other_ends"]):
         text = arrays["others"][other_begin:other_end].tobytes()
@@ -110,7 +120,7 @@ def read(path: str, vocab_size: int) -> Iterator[Sentence]:
             others = parse_line(text) if text else {}
         except RecordError as reason:
             raise UserError(f"{path}: is damaged, at byte {other_begin} of the column others ({reason})") from None
-        yield arrays["ids"][begin:end], others
+        yield arrays["ids"][begin:end], others | common
         begin, other_begin = end, other_end
 
 
@@ -197,6 +207,7 @@ class PackedFile:
             )
         columns = _open(path, processor.vocab_size)
         self.path, self.bad_lines, self.bytes_read = path, 0, 0
+        self.tokenizer = tokenizer_of(columns.metadata)
         self._ids, self._ends = columns.arrays["ids"], columns.arrays["ends"]
         with prefix_errors(f"{path}: is damaged, in the column origin"):
             self._origin = parse_json(columns.arrays["origin"].tobytes(), _ORIGIN)

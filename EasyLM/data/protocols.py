@@ -18,11 +18,13 @@ class TokenStream(Protocol):
       num_tokens: tokens of the stream.
       num_examples: records of the stream.
       bad_lines: lines that were skipped because they are not records.
+      tokenizer: the image tokenizer that the records name, or None.
     """
 
     num_tokens: int
     num_examples: int
     bad_lines: int
+    tokenizer: str | None
 
     @property
     def bytes_read(self) -> int:
@@ -54,6 +56,7 @@ class TokenFile(Protocol):
       num_lines: lines that are records.
       bad_lines: lines that were skipped because they are not records.
       bytes_read: bytes that `read_ids` has read so far in this process.
+      tokenizer: the image tokenizer that the records name, or None.
     """
 
     path: str
@@ -61,6 +64,7 @@ class TokenFile(Protocol):
     num_lines: int
     bad_lines: int
     bytes_read: int
+    tokenizer: str | None
 
     def line_of(self, token: int) -> int:
         """Returns the line that contains a token."""

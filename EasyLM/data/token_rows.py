@@ -51,6 +51,7 @@ class TokenRows:
       batch_size: as in the settings; not used by `rows`.
       rows_per_epoch: ceil(N/T). Without a shuffle, later epochs do not always start at the start of a row.
       skipped_lines: bad lines that the stream skips.
+      tokenizer: the image tokenizer that the records name, or None.
       fingerprint: JSON values that determine every row.
     """
 
@@ -63,7 +64,7 @@ class TokenRows:
         self._stream, self._settings, self._first_token = stream, settings, first_token
         self.num_tokens, self.seq_length, self.batch_size = stream.num_tokens, settings.seq_length, settings.batch_size
         self.rows_per_epoch = -(-self.num_tokens // self.seq_length)
-        self.skipped_lines = stream.bad_lines
+        self.skipped_lines, self.tokenizer = stream.bad_lines, stream.tokenizer
         self._throughput = Throughput(settings.window * settings.batch_size)
         self._ones = np.ones((0, self.seq_length), np.float32)
         self.fingerprint: dict[str, Any] = {

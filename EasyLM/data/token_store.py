@@ -67,6 +67,7 @@ class TokenStore:
         self.num_tokens, self.num_examples = len(self._ids), len(self._ends)
         self.bad_lines = store.metadata["bad_lines"]
         self.bytes_read = 0
+        self.tokenizer: str | None = None  # the records hold text
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         """See `TokenStream`; ids have the item type of the store."""

@@ -12,6 +12,7 @@ from EasyLM.data.line_index import line_index
 from EasyLM.data.packed_file import PackedFile, is_packed
 from EasyLM.data.protocols import TokenFile
 from EasyLM.data.record_fields import RecordProcessor, TokenLayout
+from EasyLM.data.tokenizer_names import common_tokenizer
 from EasyLM.errors import UserError
 
 
@@ -26,7 +27,7 @@ class FileTokenStream:
           skip_bad_lines: skip lines that are not records.
 
         Raises:
-          UserError: naming the file, and the line if one is bad.
+          UserError: naming the file, and the line if one is bad; or two files whose records name different tokenizers.
         """
         _raise_open_file_limit(2 * len(paths))  # a file and its index
         self._files = [_open(path, processor, processes, skip_bad_lines) for path in paths]
@@ -36,6 +37,7 @@ class FileTokenStream:
         self.num_tokens = self._first_tokens[-1]
         self.num_examples = self._first_examples[-1]
         self.bad_lines = sum(file.bad_lines for file in self._files)
+        self.tokenizer = common_tokenizer((file.tokenizer, file.path) for file in self._files)
 
     @property
     def bytes_read(self) -> int:

@@ -28,9 +28,11 @@ class Codec(Protocol):
 
     Attributes:
       config: has `resolution`, `tokens_per_image` and `num_embeddings`.
+      digest: the name of the tokenizer.
     """
 
     config: Any
+    digest: str
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Encodes float32 [n,S,S,3] in [0, 1] to codes [n,N]."""

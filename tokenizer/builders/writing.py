@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from EasyLM.data import records
+from EasyLM.data.tokenizer_names import TOKENIZER_KEY
 from EasyLM.errors import prefix_errors
 from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
@@ -86,7 +87,7 @@ def write_sentences(
                     skipped.add(path, reason)
                 state["sentences_left_out"] += 1
             else:
-                file.write(_record_line(plan.kind, sentence, codes, codec.config.num_embeddings))
+                file.write(_record_line(plan.kind, sentence, codes, codec))
                 state["sentences"] += 1
                 state["pictures"] += len(codes)
             state |= {"example": sentence.example, "number": sentence.number + 1}
@@ -123,7 +124,8 @@ def progress_bar(description: str, done: int, total: int) -> tqdm:
     return bar
 
 
-def _record_line(kind: str, sentence: Sentence, codes: np.ndarray, num_codes: int) -> bytes:
+def _record_line(kind: str, sentence: Sentence, codes: np.ndarray, codec: Codec) -> bytes:
     tokens = codes.reshape(-1).astype(np.int32)
-    records.check_ids(tokens, num_codes)
-    return records.record_line(tokens, kind=kind, **image_ref.to_record(sentence.images))
+    records.check_ids(tokens, codec.config.num_embeddings)
+    others = {"kind": kind, TOKENIZER_KEY: codec.digest, **image_ref.to_record(sentence.images)}
+    return records.record_line(tokens, **others)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from EasyLM.data import records
+from EasyLM.data.tokenizer_names import OneTokenizer, tokenizer_of
 from EasyLM.errors import UserError
 from EasyLM.progress import progress
 from EasyLM.skipped_inputs import SkippedInputs
@@ -53,8 +54,16 @@ class Source:
         }
 
 
-def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInputs) -> None:
-    """Counts the sentences and bytes of each source. Adds its bad lines to `source.bad_lines` and `skipped`."""
+def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInputs) -> OneTokenizer:
+    """Counts the sentences and bytes of each source. Adds its bad lines to `source.bad_lines` and `skipped`.
+
+    Returns:
+      The tokenizer that the sentences name.
+
+    Raises:
+      UserError: naming two lines with tokens of different tokenizers.
+    """
+    tokenizer = OneTokenizer()
     files = [(source, path) for source in sources for path in source.paths]
     is_size_known = not any(is_compressed(path) for _, path in files)
     total = sum(file_version(path)["size"] for _, path in files) if is_size_known else None
@@ -63,13 +72,15 @@ def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInpu
             for number, line in read_lines(path):
                 bar.update(len(line) + 1)
                 try:
-                    records.read_record(line, vocab_size)
+                    _, record = records.read_record(line, vocab_size)
                 except records.RecordError as error:
                     skipped.add(f"{path}:{number}", f"{path}:{number}: {error}")
                     source.bad_lines.add((path, number))
                     continue
+                tokenizer.add(tokenizer_of(record), f"{path}:{number}")
                 source.sentences += 1
                 source.bytes += len(line) + 1
+    return tokenizer
 
 
 def needed_space(sources: Sequence[Source], memory_bytes: int) -> int:

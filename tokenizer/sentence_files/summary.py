@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from EasyLM.data.records import looks_like_int64
+from EasyLM.data.tokenizer_names import TOKENS_PER_IMAGE_KEY, tokenizer_of
+from EasyLM.vocab import TOKENS_PER_IMAGE
 from tokenizer.image_quality import code_usage
 from tokenizer.media import charts
 
@@ -20,6 +22,7 @@ NO_KIND = "(none)"
 _BATCHED_IDS = 1 << 20  # ids counted at once
 _BAR_CHARACTERS = 40  # of the longest bar in the table
 _MAX_ROWS = 20  # of a table or a bar chart
+_MAX_TOKENIZERS = 3  # in the table
 _MAX_TICKS = 12  # labels along the x axis
 _COLOUR = "#4272ae"
 
@@ -44,17 +47,23 @@ class BadLines:
 
 
 class Summary:
-    """Counts sentences as they are read."""
+    """Counts sentences as they are read.
 
-    def __init__(self, vocab_size: int, codebook_size: int, tokens_per_image: int):
+    Args:
+      tokens_per_image: codes of an image; None: what most records say, or TOKENS_PER_IMAGE if no record says it.
+    """
+
+    def __init__(self, vocab_size: int, codebook_size: int, tokens_per_image: int | None = None):
         self._codebook_size, self._tokens_per_image = codebook_size, tokens_per_image
         self._id_counts = np.zeros(vocab_size, np.int64)
         self._batch: list[np.ndarray] = []
         self._batch_ids = 0
-        self._sentences = self._tokens = self._partial_images = self._longest = self._like_int64 = 0
+        self._sentences = self._tokens = self._longest = self._like_int64 = 0
         self._shortest: int | None = None
-        self._lengths: collections.Counter[int] = collections.Counter()  # images of a sentence -> sentences
+        self._lengths: collections.Counter[int] = collections.Counter()  # tokens of a sentence -> sentences
+        self._image_sizes: collections.Counter[int] = collections.Counter()  # tokens of an image -> sentences
         self._kinds: collections.Counter[str] = collections.Counter()
+        self._tokenizers: collections.Counter[str] = collections.Counter()
 
     def add(self, ids: np.ndarray, record: Mapping[str, Any]) -> None:
         """Counts a sentence: its ids [n] and its record, which may contain a `kind`."""
@@ -62,11 +71,12 @@ class Summary:
         self._sentences, self._tokens = self._sentences + 1, self._tokens + length
         self._longest = max(self._longest, length)
         self._shortest = length if self._shortest is None else min(self._shortest, length)
-        self._partial_images += bool(length % self._tokens_per_image)
         self._like_int64 += looks_like_int64(ids)
-        self._lengths[length // self._tokens_per_image] += 1
-        kind = str(record.get("kind", NO_KIND))
-        self._kinds[kind if kind in self._kinds or len(self._kinds) < MAX_KINDS else OTHER_KINDS] += 1
+        self._lengths[length] += 1
+        if tokens_per_image := _tokens_per_image(length, record):
+            self._image_sizes[tokens_per_image] += 1
+        _count(self._kinds, str(record.get("kind", NO_KIND)))
+        _count(self._tokenizers, tokenizer_of(record) or NO_KIND)
         self._batch.append(ids)
         self._batch_ids += length
         if self._batch_ids > _BATCHED_IDS:
@@ -77,8 +87,18 @@ class Summary:
         self._count_batch()
         return self._id_counts[: self._codebook_size]
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Codes of an image, from the constructor or the records so far."""
+        recorded = self._image_sizes.most_common(1)
+        return self._tokens_per_image or (recorded[0][0] if recorded else TOKENS_PER_IMAGE)
+
     def statistics(self) -> dict[str, Any]:
         """Returns all statistics as JSON values."""
+        size = self.tokens_per_image
+        in_images: collections.Counter[int] = collections.Counter()
+        for length, count in self._lengths.items():
+            in_images[length // size] += count
         codes = self.code_counts()
         codes_used = int(np.count_nonzero(codes))
         special = self._id_counts[self._codebook_size :]
@@ -88,14 +108,16 @@ class Summary:
             "shortest": self._shortest,
             "longest": self._longest,
             "mean_length": self._tokens / max(self._sentences, 1),
-            "not_whole_images": self._partial_images,
+            "tokens_per_image": size,
+            "not_whole_images": sum(count for length, count in self._lengths.items() if length % size),
             "alternate_zeros": self._like_int64,
-            "lengths_in_images": {str(length): self._lengths[length] for length in sorted(self._lengths)},
+            "lengths_in_images": {str(length): in_images[length] for length in sorted(in_images)},
             "codes_used": codes_used,
             "codes_used_share": codes_used / self._codebook_size,
             "codes_perplexity": float(code_usage(codes)["code_perplexity"]) if codes_used else 0.0,
             "special_ids": {str(self._codebook_size + i): int(count) for i, count in enumerate(special) if count},
             "kinds": dict(self._kinds.most_common()),
+            "tokenizers": dict(self._tokenizers.most_common()),
         }
 
     def _count_batch(self) -> None:
@@ -104,7 +126,21 @@ class Summary:
         self._batch, self._batch_ids = [], 0
 
 
-def table(statistics: Mapping[str, Any], codebook_size: int, tokens_per_image: int) -> str:
+def _tokens_per_image(length: int, record: Mapping[str, Any]) -> int:
+    """Returns the codes of an image of a sentence of `length` tokens, as its record says; 0 if it does not say."""
+    stated, sources = record.get(TOKENS_PER_IMAGE_KEY), record.get("sources")
+    if type(stated) is int and stated > 0:
+        return stated
+    if isinstance(sources, list) and sources and length % len(sources) == 0:  # one source for each image
+        return length // len(sources)
+    return 0
+
+
+def _count(counter: collections.Counter[str], name: str) -> None:
+    counter[name if name in counter or len(counter) < MAX_KINDS else OTHER_KINDS] += 1
+
+
+def table(statistics: Mapping[str, Any], codebook_size: int) -> str:
     """Formats the statistics of sentences and bad lines for a terminal."""
     values = {
         "files": f"{statistics['files']:,}",
@@ -113,6 +149,8 @@ def table(statistics: Mapping[str, Any], codebook_size: int, tokens_per_image: i
         "shortest": f"{statistics['shortest'] or 0:,} tokens",
         "longest": f"{statistics['longest']:,} tokens",
         "average": f"{statistics['mean_length']:,.1f} tokens",
+        "tokens per image": f"{statistics['tokens_per_image']:,}",
+        "tokenizers": ", ".join(list(statistics["tokenizers"])[:_MAX_TOKENIZERS]),
         "codes used": f"{statistics['codes_used']:,} of {codebook_size:,} ({statistics['codes_used_share']:.1%})",
         "perplexity of codes": f"{statistics['codes_perplexity']:,.1f}",
         "special ids": f"{sum(statistics['special_ids'].values()):,}",
@@ -125,8 +163,8 @@ def table(statistics: Mapping[str, Any], codebook_size: int, tokens_per_image: i
         )
     if statistics["not_whole_images"]:
         lines.append(
-            f"{statistics['not_whole_images']:,} sentences are not a whole number of images, {tokens_per_image} tokens "
-            "each (--tokens_per_image)"
+            f"{statistics['not_whole_images']:,} sentences are not a whole number of images, "
+            f"{statistics['tokens_per_image']} tokens each (--tokens_per_image)"
         )
     lines += ["", "  images  sentences", *_text_bars(statistics["lengths_in_images"], 8)]
     width = max([len(kind) for kind in statistics["kinds"]] + [4])

@@ -14,6 +14,7 @@ import numpy as np
 
 from EasyLM import process_pool
 from EasyLM.data import records
+from EasyLM.data.tokenizer_names import TOKENIZER_KEY, TOKENS_PER_IMAGE_KEY
 from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
 from tokenizer.builders.resumable_file import ResumableFile
@@ -26,10 +27,11 @@ _PENDING_PER_WORKER = 3
 
 
 class Codec(Protocol):
-    """The interface of the tokenizer: `config` has `tokens_per_image` and `num_embeddings`."""
+    """The interface of the tokenizer: `config` has `tokens_per_image` and `num_embeddings`, `digest` is its name."""
 
     config: Any
     batch_size: int
+    digest: str
 
     def encode_batches(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields codes [m,N] of batches of float32 [m,S,S,3] in [0, 1], m at most `batch_size`."""
@@ -65,12 +67,13 @@ def write_sentences(
     first, start = state["sentences"], time.monotonic()
     timing = Timing()
     pool = Pool(directory)
+    common = {TOKENIZER_KEY: codec.digest, TOKENS_PER_IMAGE_KEY: codec.config.tokens_per_image}
     bar = progress(total=len(seeds), initial=first, unit="sentence", desc="writing")
     with bar:
         composed = _compose(workers, directory, mixture, seeds[first:], timing)
         for sentences, tokens_nT in _encode(composed, pool, codec, timing):
             for tokens_T, keys in zip(tokens_nT, sentences.keys, strict=True):
-                file.write(records.record_line(tokens_T, **keys))
+                file.write(records.record_line(tokens_T, **common, **keys))
             bar.update(len(tokens_nT))
             state["sentences"] += len(tokens_nT)
             if file.save_is_due():

@@ -49,6 +49,7 @@ class Codec:
     Attributes:
       config: the VQGANConfig.
       batch_size: images of a batch.
+      digest: the name of the tokenizer in records and checkpoints; see `weights.digest`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Codec:
         """
         with prefix_errors(f"--vqgan={directory}"):
             model = weights.load(directory, COMPUTE_DTYPES[dtype], resolution)
-        self.config = model.config
+        self.config, self.digest = model.config, weights.digest(model)
         max_chunk = max(MAX_CHUNK_PIXELS // self.config.resolution**2, 1)
         self._batches = DeviceBatches(batch_size, devices, max_chunk, MIN_CHUNK_IMAGES)
         self.batch_size = self._batches.batch_size
@@ -83,7 +84,7 @@ class Codec:
     @classmethod
     def from_flags(cls, config: Any) -> "Codec":
         """Loads the tokenizer that the flags CODEC_FLAGS name, onto all devices."""
-        return cls(config.vqgan, config.dtype, config.batch_size, resolution=config.resolution)
+        return cls(config.vqgan or PRETRAINED, config.dtype, config.batch_size, resolution=config.resolution)
 
     @property
     def resolution(self) -> int:

@@ -5,6 +5,7 @@ The name of a tensor is its module path with dots, then `weight` or `bias`. A co
 """
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,13 +17,15 @@ from flax import nnx
 from numpy.typing import DTypeLike
 
 from EasyLM.checkpoints.safetensors_file import tensor_entry, write_safetensors
-from EasyLM.storage import atomic_file, content_digest, write_json
+from EasyLM.storage import atomic_file, json_digest, write_json
 from tokenizer import formats
 from tokenizer.vqgan.config import VQGANConfig
 from tokenizer.vqgan.model import VQGAN
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight", "bias": "bias"}
 _OWN_SETTINGS = ("norm_groups", "pixel_range", "normalize_codes", "skip_single_attention")  # open-muse has none of them
+_TRAINING_ONLY = ("dropout", "commitment_cost")  # settings
+_DECODING = ("decoder.", "post_quant_conv.")  # beginnings of names of parameters
 
 
 def load(path: str | os.PathLike, dtype: jnp.dtype = jnp.float32, resolution: int = 0) -> VQGAN:
@@ -61,14 +64,25 @@ def save(model: VQGAN, directory: str | os.PathLike, dtype: DTypeLike = np.float
     write_json(os.path.join(directory, "config.json"), {"_class_name": "VQGANModel", **config})
 
 
-def digests(path: str | os.PathLike, resolution: int = 0) -> list[str]:
-    """Returns digests of each file that `load` reads, and the resolution if it is given. Other files have no influence.
+def digest(model: VQGAN) -> str:
+    """Returns 16 hexadecimal digits that name the tokenizer: a digest of all that determines the codes of an image.
 
-    Raises:
-      UserError: naming the path, if it is no tokenizer.
+    That is the settings that differ from their defaults, the encoder and the codebook, as float32. The decoder may be
+    trained further, and the weights may be stored in another format.
     """
-    files = [content_digest(str(file), file.stat().st_size) for file in formats.tokenizer_files(path)]
-    return files + [f"resolution {resolution}"] * (resolution > 0)
+    config = {
+        field.name: getattr(model.config, field.name)
+        for field in dataclasses.fields(model.config)
+        if field.name not in _TRAINING_ONLY and getattr(model.config, field.name) != field.default
+    }
+    hashed = hashlib.blake2b(json_digest(config).encode(), digest_size=8)
+    arrays = {file_name(path): leaf.get_value() for path, leaf in flat_parameters(model)}
+    for name in sorted(arrays):
+        if not name.startswith(_DECODING):
+            array = np.ascontiguousarray(arrays[name], np.float32)
+            hashed.update(f"{name} {array.shape}".encode())
+            hashed.update(array.data)
+    return hashed.hexdigest()
 
 
 def file_name(path: tuple) -> str:

@@ -22,7 +22,8 @@ def test_images_are_one_sentence_each_in_name_order(tree, tiny, codec, tmp_path)
     assert [record["sources"] for _, record in sentences] == [[str(tree / "image" / f"{i}.png")] for i in range(5)]
     for tokens, record in sentences:
         assert_codes_of(codec, tokens, [read_rgb(path) for path in record["sources"]])
-        assert record["kind"] == "images" and record.keys() == {"tokens", "kind", "sources"}
+        assert record["kind"] == "images" and record.keys() == {"tokens", "tokenizer", "kind", "sources"}
+        assert record["tokenizer"] == codec.digest
 
 
 @pytest.mark.slow

@@ -204,3 +204,25 @@ def test_tokens_that_are_not_whole_images_are_reported(tiny, tmp_path):
     with pytest.raises(UserError, match=rf"s.jsonl: sentence 0: {N + 1} tokens are not a whole number of images"):
         detokenize_file(tmp_path / "s.jsonl", tiny, tmp_path / "d", format="html")
     assert not os.listdir(tmp_path / "d")
+
+
+def test_sentences_of_another_tokenizer_are_refused(tiny, codec, tmp_path):
+    """Also if the flag is forgotten, and if their ids are outside its codebook."""
+    for name, ids in (("ours", [1] * N), ("other", [9000] * N)):
+        digest = codec.digest if name == "ours" else "0123456789abcdef"
+        (tmp_path / f"{name}.jsonl").write_bytes(records.record_line(ids, tokenizer=digest))
+    for name, vqgan in (("other", tiny), ("other", ""), ("ours", "")):
+        with pytest.raises(UserError, match=rf"{name}\.jsonl: sentence 0 has tokens of the tokenizer .*--vqgan"):
+            detokenize_file(tmp_path / f"{name}.jsonl", vqgan, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+    assert detokenize_file(tmp_path / "ours.jsonl", tiny, tmp_path / "o") == ["000000.png"]
+    with open(tmp_path / "ours.jsonl", "ab") as joined:
+        joined.write(records.record_line([1] * N, tokenizer="0123456789abcdef"))
+    with pytest.raises(UserError, match=r"ours\.jsonl: sentence 1 has tokens of the tokenizer 0123456789abcdef"):
+        detokenize_file(tmp_path / "ours.jsonl", tiny, tmp_path / "o")
+
+
+def test_without_a_name_and_without_the_flag_one_line_warns(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(records.record_line([1] * Codec().config.tokens_per_image) * 2)
+    detokenize_file(tmp_path / "a.jsonl", "", tmp_path / "o")
+    assert capsys.readouterr().err.count("a.jsonl does not name its tokenizer") == 1

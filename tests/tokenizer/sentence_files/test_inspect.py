@@ -154,3 +154,32 @@ def test_ids_of_64_bits_are_reported(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(wide + narrow)
     assert statistics(tmp_path, "a.jsonl")["alternate_zeros"] == 3
     assert "every second id is 0 in 3 sentences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64, 512])
+def test_the_records_say_how_many_tokens_an_image_has(tmp_path, tokens, capsys):
+    """By their sources, or in so many words. A clip of one source and a sentence without whole images are outvoted."""
+    lines = [records.record_line([1] * tokens * 4, sources=list("abcd")) for _ in range(2)]
+    lines += [records.record_line([1] * tokens * 3, tokens_per_image=tokens) for _ in range(2)]
+    lines += [records.record_line([1] * tokens * 3 + [2], sources=list("abc")), records.record_line([1] * tokens * 8)]
+    lines += [records.record_line([1] * tokens * 4, sources=["clip.mp4"], tokens_per_image="many")]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    values = statistics(tmp_path, "a.jsonl", tokens_per_image=None)
+    assert values["tokens_per_image"] == tokens
+    expected = {"3": 3, "4": 3, "8": 1} if tokens > 1 else {"3": 2, "4": 4, "8": 1}
+    assert values["lengths_in_images"] == expected and values["not_whole_images"] == (tokens > 1)
+    assert f"tokens per image     {tokens}\n" in capsys.readouterr().out
+    assert statistics(tmp_path, "a.jsonl", tokens_per_image=3 * tokens)["lengths_in_images"]["1"] == 6
+
+
+def test_without_a_hint_an_image_has_256_tokens(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(records.record_line([1] * 512))
+    values = statistics(tmp_path, "a.jsonl", tokens_per_image=None)
+    assert (values["tokens_per_image"], values["lengths_in_images"]) == (256, {"2": 1})
+
+
+def test_tokenizers_are_counted(tmp_path, capsys):
+    names = [{"tokenizer": "aa"}] * 2 + [{}] + [{"tokenizer": "bb"}] * 3
+    (tmp_path / "a.jsonl").write_bytes(b"".join(records.record_line([1] * 4, **others) for others in names))
+    assert statistics(tmp_path, "a.jsonl")["tokenizers"] == {"bb": 3, "aa": 2, "(none)": 1}
+    assert "tokenizers           bb, aa, (none)" in capsys.readouterr().out

@@ -252,3 +252,18 @@ finally:
     assert peak < 160
     numbers = [record["number"] for _, record in records.read_records(str(tmp_path / "m.jsonl"), 8192)]
     assert sorted(numbers) == list(range(len(numbers))) != numbers
+
+
+def test_sentences_of_two_tokenizers_are_not_mixed(tmp_path, capsys):
+    for name in ("aa", "bb", None):
+        others = {"tokenizer": name} if name else {}
+        (tmp_path / f"{name}.jsonl").write_bytes(records.record_line([1] * 4, **others) * 3)
+    output = tmp_path / "out.jsonl"
+    inputs = [str(tmp_path / f"{name}.jsonl") for name in ("aa", "bb", None)]
+    with pytest.raises(UserError, match=r"bb\.jsonl:1: tokens of the tokenizer bb, but .*aa\.jsonl:1 are of aa"):
+        tokenizer_kit.run_main(mix, inputs=",".join(inputs), output_file=str(output))
+    assert not output.exists()
+    tokenizer_kit.run_main(mix, inputs=",".join(inputs[1:]), output_file=str(output))
+    assert "warning: 3 sentences do not name their tokenizer; the others name bb" in capsys.readouterr().out
+    names = [record.get("tokenizer") for _, record in records.read_records(str(output), 8292)]
+    assert sorted(map(str, names)) == ["None"] * 3 + ["bb"] * 3

@@ -21,19 +21,38 @@ def tiny(tmp_path_factory):
     return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
 
 
-def test_digests_change_with_the_files_that_are_loaded_only(tiny, tmp_path):
+def test_the_digest_names_what_determines_the_codes(tiny, tmp_path):
+    """Not the decoder, the format of the file, or how the model was trained."""
+    digest = Codec(tiny).digest
+    assert len(digest) == 16 and Codec(tiny).digest == digest
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
-    digests = weights.digests(tmp_path)
-    assert len(digests) == 2
-    (tmp_path / "README.md").write_text("About this tokenizer.")
-    assert weights.digests(tmp_path) == digests
-    for name in ("config.json", "model.safetensors"):
-        before = weights.digests(tmp_path)
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b" ")
-        assert weights.digests(tmp_path) != before
-    os.unlink(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="no weights"):
-        weights.digests(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors")  # by another program, without checksums
+    assert Codec(str(tmp_path)).digest == digest
+
+    for name in ("decoder.conv_in.bias", "post_quant_conv.bias", "encoder.conv_in.bias", "quantize.embedding.weight"):
+        array = tensors[name].copy()
+        array.flat[0] += 1
+        save_file(tensors | {name: array}, tmp_path / "model.safetensors")
+        determines = name.startswith(("encoder", "quantize"))
+        assert (Codec(str(tmp_path)).digest != digest) == determines, name
+    save_file(tensors, tmp_path / "model.safetensors")
+    for change, determines in (({"commitment_cost": 9.0}, False), ({"resolution": 32}, True)):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        assert (Codec(str(tmp_path)).digest != digest) == determines, change
+
+
+def test_a_flipped_bit_is_found(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors: the array .* is damaged"):
+        weights.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(data) * 2)
+    with pytest.raises(UserError, match=r"model\.safetensors: not a complete safetensors file"):
+        weights.load(tmp_path)
 
 
 @pytest.mark.slow
