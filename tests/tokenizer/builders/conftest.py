@@ -6,7 +6,6 @@ import pytest
 from build_kit import load_codec, write_inputs
 from tokenizer_kit import tiny_vqgan, write_image
 
-from tokenizer import build
 from tokenizer.vqgan import Codec
 
 
@@ -27,7 +26,7 @@ def tree(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def load_codecs_once(monkeypatch) -> None:
     """Makes builds use a cached codec."""
-    monkeypatch.setattr(build, "Codec", load_codec)
+    monkeypatch.setattr(Codec, "from_flags", lambda flags: load_codec(flags.vqgan, flags.dtype, flags.batch_size))
 
 
 @pytest.fixture
