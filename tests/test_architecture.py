@@ -16,10 +16,11 @@ ALLOWED = {
     "EasyLM.checkpoints": "EasyLM.storage",
     "EasyLM.parallel": "",
     "EasyLM.training": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel",
+    "EasyLM.planning": "EasyLM.checkpoints EasyLM.training",
     "EasyLM.models": "",
     "EasyLM.models.attention": "EasyLM.models",
     "EasyLM.models.llama": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training "
-    "EasyLM.models EasyLM.models.attention",
+    "EasyLM.planning EasyLM.models EasyLM.models.attention",
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
     "tokenizer.synthetic": "EasyLM.data tokenizer.media tokenizer.builders",

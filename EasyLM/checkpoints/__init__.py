@@ -42,7 +42,7 @@ from EasyLM.checkpoints.listing import (
 )
 from EasyLM.checkpoints.loading import check_entries, load, load_entries
 from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata, make_metadata
-from EasyLM.checkpoints.saving import CHECKPOINTER_FLAGS, FLOAT_DTYPES, Checkpointer
+from EasyLM.checkpoints.saving import CHECKPOINTER_FLAGS, FLOAT_DTYPES, Checkpointer, SavedPart
 
 __all__ = [
     "CHECKPOINTER_FLAGS",
@@ -53,6 +53,7 @@ __all__ = [
     "Entry",
     "OpenCheckpoint",
     "SavedCheckpoint",
+    "SavedPart",
     "check_entries",
     "check_replaceable",
     "has_interrupted_save",

@@ -1,5 +1,6 @@
 """Saves the checkpoints of a run in the background."""
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -40,6 +41,38 @@ CHECKPOINTER_FLAGS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedPart:
+    """Which part of a train state a checkpoint holds, and in which types.
+
+    Attributes:
+      float_dtype, save_optimizer_state: see CHECKPOINTER_FLAGS.
+    """
+
+    float_dtype: str = ""
+    save_optimizer_state: bool = False
+
+    def __post_init__(self) -> None:
+        choose("float_dtype", self.float_dtype, ("", *FLOAT_DTYPES))
+
+    def of(self, state: Any) -> Any:
+        """Returns the part of a train state: all of it, or the parameters."""
+        return state if self.save_optimizer_state else state.params.get("params", state.params)
+
+    def dtype_of(self, key: Key, array: Any) -> np.dtype:
+        """Returns the type in which an array of the part, or a `jax.ShapeDtypeStruct`, is saved."""
+        is_parameter = not self.save_optimizer_state or key[0] == "params"
+        name = self.float_dtype or ("" if self.save_optimizer_state else "bf16")
+        converted = name and is_parameter and jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
+        return FLOAT_DTYPES[name] if converted else np.dtype(array.dtype)
+
+    def sizes(self, state: Any) -> tuple[int, int]:
+        """Returns the bytes of the arrays in the file, and of their copies in the memory of process 0."""
+        arrays = [(stacked.key, stacked.array) for stacked in stacking.stacked_arrays(self.of(state))]
+        file = sum(array.size * self.dtype_of(key, array).itemsize for key, array in arrays)
+        return file, sum(array.size * array.dtype.itemsize for _, array in arrays)
+
+
 class Checkpointer:
     """Saves a run's states asynchronously. `save` copies the state to host memory; a thread writes the copy.
 
@@ -64,10 +97,8 @@ class Checkpointer:
         save_optimizer_state: bool = False,
         guard: Callable[[], None] = lambda: None,
     ):
-        choose("float_dtype", float_dtype, ("", *FLOAT_DTYPES))
+        self._part = SavedPart(float_dtype, save_optimizer_state)
         self._guard = guard
-        self._whole_state = save_optimizer_state
-        self._dtype = FLOAT_DTYPES.get(float_dtype, None if save_optimizer_state else FLOAT_DTYPES["bf16"])
         self._directory = run_directory.open_run_directory(run_dir)
         self._buffers: dict[Key, np.ndarray] = {}
         self._thread: threading.Thread | None = None
@@ -78,7 +109,7 @@ class Checkpointer:
     def prepare(self, state: Any) -> None:
         """Allocates host memory for a state of these shapes. Page faults are slow, so a background thread does it."""
         if jax.process_index() == 0:
-            arrays = stacking.stacked_arrays(self._saved_part(state))
+            arrays = stacking.stacked_arrays(self._part.of(state))
 
             def touch_pages() -> None:
                 for stacked in arrays:
@@ -95,12 +126,12 @@ class Checkpointer:
           UserError: if the previous save failed. Earlier checkpoints remain intact.
         """
         self.wait()
-        tree = self._saved_part(state)
+        tree = self._part.of(state)
         self._copy(stacking.stacked_arrays(tree))
         if jax.process_index() != 0:
             return
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
-        state_name = "streaming_train_state" if self._whole_state else "streaming_params"
+        state_name = "streaming_train_state" if self._part.save_optimizer_state else "streaming_params"
         table: dict = {}
         writers: saves.Writers = {
             state_name: lambda file: table.update(self._write(file, shapes, state_name)),
@@ -141,9 +172,6 @@ class Checkpointer:
         """
         if self._thread is not None:
             self._thread.join()
-
-    def _saved_part(self, state: Any) -> Any:
-        return state if self._whole_state else state.params.get("params", state.params)
 
     def _start(self, work: Callable[[], Any]) -> None:
         def run() -> None:
@@ -193,9 +221,7 @@ class Checkpointer:
         for key, stacked, layer in stacking.file_order(shapes):
             array = self._buffers[stacked.key]
             array = array if layer is None else array[layer, ...]
-            is_parameter = not self._whole_state or key[0] == "params"
-            if self._dtype is not None and is_parameter and jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
-                array = array.astype(self._dtype)
+            array = array.astype(self._part.dtype_of(key, array), copy=False)
             streaming.write_entry(file, key, array)
             by_key[key] = checksums.array_checksum(key, array)
         return checksums.make_table(file_name, file.tell(), by_key)

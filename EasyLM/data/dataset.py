@@ -12,7 +12,7 @@ from EasyLM.data.packed_file import is_packed
 from EasyLM.data.protocols import Examples, Tokenizer, TokenStream
 from EasyLM.data.record_fields import TEXT_PROCESSOR_FLAGS, FieldSettings, RecordProcessor, make_processor
 from EasyLM.data.text_examples import FileExamples, huggingface_examples
-from EasyLM.data.token_rows import RowSettings, TokenRows
+from EasyLM.data.token_rows import RowSettings, TokenRows, no_rows
 from EasyLM.data.token_store import STORE_DTYPES, TokenizationSettings, TokenStore
 from EasyLM.data.token_stream import FileTokenStream
 from EasyLM.errors import UserError, prefix_errors
@@ -68,6 +68,12 @@ DATASET_FLAGS = {
 def settings(config: ConfigDict) -> ConfigDict:
     """Returns the part of a dataset config that its `type` selects."""
     return config[f"{config.type}_dataset"]
+
+
+def no_batch(config: ConfigDict) -> dict[str, np.ndarray]:
+    """Returns a batch of no rows of a `DATASET_FLAGS` config: names, shapes [0, T] and types. Reads no files."""
+    selected = settings(config)
+    return no_rows(selected.seq_length, selected.get("batch_token_dtype", RowSettings.dtype))
 
 
 def make_dataset(

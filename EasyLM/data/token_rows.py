@@ -153,6 +153,12 @@ class TokenRows:
         return self._ones[:count]
 
 
+def no_rows(seq_length: int, dtype: str = RowSettings.dtype) -> dict[str, np.ndarray]:
+    """Returns arrays [0, T] with the names and types of those of `TokenRows.rows`, without data."""
+    ids = np.zeros((0, seq_length), dtype)
+    return {"input_tokens": ids, "target_tokens": ids, "loss_masks": np.zeros((0, seq_length), np.float32)}
+
+
 def _join(
     join: Callable[..., np.ndarray], parts: Sequence[tuple[np.ndarray, np.ndarray | None]]
 ) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,9 +1,14 @@
 """The device mesh of `--mesh_dim`, and how a batch is split over it."""
 
+import logging
 import math
 import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -50,18 +55,54 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
 def make_mesh(mesh_dim: str, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of `--mesh_dim` over all devices or the given ones.
 
-    A leading `!` allows splitting a physical axis over two mesh axes.
+    If a TPU's physical axis has to be split over two mesh axes, they share its bandwidth. This is logged, unless
+    `mesh_dim` has a leading `!`.
 
     Raises:
-      UserError: see `parse_mesh_dim`.
+      UserError: see `parse_mesh_dim`, `_slices_along`.
     """
     devices = devices or jax.devices()
     shape = parse_mesh_dim(mesh_dim, len(devices))
-    device_array = mesh_utils.create_device_mesh(
-        tuple(shape.values()), devices, allow_split_physical_axes=mesh_dim.startswith("!")
-    )
     # Auto: the compiler propagates shardings. Explicit, JAX's default, requires one at every gather.
-    return Mesh(device_array, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(_device_array(mesh_dim, shape, devices), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _device_array(mesh_dim: str, shape: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """Returns the devices in the shape of the mesh. Neighbours in the mesh are near each other in the network."""
+    sizes, slices = tuple(shape.values()), {getattr(device, "slice_index", 0) for device in devices}
+    if devices[0].platform == "tpu" and len(slices) > 1:
+        outer = _slices_along(mesh_dim, shape, len(slices))
+        inner = tuple(size // ways for size, ways in zip(sizes, outer, strict=True))
+        create = partial(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
+    else:
+        create = partial(mesh_utils.create_device_mesh, sizes, devices)
+    try:
+        return create()
+    except NotImplementedError:
+        if not mesh_dim.startswith("!"):
+            logging.info("--mesh_dim=%s: a physical axis of the network is split over two mesh axes", mesh_dim)
+        return create(allow_split_physical_axes=True)
+
+
+def _slices_along(mesh_dim: str, shape: Mapping[str, int], num_slices: int) -> tuple[int, ...]:
+    """Returns into how many slices each mesh axis is split.
+
+    Slices communicate over a slow network. The first axes are split, and never mp, which communicates the most.
+
+    Raises:
+      UserError: if the axes other than mp cannot be split over the slices.
+    """
+    ways, left = [], num_slices
+    for axis, size in shape.items():
+        ways.append(1 if axis == "mp" else math.gcd(size, left))
+        left //= ways[-1]
+    if left > 1:
+        mp = math.gcd(shape["mp"], math.prod(shape.values()) // num_slices)
+        raise UserError(
+            f"--mesh_dim={mesh_dim}: mp cannot span the {num_slices} slices, so dp x fsdp must be a multiple of "
+            f"{num_slices}, for example --mesh_dim={num_slices},-1,{mp}"
+        )
+    return tuple(ways)
 
 
 def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:

@@ -3,6 +3,7 @@
 May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
 
     step          the train state, and the pure functions that change it
+    abstract_step shapes and shardings of a step's arguments, and its trace
     task          what a run trains: model, optimizer, data, units
     settings      the flags of every run, and their values
     run           `open_run` locks the directory and validates flags and starting files; `train` does the rest
@@ -26,6 +27,7 @@ Vocabulary:
     milestone     a checkpoint that is kept for good; of the other checkpoints only the latest is kept
 """
 
+from EasyLM.training.abstract_step import abstract_batch, abstract_state, trace_step
 from EasyLM.training.batches import RowSource
 from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
 from EasyLM.training.run import Run, open_run, train
@@ -33,6 +35,7 @@ from EasyLM.training.settings import RUN_FLAGS, RunSettings
 from EasyLM.training.step import Optimizer, TrainState, make_train_step
 from EasyLM.training.stop_signal import StopSignals
 from EasyLM.training.task import Accounting, Model, ModelSettings, TrainingData, TrainingTask, model_without_extra
+from EasyLM.training.throughput import peak_flops
 
 __all__ = [
     "OPTIMIZER_FLAGS",
@@ -48,9 +51,13 @@ __all__ = [
     "TrainState",
     "TrainingData",
     "TrainingTask",
+    "abstract_batch",
+    "abstract_state",
     "make_optimizer",
     "make_train_step",
     "model_without_extra",
     "open_run",
+    "peak_flops",
+    "trace_step",
     "train",
 ]

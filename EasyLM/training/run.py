@@ -17,12 +17,13 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.parallel import batch_sharding, check_same, fail_together, on_first_process_first
 from EasyLM.storage import HeartbeatLock, LockedError, is_remote, json_digest, remote_file_system
 from EasyLM.training import metrics_log
+from EasyLM.training.abstract_step import abstract_batch, trace_step
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
 from EasyLM.training.loop import Report, fit
 from EasyLM.training.metrics_log import Logger
 from EasyLM.training.settings import RunSettings
 from EasyLM.training.start import CheckpointFormats, StartPoint, check_settings, find_start, first_state
-from EasyLM.training.step import Metrics, TrainState, jit_train_step, make_train_step, updates_done
+from EasyLM.training.step import Metrics, TrainState, updates_done
 from EasyLM.training.task import ModelSettings, TrainingTask
 from EasyLM.training.throughput import Throughput
 from EasyLM.training.watchdog import Watchdog, reported
@@ -113,7 +114,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
     first_row = _first_row(run.start, data.train)
     _check_processes_agree(run.start, first_row, data.train)
     with reported("the first state"):
-        state, state_shardings = first_state(run.start, task.model, task.optimizer, mesh, settings.seed)
+        state = first_state(run.start, task.model, task.optimizer, mesh, settings.seed)
     first_step = int(state.step)
 
     with (
@@ -128,7 +129,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
             logger.log(metrics | data.train.metrics(rows))
 
         checkpointer.prepare(state)
-        step = _compiled_step(task, settings.seed, mesh, state, state_shardings)
+        step = _compiled_step(task, settings.seed, mesh, state)
         throughput = Throughput(
             batches,
             accounting.unit,
@@ -178,25 +179,16 @@ def _check_processes_agree(start: StartPoint, first_row: int, source: RowSource)
 
 
 def _compiled_step(
-    task: TrainingTask, seed: int, mesh: Mesh, state: TrainState, state_shardings: TrainState
+    task: TrainingTask, seed: int, mesh: Mesh, state: TrainState
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
     """Compiles the train step before the first batch is requested, and logs the compile time."""
-    step = make_train_step(task.model.loss_and_gradients, task.optimizer, seed)
-    batch = _batch_shapes(task.data.train, task.data.batch_size, mesh)
+    batch = abstract_batch(task.data.train.rows(0, 1), task.data.batch_size, mesh)
     logging.info("compiling the train step")
     begin = time.perf_counter()
     with reported("the compilation of the train step"):
-        compiled = jit_train_step(step, state_shardings, mesh).lower(state, batch).compile()
+        compiled = trace_step(task.model, task.optimizer, seed, mesh, state, batch).lower().compile()
     logging.info("compiled the train step in %.1f s", time.perf_counter() - begin)
     return compiled
-
-
-def _batch_shapes(source: RowSource, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=sharding)
-        for name, array in source.rows(0, 1).items()
-    }
 
 
 def _make_save(
@@ -225,7 +217,7 @@ def _make_evaluate(
     source, batch_size = task.data.eval, task.data.eval_batch_size
     assert source is not None
     logging.info("compiling the evaluation")
-    batch = _batch_shapes(source, batch_size, mesh)
+    batch = abstract_batch(source.rows(0, 1), batch_size, mesh)
     with reported("the compilation of the evaluation"):
         step = jax.jit(task.model.evaluate).lower(state.params, state.extra, batch).compile()
 

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from EasyLM import checkpoints
 from EasyLM.checkpoints import Entry
 from EasyLM.errors import UserError
-from EasyLM.parallel import shardings
 from EasyLM.storage import is_remote
-from EasyLM.training.step import Optimizer, TrainState, init_state, state_from_params, state_shapes
+from EasyLM.training.abstract_step import abstract_state
+from EasyLM.training.step import Optimizer, TrainState, init_state, state_from_params
 from EasyLM.training.task import Model, ModelSettings
 
 CheckpointFormats = Mapping[str, Callable[[str], list[Entry]]]  # PREFIX -> reader of the entries of a file
@@ -168,32 +168,27 @@ def check_settings(start: StartPoint, settings: ModelSettings) -> None:
             logging.warning("%s was trained with other settings: %s", start.files.checkpoint, differences)
 
 
-def first_state(
-    start: StartPoint, model: Model, optimizer: Optimizer, mesh: Mesh, seed: int
-) -> tuple[TrainState, TrainState]:
-    """Returns the first train state of a run, on the mesh, and its shardings.
+def first_state(start: StartPoint, model: Model, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
+    """Returns the first train state of a run, on the mesh.
 
     Raises:
       UserError: if the checkpoint holds other arrays than the model and its optimizer.
     """
-    shapes = state_shapes(model.init, optimizer)
-    placement = shardings(mesh, model.partition_rules, shapes)
+    target = abstract_state(model, optimizer, mesh)
+    placement = jax.tree.map(lambda array: array.sharding, target)
     spec = start.files.checkpoint
     if not spec:
-        return init_state(model.init, optimizer, seed, placement), placement
+        return init_state(model.init, optimizer, seed, placement)
     logging.info("starting from %s", spec)
-    target = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, placement
-    )
     is_train_state = spec.startswith("trainstate::")
     assert is_train_state or not jax.tree.leaves(target.extra), "only trainstate:: checkpoints hold extra state"
     loaded = read_arrays(start, target if is_train_state else target.params)
     start.entries.clear()  # frees memory: entries of orbax:: hold their arrays
     if is_train_state:
-        return loaded, placement
+        return loaded
     if start.step:
         logging.warning("the optimizer's moments start from zero at step %d; its schedule continues", start.step)
-    return state_from_params(loaded, optimizer, start.step, start.updates, placement), placement
+    return state_from_params(loaded, optimizer, start.step, start.updates, placement)
 
 
 def read_arrays(start: StartPoint, target: Any = None) -> Any:

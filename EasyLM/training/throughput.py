@@ -20,6 +20,7 @@ PEAK_TFLOPS = {
     "TPU v5p": 459,
     "TPU v5 lite": 197,
     "TPU v5e": 197,
+    "TPU v5": 459,  # v5p, which has both names
     "TPU v4": 275,
     "TPU v3": 123,
 }
@@ -31,16 +32,16 @@ class WaitCounter(Protocol):
     wait_seconds: float
 
 
-def peak_flops(peak_tflops: float) -> float | None:
+def peak_flops(peak_tflops: float, kind: str) -> float | None:
     """Returns the peak FLOP/s of one device.
 
     Args:
-      peak_tflops: the peak in TFLOP/s; 0: look up the device's kind in `PEAK_TFLOPS`.
+      peak_tflops: the peak in TFLOP/s; 0: look it up in `PEAK_TFLOPS`.
+      kind: `device_kind` of the device.
 
     Returns:
       FLOP/s, or None for an unknown kind, such as a CPU.
     """
-    kind = jax.devices()[0].device_kind
     tflops = peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in kind), 0)
     return tflops * 1e12 or None
 
@@ -59,7 +60,7 @@ class Throughput:
     def __init__(self, batches: WaitCounter, unit: str, items_per_step: int, flops_per_step: float, peak_tflops: float):
         self.unit = unit
         self._batches, self._items_per_step, self._flops_per_step = batches, items_per_step, flops_per_step
-        peak = peak_flops(peak_tflops)
+        peak = peak_flops(peak_tflops, jax.devices()[0].device_kind)
         self._peak_flops = peak * jax.device_count() if peak else None
         self.restart()
 

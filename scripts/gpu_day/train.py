@@ -7,17 +7,15 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from EasyLM.flags import Flag, defaults, run
-from EasyLM.models.llama import costs, llama_config, llama_model
+from EasyLM.models.llama import costs, llama_config, training_task
 from EasyLM.models.llama.llama_config import LLaMAConfig
-from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.parallel import batch_sharding, make_mesh, shardings
-from EasyLM.training import OPTIMIZER_FLAGS, TrainState, make_optimizer, make_train_step, model_without_extra
-from EasyLM.training.step import init_state, jit_train_step, state_shapes
+from EasyLM.parallel import batch_sharding, make_mesh
+from EasyLM.training import OPTIMIZER_FLAGS, TrainState, abstract_state, make_optimizer, trace_step
+from EasyLM.training.step import init_state
 from gpu_day.candidates import CANDIDATES, STATE_BYTES, Candidate
 from gpu_day.measure import emit, peak_bytes, reason
 from gpu_day.profile import time_by_kernel
@@ -113,19 +111,16 @@ def measure(model: LLaMAConfig, candidate: Candidate, length: int, seconds: floa
 def compiled_trainer(model: LLaMAConfig, candidate: Candidate, length: int) -> tuple[Trainer, int | None]:
     """Returns the trainer's compiled step with its optimizer's default flags, and XLA's plan of its peak memory."""
     mesh, optimizer = make_mesh("1,1,1", jax.devices()[:1]), make_optimizer(defaults(OPTIMIZER_FLAGS))
-    parts = model_without_extra(
-        partial(llama_model.init_params, model), llama_model.make_loss_fn(model, jnp.bfloat16, mesh), PARTITION_RULES
-    )
-    shapes = state_shapes(parts.init, optimizer)
-    places = shardings(mesh, PARTITION_RULES, shapes)
-    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    parts = training_task.make_model(model, "bf16", mesh)
+    state = abstract_state(parts, optimizer, mesh)
     shape = candidate.rows, length
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
     batch = {"input_tokens": tokens[0], "target_tokens": tokens[1], "loss_masks": np.ones(shape, np.float32)}
     batch = jax.device_put(batch, batch_sharding(mesh))
-    step = jit_train_step(make_train_step(parts.loss_and_gradients, optimizer, 0), places, mesh)
-    compiled = step.lower(state, batch).compile(compiler_options=dict(candidate.options))
+    step = trace_step(parts, optimizer, 0, mesh, state, batch)
+    compiled = step.lower().compile(compiler_options=dict(candidate.options))
     planned = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", None)
+    places = jax.tree.map(lambda array: array.sharding, state)
     return Trainer(compiled, partial(init_state, parts.init, optimizer, 0, places), batch), planned
 
 

@@ -103,7 +103,7 @@ def files_of_the_run(output_dir) -> list:
 
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_setting_is_named(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(run_module, "jit_train_step", lambda *_: pytest.fail("compiled before the check"))
+    monkeypatch.setattr(run_module, "trace_step", lambda *_: pytest.fail("compiled before the check"))
     settings, message = INVALID[name]
     with pytest.raises((UserError, FileNotFoundError), match=message) as caught:
         train(tmp_path, **settings)

@@ -20,7 +20,7 @@ from EasyLM import flags
 from EasyLM.checkpoints import layout, load_metadata, streaming
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
-from EasyLM.models.llama import llama_train
+from EasyLM.models.llama import training_task
 from EasyLM.parallel import make_mesh
 from EasyLM.training import RUN_FLAGS, metrics_log, run
 from EasyLM.training.stop_signal import STOP_SIGNALS
@@ -129,13 +129,13 @@ def test_every_changed_model_setting_is_listed(tmp_path):
 @pytest.mark.slow
 def test_evaluation_is_compiled_once_and_its_time_is_logged(tmp_path, monkeypatch):
     traced = []
-    original = llama_train.model_without_extra
+    original = training_task.model_without_extra
 
     def counted(*arguments):
         model = original(*arguments)
         return dataclasses.replace(model, evaluate=lambda *values: (traced.append(1), model.evaluate(*values))[1])
 
-    monkeypatch.setattr(llama_train, "model_without_extra", counted)
+    monkeypatch.setattr(training_task, "model_without_extra", counted)
     held_out = {"eval_dataset__" + name.removeprefix("train_dataset."): value for name, value in TINY.items()
                 if name.startswith("train_dataset.")}  # fmt: skip
     run_dir = train(tmp_path, total_steps=3, eval_steps=2, **{k.replace(".", "__"): v for k, v in held_out.items()})

@@ -16,5 +16,6 @@ Modules:
   llama_model: the model and its loss.
   llama_decode: decoding with a key-value cache; likelihoods.
   hf_files, hf_layout: weight files and tensor layout of Hugging Face models.
-  llama_train, llama_serve, convert_easylm_to_hf, convert_hf_to_easylm: commands.
+  training_task: what `llama_train` trains, from its flags.
+  llama_train, llama_plan, llama_serve, convert_easylm_to_hf, convert_hf_to_easylm: commands.
 """

@@ -1,0 +1,102 @@
+"""What `llama_train` trains, from its flags. `llama_plan` plans the same task."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from EasyLM import flags
+from EasyLM.data import dataset, text_tokenizer
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag
+from EasyLM.models.llama import costs, llama_config, llama_model
+from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
+from EasyLM.parallel import check_batch_size
+from EasyLM.storage import local_path
+from EasyLM.training import OPTIMIZER_FLAGS, RUN_FLAGS, Accounting, Model, model_without_extra
+
+COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+
+TRAIN_FLAGS = {
+    **RUN_FLAGS,
+    "dtype": Flag(
+        "fp32",
+        "Type of the computation; parameters, softmax and loss are float32. fp16 is refused: gradients underflow.",
+        choices=(*COMPUTE_DTYPES,),
+        aliases=flags.DTYPE_ALIASES,
+    ),
+    "load_llama_config": Flag(
+        "",
+        "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release); empty: the settings that "
+        "--load_checkpoint records.",
+    ),
+    "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
+    "llama": llama_config.LLAMA_FLAGS,
+    "tokenizer": text_tokenizer.TOKENIZER_FLAGS,
+    "train_dataset": dataset.DATASET_FLAGS,
+    "eval_dataset": dataset.DATASET_FLAGS,
+    "optimizer": OPTIMIZER_FLAGS,
+}
+
+
+def read_model(config: Any) -> LLaMAConfig:
+    """Returns the model's settings.
+
+    Args:
+      config: values of TRAIN_FLAGS.
+
+    Raises:
+      UserError: if a setting is invalid, or the type cannot train.
+    """
+    if config.dtype == "fp16":
+        raise UserError(
+            "--dtype=fp16: small gradients underflow to zero, as there is no loss scaling; use bf16, which has the "
+            "range of fp32"
+        )
+    recorded = recorded_config(config.load_checkpoint) if config.load_checkpoint else None
+    return llama_config.build_config(
+        config.load_llama_config, config.llama, config.update_llama_config, recorded or LLaMAConfig()
+    )
+
+
+def recorded_config(spec: str) -> LLaMAConfig | None:
+    """Returns the settings that the checkpoint `PREFIX::PATH` records, or None."""
+    prefix, _, path = spec.partition("::")
+    return llama_config.recorded_config(prefix, local_path(path))
+
+
+def make_model(llama: LLaMAConfig, dtype: str, mesh: Mesh) -> Model:
+    """Returns the functions of the model. `dtype` is a name of COMPUTE_DTYPES."""
+    loss_fn = llama_model.make_loss_fn(llama, COMPUTE_DTYPES[dtype], mesh)
+    return model_without_extra(partial(llama_model.init_params, llama), loss_fn, PARTITION_RULES)
+
+
+def accounting(llama: LLaMAConfig, seq_length: int) -> Accounting:
+    """Returns the units of rows of `seq_length` tokens."""
+    return Accounting(
+        unit="tokens",
+        items_per_row=seq_length,
+        flops_per_row=seq_length * costs.flops_per_token(llama, seq_length),
+    )
+
+
+def check_batch(name: str, dataset_config: Any, llama: LLaMAConfig, mesh: Mesh) -> None:
+    """Checks the size and the length of a dataset's batches against the mesh and the model.
+
+    Args:
+      name: the group of the dataset's flags.
+      dataset_config: values of DATASET_FLAGS.
+
+    Raises:
+      UserError: naming the flag, its value and the rule.
+    """
+    settings = dataset.settings(dataset_config)
+    group = f"{name}.{dataset_config.type}_dataset"
+    check_batch_size(f"--{group}.batch_size", settings.batch_size, mesh)
+    if settings.seq_length > llama.max_sequence_length:
+        raise UserError(
+            f"--{group}.seq_length={settings.seq_length}: longer than the model's "
+            f"max_sequence_length={llama.max_sequence_length}"
+        )

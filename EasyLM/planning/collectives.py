@@ -1,0 +1,100 @@
+"""The communication of a compiled step: bytes by kind of operation and by network."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from EasyLM.planning.hlo import Instruction
+
+OPERATIONS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}  # other types end with their bits
+_OPERATION = re.compile(rf"({'|'.join(OPERATIONS)})(-start)?")
+# Between TPU slices, a collective operation is a transfer by the hosts, which has its name.
+_TRANSFER = re.compile(rf'_xla_host_transfer_rendezvous="({"|".join(OPERATIONS)})')
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+_COMPUTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Communication:
+    """Bytes that a device sends or receives in one step, by operation.
+
+    A gather and a scatter count their larger side, an all-reduce its array once.
+
+    Attributes:
+      within: over the fast network of a slice or node.
+      across: over the network between slices or nodes.
+    """
+
+    within: dict[str, int]
+    across: dict[str, int]
+
+    @property
+    def total(self) -> dict[str, int]:
+        """Bytes over both networks."""
+        return {name: self.within[name] + self.across[name] for name in OPERATIONS}
+
+
+def communication(executed: Iterable[tuple[int, Instruction]], island_of: Sequence[int]) -> Communication:
+    """Counts the collective operations of a step.
+
+    Args:
+      executed: see `hlo.executed_instructions`.
+      island_of: the slice or node of each device, in the order of the mesh.
+    """
+    within, across = dict.fromkeys(OPERATIONS, 0), dict.fromkeys(OPERATIONS, 0)
+    counted: collections.Counter[str] = collections.Counter()
+    for times, instruction in executed:
+        if instruction.operation in ("send", "recv") and (transfer := _TRANSFER.search(instruction.rest)):
+            if instruction.operation == ("recv" if transfer[1] == "all-gather" else "send"):  # the larger side
+                across[transfer[1]] += times * _array_bytes(*_arrays(instruction.type)[0])
+            continue
+        match = _OPERATION.fullmatch(instruction.operation)
+        if not match:
+            continue
+        # The parts of an asynchronous operation may all show it, with one channel.
+        channel = re.search(r"channel_id=(\d+)", instruction.rest)
+        if channel:
+            times, counted[channel[1]] = max(times - counted[channel[1]], 0), max(times, counted[channel[1]])
+        groups = _groups(instruction.rest, len(island_of))
+        crosses = any(len({island_of[device] for device in group}) > 1 for group in groups)
+        if any(len(group) > 1 for group in groups):
+            (across if crosses else within)[match[1]] += times * _bytes(instruction)
+    return Communication(within, across)
+
+
+def _bytes(instruction: Instruction) -> int:
+    """Returns the bytes of the larger side of an operation."""
+    # The result of a start holds the inputs, and for some operations two scalars for internal use.
+    results = re.sub(r"u32\[\]", "", instruction.type)
+    sides = [sum(_array_bytes(*array) for array in _arrays(side)) for side in (results, instruction.inputs)]
+    if instruction.operation.endswith("-start") and not instruction.operation.startswith("all-reduce"):
+        sides[0] -= sides[1]
+    return max(sides)
+
+
+def _arrays(types: str) -> list[tuple[str, str]]:
+    """Returns the type and the dimensions of each array in the text of a type."""
+    return _ARRAY.findall(types)
+
+
+def _array_bytes(dtype: str, dimensions: str) -> int:
+    bits = re.search(r"\d+$", dtype)
+    itemsize = _BYTES.get(dtype) or (int(bits[0]) / 8 if bits else 0)
+    return int(itemsize * math.prod(map(int, filter(None, dimensions.split(",")))))
+
+
+def _groups(rest: str, devices: int) -> list[list[int]]:
+    """Returns the groups of devices that communicate; one group of all if the operation lists none."""
+    if match := _COMPUTED.search(rest):
+        shape, source, order = ([int(n) for n in text.split(",")] if text else None for text in match.groups())
+        numbers = np.arange(devices).reshape(source)
+        return np.transpose(numbers, order).reshape(shape).tolist()
+    if match := _LISTED.search(rest):
+        return [[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d,]*)\}", match[1])]
+    return [list(range(devices))]

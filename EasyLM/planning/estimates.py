@@ -1,0 +1,86 @@
+"""Estimates of the seconds of a step and of a save, from the rates of devices, networks and disks."""
+
+import dataclasses
+import os
+from typing import Any
+
+from EasyLM.flags import Flag
+from EasyLM.planning.collectives import Communication
+from EasyLM.planning.hardware import Hardware, hardware_of
+from EasyLM.planning.topologies import Topology
+from EasyLM.training import peak_flops
+
+_DEFAULT = "0: the data sheet's"
+ASSUMPTION_FLAGS = {
+    "hbm_gb": Flag(
+        0.0, f"Memory of a device in GB (1e9 bytes); {_DEFAULT}, for CPUs a share of this machine's.", least=0
+    ),
+    "hbm_gb_per_second": Flag(0.0, f"GB/s between a device and its memory; {_DEFAULT}.", least=0),
+    "link_gb_per_second": Flag(0.0, f"GB/s of a device to its slice or node, in one direction; {_DEFAULT}.", least=0),
+    "network_gb_per_second": Flag(0.0, f"GB/s of a device to other slices or nodes; {_DEFAULT}.", least=0),
+    "matmul_efficiency": Flag(0.7, "Share of the peak FLOP/s that matrix products reach.", above=0, most=1),
+    "host_gb_per_second": Flag(5.0, "GB/s at which process 0 receives the arrays of a checkpoint.", above=0),
+    "disk_gb_per_second": Flag(1.0, "GB/s at which process 0 writes a checkpoint.", above=0),
+}
+_GB = 1e9
+# Nominal values of a virtual CPU device, so that plans can be compared. Give the flags for a real estimate.
+_CPU_TFLOPS, _CPU_MEMORY_RATE, _CPU_LINK_RATE = 0.1, 10.0, 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """The values of ASSUMPTION_FLAGS, and the peak of a device. Those of the data sheet replace zeros."""
+
+    hbm_gb: float
+    hbm_gb_per_second: float
+    link_gb_per_second: float
+    network_gb_per_second: float
+    matmul_efficiency: float
+    host_gb_per_second: float
+    disk_gb_per_second: float
+    peak_tflops: float
+
+    @classmethod
+    def of(cls, config: Any, topology: Topology) -> "Assumptions":
+        """Returns the assumptions for the devices of a topology.
+
+        Args:
+          config: values of ASSUMPTION_FLAGS and of `peak_tflops`.
+        """
+        given = {field.name: config[field.name] for field in dataclasses.fields(cls)}
+        sheet = hardware_of(topology.device_kind) or _cpu(len(topology.devices))
+        peak = peak_flops(config.peak_tflops, topology.device_kind) or _CPU_TFLOPS * 1e12
+        defaults = {
+            "hbm_gb": sheet.memory_gb,
+            "hbm_gb_per_second": sheet.memory_rate,
+            "link_gb_per_second": sheet.link_rate,
+            "network_gb_per_second": sheet.network_rate,
+        }
+        given |= {name: given[name] or value for name, value in defaults.items()}
+        return cls(**given | {"peak_tflops": peak / 1e12})
+
+    def step_seconds(self, matmul_flops: float, state_bytes: int, communication: Communication) -> float:
+        """Estimates the seconds of a step. Communication overlaps with computation.
+
+        The time of elementwise operations is that of one pass over the state: read and written.
+
+        Args:
+          matmul_flops: FLOPs of the matrix products of one device.
+          state_bytes: bytes of the train state of one device.
+        """
+        compute = matmul_flops / (self.peak_tflops * 1e12 * self.matmul_efficiency)
+        update = 2 * state_bytes / (self.hbm_gb_per_second * _GB)
+        networks = (communication.within, self.link_gb_per_second), (communication.across, self.network_gb_per_second)
+        # An all-reduce sends its array twice: it scatters the sums and gathers them.
+        seconds = [(sum(sent.values()) + sent["all-reduce"]) / (rate * _GB) for sent, rate in networks]
+        return max(compute + update, sum(seconds))
+
+    def save_seconds(self, file_bytes: int, host_bytes: int) -> float:
+        """Estimates the seconds until a checkpoint is on disk. Training waits for the first part, the copy."""
+        return host_bytes / (self.host_gb_per_second * _GB) + file_bytes / (self.disk_gb_per_second * _GB)
+
+
+def _cpu(devices: int) -> Hardware:
+    """Returns the values of one of several virtual CPU devices, which share the memory of this machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GB
+    return Hardware(memory / devices, _CPU_MEMORY_RATE, _CPU_LINK_RATE, _CPU_LINK_RATE)

@@ -1,0 +1,46 @@
+"""The train step before it has arguments: shapes, types and shardings of its state and batch, and its trace.
+
+The devices of the mesh need not exist on this machine.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from EasyLM.parallel import batch_sharding, shardings
+from EasyLM.training.step import Batch, Optimizer, TrainState, jit_train_step, make_train_step, state_shapes
+from EasyLM.training.task import Model
+
+
+def abstract_state(model: Model, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """Returns the train state with a `jax.ShapeDtypeStruct` on the mesh in place of each array."""
+    shapes = state_shapes(model.init, optimizer)
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings(mesh, model.partition_rules, shapes),
+    )
+
+
+def abstract_batch(rows: Mapping[str, Any], batch_size: int, mesh: Mesh) -> Batch:
+    """Returns a global batch with a `jax.ShapeDtypeStruct` on the mesh in place of each array.
+
+    Args:
+      rows: arrays [any number of rows, ...] of the batch's names, row shapes and types.
+    """
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=sharding)
+        for name, array in rows.items()
+    }
+
+
+def trace_step(
+    model: Model, optimizer: Optimizer, seed: int, mesh: Mesh, state: TrainState, batch: Batch
+) -> jax.stages.Traced:
+    """Traces the train step `(state, batch) -> (state, metrics)`. The state and the batch may be abstract."""
+    step = make_train_step(model.loss_and_gradients, optimizer, seed)
+    placement = jax.tree.map(lambda array: array.sharding, state)
+    return jit_train_step(step, placement, mesh).trace(state, batch)

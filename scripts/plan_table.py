@@ -1,0 +1,120 @@
+"""Plans presets on topologies and prints the table of the README: `python scripts/plan_table.py --kinds=cpu,v5p`.
+
+Each plan is made by `llama_plan` in its own process. The plans are kept in --results, so that TPU topologies (extra
+`tpu`) and GPU topologies (extra `gpu`) can be planned in different environments. Plans with 7 billion parameters
+compile for minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from EasyLM.flags import Flag, run
+from EasyLM.storage import write_json
+
+FLAGS = {
+    "kinds": Flag("", "Comma list of kinds of devices to plan for, as v5e,h100; empty: only print the table."),
+    "presets": Flag("", "Comma list of presets to plan; empty: all of the table."),
+    "results": Flag("scripts/plan_table.json", "File of the plans, which is read and updated."),
+    "time_limit": Flag(1200.0, "Seconds for one plan.", above=0),
+}
+_GROUP = "--train_dataset.json_dataset"
+_SHARED = ["--dtype=bf16", f"{_GROUP}.seq_length=4096", "--checkpointer.save_optimizer_state=True"]
+_SAVED = "--llama.remat_block=projections_and_attention_saveable"
+# (preset, topology, rows of a batch, further flags)
+CASES: list[tuple[str, str, int, tuple[str, ...]]] = [
+    ("vqlm_100m", "h100:1", 16, ()),
+    ("vqlm_1b", "h100:8", 32, (_SAVED,)),
+    ("vqlm_3b", "h100:8", 32, ()),
+    ("vqlm_7b", "h100:8", 32, ()),
+    ("vqlm_7b", "h100:8", 32, (_SAVED,)),
+    ("vqlm_30b", "h100:8x8", 64, ()),
+    ("vqlm_100m", "v5e:2x2", 8, ()),
+    ("vqlm_1b", "v5e:4x4", 16, ()),
+    ("vqlm_3b", "v5e:4x4", 16, ()),
+    ("vqlm_7b", "v5e:4x4", 16, ()),
+    ("vqlm_7b", "v6e:4x4", 16, ()),
+    ("vqlm_7b", "v4:2x2x4", 16, ()),
+    ("vqlm_7b", "v5p:2x2x2", 8, ()),
+    ("vqlm_13b", "v5p:2x2x4", 16, ()),
+    ("vqlm_30b", "v5p:4x4x4", 64, ("--mesh_dim=4,-1,1",)),
+]
+
+
+def main(config: ConfigDict) -> None:
+    """Plans the chosen cases, and prints the table of all plans."""
+    kinds, presets = config.kinds.split(","), config.presets.split(",")
+    plans: dict[str, dict] = {}
+    if os.path.exists(config.results):
+        with open(config.results) as file:
+            plans = json.load(file)
+    for preset, topology, rows, flags in CASES:
+        if topology.partition(":")[0] in kinds and (presets == [""] or preset in presets):
+            plans[key_of(preset, topology, flags)] = made_plan(preset, topology, rows, flags, config.time_limit)
+            write_json(config.results, plans)
+    print(table(plans))
+
+
+def key_of(preset: str, topology: str, flags: Sequence[str]) -> str:
+    """Returns the key of a plan in the file."""
+    return " ".join([preset, topology, *flags])
+
+
+def made_plan(preset: str, topology: str, rows: int, flags: Sequence[str], time_limit: float) -> dict:
+    """Returns the plan of a case. A plan that fails holds its `error`."""
+    command = [sys.executable, "-m", "EasyLM.models.llama.llama_plan", f"--topology={topology}"]
+    command += [f"--load_llama_config={preset}", f"{_GROUP}.batch_size={rows}", *_SHARED, *flags]
+    print(f"--- {key_of(preset, topology, flags)}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        file_name = os.path.join(directory, "plan.json")
+        try:
+            process = subprocess.run([*command, f"--output_json={file_name}"], timeout=time_limit, check=False)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not compiled in {time_limit:.0f} s"}
+        if not os.path.exists(file_name):
+            return {"error": f"exit code {process.returncode}"}
+        with open(file_name) as file:
+            return json.load(file)
+
+
+def table(plans: dict[str, dict]) -> str:
+    """Returns the plans as a table in Markdown."""
+    lines = [
+        "| preset, devices | mesh | rows, saved for backward | memory a device | FLOPs | sent a device | checkpoint |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for preset, topology, rows, flags in CASES:
+        plan = plans.get(key_of(preset, topology, flags))
+        if plan is not None:
+            saved = "projections, attention" if _SAVED in flags else "preset"
+            cells = [f"{preset}, {topology}", *_cells(plan, f"{rows}, {saved}")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(plan: dict, batch: str) -> list[str]:
+    if plan["error"] and not plan.get("peak_bytes_per_device"):
+        return ["", batch, plan["error"], "", "", ""]
+    used, limit = (plan[name] / 1e9 for name in ("peak_bytes_per_device", "hbm_bytes_per_device"))
+    return [
+        ",".join(str(size) for size in plan["mesh"].values()),
+        batch,
+        f"{used:.1f} of {limit:.0f} GB" + ("" if plan["fits"] else ": does not fit"),
+        f"{plan['matmul_flops_ratio']:.2f}",
+        f"{sum(plan['collective_bytes'].values()) / 1e9:.1f} GB",
+        f"{plan['checkpoint_bytes'] / 1e9:.1f} GB",
+    ]
+
+
+def cli() -> None:
+    """Runs the command with the flags of the command line."""
+    run(main, FLAGS)
+
+
+if __name__ == "__main__":
+    cli()

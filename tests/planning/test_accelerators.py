@@ -1,0 +1,65 @@
+"""Plans for TPUs and GPUs that are not here, where the compilers can be imported."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from EasyLM import flags
+from EasyLM.errors import UserError
+from EasyLM.models.llama import llama_plan
+from EasyLM.planning.topologies import make_topology
+
+needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
+needs_gpu = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax_cuda13_plugin (extra `gpu`)"
+)
+FLAGS = ["--load_llama_config=vqlm_debug", "--dtype=bf16", "--train_dataset.json_dataset.seq_length=512"]
+
+
+def plan(tmp_path, *arguments: str) -> dict:
+    assert jax.devices("cpu")
+    file = tmp_path / "plan.json"
+    config = flags.parse(llama_plan.FLAGS, ["llama_plan", *FLAGS, f"--output_json={file}", *arguments])
+    llama_plan.main(config)
+    return json.loads(file.read_text())
+
+
+@needs_tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, devices, processes, kind, memory", [
+    (["v5e:4x4"], 16, 4, "TPU v5 lite", 16.9e9),
+    (["v5e:2x4", "--num_slices=2", "--train_dataset.json_dataset.batch_size=16"], 16, 4, "TPU v5 lite", 16.9e9),
+    (["v5p:2x2x2"], 8, 2, "TPU v5", 102.8e9),
+])  # fmt: skip
+def test_tpus(tmp_path, arguments, devices, processes, kind, memory):
+    rows = ["--train_dataset.json_dataset.batch_size=16"]
+    made = plan(tmp_path, f"--topology={arguments[0]}", *rows, *arguments[1:], "--mesh_dim=2,-1,1")
+    assert made["error"] is None and made["fits"]
+    assert (made["devices"], made["processes"], made["device_kind"]) == (devices, processes, kind)
+    assert made["hbm_bytes_per_device"] == memory
+    assert made["mesh"] == {"dp": 2, "fsdp": devices // 2, "mp": 1}
+    assert made["collective_bytes"]["all-gather"] > 0
+    across = sum(made["network_bytes"].values())
+    assert (across > 0) == (made["num_slices"] > 1), "dp is split over the slices"
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_a_topology_that_does_not_exist_is_one_line():
+    with pytest.raises(UserError, match="--topology=v5e:3x5: no such topology: "):
+        make_topology("v5e:3x5")
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology, processes", [("h100:8", 1), ("h100:2x4", 2)])
+def test_gpus(tmp_path, topology, processes):
+    made = plan(tmp_path, f"--topology={topology}", "--mesh_dim=2,-1,1")
+    assert made["error"] is None and made["fits"]
+    assert (made["devices"], made["processes"], made["hbm_bytes_per_device"]) == (8, processes, 85e9)
+    layers = 2
+    forward, backward = made["attention_kernels"].values()
+    assert forward == backward == layers and made["attention_weights"] == ""
+    assert (sum(made["network_bytes"].values()) > 0) == (processes > 1)

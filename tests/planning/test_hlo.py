@@ -1,0 +1,94 @@
+"""Instructions of compiled programs, and their communication."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from EasyLM.parallel import make_mesh
+from EasyLM.planning.collectives import communication
+from EasyLM.planning.hlo import executed_instructions
+
+# A loop of 3 trips as TPUs write it, a loop of 5 trips as noted by XLA, and asynchronous operations.
+MODULE = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[8]{0} get-tuple-element(%state), index=1
+  %reduced = f32[8]{0:T(256)} all-reduce(%x), channel_id=1, replica_groups=[2,2]<=[4], to_apply=%sum
+  ROOT %out = (s32[], f32[8]{0}) tuple(%next, %reduced)
+}
+
+%condition (state.1: (s32[], f32[8])) -> pred[] {
+  %state.1 = (s32[], f32[8]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(6)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+%noted (x.2: f32[8]) -> f32[8] {
+  %x.2 = f32[8]{0} parameter(0)
+  %gathered = f32[16]{0} all-gather(%x.2), channel_id=2, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+  ROOT %half = f32[8]{0} slice(%gathered), slice={[0:8]}
+}
+
+ENTRY %main (x.3: f32[8]) -> f32[8] {
+  %x.3 = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]{0}) tuple(%zero, %x.3)
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  %y = f32[8]{0} get-tuple-element(%loop), index=1
+  %loop.1 = f32[8]{0} while(%y), condition=%always, body=%noted, backend_config={"known_trip_count":{"n":"5"}}
+  %begin = (f32[8]{0}, f32[16]{0}) all-gather-start(%loop.1), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %end = f32[16]{0} all-gather-done(%begin)
+  %ring = (f32[8], f32[8], u32[], u32[]) collective-permute-start(%y), channel_id=4, source_target_pairs={{0,2},{2,0}}
+  %alone = f32[8]{0} all-reduce(%y), channel_id=5, replica_groups={{0},{1},{2},{3}}, to_apply=%sum
+  %sent = (bf16[4], u32[], token[]) send(%y, %after), attributes={_xla_host_transfer_rendezvous="all-reduce.9_0"}
+  %received = (bf16[4], u32[], token[]) recv(%after), attributes={_xla_host_transfer_rendezvous="all-reduce.9_0"}
+  ROOT %scattered = bf16[8]{0} reduce-scatter(%z), channel_id=6, replica_groups={{0,1,2,3}}, to_apply=%sum
+}
+"""
+
+
+def test_loops_count_by_their_trips():
+    executions = {instruction.name: times for times, instruction in executed_instructions(MODULE)}
+    assert executions["reduced"] == 3 and executions["gathered"] == 5 and executions["end"] == 1
+    assert "add" not in executions, "the function of a reduction is not executed as a step of its own"
+
+
+def test_communication_counts_the_larger_side_by_network():
+    sent = communication(executed_instructions(MODULE), island_of=[0, 0, 1, 1])
+    kinds = {"all-gather": 64, "all-reduce": 3 * 32, "reduce-scatter": 0, "all-to-all": 0, "collective-permute": 0}
+    assert sent.within == kinds, "neighbours are in one island; a group of one device sends nothing"
+    kinds = {"all-gather": 5 * 64, "all-reduce": 8, "reduce-scatter": 16, "all-to-all": 0, "collective-permute": 32}
+    assert sent.across == kinds, "groups of transposed devices, rings between islands and transfers by hosts cross"
+    assert sent.total["all-gather"] == 6 * 64
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_a_program_compiled_here(scanned):
+    mesh, layers, width, rows = make_mesh("1,8,1"), 3, 16, 8
+
+    def program(x, stack):
+        if scanned:
+            return jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, stack)[0]
+        for layer in range(layers):
+            x = jnp.sin(x @ stack[layer])
+        return x
+
+    x = jax.ShapeDtypeStruct((rows, width), np.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    stack = jax.ShapeDtypeStruct((layers, width, width), np.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
+    text = jax.jit(program, out_shardings=NamedSharding(mesh, P("fsdp"))).lower(x, stack).compile().as_text()
+    sent = communication(executed_instructions(text), island_of=range(8))
+    assert sum(sent.across.values()) == layers * width * width * 4 and sum(sent.within.values()) == 0

@@ -1,0 +1,81 @@
+"""The plan of a small model without attention, whose bytes and FLOPs are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from EasyLM import flags
+from EasyLM.checkpoints import SavedPart
+from EasyLM.parallel import make_mesh
+from EasyLM.planning import report
+from EasyLM.planning.estimates import ASSUMPTION_FLAGS, Assumptions
+from EasyLM.planning.plan import Plan, PlannedTask, make_plan
+from EasyLM.planning.topologies import make_topology
+from EasyLM.training import OPTIMIZER_FLAGS, make_optimizer, model_without_extra
+
+ROWS, WIDTH, OUTPUTS, DEVICES = 16, 32, 64, 8
+COUNTERS = 3 * 4  # the step, and the counts of AdamW and of its schedule: int32, on every device
+
+
+def task(save_optimizer_state: bool) -> PlannedTask:
+    def loss(params, batch, key):
+        return jnp.square(batch["x"] @ params["params"]["w"]).mean(), {}
+
+    def init(key):
+        return {"params": {"w": jax.random.normal(key, (WIDTH, OUTPUTS))}}
+
+    return PlannedTask(
+        model=model_without_extra(init, loss, [("w", P("fsdp", None))]),
+        optimizer=make_optimizer(flags.defaults(OPTIMIZER_FLAGS)),
+        seed=0,
+        batch={"x": np.zeros((0, WIDTH), np.float32)},
+        batch_size=ROWS,
+        seq_length=1,
+        flops_per_row=2 * 2 * WIDTH * OUTPUTS,
+        saved=SavedPart(save_optimizer_state=save_optimizer_state),
+    )
+
+
+@pytest.fixture(scope="module")
+def planned():
+    assert jax.device_count() == DEVICES
+    topology = make_topology(f"cpu:{DEVICES}")
+    config = ConfigDict(flags.defaults(ASSUMPTION_FLAGS).to_dict() | {"peak_tflops": 1.0, "hbm_gb": 1.0})
+
+    def plan(save_optimizer_state: bool, hbm_gb: float = 1.0) -> Plan:
+        config.hbm_gb = hbm_gb
+        blank = Plan(f"cpu:{DEVICES}", 1, "linear", ROWS, 1)
+        mesh = make_mesh("1,-1,1", list(topology.devices))
+        return make_plan(blank, task(save_optimizer_state), mesh, topology, Assumptions.of(config, topology))
+
+    return plan
+
+
+def test_bytes_and_flops_of_a_step(planned):
+    plan = planned(save_optimizer_state=True)
+    weights = 4 * WIDTH * OUTPUTS
+    assert plan.fits and plan.error is None
+    assert plan.state_bytes_per_device == 3 * weights / DEVICES + COUNTERS
+    assert plan.checkpoint_bytes == plan.host_bytes_per_process == 3 * weights + COUNTERS
+    assert plan.matmul_flops_ratio == 1, "forward, and the gradient of the weights"
+    assert plan.collective_bytes["all-gather"] == weights
+    assert plan.collective_bytes["all-reduce"] + plan.collective_bytes["reduce-scatter"] >= weights
+    assert plan.network_bytes == dict.fromkeys(plan.collective_bytes, 0)
+    assert plan.attention_weights == "" and plan.attention_kernels == {}
+    text = report.text(plan)
+    assert text.startswith("linear on cpu:8\n") and "8 x cpu in 1 processes, mesh dp=1 fsdp=8 mp=1" in text
+    assert "1.00 times those of the model" in text
+
+
+def test_parameters_alone_are_saved_in_half_precision(planned):
+    plan = planned(save_optimizer_state=False)
+    assert (plan.checkpoint_bytes, plan.host_bytes_per_process) == (2 * WIDTH * OUTPUTS, 4 * WIDTH * OUTPUTS)
+
+
+def test_a_step_that_needs_more_memory_does_not_fit(planned):
+    plan = planned(save_optimizer_state=True, hbm_gb=1e-6)
+    assert plan.fits is False and plan.error.startswith("does not fit: 0.0") and plan.peak_bytes_per_device > 1000
+    assert report.text(plan).endswith(f"error         {plan.error}")
