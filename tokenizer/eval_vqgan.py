@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
+from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output, write_json
 from tokenizer.image_quality import FeatureStatistics, code_usage, frechet_distance, inception, psnr, ssim, warn_if_few
 from tokenizer.media import folders, grids, images
@@ -24,6 +25,7 @@ from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 FLAGS = {
     "input_dirs": Flag("", "Comma list of folders of images, searched recursively.", required=True),
+    "max_errors": Flag(0, "Maximum number of unusable images to skip; each is reported.", least=0),
     "limit": Flag(0, "Number of images taken from each folder, in name order; 0: all.", least=0),
     "inception_weights": Flag("", "Local weights of pytorch-fid's InceptionV3; enables rFID."),
     "output_json": Flag("", "File for the metrics."),
@@ -61,7 +63,8 @@ def main(config: ConfigDict) -> None:
         check_output(config.output_json, "output_json")
     if config.output_picture:
         images.check_output(config.output_picture, "output_picture")
-    paths = {folder: folders.list_images(folder, "input_dirs")[: config.limit or None] for folder in directories}
+    skipped = SkippedInputs(config.max_errors)
+    paths = {name: folders.list_images(name, "input_dirs", skipped.add)[: config.limit or None] for name in directories}
     network = None
     if config.inception_weights:
         with prefix_errors(f"--inception_weights={config.inception_weights}"):
@@ -72,7 +75,7 @@ def main(config: ConfigDict) -> None:
     counts_K, rows = np.zeros(codec.config.num_embeddings, np.int64), []
     features = FeatureStatistics(), FeatureStatistics()
     for folder in directories:
-        result = measure(codec, network, paths[folder], config.batch_size, config.columns)
+        result = measure(codec, network, paths[folder], skipped, config.batch_size, config.columns)
         metrics[folder] = result.metrics
         counts_K += result.counts_K
         rows += result.rows
@@ -81,7 +84,7 @@ def main(config: ConfigDict) -> None:
             for total, part in zip(features, result.features, strict=True):
                 total.merge(part)
         print(_summary(folder, metrics[folder]))
-    overall = metrics["all"] = {"pictures": sum(map(len, paths.values())), **_code_usage(counts_K)}
+    overall = metrics["all"] = {"pictures": sum(part["pictures"] for part in metrics.values()), **_code_usage(counts_K)}
     if network:
         overall["rfid"] = rfid("all", *features)
     usage = f"{overall['codes_used']:.1%} of {len(counts_K)} codes used, perplexity {overall['code_perplexity']:.0f}"
@@ -93,13 +96,22 @@ def main(config: ConfigDict) -> None:
 
 
 def measure(
-    codec: Codec, network: inception.Inception | None, paths: Sequence[pathlib.Path], batch_size: int, columns: int
+    codec: Codec,
+    network: inception.Inception | None,
+    paths: Sequence[pathlib.Path],
+    skipped: SkippedInputs,
+    batch_size: int,
+    columns: int,
 ) -> FolderResult:
     """Encodes and decodes the images of a folder and compares them with the originals.
 
     Args:
       network: computes the features for rFID; None: no features.
+      skipped: is updated with the images that cannot be read.
       columns: number of images in `rows`.
+
+    Raises:
+      UserError: if more images cannot be read than may be skipped, or none can be read.
     """
     values: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
     pairs, features = [], (FeatureStatistics(), FeatureStatistics())
@@ -107,7 +119,11 @@ def measure(
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress(total=len(paths), unit="image") as bar:
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
-            pixels = np.stack(list(pool.map(lambda path: images.load(path, codec.config.resolution), batch)))
+            bar.update(len(batch))
+            readable = _load(pool, batch, codec.config.resolution, skipped)
+            if not readable:
+                continue
+            pixels = np.stack(readable)
             codes = codec.encode(pixels)
             reconstructions = codec.decode(codes)
             counts_K += np.bincount(codes.ravel(), minlength=len(counts_K))
@@ -118,10 +134,25 @@ def measure(
                     statistics.merge(FeatureStatistics.of(network(side)))
             if start < columns:
                 pairs.append((pixels, reconstructions))
-            bar.update(len(batch))
+    if not values["psnr"]:
+        raise UserError(f"{paths[0]}: neither this image nor any other one of its folder can be read")
+    count = sum(map(len, values["psnr"]))
     means = {name: float(np.concatenate(parts).mean()) for name, parts in values.items()}
     rows = [images.to_uint8(_fill_row(np.concatenate(side), columns)) for side in zip(*pairs)]
-    return FolderResult({"pictures": len(paths), **means, **_code_usage(counts_K)}, counts_K, rows, features)
+    return FolderResult({"pictures": count, **means, **_code_usage(counts_K)}, counts_K, rows, features)
+
+
+def _load(
+    pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path], size: int, skipped: SkippedInputs
+) -> list[np.ndarray]:
+    """Returns the readable images, each float32 [size,size,3]. Adds the others to `skipped`."""
+    pixels = []
+    for path, future in [(path, pool.submit(images.load, path, size)) for path in paths]:
+        try:
+            pixels.append(future.result())
+        except UserError as error:
+            skipped.add(str(path), str(error))
+    return pixels
 
 
 def rfid(name: str, originals: FeatureStatistics, reconstructions: FeatureStatistics) -> float:

@@ -68,6 +68,25 @@ def swapped_profile() -> bytes:
     return bytes(profile).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
 
 
+def _profile(space: bytes, pcs: bytes, tags: Mapping[bytes, bytes]) -> bytes:
+    """Returns an ICC profile of version 2, without the required tags that no reader needs."""
+    name = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(8) + bytes(3 + 67)
+    white_point = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"desc": name, b"wtpt": white_point, **tags}
+    offset, directory, data = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for signature, content in tags.items():
+        directory += signature + struct.pack(">II", offset + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    header = struct.pack(">I4sI4s4s4s", offset + len(data), b"lcms", 0x02400000, b"prtr", space, pcs)
+    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + directory + data
+
+
+def linear_gray_profile() -> bytes:
+    """Returns a profile of gray whose values are proportional to light."""
+    return _profile(b"GRAY", b"XYZ ", {b"kTRC": b"curv" + bytes(4) + struct.pack(">IH", 1, 0x0100)})
+
+
 def cmyk_profile() -> bytes:
     """Returns a profile in which cyan ink is red: a table of 16 ink combinations.
 
@@ -79,12 +98,4 @@ def cmyk_profile() -> bytes:
     curve = bytes(range(256))
     identity = b"".join(struct.pack(">i", 65536 * (i % 4 == 0)) for i in range(9))
     lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + 4 * curve + table + 3 * curve
-    name = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(8) + bytes(3 + 67)
-    white_point = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
-    offset, directory, data = 128 + 4 + 4 * 12, struct.pack(">I", 4), b""
-    for signature, content in ((b"desc", name), (b"wtpt", white_point), (b"A2B0", lut), (b"A2B1", lut)):
-        directory += signature + struct.pack(">II", offset + len(data), len(content))
-        data += content + bytes(-len(content) % 4)
-    header = struct.pack(">I4sI4s4s4s", offset + len(data), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ")
-    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
-    return header.ljust(128, b"\0") + directory + data
+    return _profile(b"CMYK", b"Lab ", {b"A2B0": lut, b"A2B1": lut})

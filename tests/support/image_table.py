@@ -95,6 +95,13 @@ def lab_pixels(lightness: float, a: float, b: float) -> np.ndarray:
     return np.full((SIDE, SIDE, 3), np.round(255 * signal), np.uint8)
 
 
+def linear_gray(values: np.ndarray, largest: int) -> np.ndarray:
+    """Values that are proportional to light, encoded as sRGB."""
+    light = values / largest
+    signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return gray(np.round(255 * signal), 255)
+
+
 def png_cases() -> Iterator[Case]:
     for bits in (1, 2, 4, 8, 16):
         largest = 2**bits - 1
@@ -128,6 +135,13 @@ def png_cases() -> Iterator[Case]:
     swapped = encode(COLOURS, "PNG", icc_profile=image_kit.swapped_profile())
     pixels = COLOURS[..., [1, 0, 2]]
     yield Case("icc.png", swapped, "profile with red and green exchanged", pixels, None, 4)
+    profile = image_kit.linear_gray_profile()
+    values = 64 + RAMP * 3 // 4  # not the darkest ones, which readers interpolate in a table
+    for bits, kind in ((8, np.uint8), (16, np.uint16)):
+        stored, largest = values * (2**bits - 1) // 255, 2**bits - 1
+        content = encode(stored.astype(kind), "PNG", icc_profile=profile)
+        pixels = linear_gray(stored, largest)
+        yield Case(f"gray{bits}_icc.png", content, "gray with a linear profile", pixels, stored, 2)
     frames = [Image.fromarray(COLOURS), Image.new("RGB", (SIDE, SIDE), "gray")]
     content = encode(frames[0], "PNG", save_all=True, append_images=frames[1:])
     yield Case("moving.png", content, "animation: the first frame", COLOURS)

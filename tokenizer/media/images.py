@@ -122,7 +122,7 @@ def to_bytes(image: Image.Image, size: int | None) -> np.ndarray:
     rgb = _to_rgb(upright(image))
     if size is not None:
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(sample_values.to_srgb(rgb, image.info.get("icc_profile")))  # fewer pixels than before the resize
+    return np.asarray(sample_values.to_srgb(rgb, image))  # fewer pixels than before the resize
 
 
 def upright(image: Image.Image, samples: Image.Image | None = None) -> Image.Image:

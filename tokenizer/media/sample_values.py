@@ -105,13 +105,21 @@ def check_labels(image: Image.Image, ids: np.ndarray) -> None:
         raise ValueError(f"its ids are {ids.min()}..{ids.max()}: must be from 0 to 2^24 - 1")
 
 
-def to_srgb(rgb: Image.Image, profile: bytes | None) -> Image.Image:
-    """Converts RGB pixels from an ICC colour profile to sRGB. Ignores a malformed profile or one of another space."""
+def to_srgb(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Converts RGB pixels of an opened image to sRGB by its embedded ICC profile.
+
+    Ignores a malformed profile, and one for other colours than the image has.
+    """
+    profile = image.info.get("icc_profile")
     if not profile:
         return rgb
+    is_gray = image.mode in ("1", "L", "LA", *SIXTEEN_BIT_MODES)
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() == "RGB" and "sRGB" not in ImageCms.getProfileDescription(source):
+        space = source.profile.xcolor_space.strip()
+        if space == "GRAY" and is_gray:
+            return ImageCms.profileToProfile(rgb.getchannel(0), source, _srgb(), outputMode="RGB") or rgb
+        if space == "RGB" and not is_gray and "sRGB" not in ImageCms.getProfileDescription(source):
             return ImageCms.profileToProfile(rgb, source, _srgb(), outputMode="RGB") or rgb
     return rgb
 

@@ -62,7 +62,8 @@ def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
     # Titles can have any encoding. Without this option, PyAV 18 and older accept only UTF-8.
     options = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
-        with av.open(os.fspath(path), **options) as container:
+        # FFmpeg takes the part of a relative path before a colon for a protocol.
+        with av.open(os.path.abspath(path), **options) as container:
             if not container.streams.video:
                 raise UserError(f"{path}: has no video stream")
             if container.streams.video[0].codec_context is None:

@@ -39,7 +39,7 @@ def _write_mp4(path: str, frames_nHW3: np.ndarray, fps: float) -> None:
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     _, height, width, _ = frames_nHW3.shape
     padded_nHW3 = np.pad(frames_nHW3, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(path, "w", format="mp4") as container:
+    with av.open(os.path.abspath(path), "w", format="mp4") as container:  # a colon is no protocol
         rate = fractions.Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(codec, rate=rate, options={"crf": "16"} if codec == "libx264" else {"q": "2"})
         stream.height, stream.width, stream.pix_fmt = *padded_nHW3.shape[1:3], "yuv420p"  # every player supports it

@@ -48,6 +48,25 @@ def test_metrics_and_image_show_the_reconstructions(tmp_path, capsys):
     assert sheet.shape == (4 * 18 - 2, 4 * 18 - 2, 3)
 
 
+@pytest.mark.slow
+def test_unusable_images_are_skipped_within_the_allowance(tmp_path, capsys):
+    settings = {"vqgan": tiny_vqgan(tmp_path / "vqgan"), "batch_size": 2, "input_dirs": str(tmp_path / "in")}
+    for i in range(5):
+        write_image(tmp_path / "in" / f"{i}.png", i, 16)
+    run_main(eval_vqgan, **settings, output_json=f"{tmp_path}/whole.json")
+    for name in ("00.png", "01.png", "9.png"):  # a whole batch, and the last image
+        (tmp_path / "in" / name).write_bytes(b"")
+    run_main(eval_vqgan, **settings, output_json=f"{tmp_path}/rest.json", max_errors=3)
+    whole, rest = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "rest"))
+    assert all(rest[name] == pytest.approx(whole[name]) for name in whole) and rest["all"]["pictures"] == 5
+    with pytest.raises(UserError, match=r"9\.png: not a readable image.*after 2 others"):
+        run_main(eval_vqgan, **settings, max_errors=2)
+    for path in (tmp_path / "in").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"0\.png: neither this image nor any other one of its folder can be read"):
+        run_main(eval_vqgan, **settings, max_errors=99)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

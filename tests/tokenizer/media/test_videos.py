@@ -67,6 +67,15 @@ def test_a_title_in_another_encoding_is_accepted(folder, tmp_path):
     assert numbers(videos.read(path, videos.timestamps(path)[:3])) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["a:b.mp4", "http:z.mp4", "%d.mp4", "a\nb.mp4", "a b'\".mp4"])
+def test_a_name_is_neither_a_protocol_nor_a_pattern(folder, tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes((folder / "b_frames.mp4").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert numbers(videos.read(name, videos.timestamps(name)[:2])) == [0, 1]
+    video_writer.write(name, np.stack([numbered_frame(5), numbered_frame(6)]), 10)
+    assert numbers(videos.read(name, [0.0, 0.1])) == [5, 6]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_times_in_any_order(folder, name):
     """Single and repeated frames are bit-equal to those of a complete read."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -54,6 +55,16 @@ def folder(tmp_path):
     for i in range(6):
         write_image(tmp_path / "pictures" / f"{i}.png", i, 8)
     return tmp_path
+
+
+def test_more_unusable_images_than_the_allowance_are_refused(folder):
+    """tests/tokenizer/training/test_image_rows.py tests what is trained within the allowance."""
+    for name in ("8.png", "9.png"):
+        os.mkfifo(folder / "pictures" / name)
+    with pytest.raises(UserError, match=r"[89]\.png: is a pipe.* .--max_errors=0;"):
+        train(folder, "strict")
+    with pytest.raises(UserError, match=r"[89]\.png: is a pipe.*, after 1 others .--max_errors=1;"):
+        train(folder, "lenient", max_errors=1)
 
 
 @pytest.mark.slow
