@@ -4,6 +4,7 @@ PNG files have checksums: a mutated one gives the pixels of the whole one, or is
 formats is the plain decoder of Pillow or PyAV.
 """
 
+import contextlib
 import fractions
 import io
 import pathlib
@@ -17,7 +18,8 @@ from campaign.attempts import Attempt, require, require_equal
 from campaign.mutations import mutated
 from EasyLM.errors import UserError
 from tokenizer.builders import views
-from tokenizer.media import images, videos
+from tokenizer.media import images, video_frames, videos
+from tokenizer.media.video_clock import read_clock
 
 _SIZE = 24
 _PIXELS = (40, 30)
@@ -36,6 +38,7 @@ _FORMATS: dict[str, dict] = {
 }
 _CODECS = {"mp4": "mpeg4", "mkv": "mpeg4", "webm": "libvpx-vp9", "avi": "mjpeg", "mov": "libx264", "mpg": "mpeg1video"}
 _FRAMES = 8
+_OPTIONS = {"metadata_errors": "replace"}  # titles can have any encoding
 
 
 def image_files(folder: pathlib.Path) -> Attempt:
@@ -118,10 +121,10 @@ def video_files(folder: pathlib.Path) -> Attempt:
         chosen = rng.choice(times, min(len(times), 3))
         frames = videos.read(path, chosen)
         require_equal(frames.dtype, np.dtype(np.float32), "type")
+        references = _frames(path, times)
         for time, frame in zip(chosen, frames, strict=True):
-            reference = _frame_at(path, time)
-            if reference is not None and reference.shape == frame.shape:
-                difference = float(np.abs(images.to_float32(reference) - frame).max())
+            if time in references and references[time].shape == frame.shape:
+                difference = float(np.abs(references[time] - frame).max())
                 require(difference < 0.02, f"the frame at {time} s differs by {difference:.3f}")
 
     return attempt
@@ -140,14 +143,17 @@ def _write_video(path: pathlib.Path, codec: str) -> None:
         container.mux(stream.encode())
 
 
-def _frame_at(path: pathlib.Path, time: float) -> np.ndarray | None:
-    """Returns the frame at a time, decoded from the beginning; None if there is none or it cannot be decoded."""
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            for frame in container.decode(stream):
-                if frame.pts is not None and abs(frame.pts * float(stream.time_base) - time) < 1e-6:
-                    return np.asarray(frame.to_image())
-    except (av.FFmpegError, ValueError, OverflowError):
-        pass
-    return None
+def _frames(path: pathlib.Path, times: np.ndarray) -> dict[float, np.ndarray]:
+    """Returns the whole frames by time, decoded from the beginning of the file, up to the first that cannot be decoded.
+
+    In files whose clock restarts, the time of a frame is that of its number.
+    """
+    frames: dict[float, np.ndarray] = {}
+    with contextlib.suppress(av.FFmpegError, ValueError, OverflowError), av.open(str(path), **_OPTIONS) as container:
+        stream = container.streams.video[0]
+        by_index = read_clock(path).by_index
+        for number, frame in enumerate(container.decode(stream)):
+            time = times[min(number, len(times) - 1)] if by_index else (frame.pts or 0) * float(stream.time_base)
+            if not frame.is_corrupt:
+                frames[time] = video_frames.to_pixels(frame, None)
+    return frames

@@ -71,6 +71,9 @@ def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
             width, height = (getattr(container.streams.video[0].codec_context, name) for name in ("width", "height"))
             if width * height > _MAX_PIXELS:
                 raise UserError(f"{path}: frames of {width}x{height} pixels, more than {_MAX_PIXELS}")
+            if container.streams.video[0].codec_context.name == "mjpeg":
+                # Otherwise the decoder fills the damaged part of a frame with anything, and does not say so.
+                container.streams.video[0].codec_context.options = {"err_detect": "explode"}
             yield container, container.streams.video[0]
     except UserError:
         raise

@@ -49,9 +49,9 @@ def read(path: str | os.PathLike, seconds: Sequence[float] | np.ndarray, size: i
             raise UserError(f"{path}: no frame is shown at {second:g} s (its frames: {times[0]:g} to {times[-1]:g} s)")
     decoded = {}
     with open_video(path) as (container, stream):
-        for number, frame in _decode_selected(container, stream, clock, np.unique(numbers).tolist()):
-            if frame.is_corrupt:
-                raise UserError(f"{path}: the frame at {times[number]:g} s is damaged")
+        for number, frame, is_damaged in _decode_selected(container, stream, clock, np.unique(numbers).tolist()):
+            if is_damaged:
+                raise UserError(f"{path}: the frame at {times[number]:g} s, or one that it depends on, is damaged")
             decoded[number] = video_frames.to_pixels(frame, size)
     missing = [number for number in numbers.tolist() if number not in decoded]
     if missing:
@@ -62,10 +62,12 @@ def read(path: str | os.PathLike, seconds: Sequence[float] | np.ndarray, size: i
     return np.stack([decoded[number] for number in numbers.tolist()])
 
 
-def _decode_selected(container: Any, stream: Any, clock: VideoClock, numbers: list[int]) -> Iterator[tuple[int, Any]]:
-    """Yields (number, frame) for ascending frame numbers. Omits frames that the decoder does not return."""
+def _decode_selected(
+    container: Any, stream: Any, clock: VideoClock, numbers: list[int]
+) -> Iterator[tuple[int, Any, bool]]:
+    """Yields (number, frame, whether it is damaged), ascending. Omits frames that the decoder does not return."""
     frames = _decode_from(container, stream, clock, None)
-    seek_point, latest = None, None  # latest: (tick, frame) of the last decoded frame
+    seek_point, latest = None, None  # latest: what `_decode_from` yielded last
     for number in numbers:
         target = clock.ticks[number]
         nearest = clock.seek_points[np.searchsorted(clock.seek_points, target, side="right") - 1]
@@ -82,14 +84,21 @@ def _decode_selected(container: Any, stream: Any, clock: VideoClock, numbers: li
             else:
                 latest = decoded
         if latest[0] == target:
-            yield number, latest[1]
+            yield number, *latest[1:]
 
 
-def _decode_from(container: Any, stream: Any, clock: VideoClock, seek_point: int | None) -> Iterator[tuple[int, Any]]:
-    """Yields (tick, frame) from a seek point on. None: from the current position in the file."""
+def _decode_from(
+    container: Any, stream: Any, clock: VideoClock, seek_point: int | None
+) -> Iterator[tuple[int, Any, bool]]:
+    """Yields (tick, frame, whether it is damaged) from a seek point on. None: from the current position in the file.
+
+    A decoder marks only the damaged frame itself. Those after it, up to the next key frame, are predicted from it.
+    """
     if seek_point is not None:
         container.seek(int(seek_point), stream=stream)
+    is_damaged = False
     for i, frame in enumerate(container.decode(stream)):
+        is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
         tick = int(clock.ticks[min(i, len(clock.ticks) - 1)]) if clock.by_index else frame.pts
         if tick is not None:
-            yield tick, frame
+            yield tick, frame, is_damaged

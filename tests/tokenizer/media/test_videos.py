@@ -220,6 +220,28 @@ class TestErrors:
                     outcomes.add("reported")
         assert outcomes == {"read", "reported"}
 
+    @pytest.mark.parametrize(("name", "damaged"), [("b_frames.mp4", range(12, 24)), ("motion.avi", [12])])
+    def test_damaged_frames_and_those_that_depend_on_them_are_refused(self, folder, tmp_path, name, damaged):
+        """A decoder marks the damaged frame alone, and MJPEG's none. Predicted frames after it look whole."""
+        with av.open(str(folder / name)) as container:
+            packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
+            key = sorted(packets, key=lambda packet: packet.pts)[12]
+            assert key.is_keyframe
+        path, data = tmp_path / name, bytearray((folder / name).read_bytes())
+        if name == "motion.avi":  # an end of the image before its end, where it would not raise an error
+            start, damage = key.pos + 8 + int(0.9 * key.size), b"\xff\xd9"
+        else:
+            start, damage = key.pos + key.size // 3, np.random.default_rng(0).bytes(key.size // 3)
+        data[start : start + len(damage)] = damage
+        path.write_bytes(data)
+        times = videos.timestamps(path)
+        for number in (*range(8, 28), 79):
+            if number in damaged:
+                with pytest.raises(UserError, match=f"^{path}: "):
+                    videos.read(path, times[[number]])
+            elif name == "motion.avi" or number < 10 or number > 24:  # B-frames before a key frame depend on it
+                assert numbers(videos.read(path, times[[number]])) == [number]
+
 
 class TestWrite:
     def test_mp4_round_trip(self, tmp_path):
