@@ -9,24 +9,24 @@ TOKENS_PER_IMAGE = 256  # 16x16 codes of the released tokenizer; that of another
 
 
 @dataclasses.dataclass(frozen=True)
-class SpecialIds:
-    """The ids that follow the codes. None is a code. If one were, generation could stop inside an image.
+class Vocabulary:
+    """The number of ids, and the ids that begin a sequence, end it, and fill a batch.
 
-    Attributes:
-      bos, eos, pad: begin a sequence, end it, and fill a batch.
-      vocab_size: number of codes and special ids.
+    None of these ids is a code. If one were, generation could stop inside an image. transformers has the same names.
     """
 
-    bos: int
-    eos: int
-    pad: int
     vocab_size: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
 
 
-def special_ids(codebook_size: int) -> SpecialIds:
-    """Returns the special ids of a model whose tokenizer has `codebook_size` codes."""
-    return SpecialIds(codebook_size, codebook_size + 1, codebook_size, codebook_size + NUM_SPECIAL_IDS)
+def vocabulary(codebook_size: int) -> Vocabulary:
+    """Returns the vocabulary of a model whose tokenizer has `codebook_size` codes."""
+    return Vocabulary(codebook_size + NUM_SPECIAL_IDS, codebook_size, codebook_size + 1, codebook_size)
 
 
-DEFAULT_IDS = special_ids(CODEBOOK_SIZE)
-BOS, EOS, PAD, VOCAB_SIZE = DEFAULT_IDS.bos, DEFAULT_IDS.eos, DEFAULT_IDS.pad, DEFAULT_IDS.vocab_size
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_DEFAULT = vocabulary(CODEBOOK_SIZE)
+VOCAB_SIZE = _DEFAULT.vocab_size
+BOS, EOS, PAD = _DEFAULT.bos_token_id, _DEFAULT.eos_token_id, _DEFAULT.pad_token_id

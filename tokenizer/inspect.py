@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
 from EasyLM.storage import check_output, expand_paths, write_json
-from EasyLM.vocab import CODEBOOK_SIZE, TOKENS_PER_IMAGE, VOCAB_SIZE
+from EasyLM.vocab import CODEBOOK_SIZE, NUM_SPECIAL_IDS, TOKENS_PER_IMAGE, VOCAB_SIZE, vocabulary
 from tokenizer.media import charts
 from tokenizer.sentence_files import read_sentences
 from tokenizer.sentence_files.summary import BadLines, Summary, plot, table
@@ -18,7 +18,12 @@ FLAGS = {
     "input_files": Flag(
         "", "JSONL files, also .gz and .zst, and packed files: a comma list of paths and globs.", required=True
     ),
-    "vocab_size": Flag(VOCAB_SIZE, "Ids must be below it; lines with other ids are bad.", least=1),
+    "vocab_size": Flag(
+        0,
+        f"Ids must be below it; lines with other ids are bad. 0: {VOCAB_SIZE}, or codebook_size + {NUM_SPECIAL_IDS} if "
+        "that is more.",
+        least=0,
+    ),
     "codebook_size": Flag(CODEBOOK_SIZE, "Codes of the tokenizer; higher ids are special.", least=1),
     "tokens_per_image": Flag(
         None,
@@ -40,12 +45,12 @@ def main(config: ConfigDict) -> None:
     if config.output_picture:
         charts.check_output(config.output_picture, "output_picture")
     paths = expand_paths("input_files", config.input_files)
-    vocab_size = max(config.vocab_size, config.codebook_size)
-    summary = Summary(vocab_size, config.codebook_size, config.tokens_per_image)
+    vocab_size = config.vocab_size or max(VOCAB_SIZE, vocabulary(config.codebook_size).vocab_size)
+    summary = Summary(max(vocab_size, config.codebook_size), config.codebook_size, config.tokens_per_image)
     bad_lines = BadLines(config.max_listed)
     with progress(unit=" sentences", desc="reading") as bar:
         for path in paths:
-            for ids, record in read_sentences(path, config.vocab_size, bad_lines.add):
+            for ids, record in read_sentences(path, vocab_size, bad_lines.add):
                 summary.add(ids, record)
                 bar.update()
     statistics = summary.statistics() | {"files": len(paths), **bad_lines.statistics()}

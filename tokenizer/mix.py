@@ -16,7 +16,7 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output, expand_path_groups, is_compressed, is_remote, lock_output, write_json
-from EasyLM.vocab import VOCAB_SIZE
+from EasyLM.vocab import NUM_SPECIAL_IDS, VOCAB_SIZE
 from tokenizer.sentence_files.disk_space import check_disk_space
 from tokenizer.sentence_files.mixing import Source, count_lines, needed_space, write_mixture
 
@@ -29,7 +29,7 @@ FLAGS = {
     "total": Flag(0, "With --weights: sentences in the mixture; 0: as many as possible without repetition.", least=0),
     "counts": Flag("", "Comma list, one number per input: sentences to take; they repeat if the input has fewer."),
     "seed": Flag(0, "Seed of the order and of the choice of sentences.", least=0),
-    "vocab_size": Flag(VOCAB_SIZE, "Ids must be below it.", least=1),
+    "vocab_size": Flag(VOCAB_SIZE, f"Ids must be below it: codes, and {NUM_SPECIAL_IDS} special ids.", least=1),
     "max_errors": Flag(0, "Maximum number of bad lines to skip; each is reported.", least=0),
     "memory_mb": Flag(
         512, "Megabytes of lines in memory; the other lines are in temporary files beside the output.", least=1

@@ -18,7 +18,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import atomic_file, expand_paths, file_version, is_compressed, lock_output
-from EasyLM.vocab import VOCAB_SIZE
+from EasyLM.vocab import NUM_SPECIAL_IDS, VOCAB_SIZE
 from tokenizer.sentence_files import read_sentences
 from tokenizer.sentence_files.disk_space import check_disk_space
 
@@ -37,7 +37,10 @@ FLAGS = {
     "unpack": Flag(False, "Convert packed files to JSONL."),
     "keep_others": Flag(True, "Keep the fields of the records besides the tokens and the tokenizer."),
     "vocab_size": Flag(
-        VOCAB_SIZE, "Ids must be below it; they take two bytes.", least=1, most=packed_file.LARGEST_ID + 1
+        VOCAB_SIZE,
+        f"Ids must be below it: codes, and {NUM_SPECIAL_IDS} special ids. They take two bytes.",
+        least=1,
+        most=packed_file.LARGEST_ID + 1,
     ),
     "max_errors": Flag(0, "Maximum number of bad lines to skip; each is reported.", least=0),
 }

@@ -18,6 +18,7 @@ from EasyLM.data.token_stream import FileTokenStream
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, to_dataclass
 from EasyLM.storage import expand_path_groups, is_compressed
+from EasyLM.vocab import BOS, EOS
 
 TYPES = ("json", "huggingface")
 
@@ -77,7 +78,12 @@ def no_batch(config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def make_dataset(
-    config: ConfigDict, tokenizer: Tokenizer | None, vocab_size: int, name: str = "train_dataset"
+    config: ConfigDict,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    name: str = "train_dataset",
+    bos: int = BOS,
+    eos: int = EOS,
 ) -> TokenRows | MixedRows:
     """Returns the row source of a `DATASET_FLAGS` config.
 
@@ -86,13 +92,14 @@ def make_dataset(
     Args:
       vocab_size: of the model; ids must be below it.
       name: prefix of the flags in messages.
+      bos, eos: special ids of the model, unless there is a text tokenizer.
 
     Raises:
       UserError: naming the flag, or FILE:LINE of a line that is not a record.
     """
     selected, group = settings(config), f"{name}.{config.type}_dataset"
     with prefix_errors(f"--{name}.text_processor", "."):
-        processor = make_processor(to_dataclass(FieldSettings, config.text_processor), vocab_size, tokenizer)
+        processor = make_processor(to_dataclass(FieldSettings, config.text_processor), vocab_size, tokenizer, bos, eos)
     if tokenizer is not None and processor.needs_text and tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"--tokenizer.vocab_file has {tokenizer.vocab_size} ids, more than the model's vocabulary of {vocab_size}"

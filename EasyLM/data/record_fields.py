@@ -188,14 +188,22 @@ class RecordProcessor:
         return ids
 
 
-def make_processor(settings: FieldSettings, vocab_size: int, tokenizer: Tokenizer | None = None) -> RecordProcessor:
+def make_processor(
+    settings: FieldSettings, vocab_size: int, tokenizer: Tokenizer | None = None, bos: int = BOS, eos: int = EOS
+) -> RecordProcessor:
     """Returns the processor of a field list.
+
+    Args:
+      vocab_size: of the model; ids must be below it.
+      tokenizer: a text tokenizer, whose special ids replace `bos` and `eos`.
+      bos, eos: special ids of the model.
 
     Raises:
       UserError: naming the setting, if the field list is invalid, an id is outside the vocabulary, or a text field has
         no text tokenizer.
     """
-    bos, eos = (BOS, EOS) if tokenizer is None else (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if tokenizer is not None:
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     parts: tuple[Part, ...] = ()
     if not settings.fields_from_example:
         try:

@@ -62,11 +62,16 @@ class Prompter:
         """Combines a tokenizer with model settings and parameters from `load_model`, sharded over `mesh`.
 
         Raises:
-          UserError: if the model's vocabulary is smaller than the codebook.
+          UserError: if the model was trained with a codebook of another size, or its vocabulary is smaller than it.
         """
-        if config.vocab_size < codec.config.num_embeddings:
+        if config.codebook_size not in (0, codec.num_codes):
             raise UserError(
-                f"the tokenizer has {codec.config.num_embeddings} codes, more than the model's vocabulary of "
+                f"the tokenizer has {codec.num_codes} codes, but the model was trained with a tokenizer of "
+                f"{config.codebook_size} codes: --vqgan and --checkpoint do not match"
+            )
+        if config.vocab_size < codec.num_codes:
+            raise UserError(
+                f"the tokenizer has {codec.num_codes} codes, more than the model's vocabulary of "
                 f"{config.vocab_size} ids: --vqgan and --checkpoint do not match"
             )
         self.codec, self.config, self.mesh = codec, config, mesh
@@ -88,7 +93,7 @@ class Prompter:
 
     @property
     def tokens_per_image(self) -> int:
-        return self.codec.config.tokens_per_image
+        return self.codec.tokens_per_image
 
     @property
     def max_images(self) -> int:
@@ -182,7 +187,7 @@ class Prompter:
             top_k=settings.top_k,
             top_p=settings.top_p,
             seed=_padded(list(seeds_B), self.batch_shards),
-            allowed_ids=self.codec.config.num_embeddings,
+            allowed_ids=self.codec.num_codes,
             prompt_mask_BP=mask_BP,
             progress=None if progress is None else lambda tokens_BCn: progress(tokens_BCn[: len(prompts)]),
         )[: len(prompts)]

@@ -12,7 +12,9 @@ from campaign.attempts import Attempt, require_equal
 from campaign.mutations import mutated, mutated_json
 from EasyLM import checkpoints
 from EasyLM.models.llama import hf_layout, llama_config
-from tokenizer.vqgan import VQGANConfig, weights
+from EasyLM.storage import read_json
+from EasyLM.vocab import SPECIAL_IDS
+from tokenizer.vqgan import VQGANConfig
 
 _GOLDEN = pathlib.Path(__file__).parents[2] / "tests" / "golden" / "lvm_tiny" / "step15"
 _MODEL = llama_config.PRESETS["vqlm_debug"]
@@ -51,11 +53,11 @@ def settings(folder: pathlib.Path) -> Attempt:
 def _llama_config(path: str) -> dict:
     """Returns the settings of a model under their names in the file. Ids of tokens may be replaced, as documented."""
     config = dataclasses.asdict(llama_config.load_config(f"json::{path}"))
-    return {name: value for name, value in config.items() if name not in llama_config.TOKEN_IDS}
+    return {name: value for name, value in config.items() if name not in SPECIAL_IDS}
 
 
 def _vqgan_config(path: str) -> dict:
-    return dataclasses.asdict(weights.read_config(pathlib.Path(path).parent))
+    return dataclasses.asdict(VQGANConfig.from_dict(read_json(path), path))
 
 
 def pickles(folder: pathlib.Path) -> Attempt:

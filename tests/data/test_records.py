@@ -64,6 +64,13 @@ def test_add_bos_and_eos():
     np.testing.assert_array_equal(mask, [0, 1, 1, 1])
 
 
+def test_special_ids_are_those_of_the_model():
+    settings = record_fields.FieldSettings(fields="<|bos|>,{tokens},<|eos|>", add_bos_token=True)
+    processor = record_fields.make_processor(settings, 16484, bos=16384, eos=16385)
+    ids, _ = processor({"tokens": records.encode_tokens(np.array([16383, 5]))})
+    assert ids.tolist() == [16384, 16384, 16383, 5, 16385]
+
+
 def test_text_fields_are_joined_after_the_prepended_text():
     record = {"a": "one three", "b": "fourteen", **RECORD}
     ids, mask = processor("a+b,[b],{more}", Words(), subfield_separator="xx", prepend_text="no ")(record)

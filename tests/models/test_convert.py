@@ -1,5 +1,6 @@
 """Export to and import from Hugging Face preserve every array."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ from checkpoint_kit import assert_equal, random_params
 from convert_kit import export, import_, tiny_state
 
 from EasyLM import checkpoints
-from EasyLM.models.llama import hf_layout
+from EasyLM.models.llama import hf_layout, llama_config
 from EasyLM.models.llama.llama_config import PRESETS
 
 SPECIAL_IDS = {"bos_token_id": 8192, "eos_token_id": 8193, "pad_token_id": 8192}
@@ -114,6 +115,14 @@ def test_special_ids_are_never_image_codes(golden, tmp_path):
         assert SPECIAL_IDS.items() <= values.items()
         assert dict.fromkeys(SPECIAL_IDS).items() <= tiny.items()
     assert values | tiny == dict.fromkeys(SPECIAL_IDS) | {"do_sample": False, "top_k": 0}
+
+
+def test_the_size_of_the_codebook_is_exported(golden, tmp_path):
+    model = llama_config.updated(PRESETS["vqlm_debug"], "{'codebook_size': 16384}")
+    values = hf_layout.hf_config(model, np.dtype(np.float32))
+    assert {name: values[name] for name in SPECIAL_IDS} == dict(zip(SPECIAL_IDS, (16384, 16385, 16384), strict=True))
+    assert llama_config.config_from_dict(values, "config.json") == dataclasses.replace(model, remat_block="")
+    assert "codebook_size" not in hf_layout.hf_config(llama_config.LLaMAConfig(), np.dtype(np.float32))
 
 
 def test_export_into_the_run_directory_itself(golden, tmp_path):

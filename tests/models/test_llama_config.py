@@ -54,6 +54,16 @@ def test_flops_per_token():
         ("{'attn_pdrop': 1.0}", "llama.attn_pdrop=1.0: must be at least 0 and below 1"),
         ("{'fcm_min_ratio': 0.5}", "llama.fcm_min_ratio=0.5: must be at most fcm_max_ratio=0.0"),
         ("{'eos_token_id': 1}", "llama.eos_token_id=1: must be at least 8192: smaller ids are image codes"),
+        (
+            "{'codebook_size': 16384, 'vocab_size': 8292}",
+            "llama.vocab_size=8292: must be at least codebook_size=16384",
+        ),
+        (
+            "{'codebook_size': 16384, 'bos_token_id': 8192}",
+            "llama.bos_token_id=8192: must be at least 16384: smaller ids",
+        ),
+        ("{'codebook_size': 65537}", "llama.codebook_size=65537: must be 0..65536"),
+        ("{'codebook_size': '16384'}", "llama.codebook_size='16384': must be of type int"),
         ("{'hidden_size': '64'}", "llama.hidden_size='64': must be of type int"),
         ("{'hidden_sise': 64}", "unknown setting hidden_sise; choose from vocab_size, hidden_size"),
         ("__import__('os').getcwd()", "not a Python dict literal"),
@@ -69,6 +79,22 @@ def test_update_overrides_flags_override_preset():
     given = dict.fromkeys(llama_config.FLAG_OF_FIELD) | {"num_hidden_layers": 3, "rope_theta": 5.0}
     config = llama_config.build_config("vqlm_debug", given, "dict(rope_theta=7.0)")
     assert (config.hidden_size, config.num_hidden_layers, config.rope_theta) == (128, 3, 7.0)
+
+
+def test_special_ids_and_vocabulary_follow_the_codebook(tmp_path):
+    def ids(config):
+        return config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id
+
+    assert ids(llama_config.LLaMAConfig()) == (8292, 8192, 8193, 8192)
+    config = llama_config.build_config("vqlm_debug", {"codebook_size": 16384, "hidden_size": None}, "")
+    assert ids(config) == (16484, 16384, 16385, 16384)
+    assert ids(llama_config.updated(config, "{'codebook_size': 1024}")) == (1124, 1024, 1025, 1024)
+    assert ids(llama_config.updated(config, "{'hidden_size': 64}")) == (16484, 16384, 16385, 16384)
+    assert ids(llama_config.updated(config, "{'codebook_size': 16384, 'vocab_size': 16400}"))[0] == 16400
+    # Settings in a file are as they were recorded.
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(dataclasses.asdict(config) | {"eos_token_id": 16390}))
+    assert ids(llama_config.load_config(f"json::{path}")) == (16484, 16384, 16390, 16384)
 
 
 def test_settings_from_files(golden, tmp_path):

@@ -15,7 +15,7 @@ Modules:
   layers, rotary: the parts of the model.
   llama_model: the model and its loss.
   llama_decode: decoding with a key-value cache; likelihoods.
-  hf_files, hf_layout: weight files and tensor layout of Hugging Face models.
+  hf_settings, hf_files, hf_layout: settings, weight files and tensor layout of Hugging Face models.
   training_task: what `llama_train` trains, from its flags.
   llama_train, llama_plan, llama_serve, convert_easylm_to_hf, convert_hf_to_easylm: commands.
 """

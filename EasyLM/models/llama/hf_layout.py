@@ -16,8 +16,9 @@ from EasyLM import checkpoints
 from EasyLM.checkpoints import Entry, stacking
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_model
-from EasyLM.models.llama.llama_config import TOKEN_IDS, LLaMAConfig, config_from_dict
+from EasyLM.models.llama.llama_config import LLaMAConfig, config_from_dict
 from EasyLM.storage import read_json
+from EasyLM.vocab import SPECIAL_IDS
 
 # Name of a parameter in a layer -> name of the tensor below `model.layers.{i}`.
 _LAYER_NAMES = {
@@ -167,6 +168,8 @@ def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict[str, Any]:
         "use_cache": True,
         "torch_dtype": dtype.name,
         **special_ids(config),
+        # Not a setting of transformers, which keeps and ignores it. Programs of this project check the tokenizer by it.
+        **({"codebook_size": config.codebook_size} if config.codebook_size else {}),
     }
 
 
@@ -177,5 +180,5 @@ def generation_config(config: LLaMAConfig) -> dict[str, Any]:
 
 def special_ids(config: LLaMAConfig) -> dict[str, int | None]:
     """Returns the ids of bos, eos and pad, or None outside the vocabulary. HF's defaults, 1 and 2, are image codes."""
-    ids = {name: getattr(config, name) for name in TOKEN_IDS}
+    ids = {name: getattr(config, name) for name in SPECIAL_IDS}
     return {name: value if value < config.vocab_size else None for name, value in ids.items()}

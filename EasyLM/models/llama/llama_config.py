@@ -10,9 +10,10 @@ from EasyLM.checkpoints import load_metadata, sidecar_path
 from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.models.attention import IMPLEMENTATIONS
+from EasyLM.models.llama.hf_settings import from_hugging_face
 from EasyLM.models.llama.remat_policies import REMAT_POLICIES
 from EasyLM.storage import check_schema
-from EasyLM.vocab import BOS, EOS, PAD, VOCAB_SIZE
+from EasyLM.vocab import BOS, CODEBOOK_SIZE, EOS, MOST_CODES, PAD, SPECIAL_IDS, VOCAB_SIZE, vocabulary
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
@@ -51,6 +52,12 @@ class LLaMAConfig:
     rope_theta: float = _size(10000.0, "Base of the rotary embedding's wavelengths.")
     initializer_range: float = _size(0.02, "Standard deviation of the initial weights.")
     tie_word_embeddings: bool = _setting(False, "The head is the transposed embedding.")
+    codebook_size: int = _setting(
+        0,
+        f"Codes of the tokenizer, which vocab_size and the special ids follow; 0: not recorded, {CODEBOOK_SIZE}.",
+        least=0,
+        most=MOST_CODES,
+    )
     bos_token_id: int = _setting(BOS, "Id that begins a sequence; never an image code.")
     eos_token_id: int = _setting(EOS, "Id that ends a sequence; never an image code.")
     pad_token_id: int = _setting(PAD, "Id that pads a batch; never an image code.")
@@ -95,18 +102,18 @@ class LLaMAConfig:
         require("num_attention_heads", self.hidden_size % heads == 0, f"a divisor of hidden_size={self.hidden_size}")
         require("hidden_size", self.head_dim % 2 == 0, f"an even multiple of num_attention_heads={heads}")
         require("fcm_min_ratio", self.fcm_min_ratio <= fcm_max, f"at most fcm_max_ratio={fcm_max}")
-        for name in TOKEN_IDS:
-            require(name, getattr(self, name) >= BOS, f"at least {BOS}: smaller ids are image codes")
+        codes = self.codebook_size or CODEBOOK_SIZE
+        require("vocab_size", self.vocab_size >= self.codebook_size, f"at least codebook_size={self.codebook_size}")
+        for name in SPECIAL_IDS:
+            require(name, getattr(self, name) >= codes, f"at least {codes}: smaller ids are image codes")
 
 
 FLAG_OF_FIELD: dict[str, Flag] = {field.name: field.metadata["flag"] for field in dataclasses.fields(LLaMAConfig)}
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Settings that a resumed run may change. They affect only the computation, or are ids that training does not use.
-RESUMABLE_SETTINGS = frozenset(
-    name
-    for name in FLAG_OF_FIELD
-    if name.startswith(("remat_", "scan_")) or name in TOKEN_IDS or name == "attention_implementation"
-)
+# Settings that a resumed run may change. They affect only the computation, or are ids; data that contains these ids has
+# them in its fingerprint.
+RESUMABLE_SETTINGS = frozenset({"codebook_size", "attention_implementation", *SPECIAL_IDS}) | {
+    name for name in FLAG_OF_FIELD if name.startswith(("remat_", "scan_"))
+}
 
 # Settings for which the parameters were trained. With other values the same arrays compute something else.
 TRAINED_SETTINGS = (
@@ -178,7 +185,7 @@ def build_config(
     """
     config = load_config(load_llama_config) if load_llama_config else default
     given = {name: value for name, value in llama.items() if value is not None}
-    return updated(dataclasses.replace(config, **given), update_llama_config)
+    return updated(_with_settings(config, given), update_llama_config)
 
 
 def load_config(spec: str) -> LLaMAConfig:
@@ -248,27 +255,12 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
         values = dict(values.get("llama_config", values))
         check_schema(values, {f"{name}?": (dict, type(None)) for name in ("rope_parameters", "rope_scaling")})
     if "model_type" in values:
-        values = _from_hugging_face(values, source)
+        values = from_hugging_face(values, source)
+        values = {name: value for name, value in values.items() if name in FLAG_OF_FIELD}
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if name not in values:
             raise UserError(f"{source}: holds no model settings: {name} is missing")
     return _replaced(LLaMAConfig(), values, source)
-
-
-def _from_hugging_face(values: dict[str, Any], source: str) -> dict[str, Any]:
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # names in transformers 5 and 4
-    if values["model_type"] != "llama" or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{source}: only plain LLaMA is supported, not {values['model_type']!r} with rope {rope}")
-    heads = values.get("num_attention_heads")
-    if values.get("num_key_value_heads") not in (None, heads):  # null or a missing key means all heads
-        raise UserError(f"{source}: num_key_value_heads={values['num_key_value_heads']}: must be {heads}, all heads")
-    renamed = {"max_sequence_length": values.get("max_position_embeddings"), "rope_theta": rope.get("rope_theta")}
-    values = values | {name: value for name, value in renamed.items() if value is not None}
-    values = {name: value for name, value in values.items() if name in FLAG_OF_FIELD}
-    for name in TOKEN_IDS:  # in the LVM release these ids are image codes
-        if not isinstance(values.get(name), int) or values[name] < BOS:
-            values.pop(name, None)
-    return values
 
 
 def updated(config: LLaMAConfig, text: str) -> LLaMAConfig:
@@ -297,4 +289,12 @@ def _replaced(config: LLaMAConfig, values: Mapping[Any, Any], source: str) -> LL
     if unknown:
         raise UserError(f"{source}: unknown setting {', '.join(unknown)}; choose from {', '.join(FLAG_OF_FIELD)}")
     with prefix_errors(source):
-        return dataclasses.replace(config, **values)
+        return _with_settings(config, values)
+
+
+def _with_settings(config: LLaMAConfig, values: Mapping[str, Any]) -> LLaMAConfig:
+    """Returns the config with other settings. Those that follow from another codebook change too, unless given."""
+    size = values.get("codebook_size", config.codebook_size)
+    changes = size != config.codebook_size and type(size) is int
+    following = dataclasses.asdict(vocabulary(size or CODEBOOK_SIZE)) if changes else {}
+    return dataclasses.replace(config, **(following | dict(values)))

@@ -54,7 +54,8 @@ def main(config: Any) -> int:
         # Data
         sources = {}
         for name in dataset_names:
-            make_source = partial(dataset.make_dataset, config[name], tokenizer, model.vocab_size, name)
+            ids = model.bos_token_id, model.eos_token_id
+            make_source = partial(dataset.make_dataset, config[name], tokenizer, model.vocab_size, name, *ids)
             sources[name] = on_first_process_first(make_source)
 
         # Train
