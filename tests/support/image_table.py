@@ -1,9 +1,10 @@
-"""About 120 image files, what their formats say about the pixels, and where libvips disagrees."""
+"""140 image files, what their formats say about the pixels, and where libvips disagrees."""
 
 import dataclasses
 import io
 import itertools
 import struct
+import zlib
 from collections.abc import Iterator
 
 import image_kit
@@ -142,6 +143,10 @@ def png_cases() -> Iterator[Case]:
         content = encode(stored.astype(kind), "PNG", icc_profile=profile)
         pixels = linear_gray(stored, largest)
         yield Case(f"gray{bits}_icc.png", content, "gray with a linear profile", pixels, stored, 2)
+    text = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n  20\nneither hex nor EXIF\n")
+    for kind, data in ((b"eXIf", b"no EXIF"), (b"zTXt", text), (b"iCCP", b"x\0\0no profile")):
+        content = png(COLOURS.astype(int), 8, RGB, chunk(kind, data))
+        yield Case(f"rubbish_{kind.decode()}.png", content, "RGB, with rubbish beside it", COLOURS)
     frames = [Image.fromarray(COLOURS), Image.new("RGB", (SIDE, SIDE), "gray")]
     content = encode(frames[0], "PNG", save_all=True, append_images=frames[1:])
     yield Case("moving.png", content, "animation: the first frame", COLOURS)
@@ -203,9 +208,19 @@ def tiff_cases() -> Iterator[Case]:
         colours = np.random.default_rng(9).integers(0, 256, (2**bits, 3)).astype(np.uint8)
         palette = tuple((colours.T.ravel().astype(int) * 257).tolist())
         yield Case(f"palette{bits}.tif", tiff(ids, bits, 3, {320: palette}), "palette", colours[ids], ids)
+    samples = with_alpha(COLOURS)
+    differs = "takes any fourth channel for alpha"
+    yield Case("rgbx.tif", tiff(samples, 8, 2, {338: (0,)}), "a channel without meaning", COLOURS, None, 1, differs)
+    wide = samples.astype(int) * 257
+    yield Case("rgba16.tif", tiff(wide, 16, 2, {338: (2,)}), "alpha, 16 bits", over_white(COLOURS))
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
         content = encode(COLOURS, "TIFF", compression=compression)
         yield Case(f"{compression}.tif", content, "compressed RGB", COLOURS)
+    content = encode(COLOURS, "TIFF", compression="jpeg", quality=100)
+    yield Case("jpeg.tif", content, "compressed YCbCr", COLOURS, None, 6)
+    yield Case("big.tif", encode(COLOURS, "TIFF", big_tiff=True), "BigTIFF", COLOURS)
+    fax = encode(Image.fromarray(RAMP > 127), "TIFF", compression="group4")
+    yield Case("fax.tif", fax, "1 bit, compressed", gray(RAMP > 127, 1), (RAMP > 127).astype(int))
     inks = Image.fromarray(INKS.repeat(8, 0).repeat(8, 1), "CMYK")
     yield Case("cmyk.tif", encode(inks, "TIFF"), "CMYK without a profile: 255 - ink", COLOURS, None, 1, OTHER_INKS)
     cyan = Image.new("CMYK", (SIDE, SIDE), (255, 0, 0, 0))
@@ -250,6 +265,9 @@ def other_cases() -> Iterator[Case]:
     content = encode(palette, "GIF", save_all=True, append_images=[gray_frame], duration=9, optimize=False)
     yield Case("moving.gif", content, "animation: the first frame", COLOURS, ids)
     yield Case("rgb.bmp", encode(COLOURS, "BMP"), "RGB", COLOURS)
+    rgbx = encode(with_alpha(COLOURS), "BMP")
+    differs = "takes the reserved byte for alpha"
+    yield Case("rgb32.bmp", rgbx, "RGB and a reserved byte", COLOURS, None, 1, differs)
     yield Case("palette.bmp", encode(palette, "BMP"), "palette", COLOURS, ids)
     bits = RAMP > 127
     yield Case("gray1.bmp", encode(Image.fromarray(bits), "BMP"), "1 bit", gray(bits, 1), bits.astype(int))
@@ -271,6 +289,7 @@ def other_cases() -> Iterator[Case]:
     for image_format in ("TGA", "PCX", "SGI", "QOI"):
         unread = "does not read QOI" if image_format == "QOI" else ""
         yield Case(f"rgb.{image_format.lower()}", encode(COLOURS, image_format), "RGB", COLOURS, None, 1, unread)
+    yield Case("rgba.tga", encode(with_alpha(COLOURS), "TGA"), "RGB and alpha", over_white(COLOURS))
     yield Case("rgb.jp2", encode(COLOURS, "JPEG2000"), "lossless RGB", COLOURS)
     yield Case("rgba.jp2", encode(with_alpha(COLOURS), "JPEG2000"), "lossless, alpha", over_white(COLOURS))
     yield Case("rgb.avif", encode(COLOURS, "AVIF", quality=100, subsampling="4:4:4"), "AV1 4:4:4", COLOURS, None, 8)

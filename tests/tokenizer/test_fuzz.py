@@ -114,7 +114,7 @@ def test_mutated_labels_and_depths(tmp_path, kind):
     whole = (tmp_path / "whole.png").read_bytes()
     sequence = tmp_path / "in" / "apple" / "1"
     mutated = {}
-    for i, data in enumerate(mutations(whole, rng, 60)):
+    for i, data in enumerate(mutations(whole, rng, 120)):
         name = f"frame{i:06d}"
         if kind == "co3d":
             for folder, ending in {"images": "jpg", "masks": "png", "depth_masks": "png"}.items():

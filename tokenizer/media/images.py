@@ -70,6 +70,7 @@ def open_image(path: ImageFile) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             check_png(image)
+            sample_values.check_signs(image)
             sample_values.scale_transparency(image)
             yield image
     except FileNotFoundError:

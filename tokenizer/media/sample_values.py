@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageCms
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" can hold 32 bits
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
-_WHITE_IS_ZERO = 0
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two tags
 _LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")
 
 
@@ -52,6 +52,14 @@ def stored_values(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT_MODES and _is_white_zero(image):
         values = 2 ** _tiff_bits(image) - 1 - values
     return Image.fromarray(((values * denominator + numerator // 2) // numerator).astype(np.int32))
+
+
+def check_signs(image: Image.Image) -> None:
+    """Raises ValueError for a TIFF file of signed 8-bit values, which Pillow reads as unsigned."""
+    tags = getattr(image, "tag_v2", {})
+    bits = np.max(tags.get(_BITS_PER_SAMPLE, 1))
+    if bits <= 8 and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, ())):
+        raise ValueError(f"its values are signed integers of {bits} bits: save it with unsigned ones")
 
 
 def scale_transparency(image: Image.Image) -> None:

@@ -19,7 +19,7 @@ def write(case: Case, folder) -> str:
 
 
 def test_the_table_has_a_hundred_files_and_few_disagreements():
-    assert len(CASES) > 100 and sum(bool(case.vips_differs) for case in CASES.values()) < 10
+    assert len(CASES) > 100 and sum(bool(case.vips_differs) for case in CASES.values()) < len(CASES) / 10
 
 
 @pytest.mark.parametrize("name", CASES)

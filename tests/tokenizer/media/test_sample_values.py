@@ -40,6 +40,8 @@ def test_gray_tiff_is_scaled_by_its_bits_and_its_polarity(tmp_path, bits, photom
 
 def test_what_pillow_does_not_read_is_named(tmp_path):
     """Pillow has no decoder for 12-bit gray whose white is zero."""
+    with pytest.raises(UserError, match=r"a\.tif: .*signed integers of 8 bits"):
+        read_gray(tmp_path / "a.tif", tiff(RAMP, 8, 1, {339: (2,)}))
     with pytest.raises(UserError, match=r"a\.tif: not a readable image"):
         read_gray(tmp_path / "a.tif", tiff(RAMP, 12, 0))
 
