@@ -1,8 +1,14 @@
-"""Sidecar files of a checkpoint: `metadata.json` describes the run; `dataset.json` holds its position in the data."""
+"""Sidecar files of a checkpoint: `metadata.json` describes the run; `dataset.json` holds its position in the data.
+
+Each contains a digest of its values, which is verified when the file is read. Files without it, such as those of the
+LVM release, are read without verification.
+"""
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -26,13 +32,25 @@ _DATASET_STATE = {"rows_consumed?": int, "source?": dict, "total_tokens?": int, 
 
 _COUNTS = {"step": 2**31, "updates": 2**31, "rows_consumed": 2**63, "total_tokens": 2**63}  # exclusive limits
 
+_DIGEST = "digest"
+
+
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a sidecar, as JSON values, with its digest."""
+    values = json.loads(json.dumps(content))
+    return {**values, _DIGEST: _digest(values)}
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+
 
 def load_metadata(path: str) -> dict:
     """Reads the metadata of a run from JSON or from a pickle of the LVM release. No code in the pickle is executed.
 
     Raises:
-      UserError: if the file has neither format, a value has another type than in the files of a run, or the pickle
-        refers to anything other than settings.
+      UserError: if the file has neither format, its values differ from those that were saved, a value has another type
+        than in the files of a run, or the pickle refers to anything other than settings.
     """
     return _load(path, _METADATA)
 
@@ -48,6 +66,9 @@ def _load(path: str, schema: Mapping[str, Any]) -> dict:
     with prefix_errors(path):
         content = parse_json(data) if data[:1] == b"{" else restricted_pickle.loads(data)
         check_schema(content, schema)
+        digest = content.pop(_DIGEST, None)
+        if digest is not None and digest != _digest(content):
+            raise UserError(f"its values are not those that were saved (after an edit, delete the key {_DIGEST!r})")
         for name, limit in _COUNTS.items():
             if f"{name}?" in schema and not 0 <= content.get(name, 0) < limit:
                 raise UserError(f"{name}={content[name]}: must be 0..{limit - 1}")

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 from EasyLM.checkpoints.layout import CHECKPOINTS
 from EasyLM.checkpoints.listing import list_checkpoints, list_directory
+from EasyLM.checkpoints.metadata import with_digest
 from EasyLM.storage import is_remote
 
 Writers = Mapping[str, Callable[[BinaryIO], Any]]  # file name -> function that writes to the open file, in this order
@@ -64,5 +65,5 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 
 
 def json_writer(value: Mapping[str, Any]) -> Callable[[BinaryIO], Any]:
-    """Returns a function that writes a JSON file."""
-    return lambda file: file.write(json_bytes(value))
+    """Returns a function that writes a sidecar."""
+    return lambda file: file.write(json_bytes(with_digest(value)))

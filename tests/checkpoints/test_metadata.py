@@ -6,7 +6,20 @@ import jax
 import pytest
 
 from EasyLM import checkpoints
+from EasyLM.checkpoints.metadata import with_digest
 from EasyLM.errors import UserError
+
+
+def test_values_that_differ_from_those_saved_are_refused(tmp_path):
+    path = tmp_path / "dataset.json"
+    saved = with_digest({"rows_consumed": 8, "source": {"tokens": float("nan"), "files": ("a",)}})
+    path.write_text(json.dumps(saved))
+    assert checkpoints.load_dataset_state(str(path))["rows_consumed"] == 8
+    path.write_text(json.dumps(saved | {"rows_consumed": 9}))
+    with pytest.raises(UserError, match=f"^{path}: .*not those that were saved.*delete the key 'digest'"):
+        checkpoints.load_dataset_state(str(path))
+    path.write_text(json.dumps({"rows_consumed": 9}))
+    assert checkpoints.load_dataset_state(str(path)) == {"rows_consumed": 9}
 
 
 def test_metadata(tmp_path, golden):

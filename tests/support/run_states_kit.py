@@ -75,6 +75,19 @@ def newest_has_damaged_metadata(run):
     (run / NEWEST / "metadata.json").write_text('{"step": 4')
 
 
+def newest_has_a_changed_data_position(run):
+    """A digit has changed. The file is valid without its digest."""
+    whole(run)
+    path = run / NEWEST / "dataset.json"
+    path.write_text(path.read_text().replace('"step": 40', '"step": 41'))
+
+
+def newest_has_a_changed_step(run):
+    whole(run)
+    path = run / NEWEST / "metadata.json"
+    path.write_text(path.read_text().replace('"step": 40', '"step": 41'))
+
+
 def newest_has_no_data_position(run):
     whole(run)
     (run / NEWEST / "dataset.json").unlink()
@@ -127,7 +140,7 @@ def _age(run):
     for directory in (run / "checkpoints").iterdir():
         (directory / "checksums.json").unlink()
         metadata = json.loads((directory / "metadata.json").read_text())
-        del metadata["save"]
+        del metadata["save"], metadata["digest"]
         (directory / "metadata.json").write_text(json.dumps(metadata))
     for path in run.glob("checksums*"):
         path.unlink()

@@ -33,6 +33,8 @@ TABLE = {
     states.newest_is_joined_to_itself: (20, 20, r"checkpoints/step_00000040: .* occurs twice"),
     states.newest_is_joined_to_itself_without_checksums: (20, 20, r"checkpoints/step_00000040: .* occurs twice"),
     states.newest_has_damaged_metadata: (20, 20, r"step_00000040/metadata.json: not JSON"),
+    states.newest_has_a_changed_data_position: (20, 20, r"step_00000040/dataset.json: its values are not those"),
+    states.newest_has_a_changed_step: (20, 20, r"step_00000040/metadata.json: its values are not those"),
     states.newest_has_no_data_position: (20, 20, r"checkpoints/step_00000040: dataset.json is missing"),
     states.newest_is_empty: (20, 20, r"checkpoints/step_00000040: metadata.json is missing; dataset.json is missing"),
     states.newest_has_damaged_checksums: (20, 20, r"step_00000040/checksums.json"),
