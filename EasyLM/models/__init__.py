@@ -7,6 +7,7 @@ The suffix of an array's name gives its shape, with one letter per axis (`q_BTHK
   B batch: rows, or prompts          D hidden size             P tokens of a prompt, padded on the left
   T tokens of a row; queries         F feed-forward size       C candidates of a prompt; chunks of a row
   S keys; slots of a cache           H heads                   N new tokens of a candidate
+  R heads of queries in a group      G heads of keys, values
   t, s tokens of a chunk             K head dimension          V vocabulary
 A lower-case letter is a part of the axis with that upper-case letter. A digit is an axis of that size.
 

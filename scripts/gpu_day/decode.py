@@ -103,7 +103,7 @@ def step_and_prompt_seconds(tokens: Callable[[int], Any], new_tokens: int, round
 def step_bytes(model: LLaMAConfig, rows: int, length: float) -> float:
     """Returns the bytes that a step reads in bf16: the weights without the embedding, and the caches of all tokens."""
     weights = costs.num_parameters(model) - model.vocab_size * model.hidden_size
-    return 2 * (weights + rows * length * 2 * model.num_hidden_layers * model.hidden_size)
+    return 2 * (weights + rows * length * 2 * model.num_hidden_layers * model.kv_heads * model.head_dim)
 
 
 def cli() -> None:

@@ -23,6 +23,8 @@ MASKS = {
     "all": dataclasses.replace(FORGET, valid_BS=VALID).with_dropout(jax.random.key(2), 0.3),
 }
 
+CHUNKED = {"implementation": "blockwise", "query_chunk": 4, "key_chunk": 5}
+
 
 def inputs(dtype=np.float32, head_dim=K):
     rng = np.random.default_rng(0)
@@ -65,6 +67,30 @@ def test_blockwise_equals_xla(name, chunks):
     expected = jax.jit(lambda *x: with_gradients(*x, mask, implementation="xla"))(*inputs())
     for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6)
+
+
+@pytest.mark.parametrize("how", [{"implementation": "xla"}, CHUNKED], ids=["xla", "blockwise"])
+def test_grouped_queries_equal_repeated_keys(how):
+    """Two groups of three heads. The gradient of a key is the sum over its group."""
+    mask, group = dataclasses.replace(FORGET, valid_BS=VALID), 3
+    q_BTHK, weight_BTHK = (jnp.concatenate([x, x[:, ::-1]], axis=2) for x in inputs()[::3])
+    k_BSGK, v_BSGK = (x[:, :, :2] for x in inputs()[1:3])
+    repeated = [jnp.repeat(x, group, axis=2) for x in (k_BSGK, v_BSGK)]
+    actual = jax.jit(lambda *x: with_gradients(*x, mask, **how))(q_BTHK, k_BSGK, v_BSGK, weight_BTHK)
+    out, dq, *dkv = jax.jit(lambda *x: with_gradients(*x, mask, implementation="xla"))(q_BTHK, *repeated, weight_BTHK)
+    summed = [x.reshape(B, T, 2, group, K).sum(3) for x in dkv]
+    for x, y in zip(actual, (out, dq, *summed), strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-6)
+
+
+def test_dropout_differs_between_the_heads_of_a_group():
+    q_BTHK, k_BSGK, v_BSGK, _ = (x[:, :, :1] for x in inputs())
+    equal_BTHK = jnp.repeat(q_BTHK, 3, axis=2)
+    xla, blockwise = (
+        attention(equal_BTHK, k_BSGK, v_BSGK, DROPOUT, **how) for how in ({"implementation": "xla"}, CHUNKED)
+    )
+    np.testing.assert_allclose(blockwise, xla, atol=2e-6)
+    assert (xla[:, 5:, 0] != xla[:, 5:, 1]).any(axis=-1).all()
 
 
 @pytest.mark.slow
@@ -129,8 +155,9 @@ def test_cudnn_error_names_its_requirements():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("groups", [H, 1])
 @pytest.mark.parametrize("mask", [MASKS["plain"], MASKS["left-padded"]], ids=["plain", "left-padded"])
-def test_cudnn_padding_equals_xla(mask, monkeypatch):
+def test_cudnn_padding_equals_xla(mask, groups, monkeypatch):
     """`cudnn_attention` pads the head dimension and shifts padded rows. Here XLA stands in for the kernel."""
     kernel = jax.nn.dot_product_attention
 
@@ -139,9 +166,12 @@ def test_cudnn_padding_equals_xla(mask, monkeypatch):
         return kernel(*arrays, implementation="xla", **how)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    arrays = inputs(jnp.bfloat16, 12)
-    actual = with_gradients(*arrays, mask, platform="gpu")
-    expected = with_gradients(*inputs(head_dim=12), mask, implementation="xla")
+
+    def grouped(q_BTHK, k_BSHK, v_BSHK, weight_BTHK):
+        return q_BTHK, k_BSHK[:, :, :groups], v_BSHK[:, :, :groups], weight_BTHK
+
+    actual = with_gradients(*grouped(*inputs(jnp.bfloat16, 12)), mask, platform="gpu")
+    expected = with_gradients(*grouped(*inputs(head_dim=12)), mask, implementation="xla")
     for x, y in zip(actual, expected, strict=True):
         assert x.dtype == jnp.bfloat16 and x.shape == y.shape
         np.testing.assert_allclose(np.float32(x), y, atol=0.05)

@@ -39,14 +39,14 @@ def test_export_and_import_round_trip_exactly(golden, tmp_path, as_stream):
 def test_heads_are_permuted_from_interleaved_pairs_to_halves():
     D, H, K = 6, 3, 4
     kernel_DE = np.arange(D * H * K).reshape(D, H * K)
-    tensor_ED = hf_layout.to_hf("model.layers.0.self_attn.q_proj.weight", kernel_DE, H)
+    tensor_ED = hf_layout.to_hf("model.layers.0.self_attn.q_proj.weight", kernel_DE, K)
     for head in range(H):
         for i in range(K // 2):
             for part in range(2):
                 np.testing.assert_array_equal(
                     tensor_ED[head * K + part * (K // 2) + i], kernel_DE[:, head * K + 2 * i + part]
                 )
-    back = hf_layout.from_hf("model.layers.0.self_attn.q_proj.weight", tensor_ED, H)
+    back = hf_layout.from_hf("model.layers.0.self_attn.q_proj.weight", tensor_ED, K)
     np.testing.assert_array_equal(back, kernel_DE)
 
 

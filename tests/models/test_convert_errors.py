@@ -58,9 +58,12 @@ def test_invalid_imports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no Hugging Face model"):
         import_(tmp_path, tmp_path / "out" / "params")
     for change, message in (
-        ({"model_type": "mistral"}, "only plain LLaMA is supported, not 'mistral'"),
-        ({"num_key_value_heads": 2}, "num_key_value_heads=2: must be 4"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu'"),
+        (
+            {"model_type": "mistral"},
+            r"LLaMA and Qwen3 .* supported, not model_type='mistral'",
+        ),
+        ({"num_key_value_heads": 2}, r"attention/wk/kernel has shape \(64, 64\), expected \(64, 32\)"),
+        ({"hidden_act": "gelu"}, "supported, not hidden_act='gelu'"),
         ({"num_hidden_layers": 3}, r"missing \['model.layers.2.input_layernorm.weight'"),
         ({"num_hidden_layers": 1}, r"unknown \['model.layers.1.input_layernorm.weight'"),
         ({"intermediate_size": 64}, r"feed_forward/w1/kernel has shape \(64, 128\), expected \(64, 64\)"),

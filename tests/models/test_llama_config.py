@@ -111,15 +111,6 @@ def test_settings_from_files(golden, tmp_path):
         assert llama_config.load_config(f"json::{tmp_path}/config.json") == expected
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [{"rope_parameters": {"rope_type": "linear"}}, {"rope_scaling": {"type": "linear", "factor": 8.0}}],
-)
-def test_scaled_rope_is_rejected(rope):
-    with pytest.raises(UserError, match="only plain LLaMA is supported"):
-        llama_config.config_from_dict({"model_type": "llama", **rope}, "config.json")
-
-
 def test_unknown_preset_lists_the_choices():
     with pytest.raises(UserError, match="load_llama_config='vqlm_8b': choose one of 'vqlm_debug', 'vqlm_100m'"):
         llama_config.load_config("vqlm_8b")

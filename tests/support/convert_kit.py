@@ -29,7 +29,7 @@ def tiny_state(golden):
 
 def torch_model(directory):
     transformers = pytest.importorskip("transformers")
-    return transformers.LlamaForCausalLM.from_pretrained(directory, dtype="float32").eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
 
 
 def torch_logits(directory, tokens_BT):

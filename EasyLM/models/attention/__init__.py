@@ -2,8 +2,8 @@
 
 May import `EasyLM.models`.
 
-Shapes: B batch, T queries, S keys (S = T), H heads, K head dimension. In chunks: t queries and s keys of a chunk; i and
-j index the chunks of queries and of keys.
+Shapes: B batch, T queries, S keys, H heads, G heads of keys and values, R = H / G heads of queries in a group, K head
+dimension. In chunks: t queries and s keys of a chunk; i and j index the chunks of queries and of keys.
 
 Modules:
   mask: selects the keys that a query attends to; dropout on the weights.

@@ -19,13 +19,17 @@ from EasyLM.models.attention.mask import MASKED_SCORE, AttentionMask
 def blockwise_attention(
     q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: AttentionMask, query_chunk: int, key_chunk: int
 ) -> jax.Array:
-    """Returns the attention's output [B, T, H, K] in q's dtype. The chunk sizes need not divide the length."""
+    """Returns the attention's output in the shape and dtype of q. The chunk sizes need not divide the lengths.
+
+    T is a multiple of S: each token has T / S queries, and `query_chunk` is a multiple of this number.
+    """
     return _forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk)[0]
 
 
 def _forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk):
     """Returns the output [B, T, H, K] and the logarithm of the softmax denominator [i, B, H, t]."""
     batch, length, heads, head_dim = q_BTHK.shape
+    group = length // k_BSHK.shape[1]
     q_BHTK = _heads_first(q_BTHK, query_chunk)
     k_BHSK, v_BHSK = (_heads_first(x, key_chunk) for x in (k_BSHK, v_BSHK))
     num_keys = k_BHSK.shape[2] // key_chunk
@@ -37,7 +41,7 @@ def _forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk):
             sum_BHtK, norm_BHt, max_BHt = carry
             k_BHsK, v_BHsK, s = _chunk(k_BHSK, j, key_chunk), _chunk(v_BHSK, j, key_chunk), _positions(j, key_chunk)
             scores_BHts = _einsum("BHtK,BHsK->BHts", q_BHtK, k_BHsK) * head_dim**-0.5
-            scores_BHts = jnp.where(mask.allowed(batch, t, s)[:, None], scores_BHts, MASKED_SCORE)
+            scores_BHts = jnp.where(mask.allowed(batch, t // group, s)[:, None], scores_BHts, MASKED_SCORE)
             new_max_BHt = jnp.maximum(max_BHt, scores_BHts.max(-1))
             rescale_BHt = jnp.exp(max_BHt - new_max_BHt)
             weights_BHts = jnp.exp(scores_BHts - new_max_BHt[..., None])
@@ -49,7 +53,8 @@ def _forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk):
 
         shape = (batch, heads, query_chunk)
         start = jnp.zeros((*shape, head_dim)), jnp.zeros(shape), jnp.full(shape, MASKED_SCORE)
-        keys_end = jnp.minimum(((i + 1) * query_chunk - 1) // key_chunk + 1, num_keys)  # skips chunks of later keys
+        last_token = ((i + 1) * query_chunk - 1) // group
+        keys_end = jnp.minimum(last_token // key_chunk + 1, num_keys)  # skips chunks of later keys
         sum_BHtK, norm_BHt, max_BHt = jax.lax.fori_loop(0, keys_end, add_keys, start)
         return (sum_BHtK / norm_BHt[..., None]).astype(q_BTHK.dtype), max_BHt + jnp.log(norm_BHt)
 
@@ -66,7 +71,7 @@ def _vjp_forward(q_BTHK, k_BSHK, v_BSHK, mask, query_chunk, key_chunk):
 def _vjp_backward(query_chunk, key_chunk, residuals, dout_BTHK):
     q_BTHK, k_BSHK, v_BSHK, mask, out_BTHK, lse_iBHt = residuals
     batch, length, heads, head_dim = q_BTHK.shape
-    dtype, scale = q_BTHK.dtype, head_dim**-0.5
+    dtype, scale, group = q_BTHK.dtype, head_dim**-0.5, length // k_BSHK.shape[1]
     delta_BTH = (dout_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32)).sum(-1)
     q_BHTK, dout_BHTK, delta_BHT = (_heads_first(x, query_chunk) for x in (q_BTHK, dout_BTHK, delta_BTH))
     k_BHSK, v_BHSK = (_heads_first(x, key_chunk) for x in (k_BSHK, v_BSHK))
@@ -81,7 +86,7 @@ def _vjp_backward(query_chunk, key_chunk, residuals, dout_BTHK):
             t = _positions(i, query_chunk)
             # With this axis order, the products for dk and dv contract the last axis of these scores.
             scores_BHst = _einsum("BHsK,BHtK->BHst", k_BHsK, q_BHtK) * scale
-            allowed_BHst = mask.allowed(batch, t, s).swapaxes(1, 2)[:, None]
+            allowed_BHst = mask.allowed(batch, t // group, s).swapaxes(1, 2)[:, None]
             weights_BHst = jnp.exp(jnp.where(allowed_BHst, scores_BHst, MASKED_SCORE) - lse_iBHt[i][:, :, None])
             dweights_BHst = _einsum("BHsK,BHtK->BHst", v_BHsK, dout_BHtK)
             factor_BHts, dropped_BHst = mask.dropout_factor(batch, heads, t, s), weights_BHst
@@ -94,7 +99,7 @@ def _vjp_backward(query_chunk, key_chunk, residuals, dout_BTHK):
             return jax.lax.dynamic_update_slice_in_dim(dq_BHTK, dq_BHtK, i * query_chunk, 2), dk_BHsK, dv_BHsK
 
         zeros_BHsK = jnp.zeros(k_BHsK.shape)
-        first = jnp.minimum(j * key_chunk // query_chunk, num_queries)
+        first = jnp.minimum(j * key_chunk * group // query_chunk, num_queries)
         start = dq_BHTK, zeros_BHsK, zeros_BHsK
         dq_BHTK, dk_BHsK, dv_BHsK = jax.lax.fori_loop(first, num_queries, add_queries, start)
         return dq_BHTK, (dk_BHsK.astype(dtype), dv_BHsK.astype(dtype))
@@ -102,7 +107,8 @@ def _vjp_backward(query_chunk, key_chunk, residuals, dout_BTHK):
     key_chunks = jnp.arange(k_BHSK.shape[2] // key_chunk)
     dq_BHTK, (dk_jBHsK, dv_jBHsK) = jax.lax.scan(key_step, jnp.zeros(q_BHTK.shape), key_chunks)
     dq_BTHK = rearrange(dq_BHTK, "B H T K -> B T H K")[:, :length].astype(dtype)
-    return dq_BTHK, _tokens_first(dk_jBHsK, length), _tokens_first(dv_jBHsK, length), None
+    keys = k_BSHK.shape[1]
+    return dq_BTHK, _tokens_first(dk_jBHsK, keys), _tokens_first(dv_jBHsK, keys), None
 
 
 blockwise_attention.defvjp(_vjp_forward, _vjp_backward)

@@ -13,10 +13,10 @@ def cudnn_applies(platform: str, dtype: jnp.dtype, mask: AttentionMask) -> bool:
     return platform == "gpu" and dtype in _DTYPES and mask.dropout_key is None and mask.forget_key is None
 
 
-def cudnn_attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: AttentionMask) -> jax.Array:
+def cudnn_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask) -> jax.Array:
     """Returns the attention's output [B, T, H, K] in q's dtype. Padding must be on the left."""
     if mask.valid_BS is None:
-        return _kernel(q_BTHK, k_BSHK, v_BSHK)
+        return _kernel(q_BTHK, k_BSGK, v_BSGK)
     # The kernel takes lengths of rows that are padded on the right; a mask would be an array [B, T, S].
     valid_BS11 = (mask.valid_BS != 0)[:, :, None, None]
     length_B = jnp.sum(mask.valid_BS != 0, axis=1, dtype=jnp.int32)
@@ -26,17 +26,18 @@ def cudnn_attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mas
         # The kernel may leave gradients at padded positions unwritten. `where` replaces them by zeros.
         return _rolled(jnp.where(valid_BS11, x_BSHK, 0), -shift_B)
 
-    out_BTHK = _rolled(_kernel(to_right(q_BTHK), to_right(k_BSHK), to_right(v_BSHK), length_B), shift_B)
+    out_BTHK = _rolled(_kernel(to_right(q_BTHK), to_right(k_BSGK), to_right(v_BSGK), length_B), shift_B)
+    v_BSHK = jnp.repeat(v_BSGK, q_BTHK.shape[2] // v_BSGK.shape[2], axis=2)
     return jnp.where(valid_BS11, out_BTHK, v_BSHK)  # a padded query attends to its own key only
 
 
-def _kernel(q_BTHK, k_BSHK, v_BSHK, length_B=None):
+def _kernel(q_BTHK, k_BSGK, v_BSGK, length_B=None):
     """Returns causal attention [B, T, H, K], of the first `length_B` tokens of each row if given."""
     head_dim = q_BTHK.shape[-1]
     # The kernel needs a head dimension that is a multiple of 8. Padding with zeros does not change the scores. The
     # scale uses the unpadded dimension.
     padding = ((0, 0), (0, 0), (0, 0), (0, -head_dim % 8))
-    q, k, v = (jnp.pad(x, padding) for x in (q_BTHK, k_BSHK, v_BSHK))
+    q, k, v = (jnp.pad(x, padding) for x in (q_BTHK, k_BSGK, v_BSGK))
     out = jax.nn.dot_product_attention(
         q,
         k,

@@ -1,6 +1,7 @@
 """Selects the implementation of attention."""
 
 import jax
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from EasyLM.errors import UserError
@@ -15,8 +16,8 @@ IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
 
 def attention(
     q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
     mask: AttentionMask,
     *,
     platform: str | None = None,
@@ -25,6 +26,8 @@ def attention(
     key_chunk: int = 1024,
 ) -> jax.Array:
     """Computes causal attention with a float32 softmax.
+
+    G divides H: the first H / G queries attend to the first head of keys and values, and so on (grouped queries).
 
     Args:
       platform: the platform of the devices that run the computation: "cpu", "gpu" or "tpu". None means JAX's default
@@ -40,7 +43,8 @@ def attention(
     Raises:
       UserError: if "cudnn" is requested and the kernel does not support the inputs.
     """
-    assert q_BTHK.shape == k_BSHK.shape == v_BSHK.shape
+    batch, length, heads, head_dim = q_BTHK.shape
+    assert k_BSGK.shape == v_BSGK.shape == (batch, length, k_BSGK.shape[2], head_dim) and heads % k_BSGK.shape[2] == 0
     platform = platform or jax.default_backend()
     if implementation == "auto" and platform == "cpu":
         implementation, query_chunk, key_chunk = "blockwise", CPU_ATTENTION_CHUNK, CPU_ATTENTION_CHUNK
@@ -55,9 +59,14 @@ def attention(
                 f"forgetful causal mask; here are {platform}, {q_BTHK.dtype}, a dropout rate of {mask.dropout_rate} "
                 f"and forget ratios of {mask.forget_ratios}; choose 'auto' or 'blockwise'"
             )
-        return cudnn_attention(q_BTHK, k_BSHK, v_BSHK, mask)
+        return cudnn_attention(q_BTHK, k_BSGK, v_BSGK, mask)
+    group = heads // k_BSGK.shape[2]
+    # The queries of a group follow each other along time, so both implementations work on G heads.
+    q_BTGK = rearrange(q_BTHK, "B T (G R) K -> B (T R) G K", R=group)
     if implementation == "xla":
-        return checkpoint_name(xla_attention(q_BTHK, k_BSHK, v_BSHK, mask), "attention")
-    assert implementation == "blockwise"
-    length = q_BTHK.shape[1]
-    return blockwise_attention(q_BTHK, k_BSHK, v_BSHK, mask, min(query_chunk, length), min(key_chunk, length))
+        out_BTGK = checkpoint_name(xla_attention(q_BTGK, k_BSGK, v_BSGK, mask), "attention")
+    else:
+        assert implementation == "blockwise"
+        chunks = min(query_chunk, length) * group, min(key_chunk, length)
+        out_BTGK = blockwise_attention(q_BTGK, k_BSGK, v_BSGK, mask, *chunks)
+    return rearrange(out_BTGK, "B (T R) G K -> B T (G R) K", R=group)

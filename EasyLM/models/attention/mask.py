@@ -51,7 +51,10 @@ class AttentionMask:
         return past | (s == t)
 
     def dropout_factor(self, batch: int, heads: int, t_T: jax.Array, s_S: jax.Array) -> jax.Array | None:
-        """Returns the dropout factor of each weight, 0 or 1 / (1 - rate): [B, H, T, S]. None without dropout."""
+        """Returns the dropout factor of each weight, 0 or 1 / (1 - rate): [B, H, T, S]. None without dropout.
+
+        `t_T` numbers the queries of a head. With grouped queries a token has several.
+        """
         if self.dropout_key is None:
             return None
         b, h = jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[None, :, None, None]

@@ -10,9 +10,9 @@ Vocabulary:
   rope: the cosines and sines of the rotary position embedding.
 
 Modules:
-  llama_config: settings, flags, presets.
+  llama_config: settings, flags, presets. setting_fields, dict_literal: their fields, and their values in flags.
   partition_rules, remat_policies, costs: sharding, rematerialisation and FLOPs.
-  layers, rotary: the parts of the model.
+  layers, rotary, rope_scaling: the parts of the model.
   llama_model: the model and its loss.
   llama_decode: decoding with a key-value cache; likelihoods.
   hf_settings, hf_files, hf_layout: settings, weight files and tensor layout of Hugging Face models.

@@ -6,7 +6,8 @@ from EasyLM.models.llama.llama_config import LLaMAConfig
 def num_matmul_parameters(config: LLaMAConfig) -> int:
     """Number of parameters in matrix products: all except the norms and the embedding, which is a gather."""
     c = config
-    block = 4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size
+    attention = 2 * c.hidden_size**2 + 2 * c.hidden_size * c.kv_heads * c.head_dim
+    block = attention + 3 * c.hidden_size * c.intermediate_size
     return c.num_hidden_layers * block + c.hidden_size * c.vocab_size
 
 
@@ -14,6 +15,7 @@ def num_parameters(config: LLaMAConfig) -> int:
     """Number of trained parameters."""
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    norms += 2 * config.num_hidden_layers * config.head_dim * config.qk_norm
     return num_matmul_parameters(config) + embedding + norms
 
 

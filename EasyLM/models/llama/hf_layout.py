@@ -2,9 +2,10 @@
 
 EasyLM kernels have shape [in, out]; Hugging Face kernels have shape [out, in]. Rotary embeddings rotate the pairs
 (2i, 2i+1) of a head in EasyLM and the pairs (i, i + K/2) in Hugging Face models. The outputs of the query and key
-projections therefore have a different order within each head.
+projections, and the scales of their norms, therefore have a different order within each head.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -26,6 +27,8 @@ _LAYER_NAMES = {
     "attention/wk/kernel": "self_attn.k_proj",
     "attention/wv/kernel": "self_attn.v_proj",
     "attention/wo/kernel": "self_attn.o_proj",
+    "attention/q_norm/kernel": "self_attn.q_norm",
+    "attention/k_norm/kernel": "self_attn.k_norm",
     "feed_forward/w1/kernel": "mlp.gate_proj",
     "feed_forward/w2/kernel": "mlp.down_proj",
     "feed_forward/w3/kernel": "mlp.up_proj",
@@ -38,7 +41,7 @@ _OTHER_NAMES = {
     "params/transformer/ln_f/kernel": "model.norm",
     "params/lm_head/kernel": "lm_head",
 }
-_ROTARY = ("q_proj.weight", "k_proj.weight")
+_ROTARY = tuple(f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "q_norm", "k_norm"))
 
 
 def hf_name(key: tuple[str, ...]) -> str:
@@ -50,23 +53,19 @@ def hf_name(key: tuple[str, ...]) -> str:
     return f"model.layers.{layer}.{_LAYER_NAMES[rest]}.weight"
 
 
-def to_hf(name: str, array: np.ndarray, heads: int) -> np.ndarray:
+def to_hf(name: str, array: np.ndarray, head_dim: int) -> np.ndarray:
     """Returns a parameter in the layout of the Hugging Face tensor `name`."""
-    if array.ndim == 1 or name == "model.embed_tokens.weight":
-        return array
     if name.endswith(_ROTARY):
-        array = rearrange(array, "D (H k pair) -> (H pair k) D", H=heads, pair=2)
-        return np.ascontiguousarray(array)
-    return np.ascontiguousarray(array.T)
+        array = rearrange(array, "... (H k pair) -> ... (H pair k)", k=head_dim // 2, pair=2)
+    return np.ascontiguousarray(array if name == "model.embed_tokens.weight" else array.T)
 
 
-def from_hf(name: str, array: np.ndarray, heads: int) -> np.ndarray:
+def from_hf(name: str, array: np.ndarray, head_dim: int) -> np.ndarray:
     """Inverts `to_hf`. Returns a view where possible."""
-    if array.ndim == 1 or name == "model.embed_tokens.weight":
-        return array
+    array = array if name == "model.embed_tokens.weight" else array.T
     if name.endswith(_ROTARY):
-        return rearrange(array, "(H pair k) D -> D (H k pair)", H=heads, pair=2)
-    return array.T
+        return rearrange(array, "... (H pair k) -> ... (H k pair)", k=head_dim // 2, pair=2)
+    return array
 
 
 def hf_tensors(config: LLaMAConfig, entries: list[Entry], source: str, dtype: np.dtype | None) -> list[Entry]:
@@ -86,10 +85,10 @@ def hf_tensors(config: LLaMAConfig, entries: list[Entry], source: str, dtype: np
 
 
 def _hf_tensor(config: LLaMAConfig, entry: Entry, dtype: np.dtype | None) -> Entry:
-    name, heads = hf_name(entry.key), config.num_attention_heads
+    name, head_dim = hf_name(entry.key), config.head_dim
 
     def read_into(out):
-        np.copyto(out, to_hf(name, entry.read(), heads), casting="unsafe")
+        np.copyto(out, to_hf(name, entry.read(), head_dim), casting="unsafe")
 
     shape = entry.shape if name == "model.embed_tokens.weight" else entry.shape[::-1]
     return Entry((name,), shape, dtype or entry.dtype, read_into)
@@ -99,7 +98,7 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     """Returns the settings of a Hugging Face model, and its parameters as entries that are not read yet.
 
     Raises:
-      UserError: if the model is not a plain LLaMA, or a file is missing or broken.
+      UserError: if the model has another architecture, or a file is missing or broken.
     """
     path = os.path.join(directory, "config.json")
     try:
@@ -107,8 +106,6 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     except FileNotFoundError:
         raise UserError(f"{directory}: no Hugging Face model: config.json is missing") from None
     config = config_from_dict(values, path)
-    if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act={values['hidden_act']!r}: only 'silu' is supported")
     tensors = {tensor.key[0]: tensor for tensor in hf_files.read_weights(directory)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
@@ -125,10 +122,10 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
 
 
 def _entry(config: LLaMAConfig, key: tuple[str, ...], tensor: Entry) -> Entry:
-    name, heads = tensor.key[0], config.num_attention_heads
+    name, head_dim = tensor.key[0], config.head_dim
 
     def read_into(out):
-        np.copyto(out, from_hf(name, tensor.read(), heads))
+        np.copyto(out, from_hf(name, tensor.read(), head_dim))
 
     shape = tensor.shape if name == "model.embed_tokens.weight" else tensor.shape[::-1]
     return Entry(key, shape, tensor.dtype, read_into)
@@ -144,22 +141,23 @@ CHECKPOINT_FORMATS = {**checkpoints.CHECKPOINT_FORMATS, "huggingface": lambda di
 
 
 def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict[str, Any]:
-    """Returns the content of `config.json`."""
+    """Returns the content of `config.json`. Qwen3 is the LLaMA with `qk_norm`."""
+    scaling = config.rope_scaling
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
+        "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_sequence_length,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": None if scaling is None else dataclasses.asdict(scaling),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,

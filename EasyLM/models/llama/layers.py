@@ -16,9 +16,9 @@ from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.remat_policies import REMAT_POLICIES
 from EasyLM.models.llama.rotary import rotate
 from EasyLM.models.tuning import flat_matmul
-from EasyLM.parallel import BATCH_AXES, constrain
+from EasyLM.parallel import BATCH_AXES, axis_size, constrain
 
-KeysAndValues = tuple[jax.Array, jax.Array]  # [B, T, H, K] each; the keys are rotated
+KeysAndValues = tuple[jax.Array, jax.Array]  # [B, T, G, K] each; the keys are rotated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,15 @@ class Context:
 class RMSNorm(nnx.Module):
     """Root mean square normalisation (arXiv 1910.07467) with a learned scale, computed in float32."""
 
-    def __init__(self, config: LLaMAConfig):
+    def __init__(self, config: LLaMAConfig, size: int):
         self.config = config
-        self.kernel = nnx.Param(jnp.ones(config.hidden_size))
+        self.kernel = nnx.Param(jnp.ones(size))
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        y_BTD = x_BTD.astype(jnp.float32)
-        y_BTD *= jax.lax.rsqrt(jnp.square(y_BTD).mean(-1, keepdims=True) + self.config.rms_norm_eps)
-        return (y_BTD * self.kernel[...][None, None, :]).astype(x_BTD.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis, which has the given size."""
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.rms_norm_eps)
+        return (y * jnp.expand_dims(self.kernel[...], range(x.ndim - 1))).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -71,23 +72,26 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head causal self-attention with rotary position embedding."""
+    """Causal self-attention of grouped queries (arXiv 2305.13245), with rotary position embedding."""
 
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
+        all_heads, kv_heads = config.hidden_size, config.kv_heads * config.head_dim
         self.wq, self.wk, self.wv, self.wo = (
-            Linear(config, config.hidden_size, config.hidden_size, rngs) for _ in range(4)
+            Linear(config, config.hidden_size, outputs, rngs) for outputs in (all_heads, kv_heads, kv_heads, all_heads)
         )
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(config, config.head_dim) for _ in range(2))
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, KeysAndValues]:
         """Returns the output [B, T, D], and the keys and values for a cache."""
         c = self.config
-        q_BTHK, k_BTHK, v_BTHK = self.project(x_BTD, context)
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, context)
         try:
             out_BTHK = attention(
                 q_BTHK,
-                k_BTHK,
-                v_BTHK,
+                self._split_like_queries(k_BTGK, context.mesh),
+                self._split_like_queries(v_BTGK, context.mesh),
                 context.mask,
                 platform=context.platform,
                 implementation="blockwise" if c.scan_attention else c.attention_implementation,
@@ -96,16 +100,33 @@ class Attention(nnx.Module):
             )
         except UserError as error:
             raise UserError(f"llama.attention_implementation={c.attention_implementation!r}: {error}") from None
-        return self.wo(merge_heads(out_BTHK)), (k_BTHK, v_BTHK)
+        return self.wo(merge_heads(out_BTHK)), (k_BTGK, v_BTGK)
 
     def project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns rotated queries, rotated keys, and values: [B, T, H, K] each."""
-        heads = self.config.num_attention_heads
-        q_BTHK, k_BTHK, v_BTHK = (
-            constrain(rearrange(w(x_BTD), "B T (H K) -> B T H K", H=heads), context.mesh, BATCH_AXES, None, "mp")
+        """Returns rotated queries [B, T, H, K], rotated keys and values [B, T, G, K]."""
+        q_BTHK, k_BTGK, v_BTGK = (
+            constrain(split_heads(w(x_BTD), self.config.head_dim), context.mesh, BATCH_AXES, None, "mp")
             for w in (self.wq, self.wk, self.wv)
         )
-        return rotate(q_BTHK, context.rope), rotate(k_BTHK, context.rope), v_BTHK
+        if self.config.qk_norm:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        return rotate(q_BTHK, context.rope), rotate(k_BTGK, context.rope), v_BTGK
+
+    def _split_like_queries(self, x_BTGK, mesh):
+        """Repeats keys or values for each query head if `mp` divides the queries' heads, but not the groups.
+
+        Each device then has the keys of its own queries. Keys that are not split would take the same memory.
+        """
+        heads, kv_heads = self.config.num_attention_heads, self.config.kv_heads
+        ways = 1 if mesh is None or heads == kv_heads else axis_size(mesh, "mp")
+        if kv_heads % ways == 0 or heads % ways:
+            return x_BTGK
+        return constrain(jnp.repeat(x_BTGK, heads // kv_heads, axis=2), mesh, BATCH_AXES, None, "mp")
+
+
+def split_heads(x_BTD: jax.Array, head_dim: int) -> jax.Array:
+    """Reshapes [B, T, H * K] to [B, T, H, K]."""
+    return rearrange(x_BTD, "B T (H K) -> B T H K", K=head_dim)
 
 
 def merge_heads(x_BTHK: jax.Array) -> jax.Array:
@@ -140,9 +161,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = RMSNorm(config, config.hidden_size)
         self.attention = Attention(config, rngs)
-        self.ffn_norm = RMSNorm(config)
+        self.ffn_norm = RMSNorm(config, config.hidden_size)
         self.feed_forward = FeedForward(config, rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, KeysAndValues]:

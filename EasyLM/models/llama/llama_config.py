@@ -1,6 +1,5 @@
 """The settings of a LLaMA, their flags, the presets, and functions that read settings from files."""
 
-import ast
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -10,28 +9,12 @@ from EasyLM.checkpoints import load_metadata, sidecar_path
 from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.models.attention import IMPLEMENTATIONS
-from EasyLM.models.llama.hf_settings import from_hugging_face
-from EasyLM.models.llama.remat_policies import REMAT_POLICIES
+from EasyLM.models.llama.dict_literal import parse_dict
+from EasyLM.models.llama.hf_settings import check_head_dim, from_hugging_face
+from EasyLM.models.llama.rope_scaling import RopeScaling, as_rope_scaling
+from EasyLM.models.llama.setting_fields import rate, remat, setting, size
 from EasyLM.storage import check_schema
 from EasyLM.vocab import BOS, CODEBOOK_SIZE, EOS, MOST_CODES, PAD, SPECIAL_IDS, VOCAB_SIZE, vocabulary
-
-
-def _setting(default: Any, help: str, **limits: Any) -> Any:
-    """Returns a dataclass field. Its metadata holds the flag that sets the field."""
-    return dataclasses.field(default=default, metadata={"flag": Flag(default, help, **limits)})
-
-
-def _size(default: float, help: str, **limits: Any) -> Any:
-    return _setting(default, help, above=0, **limits)
-
-
-def _rate(help: str) -> Any:
-    return _setting(0.0, help, least=0, below=1)
-
-
-def _remat(part: str) -> Any:
-    help = f"What {part} saves for its backward pass, which recomputes the rest."
-    return _setting("", help, choices=tuple(REMAT_POLICIES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,40 +25,45 @@ class LLaMAConfig:
       UserError: if a field is invalid. The message names the field, its value and the rule or the choices.
     """
 
-    vocab_size: int = _size(VOCAB_SIZE, "Number of token ids.", most=2**31 - 1)
-    hidden_size: int = _size(4096, "Width of the residual stream.", most=2**20)
-    intermediate_size: int = _size(11008, "Width inside the feed-forward network.", most=2**20)
-    num_hidden_layers: int = _size(32, "Number of blocks.", most=10_000)
-    num_attention_heads: int = _size(32, "Number of attention heads; divides hidden_size.")
-    max_sequence_length: int = _size(4096, "Longest sequence, in tokens.", most=2**31 - 1)
-    rms_norm_eps: float = _size(1e-6, "Added to the mean square in RMSNorm.")
-    rope_theta: float = _size(10000.0, "Base of the rotary embedding's wavelengths.")
-    initializer_range: float = _size(0.02, "Standard deviation of the initial weights.")
-    tie_word_embeddings: bool = _setting(False, "The head is the transposed embedding.")
-    codebook_size: int = _setting(
+    vocab_size: int = size(VOCAB_SIZE, "Number of token ids.", most=2**31 - 1)
+    hidden_size: int = size(4096, "Width of the residual stream.", most=2**20)
+    intermediate_size: int = size(11008, "Width inside the feed-forward network.", most=2**20)
+    num_hidden_layers: int = size(32, "Number of blocks.", most=10_000)
+    num_attention_heads: int = size(32, "Number of attention heads; divides hidden_size.")
+    num_key_value_heads: int = setting(0, "Number of heads of keys and values; 0: num_attention_heads.", least=0)
+    qk_norm: bool = setting(False, "Normalise each head's queries and keys, with learned scales, as in Qwen3.")
+    max_sequence_length: int = size(4096, "Longest sequence, in tokens.", most=2**31 - 1)
+    rms_norm_eps: float = size(1e-6, "Added to the mean square in RMSNorm.")
+    rope_theta: float = size(10000.0, "Base of the rotary embedding's wavelengths.")
+    rope_scaling: RopeScaling | None = setting(  # noqa: RUF009
+        None, "Scaling of the wavelengths, a dict as {'rope_type': 'llama3', 'factor': 8.0}; see RopeScaling.", type=str
+    )
+    initializer_range: float = size(0.02, "Standard deviation of the initial weights.")
+    tie_word_embeddings: bool = setting(False, "The head is the transposed embedding.")
+    codebook_size: int = setting(
         0,
         f"Codes of the tokenizer, which vocab_size and the special ids follow; 0: not recorded, {CODEBOOK_SIZE}.",
         least=0,
         most=MOST_CODES,
     )
-    bos_token_id: int = _setting(BOS, "Id that begins a sequence; never an image code.")
-    eos_token_id: int = _setting(EOS, "Id that ends a sequence; never an image code.")
-    pad_token_id: int = _setting(PAD, "Id that pads a batch; never an image code.")
-    resid_pdrop: float = _rate("Dropout on each block's additions to the residual stream.")
-    embd_pdrop: float = _rate("Dropout on the embeddings.")
-    attn_pdrop: float = _rate("Dropout on the attention weights.")
-    fcm_min_ratio: float = _rate("Forgetful causal mask: smallest share of past keys dropped in training.")
-    fcm_max_ratio: float = _rate("Forgetful causal mask: largest share; 0 disables it. Key 0 is never dropped.")
-    remat_block: str = _remat("a whole block")
-    remat_attention: str = _remat("a block's attention")
-    remat_mlp: str = _remat("a block's feed-forward network")
-    scan_attention: bool = _setting(False, "Blockwise attention: memory is linear in the sequence length.")
-    scan_query_chunk_size: int = _size(1024, "Queries of one chunk of the blockwise attention.")
-    scan_key_chunk_size: int = _size(1024, "Keys of one chunk of the blockwise attention.")
-    scan_mlp: bool = _setting(False, "Compute the feed-forward network in chunks of the sequence.")
-    scan_mlp_chunk_size: int = _size(1024, "Tokens of one chunk of the feed-forward network.")
-    scan_layers: bool = _setting(True, "Compile one block and loop over the layers; else compile each block.")
-    attention_implementation: str = _setting(
+    bos_token_id: int = setting(BOS, "Id that begins a sequence; never an image code.")
+    eos_token_id: int = setting(EOS, "Id that ends a sequence; never an image code.")
+    pad_token_id: int = setting(PAD, "Id that pads a batch; never an image code.")
+    resid_pdrop: float = rate("Dropout on each block's additions to the residual stream.")
+    embd_pdrop: float = rate("Dropout on the embeddings.")
+    attn_pdrop: float = rate("Dropout on the attention weights.")
+    fcm_min_ratio: float = rate("Forgetful causal mask: smallest share of past keys dropped in training.")
+    fcm_max_ratio: float = rate("Forgetful causal mask: largest share; 0 disables it. Key 0 is never dropped.")
+    remat_block: str = remat("a whole block")
+    remat_attention: str = remat("a block's attention")
+    remat_mlp: str = remat("a block's feed-forward network")
+    scan_attention: bool = setting(False, "Blockwise attention: memory is linear in the sequence length.")
+    scan_query_chunk_size: int = size(1024, "Queries of one chunk of the blockwise attention.")
+    scan_key_chunk_size: int = size(1024, "Keys of one chunk of the blockwise attention.")
+    scan_mlp: bool = setting(False, "Compute the feed-forward network in chunks of the sequence.")
+    scan_mlp_chunk_size: int = size(1024, "Tokens of one chunk of the feed-forward network.")
+    scan_layers: bool = setting(True, "Compile one block and loop over the layers; else compile each block.")
+    attention_implementation: str = setting(
         "auto",
         "auto: on a GPU cudnn in bf16 or fp16, else blockwise; on a CPU blockwise; on a TPU xla.",
         choices=IMPLEMENTATIONS,
@@ -86,12 +74,23 @@ class LLaMAConfig:
         """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
     def __post_init__(self) -> None:
         def require(name: str, valid: bool, rule: str) -> None:
             if not valid:
                 raise UserError(f"llama.{name}={getattr(self, name)!r}: must be {rule}")
 
+        with prefix_errors("llama.rope_scaling"):
+            object.__setattr__(self, "rope_scaling", as_rope_scaling(self.rope_scaling))
+        if self.num_key_value_heads == self.num_attention_heads:  # equal functions have equal settings
+            object.__setattr__(self, "num_key_value_heads", 0)
         for name, flag in FLAG_OF_FIELD.items():
+            if name == "rope_scaling":
+                continue  # checked above
             value, kind = getattr(self, name), flag.value_type
             is_number = kind is float and type(value) is int
             require(name, type(value) is kind or is_number, f"of type {kind.__name__}")
@@ -100,6 +99,7 @@ class LLaMAConfig:
             require(name, flag.allows(value), flag.range)
         heads, fcm_max = self.num_attention_heads, self.fcm_max_ratio
         require("num_attention_heads", self.hidden_size % heads == 0, f"a divisor of hidden_size={self.hidden_size}")
+        require("num_key_value_heads", heads % self.kv_heads == 0, f"a divisor of num_attention_heads={heads}")
         require("hidden_size", self.head_dim % 2 == 0, f"an even multiple of num_attention_heads={heads}")
         require("fcm_min_ratio", self.fcm_min_ratio <= fcm_max, f"at most fcm_max_ratio={fcm_max}")
         codes = self.codebook_size or CODEBOOK_SIZE
@@ -122,12 +122,15 @@ TRAINED_SETTINGS = (
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "num_key_value_heads",
+    "qk_norm",
     "rms_norm_eps",
     "rope_theta",
+    "rope_scaling",
     "tie_word_embeddings",
 )
-# Those that a run which starts from the parameters cannot change. Fine-tuning for longer sequences changes rope_theta.
-FIXED_SETTINGS = frozenset(TRAINED_SETTINGS) - {"rms_norm_eps", "rope_theta"}
+# Those that a run which starts from the parameters cannot change. Fine-tuning for longer sequences changes the rope.
+FIXED_SETTINGS = frozenset(TRAINED_SETTINGS) - {"rms_norm_eps", "rope_theta", "rope_scaling"}
 
 LLAMA_FLAGS = {
     name: dataclasses.replace(
@@ -253,14 +256,13 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
     with prefix_errors(source):
         check_schema(values, {"llama_config?": dict})
         values = dict(values.get("llama_config", values))
-        check_schema(values, {f"{name}?": (dict, type(None)) for name in ("rope_parameters", "rope_scaling")})
-    if "model_type" in values:
-        values = from_hugging_face(values, source)
-        values = {name: value for name, value in values.items() if name in FLAG_OF_FIELD}
+    settings = from_hugging_face(values, source) if "model_type" in values else values
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if name not in values:
+        if name not in settings:
             raise UserError(f"{source}: holds no model settings: {name} is missing")
-    return _replaced(LLaMAConfig(), values, source)
+    config = _replaced(LLaMAConfig(), settings, source)
+    check_head_dim(values, config.head_dim, source)
+    return config
 
 
 def updated(config: LLaMAConfig, text: str) -> LLaMAConfig:
@@ -272,14 +274,8 @@ def updated(config: LLaMAConfig, text: str) -> LLaMAConfig:
     if not text:
         return config
     name = f"--update_llama_config={text}"
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        if isinstance(tree, ast.Call) and getattr(tree.func, "id", "") == "dict" and not tree.args:
-            values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in tree.keywords}
-        else:
-            values = dict(ast.literal_eval(tree).items())
-    except (SyntaxError, ValueError, AttributeError):
-        raise UserError(f"{name}: not a Python dict literal, such as {{'hidden_size': 64}}") from None
+    with prefix_errors(name):
+        values = parse_dict(text)
     return _replaced(config, values, name)
 
 

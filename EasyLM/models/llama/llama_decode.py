@@ -99,7 +99,7 @@ class LLaMADecoder:
     def empty_cache(self, batch: int, candidates: int, slots: int) -> list:
         """See `Decoder`."""
         c = self.config
-        shape = batch, c.num_attention_heads, candidates, slots, c.head_dim
+        shape = batch, c.kv_heads, candidates, slots, c.head_dim
 
         def empty():
             return constrain(jnp.zeros(shape, self.dtype), self.mesh, BATCH_AXES, "mp")
@@ -128,8 +128,8 @@ class LLaMADecoder:
         logits_BCV = llama_model.logits(x_BCD, weights["lm_head"]["kernel"], self.mesh)
         slot = after(slot, x_BCD)  # lets XLA update the caches in place
         return logits_BCV, jax.tree.map(
-            lambda old_BHCSK, new_BHCK: jax.lax.dynamic_update_slice_in_dim(
-                old_BHCSK, new_BHCK[:, :, :, None], slot, 3
+            lambda old_BGCSK, new_BGCK: jax.lax.dynamic_update_slice_in_dim(
+                old_BGCSK, new_BGCK[:, :, :, None], slot, 3
             ),
             cache,
             new,
@@ -191,25 +191,25 @@ def _score(config, params, tokens_BT, from_position, mask_BT, dtype, mesh):
     return tuple(join_time(x_CBt, length) for x_CBt in scores_CBt)
 
 
-def _attend(q_BHCK, k_BHCK, v_BHCK, prompt, mask_BP, own, slot):
+def _attend(q_BHCK, k_BGCK, v_BGCK, prompt, mask_BP, own, slot):
     """Attends from the new token of each candidate to the prompt, to the candidate's earlier tokens, and to itself."""
-    (k_BHPK, v_BHPK), (k_BHCSK, v_BHCSK) = prompt, own
-    q_BHCK = q_BHCK * q_BHCK.shape[-1] ** -0.5
-    scores_BHCP = _einsum("BHCK,BHPK->BHCP", q_BHCK, k_BHPK)
+    (k_BGPK, v_BGPK), (k_BGCSK, v_BGCSK) = prompt, own
+    q_BGRCK = rearrange(q_BHCK * q_BHCK.shape[-1] ** -0.5, "B (G R) C K -> B G R C K", G=k_BGCK.shape[1])
+    scores_BGRCP = _einsum("BGRCK,BGPK->BGRCP", q_BGRCK, k_BGPK)
     if mask_BP is not None:
-        scores_BHCP = jnp.where(mask_BP[:, None, None, :] != 0, scores_BHCP, MASKED_SCORE)
-    scores_BHCS = _einsum("BHCK,BHCSK->BHCS", q_BHCK, k_BHCSK)
-    written_S = jnp.arange(scores_BHCS.shape[-1]) < slot
-    scores_BHCS = jnp.where(written_S[None, None, None, :], scores_BHCS, MASKED_SCORE)
-    score_BHC1 = (q_BHCK.astype(jnp.float32) * k_BHCK.astype(jnp.float32)).sum(-1, keepdims=True)
-    scores = scores_BHCP, scores_BHCS, score_BHC1
-    max_BHC1 = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores))
-    weights_BHCP, weights_BHCS, weight_BHC1 = (jnp.exp(x - max_BHC1) for x in scores)
-    norm_BHC1 = weights_BHCP.sum(-1, keepdims=True) + weights_BHCS.sum(-1, keepdims=True) + weight_BHC1
-    out_BHCK = _einsum("BHCP,BHPK->BHCK", weights_BHCP.astype(v_BHPK.dtype), v_BHPK)
-    out_BHCK += _einsum("BHCS,BHCSK->BHCK", weights_BHCS.astype(v_BHPK.dtype), v_BHCSK)
-    out_BHCK += weight_BHC1 * v_BHCK.astype(jnp.float32)
-    return (out_BHCK / norm_BHC1).astype(q_BHCK.dtype)
+        scores_BGRCP = jnp.where(mask_BP[:, None, None, None, :] != 0, scores_BGRCP, MASKED_SCORE)
+    scores_BGRCS = _einsum("BGRCK,BGCSK->BGRCS", q_BGRCK, k_BGCSK)
+    written_S = jnp.arange(scores_BGRCS.shape[-1]) < slot
+    scores_BGRCS = jnp.where(written_S[None, None, None, None, :], scores_BGRCS, MASKED_SCORE)
+    score_BGRC1 = (q_BGRCK.astype(jnp.float32) * k_BGCK[:, :, None].astype(jnp.float32)).sum(-1, keepdims=True)
+    scores = scores_BGRCP, scores_BGRCS, score_BGRC1
+    max_BGRC1 = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores))
+    weights_BGRCP, weights_BGRCS, weight_BGRC1 = (jnp.exp(x - max_BGRC1) for x in scores)
+    norm_BGRC1 = weights_BGRCP.sum(-1, keepdims=True) + weights_BGRCS.sum(-1, keepdims=True) + weight_BGRC1
+    out_BGRCK = _einsum("BGRCP,BGPK->BGRCK", weights_BGRCP.astype(v_BGPK.dtype), v_BGPK)
+    out_BGRCK += _einsum("BGRCS,BGCSK->BGRCK", weights_BGRCS.astype(v_BGPK.dtype), v_BGCSK)
+    out_BGRCK += weight_BGRC1 * v_BGCK[:, :, None].astype(jnp.float32)
+    return rearrange((out_BGRCK / norm_BGRC1).astype(q_BHCK.dtype), "B G R C K -> B (G R) C K")
 
 
 def _heads_first(x_BTHK: jax.Array) -> jax.Array:
@@ -223,4 +223,4 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _graphs(config: LLaMAConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
     """Returns the NNX structures of a block and of a norm, without their arrays."""
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
-    return nnx.split(block)[0], nnx.split(nnx.eval_shape(lambda: RMSNorm(config)))[0]
+    return nnx.split(block)[0], nnx.split(nnx.eval_shape(lambda: RMSNorm(config, config.hidden_size)))[0]

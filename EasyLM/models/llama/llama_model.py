@@ -34,7 +34,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.wte = Embedding(config, rngs)
         self.h = nnx.vmap(lambda key: Block(config, nnx.Rngs(key)))(jax.random.split(rngs(), config.num_hidden_layers))
-        self.ln_f = RMSNorm(config)
+        self.ln_f = RMSNorm(config, config.hidden_size)
 
     def __call__(self, tokens_BT: jax.Array, context: Context, dtype: DTypeLike) -> jax.Array:
         """Returns the last hidden states [B, T, D] after the final norm."""
@@ -179,6 +179,7 @@ def with_kernels(params: dict, dtype: DTypeLike) -> dict:
 
     def cast(path, array):
         names = {key.key for key in path}
-        return array if names & {"wte", "ln_f", "attention_norm", "ffn_norm"} else array.astype(dtype)
+        kept = {"wte", "ln_f", "attention_norm", "ffn_norm", "q_norm", "k_norm"}
+        return array if names & kept else array.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)

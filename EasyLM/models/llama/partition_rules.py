@@ -10,6 +10,6 @@ PARTITION_RULES = (
     ("attention/wo/kernel", P("mp", "fsdp")),
     ("feed_forward/(w1|w3)/kernel", P("fsdp", "mp")),
     ("feed_forward/w2/kernel", P("mp", "fsdp")),
-    ("(attention_norm|ffn_norm|ln_f)/kernel", P()),
+    ("(attention_norm|ffn_norm|q_norm|k_norm|ln_f)/kernel", P()),
     ("lm_head/kernel", P("fsdp", "mp")),
 )

@@ -17,7 +17,10 @@ def positions(length: int, attention_mask_BT: jax.Array | None) -> jax.Array:
 def rotary_table(config: LLaMAConfig, position_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns cosines and sines [B, T, K/2] of the angles in float32. bf16 represents only 524 integers below 4096."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles_BTk = position_ids_BT[..., None].astype(jnp.float32) / (config.rope_theta**exponents)[None, None, :]
+    periods_k = config.rope_theta**exponents
+    if config.rope_scaling is not None:
+        periods_k = 1 / config.rope_scaling.scaled(1 / periods_k)
+    angles_BTk = position_ids_BT[..., None].astype(jnp.float32) / periods_k[None, None, :]
     return jnp.cos(angles_BTk), jnp.sin(angles_BTk)
 
 

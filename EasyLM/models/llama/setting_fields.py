@@ -1,0 +1,28 @@
+"""Dataclass fields that are settings: their metadata holds the flag that sets them."""
+
+import dataclasses
+from typing import Any
+
+from EasyLM.flags import Flag
+from EasyLM.models.llama.remat_policies import REMAT_POLICIES
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """Returns a dataclass field. Its metadata holds the flag that sets the field."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(default, help, **limits)})
+
+
+def size(default: float, help: str, **limits: Any) -> Any:
+    """Returns the field of a number above 0."""
+    return setting(default, help, above=0, **limits)
+
+
+def rate(help: str) -> Any:
+    """Returns the field of a probability or a share, 0 by default."""
+    return setting(0.0, help, least=0, below=1)
+
+
+def remat(part: str) -> Any:
+    """Returns the field of a rematerialisation policy for a part of the model."""
+    help = f"What {part} saves for its backward pass, which recomputes the rest."
+    return setting("", help, choices=tuple(REMAT_POLICIES))
