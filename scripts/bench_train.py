@@ -27,6 +27,7 @@ FLAGS = {
     "update_llama_config": Flag("", "A Python dict literal of settings to change."),
     "batch_size": Flag(1, "Rows of a step.", least=1),
     "seq_length": Flag(1024, "Tokens of a row.", least=1),
+    "document_length": Flag(0, "Tokens of a sentence, with a document mask; 0: no mask.", least=0),
     "steps": Flag(5, "Steps to time, after one warm-up step.", least=1),
     "optimizer": OPTIMIZER_FLAGS,
 }
@@ -47,6 +48,9 @@ def main(config: ConfigDict) -> None:
     shape = config.batch_size, config.seq_length
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
     batch = {"input_tokens": tokens[0], "target_tokens": tokens[1], "loss_masks": np.ones(shape, np.float32)}
+    if config.document_length:
+        segments = np.arange(config.seq_length, dtype=np.int32) // config.document_length
+        batch["segment_ids"] = np.broadcast_to(segments, shape)
     batch = jax.device_put(batch)
 
     begin = time.perf_counter()

@@ -32,6 +32,7 @@ DATASET = {
         "seq_length": 1024,
         "batch_size": 8,
         "always_start_with_bos": False,
+        "document_mask": False,
         "start_seek_loc": 0,
         "weights": "",
         "example_index_at_start": 0,

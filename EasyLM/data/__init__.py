@@ -13,6 +13,7 @@ Vocabulary:
   token file   JSONL file with its line index, or packed file
   token stream all tokens of all files in order
   row          seq_length consecutive tokens with their targets: one sequence of a batch
+  segment id   number of the sentence, in its row, to which a token belongs
   loss weight  0 or 1 for each token, in arrays called masks
   fingerprint  JSON values that are equal for equal data; a run resumes only on data of the same fingerprint
   T            tokens in a row

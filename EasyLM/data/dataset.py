@@ -37,6 +37,11 @@ DATASET_FLAGS = {
         "seq_length": Flag(1024, "Tokens in a row.", least=1),
         "batch_size": Flag(8, "Rows in the global batch of one micro-step.", least=1),
         "always_start_with_bos": Flag(False, "Replace the first input token of each row by the bos id."),
+        "document_mask": Flag(
+            False,
+            "A token attends to its own sentence only, and positions restart at each sentence; the first token of a "
+            "sentence is no target.",
+        ),
         "start_seek_loc": Flag(0, "Byte offset in the first file at which the data starts; a line must start there."),
         "example_index_at_start": Flag(0, "Start of the counter dataset_example_index."),
         "tokens_count_at_start": Flag(0, "Start of the counter dataset_total_tokens."),
@@ -74,7 +79,8 @@ def settings(config: ConfigDict) -> ConfigDict:
 def no_batch(config: ConfigDict) -> dict[str, np.ndarray]:
     """Returns a batch of no rows of a `DATASET_FLAGS` config: names, shapes [0, T] and types. Reads no files."""
     selected = settings(config)
-    return no_rows(selected.seq_length, selected.get("batch_token_dtype", RowSettings.dtype))
+    dtype = selected.get("batch_token_dtype", RowSettings.dtype)
+    return no_rows(selected.seq_length, dtype, selected.get("document_mask", False))
 
 
 def make_dataset(
@@ -158,6 +164,7 @@ def _json_rows(config: ConfigDict, group: str, reader: _FileReader, rows: RowSet
     rows = dataclasses.replace(
         rows,
         shuffle_seed=config.shuffle_seed,
+        document_mask=config.document_mask,
         first_example=config.example_index_at_start,
         token_count=config.tokens_count_at_start,
     )

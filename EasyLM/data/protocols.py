@@ -36,6 +36,9 @@ class TokenStream(Protocol):
     def example_of(self, token: int) -> int:
         """Returns the number of the example that contains a token."""
 
+    def example_starts(self, start: int, stop: int) -> np.ndarray:
+        """Returns those of the tokens start..stop-1 that are the first of an example: int64 [n], ascending."""
+
     def token_at(self, offset: int) -> int:
         """Returns the first token of the line that starts at a byte offset of the first file.
 

@@ -8,7 +8,7 @@ T: tokens in a row. N: tokens in the stream.
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class RowSettings:
       batch_size: rows in a global batch, for the throughput metrics.
       shuffle_seed: selects the orders of the epochs; negative for the order of the stream.
       first_id: replaces the first input id of every row; None keeps it.
+      document_mask: whether rows have `segment_ids`, so that a token attends to its own sentence only.
       dtype: item type of the ids in a row.
       first_example: start of the counter `dataset_example_index`.
       token_count: start of the counter `dataset_total_tokens`.
@@ -36,6 +37,7 @@ class RowSettings:
     batch_size: int
     shuffle_seed: int = -1
     first_id: int | None = None
+    document_mask: bool = False
     dtype: str = "i4"
     first_example: int = 0
     token_count: int = 0
@@ -71,6 +73,7 @@ class TokenRows:
             "seq_length": settings.seq_length,
             "shuffle_seed": max(settings.shuffle_seed, -1),
             "first_token": first_token,
+            **({"document_mask": True} if settings.document_mask else {}),  # absent in older states
             **stream.fingerprint(),
         }
 
@@ -82,29 +85,42 @@ class TokenRows:
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Returns rows start..start+count-1, read-only arrays [count, T].
 
-        `input_tokens` and `target_tokens` are ids; `loss_masks`, float32, are the loss weights of the targets.
+        `input_tokens` and `target_tokens` are ids; `loss_masks`, float32, are the loss weights of the targets. With
+        `document_mask`, `segment_ids`, int32, number the sentences of a row from 0, or the parts of sentences. The loss
+        weight is then 0 for a target in another sentence than its input.
         """
         if self._settings.shuffle_seed < 0:
-            ids, masks = self._wrapped(self._first_token + start * self.seq_length, count * self.seq_length + 1)
-            shape = (count, self.seq_length)
-            inputs, targets = ids[:-1].reshape(shape), ids[1:].reshape(shape)
-            masks = None if masks is None else masks[1:].reshape(shape)
+            ranges = [(self._first_token + start * self.seq_length, count * self.seq_length + 1)]
         else:
             begins = [self._first_token + self.shuffled(row) * self.seq_length for row in range(start, start + count)]
-            ids, masks = _join(np.stack, [self._wrapped(begin, self.seq_length + 1) for begin in begins])
-            inputs, targets = ids[:, :-1], ids[:, 1:]
-            masks = None if masks is None else masks[:, 1:]
+            ranges = [(begin, self.seq_length + 1) for begin in begins]
+        ids, masks = _join(_stack, [self._wrapped(*part) for part in ranges])
+        inputs, targets = self._inputs_and_targets(ids)
         if self._settings.first_id is not None:
             inputs = inputs.copy()
             inputs[:, 0] = self._settings.first_id
         rows = {
             "input_tokens": inputs.astype(self._settings.dtype, copy=False),
             "target_tokens": targets.astype(self._settings.dtype, copy=False),
-            "loss_masks": self._all_ones(count) if masks is None else masks,
+            "loss_masks": self._all_ones(count) if masks is None else self._inputs_and_targets(masks)[1],
         }
+        if self._settings.document_mask:
+            starts = _stack([self._sentence_starts(*part) for part in ranges])
+            input_starts, target_starts = self._inputs_and_targets(starts)
+            sentences = np.cumsum(input_starts, axis=1, dtype=np.int32)
+            rows["segment_ids"] = sentences - sentences[:, :1]
+            rows["loss_masks"] = rows["loss_masks"] * ~target_starts
         for array in rows.values():
             array.flags.writeable = False  # the arrays share memory
         return rows
+
+    def _inputs_and_targets(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the values of inputs and of targets, [count, T] each.
+
+        Args:
+          tokens: the values of consecutive rows, [1, count * T + 1], or of each row, [count, T + 1].
+        """
+        return tokens[:, :-1].reshape(-1, self.seq_length), tokens[:, 1:].reshape(-1, self.seq_length)
 
     def shuffled(self, row: int) -> int:
         """Returns the row of the stream that is at position `row` of the shuffled order."""
@@ -138,13 +154,25 @@ class TokenRows:
 
     def _wrapped(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Reads `length` tokens from `start` on, wrapping around at the end of the stream."""
+        parts = [self._stream.read(begin, end) for begin, end in self._ranges(start, length)]
+        return parts[0] if len(parts) == 1 else _join(np.concatenate, parts)
+
+    def _sentence_starts(self, start: int, length: int) -> np.ndarray:
+        """Returns whether each of `length` tokens from `start` on is the first of a sentence, as bool [length]."""
         parts = []
+        for begin, end in self._ranges(start, length):
+            is_start = np.zeros(end - begin, bool)
+            is_start[self._stream.example_starts(begin, end) - begin] = True
+            parts.append(is_start)
+        return np.concatenate(parts)
+
+    def _ranges(self, start: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yields the ranges (begin, end) of the stream that hold `length` tokens from `start` on."""
         while length:
             start %= self.num_tokens
             stop = min(start + length, self.num_tokens)
-            parts.append(self._stream.read(start, stop))
+            yield start, stop
             start, length = stop, length - (stop - start)
-        return parts[0] if len(parts) == 1 else _join(np.concatenate, parts)
 
     def _all_ones(self, count: int) -> np.ndarray:
         """Returns cached loss weights of 1: allocating them takes as long as decoding the ids."""
@@ -153,10 +181,16 @@ class TokenRows:
         return self._ones[:count]
 
 
-def no_rows(seq_length: int, dtype: str = RowSettings.dtype) -> dict[str, np.ndarray]:
+def no_rows(seq_length: int, dtype: str = RowSettings.dtype, document_mask: bool = False) -> dict[str, np.ndarray]:
     """Returns arrays [0, T] with the names and types of those of `TokenRows.rows`, without data."""
     ids = np.zeros((0, seq_length), dtype)
-    return {"input_tokens": ids, "target_tokens": ids, "loss_masks": np.zeros((0, seq_length), np.float32)}
+    rows = {"input_tokens": ids, "target_tokens": ids, "loss_masks": np.zeros((0, seq_length), np.float32)}
+    return rows | ({"segment_ids": np.zeros((0, seq_length), np.int32)} if document_mask else {})
+
+
+def _stack(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacks arrays along a new leading axis. A single array is not copied."""
+    return parts[0][None] if len(parts) == 1 else np.stack(parts)
 
 
 def _join(

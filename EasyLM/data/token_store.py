@@ -79,6 +79,11 @@ class TokenStore:
         """See `TokenStream`."""
         return int(np.searchsorted(self._ends, token, side="right"))
 
+    def example_starts(self, start: int, stop: int) -> np.ndarray:
+        """See `TokenStream`."""
+        starts = self._ends[slice(*np.searchsorted(self._ends, (start, stop)))]
+        return np.concatenate([[0], starts]) if start == 0 < stop else np.array(starts)
+
     def token_at(self, offset: int) -> int:
         """See `TokenStream`."""
         self._examples.check_line_start(offset)

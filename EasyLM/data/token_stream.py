@@ -2,6 +2,7 @@
 
 import bisect
 import resource
+from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import Any
 
@@ -49,19 +50,25 @@ class FileTokenStream:
         assert 0 <= start <= stop <= self.num_tokens
         ids = np.empty(stop - start, np.int32)
         masks = None if self._all_in_loss else np.empty(stop - start, np.float32)
-        number, token = self._file_of(start), start
-        while token < stop:
-            first, end = self._first_tokens[number], min(stop, self._first_tokens[number + 1])
+        for file, first, token, end in self._file_ranges(start, stop):
             part = slice(token - start, end - start)
             part_masks = None if masks is None else masks[part]
-            _read_file(self._files[number], self._layout, token - first, end - first, ids[part], part_masks)
-            number, token = number + 1, end
+            _read_file(file, self._layout, token - first, end - first, ids[part], part_masks)
         return ids, masks
 
     def example_of(self, token: int) -> int:
         """See `TokenStream`."""
         number = self._file_of(token)
         return self._first_examples[number] + self._files[number].line_of(token - self._first_tokens[number])
+
+    def example_starts(self, start: int, stop: int) -> np.ndarray:
+        """See `TokenStream`."""
+        starts = [np.zeros(0, np.int64)]
+        for file, first, token, end in self._file_ranges(start, stop):
+            lines = file.line_of(token - first), file.line_of(end - first - 1)
+            bounds = first + file.line_bounds(*lines)[:-1]
+            starts.append(bounds[bounds >= token])  # the first line may have begun before
+        return np.concatenate(starts)
 
     def token_at(self, offset: int) -> int:
         """See `TokenStream`."""
@@ -73,6 +80,14 @@ class FileTokenStream:
             "files": [part for file in self._files for part in file.fingerprint()],
             "processing": self._processor.fingerprint(),
         }
+
+    def _file_ranges(self, start: int, stop: int) -> Iterator[tuple[TokenFile, int, int, int]]:
+        """Yields each file of the tokens start..stop-1, its first token in the stream, and its range of them."""
+        number, token = self._file_of(start), start
+        while token < stop:
+            first, end = self._first_tokens[number], min(stop, self._first_tokens[number + 1])
+            yield self._files[number], first, token, end
+            number, token = number + 1, end
 
     def _file_of(self, token: int) -> int:
         return bisect.bisect_right(self._first_tokens, token) - 1

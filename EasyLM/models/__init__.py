@@ -14,6 +14,7 @@ A lower-case letter is a part of the axis with that upper-case letter. A digit i
 Vocabulary:
   context: the arguments that all blocks of a forward pass share.
   mask: selects the keys that a query attends to. In a token mask, 1 is a token and 0 is padding.
+  document: a sentence, or a part of one, in a row of several. Segment ids number the documents of a row.
   prompt, candidate: a candidate is one continuation of a prompt. All candidates share the prompt's cache.
   slot: the index of a new token in the candidates' cache.
 

@@ -54,9 +54,8 @@ def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
     length = current.get("seq_length", 1)
     if "rows_consumed" in state:
         saved = state["source"]
-        changed = [
-            name for name in current if name != "seq_length" and not same_contents(saved.get(name), current[name])
-        ]
+        names = dict.fromkeys(name for name in (*saved, *current) if name != "seq_length")
+        changed = [name for name in names if not same_contents(saved.get(name), current.get(name))]
         if changed:
             raise UserError(
                 f"the saved data state belongs to other data or another order: {', '.join(changed)} changed"

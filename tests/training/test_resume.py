@@ -35,6 +35,7 @@ VARIANTS = {
     "palm": {"optimizer.type": "palm", "optimizer.palm_optimizer.lr_warmup_steps": 5},
     "shuffled epochs": {"train_dataset.json_dataset.shuffle_seed": 7, "train_dataset.json_dataset.batch_size": 24},
     "epochs": {"train_dataset.json_dataset.batch_size": 24},
+    "documents": {"train_dataset.json_dataset.document_mask": True, "llama.num_key_value_heads": 2},
     "dropout": {"llama.resid_pdrop": 0.1, "llama.fcm_max_ratio": 0.3},
 }
 

@@ -10,7 +10,9 @@ _DTYPES = (jnp.bfloat16, jnp.float16)  # the types that the kernel supports
 
 def cudnn_applies(platform: str, dtype: jnp.dtype, mask: AttentionMask) -> bool:
     """Whether the kernel supports this platform, dtype and mask, with memory that is linear in the length."""
-    return platform == "gpu" and dtype in _DTYPES and mask.dropout_key is None and mask.forget_key is None
+    # JAX's public interface of the kernel has no argument for documents.
+    unsupported = mask.dropout_key, mask.forget_key, mask.first_BT
+    return platform == "gpu" and dtype in _DTYPES and all(value is None for value in unsupported)
 
 
 def cudnn_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: AttentionMask) -> jax.Array:

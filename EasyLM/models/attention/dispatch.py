@@ -34,7 +34,7 @@ def attention(
         backend.
       implementation: "xla" holds all T x S weights in memory. "blockwise" iterates over chunks in linear memory.
         "cudnn" is NVIDIA's kernel, for bf16 and fp16. "auto" selects blockwise with small chunks on a CPU, xla on a
-        TPU, and on a GPU cudnn if the kernel supports the inputs, otherwise blockwise.
+        TPU (blockwise with a document mask), and on a GPU cudnn if the kernel supports the inputs, otherwise blockwise.
       query_chunk, key_chunk: chunk sizes of "blockwise". They need not divide the length.
 
     Returns:
@@ -51,13 +51,14 @@ def attention(
     elif implementation == "auto" and platform == "gpu":
         implementation = "cudnn" if cudnn_applies(platform, q_BTHK.dtype, mask) else "blockwise"
     elif implementation == "auto":
-        implementation = "xla"
+        implementation = "xla" if mask.first_BT is None else "blockwise"
     if implementation == "cudnn":
         if not cudnn_applies(platform, q_BTHK.dtype, mask):
             raise UserError(
-                "attention implementation 'cudnn' needs a GPU, bf16 or fp16, no dropout on the weights and no "
-                f"forgetful causal mask; here are {platform}, {q_BTHK.dtype}, a dropout rate of {mask.dropout_rate} "
-                f"and forget ratios of {mask.forget_ratios}; choose 'auto' or 'blockwise'"
+                "attention implementation 'cudnn' needs a GPU, bf16 or fp16, no dropout on the weights, no forgetful "
+                f"causal mask and no document mask; here are {platform}, {q_BTHK.dtype}, a dropout rate of "
+                f"{mask.dropout_rate}, forget ratios of {mask.forget_ratios} and "
+                f"{'no ' if mask.first_BT is None else 'a '}document mask; choose 'auto' or 'blockwise'"
             )
         return cudnn_attention(q_BTHK, k_BSGK, v_BSGK, mask)
     group = heads // k_BSGK.shape[2]

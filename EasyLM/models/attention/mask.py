@@ -11,7 +11,7 @@ MASKED_SCORE = -1e30  # finite, because -inf minus -inf is NaN
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("valid_BS", "forget_key", "dropout_key"),
+    data_fields=("valid_BS", "forget_key", "dropout_key", "first_BT"),
     meta_fields=("forget_ratios", "dropout_rate"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,10 @@ class AttentionMask:
     Attributes:
       valid_BS: 1 for a token, 0 for padding. None means no padding.
       forget_key: PRNG key of the forgetful causal mask (FCM, arXiv 2210.13432), or None. Each query drops a random
-        share of its past keys. The share is uniform between the two `forget_ratios`. Key 0 is never dropped.
+        share of its past keys. The share is uniform between the two `forget_ratios`. The first key is never dropped.
       dropout_key: PRNG key of dropout on the attention weights, or None. `dropout_rate` is the rate.
+      first_BT: the first token of each token's document, or None: a row is one document. A query attends to keys of
+        its own document only.
     """
 
     valid_BS: jax.Array | None = None  # noqa: N815
@@ -32,6 +34,7 @@ class AttentionMask:
     forget_ratios: tuple[float, float] = (0.0, 0.0)
     dropout_key: jax.Array | None = None
     dropout_rate: float = 0.0
+    first_BT: jax.Array | None = None  # noqa: N815
 
     def with_dropout(self, key: jax.Array | None, rate: float) -> "AttentionMask":
         """Returns the mask with dropout. Returns the mask unchanged if there is no key or the rate is 0."""
@@ -40,14 +43,17 @@ class AttentionMask:
     def allowed(self, batch: int, t_T: jax.Array, s_S: jax.Array) -> jax.Array:
         """Returns whether queries at positions `t_T` attend to keys at positions `s_S`, as bool [B or 1, T, S]."""
         t, s = t_T[None, :, None], s_S[None, None, :]
-        past = s < t
+        past, first = s < t, jnp.zeros((1, 1, 1), jnp.int32)
+        if self.first_BT is not None:
+            first = jnp.take(self.first_BT, t_T, axis=1, mode="clip")[:, :, None]
+            past &= s >= first
         if self.valid_BS is not None:
             past &= jnp.take(self.valid_BS, s_S, axis=1, mode="clip")[:, None, :] != 0
         if self.forget_key is not None:
             low, high = self.forget_ratios
             b = jnp.arange(batch)[:, None, None]
             ratio_BT1 = low + (high - low) * _uniform(jax.random.fold_in(self.forget_key, 0), b, t)
-            past &= (_uniform(jax.random.fold_in(self.forget_key, 1), b, t, s) >= ratio_BT1) | (s == 0)
+            past &= (_uniform(jax.random.fold_in(self.forget_key, 1), b, t, s) >= ratio_BT1) | (s == first)
         return past | (s == t)
 
     def dropout_factor(self, batch: int, heads: int, t_T: jax.Array, s_S: jax.Array) -> jax.Array | None:

@@ -19,7 +19,7 @@ from EasyLM.models import losses
 from EasyLM.models.attention import AttentionMask
 from EasyLM.models.llama.layers import Block, Context, Embedding, Linear, RMSNorm, dropout, remat
 from EasyLM.models.llama.llama_config import LLaMAConfig
-from EasyLM.models.llama.rotary import positions, rotary_table
+from EasyLM.models.llama.rotary import first_tokens, positions, rotary_table
 from EasyLM.models.tuning import LANES, flat_matmul
 from EasyLM.parallel import BATCH_AXES, axis_size, constrain
 
@@ -97,6 +97,7 @@ def hidden_states(
     *,
     attention_mask_BT: jax.Array | None = None,
     position_ids_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
     dtype: DTypeLike = jnp.float32,
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
@@ -105,7 +106,10 @@ def hidden_states(
 
     Args:
       attention_mask_BT: 1 for a token, 0 for padding on the left. None means no padding.
-      position_ids_BT: positions, counted from 0. By default, the index of a token among the unpadded tokens.
+      position_ids_BT: positions, counted from 0. By default, the index of a token among the unpadded tokens, or in its
+        document.
+      segment_ids_BT: the document of each token; the tokens of a document are consecutive. A token attends to its own
+        document only. None means that a row is one document.
       dtype: the type of activations and kernels. Norms, rotary angles and softmax are float32.
       key: PRNG key of dropout and of the forgetful causal mask. None disables both.
       mesh: the mesh of the activations. The batch is split over dp and fsdp; heads and feed-forward over mp.
@@ -114,9 +118,10 @@ def hidden_states(
     keys = (None, None) if key is None else jax.random.split(key)
     forgets = config.fcm_max_ratio > 0
     ratios = config.fcm_min_ratio, config.fcm_max_ratio
-    mask = AttentionMask(attention_mask_BT, keys[1] if forgets else None, ratios)
+    first_BT = None if segment_ids_BT is None else first_tokens(segment_ids_BT)
+    mask = AttentionMask(attention_mask_BT, keys[1] if forgets else None, ratios, first_BT=first_BT)
     if position_ids_BT is None:
-        position_ids_BT = positions(tokens_BT.shape[1], attention_mask_BT)
+        position_ids_BT = positions(tokens_BT.shape[1], attention_mask_BT, first_BT)
     context = Context(rotary_table(config, position_ids_BT), mask, mesh, keys[0])
     model = with_params(config, params, dtype)
     return model.transformer(tokens_BT, context, dtype), model.head_DV.astype(dtype)
@@ -133,13 +138,17 @@ def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) 
 def make_loss_fn(config: LLaMAConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> Callable:
     """Returns `loss_fn(params, batch, key) -> (loss, {"accuracy": ...})`.
 
-    A batch holds `input_tokens`, `target_tokens` and `loss_masks`, [B, T] each.
+    A batch holds `input_tokens`, `target_tokens` and `loss_masks`, [B, T] each. With a document mask it also holds
+    `segment_ids`.
     """
     num_shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
 
     def loss_fn(params, batch, key):
         tokens_BT, targets_BT, masks_BT = batch["input_tokens"], batch["target_tokens"], batch["loss_masks"]
-        hidden_BTD, head_DV = hidden_states(config, params, tokens_BT, dtype=dtype, key=key, mesh=mesh)
+        segments_BT = batch.get("segment_ids")
+        hidden_BTD, head_DV = hidden_states(
+            config, params, tokens_BT, segment_ids_BT=segments_BT, dtype=dtype, key=key, mesh=mesh
+        )
         chunk = tokens_BT.shape[1] * _LOGITS_TOKENS * num_shards // tokens_BT.size
         to_logits = functools.partial(logits, mesh=mesh)
         if chunk < tokens_BT.shape[1]:

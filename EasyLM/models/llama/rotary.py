@@ -7,11 +7,23 @@ from einops import rearrange
 from EasyLM.models.llama.llama_config import LLaMAConfig
 
 
-def positions(length: int, attention_mask_BT: jax.Array | None) -> jax.Array:
-    """Returns position ids [B or 1, T]: the index of a token among the tokens of its row. Left padding has 0."""
+def positions(length: int, attention_mask_BT: jax.Array | None, first_BT: jax.Array | None = None) -> jax.Array:
+    """Returns position ids [B or 1, T]: the index of a token among the tokens of its row. Left padding has 0.
+
+    Args:
+      first_BT: the first token of each token's document. Positions restart there. Such rows have no padding.
+    """
+    assert attention_mask_BT is None or first_BT is None, "rows of several documents have no padding"
     if attention_mask_BT is None:
-        return jnp.arange(length)[None]
+        return jnp.arange(length)[None] - (0 if first_BT is None else first_BT)
     return jnp.clip(jnp.cumsum(attention_mask_BT, axis=-1) - 1, 0)
+
+
+def first_tokens(segment_ids_BT: jax.Array) -> jax.Array:
+    """Returns the index of the first token of each token's document, int32 [B, T]."""
+    is_first_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
+    index_BT = jnp.where(is_first_BT, jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None], 0)
+    return jax.lax.cummax(index_BT, axis=1)
 
 
 def rotary_table(config: LLaMAConfig, position_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
