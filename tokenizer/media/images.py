@@ -19,12 +19,21 @@ from tokenizer.media import sample_values
 ImageFile = str | os.PathLike | BinaryIO
 
 WRITABLE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# Pillow reads these formats only if it was built with their library.
-_OPTIONAL_EXTENSIONS = {"jpg_2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "avif": (".avif",)}
+# Pillow reads these formats only if it was built with their library: library -> format, extensions.
+_OPTIONAL_FORMATS = {
+    "jpg_2000": ("JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")),
+    "avif": ("AVIF", (".avif",)),
+}
+_AVAILABLE_FORMATS = [_OPTIONAL_FORMATS[library] for library in _OPTIONAL_FORMATS if features.check(library)]
+# Pillow recognizes a format by the content, not by the extension. It would pass PostScript to another program.
+_FORMATS = (
+    *("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "TGA", "PCX", "PSD", "QOI", "SGI"),
+    *(name for name, _ in _AVAILABLE_FORMATS),
+)
 IMAGE_EXTENSIONS = (
     *WRITABLE_EXTENSIONS,
     *(".jpe", ".jfif", ".apng", ".dib", ".pbm", ".pnm", ".tga", ".pcx", ".psd", ".qoi", ".sgi"),
-    *(ext for library, extensions in _OPTIONAL_EXTENSIONS.items() if features.check(library) for ext in extensions),
+    *(extension for _, extensions in _AVAILABLE_FORMATS for extension in extensions),
 )
 _BLOCK_BYTES = 1 << 20
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -68,7 +77,7 @@ def open_image(path: ImageFile) -> Iterator[Image.Image]:
     if isinstance(path, str | os.PathLike) and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is not a file")  # reading a pipe could wait forever
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             check_png(image)
             sample_values.check_signs(image)
             sample_values.scale_transparency(image)

@@ -20,7 +20,12 @@ from EasyLM.errors import UserError, check_installed
 
 # Codecs with one shown frame per packet, at the packet's time. (VP8, for example, has packets that are never shown.)
 _ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "prores", "ffv1"}
-# Formats (FFmpeg's names) with an index of their frames. Other formats are decoded from the beginning: after a seek
+# Formats (FFmpeg's names) that hold their frames themselves. Playlists name further files, which can be pipes.
+_FORMATS = (
+    "asf,avi,av1,dv,flv,gif,gxf,h263,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,vvc,"
+    "wtv,yuv4mpegpipe"
+)
+# Formats with an index of their frames. Other formats are decoded from the beginning: after a seek
 # their frames can have other time stamps.
 _INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
 _DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end; less is rounding
@@ -59,11 +64,11 @@ def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
     av = import_av()
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    # Titles can have any encoding. Without this option, PyAV 18 and older accept only UTF-8.
-    options = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    # Titles can have any encoding. Without this argument, PyAV 18 and older accept only UTF-8.
+    arguments = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
         # FFmpeg takes the part of a relative path before a colon for a protocol.
-        with av.open(os.path.abspath(path), **options) as container:
+        with av.open(os.path.abspath(path), options={"format_whitelist": _FORMATS}, **arguments) as container:
             if not container.streams.video:
                 raise UserError(f"{path}: has no video stream")
             if container.streams.video[0].codec_context is None:

@@ -172,6 +172,12 @@ def test_damaged_pixels_of_a_png_are_named(tmp_path, mode):
     np.testing.assert_array_equal(images.read(path, SIDE), expected)
 
 
+def test_formats_that_start_other_programs_are_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    with pytest.raises(UserError, match=r"a\.png: not a readable image \(cannot identify"):
+        images.read(tmp_path / "a.png", SIDE)
+
+
 @pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
 def test_gray_of_more_than_sixteen_bits_is_named(tmp_path, value):
     gray = RAMP.astype(np.int32)

@@ -194,6 +194,13 @@ class TestErrors:
                 with pytest.raises(UserError, match=f"^{tmp_path / name}: .*{message}"):
                     function(tmp_path / name)
 
+    def test_playlists(self, tmp_path):
+        """A playlist could name a pipe, which would wait for ever, or another file."""
+        os.mkfifo(tmp_path / "pipe.ts")
+        (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile pipe.ts\n")
+        with pytest.raises(UserError, match=r"list\.mp4: not a readable video"):
+            videos.timestamps(tmp_path / "list.mp4")
+
     @pytest.mark.parametrize("second", [-0.1, 4.2, float("nan"), float("inf")])
     def test_times_outside(self, folder, second):
         with pytest.raises(UserError, match=r"b_frames.mp4: no frame is shown at .* s \(its frames: 0 to 3.95 s\)"):
