@@ -82,7 +82,7 @@ def measure_all(config: ConfigDict, selection: TaskSelection, generation: Genera
     for source in selection.sources:
         counts = selection.counts(source)
         check_length(prompter, source, max(counts))
-        task = load_task(source, max(counts), config.n_queries, config.seed, prompter.codec.config.resolution)
+        task = load_task(source, max(counts), config.n_queries, config.seed, prompter.codec.resolution)
         example = TaskExample(task.name, weight_files, (task.metric, task.digest()))
         if results.missing([example]):
             own_metric = {task.metric: selection.metrics[task.metric]} if task.metric else {}

@@ -20,7 +20,7 @@ FLAGS = CODEC_FLAGS
 def main(config: ConfigDict) -> None:
     """Prints the two measurements."""
     codec = Codec.from_flags(config)
-    size = codec.config.resolution
+    size = codec.resolution
     flat = np.broadcast_to(palette.COLOURS[:, None, None], (len(palette.COLOURS), size, size, 3))
     everywhere = np.ones((1, size, size), bool)
     _print("whole images", *measure(codec, flat[:, None], everywhere))
@@ -37,7 +37,7 @@ def measure(codec: Codec, images_CnSS3: np.ndarray, areas_nSS: np.ndarray) -> tu
       images_CnSS3: n uint8 images for each colour.
       areas_nSS: where they have the colour. The measurements are of the codes' cells that lie in it entirely.
     """
-    side, size = codec.config.side, codec.config.resolution
+    side, size = codec.config.side, codec.resolution
     cells_nhw = areas_nSS.reshape(-1, side, size // side, side, size // side).all(axis=(2, 4))
     inside_nSS = cells_nhw.repeat(size // side, axis=1).repeat(size // side, axis=2)
     errors, counts = [], []

@@ -23,18 +23,19 @@ ALLOWED = {
     "EasyLM.planning EasyLM.models EasyLM.models.attention",
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
-    "tokenizer.synthetic": "EasyLM.data tokenizer.media tokenizer.builders",
     "tokenizer.formats": "EasyLM.storage EasyLM.checkpoints",
+    "tokenizer.synthetic": "EasyLM.data tokenizer.media tokenizer.formats tokenizer.builders",
     "tokenizer.vqgan": "EasyLM.storage EasyLM.checkpoints tokenizer.formats",
     "tokenizer.image_quality": "tokenizer.formats tokenizer.vqgan",
     "tokenizer.training": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.vqgan tokenizer.image_quality",
     "tokenizer.sentence_files": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.image_quality",
-    "tokenizer.builders": "EasyLM.storage EasyLM.data tokenizer.media",
+    "tokenizer.builders": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.formats",
     "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training tokenizer.media "
-    "tokenizer.synthetic tokenizer.vqgan tokenizer.image_quality tokenizer.training tokenizer.sentence_files "
-    "tokenizer.builders",
+    "tokenizer.formats tokenizer.synthetic tokenizer.vqgan tokenizer.image_quality tokenizer.training "
+    "tokenizer.sentence_files tokenizer.builders",
     # Prompts and answers.
-    "evaluation.prompting": "EasyLM.checkpoints EasyLM.parallel EasyLM.models EasyLM.models.llama tokenizer.vqgan",
+    "evaluation.prompting": "EasyLM.checkpoints EasyLM.parallel EasyLM.models EasyLM.models.llama tokenizer.formats "
+    "tokenizer.vqgan",
     "evaluation.tasks": "EasyLM.storage tokenizer.media tokenizer.builders tokenizer.image_quality tokenizer.synthetic "
     "evaluation.prompting",
     "evaluation.runs": "EasyLM.storage tokenizer.media evaluation.prompting evaluation.tasks",

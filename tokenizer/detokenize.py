@@ -18,6 +18,7 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
 from EasyLM.storage import file_version, lock_output_folder
+from tokenizer.formats import ImageTokenizer
 from tokenizer.media import images
 from tokenizer.sentence_files import read_sentences, rendering
 from tokenizer.sentence_files.rendering import DecodedSentence
@@ -61,7 +62,7 @@ def main(config: ConfigDict) -> None:
     print(f"{config.output_dir}: {count} sentences")
 
 
-def _check_first(codec: Codec, path: str, is_chosen: bool) -> None:
+def _check_first(codec: ImageTokenizer, path: str, is_chosen: bool) -> None:
     """Checks the tokenizer of the first sentence before its ids, which may be outside another tokenizer's codebook."""
     sentences = read_sentences(path, vocab_size=1 << 31, on_bad_line=lambda *bad_line: None)
     _, record = next(sentences, (None, {TOKENIZER_KEY: codec.digest}))
@@ -73,7 +74,7 @@ def _check_first(codec: Codec, path: str, is_chosen: bool) -> None:
         )
 
 
-def _check_tokenizer(codec: Codec, path: str, number: int, record: Mapping[str, Any]) -> None:
+def _check_tokenizer(codec: ImageTokenizer, path: str, number: int, record: Mapping[str, Any]) -> None:
     name = tokenizer_of(record)
     if name not in (None, codec.digest):
         raise UserError(
@@ -82,15 +83,15 @@ def _check_tokenizer(codec: Codec, path: str, number: int, record: Mapping[str, 
         )
 
 
-def decode_sentences(codec: Codec, path: str, selection: Selection) -> Iterator[DecodedSentence]:
+def decode_sentences(codec: ImageTokenizer, path: str, selection: Selection) -> Iterator[DecodedSentence]:
     """Yields the images of the selected sentences of a file.
 
     Raises:
       UserError: naming the file, for a bad line, a selection without sentences, a sentence of another tokenizer, or
         tokens that are not whole images.
     """
-    tokens_per_image = codec.config.tokens_per_image
-    sentences = read_sentences(path, codec.config.num_embeddings)
+    tokens_per_image = codec.tokens_per_image
+    sentences = read_sentences(path, codec.num_codes)
     try:
         for number, ids, record in progress(select(sentences, selection), unit=" sentences", desc="decoding"):
             _check_tokenizer(codec, path, number, record)

@@ -19,6 +19,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.progress import progress
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output, write_json
+from tokenizer.formats import ImageTokenizer
 from tokenizer.image_quality import FeatureStatistics, code_usage, frechet_distance, inception, psnr, ssim, warn_if_few
 from tokenizer.media import folders, grids, images
 from tokenizer.vqgan import CODEC_FLAGS, Codec
@@ -72,7 +73,7 @@ def main(config: ConfigDict) -> None:
     codec = Codec.from_flags(config)
 
     metrics: dict[str, dict[str, Any]] = {}
-    counts_K, rows = np.zeros(codec.config.num_embeddings, np.int64), []
+    counts_K, rows = np.zeros(codec.num_codes, np.int64), []
     features = FeatureStatistics(), FeatureStatistics()
     for folder in directories:
         result = measure(codec, network, paths[folder], skipped, config.batch_size, config.columns)
@@ -96,7 +97,7 @@ def main(config: ConfigDict) -> None:
 
 
 def measure(
-    codec: Codec,
+    codec: ImageTokenizer,
     network: inception.Inception | None,
     paths: Sequence[pathlib.Path],
     skipped: SkippedInputs,
@@ -115,12 +116,12 @@ def measure(
     """
     values: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
     pairs, features = [], (FeatureStatistics(), FeatureStatistics())
-    counts_K = np.zeros(codec.config.num_embeddings, np.int64)
+    counts_K = np.zeros(codec.num_codes, np.int64)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress(total=len(paths), unit="image") as bar:
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             bar.update(len(batch))
-            readable = _load(pool, batch, codec.config.resolution, skipped)
+            readable = _load(pool, batch, codec.resolution, skipped)
             if not readable:
                 continue
             pixels = np.stack(readable)

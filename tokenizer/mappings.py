@@ -23,6 +23,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.process_pool import Workers
 from EasyLM.storage import check_output
 from tokenizer.builders.resumable_file import ResumableFile
+from tokenizer.formats import ImageTokenizer
 from tokenizer.media import grids, images
 from tokenizer.synthetic import pool, seed_ranges, sentences, writing
 from tokenizer.synthetic.pool import Pool, PoolSettings
@@ -91,7 +92,7 @@ def main(config: ConfigDict) -> None:
         check_output(config.output_file, "output_file")
         if config.output_picture:
             images.check_output(config.output_picture, "output_picture")
-        settings = _pool_settings(config, mixture, first_seed, codec.config.resolution)
+        settings = _pool_settings(config, mixture, first_seed, codec.resolution)
         seeds = range(first_seed, first_seed + config.num)
         with tempfile.TemporaryDirectory() as directory, Workers(config.workers) as workers:
             rendering_seconds = _render(settings, directory, workers, codec)
@@ -138,7 +139,7 @@ def _pool_settings(config: ConfigDict, mixture: Mixture, first_seed: int, size: 
     )
 
 
-def _render(settings: PoolSettings, directory: str, workers: Workers, codec: Codec) -> float:
+def _render(settings: PoolSettings, directory: str, workers: Workers, codec: ImageTokenizer) -> float:
     """Renders the pool, and compiles the encoder meanwhile; returns the seconds."""
     start = time.monotonic()
     no_images = np.zeros((1, settings.size, settings.size, 3), np.float32)
@@ -149,7 +150,7 @@ def _render(settings: PoolSettings, directory: str, workers: Workers, codec: Cod
     return round(time.monotonic() - start, 1)
 
 
-def _sheet(rendered: Pool, families: Sequence[str], seed: int, codec: Codec) -> np.ndarray:
+def _sheet(rendered: Pool, families: Sequence[str], seed: int, codec: ImageTokenizer) -> np.ndarray:
     """Draws the first sentence of each family as composed, and below it as decoded from its codes."""
     rows = []
     for family in families:

@@ -207,7 +207,7 @@ def export(run_dir: str, model: VQGANConfig) -> None:
 def save_reconstructions(run_dir: str, data: ImageRows, count: int = 12) -> None:
     """Writes `reconstructions.png`: three rows of images, each above its reconstructions."""
     codec = Codec(os.path.join(run_dir, "vqgan"))
-    pixels = data.rows(0, 3 * count)["pixels"].reshape(3, count, codec.config.resolution, -1, 3)
+    pixels = data.rows(0, 3 * count)["pixels"].reshape(3, count, codec.resolution, -1, 3)
     reconstructed = codec.decode(codec.encode(pixels.reshape(-1, *pixels.shape[2:]))).reshape(pixels.shape)
     _warn_if_constant(pixels, reconstructed)
     rows = [part for pair in zip(pixels, reconstructed, strict=True) for part in pair]

@@ -1,6 +1,7 @@
 """Prompting: a model and its tokenizer generate the images that follow a prompt of images.
 
-May import: EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.vqgan. Independent of image files and HTTP.
+May import: EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.formats, tokenizer.vqgan.
+Independent of image files and HTTP.
 
 Modules:
   settings     how images are sampled; checks these values once

@@ -20,6 +20,7 @@ from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.parallel import BATCH_AXES, make_mesh
 from evaluation.prompting.checkpoint import MODEL_FLAGS, load_model
 from evaluation.prompting.settings import GenerationSettings
+from tokenizer.formats import ImageTokenizer
 from tokenizer.vqgan import CODEC_FLAGS, COMPUTE_DTYPES, PRETRAINED, Codec
 
 TokenArrays = Sequence[np.ndarray] | np.ndarray  # tokens [P, N] of each prompt; in a sequence P may differ
@@ -57,7 +58,12 @@ class Prompter:
     """A tokenizer and a model. All evaluation commands use this class."""
 
     def __init__(
-        self, codec: Codec, config: LLaMAConfig, params: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype = jnp.float32
+        self,
+        codec: ImageTokenizer,
+        config: LLaMAConfig,
+        params: Any,
+        mesh: jax.sharding.Mesh,
+        dtype: jnp.dtype = jnp.float32,
     ):
         """Combines a tokenizer with model settings and parameters from `load_model`, sharded over `mesh`.
 

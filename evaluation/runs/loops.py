@@ -149,7 +149,7 @@ def _for_each_batch(
 ) -> None:
     """Adds the results of `compute(examples, loaded values)` for all examples that have none."""
     missing = results.missing(run.examples)
-    side = prompter.codec.config.resolution
+    side = prompter.codec.resolution
 
     def load(example: Example) -> tuple[np.ndarray, np.ndarray | None]:
         return run.load(example, side)

@@ -128,7 +128,7 @@ class BatchWorker:
         return list(log_p.reshape(len(prompts), *targets[0].shape)[: len(items)])
 
     def _warm_up(self, item: WarmUpItem) -> None:
-        side = self._prompter.codec.config.resolution
+        side = self._prompter.codec.resolution
         for length in item.prompt_lengths:
             prompt = Prompt(images=np.zeros((length, side, side, 3), np.float32))
             generation = GenerateItem(prompt, item.settings)

@@ -105,7 +105,7 @@ class Engine:
     @property
     def resolution(self) -> int:
         """Side, in pixels, of the images of a prompt."""
-        return self._prompter.codec.config.resolution
+        return self._prompter.codec.resolution
 
     @property
     def tokens_per_image(self) -> int:
@@ -204,7 +204,7 @@ class Engine:
         if len(prompt) > self.max_prompt_images:
             raise UserError(f"{len(prompt)} images: a prompt has at most {self.max_prompt_images} for this model")
         if prompt.tokens is not None:
-            num_codes = self._prompter.codec.config.num_embeddings
+            num_codes = self._prompter.codec.num_codes
             if prompt.tokens.shape[1] != self.tokens_per_image:
                 raise UserError(f"tokens: each image has {self.tokens_per_image} tokens")
             if prompt.tokens.min() < 0 or prompt.tokens.max() >= num_codes:

@@ -48,7 +48,7 @@ class Measurement:
         reconstructions = self.prompter.decode(true_tokens_QN)
         if self.network:
             warn_if_few(task.name, len(true_tokens_QN))
-        unigram_QN = metrics.unigram_log_likelihoods(true_tokens_QN, self.prompter.codec.config.num_embeddings)
+        unigram_QN = metrics.unigram_log_likelihoods(true_tokens_QN, self.prompter.codec.num_codes)
         points = []
         fewest_QN: np.ndarray | None = None  # log-likelihoods at the fewest shots
         for shots in counts:

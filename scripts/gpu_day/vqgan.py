@@ -47,7 +47,7 @@ def main(config: ConfigDict) -> None:
 
 def rates(codec: Codec, batches: int) -> dict[str, dict]:
     """Returns images per second and the network's FLOP/s of encoding and decoding, with copies to and from the host."""
-    size, side = codec.batch_size, codec.config.resolution
+    size, side = codec.batch_size, codec.resolution
     pixels = np.random.default_rng(1).random((size, side, side, 3), np.float32)
     begin = time.perf_counter()
     codes = codec.encode(pixels)

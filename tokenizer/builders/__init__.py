@@ -1,6 +1,6 @@
 """Builds visual sentences from folders of images and videos.
 
-May import: EasyLM.storage, EasyLM.data, tokenizer.media; never JAX. The codec is passed in.
+May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.formats; never JAX. The codec is passed in.
 Import the modules: `from tokenizer.builders import views`. This file imports nothing, because worker processes import
 only `image_ref` and have to start fast.
 

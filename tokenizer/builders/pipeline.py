@@ -18,25 +18,10 @@ from EasyLM.errors import UserError
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.image_ref import ImageRef
+from tokenizer.formats import ImageTokenizer
 from tokenizer.media import images
 
 _BATCHES_ON_DEVICE = 2  # one is transferred while the other is computed
-
-
-class Codec(Protocol):
-    """The interface of the tokenizer that a build uses.
-
-    Attributes:
-      config: has `resolution`, `tokens_per_image` and `num_embeddings`.
-      digest: the name of the tokenizer.
-    """
-
-    config: Any
-    digest: str
-
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Encodes float32 [n,S,S,3] in [0, 1] to codes [n,N]."""
-        ...
 
 
 class HasImages(Protocol):
@@ -59,10 +44,10 @@ class Encoder:
       images_encoded: number of images so far.
     """
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: ImageTokenizer):
         """Compiles the encoder, so that compilation does not count as idle time."""
         self._codec, self._lock = codec, threading.Lock()
-        side = codec.config.resolution
+        side = codec.resolution
         codec.encode(np.zeros((1, side, side, 3), np.float32))
         self._threads = concurrent.futures.ThreadPoolExecutor(_BATCHES_ON_DEVICE)
         self._active_batches, self._idle_since, self._idle_seconds = 0, time.monotonic(), 0.0

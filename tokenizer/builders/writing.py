@@ -21,10 +21,11 @@ from EasyLM.storage import check_schema
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.kinds import KINDS, Sentence, compose
-from tokenizer.builders.pipeline import Codec, Encoder, Pipeline
+from tokenizer.builders.pipeline import Encoder, Pipeline
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.samplers import Sampler
 from tokenizer.builders.settings import SentenceSettings
+from tokenizer.formats import ImageTokenizer
 
 _PENDING_BATCHES = 6  # up to three are on the device or queued for it; the others are being read
 _INITIAL_STATE = {"number": 0, "sentences": 0, "pictures": 0, "sentences_left_out": 0, "seconds": 0.0, "skipped": {}}
@@ -64,7 +65,7 @@ class Resources:
 
 
 def write_sentences(
-    plan: BuildPlan, codec: Codec, file: ResumableFile, skipped: SkippedInputs, resources: Resources
+    plan: BuildPlan, codec: ImageTokenizer, file: ResumableFile, skipped: SkippedInputs, resources: Resources
 ) -> dict[str, Any]:
     """Writes the sentences that the file does not contain yet, and returns the report."""
     state = file.state or {**_INITIAL_STATE, "example": plan.examples.start}
@@ -72,13 +73,13 @@ def write_sentences(
         check_schema(state, _STATE, "state")
     skipped.restore(state["skipped"])
     start = time.monotonic() - state["seconds"]
-    cache = CodeCache(resources.cached_images, codec.config.tokens_per_image, os.path.dirname(file.path) or ".")
+    cache = CodeCache(resources.cached_images, codec.tokens_per_image, os.path.dirname(file.path) or ".")
     with (
         Workers(resources.workers) as workers,
         contextlib.closing(Encoder(codec)) as encoder,
         progress_bar(plan.kind, state["example"] - plan.examples.start, len(plan.examples)) as bar,
     ):
-        read = functools.partial(workers.submit, functools.partial(image_ref.read, size=codec.config.resolution))
+        read = functools.partial(workers.submit, functools.partial(image_ref.read, size=codec.resolution))
         max_pending = _PENDING_BATCHES * resources.batch_size + 2 * resources.workers
         pipeline = Pipeline(read, encoder, cache, resources.batch_size, max_pending)
         for sentence, codes in pipeline.run(_remaining(plan, state, workers, skipped)):
@@ -124,8 +125,8 @@ def progress_bar(description: str, done: int, total: int) -> tqdm:
     return bar
 
 
-def _record_line(kind: str, sentence: Sentence, codes: np.ndarray, codec: Codec) -> bytes:
+def _record_line(kind: str, sentence: Sentence, codes: np.ndarray, codec: ImageTokenizer) -> bytes:
     tokens = codes.reshape(-1).astype(np.int32)
-    records.check_ids(tokens, codec.config.num_embeddings)
+    records.check_ids(tokens, codec.num_codes)
     others = {"kind": kind, TOKENIZER_KEY: codec.digest, **image_ref.to_record(sentence.images)}
     return records.record_line(tokens, **others)

@@ -1,6 +1,7 @@
 """Synthetic data: rendered scenes with exact annotations, and crops of photographs, as functions of a seed.
 
-May import: EasyLM.data, tokenizer.media, tokenizer.builders; no JAX, because worker processes import these modules.
+May import: EasyLM.data, tokenizer.media, tokenizer.formats, tokenizer.builders; no JAX, because worker processes import
+these modules.
 Import the modules as namespaces: `from tokenizer.synthetic import scenes`.
 
     scenes       images, annotations and clips of rendered scenes

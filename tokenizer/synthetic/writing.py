@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,24 +18,13 @@ from EasyLM.data.tokenizer_names import TOKENIZER_KEY, TOKENS_PER_IMAGE_KEY
 from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
 from tokenizer.builders.resumable_file import ResumableFile
+from tokenizer.formats import ImageTokenizer
 from tokenizer.media import images
 from tokenizer.synthetic.pool import Pool
 from tokenizer.synthetic.sentences import NEW_IMAGE, Mixture, Sentences, compose_range
 
 _SENTENCES_AT_ONCE = 64  # that a worker composes at a time
 _PENDING_PER_WORKER = 3
-
-
-class Codec(Protocol):
-    """The interface of the tokenizer: `config` has `tokens_per_image` and `num_embeddings`, `digest` is its name."""
-
-    config: Any
-    batch_size: int
-    digest: str
-
-    def encode_batches(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields codes [m,N] of batches of float32 [m,S,S,3] in [0, 1], m at most `batch_size`."""
-        ...
 
 
 @dataclasses.dataclass
@@ -54,7 +43,7 @@ class Timing:
 
 
 def write_sentences(
-    directory: str, mixture: Mixture, seeds: range, codec: Codec, file: ResumableFile, workers: Workers
+    directory: str, mixture: Mixture, seeds: range, codec: ImageTokenizer, file: ResumableFile, workers: Workers
 ) -> dict[str, Any]:
     """Writes the sentences that the file does not contain yet, and returns the report.
 
@@ -67,7 +56,7 @@ def write_sentences(
     first, start = state["sentences"], time.monotonic()
     timing = Timing()
     pool = Pool(directory)
-    common = {TOKENIZER_KEY: codec.digest, TOKENS_PER_IMAGE_KEY: codec.config.tokens_per_image}
+    common = {TOKENIZER_KEY: codec.digest, TOKENS_PER_IMAGE_KEY: codec.tokens_per_image}
     bar = progress(total=len(seeds), initial=first, unit="sentence", desc="writing")
     with bar:
         composed = _compose(workers, directory, mixture, seeds[first:], timing)
@@ -110,10 +99,10 @@ def _compose(workers: Workers, directory: str, mixture: Mixture, seeds: range, t
 
 
 def _encode(
-    composed: Iterable[Sentences], pool: Pool, codec: Codec, timing: Timing
+    composed: Iterable[Sentences], pool: Pool, codec: ImageTokenizer, timing: Timing
 ) -> Iterator[tuple[Sentences, np.ndarray]]:
     """Yields sentences and their tokens, int32 [n, 16 N]. An image of the pool is encoded once, at its first use."""
-    codes_of_pool = np.zeros((pool.num_images, codec.config.tokens_per_image), np.uint16)
+    codes_of_pool = np.zeros((pool.num_images, codec.tokens_per_image), np.uint16)
     is_requested = np.zeros(pool.num_images, bool)
     waiting: collections.deque[tuple[Sentences, np.ndarray]] = collections.deque()  # with the new numbers of the pool
 
@@ -126,7 +115,7 @@ def _encode(
             yield pool.pixels(unknown)
             yield sentences.pixels
 
-    none = np.zeros((0, codec.config.tokens_per_image), np.uint16)
+    none = np.zeros((0, codec.tokens_per_image), np.uint16)
     encoded = none  # codes of the waiting sentences so far
     batches = codec.encode_batches(_rebatch(pixels(), codec.batch_size))
     for codes in itertools.chain(batches, [none]):  # the last sentences can have no image to encode
@@ -136,7 +125,7 @@ def _encode(
             sentences, unknown = waiting.popleft()
             codes_of_pool[unknown], encoded = np.split(encoded, [len(unknown)])
             new_codes, encoded = np.split(encoded, [len(sentences.pixels)])
-            yield sentences, _tokens(sentences.numbers, codes_of_pool, new_codes, codec.config.num_embeddings)
+            yield sentences, _tokens(sentences.numbers, codes_of_pool, new_codes, codec.num_codes)
     assert not waiting and not len(encoded)
 
 

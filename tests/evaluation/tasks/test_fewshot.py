@@ -79,7 +79,7 @@ def check_per_query(per_query, point):
 def test_metrics_are_computed_a_batch_at_a_time(tmp_path, prompter, monkeypatch):
     """Their memory does not grow with the number of queries."""
     source = write_pairs(tmp_path, 3)
-    task = load_task(source, shots=0, queries=3, seed=0, side=prompter.codec.config.resolution)
+    task = load_task(source, shots=0, queries=3, seed=0, side=prompter.codec.resolution)
     answers_QN = np.zeros((3, prompter.tokens_per_image), np.int32)
     monkeypatch.setattr(Measurement, "_answer", lambda *_: (answers_QN, np.zeros(answers_QN.shape)))
     sizes = []

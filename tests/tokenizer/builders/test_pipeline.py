@@ -23,7 +23,7 @@ TOKENS, SIDE = 4, 2
 class FakeCodec:
     """Encodes an image as the value of its first pixel, and records the batch sizes."""
 
-    config = types.SimpleNamespace(resolution=SIDE)
+    resolution = SIDE
 
     def __init__(self):
         self.batches, self._lock = [], threading.Lock()

@@ -26,6 +26,8 @@ def test_reference_data_is_reproduced(golden, tmp_path, name):
 
     weights.save(model, tmp_path)
     codec = Codec(str(tmp_path))
+    assert codec.digest == weights.digest(model)
+    assert (codec.num_codes, codec.tokens_per_image, codec.pixel_range) == (len(model.quantize.embedding), 256, (-1, 1))
     np.testing.assert_array_equal(codec.encode(reference["pixel_values"]), reference["codes"])
     np.testing.assert_allclose(codec.decode(reference["codes"]), np.clip(decoded, 0, 1), rtol=0, atol=1e-5)
 
