@@ -112,8 +112,9 @@ def generate(
         tokens_BCS, cache = _decode(decoder, weights, *state, done, stop, sampling, keys_BC)
         done = stop
         if progress is not None:
-            progress(np.asarray(tokens_BCS[..., :done]))
-    return np.asarray(tokens_BCS[..., :num_new_tokens])
+            # A copy, because the next call donates the array; sliced on the host: each slice would be a program.
+            progress(np.asarray(jnp.copy(tokens_BCS))[..., :done])
+    return np.asarray(tokens_BCS)[..., :num_new_tokens]
 
 
 def _check_positive(**counts: int) -> None:
@@ -166,10 +167,14 @@ def _keys(seed: int | Sequence[int], prompts_BP: np.ndarray, mask_BP: np.ndarray
     """Returns PRNG keys [B, C], derived from the seed, the prompt's tokens and the candidate's number."""
     rows = prompts_BP if mask_BP is None else [row[mask == 1] for row, mask in zip(prompts_BP, mask_BP, strict=True)]
     hashes_B = np.array([zlib.crc32(np.ascontiguousarray(row, "<i4").data) for row in rows], np.uint32)
-    seeds, index_B = np.unique(np.broadcast_to(seed, len(rows)), return_inverse=True)
-    keys_B = jnp.stack([jax.random.key(int(number)) for number in seeds])[index_B]
-    keys_B = jax.vmap(jax.random.fold_in)(keys_B, hashes_B)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, np.arange(candidates))
+    seeds_B = np.broadcast_to(np.asarray(seed, np.uint32), len(rows))
+    return _fold_keys(seeds_B, hashes_B, np.arange(candidates))
+
+
+@jax.jit
+def _fold_keys(seeds_B, hashes_B, numbers_C):
+    keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), hashes_B)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, numbers_C)
 
 
 def _sample(logits_BCV, sampling, keys_BC, number):

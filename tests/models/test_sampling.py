@@ -33,3 +33,14 @@ def test_top_k_above_the_vocabulary_is_disabled():
     logits_V = jax.random.normal(jax.random.key(0), 64)
     drawn = [sample(logits_V, check_sampling(1.0, k, 1.0), jax.random.key(1)) for k in (0, 65, 2**31, 10**30)]
     assert len(set(map(int, drawn))) == 1
+
+
+def test_one_program_serves_all_settings():
+    """The first use of a setting must not compile anything: it would hold up a service for seconds."""
+    program = jax.jit(jax.vmap(sample, in_axes=(0, None, 0)))
+    logits_BV, keys_B = jax.random.normal(jax.random.key(0), (3, 16)), jax.random.split(jax.random.key(1), 3)
+    for settings in ((1.0, 0, 1.0), (0, 0, 1.0), (0.7, 3, 1.0), (2.0, 0, 0.5), (1e-6, 16, 1e-9)):
+        drawn_B = program(logits_BV, check_sampling(*settings), keys_B)
+        for logits_V, key, drawn in zip(logits_BV, keys_B, drawn_B, strict=True):
+            assert drawn == sample(logits_V, check_sampling(*settings), key), settings
+    assert program._cache_size() == 1
