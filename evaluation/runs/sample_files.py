@@ -127,7 +127,7 @@ def parse_size(text: str) -> tuple[int, int] | str | None:
 
 
 def _displayed_size(path: str) -> tuple[int, int]:
-    with Image.open(path) as image:
+    with images.open_image(path) as image:
         return images.upright(image).size
 
 

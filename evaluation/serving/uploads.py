@@ -60,7 +60,7 @@ def decode_images(files: Sequence[bytes], size: int, limits: Limits, name: str =
 def _pixels(data: bytes, size: int, name: str) -> np.ndarray:
     with _open(data, name) as image:
         try:
-            images.check_png(image)
+            images.prepare(image)
             return images.to_pixels(image, size)
         except Exception as error:
             raise UserError(f"{name}: broken image ({error or type(error).__name__})") from error

@@ -78,9 +78,7 @@ def open_image(path: ImageFile) -> Iterator[Image.Image]:
         raise UserError(f"{path}: is not a file")  # reading a pipe could wait forever
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            check_png(image)
-            sample_values.check_signs(image)
-            sample_values.scale_transparency(image)
+            prepare(image)
             yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -88,12 +86,19 @@ def open_image(path: ImageFile) -> Iterator[Image.Image]:
         raise UserError(f"{path}: not a readable image ({error or type(error).__name__})") from error
 
 
-def check_png(image: Image.Image) -> None:
-    """Verifies the checksums of the pixel data of an opened PNG file. Pillow skips them.
+def prepare(image: Image.Image) -> None:
+    """Checks and corrects what Pillow does not. Call it on an opened image before its pixels are loaded.
 
     Raises:
-      ValueError: if they differ. Other formats and images that are loaded already are not checked.
+      ValueError: if the checksums of a PNG file differ, or the values of a TIFF file are signed.
     """
+    _check_png(image)
+    sample_values.check_signs(image)
+    sample_values.scale_transparency(image)
+
+
+def _check_png(image: Image.Image) -> None:
+    """Verifies the checksums of the pixel data of a PNG file, which Pillow skips."""
     file = getattr(image, "fp", None)
     if image.format != "PNG" or file is None:
         return

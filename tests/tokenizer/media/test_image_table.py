@@ -9,6 +9,7 @@ from image_table import CASES, SIDE, Case
 from PIL import Image
 
 from EasyLM.errors import UserError
+from evaluation.serving import Limits, uploads
 from tokenizer.builders import views
 from tokenizer.media import images
 
@@ -40,6 +41,12 @@ def test_each_view_is_what_the_format_says(tmp_path, name):
     near, far = int(case.ids.max()), int(case.ids.max()) // 2
     brightness = np.clip((case.ids - far) / (near - far), 0, 1)
     np.testing.assert_array_equal(views.depth(path, SIDE, near, far)[..., 0], np.round(255 * brightness))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith((".png", ".jpg", ".webp", ".bmp", ".gif"))])
+def test_uploads_are_read_as_files_are(name):
+    (pixels,) = uploads.decode_images([CASES[name].content], SIDE, Limits())
+    np.testing.assert_allclose(255 * pixels, CASES[name].pixels, atol=CASES[name].tolerance + 0.01)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
