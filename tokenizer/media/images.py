@@ -36,6 +36,7 @@ IMAGE_EXTENSIONS = (
     *(extension for _, extensions in _AVAILABLE_FORMATS for extension in extensions),
 )
 _BLOCK_BYTES = 1 << 20
+_HDR_TRANSFERS = (b"\x10", b"\x12")  # PQ and HLG in the chunk cICP, by their numbers in ITU-T H.273
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # By EXIF orientation. (Pillow's exif_transpose also rewrites the other EXIF entries, and fails if one is malformed.)
 _ORIENTATIONS = {
@@ -90,7 +91,7 @@ def prepare(image: Image.Image) -> None:
     """Checks and corrects what Pillow does not. Call it on an opened image before its pixels are loaded.
 
     Raises:
-      ValueError: if the checksums of a PNG file differ, or the values of a TIFF file are signed.
+      ValueError: if a PNG file is damaged or HDR, or the values of a TIFF file are signed.
     """
     _check_png(image)
     sample_values.check_signs(image)
@@ -98,7 +99,7 @@ def prepare(image: Image.Image) -> None:
 
 
 def _check_png(image: Image.Image) -> None:
-    """Verifies the checksums of the pixel data of a PNG file, which Pillow skips."""
+    """Verifies the checksums of the pixel data of a PNG file, and that it is not HDR. Pillow does neither."""
     file = getattr(image, "fp", None)
     if image.format != "PNG" or file is None:
         return
@@ -112,6 +113,11 @@ def _check_png(image: Image.Image) -> None:
                 crc, length = zlib.crc32(data, crc), length - len(data)
             if file.read(4) != struct.pack(">I", crc):
                 raise ValueError("its pixels are damaged: their checksum differs")
+        elif kind == b"cICP":
+            colours = file.read(min(length, 4))  # primaries, transfer function, matrix, range
+            if colours[1:2] in _HDR_TRANSFERS:
+                raise ValueError("its colours are HDR (PQ or HLG): convert it to sRGB")
+            file.seek(length - len(colours) + 4, os.SEEK_CUR)
         else:
             file.seek(length + 4, os.SEEK_CUR)
     file.seek(position)

@@ -54,6 +54,17 @@ def test_the_transparent_value_of_sixteen_bit_gray_is_white(tmp_path):
     np.testing.assert_array_equal(read_gray(tmp_path / "a.png", content), expected)
 
 
+@pytest.mark.parametrize(("transfer", "is_hdr"), [(1, False), (13, False), (16, True), (18, True)])
+def test_hdr_is_refused_by_name(tmp_path, transfer, is_hdr):
+    """The chunk cICP names primaries, transfer function, matrix and range."""
+    content = png(RAMP * 17, 8, GRAY, chunk(b"cICP", bytes([9, transfer, 0, 1])))
+    if is_hdr:
+        with pytest.raises(UserError, match=r"a\.png: .*HDR .PQ or HLG.: convert it to sRGB"):
+            read_gray(tmp_path / "a.png", content)
+    else:
+        np.testing.assert_array_equal(read_gray(tmp_path / "a.png", content), RAMP * 17)
+
+
 @pytest.mark.parametrize("ending", ["png", "webp"])
 def test_malformed_exif_data_does_not_refuse_intact_pixels(tmp_path, ending):
     image = Image.fromarray(np.full((SIDE, SIDE, 3), 77, np.uint8))
