@@ -2,9 +2,12 @@
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Collection, Iterator
 
 MOST_CHARACTERS = 2000  # of a message
+
+OWN_MARK = "(EasyLM-LVM)"  # in the docstring of a package that `check_own_package` checks
 
 
 class UserError(ValueError):
@@ -58,3 +61,25 @@ def check_installed(feature: str, extra: str, *packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{feature} needs the package {package}: pip install -e '.[{extra}]'")
+
+
+def check_own_package(name: str) -> None:
+    """Checks that no other project's package hides or has overwritten a package of this project, without importing it.
+
+    PyPI has an unrelated package `tokenizer`.
+
+    Raises:
+      UserError: naming the file that Python would import, and the remedy.
+    """
+    own = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name, "__init__.py")
+    spec = importlib.util.find_spec(name)
+    found = (spec and spec.origin) or own
+    is_hidden = os.path.realpath(found) != os.path.realpath(own)
+    if not is_hidden and os.path.isfile(own):
+        with open(own, encoding="utf-8", errors="replace") as file:
+            is_hidden = OWN_MARK not in file.read(2000)
+    if is_hidden:
+        raise UserError(
+            f"{found}: the package {name} of another project takes the place of this project's: pip uninstall {name}, "
+            "then install this project again"
+        )

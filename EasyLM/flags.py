@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import EasyLM
-from EasyLM.errors import UserError, choose, one_line
+from EasyLM.errors import UserError, check_own_package, choose, one_line
 
 Settings = TypeVar("Settings")  # a frozen dataclass
 DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # the release accepts both
@@ -148,6 +148,8 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
 
     def checked_main(_: list[str]) -> Any:
         try:
+            if _program(main).startswith("python -m tokenizer."):
+                check_own_package("tokenizer")
             return main(config)
         except (UserError, OSError) as error:  # OSError: a missing file, a full disk, a lost network
             print(f"error: {one_line(str(error))}", file=sys.stderr)

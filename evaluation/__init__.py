@@ -6,3 +6,10 @@ Sub-packages; tests/test_architecture.py lists the allowed imports:
     runs        evaluation of many examples from files, in batches, resumable
     serving     the HTTP service and the demo page
 """
+
+from EasyLM.errors import UserError, check_own_package
+
+try:
+    check_own_package("tokenizer")
+except UserError as error:
+    raise ImportError(str(error)) from None

@@ -1,4 +1,4 @@
-"""Converts images, videos and annotations to visual sentences of VQGAN codes, and back. Each module is a command.
+"""Converts images, videos and annotations to sentences of codes, and back. The modules are commands (EasyLM-LVM).
 
 Sub-packages (tests/test_architecture.py lists the imports that each may have):
     media           image and video files, folders, grids, charts

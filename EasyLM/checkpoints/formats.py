@@ -11,21 +11,25 @@ from EasyLM.storage import file_version, is_remote, local_path, remote_file_syst
 Reader = Callable[[str], list[Entry]]
 
 
-def _verified(path: str, read: Reader = streaming.read_streaming) -> list[Entry]:
+def _streaming(path: str) -> list[Entry]:
+    return _verified(path, streaming.read_streaming)
+
+
+def _verified(path: str, read: Reader) -> list[Entry]:
     """Returns the entries of a file. Their reads verify the checksums, if there are any beside the file."""
     path = path if is_remote(path) else os.path.realpath(path)  # a running job may change its links
     return checksums.verified(path, read(path), file_version(path)["size"])
 
 
 def _train_state_params(path: str) -> list[Entry]:
-    entries = [entry.renamed(entry.key[1:]) for entry in _verified(path) if entry.key[0] == "params"]
+    entries = [entry.renamed(entry.key[1:]) for entry in _streaming(path) if entry.key[0] == "params"]
     if not any(entry.key[0] == "params" for entry in entries):
         raise UserError(f"{path}: not a train state; load a file of parameters alone as params::{path}")
     return entries
 
 
 def _params(path: str) -> list[Entry]:
-    return _below_params(path, _verified(path))
+    return _below_params(path, _streaming(path))
 
 
 def _flax_params(path: str) -> list[Entry]:
@@ -40,7 +44,7 @@ def _below_params(path: str, entries: list[Entry]) -> list[Entry]:
 
 # Prefix -> reader, which returns entries of a train state or of parameters. Parameters have their train state keys.
 CHECKPOINT_FORMATS: dict[str, Reader] = {
-    "trainstate": _verified,
+    "trainstate": _streaming,
     "trainstate_params": _train_state_params,
     "params": _params,
     "flax_params": _flax_params,

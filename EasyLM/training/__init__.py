@@ -32,6 +32,7 @@ from EasyLM.training.batches import RowSource
 from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
 from EasyLM.training.run import Run, open_run, train
 from EasyLM.training.settings import RUN_FLAGS, RunSettings
+from EasyLM.training.start import StartPoint
 from EasyLM.training.step import Optimizer, TrainState, make_train_step
 from EasyLM.training.stop_signal import StopSignals
 from EasyLM.training.task import Accounting, Model, ModelSettings, TrainingData, TrainingTask, model_without_extra
@@ -47,6 +48,7 @@ __all__ = [
     "RowSource",
     "Run",
     "RunSettings",
+    "StartPoint",
     "StopSignals",
     "TrainState",
     "TrainingData",

@@ -138,7 +138,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
             settings.peak_tflops,
         )
         report = Report(settings.loop, throughput, log, run.directory)
-        save = _make_save(run, data.train, mesh, checkpointer)
+        save = _make_save(run, task, mesh, checkpointer)
         watchdog = Watchdog(settings.watchdog_minutes)
         evaluate = (
             _make_evaluate(task, settings.eval_steps, mesh, state, watchdog.expect) if settings.eval_steps else None
@@ -192,10 +192,11 @@ def _compiled_step(
 
 
 def _make_save(
-    run: Run, source: RowSource, mesh: Mesh, checkpointer: checkpoints.Checkpointer
+    run: Run, task: TrainingTask, mesh: Mesh, checkpointer: checkpoints.Checkpointer
 ) -> Callable[[TrainState, int, int, bool], None]:
     """Returns the function that saves a state, its data state and its metadata."""
-    model_metadata = {
+    run_metadata = {
+        **task.metadata,
         run.model_settings.name: dict(run.model_settings.values),
         "mesh": dict(mesh.shape),
         "started_from": run.start.files.history,
@@ -204,8 +205,8 @@ def _make_save(
     def save(state: TrainState, step: int, position: int, milestone: bool) -> None:
         updates = updates_done(state.opt_state)
         counts = {} if updates is None else {"updates": updates}
-        metadata = checkpoints.make_metadata(step, run.settings.flags, **counts, **model_metadata)
-        checkpointer.save(state, step, dataset_state(source, position), metadata, milestone=milestone)
+        metadata = checkpoints.make_metadata(step, run.settings.flags, **counts, **run_metadata)
+        checkpointer.save(state, step, dataset_state(task.data.train, position), metadata, milestone=milestone)
 
     return save
 

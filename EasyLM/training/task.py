@@ -108,9 +108,10 @@ class Accounting:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingTask:
-    """What a run trains: model, optimizer, data, and the units of its throughput metrics."""
+    """What a run trains: model, optimizer, data, the units of its metrics, and further keys of its metadata."""
 
     model: Model
     optimizer: Optimizer
     data: TrainingData
     accounting: Accounting
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)

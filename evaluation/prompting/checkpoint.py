@@ -1,4 +1,4 @@
-"""Loads a model from any checkpoint format onto a mesh."""
+"""Loads a model from any checkpoint format onto a mesh, and the tokenizer that it was trained with."""
 
 import os
 from typing import Any
@@ -10,8 +10,10 @@ from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
+from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import shardings
+from tokenizer.vqgan import PRETRAINED, Codec
 
 MODEL_FLAGS = {
     "checkpoint": Flag(
@@ -40,10 +42,7 @@ def load_model(
     Raises:
       UserError: if the checkpoint does not exist, or its model settings are unknown or differ from the given ones.
     """
-    is_prefixed = "::" in spec or os.path.isfile(spec)  # `parse_spec` rejects a file without a prefix
-    prefix, path = checkpoints.parse_spec(
-        spec if is_prefixed else f"huggingface::{spec}", hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}"
-    )
+    prefix, path = _parse(spec)
     config = _model_config(prefix, path, load_llama_config)
     shapes = jax.eval_shape(lambda params: llama_model.with_kernels(params, dtype), hf_layout.parameter_shapes(config))
     target = jax.tree.map(
@@ -53,6 +52,43 @@ def load_model(
     )
     prefix = "trainstate_params" if prefix == "trainstate" else prefix
     return config, checkpoints.load(f"{prefix}::{path}", target, hf_layout.CHECKPOINT_FORMATS)
+
+
+def load_codec(spec: str, load_llama_config: str, vqgan: str, **settings: Any) -> Codec:
+    """Loads the tokenizer of a checkpoint.
+
+    Args:
+      spec, load_llama_config: see `load_model`.
+      vqgan: the tokenizer; empty: the one that ships with the project, if the checkpoint names it.
+      settings: further arguments of `Codec`.
+
+    Raises:
+      UserError: as `load_model`; or if the checkpoint was trained with another tokenizer, or `vqgan` is empty and the
+        checkpoint names none.
+    """
+    prefix, path = _parse(spec)
+    _model_config(prefix, path, load_llama_config)  # a wrong checkpoint is named first
+    recorded = recorded_tokenizer(prefix, path)
+    if not vqgan and recorded is None:
+        raise UserError(
+            f"--vqgan is missing: --checkpoint={spec} does not name the tokenizer that it was trained with; the one "
+            f"that ships with the project is {PRETRAINED}"
+        )
+    codec = Codec(vqgan or PRETRAINED, **settings)
+    if recorded not in (None, codec.digest):
+        problem = f"--vqgan={vqgan}: wrong tokenizer" if vqgan else "--vqgan is missing"
+        raise UserError(
+            f"{problem}: --checkpoint={spec} was trained with the tokenizer {recorded}, and "
+            f"{'this one' if vqgan else 'the one that ships with the project'} is {codec.digest}"
+        )
+    return codec
+
+
+def _parse(spec: str) -> tuple[str, str]:
+    is_prefixed = "::" in spec or os.path.isfile(spec)  # `parse_spec` rejects a file without a prefix
+    return checkpoints.parse_spec(
+        spec if is_prefixed else f"huggingface::{spec}", hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}"
+    )
 
 
 def _model_config(prefix: str, path: str, load_llama_config: str) -> llama_config.LLaMAConfig:

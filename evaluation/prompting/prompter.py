@@ -18,15 +18,19 @@ from EasyLM.models import generate
 from EasyLM.models.llama import llama_decode
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.parallel import BATCH_AXES, make_mesh
-from evaluation.prompting.checkpoint import MODEL_FLAGS, load_model
+from evaluation.prompting.checkpoint import MODEL_FLAGS, load_codec, load_model
 from evaluation.prompting.settings import GenerationSettings
 from tokenizer.formats import ImageTokenizer
-from tokenizer.vqgan import CODEC_FLAGS, COMPUTE_DTYPES, PRETRAINED, Codec
+from tokenizer.vqgan import CODEC_FLAGS, COMPUTE_DTYPES
 
 TokenArrays = Sequence[np.ndarray] | np.ndarray  # tokens [P, N] of each prompt; in a sequence P may differ
 PROMPTER_FLAGS = {
     **MODEL_FLAGS,
-    "vqgan": CODEC_FLAGS["vqgan"],
+    "vqgan": Flag(
+        "",
+        "The tokenizer that the model was trained with: a folder or file, as for tokenizer.build. Empty: the one that "
+        "ships with the project, if the checkpoint names it.",
+    ),
     "resolution": CODEC_FLAGS["resolution"],
     "dtype": Flag(
         "fp32",
@@ -48,7 +52,7 @@ class PrompterSettings:
 
     checkpoint: str
     load_llama_config: str = ""
-    vqgan: str = PRETRAINED
+    vqgan: str = ""
     resolution: int = 0
     dtype: str = "fp32"
     mesh_dim: str = "1,-1,1"
@@ -92,7 +96,14 @@ class Prompter:
           UserError: naming the flag or the file that is wrong.
         """
         mesh = make_mesh(settings.mesh_dim)
-        codec = Codec(settings.vqgan, settings.dtype, codec_batch_size, resolution=settings.resolution)
+        codec = load_codec(
+            settings.checkpoint,
+            settings.load_llama_config,
+            settings.vqgan,
+            dtype=settings.dtype,
+            batch_size=codec_batch_size,
+            resolution=settings.resolution,
+        )
         dtype = COMPUTE_DTYPES[settings.dtype]
         config, params = load_model(settings.checkpoint, settings.load_llama_config, mesh, dtype)
         return cls(codec, config, params, mesh, dtype)

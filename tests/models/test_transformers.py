@@ -1,6 +1,8 @@
 """Exported models in transformers: the same logits, the same tokens, the same settings."""
 
 import dataclasses
+import json
+import logging
 
 import deepen_model
 import jax
@@ -54,6 +56,19 @@ def test_transformers_reads_exported_settings(tmp_path):
         assert {name: getattr(config, name) for name in SPECIAL_IDS} == SPECIAL_IDS
     assert (config.head_dim, config.rms_norm_eps, config.max_position_embeddings) == (32, 1e-6, 4096)
     assert config.rope_parameters["rope_theta"] == 10000 and str(config.dtype).endswith("float32")
+
+
+@pytest.mark.slow
+def test_the_generation_config_gives_no_warnings(tmp_path, monkeypatch, caplog):
+    """Also if greedy decoding is asked for. Sampling is from all ids, not from transformers' 50."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (tmp_path / "generation_config.json").write_text(json.dumps(hf_layout.generation_config(PRESETS["vqlm_debug"])))
+    config = transformers.GenerationConfig.from_pretrained(tmp_path)
+    config.validate()
+    config.update(do_sample=False)
+    config.validate(user_set_attributes={"do_sample"})  # as `generate(do_sample=False)`
+    assert config.top_k == 0 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.slow

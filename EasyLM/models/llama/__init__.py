@@ -11,6 +11,7 @@ Vocabulary:
 
 Modules:
   llama_config: settings, flags, presets. setting_fields, dict_literal: their fields, and their values in flags.
+  checkpoint_record: the file in which a checkpoint records its model and its image tokenizer.
   partition_rules, remat_policies, costs: sharding, rematerialisation and FLOPs.
   layers, rotary, rope_scaling: the parts of the model.
   llama_model: the model and its loss.

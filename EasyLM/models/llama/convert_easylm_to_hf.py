@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import Entry
+from EasyLM.data.tokenizer_names import TOKENIZER_KEY
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
+from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, check_recorded, recorded_config
 from EasyLM.progress import progress
 from EasyLM.storage import lock_output_folder, scratch_folder
@@ -58,6 +60,7 @@ def _export(config: ConfigDict) -> None:
         hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype),
         config.output_dir,
         config.max_shard_mb,
+        recorded_tokenizer(*config.load_checkpoint.split("::", 1)),
     )
     print(f"exported to {config.output_dir}")
 
@@ -78,9 +81,16 @@ def _model_config(model_size: str, load_checkpoint: str) -> LLaMAConfig:
 
 
 def export(
-    model: LLaMAConfig, tensors: list[Entry], output_dir: str, max_shard_mb: float = hf_files.MAX_SHARD_MB
+    model: LLaMAConfig,
+    tensors: list[Entry],
+    output_dir: str,
+    max_shard_mb: float = hf_files.MAX_SHARD_MB,
+    tokenizer: str | None = None,
 ) -> None:
     """Writes a new model directory atomically. If the directory exists, moves the files into it, `config.json` last.
+
+    Args:
+      tokenizer: the image tokenizer that config.json names.
 
     Raises:
       UserError: if the directory cannot be written.
@@ -94,7 +104,7 @@ def export(
             dtype = tensors[0].dtype
             for name, values in {
                 "generation_config.json": hf_layout.generation_config(model),
-                "config.json": hf_layout.hf_config(model, dtype),
+                "config.json": hf_layout.hf_config(model, dtype) | ({TOKENIZER_KEY: tokenizer} if tokenizer else {}),
             }.items():
                 with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
                     json.dump(values, file, indent=2)

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import Entry, checksums, streaming
+from EasyLM.data.tokenizer_names import TOKENIZER_KEY
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
+from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.storage import atomic_file, local_path, lock_output_folder, write_json
 
 FLAGS = {
@@ -42,8 +44,11 @@ def _import(config: ConfigDict, directory: str) -> None:
     for path in (config.output_file, metadata_path, checksums_path):
         if os.path.exists(path):
             raise UserError(f"--output_file={config.output_file}: {path} exists; name a file in a directory of its own")
-    model, entries = hf_layout.read_model(local_path(config.hf_model))
-    metadata = checkpoints.make_metadata(0, config.to_dict(), llama_config=dataclasses.asdict(model))
+    source = local_path(config.hf_model)
+    model, entries = hf_layout.read_model(source)
+    tokenizer = recorded_tokenizer("huggingface", source)
+    sections = {"llama_config": dataclasses.asdict(model)} | ({TOKENIZER_KEY: tokenizer} if tokenizer else {})
+    metadata = checkpoints.make_metadata(0, config.to_dict(), **sections)
     os.makedirs(directory, exist_ok=True)
     try:
         with atomic_file(config.output_file) as file, tqdm(total=len(entries), desc="importing", unit="tensor") as bar:

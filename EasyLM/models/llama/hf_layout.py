@@ -172,8 +172,11 @@ def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def generation_config(config: LLaMAConfig) -> dict[str, Any]:
-    """Returns the content of `generation_config.json`: greedy by default, with top-k sampling disabled."""
-    return {**special_ids(config), "do_sample": False, "top_k": 0}
+    """Returns the content of `generation_config.json`: sampling from all ids, as the commands of `evaluation` do.
+
+    Without `top_k`, transformers samples from 50 ids; with it, greedy decoding as the default would give a warning.
+    """
+    return {**special_ids(config), "do_sample": True, "top_k": 0}
 
 
 def special_ids(config: LLaMAConfig) -> dict[str, int | None]:

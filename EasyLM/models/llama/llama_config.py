@@ -1,14 +1,14 @@
 """The settings of a LLaMA, their flags, the presets, and functions that read settings from files."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from EasyLM.checkpoints import load_metadata, sidecar_path
+from EasyLM.checkpoints import load_metadata
 from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.models.attention import IMPLEMENTATIONS
+from EasyLM.models.llama.checkpoint_record import record_path
 from EasyLM.models.llama.dict_literal import parse_dict
 from EasyLM.models.llama.hf_settings import check_head_dim, from_hugging_face
 from EasyLM.models.llama.rope_scaling import RopeScaling, as_rope_scaling
@@ -218,11 +218,7 @@ def recorded_config(prefix: str, path: str) -> LLaMAConfig | None:
     Args:
       prefix: the checkpoint is `prefix::path`.
     """
-    if prefix == "huggingface":
-        config_file = os.path.join(path, "config.json")
-        source = config_file if os.path.exists(config_file) else None
-    else:
-        source = sidecar_path(path, "metadata")
+    source = record_path(prefix, path)
     return None if source is None else config_from_dict(load_metadata(source), source)
 
 

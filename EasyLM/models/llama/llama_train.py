@@ -8,13 +8,16 @@ from typing import Any
 
 from EasyLM import flags
 from EasyLM.data import dataset, text_tokenizer
+from EasyLM.data.tokenizer_names import TOKENIZER_KEY, common_tokenizer, tokenizer_of
 from EasyLM.models.llama import hf_layout, llama_config, training_task
+from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.parallel import fail_together, initialize_distributed, make_mesh, on_first_process_first
-from EasyLM.storage import expand_path_groups
+from EasyLM.storage import expand_path_groups, local_path
 from EasyLM.training import (
     ModelSettings,
     RunSettings,
+    StartPoint,
     StopSignals,
     TrainingData,
     TrainingTask,
@@ -69,8 +72,34 @@ def main(config: Any) -> int:
                 eval_batch_size=dataset.settings(config.eval_dataset).batch_size,
             ),
             training_task.accounting(model, sources["train_dataset"].seq_length),
+            metadata=_tokenizer_metadata(run.start, {name: source.tokenizer for name, source in sources.items()}),
         )
         return train(run, task, mesh)
+
+
+def _tokenizer_metadata(start: StartPoint, names: Mapping[str, str | None]) -> dict[str, str]:
+    """Returns the key of the metadata that names the image tokenizer of the data, or of the checkpoint.
+
+    Args:
+      names: the tokenizer that the records of each data set name, if they do.
+
+    Raises:
+      UserError: if two data sets have different ones.
+    """
+    name = common_tokenizer((name, f"--{flag}") for flag, name in names.items())
+    earlier = tokenizer_of(start.metadata)
+    if start.files.checkpoint and not start.files.metadata:
+        prefix, _, path = start.files.checkpoint.partition("::")
+        earlier = recorded_tokenizer(prefix, local_path(path))
+    if name and earlier and name != earlier:
+        logging.warning(
+            "the data has tokens of the tokenizer %s, but %s was trained on those of %s: they mean other images",
+            name,
+            start.files.checkpoint,
+            earlier,
+        )
+    tokenizer = name or earlier
+    return {TOKENIZER_KEY: tokenizer} if tokenizer else {}
 
 
 def _model_settings(model: LLaMAConfig) -> ModelSettings:
