@@ -16,6 +16,7 @@ from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run, to_dataclass
 from evaluation.prompting import PrompterSettings
 from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, Limits
+from evaluation.serving.header_check import ALLOWED_HOSTS_FLAG, check_allowed_hosts
 
 FLAGS = {
     **ENGINE_FLAGS,
@@ -24,6 +25,7 @@ FLAGS = {
     "token": Flag(
         "", "Bearer token that POST requests must send; '$NAME' reads it from the environment. Empty: no authorisation."
     ),
+    "allowed_hosts": ALLOWED_HOSTS_FLAG,
     "max_body_mb": Flag(16, "Largest request body, in MiB.", least=1),
     "max_request_pictures": Flag(64, "Largest number of images of a request.", least=1),
     "max_megapixels": Flag(
@@ -47,6 +49,7 @@ def main(config: ConfigDict) -> None:
 
     if not config.token.isascii():  # clients encode other characters of a header in different ways
         raise UserError("--token: must consist of ASCII characters")
+    check_allowed_hosts(config.allowed_hosts)
     logging.getLogger().setLevel(logging.INFO)
     limits = Limits(
         body_bytes=config.max_body_mb * 2**20,

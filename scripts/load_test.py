@@ -173,7 +173,7 @@ async def wait_until_ready(server: Process, port: int) -> None:
     while time.monotonic() < deadline and server.returncode is None:
         with contextlib.suppress(ConnectionError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            writer.write(b"GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
             response = await reader.read()
             writer.close()
             if response.startswith(b"HTTP/1.1 200"):

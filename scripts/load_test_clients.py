@@ -35,7 +35,7 @@ async def send(
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     reading = asyncio.ensure_future(reader.read())  # at once: the service may respond before the end of the body
     try:
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {content_length or len(body)}\r\n\r\n".encode())
         for part in [body[i : i + 1] for i in range(len(body))] if pause else [body]:
             writer.write(part)
@@ -64,7 +64,7 @@ async def leave_early(port: int, bodies: list[bytes], rng: np.random.Generator) 
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     body = bodies[rng.integers(len(bodies))]
     num_sent = len(body) if rng.random() < 0.5 else rng.integers(len(body))
-    writer.write(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+    writer.write(b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n")
     writer.write(b"content-length: %d\r\n\r\n" % len(body) + body[:num_sent])
     await writer.drain()
     await asyncio.sleep(0.05)
@@ -120,7 +120,7 @@ async def _never_read(port: int) -> None:
         client.setblocking(False)
         await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
         reader, writer = await asyncio.open_connection(sock=client, limit=1024)
-        writer.write(b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: x\r\n\r\n")
+        writer.write(b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: localhost\r\n\r\n")
         response = await asyncio.wait_for(reader.read(1), RESPONSE_SECONDS)  # the service's timeout starts now
         await asyncio.sleep(3 * READ_SECONDS)
         response += await asyncio.wait_for(reader.read(), RESPONSE_SECONDS)

@@ -10,8 +10,10 @@ from evaluation.serving import protocol
 from evaluation.serving.batcher import ClosedError, QueueFullError
 from evaluation.serving.endpoints import Endpoints
 from evaluation.serving.engine import Engine
+from evaluation.serving.header_check import ANY_HOST, HeaderCheck
 from evaluation.serving.limits import Guard, Limits
 from evaluation.serving.request_errors import RequestError, to_request_error
+from evaluation.serving.workload import TooMuchWorkError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,31 +30,36 @@ at the same time are computed in one batch. Every response with a status other t
 `{"error": {"code": ..., "message": ...}}`.
 """
 _ERRORS = {
+    400: "The headers contradict each other.",
     401: "The token is missing or wrong.",
+    403: "The host is not one of `--allowed_hosts`, or a page of another origin sent the request.",
     408: "The body arrived too slowly.",
     413: "The body, the number of images or their pixels exceed the limit.",
     415: "The body is neither JSON nor a form.",
     422: "A field or an image is wrong; the message names it.",
-    429: "The queue is full; try again after the seconds of the header Retry-After.",
+    429: "The queue is full, or the client has too much work outstanding. Try again after the seconds of the header "
+    "Retry-After.",
     500: "An error of the service.",
     503: "The service is stopping, or too many requests are open.",
 }
 
 
-def make_app(engine: Engine, limits: Limits | None = None, token: str = "") -> "FastAPI":
+def make_app(engine: Engine, limits: Limits | None = None, token: str = "", allowed_hosts: str = ANY_HOST) -> "FastAPI":
     """Returns the application.
 
     Args:
       engine: answers the requests.
       limits: limits of the requests.
       token: bearer token that POST requests must send; empty: no authorisation.
+      allowed_hosts: see `HeaderCheck`.
     """
     from fastapi.responses import RedirectResponse
     from fastapi_offline import FastAPIOffline  # its schema page needs no external scripts
 
     limits = limits or Limits()
     app = FastAPIOffline(title=_TITLE, description=_DESCRIPTION, version="1", redoc_url=None)
-    app.add_middleware(Guard, limits=limits)
+    app.add_middleware(HeaderCheck, allowed_hosts=allowed_hosts)
+    app.add_middleware(Guard, limits=limits)  # runs first
     _add_error_handlers(app)
     app.add_api_route("/", lambda: RedirectResponse("docs"), include_in_schema=False)
     endpoints = Endpoints(engine, limits)
@@ -60,9 +67,9 @@ def make_app(engine: Engine, limits: Limits | None = None, token: str = "") -> "
     _add_route(app, "GET", "/ready", endpoints.ready, responses={200: ready_model, 503: ready_model})
     media_types: dict[str, dict] = {"image/png": {}, "text/event-stream": {}}
     post = _PostRoutes(app, token)
-    post.add("/generate", endpoints.generate, protocol.GenerateRequest, protocol.GenerateResponse, media_types)
-    post.add("/perplexity", endpoints.perplexity, protocol.PerplexityRequest, protocol.PerplexityResponse)
-    post.add("/tokenize", endpoints.tokenize, protocol.PromptRequest, protocol.TokenizeResponse)
+    post.add("/generate", endpoints.generate, endpoints.generate_model, protocol.GenerateResponse, media_types)
+    post.add("/perplexity", endpoints.perplexity, endpoints.perplexity_model, protocol.PerplexityResponse)
+    post.add("/tokenize", endpoints.tokenize, endpoints.tokenize_model, protocol.TokenizeResponse)
     return app
 
 
@@ -91,8 +98,11 @@ class _PostRoutes:
         media_types: dict[str, dict] | None = None,
     ) -> None:
         errors = {status: {"model": protocol.ErrorResponse, "description": text} for status, text in _ERRORS.items()}
-        schema = {"schema": request_model.model_json_schema()}
-        body = {"required": True, "content": {"application/json": schema, "multipart/form-data": schema}}
+        schemas = {
+            "application/json": request_model.model_json_schema(),
+            "multipart/form-data": protocol.form_schema(request_model),
+        }
+        body = {"required": True, "content": {name: {"schema": schema} for name, schema in schemas.items()}}
         _add_route(
             self._app,
             "POST",
@@ -137,6 +147,6 @@ def _add_error_handlers(app: "FastAPI") -> None:
         body = {"error": {"code": f"http_{error.status_code}", "message": str(error.detail)}}
         return JSONResponse(body, error.status_code, headers=error.headers)
 
-    for kind in (RequestError, UserError, QueueFullError, ClosedError, Exception):
+    for kind in (RequestError, UserError, QueueFullError, TooMuchWorkError, ClosedError, Exception):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, answer_http)

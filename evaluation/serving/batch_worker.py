@@ -3,15 +3,15 @@
 Shapes: see `evaluation.prompting`.
 """
 
+import contextlib
 import dataclasses
-import logging
-import time
+import threading
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
 from evaluation.prompting import GenerationSettings, Prompter
-from evaluation.serving.batcher import Job
+from evaluation.serving.batcher import Job, power_of_two
 from evaluation.serving.progress import PreviewReporter
 
 
@@ -52,6 +52,23 @@ class GenerateItem:
     def key(self) -> Hashable:
         return "generate", len(self.prompt), self.batch_settings
 
+    @property
+    def program(self) -> Hashable:
+        """What is compiled. The values of temperature, top_k and top_p are inputs of the program."""
+        settings = self.batch_settings
+        return (
+            "generate",
+            len(self.prompt),
+            settings.num_candidates,
+            settings.num_new_images,
+            settings.context_images,
+        )
+
+    @property
+    def cost(self) -> int:
+        """The number of images that are computed."""
+        return self.batch_settings.num_candidates * self.settings.num_new_images
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LikelihoodItem:
@@ -59,10 +76,15 @@ class LikelihoodItem:
 
     prompt: Prompt
     target: Prompt
+    cost: int = 1
 
     @property
     def key(self) -> Hashable:
         return "log_likelihoods", len(self.prompt), len(self.target)
+
+    @property
+    def program(self) -> Hashable:
+        return self.key
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,39 +93,51 @@ class TokenizeItem:
 
     prompt: Prompt
     key: Hashable = "tokenize"
+    program: Hashable = "tokenize"
+    cost: int = 1
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WarmUpItem:
-    """A request to compile generation with these settings, and likelihoods of one target, for each prompt length."""
+Item = GenerateItem | LikelihoodItem | TokenizeItem
 
-    settings: GenerationSettings
-    prompt_lengths: tuple[int, ...]
-    max_batch: int
-    is_cancelled: Callable[[], bool]
-    key: Hashable = "warm_up"
+
+class Turns:
+    """A lock that threads get in the order in which they ask for it."""
+
+    def __init__(self) -> None:
+        self._changed, self._num_asked, self._num_served = threading.Condition(), 0, 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            ticket = self._num_asked
+            self._num_asked += 1
+            self._changed.wait_for(lambda: ticket == self._num_served)
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._num_served += 1
+            self._changed.notify_all()
 
 
 class BatchWorker:
-    """Computes batches with one prompter. All methods run in the batcher's thread."""
+    """Computes batches with one prompter, in several threads at the same time."""
 
     def __init__(self, prompter: Prompter):
         self._prompter = prompter
+        # On several devices, two programs at the same time could start their collectives in different orders and wait
+        # for each other for ever. There, batches take turns; a batch that is compiled keeps its turn meanwhile.
+        self._turns = contextlib.nullcontext() if prompter.mesh.size == 1 else Turns()
 
     def __call__(self, jobs: Sequence[Job]) -> Sequence:
         """Returns the results of jobs with equal keys, in order."""
         items = [job.item for job in jobs]
-        match items[0]:
-            case GenerateItem():
-                return self._generate(jobs)
-            case LikelihoodItem():
-                return self._log_likelihoods(items)
-            case TokenizeItem():
-                return self._tokens([item.prompt for item in items])
-            case WarmUpItem():
-                for item in items:
-                    self._warm_up(item)
-                return [None] * len(items)
+        with self._turns:
+            match items[0]:
+                case GenerateItem():
+                    return self._generate(jobs)
+                case LikelihoodItem():
+                    return self._log_likelihoods(items)
+                case TokenizeItem():
+                    return self._tokens([item.prompt for item in items])
         raise TypeError(f"unknown item: {items[0]!r}")
 
     def _generate(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -114,7 +148,7 @@ class BatchWorker:
             prompts,
             settings,
             seeds=_padded([item.settings.seed for item in items]),
-            progress=PreviewReporter(self._prompter, jobs, len(prompts), settings.num_new_images),
+            progress=self._progress(PreviewReporter(self._prompter, jobs, len(prompts), settings.num_new_images)),
         )
         tokens = [tokens_CFN[: item.settings.num_candidates] for tokens_CFN, item in zip(tokens_BCFN, items)]
         images = self._prompter.decode(np.concatenate(tokens))  # all candidates in one call
@@ -127,20 +161,13 @@ class BatchWorker:
         log_p = self._prompter.log_likelihoods(prompts, targets)
         return list(log_p.reshape(len(prompts), *targets[0].shape)[: len(items)])
 
-    def _warm_up(self, item: WarmUpItem) -> None:
-        side = self._prompter.codec.resolution
-        for length in item.prompt_lengths:
-            prompt = Prompt(images=np.zeros((length, side, side, 3), np.float32))
-            generation = GenerateItem(prompt, item.settings)
-            likelihood = LikelihoodItem(prompt, Prompt(images=np.zeros((1, side, side, 3), np.float32)))
-            for exponent in range(item.max_batch.bit_length()):
-                if item.is_cancelled():  # do not delay waiting requests while the service stops
-                    return
-                begin = time.monotonic()
-                self._generate([Job(generation.key, generation)] * 2**exponent)
-                self._log_likelihoods([likelihood] * 2**exponent)
-                seconds = time.monotonic() - begin
-                logging.info("ready for %d requests of %d images (%.1f s)", 2**exponent, length, seconds)
+    def _progress(self, report: PreviewReporter) -> Callable[[np.ndarray], None]:
+        def report_and_pass_on(tokens: np.ndarray) -> None:
+            report(tokens)
+            self._turns.__exit__(None, None, None)  # other batches run
+            self._turns.__enter__()
+
+        return report_and_pass_on
 
     def _tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Returns the tokens [P,N] of each prompt. Encodes all images in one call."""
@@ -154,11 +181,6 @@ class BatchWorker:
             else:
                 tokens.append(prompt.tokens)
         return tokens
-
-
-def power_of_two(count: int) -> int:
-    """Returns the smallest power of two that is at least `count`."""
-    return 1 << (count - 1).bit_length()
 
 
 def _padded(rows: list) -> list:

@@ -9,19 +9,21 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from evaluation.prompting import GenerationSettings
 from evaluation.serving import engine as engines
 from evaluation.serving import protocol, responses, uploads
 from evaluation.serving.batch_worker import Prompt
 from evaluation.serving.batcher import ClosedError
 from evaluation.serving.engine import Engine
 from evaluation.serving.limits import Limits
+from evaluation.serving.request_bodies import read_request
 from evaluation.serving.request_errors import RequestError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-_DECODE_THREADS = 4  # bounds the memory of decoded images
+_DECODE_THREADS = 4  # bounds the memory of parsed bodies and of decoded images
 
 
 class Endpoints:
@@ -31,7 +33,11 @@ class Endpoints:
         from anyio import CapacityLimiter
 
         self._engine, self._limits = engine, limits
-        self._decode_threads = CapacityLimiter(_DECODE_THREADS)
+        self._threads = CapacityLimiter(_DECODE_THREADS)
+        self._sizes = protocol.BodySizes(limits.images, engine.max_prompt_images, engine.tokens_per_image)
+        self.generate_model = protocol.bounded(protocol.GenerateRequest, self._sizes)
+        self.perplexity_model = protocol.bounded(protocol.PerplexityRequest, self._sizes)
+        self.tokenize_model = protocol.bounded(protocol.PromptRequest, self._sizes)
 
     async def ready(self, request: "Request") -> "Response":
         """Returns 200 once the programs of `--warm_up` are compiled, else 503. Needs no token.
@@ -57,17 +63,18 @@ class Endpoints:
         from anyio import to_thread
         from starlette.responses import Response, StreamingResponse
 
-        body = await protocol.read_request(request, protocol.GenerateRequest, self._limits)
-        settings = body.settings
+        body = await read_request(request, self.generate_model, self._sizes, self._threads)
+        settings, output = body.settings, body.output or _accepted_output(request.headers.get("accept", ""))
+        client = self._admit(request, settings)
         prompt = await self._prompt(body.pictures, body.tokens, "pictures", "tokens")
-        output = body.output or _accepted_output(request.headers.get("accept", ""))
+        del body  # its files
         if output == "stream":
             previews = responses.LatestPreview(asyncio.get_running_loop())
             # Submitted before the stream starts, so that an error has its own HTTP status.
-            future = self._engine.generate(prompt, settings, previews.publish)
+            future = self._engine.generate(prompt, settings, previews.publish, client)
             future.add_done_callback(lambda _: previews.publish(None))
             return StreamingResponse(responses.events(future, previews), media_type="text/event-stream")
-        answer = await _result(self._engine.generate(prompt, settings), request)
+        answer = await _result(self._engine.generate(prompt, settings, client=client), request)
         if output == "png":
             return Response(await to_thread.run_sync(responses.png_sheet, answer.images), media_type="image/png")
         return _json(await to_thread.run_sync(responses.answer_body, answer))
@@ -76,21 +83,34 @@ class Endpoints:
         """Measures the perplexity of given images after a prompt."""
         from anyio import to_thread
 
-        body = await protocol.read_request(request, protocol.PerplexityRequest, self._limits)
+        body = await read_request(request, self.perplexity_model, self._sizes, self._threads)
+        client = self._admit(request)
         files = {"pictures": body.pictures or [], "targets": body.targets or []}
-        await to_thread.run_sync(uploads.check_images, files, self._limits, limiter=self._decode_threads)
+        await to_thread.run_sync(uploads.check_images, files, self._limits, limiter=self._threads)
         prompt = await self._prompt(body.pictures, body.tokens, "pictures", "tokens")
         target = await self._prompt(body.targets, body.target_tokens, "targets", "target_tokens")
-        log_p_PN = await _result(self._engine.log_likelihoods(prompt, target), request)
+        del body  # its files
+        log_p_PN = await _result(self._engine.log_likelihoods(prompt, target, client), request)
         perplexities = [engines.perplexity(log_p_N) for log_p_N in log_p_PN]
         return _json({"perplexity": engines.perplexity(log_p_PN), "perplexities": perplexities})
 
     async def tokenize(self, request: "Request") -> "Response":
         """Returns the tokens of images, in the form that prompts accept."""
-        body = await protocol.read_request(request, protocol.PromptRequest, self._limits)
+        body = await read_request(request, self.tokenize_model, self._sizes, self._threads)
+        client = self._admit(request)
         prompt = await self._prompt(body.pictures, None, "pictures", "tokens")
-        tokens = await _result(self._engine.tokenize(prompt), request)
+        tokens = await _result(self._engine.tokenize(prompt, client), request)
         return _json({"tokens": tokens.tolist()})
+
+    def _admit(self, request: "Request", settings: GenerationSettings | None = None) -> str:
+        """Counts the request as work of its client until its response is sent. Returns the client.
+
+        Raises:
+          TooMuchWorkError: if the client has too much work outstanding.
+        """
+        client = request.client.host if request.client else ""
+        request.scope["request_end"].enter_context(self._engine.admitted(client, settings))
+        return client
 
     async def _prompt(
         self, files: Sequence[bytes] | None, tokens: protocol.Tokens | None, files_name: str, tokens_name: str
@@ -102,8 +122,9 @@ class Endpoints:
             raise RequestError(422, "invalid", f"give either {files_name} or {tokens_name}")
         if tokens is not None:
             return Prompt(tokens=protocol.tokens_array(tokens, tokens_name))
+        self._engine.check_length(len(files or ()))
         decode = partial(uploads.decode_images, files or (), self._engine.resolution, self._limits, files_name)
-        return Prompt(images=await to_thread.run_sync(decode, limiter=self._decode_threads))
+        return Prompt(images=await to_thread.run_sync(decode, limiter=self._threads))
 
 
 def _json(body: dict, status: int = 200) -> "Response":

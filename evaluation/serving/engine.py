@@ -4,11 +4,13 @@ It validates requests against the model before they enter the queue.
 Shapes: see `evaluation.prompting`.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 
 import numpy as np
 
@@ -19,13 +21,14 @@ from evaluation.serving.batch_worker import (
     Answer,
     BatchWorker,
     GenerateItem,
+    Item,
     LikelihoodItem,
     Prompt,
     TokenizeItem,
-    WarmUpItem,
 )
-from evaluation.serving.batcher import Batcher
+from evaluation.serving.batcher import Batcher, ClosedError
 from evaluation.serving.progress import Preview
+from evaluation.serving.workload import Workload
 from evaluation.tasks import metrics
 
 ENGINE_FLAGS = {
@@ -37,13 +40,22 @@ ENGINE_FLAGS = {
     "pictures_at_a_time": Flag(8, "Batch size of the tokenizer. Does not change results.", least=1),
     "max_queue": Flag(64, "Largest number of waiting requests; more are refused.", least=1),
     "max_new_pictures": Flag(64, "Largest n_candidates times n_new_frames of a request.", least=1),
+    "max_client_pictures": Flag(
+        128,
+        "Largest number of new images in the open requests of one client (an IP address): more get status 429. Of "
+        "each open request, no more images count than the new request asks for, so that small requests pass.",
+        least=1,
+    ),
     "warm_up": Flag(
         "7",
-        "Comma list of prompt lengths, in images, to compile before the first request: generation with default "
-        "settings (the page: its initial settings) and perplexity of one target. Other lengths, other numbers of "
-        "candidates or new images, temperature 0, top_k and top_p are compiled at their first request.",
+        "Comma list of prompt lengths, in images, to compile first: generation with default settings (the page: its "
+        "initial settings) and perplexity of one target, for single requests, then for batches. Other lengths, other "
+        "numbers of candidates or new images are compiled at their first request, which does not delay others on one "
+        "device. All values of temperature, top_k, top_p and seed share a program.",
     ),
 }
+# Requests for at most so many images do not wait for larger ones. The page asks for 4 at first.
+_SHORT_COST = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,7 @@ class EngineSettings:
     pictures_at_a_time: int
     max_queue: int
     max_new_pictures: int
+    max_client_pictures: int
     warm_up: str
 
     def __post_init__(self) -> None:
@@ -82,8 +95,9 @@ class Engine:
     """Generates, measures and tokenizes for many callers. The result of a request does not depend on the others."""
 
     def __init__(self, prompter: Prompter, settings: EngineSettings):
-        """Starts the worker thread."""
+        """Starts the worker threads."""
         self._prompter, self._settings = prompter, settings
+        self._workload = Workload(settings.max_client_pictures)
         self._warm = threading.Event()
         self.warm_up_error = ""  # empty: warming up has not failed
         self._batcher = Batcher(
@@ -91,11 +105,14 @@ class Engine:
             max_batch=settings.max_batch,
             max_waiting=settings.max_queue,
             window_seconds=settings.batch_window_ms / 1000,
+            short_cost=_SHORT_COST,
+            max_batch_cost=settings.max_new_pictures,
         )
+        self._warm_up_thread: threading.Thread | None = None
 
     @classmethod
     def load(cls, prompter: PrompterSettings, settings: EngineSettings) -> "Engine":
-        """Loads tokenizer and model, and starts the worker thread.
+        """Loads tokenizer and model, and starts the worker threads.
 
         Raises:
           UserError: naming the flag or the file that is wrong.
@@ -132,20 +149,48 @@ class Engine:
 
     def close(self, timeout: float | None = None) -> bool:
         """Stops accepting requests and waits for the accepted ones; see `Batcher.close`."""
-        return self._batcher.close(timeout)
+        is_finished = self._batcher.close(timeout)
+        if self._warm_up_thread:
+            self._warm_up_thread.join(1)  # it ends at once: its job is finished or cancelled
+        return is_finished
 
     def warm_up(self, settings: GenerationSettings) -> Future:
-        """Compiles the programs of common requests. Requests that arrive meanwhile wait.
+        """Compiles the programs of common requests, in another thread than those whose program is compiled.
 
-        For each prompt length of `--warm_up` and each batch size, compiles generation with these settings and the
-        perplexity of one target. A program serves all values of temperature above 0, top_k and top_p. Enabling or
-        disabling one of them needs another program.
+        For each batch size and each prompt length of `--warm_up`, compiles generation with these settings and the
+        perplexity of one target. A program serves all values of temperature, top_k, top_p and seed.
         """
-        lengths = tuple(min(length, self.max_prompt_images) for length in self._settings.warm_up_lengths)
-        item = WarmUpItem(settings, lengths, self._settings.max_batch, lambda: self._batcher.closed)
-        future = self._batcher.submit(item.key, item)
+        future: Future = Future()
         future.add_done_callback(self._on_warmed_up)
+        self._warm_up_thread = threading.Thread(target=self._compile_all, args=(settings, future), daemon=True)
+        self._warm_up_thread.start()
         return future
+
+    def _compile_all(self, settings: GenerationSettings, future: Future) -> None:
+        try:
+            for exponent in range(self._settings.max_batch.bit_length()):
+                for length in self._settings.warm_up_lengths:
+                    begin = time.monotonic()
+                    for item in self._warm_up_items(min(length, self.max_prompt_images), settings):
+                        key = "warm up", item.program, exponent
+                        options = {"program": item.program, "copies": 2**exponent, "rehearsal": True}
+                        self._batcher.submit(key, item, **options).result()
+                    seconds = time.monotonic() - begin
+                    logging.info("ready for %d requests of %d images (%.1f s)", 2**exponent, length, seconds)
+        except (ClosedError, CancelledError):  # the service stops
+            future.cancel()
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    def _warm_up_items(self, length: int, settings: GenerationSettings) -> Iterator[Item]:
+        prompt, target = (
+            Prompt(images=np.zeros((count, self.resolution, self.resolution, 3), np.float32)) for count in (length, 1)
+        )
+        yield GenerateItem(prompt, self._within_the_model(settings))
+        yield LikelihoodItem(prompt, target)
+        yield TokenizeItem(prompt)
 
     def _on_warmed_up(self, future: Future) -> None:
         if future.cancelled():  # the service stops
@@ -157,14 +202,19 @@ class Engine:
             self._warm.set()
 
     def generate(
-        self, prompt: Prompt, settings: GenerationSettings, listener: Callable[[Preview], None] | None = None
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        listener: Callable[[Preview], None] | None = None,
+        client: str = "",
     ) -> "Future[Answer]":
         """Generates the images that follow a prompt.
 
         Args:
           prompt: at least one image.
           settings: how to generate.
-          listener: receives previews, in the worker thread.
+          listener: receives previews, in a worker thread.
+          client: who asks. The queue is fair between clients.
 
         Raises:
           UserError: for a prompt that is too long or has invalid tokens, or for too many new images.
@@ -176,10 +226,9 @@ class Engine:
                 f"n_candidates={settings.num_candidates}, n_new_frames={settings.num_new_images}: at most "
                 f"{self._settings.max_new_pictures} new images per request"
             )
-        item = GenerateItem(prompt, settings)
-        return self._batcher.submit(item.key, item, listener)
+        return self._submit(GenerateItem(prompt, self._within_the_model(settings)), client, listener)
 
-    def log_likelihoods(self, prompt: Prompt, target: Prompt) -> "Future[np.ndarray]":
+    def log_likelihoods(self, prompt: Prompt, target: Prompt, client: str = "") -> "Future[np.ndarray]":
         """Returns log p, in nats, of each token of the target after the prompt: [P of the target, N].
 
         Raises: as `generate`.
@@ -191,18 +240,39 @@ class Engine:
                 f"{len(prompt)} images and {len(target)} targets: the model's longest sequence holds "
                 f"{self._prompter.max_images}"
             )
-        item = LikelihoodItem(prompt, target)
-        return self._batcher.submit(item.key, item)
+        return self._submit(LikelihoodItem(prompt, target), client)
 
-    def tokenize(self, prompt: Prompt) -> "Future[np.ndarray]":
+    def tokenize(self, prompt: Prompt, client: str = "") -> "Future[np.ndarray]":
         """Returns the tokens of a prompt's images: [P,N]. Raises: as `generate`."""
         self._check_prompt(prompt)
-        item = TokenizeItem(prompt)
-        return self._batcher.submit(item.key, item)
+        return self._submit(TokenizeItem(prompt), client)
+
+    @contextlib.contextmanager
+    def admitted(self, client: str, settings: GenerationSettings | None = None) -> Iterator[None]:
+        """Counts a request of a client as outstanding work until the context ends; see `Workload.admitted`.
+
+        `settings`: those of generation; None: the request generates nothing.
+        """
+        cost = settings.num_candidates * settings.num_new_images if settings else 1
+        with self._workload.admitted(client, cost):
+            yield
+
+    def check_length(self, num_images: int) -> None:
+        """Raises UserError if a prompt with so many images is too long. Cheap: call it before decoding them."""
+        if num_images > self.max_prompt_images:
+            raise UserError(f"{num_images} images: a prompt has at most {self.max_prompt_images} for this model")
+
+    def _submit(self, item: Item, client: str, listener: Callable[[Preview], None] | None = None) -> Future:
+        options = {"program": item.program, "cost": item.cost, "client": client}
+        return self._batcher.submit(item.key, item, listener, **options)
+
+    def _within_the_model(self, settings: GenerationSettings) -> GenerationSettings:
+        """Settings of the same answer whose window is not longer than the model's: they share batches and programs."""
+        window = max(min(settings.context_images, self._prompter.max_images), 2)
+        return dataclasses.replace(settings, context_images=window)
 
     def _check_prompt(self, prompt: Prompt) -> None:
-        if len(prompt) > self.max_prompt_images:
-            raise UserError(f"{len(prompt)} images: a prompt has at most {self.max_prompt_images} for this model")
+        self.check_length(len(prompt))
         if prompt.tokens is not None:
             num_codes = self._prompter.codec.num_codes
             if prompt.tokens.shape[1] != self.tokens_per_image:

@@ -21,6 +21,7 @@ Send = Callable[[Message], Awaitable[None]]
 _DRAIN_SECONDS = 5.0
 # More connections are closed at once, so that file descriptors do not run out.
 _CONNECTIONS_PER_REQUEST = 2
+_OPEN_BODIES = 16  # bodies of the largest size that fit into the memory of all open requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Limits:
     """Limits of the size, time and number of requests.
 
     Attributes:
-      body_bytes: size of the body.
+      body_bytes: size of the body. The bodies of all open requests together have at most 16 times this size.
       images: number of images.
       pixels: total number of pixels of the images, according to their headers.
       read_seconds: timeout of the header, of the body, and of the client for reading each part of the response.
@@ -43,31 +44,41 @@ class Limits:
 
 
 class Guard:
-    """ASGI middleware. Raises `RequestError` while the application reads a body that exceeds the limits."""
+    """ASGI middleware. Raises `RequestError` while the application reads a body that exceeds the limits.
+
+    Adds `request_end` to the scope: a `contextlib.ExitStack` that is closed when the response is sent, or has failed.
+    """
 
     def __init__(self, app: Callable, limits: Limits):
         self._app, self._limits, self._num_open = app, limits, 0
+        self._memory = _Memory(_OPEN_BODIES * limits.body_bytes)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, self._limits)
+        body = Body(receive, self._limits, self._memory)
         self._num_open += 1
+        try:
+            with contextlib.ExitStack() as scope["request_end"]:
+                await self._answer(scope, body, send)
+        finally:
+            self._num_open -= 1
+            body.forget()
+
+    async def _answer(self, scope: Message, body: "Body", send: Send) -> None:
         try:
             async with asyncio.timeout(None) as timeout:
                 send = body.drained_before(self._with_timeout(timeout, send))
                 if self._num_open > self._limits.connections:
                     message = f"{self._limits.connections} requests are open: no more are accepted"
-                    await _send_error(RequestError(503, "busy", message, 1), send)
+                    await send_error(RequestError(503, "busy", message, 1), send)
                 else:
                     await self._app(scope, body.receive, send)
         except TimeoutError:
             if not timeout.expired():
                 raise
             # The client does not read the response. uvicorn closes the connection of an unfinished response.
-        finally:
-            self._num_open -= 1
 
     def _with_timeout(self, timeout: asyncio.Timeout, send: Send) -> Send:
         """Wraps `send`: `timeout` expires if the client does not read a message in time."""
@@ -80,13 +91,28 @@ class Guard:
         return send_in_time
 
 
-class _Body:
+@dataclasses.dataclass
+class _Memory:
+    """The bytes of the bodies of all open requests."""
+
+    most: int
+    used: int = 0
+
+
+class Body:
     """The body of one request, while it arrives."""
 
-    def __init__(self, receive: Receive, limits: Limits):
+    def __init__(self, receive: Receive, limits: Limits, memory: _Memory | None = None):
+        """Limits the body alone, and together with the others that share `memory`."""
         self._receive, self._limits = receive, limits
+        self._memory = memory or _Memory(limits.body_bytes)
         self._deadline = time.monotonic() + limits.read_seconds
         self._bytes, self._done = 0, False
+
+    def forget(self) -> None:
+        """Gives the body's share of the memory back."""
+        self._memory.used -= self._bytes
+        self._bytes = 0
 
     async def receive(self) -> Message:
         """Returns the next message.
@@ -104,16 +130,17 @@ class _Body:
             raise RequestError(
                 408, "too_slow", f"the body did not arrive within {self._limits.read_seconds:g} seconds"
             ) from None
-        self._count(message)
+        self._done = _is_last(message)
         if message["type"] == "http.disconnect":
             raise RequestError(499, "client_left", "the client disconnected before the end of its body")
+        num_bytes = len(message.get("body", b""))
+        self._bytes += num_bytes
+        self._memory.used += num_bytes
         if self._bytes > self._limits.body_bytes:
             raise RequestError(413, "body_too_large", f"a body has at most {self._limits.body_bytes} bytes")
+        if self._memory.used > self._memory.most:
+            raise RequestError(503, "busy", f"the open requests have more than {self._memory.most} bytes", 1)
         return message
-
-    def _count(self, message: Message) -> None:
-        self._bytes += len(message.get("body", b""))
-        self._done = message["type"] != "http.request" or not message.get("more_body", False)
 
     def drained_before(self, send: Send) -> Send:
         """Wraps `send`: reads and drops the rest of the body before the first message."""
@@ -122,14 +149,19 @@ class _Body:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DRAIN_SECONDS):
                     while not self._done:
-                        self._count(await self._receive())
+                        self._done = _is_last(await self._receive())
             self._done = True
             await send(message)
 
         return drain_then_send
 
 
-async def _send_error(error: RequestError, send: Send) -> None:
+def _is_last(message: Message) -> bool:
+    return message["type"] != "http.request" or not message.get("more_body", False)
+
+
+async def send_error(error: RequestError, send: Send) -> None:
+    """Sends an error response, outside of the application's error handlers."""
     headers = {"content-type": "application/json", **error.headers}
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})

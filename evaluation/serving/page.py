@@ -27,8 +27,7 @@ def build_page(engine: Engine, folder: pathlib.Path) -> "gradio.Blocks":
     """Returns the page. Writes its examples and answers to `folder`."""
     import gradio
 
-    seconds = page_files.KEPT_SECONDS
-    with gradio.Blocks(title="Large Vision Model", analytics_enabled=False, delete_cache=(seconds, seconds)) as page:
+    with gradio.Blocks(title="Large Vision Model", analytics_enabled=False) as page:
         gradio.Markdown(_INTRODUCTION)
         if engine.max_prompt_images > 2:
             with gradio.Tab("Analogy"):
@@ -64,12 +63,12 @@ def _analogy_tab(engine: Engine, folder: pathlib.Path) -> None:
         empty = [None] * (2 * max_shots + 1 - len(files))
         return [len(files) // 2, *files[:-1], *empty, files[-1]]
 
-    def answer(count: int, *values: Any) -> Iterator[tuple]:
+    def answer(request: gradio.Request, count: int, *values: Any) -> Iterator[tuple]:
         files = [*values[: 2 * count], values[2 * max_shots]]
         if None in files:
             raise page_handlers.visitor_error("Add an image to every slot, or choose fewer pairs.")
         settings = page_handlers.generation_settings(INITIAL_SETTINGS, values[2 * max_shots + 1 :])
-        yield from page_handlers.generate(engine, files, settings, folder)
+        yield from page_handlers.generate(engine, files, settings, folder, client_of(request))
 
     def show_columns(count: int) -> list:
         return [gradio.Column(visible=i < count) for i in range(max_shots)]
@@ -103,15 +102,20 @@ def _sequence_tab(engine: Engine, folder: pathlib.Path) -> None:
     def select_example(event: gradio.SelectData) -> list[str]:
         return page_files.save_example(examples[event.index], folder, f"sequence_{event.index}")
 
-    def answer(uploaded: list | None, *values: Any) -> Iterator[tuple]:
+    def answer(request: gradio.Request, uploaded: list | None, *values: Any) -> Iterator[tuple]:
         if not uploaded:
             raise page_handlers.visitor_error("Add at least one frame.")
         files = [path for path, _ in uploaded][-engine.max_prompt_images :]
         settings = page_handlers.generation_settings(INITIAL_SETTINGS, values)
-        yield from page_handlers.generate(engine, files, settings, folder)
+        yield from page_handlers.generate(engine, files, settings, folder, client_of(request))
 
     gallery.select(select_example, None, frames, api_visibility="private")
     button.click(answer, [frames, *fields], _outputs("sequence"), api_visibility="private")
+
+
+def client_of(request: Any) -> str:
+    """Returns the address of the visitor who sent a gradio request."""
+    return request.client.host if request.client else ""
 
 
 def image_slot(label: str) -> "gradio.Image":

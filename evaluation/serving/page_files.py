@@ -3,10 +3,8 @@
 Shapes: see `evaluation.prompting`.
 """
 
-import contextlib
 import pathlib
 import tempfile
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +12,6 @@ import numpy as np
 from evaluation.serving.page_examples import Example
 from tokenizer.media import grids, images
 
-KEPT_SECONDS = 3600  # age at which uploads and answers are removed
 _MIN_SIDE = 256  # pixels; smaller images are enlarged
 
 
@@ -25,11 +22,7 @@ def enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def save_answer(images_CFSS3: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
-    """Writes one PNG file, not enlarged: a row per candidate, a column per new image. Removes old answers."""
-    for old in folder.glob("answer_*.png"):
-        with contextlib.suppress(FileNotFoundError):  # another request removes it at the same time
-            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
-                old.unlink()
+    """Writes one PNG file, not enlarged: a row per candidate, a column per new image."""
     pixels = images.to_uint8(images_CFSS3.reshape(-1, *images_CFSS3.shape[2:]))
     with tempfile.NamedTemporaryFile(dir=folder, prefix="answer_", suffix=".png", delete=False) as file:
         file.write(images.png_bytes(grids.grid(pixels, images_CFSS3.shape[1])))

@@ -3,6 +3,8 @@
 Shapes: see `evaluation.prompting`.
 """
 
+import contextlib
+import os
 import pathlib
 import queue
 from collections.abc import Iterator, Sequence
@@ -20,39 +22,54 @@ from evaluation.serving.limits import Limits
 from evaluation.serving.page_files import enlarged, save_answer
 from evaluation.serving.progress import Preview
 from evaluation.serving.request_errors import RequestError
+from evaluation.serving.workload import TooMuchWorkError
 from tokenizer.media import images
 
 LIMITS = Limits()
 
 
 def generate(
-    engine: Engine, files: Sequence[str], settings: GenerationSettings, folder: pathlib.Path
+    engine: Engine, files: Sequence[str], settings: GenerationSettings, folder: pathlib.Path, client: str = ""
 ) -> Iterator[tuple[str, list, Any]]:
     """Yields (status, captioned images, download button) while the tokens are generated, then for the answer."""
     import gradio
 
     no_download = gradio.DownloadButton(interactive=False)
     previews: queue.SimpleQueue[Preview | None] = queue.SimpleQueue()
-    try:
-        contents = [pathlib.Path(file).read_bytes() for file in files]
-        prompt = Prompt(images=uploads.decode_images(contents, engine.resolution, LIMITS))
-        future = engine.generate(prompt, settings, previews.put)
-    except (UserError, RequestError, QueueFullError, ClosedError) as error:
-        raise visitor_error(str(error)) from None
-    future.add_done_callback(lambda _: previews.put(None))
-    try:
+    with contextlib.ExitStack() as request_end:
+        try:
+            request_end.enter_context(engine.admitted(client, settings))
+            engine.check_length(len(files))
+            prompt = Prompt(images=uploads.decode_images(_contents(files), engine.resolution, LIMITS))
+            future = engine.generate(prompt, settings, previews.put, client)
+        except (UserError, RequestError, QueueFullError, TooMuchWorkError, ClosedError) as error:
+            raise visitor_error(str(error)) from None
+        request_end.callback(future.cancel)  # the visitor may have closed the page
+        future.add_done_callback(lambda _: previews.put(None))
         yield first_status(engine), [], no_download
         while (preview := previews.get()) is not None:
             yield f"Drawing: {preview.done} of {preview.total} tokens", _captioned(preview.images), no_download
         answer = future.result()
-    finally:
-        future.cancel()  # the visitor may have closed the page
     path = save_answer(answer.images, folder)
     yield (
         f"Done: {answer.tokens[0].size} tokens a candidate",
         _captioned(answer.images),
         gradio.DownloadButton(value=str(path), interactive=True),
     )
+
+
+def _contents(files: Sequence[str]) -> list[bytes]:
+    """Reads uploaded files, and marks them as used: files that nobody uses are removed after an hour.
+
+    Raises:
+      UserError: if a file has been removed.
+    """
+    try:
+        for file in files:
+            os.utime(file)
+        return [pathlib.Path(file).read_bytes() for file in files]
+    except FileNotFoundError:
+        raise UserError("an image is no longer stored: add it again") from None
 
 
 def first_status(engine: Engine) -> str:

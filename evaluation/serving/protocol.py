@@ -1,54 +1,91 @@
-"""Requests and responses of the HTTP service as pydantic models, and the parser of requests.
+"""Requests and responses of the HTTP service as pydantic models, and their schemas.
 
-A body is JSON (images in base64) or a form (images as files). The models are the OpenAPI schema.
+The models are the OpenAPI schema of JSON bodies; `form_schema` describes forms, whose images are files.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+import dataclasses
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 
 from EasyLM.errors import UserError
 from evaluation.prompting import GenerationSettings
-from evaluation.serving.limits import Limits
-from evaluation.serving.request_errors import RequestError
 from evaluation.serving.uploads import FORMATS
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-_MAX_ERRORS_NAMED = 5
-_MAX_FORM_FIELDS = 32  # fields of a form that are not images
-
-Tokens = list[list[Annotated[int, Field(ge=0, lt=2**31)]]]
+# Lists are bounded by `bounded`. Their validation stops at the first error.
+_FIRST_ERROR = Field(fail_fast=True)
+ImageFile = Annotated[bytes, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
+ImageFiles = Annotated[list[ImageFile], _FIRST_ERROR]
+TokenRow = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], _FIRST_ERROR]
+Tokens = Annotated[list[TokenRow], _FIRST_ERROR]
+IMAGE_FIELDS, TOKEN_FIELDS = ("pictures", "targets"), ("tokens", "target_tokens")
+MAX_JSON_FIELDS = 64  # more keys than any valid JSON body has
 IMAGES = (
     f"{', '.join(FORMATS)} files, in order: base64 in JSON, or one field with this name per file in a form. Each is "
     "resized to the tokenizer's resolution without keeping its aspect ratio."
 )
-TOKENS = "Alternative to pictures: the token ids of each, as `/tokenize` returns them."
+TOKENS = "Alternative to pictures, in JSON only: the token ids of each, as `/tokenize` returns them."
+
+
+@dataclasses.dataclass(frozen=True)
+class BodySizes:
+    """Largest sizes of the lists of a body.
+
+    Attributes:
+      images: image files in a field.
+      prompt_images: images in a field of tokens.
+      tokens_per_image: tokens of an image.
+    """
+
+    images: int
+    prompt_images: int
+    tokens_per_image: int
+
+    @property
+    def values(self) -> int:
+        """More commas and brackets than any valid JSON body has."""
+        return 2 * (self.images + self.prompt_images * (self.tokens_per_image + 2)) + MAX_JSON_FIELDS
 
 
 class PromptRequest(BaseModel):
     """A prompt: images in order. An analogy prompt: example, answer, example, answer, ..., query."""
 
     model_config = ConfigDict(val_json_bytes="base64", extra="forbid")
-    pictures: list[bytes] | None = Field(None, description=f"The prompt. {IMAGES}")
+    pictures: ImageFiles | None = Field(None, description=f"The prompt. {IMAGES}")
 
 
 class GenerateRequest(PromptRequest):
     """A prompt, and the settings of generation."""
 
     tokens: Tokens | None = Field(None, description=TOKENS)
-    n_new_frames: int = Field(1, description="Images to generate, one after the other.")
-    n_candidates: int = Field(1, description="Samples for the prompt.")
-    context_frames: int = Field(16, description="Images that the model attends to, the generated one included.")
-    temperature: float = Field(1.0, description="Sampling temperature; 0 takes the most likely token.")
-    top_k: int = Field(0, description="Sample from the k most likely tokens; 0: from all.")
+    # `GenerationSettings` checks the ranges: its errors name the value.
+    n_new_frames: int = Field(
+        1, description="Images to generate, one after the other.", json_schema_extra={"minimum": 1}
+    )
+    n_candidates: int = Field(1, description="Samples for the prompt.", json_schema_extra={"minimum": 1})
+    context_frames: int = Field(
+        16,
+        description="Images that the model attends to, the generated one included.",
+        json_schema_extra={"minimum": 2},
+    )
+    temperature: float = Field(
+        1.0,
+        description="Sampling temperature; 0 takes the most likely token.",
+        json_schema_extra={"minimum": 0},
+    )
+    top_k: int = Field(
+        0, description="Sample from the k most likely tokens; 0: from all.", json_schema_extra={"minimum": 0}
+    )
     top_p: float = Field(
-        1.0, description="Sample from the most likely tokens that together have this probability; 1: from all."
+        1.0,
+        description="Sample from the most likely tokens that together have this probability; 1: from all.",
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
     )
     seed: int = Field(
-        0, description="Seed of the sampling. The images depend only on the prompt, the settings and the seed."
+        0,
+        description="Seed of the sampling. The images depend only on the prompt, the settings and the seed.",
+        json_schema_extra={"minimum": 0, "maximum": 2**31 - 1},
     )
     output: Literal["json", "png", "stream"] | None = Field(
         None,
@@ -66,8 +103,8 @@ class PerplexityRequest(PromptRequest):
     """A prompt, and the images after it whose perplexity is measured."""
 
     tokens: Tokens | None = Field(None, description=TOKENS)
-    targets: list[bytes] | None = Field(None, description=f"The images after the prompt. {IMAGES}")
-    target_tokens: Tokens | None = Field(None, description="Alternative to targets: their token ids.")
+    targets: ImageFiles | None = Field(None, description=f"The images after the prompt. {IMAGES}")
+    target_tokens: Tokens | None = Field(None, description="Alternative to targets, in JSON only: their token ids.")
 
 
 class GenerateResponse(BaseModel):
@@ -108,8 +145,7 @@ class ReadyResponse(BaseModel):
     """Whether the programs of `--warm_up` are compiled, and the sizes that the model accepts.
 
     These programs are generation with default settings, and perplexity of one target, for prompts of those lengths.
-    Other lengths, other values of n_candidates or n_new_frames, temperature 0, top_k and top_p are compiled at their
-    first request.
+    Other lengths and other values of n_candidates or n_new_frames are compiled at their first request.
     """
 
     ready: bool
@@ -135,55 +171,33 @@ def tokens_array(tokens: Tokens, name: str) -> np.ndarray:
     return np.asarray(tokens, np.int32)
 
 
-async def read_request(request: "Request", model: type[Model], limits: Limits) -> Model:
-    """Reads the body of a request.
-
-    Raises:
-      RequestError: naming the fields that are wrong.
-    """
-    from starlette.concurrency import run_in_threadpool
-
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if media_type == "application/json":
-            return await run_in_threadpool(model.model_validate_json, await request.body())
-        if media_type == "multipart/form-data":
-            return model.model_validate(await _read_form(request, limits))
-    except ValidationError as error:
-        raise RequestError(422, "invalid", _error_summary(error)) from None
-    raise RequestError(
-        415, "unsupported_media_type", f"content-type {media_type!r}: send application/json or multipart/form-data"
-    )
+def bounded(model: type[Model], sizes: BodySizes) -> type[Model]:
+    """Returns the model of a request with bounds of its lists, which the schema states too."""
+    row = Annotated[TokenRow, Field(max_length=sizes.tokens_per_image)]
+    types: dict[str, Any] = {
+        **dict.fromkeys(IMAGE_FIELDS, Annotated[ImageFiles, Field(max_length=sizes.images)]),
+        **dict.fromkeys(TOKEN_FIELDS, Annotated[list[row], _FIRST_ERROR, Field(max_length=sizes.prompt_images)]),
+    }
+    fields: dict[str, Any] = {
+        name: (types[name] | None, Field(None, description=field.description))
+        for name, field in model.model_fields.items()
+        if name in types
+    }
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
 
 
-async def _read_form(request: "Request", limits: Limits) -> dict[str, Any]:
-    """Returns the fields of a form: files as one list per name, other fields as text."""
-    from starlette.datastructures import UploadFile
-    from starlette.exceptions import HTTPException
-
-    files: dict[str, list[bytes]] = {}
-    texts: dict[str, str] = {}
-    # This limit only bounds the parsing. `uploads` checks the exact number of images, with its own error.
-    max_files = 2 * limits.images + 1
-    try:
-        async with request.form(max_files=max_files, max_fields=_MAX_FORM_FIELDS, max_part_size=2**20) as form:
-            for name, value in form.multi_items():
-                if name in texts or (name in files and not isinstance(value, UploadFile)):
-                    raise RequestError(422, "invalid", f"{name}: given twice, or both as a file and as text")
-                if isinstance(value, UploadFile):
-                    files.setdefault(name, []).append(await value.read())
-                else:
-                    texts[name] = value
-    except HTTPException as error:
-        raise RequestError(422, "invalid_form", str(error.detail)) from None
-    return files | texts
-
-
-def _error_summary(error: ValidationError) -> str:
-    details = error.errors(include_url=False, include_input=False, include_context=False)
-    reasons = [
-        f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail["loc"] else detail["msg"]
-        for detail in details
-    ]
-    num_unnamed = len(reasons) - _MAX_ERRORS_NAMED
-    return "; ".join(reasons[:_MAX_ERRORS_NAMED]) + (f"; and {num_unnamed} more" if num_unnamed > 0 else "")
+def form_schema(model: type[PromptRequest]) -> dict[str, Any]:
+    """Returns the JSON schema of a request as a form: images are required and are files; tokens are not accepted."""
+    schema = model.model_json_schema()
+    properties = {}
+    for name, field in schema["properties"].items():
+        if name in TOKEN_FIELDS:
+            continue
+        # In JSON, null stands for an omitted field. A form omits it.
+        (kind,) = [kind for kind in field.pop("anyOf", [{}]) if kind.get("type") != "null"]
+        if field.get("default", ...) is None:
+            del field["default"]
+        files = {"items": {"type": "string", "format": "binary"}, "minItems": 1} if name in IMAGE_FIELDS else {}
+        properties[name] = {**kind, **field, **files}
+    required = [name for name in IMAGE_FIELDS if name in properties]
+    return {**schema, "properties": properties, "required": required}

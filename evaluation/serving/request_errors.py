@@ -2,6 +2,10 @@
 
 from EasyLM.errors import UserError
 from evaluation.serving.batcher import ClosedError, QueueFullError
+from evaluation.serving.workload import TooMuchWorkError
+
+_RETRY_SECONDS = 5  # for a client with open requests
+_MAX_MESSAGE = 2000  # characters; some messages repeat a value of the request
 
 
 class RequestError(Exception):
@@ -20,11 +24,13 @@ class RequestError(Exception):
 
     @property
     def body(self) -> dict:
-        return {"error": {"code": self.code, "message": self.message}}
+        return {"error": {"code": self.code, "message": self.message[:_MAX_MESSAGE]}}
 
     @property
     def headers(self) -> dict[str, str]:
         headers = {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status == 400:
+            headers["connection"] = "close"  # where a malformed request ends is not known
         return headers if self.retry_after is None else headers | {"retry-after": str(self.retry_after)}
 
 
@@ -36,6 +42,8 @@ def to_request_error(error: Exception) -> RequestError:
         return RequestError(422, "invalid", str(error))
     if isinstance(error, QueueFullError):
         return RequestError(429, "queue_full", str(error), error.retry_after)
+    if isinstance(error, TooMuchWorkError):
+        return RequestError(429, "too_much_work", str(error), _RETRY_SECONDS)
     if isinstance(error, ClosedError):
         return RequestError(503, "stopping", str(error), 10)
     return RequestError(500, "internal", "internal error; the reason is in the log of the service")

@@ -10,16 +10,18 @@ from types import FrameType
 from evaluation.prompting import GenerationSettings
 from evaluation.serving.app import make_app
 from evaluation.serving.engine import Engine
+from evaluation.serving.header_check import LOCAL_HOSTS, with_own_host
 from evaluation.serving.limits import Limits, with_idle_timeout
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
-    """Address, token and shutdown of the service.
+    """Address, access and shutdown of the service.
 
     Attributes:
       host, port: the address to listen on.
       token: bearer token that POST requests must send; empty: no authorisation.
+      allowed_hosts: see `HeaderCheck`.
       stop_seconds: timeout of accepted requests after a signal.
     """
 
@@ -27,6 +29,7 @@ class ServerSettings:
     port: int
     token: str
     stop_seconds: float
+    allowed_hosts: str = LOCAL_HOSTS
 
 
 def run_server(engine: Engine, limits: Limits, settings: ServerSettings) -> int:
@@ -57,7 +60,7 @@ def run_server(engine: Engine, limits: Limits, settings: ServerSettings) -> int:
 
     server = Server(
         uvicorn.Config(
-            make_app(engine, limits, settings.token),
+            make_app(engine, limits, settings.token, with_own_host(settings.allowed_hosts, settings.host)),
             host=settings.host,
             port=settings.port,
             http=with_idle_timeout(limits),

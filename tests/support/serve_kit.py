@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import functools
 import io
 import json
+import socket
 import struct
 import tempfile
 import threading
@@ -25,6 +27,7 @@ from EasyLM import flags
 from EasyLM.parallel import make_mesh
 from evaluation.prompting import Prompter
 from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, Limits
+from evaluation.serving.limits import with_idle_timeout
 from tokenizer.vqgan import Codec
 
 SECONDS = 120  # timeout, much longer than any test takes
@@ -148,3 +151,31 @@ def assert_error(response: httpx.Response, status: int, code: str, *parts: str) 
     assert response.json()["error"]["code"] == code
     for part in parts:
         assert part in response.json()["error"]["message"]
+
+
+async def serve_while(app: Any, limits: Limits, scenario: Callable) -> Any:
+    """Serves an application on a free port while `scenario(port, server)` runs."""
+    import uvicorn
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        config = uvicorn.Config(app, http=with_idle_timeout(limits), lifespan="off", log_config=None)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            return await scenario(listener.getsockname()[1], server)
+        finally:
+            server.should_exit = True
+            await serving
+
+
+async def exchange(port: int, first: bytes, rest: bytes = b"", pause: float = 0.0) -> bytes:
+    """Sends bytes, and after a pause the rest. Returns everything that the server sends."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(first)
+    await asyncio.sleep(pause)
+    writer.write(rest)
+    with contextlib.suppress(ConnectionError):
+        return await reader.read()
+    return b""

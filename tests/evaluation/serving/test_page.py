@@ -1,9 +1,7 @@
 """The page without a browser: previews, errors, files and examples."""
 
 import io
-import os
 import pathlib
-import time
 import types
 
 import numpy as np
@@ -13,7 +11,7 @@ from serve_kit import SECONDS, TINY, png, tiny_engine
 
 from EasyLM.errors import UserError
 from evaluation.prompting import GenerationSettings
-from evaluation.serving import page, page_examples, page_files, page_handlers, uploads
+from evaluation.serving import page, page_examples, page_handlers, uploads
 
 
 @pytest.fixture
@@ -48,6 +46,8 @@ def test_user_errors_are_shown(folder):
     engine = tiny_engine()
     with pytest.raises(gradio.Error, match="not a readable image"):
         list(page_handlers.generate(engine, [str(folder / "text.png")], GenerationSettings(), folder))
+    with pytest.raises(gradio.Error, match="no longer stored"):
+        list(page_handlers.generate(engine, [str(folder / "gone.png")], GenerationSettings(), folder))
     with pytest.raises(gradio.Error, match="temperature=-1"):
         page_handlers.generation_settings(GenerationSettings(), [1, -1, 1, 0, 1])
     engine.close(SECONDS)
@@ -84,17 +84,6 @@ def test_an_image_slot_does_not_decode_files(tmp_path):
     slot = page.image_slot("Query")
     assert slot.preprocess(payload) == str(tmp_path / "file") and slot.preprocess(None) is None
     assert not pathlib.Path(page.__file__).with_suffix(".pyi").exists()
-
-
-def test_answers_are_kept_for_an_hour(tmp_path):
-    images = np.zeros((1, 1, 8, 8, 3), np.float32)
-    old, new = page_files.save_answer(images, tmp_path), page_files.save_answer(images, tmp_path)
-    example = tmp_path / "analogy_0.png"
-    example.write_bytes(b"")
-    for path, age in ((old, 3700), (new, 3500), (example, 3700)):
-        os.utime(path, (time.time() - age,) * 2)
-    newest = page_files.save_answer(images, tmp_path)
-    assert set(tmp_path.iterdir()) == {new, newest, example}
 
 
 def test_examples_are_prompts_of_one_length(monkeypatch):

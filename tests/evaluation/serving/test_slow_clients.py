@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
 
 import pytest
 from serve_kit import (
@@ -14,13 +13,15 @@ from serve_kit import (
     ask,
     assert_error,
     base64_of,
+    exchange,
     png,
+    serve_while,
     tiny_engine,
 )
 
 from evaluation.serving import Limits
 from evaluation.serving.app import make_app
-from evaluation.serving.limits import Guard, with_idle_timeout
+from evaluation.serving.limits import Guard
 
 SCOPE = {
     "type": "http",
@@ -126,34 +127,6 @@ def test_receive_during_a_response_waits_for_the_disconnect():
 
     asyncio.run(asyncio.wait_for(Guard(app, Limits(read_seconds=0.5))(SCOPE, receive, send), SECONDS))
     assert received == [{"type": "http.disconnect"}]
-
-
-async def serve_while(app, limits: Limits, scenario):
-    """Serves an application on a free port while `scenario(port, server)` runs."""
-    import uvicorn
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        config = uvicorn.Config(app, http=with_idle_timeout(limits), lifespan="off", log_config=None)
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve([listener]))
-        try:
-            return await scenario(listener.getsockname()[1], server)
-        finally:
-            server.should_exit = True
-            await serving
-
-
-async def exchange(port: int, first: bytes, rest: bytes = b"", pause: float = 0.0) -> bytes:
-    """Sends bytes, and after a pause the rest. Returns everything that the server sends."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(first)
-    await asyncio.sleep(pause)
-    writer.write(rest)
-    with contextlib.suppress(ConnectionError):
-        return await reader.read()
-    return b""
 
 
 @pytest.mark.slow

@@ -1,0 +1,46 @@
+"""Bounds the work that each client has outstanding, from its request until its response is sent."""
+
+import contextlib
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+
+
+class TooMuchWorkError(Exception):
+    """A client has too much work outstanding."""
+
+
+class Workload:
+    """The costs of the outstanding requests of each client. Thread-safe."""
+
+    def __init__(self, most: int):
+        """`most`: largest outstanding cost of a client."""
+        self._most, self._lock = most, threading.Lock()
+        self._costs: dict[str, list[int]] = defaultdict(list)
+
+    @contextlib.contextmanager
+    def admitted(self, client: str, cost: int) -> Iterator[None]:
+        """Counts a request of a client until the context ends. The response is sent inside the context.
+
+        Of each other request, no more than the cost of this one counts: a client with expensive requests, or those
+        who share an address with it, can still send cheap ones. A client without requests is always admitted.
+
+        Raises:
+          TooMuchWorkError: if the client has too much work outstanding.
+        """
+        with self._lock:
+            others = self._costs.get(client, [])
+            outstanding = sum(min(other, cost) for other in others)
+            if others and outstanding + cost > self._most:
+                raise TooMuchWorkError(
+                    f"{len(others)} requests of this client are open: with this one, their answers have more than "
+                    f"{self._most} images; read these answers first"
+                )
+            self._costs[client].append(cost)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._costs[client].remove(cost)
+                if not self._costs[client]:
+                    del self._costs[client]
