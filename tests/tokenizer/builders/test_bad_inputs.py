@@ -91,7 +91,7 @@ def test_every_kind_of_unusable_file_is_named_counted_and_skipped(tmp_path, tiny
     (root / "dangling.png").symlink_to("nowhere.png")
     (root / "loop.png").symlink_to("loop.png")
     bad = {*bad_files, r"caf\xe9.png", "pipe.png", "dangling.png", "loop.png"}
-    settings = {"input_dir": str(root), "workers": 2}
+    settings = {"input_dir": str(root)}
     sentences = build_records(tmp_path, tiny, tmp_path / "out.jsonl", "images", max_errors=len(bad), **settings)
     assert sorted(record["sources"] for _, record in sentences) == sorted([f"{root}/{name}"] for name in used)
     reasons = {
@@ -102,6 +102,31 @@ def test_every_kind_of_unusable_file_is_named_counted_and_skipped(tmp_path, tiny
     with pytest.raises(UserError, match=f"after {len(bad) - 1} others .--max_errors={len(bad) - 1}") as caught:
         build_records(tmp_path, tiny, tmp_path / "less.jsonl", "images", max_errors=len(bad) - 1, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_every_kind_of_unusable_video_is_named_counted_and_skipped(tree, tmp_path, tiny):
+    root = tmp_path / "in"
+    whole = (tree / "videos" / "one.mp4").read_bytes()
+    for name in ("good.mp4", "folder.mp4/a:b.mp4", "a\nb.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(whole)
+    bad_files = {
+        "zero.mp4": b"",
+        "cut.mp4": whole[:600],
+        "text.avi": b"text",
+        "list.mkv": b"ffconcat version 1.0\nfile good.mp4\n",
+    }
+    for name, content in bad_files.items():
+        (root / name).write_bytes(content)
+    (root / os.fsdecode(b"caf\xe9.mp4")).write_bytes(whole)
+    os.mkfifo(root / "pipe.ts")
+    (root / "dangling.mov").symlink_to("nowhere.mov")
+    bad = {*bad_files, r"caf\xe9.mp4", "pipe.ts", "dangling.mov"}
+    settings = {"input_dir": str(root), "strides": "1"}
+    sentences = build_records(tmp_path, tiny, tmp_path / "out.jsonl", "video", max_errors=len(bad), **settings)
+    used = {path.removeprefix(f"{root}/") for _, record in sentences for path in record["sources"]}
+    assert used == {"good.mp4", "folder.mp4/a:b.mp4", "a\nb.mp4"}
+    assert skipped_names(tmp_path / "out.jsonl").keys() == bad
 
 
 @pytest.mark.parametrize(
