@@ -18,7 +18,7 @@ ALLOWED = {
     "EasyLM.training": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel",
     "EasyLM.planning": "EasyLM.checkpoints EasyLM.training",
     "EasyLM.models": "",
-    "EasyLM.models.attention": "EasyLM.models",
+    "EasyLM.models.attention": "EasyLM.models EasyLM.parallel",  # a kernel runs on each device of the mesh
     "EasyLM.models.llama": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training "
     "EasyLM.planning EasyLM.models EasyLM.models.attention",
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.

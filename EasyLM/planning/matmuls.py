@@ -17,8 +17,15 @@ from jax.interpreters import partial_eval
 _LARGEST_KNOWN = 1 << 16  # elements of an integer array whose values are computed
 _CAUSAL = 0.5  # share of the scores that causal kernels compute
 # Products of T x S x K in a kernel, each 2 FLOPs: forward are scores and output. Backward are scores again, and the
-# gradients of values, weights, queries and keys.
-_KERNEL_PRODUCTS = {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5}
+# gradients of values, weights, queries and keys. Splash has two kernels backward, which both compute the scores and the
+# gradients of the weights.
+_KERNEL_PRODUCTS = {
+    "dot_product_attention_fwd": 2,
+    "dot_product_attention_bwd": 5,
+    "splash_mha_fwd": 2,
+    "splash_mha_dkv": 4,
+    "splash_mha_dq": 3,
+}
 
 _Known = Sequence[np.ndarray | None]  # the values of variables; None: they depend on the program's arguments
 
@@ -48,12 +55,17 @@ def attention_weights(closed: core.ClosedJaxpr, length: int) -> str:
         var.aval
         for eqn in _equations(_without_dead_code(closed.jaxpr))
         for var in eqn.outvars
-        if isinstance(var.aval, jax.core.ShapedArray) and var.aval.ndim >= 4 and var.aval.shape.count(length) >= 2
+        if isinstance(var.aval, jax.core.ShapedArray) and _holds_weights(var.aval.shape, length)
     ]
     if not found:
         return ""
     largest = max(found, key=lambda aval: aval.size * aval.dtype.itemsize)
     return f"{largest.dtype.name}[{','.join(map(str, largest.shape))}]"
+
+
+def _holds_weights(shape: Sequence[int], length: int) -> bool:
+    """Whether an array has rows, heads, and two axes of all tokens, which may be merged with queries of a group."""
+    return len(shape) >= 4 and sum(size % length == 0 for size in shape) >= 2
 
 
 def _without_dead_code(jaxpr: core.Jaxpr) -> core.Jaxpr:
@@ -94,8 +106,9 @@ def _equation(eqn: core.JaxprEqn, known: _Known) -> tuple[float, _Known]:
     name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
     if name == "dot_general":
         return _dot_flops(eqn), unknown
+    kernel_name = eqn.params["name"] if name == "pallas_call" else name
     for kernel, products in _KERNEL_PRODUCTS.items():
-        if kernel in name:
+        if kernel in kernel_name:
             return _kernel_flops(eqn, products), unknown
     if name == "scan":
         return _scan(eqn, known)
@@ -120,9 +133,13 @@ def _dot_flops(eqn: core.JaxprEqn) -> float:
 
 
 def _kernel_flops(eqn: core.JaxprEqn, products: int) -> float:
-    """Returns the FLOPs of a causal kernel of cuDNN. Its first inputs are the queries and keys, [B, T, H, K]."""
-    q_BTHK, k_BSHK = map(_aval, eqn.invars[:2])
-    return _CAUSAL * 2.0 * products * q_BTHK.size * k_BSHK.shape[1]
+    """Returns the FLOPs of a causal attention kernel.
+
+    Its first floating-point inputs are queries and keys: [B, T, H, K] of cuDNN, [..., H, T, K] of splash.
+    """
+    q, k = [_aval(atom) for atom in eqn.invars if jax.numpy.issubdtype(_aval(atom).dtype, jax.numpy.floating)][:2]
+    keys_axis = -2 if eqn.primitive.name == "pallas_call" else 1
+    return _CAUSAL * 2.0 * products * q.size * k.shape[keys_axis]
 
 
 def _scan(eqn: core.JaxprEqn, known: _Known) -> tuple[float, _Known]:

@@ -20,7 +20,7 @@ from EasyLM.planning.topologies import Topology, compiling_for
 from EasyLM.training import Model, Optimizer, TrainState, abstract_batch, abstract_state, trace_step
 
 # Parts of the names of attention kernels in HLO: cuDNN, and Pallas' kernels on TPUs.
-_ATTENTION_KERNEL = re.compile(r"fmha|attention|splash", re.IGNORECASE)
+_ATTENTION_KERNEL = re.compile("fmha|splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, ass
     sent = communication(executed, [topology.island_of(device) for device in mesh.devices.flat])
     flops, model_flops = matmul_flops(traced.jaxpr), task.batch_size * task.flops_per_row
     step_seconds = assumptions.step_seconds((flops or model_flops) / mesh.devices.size, state_bytes, sent)
-    peak = _peak_bytes(compiled.memory_analysis())
+    peak = _peak_bytes(compiled.memory_analysis(), topology.platform)
     fits = peak <= assumptions.hbm_gb * 1e9
     return plan.with_values(
         trace_seconds=traced_at - begin,
@@ -155,24 +155,22 @@ def bytes_per_device(state: TrainState) -> int:
     )
 
 
-def _peak_bytes(memory: Any) -> int:
-    """Returns XLA's peak. Where it reports none: arguments, results and temporary arrays; donated ones count once."""
-    peak = getattr(memory, "peak_memory_in_bytes", 0)
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return peak or memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+def _peak_bytes(memory: Any, platform: str) -> int:
+    """Returns XLA's peak. For CPUs, where it has no temporary arrays: arguments, results and temporary arrays."""
+    if platform != "cpu":
+        return memory.peak_memory_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the others are donated arguments
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def _attention_kernels(executed: Iterable[tuple[int, Instruction]]) -> dict[str, int]:
-    """Returns the executions of attention kernels by name."""
+    """Returns the executions of attention kernels by name: cuDNN's are targets of calls, Pallas' are names of calls."""
     counts: collections.Counter[str] = collections.Counter()
     for times, instruction in executed:
-        target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
-        kernel = re.search(r'kernel_name\\?"?[=:]\s*\\?"(\w+)', instruction.rest)
-        names = [
-            name for name in (kernel and kernel[1], target and target[1]) if name and _ATTENTION_KERNEL.search(name)
-        ]
-        if instruction.operation == "custom-call" and names:
-            counts[names[0]] += times
+        if instruction.operation == "custom-call":
+            target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
+            names = [target[1] if target else "", re.sub(r"\.\d+$", "", instruction.name)]
+            counts.update({name: times for name in names if _ATTENTION_KERNEL.search(name)})
     return dict(counts)
 
 

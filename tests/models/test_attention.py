@@ -1,6 +1,7 @@
 """The implementations of attention are the same function, and causal."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import pytest
 
 from EasyLM.errors import UserError
 from EasyLM.models.attention import AttentionMask, attention
+from EasyLM.models.attention.splash import splash_attention
+from EasyLM.parallel import make_mesh
+from EasyLM.planning.matmuls import attention_weights
 
 B, T, H, K = 2, 13, 3, 4
 VALID = np.ones((B, T), np.int32)
@@ -176,3 +180,50 @@ def test_cudnn_padding_equals_xla(mask, groups, monkeypatch):
     for x, y in zip(actual, expected, strict=True):
         assert x.dtype == jnp.bfloat16 and x.shape == y.shape
         np.testing.assert_allclose(np.float32(x), y, atol=0.05)
+
+
+def test_splash_error_names_its_requirements():
+    requirements = (
+        "needs a TPU, no dropout on the weights and no forgetful causal mask; here are cpu, a dropout rate of 0"
+    )
+    with pytest.raises(UserError, match=requirements):
+        attention(*inputs()[:3], AttentionMask(), platform="cpu", implementation="splash")
+
+
+@pytest.mark.parametrize("mask", [MASKS["plain"], MASKS["forgetful"]], ids=["plain", "forgetful"])
+def test_auto_on_a_tpu_never_forms_the_matrix(mask):
+    """ "auto" selects splash for a TPU's platform, and blockwise for a mask that splash does not support."""
+    shapes = [jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)] * 4
+    traced = jax.jit(lambda *x: with_gradients(*x, mask, platform="tpu")).trace(*shapes)
+    assert attention_weights(traced.jaxpr, 4096) == ""
+    assert ("splash_mha" in str(traced.jaxpr)) == (mask.forget_key is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length, head_dim, groups, masked, mesh_dim", [
+    (130, 100, 2, False, ""),
+    (130, 100, 2, True, "2,2,2"),
+    (130, 64, 1, True, "4,1,2"),  # a group of two heads is not split
+    (130, 128, 4, True, "1,2,4"),
+    (1024, 64, 2, False, "2,2,2"),  # several blocks
+    (1024, 64, 2, True, ""),
+])  # fmt: skip
+def test_splash_equals_xla(length, head_dim, groups, masked, mesh_dim):
+    """In Pallas' interpreter, with grouped queries, padding and documents."""
+    rng, batch, heads = np.random.default_rng(0), 4, max(2, groups)
+    shapes = [(batch, length, count, head_dim) for count in (heads, groups, groups, heads)]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    valid_BS = np.arange(length) >= np.array([0, 7, length // 2, length - 1])[:, None]
+    first_BT = np.where(np.arange(length) < length // 3, 0, length // 3).repeat(batch).reshape(length, batch).T
+    mask = AttentionMask(valid_BS.astype(np.int32), first_BT=first_BT) if masked else AttentionMask()
+    mesh = make_mesh(mesh_dim) if mesh_dim else None
+
+    def both_passes(q_BTHK, k_BSGK, v_BSGK, weight_BTHK):
+        attend = partial(splash_attention, mask=mask, mesh=mesh, interpret=True)
+        out_BTHK, pullback = jax.vjp(attend, q_BTHK, k_BSGK, v_BSGK)
+        return out_BTHK, *pullback(weight_BTHK)
+
+    actual = jax.jit(both_passes)(*arrays)
+    expected = jax.jit(lambda *x: with_gradients(*x, mask, implementation="xla"))(*arrays)
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)

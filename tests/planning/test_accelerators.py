@@ -41,6 +41,7 @@ def test_tpus(tmp_path, arguments, devices, processes, kind, memory):
     assert made["hbm_bytes_per_device"] == memory
     assert made["mesh"] == {"dp": 2, "fsdp": devices // 2, "mp": 1}
     assert made["collective_bytes"]["all-gather"] > 0
+    assert made["attention_weights"] == "" and {"splash" in name for name in made["attention_kernels"]} == {True}
     across = sum(made["network_bytes"].values())
     assert (across > 0) == (made["num_slices"] > 1), "dp is split over the slices"
 

@@ -97,8 +97,24 @@ def test_blockwise_attention_skips_later_chunks(query_chunk, key_chunk, share):
     assert flops(gradient, q, q, q) == (2 + 5) * product
 
 
-@pytest.mark.parametrize("implementation, found", [("xla", "float32[2,3,16,16]"), ("blockwise", "")])
-def test_attention_weights_are_found(implementation, found):
-    q = jax.ShapeDtypeStruct((2, 16, 3, 8), jnp.float32)
-    attend = partial(attention, mask=AttentionMask(), implementation=implementation, query_chunk=4, key_chunk=4)
-    assert attention_weights(jax.make_jaxpr(attend)(q, q, q), 16) == found
+@pytest.mark.parametrize("groups, found", [(3, "float32[2,3,16,16]"), (1, "float32[2,1,48,16]")])
+def test_attention_weights_are_found(groups, found):
+    q, k = (jax.ShapeDtypeStruct((2, 16, heads, 8), jnp.float32) for heads in (3, groups))
+
+    def weights(implementation):
+        attend = partial(attention, mask=AttentionMask(), implementation=implementation, query_chunk=4, key_chunk=4)
+        return attention_weights(jax.make_jaxpr(attend)(q, k, k), 16)
+
+    assert weights("xla") == found and weights("blockwise") == ""
+
+
+def test_splash_counts_half_of_the_scores_on_all_devices():
+    """Without JAX's backend for TPUs, programs for them can be traced. The head dimension is padded to 128."""
+    mesh = make_mesh("2,2,2")
+    q = jax.ShapeDtypeStruct((4, 256, 2, 100), jnp.float32)
+    attend = partial(attention, mask=AttentionMask(), platform="tpu", mesh=mesh)
+    product = 2 * 4 * 2 * 256**2 * 128 / 2
+    assert flops(attend, q, q, q) == 2 * product
+    gradient = jax.grad(lambda q, k, v: attend(q, k, v).sum(), argnums=(0, 1, 2))
+    row_sums = 2 * 4 * 2 * 256 * 128  # of the output times its gradient
+    assert flops(gradient, q, q, q) == (2 + 4 + 3) * product + row_sums

@@ -1,6 +1,6 @@
-"""Causal self-attention: one function, `attention`, with three equivalent implementations.
+"""Causal self-attention: one function, `attention`, with four equivalent implementations.
 
-May import `EasyLM.models`.
+May import `EasyLM.models` and `EasyLM.parallel`.
 
 Shapes: B batch, T queries, S keys, H heads, G heads of keys and values, R = H / G heads of queries in a group, K head
 dimension. In chunks: t queries and s keys of a chunk; i and j index the chunks of queries and of keys.
@@ -11,6 +11,7 @@ Modules:
   xla: attention with all T x S weights in memory.
   blockwise: FlashAttention-2 in plain JAX. Memory is linear in the length.
   cudnn: the fused kernel of cuDNN.
+  splash: the splash kernel of Pallas, for TPUs.
 """
 
 from EasyLM.models.attention.dispatch import IMPLEMENTATIONS, attention

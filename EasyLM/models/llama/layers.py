@@ -94,6 +94,7 @@ class Attention(nnx.Module):
                 self._split_like_queries(v_BTGK, context.mesh),
                 context.mask,
                 platform=context.platform,
+                mesh=context.mesh,
                 implementation="blockwise" if c.scan_attention else c.attention_implementation,
                 query_chunk=c.scan_query_chunk_size,
                 key_chunk=c.scan_key_chunk_size,

@@ -65,7 +65,7 @@ class LLaMAConfig:
     scan_layers: bool = setting(True, "Compile one block and loop over the layers; else compile each block.")
     attention_implementation: str = setting(
         "auto",
-        "auto: on a GPU cudnn in bf16 or fp16, else blockwise; on a CPU blockwise; on a TPU xla.",
+        "auto: on a GPU cudnn in bf16 or fp16, on a TPU splash, else blockwise.",
         choices=IMPLEMENTATIONS,
     )
 
