@@ -3,12 +3,14 @@
 Times come from packets where packet times are exact, so the file is read but not decoded.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fractions
 import functools
 import itertools
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -27,7 +29,8 @@ _FORMATS = (
 )
 # Formats with an index of their frames. Other formats are decoded from the beginning: after a seek
 # their frames can have other time stamps.
-_INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
+_MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
+_INDEXED_FORMATS = {_MP4, "matroska,webm", "avi"}
 _DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end; less is rounding
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of a frame: the limit that Pillow has for image files
 _CACHED_CLOCKS = 16  # a build reads the times of a video, then its frames, possibly several times
@@ -102,6 +105,8 @@ def read_clock(path: str | os.PathLike) -> VideoClock:
 @functools.lru_cache(_CACHED_CLOCKS)
 def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
     with open_video(path) as (container, stream):
+        if container.format.name == _MP4:
+            _check_is_one_movie(path)
         container_format, rate, tick_seconds = container.format.name, stream.average_rate, stream.time_base
         # AVI has no time stamps. FFmpeg's are guesses if frames are decoded in another order than shown.
         by_index = container_format == "avi" and bool(stream.codec_context.has_b_frames) and bool(rate)
@@ -124,6 +129,22 @@ def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
         raise UserError(f"{path}: its video stream has no frame")
     ticks_n = np.unique(np.array(ticks, np.int64))
     return VideoClock(ticks_n, np.union1d(ticks_n[:1], np.array(seek_points, np.int64)), by_index, tick_seconds)
+
+
+def _check_is_one_movie(path: str) -> None:
+    """Raises UserError if an MP4 file consists of joined files, of which FFmpeg reads the first one only."""
+    kinds = collections.Counter()
+    with open(path, "rb") as file:
+        while len(header := file.read(16)) >= 8:
+            size, kind = struct.unpack(">I4s", header[:8])
+            if size == 1:  # the size follows in 64 bits
+                size = int.from_bytes(header[8:])
+            if not 8 <= size <= os.path.getsize(path):  # 0: up to the end of the file; others are damaged
+                break
+            kinds[kind] += 1
+            file.seek(size - len(header), os.SEEK_CUR)
+    if kinds[b"moov"] > 1 and not kinds[b"moof"]:  # fragments (moof) of repeated headers are read
+        raise UserError(f"{path}: consists of {kinds[b'moov']} joined files: give them as separate files")
 
 
 def _are_ascending(ticks: Sequence[int | None]) -> bool:

@@ -196,6 +196,19 @@ class TestClocksThatRestart:
         assert numbers == list(range(80))
         assert [number_of(frame) for frame in videos.read(tmp_path / name, times[[70, 3]])] == [70, 3]
 
+    @pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4")])
+    def test_joined_files_keep_all_their_frames_or_are_refused(self, tmp_path, name, codec):
+        for file in (name, "a.mp4"):
+            parts = []
+            for first in (0, 10):
+                write_video(tmp_path / file, codec, np.arange(10) * 40, first=first)
+                parts.append((tmp_path / file).read_bytes())
+            (tmp_path / file).write_bytes(b"".join(parts))
+        times = videos.timestamps(tmp_path / name)
+        assert [number_of(frame) for frame in videos.read(tmp_path / name, times)] == list(range(20))
+        with pytest.raises(UserError, match=r"a\.mp4: consists of 2 joined files"):
+            videos.timestamps(tmp_path / "a.mp4")
+
     def test_a_stream_without_time_stamps(self, tmp_path):
         write_video(tmp_path / "a.m2v", "mpeg2video", np.arange(30) * 40, g="12", bf="2")
         times = videos.timestamps(tmp_path / "a.m2v")
