@@ -133,7 +133,7 @@ def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
 
 def _check_is_one_movie(path: str) -> None:
     """Raises UserError if an MP4 file consists of joined files, of which FFmpeg reads the first one only."""
-    kinds = collections.Counter()
+    kinds: collections.Counter[bytes] = collections.Counter()
     with open(path, "rb") as file:
         while len(header := file.read(16)) >= 8:
             size, kind = struct.unpack(">I4s", header[:8])
