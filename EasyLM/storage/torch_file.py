@@ -97,14 +97,17 @@ class TorchTensor(metaclass=Unchangeable):
         """Reads the array from the file.
 
         Raises:
-          ValueError, OSError, zipfile.BadZipFile: if the file is truncated or damaged.
+          UserError: if the file is truncated or damaged.
         """
         if not math.prod(self.shape):
             return np.zeros(self.shape, self.dtype)
         assert self._storage.read_bytes is not None
-        items = np.frombuffer(self._storage.read_bytes(), self.dtype)
+        try:
+            items = np.frombuffer(self._storage.read_bytes(), self.dtype)
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"damaged ({type(error).__name__}: {error})") from None
         if len(items) < self._storage.count:
-            raise ValueError("truncated")
+            raise UserError("truncated")
         strides = [stride * self.dtype.itemsize for stride in self._strides]
         return np.lib.stride_tricks.as_strided(items[self._offset :], self.shape, strides).copy()
 
@@ -153,18 +156,17 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:
-    """Returns the content of a file of `torch.save`: plain containers and values, `TorchTensor`s and `Placeholder`s.
+    """Returns the content of a file of `torch.save`: plain containers and values, tensors and placeholders.
 
     Raises:
-      UserError: naming the file, if it is of another format, broken or too large.
-      FileNotFoundError: if it does not exist.
+      UserError: naming the file, if it does not exist, is of another format, broken or too large.
     """
     try:
         if zipfile.is_zipfile(path):
             return _read_archive(zipfile.ZipFile(path))
         return _read_stream(path)
     except FileNotFoundError:
-        raise
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # a broken pickle may raise almost any exception
         raise UserError(f"{path}: not a file of tensors ({type(error).__name__}: {error})") from None
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import TorchTensor, read_torch_file
 
 # Keys under which a training checkpoint has the weights, the best ones first.
@@ -14,7 +14,7 @@ _NAMES_SHOWN = 4  # in an error
 
 
 def read_tensors(path: pathlib.Path, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Reads the tensors of a *.safetensors file or of a torch file, whose code is never executed.
+    """Reads the tensors of a safetensors file or of a torch file, whose code is never executed.
 
     A torch file is a state dict, or a training checkpoint with one.
 
@@ -29,10 +29,7 @@ def read_tensors(path: pathlib.Path, ignored: tuple[str, ...] = ()) -> dict[str,
 
         tensors = {tensor.key[0]: tensor for tensor in read_safetensors(path)}
         return {name: tensor.read() for name, tensor in tensors.items() if not name.startswith(ignored)}
-    try:
-        content = read_torch_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    content = read_torch_file(path)
     state = content
     if isinstance(content, dict):
         state = next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), dict)), content)
@@ -43,15 +40,9 @@ def read_tensors(path: pathlib.Path, ignored: tuple[str, ...] = ()) -> dict[str,
         if not isinstance(name, str) or not isinstance(tensor, TorchTensor):
             raise UserError(f"{path}: not a file of tensors: {str(name)[:80]!r} is something else")
         if not name.startswith(ignored):
-            arrays[name] = _array(path, name, tensor)
+            with prefix_errors(f"{path}: {name}"):
+                arrays[name] = tensor.read()
     return arrays
-
-
-def _array(path: pathlib.Path, name: str, tensor: TorchTensor) -> np.ndarray:
-    try:
-        return tensor.read()
-    except Exception as error:  # of zipfile, or of a truncated file
-        raise UserError(f"{path}: {name}: damaged ({type(error).__name__}: {error})") from None
 
 
 def check_tensors(

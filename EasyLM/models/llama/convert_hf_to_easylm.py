@@ -1,7 +1,7 @@
 """Imports a Hugging Face LLaMA: `python -m EasyLM.models.llama.convert_hf_to_easylm --hf_model=DIR --output_file=FILE`.
 
-The command reads safetensors files, or `.bin` files if torch is installed. It holds one tensor in memory at a time. It
-writes the model's settings to `metadata.json` beside the output file, and a checksum of each array to `checksums.json`.
+The command reads safetensors files, or `.bin` files without torch. It holds one tensor in memory at a time. It writes
+the model's settings to `metadata.json` beside the output file, and a checksum of each array to `checksums.json`.
 Training, export and evaluation read these files.
 """
 

@@ -6,7 +6,6 @@ import glob
 import json
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,8 +13,8 @@ from tqdm import tqdm
 
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.safetensors_file import num_bytes, read_safetensors, write_safetensors
-from EasyLM.errors import UserError, check_installed
-from EasyLM.storage import read_json
+from EasyLM.errors import UserError, prefix_errors
+from EasyLM.storage import TorchTensor, read_json, read_torch_file
 
 MAX_SHARD_MB = 5000.0
 
@@ -82,21 +81,16 @@ def _unique(tensors_of: Mapping[str, list[Entry]]) -> list[Entry]:
 
 
 def _read_torch(path: str) -> list[Entry]:
-    check_installed(path, "torch", "torch")
-    import torch
+    state = read_torch_file(path)
+    if not isinstance(state, dict) or not all(isinstance(tensor, TorchTensor) for tensor in state.values()):
+        raise UserError(f"{path}: not a file of tensors: some values are something else")
 
-    try:
-        # Files from torch before 1.6 are not zip archives, so torch cannot memory-map them.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many types, with advice that does not apply here
-        raise UserError(f"{path}: not a readable torch weights file ({str(error).splitlines()[0]})") from None
-
-    def read(tensor, out):
-        raw = tensor.contiguous().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        np.copyto(out, raw.numpy().view(out.dtype))
+    def read(name: str, tensor: TorchTensor, out: np.ndarray) -> None:
+        with prefix_errors(f"{path}: {name}"):
+            np.copyto(out, tensor.read())
 
     return [
-        Entry((name,), tuple(tensor.shape), np.dtype(str(tensor.dtype).split(".")[1]), functools.partial(read, tensor))
+        Entry((name,), tensor.shape, tensor.dtype, functools.partial(read, name, tensor))
         for name, tensor in state.items()
     ]
 
