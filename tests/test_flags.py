@@ -55,6 +55,21 @@ DATASET = {
         "batch_token_dtype": "i4",
     },
 }
+SCHEDULED_OPTIMIZER = {
+    "schedule": "cosine",
+    "init_lr": 0.0,
+    "end_lr": 0.001,
+    "lr": 0.01,
+    "lr_warmup_steps": 2000,
+    "lr_decay_steps": 500000,
+    "wsd_decay_steps": 50000,
+    "b1": 0.9,
+    "b2": 0.95,
+    "clip_gradient": 1.0,
+    "weight_decay": 1e-4,
+    "weight_decay_mask": False,
+    "bf16_momentum": False,
+}
 CONTRACT = {
     "seed": 42,
     "mesh_dim": "1,-1,1",
@@ -79,17 +94,9 @@ CONTRACT = {
     "optimizer": {
         "accumulate_gradient_steps": 1,
         "type": "adamw",
+        "ema_decay": 0.0,
         "adamw_optimizer": {
-            "init_lr": 0.0,
-            "end_lr": 0.001,
-            "lr": 0.01,
-            "lr_warmup_steps": 2000,
-            "lr_decay_steps": 500000,
-            "b1": 0.9,
-            "b2": 0.95,
-            "clip_gradient": 1.0,
-            "weight_decay": 1e-4,
-            "bf16_momentum": False,
+            **SCHEDULED_OPTIMIZER,
             "multiply_by_parameter_scale": False,
         },
         "palm_optimizer": {
@@ -99,8 +106,10 @@ CONTRACT = {
             "b2": 0.99,
             "clip_gradient": 1.0,
             "weight_decay": 1e-4,
+            "weight_decay_mask": False,
             "bf16_momentum": False,
         },
+        "muon_optimizer": {**SCHEDULED_OPTIMIZER, "momentum": 0.95},
     },
     "checkpointer": {"float_dtype": "", "save_optimizer_state": False},
     "llama": dict.fromkeys(llama_config.FLAG_OF_FIELD),

@@ -9,6 +9,7 @@ from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.storage import file_version, is_remote, local_path, remote_file_system
 
 Reader = Callable[[str], list[Entry]]
+AVERAGE = "ema_params"  # in the keys of a train state: the moving average of the parameters is below this name
 
 
 def _streaming(path: str) -> list[Entry]:
@@ -26,6 +27,14 @@ def _train_state_params(path: str) -> list[Entry]:
     if not any(entry.key[0] == "params" for entry in entries):
         raise UserError(f"{path}: not a train state; load a file of parameters alone as params::{path}")
     return entries
+
+
+def _train_state_average(path: str) -> list[Entry]:
+    """Returns the moving average of the parameters, from the state of the optimizer."""
+    entries = [entry for entry in _streaming(path) if AVERAGE in entry.key]
+    if not entries:
+        raise UserError(f"{path}: holds no average of the parameters; train with --optimizer.ema_decay")
+    return [entry.renamed(entry.key[entry.key.index(AVERAGE) + 1 :]) for entry in entries]
 
 
 def _params(path: str) -> list[Entry]:
@@ -49,6 +58,7 @@ CHECKPOINT_FORMATS: dict[str, Reader] = {
     "params": _params,
     "flax_params": _flax_params,
     "orbax": orbax_directory.read_orbax,
+    "trainstate_ema": _train_state_average,
 }
 _DIRECTORY_FORMATS = ("orbax", "huggingface")
 

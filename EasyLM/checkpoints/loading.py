@@ -27,6 +27,7 @@ def load(spec: str, target: Any = None, formats: Mapping[str, Reader] = CHECKPOI
     Prefixes:
       trainstate: all of a streaming train state.
       trainstate_params: the parameters of a streaming train state.
+      trainstate_ema: the moving average of the parameters in a streaming train state.
       params: a streaming file of parameters.
       flax_params: a plain flax msgpack file of parameters.
       orbax: the parameters in an Orbax directory, which holds parameters or a train state.

@@ -1,4 +1,4 @@
-"""Cross-entropy and accuracy of next-token prediction, in float32.
+"""Cross-entropy, z-loss and accuracy of next-token prediction, in float32.
 
 `EasyLM.models` defines the letters of shapes.
 """
@@ -13,13 +13,17 @@ from EasyLM.models.chunks import split_time
 
 
 def cross_entropy_and_accuracy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, masks_BT: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+    logits_BTV: jax.Array, targets_BT: jax.Array, masks_BT: jax.Array | None = None, z_weight: float = 0.0
+) -> tuple[jax.Array, ...]:
     """Returns (mean negative log-likelihood in nats, accuracy). A target is correct if it has the largest logit.
 
-    Both are means over the valid tokens (mask > 0) of each row, then means over rows with equal weights.
+    These are means over the valid tokens (mask > 0) of each row, then means over rows with equal weights.
+
+    Args:
+      z_weight: weight of the z-loss (PaLM, arXiv 2204.02311). If it is not 0, the first result includes the weighted
+        z-loss, and the mean of log^2 Z, the z-loss itself, is a third result. Z is the softmax denominator.
     """
-    return _weighted_sums(logits_BTV, targets_BT, _weights(targets_BT, masks_BT))
+    return _weighted_sums(logits_BTV, targets_BT, _weights(targets_BT, masks_BT), z_weight)
 
 
 def chunked_cross_entropy_and_accuracy(
@@ -29,7 +33,8 @@ def chunked_cross_entropy_and_accuracy(
     targets_BT: jax.Array,
     masks_BT: jax.Array | None,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
+    z_weight: float = 0.0,
+) -> tuple[jax.Array, ...]:
     """Computes `cross_entropy_and_accuracy` from hidden states. Holds logits of only `chunk` tokens per row in memory.
 
     The forward pass also computes the gradients, which avoids recomputation. Only the loss is differentiable.
@@ -39,35 +44,38 @@ def chunked_cross_entropy_and_accuracy(
     """
     arrays = hidden_BTD, targets_BT, _weights(targets_BT, masks_BT)  # the weights of padded tokens are 0
     hidden_CBtD, targets_CBt, weights_CBt = (split_time(x_BT, chunk) for x_BT in arrays)
-    return _chunked(logits_of, hidden_CBtD, head_DV, targets_CBt, weights_CBt)
+    return _chunked(logits_of, z_weight, hidden_CBtD, head_DV, targets_CBt, weights_CBt)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(logits_of, hidden_CBtD, head_DV, targets_CBt, weights_CBt):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(logits_of, z_weight, hidden_CBtD, head_DV, targets_CBt, weights_CBt):
     def add(sums, chunk):
         hidden_BtD, targets_Bt, weights_Bt = chunk
-        added = _weighted_sums(logits_of(hidden_BtD, head_DV), targets_Bt, weights_Bt)
+        added = _weighted_sums(logits_of(hidden_BtD, head_DV), targets_Bt, weights_Bt, z_weight)
         return jax.tree.map(jnp.add, sums, added), None
 
-    return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), (hidden_CBtD, targets_CBt, weights_CBt))[0]
+    return jax.lax.scan(add, _zero_sums(z_weight), (hidden_CBtD, targets_CBt, weights_CBt))[0]
 
 
-def _chunked_forward(logits_of, hidden_CBtD, head_DV, targets_CBt, weights_CBt):
+def _chunked_forward(logits_of, z_weight, hidden_CBtD, head_DV, targets_CBt, weights_CBt):
     def add(sums, chunk):
         hidden_BtD, targets_Bt, weights_Bt = chunk
 
         def chunk_sums(hidden_BtD, head_DV):
-            return _weighted_sums(logits_of(hidden_BtD, head_DV), targets_Bt, weights_Bt)
+            loss, *others = _weighted_sums(logits_of(hidden_BtD, head_DV), targets_Bt, weights_Bt, z_weight)
+            return loss, others
 
-        added, (dhidden_BtD, dhead_DV) = jax.value_and_grad(chunk_sums, (0, 1), has_aux=True)(hidden_BtD, head_DV)
-        return jax.tree.map(jnp.add, sums, (*added, dhead_DV.astype(jnp.float32))), dhidden_BtD
+        (loss, others), (dhidden_BtD, dhead_DV) = jax.value_and_grad(chunk_sums, (0, 1), has_aux=True)(
+            hidden_BtD, head_DV
+        )
+        return jax.tree.map(jnp.add, sums, (loss, *others, dhead_DV.astype(jnp.float32))), dhidden_BtD
 
-    start = jnp.zeros(()), jnp.zeros(()), jnp.zeros(head_DV.shape)
-    (loss, accuracy, dhead_DV), dhidden_CBtD = jax.lax.scan(add, start, (hidden_CBtD, targets_CBt, weights_CBt))
-    return (loss, accuracy), (dhidden_CBtD, dhead_DV.astype(head_DV.dtype))
+    start = *_zero_sums(z_weight), jnp.zeros(head_DV.shape)
+    (*sums, dhead_DV), dhidden_CBtD = jax.lax.scan(add, start, (hidden_CBtD, targets_CBt, weights_CBt))
+    return tuple(sums), (dhidden_CBtD, dhead_DV.astype(head_DV.dtype))
 
 
-def _chunked_backward(logits_of, gradients, dsums):
+def _chunked_backward(logits_of, z_weight, gradients, dsums):
     return *(gradient * dsums[0].astype(gradient.dtype) for gradient in gradients), None, None
 
 
@@ -80,12 +88,21 @@ def _weights(targets_BT, masks_BT):
     return valid_BT / jnp.maximum(valid_BT.sum(-1, keepdims=True), 1e-10) / targets_BT.shape[0]
 
 
-def _weighted_sums(logits_BTV, targets_BT, weights_BT):
-    """Returns the weighted sums of negative log-likelihoods and of correct predictions."""
+def _zero_sums(z_weight):
+    return (jnp.zeros(()),) * (3 if z_weight else 2)
+
+
+def _weighted_sums(logits_BTV, targets_BT, weights_BT, z_weight):
+    """Returns the weighted sums of losses and of correct predictions; with a `z_weight` also that of z-losses."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     hit_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
     # A masked sum replaces a gather, because the mask is elementwise even if the vocabulary is split over devices.
     target_logit_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
-    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit_BT
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    nll_BT = log_z_BT - target_logit_BT
     correct_BT = logits_BTV.argmax(-1) == targets_BT
-    return (nll_BT * weights_BT).sum(), (correct_BT * weights_BT).sum()
+    sums = (nll_BT * weights_BT).sum(), (correct_BT * weights_BT).sum()
+    if not z_weight:
+        return sums
+    z_loss = (jnp.square(log_z_BT) * weights_BT).sum()
+    return sums[0] + z_weight * z_loss, sums[1], z_loss

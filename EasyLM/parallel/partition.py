@@ -17,8 +17,8 @@ Rules = Sequence[tuple[str, P]]  # (regular expression searched in the path, spe
 def match_partition_rules(rules: Rules, tree: Any) -> Any:
     """Returns the partition spec of every array (or shape) of a tree: that of the first rule that matches its path.
 
-    An array with more axes than its spec holds stacked layers; the layer axis is not split. Scalars and arrays whose
-    last axis has size 1 (Adafactor's placeholders) are replicated.
+    An array with more axes than its spec holds stacked layers; the layer axis is not split. Scalars, arrays of one
+    axis and arrays whose last axis has size 1 (Adafactor's placeholders) are replicated.
 
     Raises:
       AssertionError: if an array matches no rule.
@@ -26,7 +26,7 @@ def match_partition_rules(rules: Rules, tree: Any) -> Any:
 
     def spec_of(path, array):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if len(array.shape) == 0 or array.shape[-1] == 1:
+        if len(array.shape) <= 1 or array.shape[-1] == 1:
             return P()
         for pattern, spec in rules:
             if re.search(pattern, name):

@@ -10,7 +10,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     start         where a run starts: fresh, from its latest checkpoint, or from --load_checkpoint
     loop          the training loop
     batches       global batches on the mesh, prefetched; the data state
-    optimizers    optimizers from flags
+    optimizers    optimizers from flags; schedules: their learning rates; weight_average: a moving average of weights
     throughput    items per second, seconds by activity, MFU
     stop_signal   signals stop all processes after the same step
     watchdog      ends a run that makes no progress

@@ -1,33 +1,44 @@
 """Optimizers from flags. The structure of an optimizer state yields the keys of the LVM release's checkpoints."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from EasyLM.checkpoints import stacking
-from EasyLM.errors import UserError
 from EasyLM.flags import Flag, to_dataclass
-from EasyLM.training.step import Optimizer
+from EasyLM.training.schedules import SCHEDULE_FLAGS, ScheduleSettings, make_schedule
+from EasyLM.training.step import Optimizer, schedule_position
+from EasyLM.training.weight_average import with_weight_average
 
 _SQUARE_EPSILON = 1e-30  # Adafactor adds it to squared gradients
 _LEAST_SCALE = 1e-3  # Adafactor's lower bound of a tensor's root mean square
 _SHARED = {
     "clip_gradient": Flag(1.0, "Gradients are scaled down to at most this global norm.", above=0),
     "weight_decay": Flag(1e-4, "Decoupled weight decay of every parameter.", least=0),
+    "weight_decay_mask": Flag(False, "No weight decay of norms and embeddings."),
     "bf16_momentum": Flag(False, "Keep the first moment in bfloat16."),
 }
 OPTIMIZER_FLAGS = {
-    "type": Flag("adamw", "adamw, or palm: Adafactor without factoring, as in PaLM.", choices=("adamw", "palm")),
+    "type": Flag(
+        "adamw",
+        "adamw; palm: Adafactor without factoring, as in PaLM; muon: orthogonal updates of the matrices of the layers, "
+        "adamw for the other parameters.",
+        choices=("adamw", "palm", "muon"),
+    ),
     "accumulate_gradient_steps": Flag(1, "Micro-steps whose mean gradient makes one update.", least=1),
+    "ema_decay": Flag(
+        0.0,
+        "Decay rate of a moving average of the parameters, per update; trainstate_ema:: loads it. 0: no average.",
+        least=0,
+        below=1,
+    ),
     "adamw_optimizer": {
-        "init_lr": Flag(0.0, "Learning rate of the first update.", least=0),
-        "end_lr": Flag(0.001, "Learning rate from lr_decay_steps on.", least=0),
-        "lr": Flag(0.01, "Peak learning rate, after the warm-up.", least=0),
-        "lr_warmup_steps": Flag(2000, "Updates of linear warm-up.", least=0),
-        "lr_decay_steps": Flag(500000, "Update at which the cosine decay ends, counted from the start of the warm-up."),
+        **SCHEDULE_FLAGS,
         "b1": Flag(0.9, "Decay rate of the first moment.", least=0, below=1),
         "b2": Flag(0.95, "Decay rate of the second moment.", above=0, below=1),
         "multiply_by_parameter_scale": Flag(
@@ -42,23 +53,26 @@ OPTIMIZER_FLAGS = {
         "b2": Flag(0.99, "Exponent of the second moment's decay: 1 - t^-b2 at update t.", above=0, below=1),
         **_SHARED,
     },
+    "muon_optimizer": {
+        **SCHEDULE_FLAGS,
+        "momentum": Flag(0.95, "Decay rate of the momentum of the matrices.", least=0, below=1),
+        "b1": Flag(0.9, "Decay rate of the first moment of the other parameters.", least=0, below=1),
+        "b2": Flag(0.95, "Decay rate of the second moment of the other parameters.", above=0, below=1),
+        **_SHARED,
+    },
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamwSettings:
+class AdamwSettings(ScheduleSettings):
     """Values of the flags `adamw_optimizer.*`."""
 
-    init_lr: float
-    end_lr: float
-    lr: float
-    lr_warmup_steps: int
-    lr_decay_steps: int
     b1: float
     b2: float
     multiply_by_parameter_scale: bool
     clip_gradient: float
     weight_decay: float
+    weight_decay_mask: bool
     bf16_momentum: bool
 
 
@@ -72,6 +86,20 @@ class PalmSettings:
     b2: float
     clip_gradient: float
     weight_decay: float
+    weight_decay_mask: bool
+    bf16_momentum: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonSettings(ScheduleSettings):
+    """Values of the flags `muon_optimizer.*`."""
+
+    momentum: float
+    b1: float
+    b2: float
+    clip_gradient: float
+    weight_decay: float
+    weight_decay_mask: bool
     bf16_momentum: bool
 
 
@@ -84,35 +112,55 @@ def make_optimizer(config: Any) -> Optimizer:
       config: values of OPTIMIZER_FLAGS.
 
     Raises:
-      UserError: if the decay ends before the warm-up.
+      UserError: if the learning rate's decay overlaps the warm-up.
     """
     if config.type == "adamw":
         transform, schedule = _adamw(to_dataclass(AdamwSettings, config.adamw_optimizer))
-    else:
+    elif config.type == "palm":
         transform, schedule = _palm(to_dataclass(PalmSettings, config.palm_optimizer))
+    else:
+        transform, schedule = _muon(to_dataclass(MuonSettings, config.muon_optimizer))
+    if config.ema_decay:
+        transform = with_weight_average(transform, config.ema_decay)
     micro_steps = config.accumulate_gradient_steps
-
-    def learning_rate(opt_state):
-        inner = opt_state.inner_opt_state if micro_steps > 1 else opt_state
-        # The chain has one schedule state; its position depends on the optimizer.
-        return schedule(next(state.count for state in inner[1] if isinstance(state, optax.ScaleByScheduleState)))
-
     if micro_steps > 1:
         transform = optax.MultiSteps(transform, micro_steps).gradient_transformation()
-    return Optimizer(transform, learning_rate, micro_steps)
+    return Optimizer(transform, lambda opt_state: schedule(schedule_position(opt_state)), micro_steps)
 
 
 def _adamw(c: AdamwSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    if c.lr_decay_steps <= c.lr_warmup_steps:
-        raise UserError(
-            f"--optimizer.adamw_optimizer.lr_decay_steps={c.lr_decay_steps}: "
-            f"must be more than lr_warmup_steps={c.lr_warmup_steps}"
-        )
-    schedule = optax.warmup_cosine_decay_schedule(c.init_lr, c.lr, c.lr_warmup_steps, c.lr_decay_steps, c.end_lr)
+    schedule = make_schedule(c, "optimizer.adamw_optimizer")
     if c.multiply_by_parameter_scale:
         return _adafactor(c, schedule, lambda count: -c.weight_decay * schedule(count)), schedule
-    adamw = optax.adamw(schedule, c.b1, c.b2, weight_decay=c.weight_decay, mu_dtype=_momentum_dtype(c))
+    mask = _decayed(c) if c.weight_decay_mask else None
+    adamw = optax.adamw(schedule, c.b1, c.b2, weight_decay=c.weight_decay, mu_dtype=_momentum_dtype(c), mask=mask)
     return optax.chain(optax.clip_by_global_norm(c.clip_gradient), adamw), schedule
+
+
+def _muon(c: MuonSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Muon for the matrices of the layers; AdamW, with Nesterov's momentum, for the embedding, the head and the norms.
+
+    Updates of matrices are scaled to the size of AdamW's (arXiv 2502.16982), so both have the same learning rate.
+    """
+    schedule = make_schedule(c, "optimizer.muon_optimizer")
+    muon = optax.contrib.muon(
+        schedule,
+        beta=c.momentum,
+        weight_decay=c.weight_decay,
+        mu_dtype=_momentum_dtype(c),
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda is_matrix: optax.contrib.MuonDimensionNumbers(1, 2) if is_matrix else None, _matrices(params)
+        ),
+        consistent_rms=0.2,
+    )
+
+    def decays(params):
+        return jax.tree.map(lambda is_matrix, decay: decay and not is_matrix, _matrices(params), _decayed(c)(params))
+
+    decay = optax.masked(_add_scheduled_decay(lambda count: -c.weight_decay * schedule(count)), decays)
+    return optax.chain(optax.clip_by_global_norm(c.clip_gradient), muon, decay), schedule
 
 
 def _palm(c: PalmSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -135,12 +183,30 @@ def _adafactor(
         optax.ema(c.b1, debias=False, accumulator_dtype=_momentum_dtype(c)),
         optax.scale(-1),
     )
-    # The mask selects every parameter; it gives the state the keys of the release.
-    decay = optax.masked(_add_scheduled_decay(decay_schedule), lambda params: jax.tree.map(lambda _: True, params))
+    # A mask that selects every parameter gives the state the keys of the release.
+    decay = optax.masked(_add_scheduled_decay(decay_schedule), _decayed(c))
     return optax.chain(optax.clip_by_global_norm(c.clip_gradient), adafactor, decay)
 
 
-def _momentum_dtype(c: AdamwSettings | PalmSettings) -> Any:
+def _decayed(c: AdamwSettings | PalmSettings | MuonSettings) -> Callable[[Any], Any]:
+    """Returns a function from parameters to a tree of bools: whether each array has weight decay."""
+
+    def decayed(params):
+        def is_decayed(path, param, stacked):
+            is_matrix = param.ndim - stacked > 1 and stacking.path_key(path)[-1] != "embedding"
+            return is_matrix or not c.weight_decay_mask
+
+        return jax.tree_util.tree_map_with_path(is_decayed, params, _stacked(params))
+
+    return decayed
+
+
+def _matrices(params: Any) -> Any:
+    """Returns a tree of bools: whether each array holds the stacked matrices of the layers."""
+    return jax.tree.map(lambda param, stacked: stacked and param.ndim == 3, params, _stacked(params))
+
+
+def _momentum_dtype(c: AdamwSettings | PalmSettings | MuonSettings) -> Any:
     return jnp.bfloat16 if c.bf16_momentum else jnp.float32
 
 

@@ -77,10 +77,16 @@ def state_from_params(
     return jax.jit(make, out_shardings=state_shardings, donate_argnums=0)(params)
 
 
-def updates_done(opt_state: optax.OptState) -> int | None:
+def schedule_position(opt_state: optax.OptState) -> jax.Array | None:
     """Returns the position of the optimizer's schedule, which counts updates; None if it has no schedule."""
     states = [state for state in jax.tree.leaves(opt_state, is_leaf=_is_schedule) if _is_schedule(state)]
-    return int(states[0].count) if states else None
+    return states[0].count if states else None
+
+
+def updates_done(opt_state: optax.OptState) -> int | None:
+    """Returns the updates that an optimizer has made; None if it has no schedule."""
+    position = schedule_position(opt_state)
+    return None if position is None else int(position)
 
 
 def _is_schedule(state: Any) -> bool:

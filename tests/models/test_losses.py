@@ -76,3 +76,24 @@ def test_chunked_loss_never_holds_all_logits(batch):
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden_BTD, head_DV))
     assert f"f32[{B},2,{V}]" in text
     assert f"f32[{B},{T},{V}]" not in text and f"f32[{T // 2},{B},2,{V}]" not in text
+
+
+def test_z_loss_is_that_of_palm(batch):
+    """The mean of log^2 Z over the same tokens as the cross-entropy (arXiv 2204.02311, section 5)."""
+    hidden_BTD, head_DV, targets_BT, masks_BT = batch
+    logits_BTV = hidden_BTD @ head_DV
+    plain, accuracy = definition(logits_BTV, targets_BT, masks_BT)
+    log_z_BT = np.log(np.exp(logits_BTV.astype(np.float64)).sum(-1))
+    z_loss = np.mean((log_z_BT**2 * masks_BT).sum(1) / np.maximum(masks_BT.sum(1), 1e-10))
+    actual = cross_entropy_and_accuracy(jnp.asarray(logits_BTV), targets_BT, masks_BT, 0.01)
+    np.testing.assert_allclose(actual, (plain + 0.01 * z_loss, accuracy, z_loss), rtol=1e-6)
+
+    def chunked(hidden_BTD):
+        return chunked_cross_entropy_and_accuracy(jnp.matmul, hidden_BTD, head_DV, targets_BT, masks_BT, 3, 0.01)
+
+    def whole(hidden_BTD):
+        return cross_entropy_and_accuracy(hidden_BTD @ head_DV, targets_BT, masks_BT, 0.01)
+
+    np.testing.assert_allclose(chunked(hidden_BTD), actual, rtol=1e-6)
+    gradients = [jax.grad(lambda x, loss=loss: loss(x)[0])(hidden_BTD) for loss in (chunked, whole)]
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-7)

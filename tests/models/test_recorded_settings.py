@@ -120,6 +120,7 @@ def test_fine_tuning_refuses_settings_that_the_parameters_cannot_have(tmp_path, 
 def test_the_compared_settings_are_all_that_change_the_function():
     """A new setting must be sorted into one of the groups."""
     computation = llama_config.RESUMABLE_SETTINGS
-    training = {"resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_min_ratio", "fcm_max_ratio", "initializer_range"}
+    training = {"resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_min_ratio", "fcm_max_ratio", "z_loss_weight"}
+    training |= {"initializer_range"}
     sorted_ = {*llama_config.TRAINED_SETTINGS, *computation, *training, "max_sequence_length"}
     assert sorted_ == set(llama_config.FLAG_OF_FIELD)

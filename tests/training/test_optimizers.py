@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from ml_collections import ConfigDict
 
@@ -13,13 +14,14 @@ from EasyLM.errors import UserError
 from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
 
 LAYERS = 3
+MATRICES = {"wq": {"kernel": True}, "norm": {"kernel": False}}  # of a layer
 SHAPES = {"wte": {"embedding": (7, 4)}, "h": {"wq": {"kernel": (LAYERS, 4, 4)}, "norm": {"kernel": (LAYERS, 4)}}}
 
 
 def settings(type="adamw", accumulate=1, **values):
     config = flags.defaults(OPTIMIZER_FLAGS)
     config.type, config.accumulate_gradient_steps = type, accumulate
-    small = {"lr": 0.01, "lr_warmup_steps": 2} | ({"lr_decay_steps": 6} if type == "adamw" else {})
+    small = {"lr": 0.01, "lr_warmup_steps": 2} | ({"lr_decay_steps": 6} if type != "palm" else {})
     config[f"{type}_optimizer"].update(small | values)
     return config
 
@@ -57,7 +59,22 @@ def reference(config):
     else:
         schedule = optax.warmup_cosine_decay_schedule(c.init_lr, c.lr, c.lr_warmup_steps, c.lr_decay_steps, c.end_lr)
         decay = scheduled_decay(lambda t: -schedule(t) * c.weight_decay)
-    if config.type == "palm" or c.multiply_by_parameter_scale:
+    matrices = {"wte": {"embedding": False}, "h": {str(i): MATRICES for i in range(LAYERS)}}
+    if config.type == "muon":
+        axes = jax.tree.map(lambda is_matrix: optax.contrib.MuonDimensionNumbers() if is_matrix else None, matrices)
+        inner = optax.contrib.muon(
+            schedule,
+            beta=c.momentum,
+            weight_decay=c.weight_decay,
+            mu_dtype=mu_dtype,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            adam_weight_decay=0 if c.weight_decay_mask else c.weight_decay,
+            muon_weight_dimension_numbers=axes,
+            consistent_rms=0.2,
+        )
+        chain = optax.chain(optax.clip_by_global_norm(c.clip_gradient), inner)
+    elif config.type == "palm" or c.multiply_by_parameter_scale:
         inner = optax.adafactor(
             schedule,
             multiply_by_parameter_scale=True,
@@ -69,7 +86,8 @@ def reference(config):
         )
         chain = optax.chain(optax.clip_by_global_norm(c.clip_gradient), inner, decay)
     else:
-        inner = optax.adamw(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mu_dtype=mu_dtype)
+        mask = matrices if c.weight_decay_mask else None
+        inner = optax.adamw(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mu_dtype=mu_dtype, mask=mask)
         chain = optax.chain(optax.clip_by_global_norm(c.clip_gradient), inner)
     if config.accumulate_gradient_steps > 1:
         chain = optax.MultiSteps(chain, config.accumulate_gradient_steps)
@@ -85,8 +103,21 @@ def reference(config):
         settings("palm", weight_decay=1e-3),
         settings("palm", accumulate=3),
         settings(accumulate=3, weight_decay=0.1),
+        pytest.param(settings(weight_decay=0.1, weight_decay_mask=True), marks=pytest.mark.slow),
+        pytest.param(settings("muon", weight_decay=0.1), marks=pytest.mark.slow),
+        settings("muon", accumulate=3, weight_decay=0.1, weight_decay_mask=True, bf16_momentum=True),
     ],
-    ids=["adamw", "adamw-bf16", "adamw-scaled", "palm", "palm-accumulated", "adamw-accumulated"],
+    ids=[
+        "adamw",
+        "adamw-bf16",
+        "adamw-scaled",
+        "palm",
+        "palm-accumulated",
+        "adamw-accumulated",
+        "adamw-mask",
+        "muon",
+        "muon-mask",
+    ],
 )
 def test_equals_optax_layer_by_layer(config):
     optimizer = make_optimizer(config)

@@ -52,6 +52,7 @@ class LLaMAConfig:
     resid_pdrop: float = rate("Dropout on each block's additions to the residual stream.")
     embd_pdrop: float = rate("Dropout on the embeddings.")
     attn_pdrop: float = rate("Dropout on the attention weights.")
+    z_loss_weight: float = setting(0.0, "Weight of the z-loss, log^2 of the softmax denominator; PaLM: 1e-4.", least=0)
     fcm_min_ratio: float = rate("Forgetful causal mask: smallest share of past keys dropped in training.")
     fcm_max_ratio: float = rate("Forgetful causal mask: largest share; 0 disables it. Key 0 is never dropped.")
     remat_block: str = remat("a whole block")

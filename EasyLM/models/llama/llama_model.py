@@ -136,7 +136,9 @@ def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) 
 
 
 def make_loss_fn(config: LLaMAConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> Callable:
-    """Returns `loss_fn(params, batch, key) -> (loss, {"accuracy": ...})`.
+    """Returns `loss_fn(params, batch, key) -> (loss, metrics)`; `accuracy` is a metric.
+
+    With a z-loss, the metric `loss` is the cross-entropy alone, and `z_loss` the mean of log^2 Z.
 
     A batch holds `input_tokens`, `target_tokens` and `loss_masks`, [B, T] each. With a document mask it also holds
     `segment_ids`.
@@ -152,13 +154,18 @@ def make_loss_fn(config: LLaMAConfig, dtype: DTypeLike, mesh: Mesh | None = None
         chunk = tokens_BT.shape[1] * _LOGITS_TOKENS * num_shards // tokens_BT.size
         to_logits = functools.partial(logits, mesh=mesh)
         if chunk < tokens_BT.shape[1]:
-            loss, accuracy = losses.chunked_cross_entropy_and_accuracy(
-                to_logits, hidden_BTD, head_DV, targets_BT, masks_BT, max(chunk, 1)
+            loss, accuracy, *z_loss = losses.chunked_cross_entropy_and_accuracy(
+                to_logits, hidden_BTD, head_DV, targets_BT, masks_BT, max(chunk, 1), config.z_loss_weight
             )
         else:
             logits_BTV = to_logits(hidden_BTD, head_DV)
-            loss, accuracy = losses.cross_entropy_and_accuracy(logits_BTV, targets_BT, masks_BT)
-        return loss, {"accuracy": accuracy}
+            loss, accuracy, *z_loss = losses.cross_entropy_and_accuracy(
+                logits_BTV, targets_BT, masks_BT, config.z_loss_weight
+            )
+        if not z_loss:
+            return loss, {"accuracy": accuracy}
+        cross_entropy = loss - config.z_loss_weight * z_loss[0]
+        return loss, {"accuracy": accuracy, "loss": cross_entropy, "z_loss": z_loss[0]}
 
     return loss_fn
 

@@ -9,6 +9,7 @@ from typing import Any
 from EasyLM import flags
 from EasyLM.data import dataset, text_tokenizer
 from EasyLM.data.tokenizer_names import TOKENIZER_KEY, common_tokenizer, tokenizer_of
+from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_layout, llama_config, training_task
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.models.llama.llama_config import LLaMAConfig
@@ -45,6 +46,11 @@ def main(config: Any) -> int:
     # Model
     model = training_task.read_model(config)
     optimizer = make_optimizer(config.optimizer)
+    if config.optimizer.ema_decay and not config.checkpointer.save_optimizer_state:
+        raise UserError(
+            f"--optimizer.ema_decay={config.optimizer.ema_decay}: the average is part of the optimizer's state; it "
+            "needs --checkpointer.save_optimizer_state=True"
+        )
     tokenizer = text_tokenizer.load_tokenizer(**config.tokenizer)
     mesh = make_mesh(config.mesh_dim)
 
