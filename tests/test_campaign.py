@@ -1,14 +1,22 @@
-"""scripts/campaign.py: mutations are seeded, and no fault counts as a refusal."""
+"""scripts/campaign.py: mutations are seeded, no fault counts as a refusal, and three minutes find no fault."""
 
+import itertools
 import json
+import os
 import pathlib
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from campaign import attempts, client, mutations
 from campaign.attempts import Kind
+from campaign.kinds import KINDS
 
 from EasyLM.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def raising(error: BaseException):
@@ -75,3 +83,17 @@ def test_the_death_of_a_worker_is_a_fault(tmp_path, function, limits):
     assert tally.tries == {function: 1} and len(tally.faults) == 1
     if function != "memory":
         assert "campaign_kit.py" in (tally.faults[0] / "log.txt").read_text()  # the stack
+
+
+@pytest.mark.slow
+def test_three_minutes_find_no_fault(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, ROOT / "scripts" / "campaign.py", "--minutes=3", f"--output_dir={tmp_path}"]
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert completed.returncode == 0, completed.stdout[-5000:] + completed.stderr[-3000:]
+    lines = completed.stdout.splitlines()
+    heads = next(line for line in lines if line.startswith("kind ")).split()
+    rows = {name: line.split() for line, name in itertools.product(lines, KINDS) if re.match(rf"{name} +\d", line)}
+    for name in KINDS:
+        row = dict(zip(heads, rows[name], strict=True))
+        assert int(row["right"]) + int(row["refused"]) == int(row["tries"]) >= 1, row

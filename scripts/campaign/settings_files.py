@@ -44,16 +44,18 @@ def settings(folder: pathlib.Path) -> Attempt:
         got = load(str(path))
         written = json.loads(path.read_bytes())
         for key, item in got.items():
-            if key in written:  # values are numbers of the same value: 1 for 1.0
+            if written.get(key) is not None:  # null stands for the default, 1 for 1.0
                 require_equal(json.dumps(item), json.dumps(type(item)(written[key])), key)
 
     return attempt
 
 
 def _llama_config(path: str) -> dict:
-    """Returns the settings of a model under their names in the file. Ids of tokens may be replaced, as documented."""
+    """Returns the settings of a model under their names in the file, without those that may be replaced."""
     config = dataclasses.asdict(llama_config.load_config(f"json::{path}"))
-    return {name: value for name, value in config.items() if name not in SPECIAL_IDS}
+    if config["num_key_value_heads"] == 0:  # as many as there are heads
+        del config["num_key_value_heads"]
+    return {name: value for name, value in config.items() if name not in (*SPECIAL_IDS, "rope_scaling")}
 
 
 def _vqgan_config(path: str) -> dict:

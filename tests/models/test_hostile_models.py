@@ -26,6 +26,7 @@ def model(golden, tmp_path) -> pathlib.Path:
         ({"num_attention_heads": 0, "num_key_value_heads": 0}, "num_attention_heads=0: must be above 0"),
         ({"hidden_size": "64"}, "hidden_size='64': must be of type int"),
         ({"num_hidden_layers": None}, "num_hidden_layers=None: must be of type int"),
+        ({"model_type": []}, "model_type must be a text, not a list"),
         ({"rope_scaling": "x"}, "rope_scaling must be an object or null, not a text"),
         ({"rope_parameters": [1]}, "rope_parameters must be an object or null, not a list"),
         ({"rms_norm_eps": {}}, "rms_norm_eps={}: must be of type float"),

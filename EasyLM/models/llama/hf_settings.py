@@ -51,7 +51,8 @@ def from_hugging_face(values: Mapping[str, Any], source: str) -> dict[str, Any]:
       UserError: naming all fields of another architecture, with their values.
     """
     with prefix_errors(source):
-        check_schema(values, {f"{name}?": (dict, type(None)) for name in ("rope_parameters", "rope_scaling")})
+        ropes = {f"{name}?": (dict, type(None)) for name in ("rope_parameters", "rope_scaling")}
+        check_schema(values, {"model_type": str, **ropes})
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # names in transformers 5 and 4
     if differences := _differences(values, rope):
         raise UserError(
