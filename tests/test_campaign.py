@@ -85,6 +85,11 @@ def test_the_death_of_a_worker_is_a_fault(tmp_path, function, limits):
         assert "campaign_kit.py" in (tally.faults[0] / "log.txt").read_text()  # the stack
 
 
+def test_a_kind_that_cannot_be_prepared_is_one_fault(tmp_path):
+    tally = run(tmp_path, "missing", range(5))
+    assert tally.tries == {"crash": 1} and "has no attribute 'missing'" in (tally.faults[0] / "log.txt").read_text()
+
+
 @pytest.mark.slow
 def test_three_minutes_find_no_fault(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

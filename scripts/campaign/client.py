@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 
 from campaign import mounts
-from campaign.attempts import CRASH, FAULTS, HANG, MEMORY, Kind
+from campaign.attempts import CRASH, FAULTS, HANG, MEMORY, RIGHT, Kind
 
 _LOG_CHARACTERS = 20_000  # of a fault's report
-_PREPARE_SECONDS = 300
+_PREPARE_SECONDS = 900  # on a busy machine
 _MOST_KEPT = 20  # faults of a kind whose files are kept
 _GRACE_SECONDS = 30  # after the worker's own time limit
 
@@ -41,13 +41,12 @@ def run_kind(kind: Kind, seed: int, seconds: float, faults: pathlib.Path, number
       faults: the folder for the inputs of faults.
       numbers: of the attempts.
     """
-    tally, begin = Tally(), time.monotonic()
-    end = None
+    tally, begin, end = Tally(), time.monotonic(), None
     with tempfile.TemporaryDirectory(prefix="campaign_", ignore_cleanup_errors=True) as name:
         folder = pathlib.Path(name)
         while (end is None or time.monotonic() < end) and (number := next(numbers, None)) is not None:
             with Worker(kind, seed, folder) as worker:
-                end = end or time.monotonic() + seconds
+                is_alive, end = worker.is_prepared, end or time.monotonic() + seconds
                 while number is not None:
                     verdict, message, tries = worker.attempt(number)
                     tally.tries[verdict] += tries
@@ -58,12 +57,18 @@ def run_kind(kind: Kind, seed: int, seconds: float, faults: pathlib.Path, number
                     if verdict in (CRASH, HANG, MEMORY) or time.monotonic() > end:
                         break
                     number = next(numbers, None)
+            if not is_alive:  # a new worker would fail too
+                break
     tally.seconds = time.monotonic() - begin
     return tally
 
 
 class Worker:
-    """A context manager: a worker process (see `worker`) that is prepared for a kind."""
+    """A context manager: a worker process (see `worker`) that prepares a kind.
+
+    Attributes:
+      is_prepared: False if the process has died. Attempts are crashes then.
+    """
 
     def __init__(self, kind: Kind, seed: int, folder: pathlib.Path):
         self._kind, self._log_path = kind, folder / "log"
@@ -84,9 +89,7 @@ class Worker:
             )
 
     def __enter__(self) -> "Worker":
-        verdict, _, _ = self._answer(_PREPARE_SECONDS)
-        if verdict in FAULTS:
-            raise RuntimeError(f"the kind {self._kind.name} cannot be prepared:\n{self.log()}")
+        self.is_prepared = self._answer(_PREPARE_SECONDS)[0] == RIGHT
         return self
 
     def attempt(self, number: int) -> tuple[str, str, int]:

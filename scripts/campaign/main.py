@@ -60,7 +60,8 @@ def _run_lane(kinds: Sequence[Kind], seed: int, end: float, output_dir: pathlib.
         left = end - time.monotonic() - _PREPARE_SECONDS * len(kinds[number:])
         seconds = max(0.0, left) * shares[number] / sum(shares[number:])
         tallies[kind.name] = run_kind(kind, seed, seconds, output_dir, itertools.count())
-        print(f"    {kind.name}: {sum(tallies[kind.name].tries.values())} tries", flush=True)
+        results = ", ".join(f"{count} {verdict}" for verdict, count in tallies[kind.name].tries.items())
+        print(f"    {kind.name}: {results}", flush=True)
     return tallies
 
 
