@@ -16,7 +16,7 @@ from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.models.llama import convert_easylm_to_hf, llama_config, llama_model
 from EasyLM.parallel import make_mesh
-from evaluation.prompting import GenerationSettings, load_model
+from evaluation.prompting import GenerationSettings, Prompter, load_model
 
 CODES, TOKENS = 32, 64
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "lvm_tiny"
@@ -52,6 +52,14 @@ def test_the_context_window_moves(prompter, tmp_path, mesh_dim, window):
             for f, image_N in enumerate(sample_FN):
                 context_PN = np.concatenate([prompt_PN, sample_FN[:f]])[-context_images:]
                 np.testing.assert_array_equal(image_N, most_likely(context_PN, image_N))
+
+
+def test_a_tokenizer_of_another_size_is_refused(prompter):
+    """Also if neither the checkpoint nor its data names the tokenizer."""
+    config = llama_config.updated(prompter.config, "{'codebook_size': 64}")
+    message = "the tokenizer has 32 codes, but the model was trained with a tokenizer of 64 codes"
+    with pytest.raises(UserError, match=message):
+        Prompter(prompter.codec, config, None, prompter.mesh)
 
 
 @pytest.mark.slow
