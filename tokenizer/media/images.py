@@ -36,7 +36,7 @@ IMAGE_EXTENSIONS = (
     *(extension for _, extensions in _AVAILABLE_FORMATS for extension in extensions),
 )
 _BLOCK_BYTES = 1 << 20
-_HDR_TRANSFERS = (b"\x10", b"\x12")  # PQ and HLG in the chunk cICP, by their numbers in ITU-T H.273
+_HDR_TRANSFERS = (b"\x10", b"\x12")  # PQ and HLG, by their numbers in ITU-T H.273
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # By EXIF orientation. (Pillow's exif_transpose also rewrites the other EXIF entries, and fails if one is malformed.)
 _ORIENTATIONS = {
@@ -91,9 +91,10 @@ def prepare(image: Image.Image) -> None:
     """Checks and corrects what Pillow does not. Call it on an opened image before its pixels are loaded.
 
     Raises:
-      ValueError: if a PNG file is damaged or HDR, or the values of a TIFF file are signed.
+      ValueError: if a PNG file is damaged, a PNG or AVIF file is HDR, or the values of a TIFF file are signed.
     """
     _check_png(image)
+    _check_avif(image)
     sample_values.check_signs(image)
     sample_values.scale_transparency(image)
 
@@ -115,12 +116,30 @@ def _check_png(image: Image.Image) -> None:
                 raise ValueError("its pixels are damaged: their checksum differs")
         elif kind == b"cICP":
             colours = file.read(min(length, 4))  # primaries, transfer function, matrix, range
-            if colours[1:2] in _HDR_TRANSFERS:
-                raise ValueError("its colours are HDR (PQ or HLG): convert it to sRGB")
+            _check_transfer(colours[1:2])
             file.seek(length - len(colours) + 4, os.SEEK_CUR)
         else:
             file.seek(length + 4, os.SEEK_CUR)
     file.seek(position)
+
+
+def _check_avif(image: Image.Image) -> None:
+    """Checks that an AVIF file is not HDR, by the box that names its colours."""
+    file = getattr(image, "fp", None)
+    if image.format != "AVIF" or file is None:
+        return
+    position = file.tell()
+    file.seek(0)
+    head = file.read(_BLOCK_BYTES)
+    file.seek(position)
+    _, found, colours = head.partition(b"colrnclx")
+    if found:  # 16-bit numbers of the primaries and the transfer function
+        _check_transfer(colours[3:4])
+
+
+def _check_transfer(number: bytes) -> None:
+    if number in _HDR_TRANSFERS:
+        raise ValueError("its colours are HDR (PQ or HLG): convert it to sRGB")
 
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:

@@ -56,13 +56,19 @@ def test_the_transparent_value_of_sixteen_bit_gray_is_white(tmp_path):
 
 @pytest.mark.parametrize(("transfer", "is_hdr"), [(1, False), (13, False), (16, True), (18, True)])
 def test_hdr_is_refused_by_name(tmp_path, transfer, is_hdr):
-    """The chunk cICP names primaries, transfer function, matrix and range."""
-    content = png(RAMP * 17, 8, GRAY, chunk(b"cICP", bytes([9, transfer, 0, 1])))
-    if is_hdr:
-        with pytest.raises(UserError, match=r"a\.png: .*HDR .PQ or HLG.: convert it to sRGB"):
-            read_gray(tmp_path / "a.png", content)
-    else:
-        np.testing.assert_array_equal(read_gray(tmp_path / "a.png", content), RAMP * 17)
+    """The chunk cICP of PNG and the box nclx of AVIF name primaries, transfer function, matrix and range."""
+    file = io.BytesIO()
+    Image.fromarray((RAMP * 17).astype(np.uint8)).save(file, "AVIF", quality=100)
+    head, box, rest = file.getvalue().partition(b"colrnclx")
+    for name, content in {
+        "a.png": png(RAMP * 17, 8, GRAY, chunk(b"cICP", bytes([9, transfer, 0, 1]))),
+        "a.avif": head + box + struct.pack(">HH", 9, transfer) + rest[4:],
+    }.items():
+        if is_hdr:
+            with pytest.raises(UserError, match=f"{name}: .*HDR .PQ or HLG.: convert it to sRGB"):
+                read_gray(tmp_path / name, content)
+        else:
+            np.testing.assert_allclose(read_gray(tmp_path / name, content).astype(int), RAMP * 17, atol=6)
 
 
 @pytest.mark.parametrize("ending", ["png", "webp"])
