@@ -11,7 +11,7 @@ from EasyLM.data import records
 from EasyLM.errors import UserError
 from EasyLM.storage import HeartbeatLock
 from evaluation.runs import open_results
-from tokenizer import detokenize, mix, pack, render
+from tokenizer import convert, detokenize, mix, pack, render
 from tokenizer.builders.resumable_file import ResumableFile
 
 
@@ -58,6 +58,9 @@ WRITERS = {
     "render": lambda golden, sentences, out: lambda: run_main(render, output_dir=out, num=1, size=16, workers=1),
     "export": lambda golden, sentences, out: lambda: export(tiny_state(golden), out),
     "import": _import,
+    "convert": lambda golden, sentences, out: (
+        lambda: run_main(convert, vqgan=str(golden / "vqgan_small"), output_dir=out)
+    ),
     "build": _build,
     "evaluation": _evaluate,
     "detokenize": _detokenize,

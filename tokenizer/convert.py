@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.storage import lock_output_folder
 from tokenizer.vqgan import CODEC_FLAGS, weights
 
 FLAGS = {
@@ -21,6 +22,11 @@ FLAGS = {
 
 def main(config: ConfigDict) -> None:
     """Converts the tokenizer, and prints its properties."""
+    with lock_output_folder(config.output_dir, "output_dir"):
+        _convert(config)
+
+
+def _convert(config: ConfigDict) -> None:
     if os.path.exists(os.path.join(config.output_dir, "config.json")):
         raise UserError(f"--output_dir={config.output_dir}: already holds a model; name another folder")
     with prefix_errors(f"--vqgan={config.vqgan}"):

@@ -27,6 +27,7 @@ from EasyLM.data.records import TOKENS_KEY, RecordError, parse_line
 from EasyLM.data.tokenizer_names import TOKENIZER_KEY, OneTokenizer, tokenizer_of
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import (
+    VERIFIED_ONCE_BYTES,
     Columns,
     cached_columns,
     checksums,
@@ -43,7 +44,7 @@ FORMAT = "EasyLM packed sentences, version 1"
 DTYPES = {"ids": "<u2", "ends": "<i8", "others": "u1", "other_ends": "<i8", "origin": "u1"}
 LARGEST_ID = np.iinfo(np.uint16).max
 _ORIGIN = [{"size": int, "content": str, "tokens": int, "sentences": int}]
-CACHED_BYTES = 64 << 20  # size of a file from which on the result of its verification is cached
+CACHED_BYTES = VERIFIED_ONCE_BYTES  # size of a file from which on the result of its verification is cached
 _BLOCK_SENTENCES = 1024  # appended at a time
 
 Sentence = tuple[np.ndarray, dict[str, Any]]  # ids [n], record

@@ -22,7 +22,7 @@ Modules:
 """
 
 from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, names_full_disk, scratch_folder, write_json
-from EasyLM.storage.columns import Columns, cached_columns, open_columns, write_columns
+from EasyLM.storage.columns import VERIFIED_ONCE_BYTES, Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest, same_contents
 from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, lock_output, lock_output_folder
 from EasyLM.storage.hub import local_path
@@ -42,6 +42,7 @@ from EasyLM.storage.torch_file import TorchTensor, read_torch_file
 
 __all__ = [
     "MOST_BYTES",
+    "VERIFIED_ONCE_BYTES",
     "Columns",
     "HeartbeatLock",
     "LockedError",

@@ -177,17 +177,21 @@ def lock_output(path: str, flag: str) -> HeartbeatLock:
 
 
 def lock_output_folder(path: str, flag: str) -> HeartbeatLock:
-    """Locks an output folder, which need not exist, as `lock_output` locks a file."""
+    """Locks an output folder, which need not exist, as `lock_output` locks a file.
+
+    The lock of a folder in a directory that is not writable, such as a mount point, is in the folder itself.
+    """
+    parent = os.path.dirname(os.path.realpath(path))
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(parent, exist_ok=True)
     except OSError as error:
         raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from None
-    return _lock_and_clean(path, flag)
+    return _lock_and_clean(path, flag, is_output=os.access(parent, os.W_OK) or not os.path.isdir(path))
 
 
-def _lock_and_clean(path: str, flag: str) -> HeartbeatLock:
+def _lock_and_clean(path: str, flag: str, is_output: bool = True) -> HeartbeatLock:
     with prefix_errors(f"--{flag}", separator="="):
-        lock = HeartbeatLock(path, is_output=True)
+        lock = HeartbeatLock(path, is_output)
     remove_leftovers(path)
     return lock
 

@@ -1,6 +1,7 @@
 """Safetensors files: other programs read them, and damage of any kind is found."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from EasyLM.checkpoints.checksums import DamagedArrayError
 from EasyLM.checkpoints.safetensors_file import read_safetensors, tensor_entry, write_safetensors
 from EasyLM.errors import UserError
 
+ROOT = pathlib.Path(__file__).parents[2]
 TENSORS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b.bias": np.arange(5, dtype=np.int64),
@@ -44,6 +46,15 @@ def test_other_programs_read_our_files(path):
 def test_files_of_other_programs_load_without_checksums(path):
     save_file(TENSORS, path, {"format": "pt"})
     assert_same(read(path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer/pretrained", "evaluation/demo_model"])
+def test_the_shipped_weights_have_checksums(path, name):
+    data = bytearray((ROOT / name / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedArrayError):
+        read(path)
 
 
 def test_every_flipped_bit_is_found(path):

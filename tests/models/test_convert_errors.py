@@ -1,6 +1,7 @@
 """Invalid exports and imports fail with one clear line and leave no files."""
 
 import errno
+import importlib.util
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import pathlib
 import pytest
 from convert_kit import export, import_, run, tiny_state
 
+from EasyLM import checkpoints
 from EasyLM.checkpoints import streaming
 from EasyLM.errors import UserError
 from EasyLM.models.llama import convert_easylm_to_hf
@@ -86,6 +88,48 @@ def test_invalid_imports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
     for name in ("params", "others"):  # `others` would take the metadata of `params`
         with pytest.raises(UserError, match=r"exists; name a file in a directory of its own"):
             import_(directory, tmp_path / "out" / name)
+
+
+def test_bin_files_without_torch_are_one_line(golden, tmp_path, monkeypatch):
+    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    with pytest.raises(UserError, match=rf"^{directory}/pytorch_model.bin needs the package torch: pip install .*$"):
+        import_(directory, tmp_path / "out" / "params")
+
+
+def test_tensors_of_two_models_are_refused(golden, tmp_path):
+    """The shards of two exports in one directory, without an index."""
+    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
+    data = (directory / "model.safetensors").read_bytes()
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (directory / name).write_bytes(data)
+    os.remove(directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"00001-of-00002\.safetensors and .*00002-of-00002\.safetensors both contain"):
+        import_(directory, tmp_path / "out" / "params")
+
+
+def test_a_flipped_bit_of_an_export_is_named(golden, tmp_path):
+    weights = pathlib.Path(export(tiny_state(golden), tmp_path / "hf")) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{weights}: the array model.embed_tokens.weight is damaged"):
+        import_(tmp_path / "hf", tmp_path / "out" / "params")
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("as_stream", [True, False])
+def test_a_flipped_bit_of_an_import_is_named(golden, tmp_path, as_stream):
+    import_(export(tiny_state(golden), tmp_path / "hf"), tmp_path / "out" / "params", streaming=as_stream)
+    spec = f"{'params' if as_stream else 'flax_params'}::{tmp_path}/out/params"
+    assert len(checkpoints.load(spec)) == 1
+    data = bytearray((tmp_path / "out" / "params").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "out" / "params").write_bytes(data)
+    with pytest.raises(checkpoints.DamagedArrayError, match=f"{tmp_path}/out/params: the array .* is damaged"):
+        checkpoints.load(spec)
 
 
 class Evil:

@@ -142,6 +142,26 @@ def test_a_damaged_cache_is_written_again(source):
     assert path.read_bytes() == data
 
 
+def test_a_large_cache_is_verified_once(source, monkeypatch):
+    monkeypatch.setattr(columns, "VERIFIED_ONCE_BYTES", columns.HEADER_BYTES)  # larger than the record of it
+    cached(source)
+    (path,) = source.parent.iterdir()
+    cached(source, produce=forbidden)
+    verified, damaged_column = [], columns.Columns.damaged_column
+
+    def recorded(self):
+        verified.extend(self.arrays)
+        return damaged_column(self)
+
+    monkeypatch.setattr(columns.Columns, "damaged_column", recorded)
+    assert_content(cached(source, produce=forbidden))
+    assert verified == []
+    path.write_bytes(flipped(path.read_bytes(), 8 * columns.HEADER_BYTES))
+    os.utime(path, ns=(1, 1))
+    assert_content(cached(source))
+    assert verified == ["ids", "ends", "empty"][: len(verified)] and "ids" in verified
+
+
 @pytest.mark.parametrize("change", [lambda data: data + data, lambda data: data + b"\0", lambda data: data[:-1]])
 def test_a_file_of_another_length_is_invalid(tmp_path, change):
     path = tmp_path / "a.packed"

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from EasyLM.errors import UserError
-from EasyLM.storage import HeartbeatLock, heartbeat_lock
+from EasyLM.storage import HeartbeatLock, heartbeat_lock, lock_output, lock_output_folder
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +224,20 @@ def test_the_file_tells_who_holds_it(tmp_path):
         content = json.loads((tmp_path / heartbeat_lock.LOCK_NAME).read_text())
     assert (content["host"], content["process"]) == (socket.gethostname(), os.getpid())
     assert abs(content["since"] - time.time()) < 60
+
+
+def test_the_lock_of_an_output_is_beside_it(tmp_path, monkeypatch):
+    """That of a mount point, whose directory is not writable, is in it."""
+    for name, lock in (("out.jsonl", lock_output), ("folder", lock_output_folder), ("a/b/new", lock_output_folder)):
+        with lock(str(tmp_path / name), "output"):
+            assert [path.name for path in tmp_path.rglob("*.lock")] == [f".{os.path.basename(name)}.lock"]
+            with pytest.raises(UserError, match=rf"^--output={tmp_path}/{name}: in use by process {os.getpid()} "):
+                lock(str(tmp_path / name), "output")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path) and access(path, mode))
+    (tmp_path / "mount").mkdir()
+    with lock_output_folder(str(tmp_path / "mount"), "output"):
+        assert os.listdir(tmp_path / "mount") == [heartbeat_lock.LOCK_NAME]
+        with pytest.raises(UserError, match="in use by process"):
+            lock_output_folder(f"{tmp_path}/mount/", "output")
+    assert not os.listdir(tmp_path / "mount")

@@ -172,6 +172,11 @@ def test_the_records_say_how_many_tokens_an_image_has(tmp_path, tokens, capsys):
     assert statistics(tmp_path, "a.jsonl", tokens_per_image=3 * tokens)["lengths_in_images"]["1"] == 6
 
 
+def test_records_without_sources_state_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(records.record_line([1] * 48, tokens_per_image=16))
+    assert statistics(tmp_path, "a.jsonl", tokens_per_image=None)["lengths_in_images"] == {"3": 1}
+
+
 def test_without_a_hint_an_image_has_256_tokens(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(records.record_line([1] * 512))
     values = statistics(tmp_path, "a.jsonl", tokens_per_image=None)
