@@ -4,6 +4,7 @@ References: the arrays that were saved, and for files without checksums what fla
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -20,10 +21,12 @@ from campaign.attempts import Attempt, RefusedError, require, require_equal
 from campaign.mutations import mutated, mutated_json
 from EasyLM import checkpoints
 from EasyLM.checkpoints import listing, streaming
+from EasyLM.checkpoints.safetensors_file import tensor_entry, write_safetensors
 from EasyLM.models.llama import convert_easylm_to_hf, hf_files, hf_layout
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.storage import parse_json
 from EasyLM.training import TrainState
+from tokenizer import formats
 
 MODEL = LLaMAConfig(
     vocab_size=32,
@@ -34,6 +37,7 @@ MODEL = LLaMAConfig(
     max_sequence_length=64,
 )
 _STATE = "streaming_train_state"
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run_directories(folder: pathlib.Path) -> Attempt:
@@ -135,6 +139,32 @@ def foreign_weights(folder: pathlib.Path) -> Attempt:
     return attempt
 
 
+def tokenizers(folder: pathlib.Path) -> Attempt:
+    """Folders of tokenizers, of which one file is mutated. Safetensors files and torch files both have checksums."""
+    own, torch = folder / "own", folder / "torch"
+    shutil.copytree(_ROOT / "tests" / "golden" / "vqgan_small", torch)
+    (torch / "golden.npz").unlink()
+    own.mkdir()
+    shutil.copy(torch / "config.json", own)
+    expected = formats.read(torch)
+    with open(own / "model.safetensors", "wb") as file:
+        write_safetensors(file, [tensor_entry(name, array) for name, array in expected.tensors.items()])
+
+    def attempt(rng: np.random.Generator, case: pathlib.Path) -> None:
+        copy = case / "tokenizer"
+        shutil.copytree(own if rng.random() < 0.5 else torch, copy)
+        files = sorted(copy.iterdir())
+        _mutate_file(rng, files[int(rng.integers(len(files)))])
+        got = formats.read(copy)
+        _require_arrays(got.tensors, expected.tensors)
+        written = json.loads((copy / "config.json").read_bytes())
+        for key, value in got.settings.items():
+            if key in written:
+                require_equal(json.dumps(value), json.dumps(written[key]), key)
+
+    return attempt
+
+
 def random_state(step: int) -> TrainState:
     """Returns a state with random parameters of MODEL. The layers are stacked, as in memory."""
     rng = np.random.default_rng(step)
@@ -171,4 +201,4 @@ def _mutate_file(rng: np.random.Generator, path: pathlib.Path) -> None:
 def _require_arrays(got: Mapping, expected: Mapping) -> None:
     require_equal(sorted(got), sorted(expected), "names of arrays")
     for key, array in expected.items():
-        require_equal(got[key], np.asarray(array), "/".join(key))
+        require_equal(got[key], np.asarray(array), key if isinstance(key, str) else "/".join(key))

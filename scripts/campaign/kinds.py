@@ -15,6 +15,7 @@ _ALL = (
     Kind("run_directories", "campaign.checkpoint_files", "run_directories"),
     Kind("states_without_checksums", "campaign.checkpoint_files", "states"),
     Kind("exported_models", "campaign.checkpoint_files", "exports"),
+    Kind("tokenizers", "campaign.checkpoint_files", "tokenizers"),
     Kind("foreign_safetensors", "campaign.checkpoint_files", "foreign_weights"),
     Kind("json_settings", "campaign.settings_files", "settings"),
     Kind("pickled_settings", "campaign.settings_files", "pickles"),
