@@ -27,6 +27,12 @@ if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null; } || true
 fi
 python -m pytest -q -m slow
+# Plans for TPUs need libtpu. In the environment itself, all other commands would look for a TPU.
+libtpu=$(mktemp -d)
+python -m pip install --quiet --disable-pip-version-check --no-deps --target "$libtpu" "$(python -c \
+    'from importlib.metadata import requires; print(*(r.partition(";")[0] for r in requires("jax") if r[:6] == "libtpu"))')"
+PYTHONPATH=$libtpu python -m pytest -q -m slow tests/planning/test_accelerators.py
+rm -rf "$libtpu"
 bash scripts/docs.sh "$(mktemp -d)"
 rm -rf /tmp/lvm # output folder of the documents' commands
 for document in DATASET.md evaluation/EVAL.md; do

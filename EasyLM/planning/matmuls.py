@@ -51,21 +51,27 @@ def attention_weights(closed: core.ClosedJaxpr, length: int) -> str:
     Returns:
       For example "float32[8,32,4096,4096]", over all devices; empty if there is none.
     """
-    found = [
-        var.aval
-        for eqn in _equations(_without_dead_code(closed.jaxpr))
-        for var in eqn.outvars
-        if isinstance(var.aval, jax.core.ShapedArray) and _holds_weights(var.aval.shape, length)
-    ]
+    scores = [eqn for eqn in _equations(_without_dead_code(closed.jaxpr)) if _is_scores(eqn, length)]
+    found = [_aval(eqn.outvars[0]) for eqn in scores]
     if not found:
         return ""
     largest = max(found, key=lambda aval: aval.size * aval.dtype.itemsize)
     return f"{largest.dtype.name}[{','.join(map(str, largest.shape))}]"
 
 
-def _holds_weights(shape: Sequence[int], length: int) -> bool:
-    """Whether an array has rows, heads, and two axes of all tokens, which may be merged with queries of a group."""
-    return len(shape) >= 4 and sum(size % length == 0 for size in shape) >= 2
+def _is_scores(eqn: core.JaxprEqn, length: int) -> bool:
+    """Whether an equation multiplies all queries with all keys, for each row and head.
+
+    The queries of a group may be merged with the tokens.
+    """
+    if eqn.primitive.name != "dot_general":
+        return False
+    contracted, batch = eqn.params["dimension_numbers"]
+    free = [
+        [size for axis, size in enumerate(_aval(atom).shape) if axis not in (*contracted[side], *batch[side])]
+        for side, atom in enumerate(eqn.invars)
+    ]
+    return len(batch[0]) >= 2 and all(any(size % length == 0 for size in sizes) for sizes in free)
 
 
 def _without_dead_code(jaxpr: core.Jaxpr) -> core.Jaxpr:

@@ -2,13 +2,20 @@
 
 import importlib.util
 import json
+import re
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from EasyLM import flags
 from EasyLM.errors import UserError
+from EasyLM.models.attention import AttentionMask, attention
 from EasyLM.models.llama import llama_plan
+from EasyLM.parallel import make_mesh
 from EasyLM.planning.topologies import make_topology
 
 needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
@@ -51,6 +58,26 @@ def test_tpus(tmp_path, arguments, devices, processes, kind, memory):
 def test_a_topology_that_does_not_exist_is_one_line():
     with pytest.raises(UserError, match="--topology=v5e:3x5: no such topology: "):
         make_topology("v5e:3x5")
+
+
+@needs_tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 96, 100, 128])
+def test_attention_on_tpus_holds_no_matrix(head_dim):
+    """With padding and documents, forward and backward. Rows are split over fsdp and heads over mp."""
+    mesh, length = make_mesh("1,2,2", list(make_topology("v5e:2x2").devices)), 1024
+    split = NamedSharding(mesh, P("fsdp", None, "mp"))
+    q = jax.ShapeDtypeStruct((2, length, 2, head_dim), jnp.bfloat16, sharding=split)
+    tokens = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=NamedSharding(mesh, P("fsdp")))
+
+    def gradients(q, k, v, valid, first):
+        attend = partial(attention, mask=AttentionMask(valid, first_BT=first), platform="tpu", mesh=mesh)
+        return jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    traced = jax.jit(gradients).trace(q, q, q, tokens, tokens)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"} <= set(re.findall(r"splash_mha_(?:fwd|dq|dkv)", text))
+    assert "1024,1024" not in text
 
 
 @needs_gpu

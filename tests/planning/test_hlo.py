@@ -11,7 +11,7 @@ from EasyLM.parallel import make_mesh
 from EasyLM.planning.collectives import communication
 from EasyLM.planning.hlo import executed_instructions
 
-# A loop of 3 trips as TPUs write it, a loop of 5 trips as noted by XLA, and asynchronous operations.
+# A loop of 3 trips as TPUs write it, a loop of 5 trips as noted by XLA, and asynchronous operations, one in two parts.
 MODULE = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -51,6 +51,7 @@ ENTRY %main (x.3: f32[8]) -> f32[8] {
   %y = f32[8]{0} get-tuple-element(%loop), index=1
   %loop.1 = f32[8]{0} while(%y), condition=%always, body=%noted, backend_config={"known_trip_count":{"n":"5"}}
   %begin = (f32[8]{0}, f32[16]{0}) all-gather-start(%loop.1), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %part = f32[16]{0} all-gather(%loop.1), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
   %end = f32[16]{0} all-gather-done(%begin)
   %ring = (f32[8], f32[8], u32[], u32[]) collective-permute-start(%y), channel_id=4, source_target_pairs={{0,2},{2,0}}
   %alone = f32[8]{0} all-reduce(%y), channel_id=5, replica_groups={{0},{1},{2},{3}}, to_apply=%sum

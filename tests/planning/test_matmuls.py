@@ -108,6 +108,14 @@ def test_attention_weights_are_found(groups, found):
     assert weights("xla") == found and weights("blockwise") == ""
 
 
+def test_activations_as_wide_as_the_row_are_not_attention_weights():
+    def program(x_BTD, stack):
+        return jax.lax.scan(lambda x, w: (x @ w, x), x_BTD, stack)
+
+    x_BTD, stack = jax.ShapeDtypeStruct((2, 16, 16), jnp.float32), jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)
+    assert attention_weights(jax.make_jaxpr(program)(x_BTD, stack), 16) == ""
+
+
 def test_splash_counts_half_of_the_scores_on_all_devices():
     """Without JAX's backend for TPUs, programs for them can be traced. The head dimension is padded to 128."""
     mesh = make_mesh("2,2,2")
