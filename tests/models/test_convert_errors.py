@@ -1,7 +1,6 @@
 """Invalid exports and imports fail with one clear line and leave no files."""
 
 import errno
-import importlib.util
 import json
 import os
 import pathlib
@@ -88,15 +87,6 @@ def test_invalid_imports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
     for name in ("params", "others"):  # `others` would take the metadata of `params`
         with pytest.raises(UserError, match=r"exists; name a file in a directory of its own"):
             import_(directory, tmp_path / "out" / name)
-
-
-def test_bin_files_without_torch_are_one_line(golden, tmp_path, monkeypatch):
-    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
-    with pytest.raises(UserError, match=rf"^{directory}/pytorch_model.bin needs the package torch: pip install .*$"):
-        import_(directory, tmp_path / "out" / "params")
 
 
 def test_tensors_of_two_models_are_refused(golden, tmp_path):
