@@ -44,7 +44,7 @@ def load(path: str | os.PathLike, dtype: jnp.dtype = jnp.float32, resolution: in
     graphdef, state = nnx.split(abstract)
     leaves = {file_name(key): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
     shapes = {name: file_shape(leaf) for name, (_, leaf) in leaves.items()}
-    formats.check_tensors(files.weights, files.tensors, shapes, os.path.basename(files.config))
+    formats.check_tensors(files.weights, files.tensors, shapes, "the architecture")
     flat = []
     for name, (key, leaf) in leaves.items():
         flat.append((key, leaf.replace(jnp.asarray(from_file(files.tensors[name].astype(np.float32))))))
