@@ -180,7 +180,7 @@ def _is_too_large(error: Exception) -> bool:
 
 def _cause(error: Exception) -> str:
     """Returns the cause of a failed compilation in one line."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
     if used := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text):
-        return f"does not fit: {used[1]} of {used[2]} a device, according to XLA"
+        text = f"XLA needs {used[1]} of {used[2]} a device"
     return f"does not {'fit' if _is_too_large(error) else 'compile'}: {text[:300]}"

@@ -79,3 +79,32 @@ def test_a_step_that_needs_more_memory_does_not_fit(planned):
     plan = planned(save_optimizer_state=True, hbm_gb=1e-6)
     assert plan.fits is False and plan.error.startswith("does not fit: 0.0") and plan.peak_bytes_per_device > 1000
     assert report.text(plan).endswith(f"error         {plan.error}")
+
+
+@pytest.mark.parametrize(
+    "message, cause, fits",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (233.65G) "
+            "exceeds available HBM (15.75G).",
+            "does not fit: Ran out of memory on HBM, the total memory required for HLO temporaries (233.65G) exceeds "
+            "available HBM (15.75G)",
+            False,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G "
+            "of 15.75G hbm. Exceeded hbm capacity by 4.75G.\n\nTotal hbm usage >= 21.01G:",
+            "does not fit: XLA needs 20.50G of 15.75G a device",
+            False,
+        ),
+        ("UNIMPLEMENTED: no such\n operation.", "does not compile: UNIMPLEMENTED: no such operation", None),
+    ],
+)
+def test_a_failed_compilation_is_one_line(planned, monkeypatch, message, cause, fits):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    plan = planned(save_optimizer_state=True)
+    assert (plan.error, plan.fits, plan.peak_bytes_per_device) == (cause, fits, None)
+    assert plan.checkpoint_bytes and report.text(plan).endswith(f"error         {cause}")
