@@ -103,7 +103,8 @@ class PageGuard:
             await self._app(scope, receive, send)
             return
         is_upload = scope["path"].rstrip("/").endswith("/upload")
-        body = Body(receive, self._uploads if is_upload else self._others)
+        limits = self._uploads if is_upload else self._others
+        body = Body(receive, limits)
         started = False
 
         async def send_and_note(message: Message) -> None:
@@ -113,7 +114,10 @@ class PageGuard:
 
         drained = body.drained_before(send_and_note)
         try:
-            with self._files.reserved(_declared_bytes(scope, UPLOAD_BYTES)) if is_upload else contextlib.nullcontext():
+            num_bytes = _declared_bytes(scope, limits.body_bytes)
+            if num_bytes > limits.body_bytes:  # FastAPI would answer the error of `body.receive` with 400
+                raise RequestError(413, "body_too_large", f"a body has at most {limits.body_bytes} bytes")
+            with self._files.reserved(num_bytes) if is_upload else contextlib.nullcontext():
                 await self._app(scope, body.receive, drained)
         except RequestError as error:
             if not started:
@@ -121,8 +125,8 @@ class PageGuard:
 
 
 def _declared_bytes(scope: Message, most: int) -> int:
-    """Returns the size of the body: the declared one, or the largest that is accepted."""
+    """Returns the declared size of the body; `most` if it is not declared."""
     for name, value in scope["headers"]:
         if name.lower() == b"content-length" and value.isdigit():
-            return min(int(value), most)
+            return int(value)
     return most

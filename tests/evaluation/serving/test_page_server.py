@@ -1,0 +1,78 @@
+"""The page's own server process: hosts, origins, ambiguous bodies and uploads, over sockets."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from serve_kit import png
+
+SECONDS = 240
+EVIL = {"host": "evil.example"}, {"origin": "http://evil.example"}, {"origin": "null"}
+
+
+@pytest.fixture
+def page(tmp_path: pathlib.Path, port: int):
+    """Starts the page without warming up. Yields its URL and the folder of its files."""
+    command = [sys.executable, "-m", "evaluation.demo", f"--port={port}", "--warm_up=", "--allowed_hosts=lab.example"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/config", timeout=SECONDS).raise_for_status()
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < deadline and server.poll() is None, server.stdout.read()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", tmp_path
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            output, _ = server.communicate(timeout=SECONDS)
+        finally:
+            server.kill()
+    assert "Traceback" not in output, output
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # uploads are removed at the end
+
+
+@pytest.mark.slow
+def test_the_page_checks_hosts_origins_and_uploads(page):
+    url, folder = page
+    upload = f"{url}/gradio_api/upload"
+    with httpx.Client(timeout=SECONDS) as client:
+        assert client.get(url, headers={"host": "lab.example", "origin": "https://lab.example"}).status_code == 200
+        for headers in EVIL:
+            assert client.get(url, headers=headers).status_code == 403
+            assert client.post(upload, headers=headers, files={"files": png(1)}).status_code == 403
+        (path,) = client.post(upload, files={"files": png(1)}).json()
+        assert pathlib.Path(path).read_bytes() == png(1) and folder in pathlib.Path(path).parents
+        too_large = client.post(upload, files=[("files", bytes(13 * 2**20))] * 5)
+        assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "body_too_large")
+        large_body = client.post(f"{url}/gradio_api/queue/join", content=b"[" * (2**20 + 1))
+        assert (large_body.status_code, large_body.json()["error"]["code"]) == (413, "body_too_large")
+        statuses = []
+        for number in range(30):  # 300 MB
+            response = client.post(upload, files={"files": number.to_bytes() + bytes(10 * 2**20)})
+            statuses.append(response.status_code)
+        assert statuses[:20] == [200] * 20 and set(statuses[20:]) == {200, 429}
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert stored < 270 * 2**20
+    assert_ends_connection(int(url.rpartition(":")[2]))
+
+
+def assert_ends_connection(port: int) -> None:
+    """Asserts that what follows a body of two lengths is not taken for a second request."""
+    request = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5\r\n"
+    request += b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /config HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
+        connection.sendall(request)
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"400"], answer
