@@ -101,7 +101,7 @@ class Plan:
 def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, assumptions: Assumptions) -> Plan:
     """Compiles the step and fills in the plan. If it does not fit or compile, the plan's `error` is the cause."""
     state = abstract_state(task.model, task.optimizer, mesh)
-    file_bytes, host_bytes = task.saved.sizes(state)
+    file_bytes, host_bytes = task.saved.sizes(task.model.saved_part(state))
     state_bytes = bytes_per_device(state)
     plan = plan.with_values(
         devices=mesh.devices.size,

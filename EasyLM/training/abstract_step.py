@@ -3,6 +3,7 @@
 The devices of the mesh need not exist on this machine.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,10 @@ from EasyLM.training.task import Model
 
 
 def abstract_state(model: Model, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """Returns the train state with a `jax.ShapeDtypeStruct` on the mesh in place of each array."""
+    """Returns the train state with frozen parameters, and a `jax.ShapeDtypeStruct` on the mesh for each array."""
     shapes = state_shapes(model.init, optimizer)
+    if model.frozen is not None:
+        shapes = dataclasses.replace(shapes, extra=model.frozen)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,

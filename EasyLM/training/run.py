@@ -128,7 +128,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
             rows = first_row + (metrics["step"] + 1 - first_step) * data.batch_size
             logger.log(metrics | data.train.metrics(rows))
 
-        checkpointer.prepare(state)
+        checkpointer.prepare(task.model.saved_part(state))
         step = _compiled_step(task, settings.seed, mesh, state)
         throughput = Throughput(
             batches,
@@ -206,7 +206,8 @@ def _make_save(
         updates = updates_done(state.opt_state)
         counts = {} if updates is None else {"updates": updates}
         metadata = checkpoints.make_metadata(step, run.settings.flags, **counts, **run_metadata)
-        checkpointer.save(state, step, dataset_state(task.data.train, position), metadata, milestone=milestone)
+        data_state = dataset_state(task.data.train, position)
+        checkpointer.save(task.model.saved_part(state), step, data_state, metadata, milestone=milestone)
 
     return save
 

@@ -14,7 +14,7 @@ from EasyLM.checkpoints import Entry
 from EasyLM.errors import UserError
 from EasyLM.storage import is_remote
 from EasyLM.training.abstract_step import abstract_state
-from EasyLM.training.step import Optimizer, TrainState, init_state, state_from_params
+from EasyLM.training.step import Optimizer, Params, TrainState, init_state, state_from_params
 from EasyLM.training.task import Model, ModelSettings
 
 CheckpointFormats = Mapping[str, Callable[[str], list[Entry]]]  # PREFIX -> reader of the entries of a file
@@ -44,6 +44,7 @@ class StartPoint:
       dataset_state: the data state; None: the run starts with the first row.
       metadata: the metadata of the checkpoint; empty if there is none.
       run_dir: the run directory.
+      formats: the valid prefixes of checkpoints.
     """
 
     files: StartFiles
@@ -51,6 +52,17 @@ class StartPoint:
     dataset_state: Mapping[str, Any] | None
     metadata: Mapping[str, Any]
     run_dir: str
+    formats: CheckpointFormats = dataclasses.field(default_factory=lambda: checkpoints.CHECKPOINT_FORMATS)
+
+    @property
+    def origin(self) -> str:
+        """The `--load_checkpoint` that the run started from, PREFIX::PATH; empty: fresh parameters."""
+        return self.files.history[0]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run starts now, from `origin`, rather than from a checkpoint of its own."""
+        return self.files.history == (self.files.checkpoint,)
 
     @property
     def step(self) -> int:
@@ -92,7 +104,7 @@ def find_start(given: StartFiles, run_dir: str, formats: CheckpointFormats) -> S
         saved = newest.saved
         logging.info("%s: resuming after step %s, from %s", run_dir, saved.step, saved.name)
         files = StartFiles(saved.spec, saved.dataset_state, saved.metadata, history)
-        return StartPoint(files, newest.entries, newest.dataset_state, saved.contents, run_dir)
+        return StartPoint(files, newest.entries, newest.dataset_state, saved.contents, run_dir, formats)
     if newest or problems:
         files = _within_run(given, run_dir, formats, history, problems)
     else:
@@ -144,7 +156,7 @@ def _open_files(files: StartFiles, run_dir: str, formats: CheckpointFormats) -> 
     entries = checkpoints.open_checkpoint(files.checkpoint, formats) if files.checkpoint else []
     metadata = checkpoints.load_metadata(files.metadata) if files.metadata else {}
     dataset_state = checkpoints.load_dataset_state(files.dataset_state) if files.dataset_state else None
-    return StartPoint(files, entries, dataset_state, metadata, run_dir)
+    return StartPoint(files, entries, dataset_state, metadata, run_dir, formats)
 
 
 def check_settings(start: StartPoint, settings: ModelSettings) -> None:
@@ -175,9 +187,27 @@ def first_state(start: StartPoint, model: Model, optimizer: Optimizer, mesh: Mes
       UserError: if the checkpoint holds other arrays than the model and its optimizer.
     """
     target = abstract_state(model, optimizer, mesh)
+    if model.frozen is None:
+        return _trained_state(start, model, optimizer, seed, target)
+    frozen = _frozen_parameters(start, target.extra)
+    state = _trained_state(start, model, optimizer, seed, dataclasses.replace(target, extra={}))
+    return dataclasses.replace(state, extra=frozen)
+
+
+def _frozen_parameters(start: StartPoint, target: Params) -> Params:
+    """Returns the parameters that no step changes, from the checkpoint that the run started from."""
+    entries = start.entries if start.is_new else checkpoints.open_checkpoint(start.origin, start.formats)
+    logging.info("loading the frozen parameters from %s", start.origin)
+    frozen = checkpoints.load_entries(start.origin, entries, target)
+    entries.clear()
+    return frozen
+
+
+def _trained_state(start: StartPoint, model: Model, optimizer: Optimizer, seed: int, target: TrainState) -> TrainState:
+    """Returns the first train state, without frozen parameters."""
     placement = jax.tree.map(lambda array: array.sharding, target)
     spec = start.files.checkpoint
-    if not spec:
+    if not spec or (model.frozen is not None and start.is_new):
         return init_state(model.init, optimizer, seed, placement)
     logging.info("starting from %s", spec)
     is_train_state = spec.startswith("trainstate::")

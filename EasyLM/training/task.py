@@ -9,17 +9,28 @@ import jax
 
 from EasyLM.parallel.partition import Rules
 from EasyLM.training.batches import RowSource
-from EasyLM.training.step import Batch, EvalFn, InitFn, LossAndGradientsFn, Metrics, Optimizer, Params
+from EasyLM.training.step import Batch, EvalFn, InitFn, LossAndGradientsFn, Metrics, Optimizer, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The functions of a model (see `step`), and the partition rules of its train state."""
+    """The functions of a model (see `step`), and the partition rules of its train state.
+
+    Attributes:
+      frozen: a tree of `jax.ShapeDtypeStruct`, the shapes of parameters that no step changes; None: there are none.
+        They are the extra state of the functions, and `init` returns none. The run reads them from the
+        `--load_checkpoint` that it started from, and does not save them.
+    """
 
     init: InitFn
     loss_and_gradients: LossAndGradientsFn
     evaluate: EvalFn
     partition_rules: Rules
+    frozen: Params | None = None
+
+    def saved_part(self, state: TrainState) -> TrainState:
+        """Returns the part of a state that checkpoints hold: all but frozen parameters."""
+        return state if self.frozen is None else dataclasses.replace(state, extra={})
 
 
 def model_without_extra(

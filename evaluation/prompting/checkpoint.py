@@ -11,6 +11,7 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_layout, llama_config, llama_model
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
+from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import shardings
 from tokenizer.vqgan import PRETRAINED, Codec
@@ -51,7 +52,10 @@ def load_model(
         shardings(mesh, PARTITION_RULES, shapes),
     )
     prefix = "trainstate_params" if prefix == "trainstate" else prefix
-    return config, checkpoints.load(f"{prefix}::{path}", target, hf_layout.CHECKPOINT_FORMATS)
+    spec = f"{prefix}::{path}"
+    if lora := recorded_lora(prefix, path):
+        return config, checkpoints.load_entries(spec, open_merged(spec, lora), target)
+    return config, checkpoints.load(spec, target, hf_layout.CHECKPOINT_FORMATS)
 
 
 def load_codec(spec: str, load_llama_config: str, vqgan: str, **settings: Any) -> Codec:

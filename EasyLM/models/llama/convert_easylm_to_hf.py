@@ -1,10 +1,12 @@
 """Exports a checkpoint as a Hugging Face LLaMA: `python -m EasyLM.models.llama.convert_easylm_to_hf --flag=value`.
 
-The command holds one tensor in memory at a time, so the model may be larger than the machine's memory.
+A checkpoint of LoRA adapters becomes a directory for the PEFT library, or a whole model with --merge_lora=True. The
+command holds one tensor in memory at a time, so the model may be larger than the machine's memory.
 """
 
 import json
 import os
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -16,6 +18,7 @@ from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, check_recorded, recorded_config
+from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora, write_peft
 from EasyLM.progress import progress
 from EasyLM.storage import lock_output_folder, scratch_folder
 
@@ -36,6 +39,7 @@ FLAGS = {
         choices=("", *checkpoints.FLOAT_DTYPES),
         aliases=flags.DTYPE_ALIASES,
     ),
+    "merge_lora": Flag(False, "Export adapters merged into their frozen parameters; False: the adapters, for PEFT."),
 }
 
 
@@ -52,16 +56,21 @@ def _export(config: ConfigDict) -> None:
         raise UserError(
             f"--load_checkpoint={config.load_checkpoint}: only parameters are exported: use trainstate_params::"
         )
+    prefix, path = checkpoints.parse_spec(
+        config.load_checkpoint, checkpoints.CHECKPOINT_FORMATS, f"--load_checkpoint={config.load_checkpoint}"
+    )
+    lora = recorded_lora(prefix, path)
+    if config.merge_lora and not lora:
+        raise UserError(f"--merge_lora=True: {path} holds no adapters")
     entries = checkpoints.open_checkpoint(config.load_checkpoint)
     model = _model_config(config.model_size, config.load_checkpoint)
-    dtype = checkpoints.FLOAT_DTYPES.get(config.float_dtype)
-    export(
-        model,
-        hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype),
-        config.output_dir,
-        config.max_shard_mb,
-        recorded_tokenizer(*config.load_checkpoint.split("::", 1)),
-    )
+    if lora and not config.merge_lora:
+        _write_directory(config.output_dir, lambda directory: write_peft(directory, model, lora, entries))
+    else:
+        entries = open_merged(config.load_checkpoint, lora) if lora else entries
+        dtype = checkpoints.FLOAT_DTYPES.get(config.float_dtype)
+        tensors = hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype)
+        export(model, tensors, config.output_dir, config.max_shard_mb, recorded_tokenizer(prefix, path))
     print(f"exported to {config.output_dir}")
 
 
@@ -95,23 +104,29 @@ def export(
     Raises:
       UserError: if the directory cannot be written.
     """
+
+    def write(directory: str) -> None:
+        with progress(total=len(tensors), desc="exporting", unit="tensor") as bar:
+            hf_files.write_shards(directory, [hf_files.with_progress(tensor, bar) for tensor in tensors], max_shard_mb)
+        for name, values in {
+            "generation_config.json": hf_layout.generation_config(model),
+            "config.json": hf_layout.hf_config(model, tensors[0].dtype)
+            | ({TOKENIZER_KEY: tokenizer} if tokenizer else {}),
+        }.items():
+            with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
+                json.dump(values, file, indent=2)
+
+    _write_directory(output_dir, write)
+
+
+def _write_directory(output_dir: str, write: Callable[[str], None]) -> None:
     try:
-        with (
-            scratch_folder(output_dir) as temporary,
-            progress(total=len(tensors), desc="exporting", unit="tensor") as bar,
-        ):
-            hf_files.write_shards(temporary, [hf_files.with_progress(tensor, bar) for tensor in tensors], max_shard_mb)
-            dtype = tensors[0].dtype
-            for name, values in {
-                "generation_config.json": hf_layout.generation_config(model),
-                "config.json": hf_layout.hf_config(model, dtype) | ({TOKENIZER_KEY: tokenizer} if tokenizer else {}),
-            }.items():
-                with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
-                    json.dump(values, file, indent=2)
+        with scratch_folder(output_dir) as temporary:
+            write(temporary)
             if not os.path.exists(output_dir):
                 os.rename(temporary, output_dir.rstrip("/"))
                 return
-            for name in sorted(os.listdir(temporary), key=lambda name: name == "config.json"):
+            for name in sorted(os.listdir(temporary), key=lambda name: name.endswith("config.json")):
                 os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
     except OSError as error:
         raise UserError(f"--output_dir={output_dir}: cannot be written ({error.strerror})") from error

@@ -19,13 +19,16 @@ def num_parameters(config: LLaMAConfig) -> int:
     return num_matmul_parameters(config) + embedding + norms
 
 
-def flops_per_token(config: LLaMAConfig, seq_length: int) -> int:
+def flops_per_token(config: LLaMAConfig, seq_length: int, frozen: bool = False) -> int:
     """Model FLOPs to train on one token of a sequence: 6 N + 6 L T D.
 
     N is the number of parameters in matrix products. Each costs 2 FLOPs in the forward pass and 4 in the backward pass.
     L is the number of layers, T the sequence length and D the hidden size. In the forward pass, attention scores and
     the weighted sum of values cost 4 T D per layer over all T keys. Causal attention needs half of these FLOPs, 2 T D.
     The backward pass costs twice as much as the forward pass, so a layer costs 6 T D. Recomputation is not counted.
+
+    Args:
+      frozen: no gradients of the N parameters are computed, which saves 2 N. Adapters are not counted.
     """
     attention = 6 * config.num_hidden_layers * seq_length * config.hidden_size
-    return 6 * num_matmul_parameters(config) + attention
+    return (4 if frozen else 6) * num_matmul_parameters(config) + attention

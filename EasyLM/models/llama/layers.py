@@ -50,14 +50,37 @@ class RMSNorm(nnx.Module):
         return (y * jnp.expand_dims(self.kernel[...], range(x.ndim - 1))).astype(x.dtype)
 
 
+class Adapter(nnx.Module):
+    """A low-rank product that is added to the output of a linear layer; see `lora`.
+
+    Args:
+      a_LIR, b_LRO: the matrices of all layers.
+      scale: the factor of the output.
+      rate: the rate of dropout on the input.
+      index: a number that no other adapter of the block has.
+    """
+
+    def __init__(self, a_LIR: jax.Array, b_LRO: jax.Array, scale: float, rate: float, index: int):
+        self.lora_a, self.lora_b = nnx.Param(a_LIR), nnx.Param(b_LRO)
+        self.scale, self.rate, self.index = scale, rate, index
+
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        x_BTD = dropout(x_BTD, None if key is None else jax.random.fold_in(key, self.index), self.rate)
+        a_IR, b_RO = (matrix[...].astype(x_BTD.dtype) for matrix in (self.lora_a, self.lora_b))
+        return self.scale * flat_matmul(flat_matmul(x_BTD, a_IR), b_RO)
+
+
 class Linear(nnx.Module):
-    """Matrix product with a kernel [inputs, outputs], without bias."""
+    """Matrix product with a kernel [inputs, outputs], without bias; with an adapter, plus its output."""
 
     def __init__(self, config: LLaMAConfig, inputs: int, outputs: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs(), (inputs, outputs)))
+        self.adapter: Adapter | None = nnx.data(None)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return flat_matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Multiplies. The key is that of the block's dropout, which an adapter needs; None disables dropout."""
+        y_BTD = flat_matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
+        return y_BTD if self.adapter is None else y_BTD + self.adapter(x_BTD, key)
 
 
 class Embedding(nnx.Module):
@@ -101,12 +124,12 @@ class Attention(nnx.Module):
             )
         except UserError as error:
             raise UserError(f"llama.attention_implementation={c.attention_implementation!r}: {error}") from None
-        return self.wo(merge_heads(out_BTHK)), (k_BTGK, v_BTGK)
+        return self.wo(merge_heads(out_BTHK), context.key), (k_BTGK, v_BTGK)
 
     def project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries [B, T, H, K], rotated keys and values [B, T, G, K]."""
         q_BTHK, k_BTGK, v_BTGK = (
-            constrain(split_heads(w(x_BTD), self.config.head_dim), context.mesh, BATCH_AXES, None, "mp")
+            constrain(split_heads(w(x_BTD, context.key), self.config.head_dim), context.mesh, BATCH_AXES, None, "mp")
             for w in (self.wq, self.wk, self.wv)
         )
         if self.config.qk_norm:
@@ -146,15 +169,17 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         if not self.config.scan_mlp:
-            return self._swiglu(x_BTD, context.mesh)
+            return self._swiglu(x_BTD, context)
         length = x_BTD.shape[1]
         x_CBtD = split_time(x_BTD, min(self.config.scan_mlp_chunk_size, length))
-        y_CBtD = jax.lax.map(jax.checkpoint(lambda x_BtD: self._swiglu(x_BtD, context.mesh)), x_CBtD)
+        y_CBtD = jax.lax.map(jax.checkpoint(lambda x_BtD: self._swiglu(x_BtD, context)), x_CBtD)
         return join_time(y_CBtD, length)
 
-    def _swiglu(self, x_BTD, mesh):
-        gate_BTF, up_BTF = (constrain(w(x_BTD), mesh, BATCH_AXES, None, "mp") for w in (self.w1, self.w3))
-        return self.w2(jax.nn.silu(gate_BTF) * up_BTF)
+    def _swiglu(self, x_BTD, context):
+        gate_BTF, up_BTF = (
+            constrain(w(x_BTD, context.key), context.mesh, BATCH_AXES, None, "mp") for w in (self.w1, self.w3)
+        )
+        return self.w2(jax.nn.silu(gate_BTF) * up_BTF, context.key)
 
 
 class Block(nnx.Module):

@@ -277,7 +277,8 @@ def updated(config: LLaMAConfig, text: str) -> LLaMAConfig:
 
 
 def _replaced(config: LLaMAConfig, values: Mapping[Any, Any], source: str) -> LLaMAConfig:
-    values = {name: value for name, value in values.items() if name != "use_cache"}  # a setting of the release
+    values = {name: value for name, value in values.items() if name not in ("use_cache", "lora")}  # a setting of the
+    # release; the adapters' settings
     unknown = [str(name) for name in values if name not in FLAG_OF_FIELD]
     if unknown:
         raise UserError(f"{source}: unknown setting {', '.join(unknown)}; choose from {', '.join(FLAG_OF_FIELD)}")

@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 
 from EasyLM.models import losses
 from EasyLM.models.attention import AttentionMask
-from EasyLM.models.llama.layers import Block, Context, Embedding, Linear, RMSNorm, dropout, remat
+from EasyLM.models.llama.layers import Adapter, Block, Context, Embedding, Linear, RMSNorm, dropout, remat
 from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.lora import TARGETS, LoRAConfig
 from EasyLM.models.llama.rotary import first_tokens, positions, rotary_table
 from EasyLM.models.tuning import LANES, flat_matmul
 from EasyLM.parallel import BATCH_AXES, axis_size, constrain
@@ -101,6 +102,7 @@ def hidden_states(
     dtype: DTypeLike = jnp.float32,
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
+    lora: LoRAConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the last hidden states [B, T, D] after the final norm, and the head's kernel [D, V], in `dtype`.
 
@@ -113,6 +115,7 @@ def hidden_states(
       dtype: the type of activations and kernels. Norms, rotary angles and softmax are float32.
       key: PRNG key of dropout and of the forgetful causal mask. None disables both.
       mesh: the mesh of the activations. The batch is split over dp and fsdp; heads and feed-forward over mp.
+      lora: the settings of the adapters in `params`; None: it holds none.
     """
     assert tokens_BT.shape[1] <= config.max_sequence_length, "the caller checks the length"
     keys = (None, None) if key is None else jax.random.split(key)
@@ -123,7 +126,7 @@ def hidden_states(
     if position_ids_BT is None:
         position_ids_BT = positions(tokens_BT.shape[1], attention_mask_BT, first_BT)
     context = Context(rotary_table(config, position_ids_BT), mask, mesh, keys[0])
-    model = with_params(config, params, dtype)
+    model = with_params(config, params, dtype, lora)
     return model.transformer(tokens_BT, context, dtype), model.head_DV.astype(dtype)
 
 
@@ -135,7 +138,9 @@ def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) 
     return constrain(flat_matmul(hidden_BTD, head_DV)[..., :vocab_size], mesh, BATCH_AXES, None, "mp")
 
 
-def make_loss_fn(config: LLaMAConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> Callable:
+def make_loss_fn(
+    config: LLaMAConfig, dtype: DTypeLike, mesh: Mesh | None = None, lora: LoRAConfig | None = None
+) -> Callable:
     """Returns `loss_fn(params, batch, key) -> (loss, metrics)`; `accuracy` is a metric.
 
     With a z-loss, the metric `loss` is the cross-entropy alone, and `z_loss` the mean of log^2 Z.
@@ -149,7 +154,7 @@ def make_loss_fn(config: LLaMAConfig, dtype: DTypeLike, mesh: Mesh | None = None
         tokens_BT, targets_BT, masks_BT = batch["input_tokens"], batch["target_tokens"], batch["loss_masks"]
         segments_BT = batch.get("segment_ids")
         hidden_BTD, head_DV = hidden_states(
-            config, params, tokens_BT, segment_ids_BT=segments_BT, dtype=dtype, key=key, mesh=mesh
+            config, params, tokens_BT, segment_ids_BT=segments_BT, dtype=dtype, key=key, mesh=mesh, lora=lora
         )
         chunk = tokens_BT.shape[1] * _LOGITS_TOKENS * num_shards // tokens_BT.size
         to_logits = functools.partial(logits, mesh=mesh)
@@ -177,14 +182,28 @@ def unstack(tree: Any, num_layers: int) -> list:
     return [jax.tree.unflatten(structure, [leaf[0] for leaf in layer]) for layer in layers]
 
 
-def with_params(config: LLaMAConfig, params: dict, dtype: DTypeLike) -> LLaMA:
+def with_params(config: LLaMAConfig, params: dict, dtype: DTypeLike, lora: LoRAConfig | None = None) -> LLaMA:
     """Returns the model with these parameters. Kernels are cast to `dtype`."""
-    return nnx.merge(_graph(config), with_kernels(params["params"], dtype))
+    return nnx.merge(_graph(config, lora), with_kernels(params["params"], dtype))
 
 
 @functools.lru_cache
-def _graph(config: LLaMAConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: LLaMA(config, nnx.Rngs(0))))[0]
+def _graph(config: LLaMAConfig, lora: LoRAConfig | None) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: new_model(config, lora)))[0]
+
+
+def new_model(config: LLaMAConfig, lora: LoRAConfig | None) -> LLaMA:
+    """Returns a model with adapters of zeros beside the kernels that `lora` names."""
+    model = LLaMA(config, nnx.Rngs(0))
+    if lora is None:
+        return model
+    for index, name in enumerate(lora.targets):
+        part, layer = TARGETS[name]
+        linear = getattr(getattr(model.transformer.h, part), layer)
+        num_layers, inputs, outputs = linear.kernel.shape
+        a_LIR, b_LRO = jnp.zeros((num_layers, inputs, lora.rank)), jnp.zeros((num_layers, lora.rank, outputs))
+        linear.adapter = Adapter(a_LIR, b_LRO, lora.scale, lora.dropout, index)
+    return model
 
 
 def with_kernels(params: dict, dtype: DTypeLike) -> dict:

@@ -16,6 +16,7 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag, to_dataclass
 from EasyLM.models.llama import training_task
 from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.lora import LoRAConfig
 from EasyLM.parallel import BATCH_AXES, make_mesh
 from EasyLM.planning import estimates, report, topologies
 from EasyLM.planning.estimates import Assumptions
@@ -75,14 +76,15 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
     mesh = make_mesh(config.mesh_dim, list(topology.devices))
     training_task.check_batch("train_dataset", config.train_dataset, llama, mesh)
     settings = dataset.settings(config.train_dataset)
+    lora = LoRAConfig.from_flags(config.lora)
     task = PlannedTask(
-        model=training_task.make_model(llama, config.dtype, mesh),
+        model=training_task.make_model(llama, config.dtype, mesh, lora),
         optimizer=make_optimizer(config.optimizer),
         seed=config.seed,
         batch=dataset.no_batch(config.train_dataset),
         batch_size=settings.batch_size,
         seq_length=settings.seq_length,
-        flops_per_row=training_task.accounting(llama, settings.seq_length).flops_per_row,
+        flops_per_row=training_task.accounting(llama, settings.seq_length, lora).flops_per_row,
         saved=to_dataclass(SavedPart, config.checkpointer),
     )
     plan = make_plan(plan, task, mesh, topology, Assumptions.of(config, topology))

@@ -13,6 +13,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_layout, llama_config, training_task
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.lora import LoRAConfig
 from EasyLM.parallel import fail_together, initialize_distributed, make_mesh, on_first_process_first
 from EasyLM.storage import expand_path_groups, local_path
 from EasyLM.training import (
@@ -45,6 +46,7 @@ def main(config: Any) -> int:
 
     # Model
     model = training_task.read_model(config)
+    lora = LoRAConfig.from_flags(config.lora)
     optimizer = make_optimizer(config.optimizer)
     if config.optimizer.ema_decay and not config.checkpointer.save_optimizer_state:
         raise UserError(
@@ -59,7 +61,8 @@ def main(config: Any) -> int:
     for name in dataset_names:
         training_task.check_batch(name, config[name], model, mesh)
         _check_files(name, config[name])
-    with open_run(RunSettings.from_flags(config), _model_settings(model), hf_layout.CHECKPOINT_FORMATS) as run:
+    with open_run(RunSettings.from_flags(config), _model_settings(model, lora), hf_layout.CHECKPOINT_FORMATS) as run:
+        _check_start(run.start, lora)
         # Data
         sources = {}
         for name in dataset_names:
@@ -69,7 +72,7 @@ def main(config: Any) -> int:
 
         # Train
         task = TrainingTask(
-            training_task.make_model(model, config.dtype, mesh),
+            training_task.make_model(model, config.dtype, mesh, lora),
             optimizer,
             TrainingData(
                 train=sources["train_dataset"],
@@ -77,7 +80,7 @@ def main(config: Any) -> int:
                 eval=sources.get("eval_dataset"),
                 eval_batch_size=dataset.settings(config.eval_dataset).batch_size,
             ),
-            training_task.accounting(model, sources["train_dataset"].seq_length),
+            training_task.accounting(model, sources["train_dataset"].seq_length, lora),
             metadata=_tokenizer_metadata(run.start, {name: source.tokenizer for name, source in sources.items()}),
         )
         return train(run, task, mesh)
@@ -108,10 +111,25 @@ def _tokenizer_metadata(start: StartPoint, names: Mapping[str, str | None]) -> d
     return {TOKENIZER_KEY: tokenizer} if tokenizer else {}
 
 
-def _model_settings(model: LLaMAConfig) -> ModelSettings:
+def _check_start(start: StartPoint, lora: LoRAConfig | None) -> None:
+    """Checks that the run starts from what `--lora.rank` needs.
+
+    Raises:
+      UserError: if adapters have no frozen parameters, or flags for whole parameters resume a run of adapters.
+    """
+    if lora and not start.origin:
+        raise UserError(f"--lora.rank={lora.rank}: needs --load_checkpoint, the frozen parameters")
+    if lora and start.origin.startswith("trainstate::"):
+        raise UserError(f"--load_checkpoint={start.origin}: adapters need parameters alone: use trainstate_params::")
+    saved = start.metadata.get("llama_config", {}).get("lora")
+    if saved and not lora:
+        raise UserError(f"--lora.rank=0: {start.files.checkpoint} holds adapters of rank {saved['rank']}")
+
+
+def _model_settings(model: LLaMAConfig, lora: LoRAConfig | None) -> ModelSettings:
     return ModelSettings(
         name="llama_config",
-        values=dataclasses.asdict(model),
+        values=dataclasses.asdict(model) | ({"lora": dataclasses.asdict(lora)} if lora else {}),
         resumable=llama_config.RESUMABLE_SETTINGS,
         fixed=llama_config.FIXED_SETTINGS,
         saved=_saved_settings,

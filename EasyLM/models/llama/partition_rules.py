@@ -12,4 +12,8 @@ PARTITION_RULES = (
     ("feed_forward/w2/kernel", P("mp", "fsdp")),
     ("(attention_norm|ffn_norm|q_norm|k_norm|ln_f)/kernel", P()),
     ("lm_head/kernel", P("fsdp", "mp")),
+    ("(wq|wk|wv|w1|w3)/adapter/lora_a", P("fsdp", None)),
+    ("(wq|wk|wv|w1|w3)/adapter/lora_b", P(None, "mp")),
+    ("(wo|w2)/adapter/lora_a", P("mp", None)),
+    ("(wo|w2)/adapter/lora_b", P(None, "fsdp")),
 )

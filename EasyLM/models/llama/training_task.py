@@ -10,8 +10,9 @@ from EasyLM import flags
 from EasyLM.data import dataset, text_tokenizer
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.models.llama import costs, llama_config, llama_model
+from EasyLM.models.llama import adapters, costs, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import check_batch_size
 from EasyLM.storage import local_path
@@ -34,6 +35,7 @@ TRAIN_FLAGS = {
     ),
     "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
     "llama": llama_config.LLAMA_FLAGS,
+    "lora": LORA_FLAGS,
     "tokenizer": text_tokenizer.TOKENIZER_FLAGS,
     "train_dataset": dataset.DATASET_FLAGS,
     "eval_dataset": dataset.DATASET_FLAGS,
@@ -67,18 +69,25 @@ def recorded_config(spec: str) -> LLaMAConfig | None:
     return llama_config.recorded_config(prefix, local_path(path))
 
 
-def make_model(llama: LLaMAConfig, dtype: str, mesh: Mesh) -> Model:
-    """Returns the functions of the model. `dtype` is a name of COMPUTE_DTYPES."""
+def make_model(llama: LLaMAConfig, dtype: str, mesh: Mesh, lora: LoRAConfig | None = None) -> Model:
+    """Returns the functions of the model.
+
+    Args:
+      dtype: a name of COMPUTE_DTYPES.
+      lora: train adapters; None: train all parameters.
+    """
+    if lora:
+        return adapters.make_model(llama, lora, COMPUTE_DTYPES[dtype], mesh)
     loss_fn = llama_model.make_loss_fn(llama, COMPUTE_DTYPES[dtype], mesh)
     return model_without_extra(partial(llama_model.init_params, llama), loss_fn, PARTITION_RULES)
 
 
-def accounting(llama: LLaMAConfig, seq_length: int) -> Accounting:
+def accounting(llama: LLaMAConfig, seq_length: int, lora: LoRAConfig | None = None) -> Accounting:
     """Returns the units of rows of `seq_length` tokens."""
     return Accounting(
         unit="tokens",
         items_per_row=seq_length,
-        flops_per_row=seq_length * costs.flops_per_token(llama, seq_length),
+        flops_per_row=seq_length * costs.flops_per_token(llama, seq_length, frozen=lora is not None),
     )
 
 
