@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, one line per minute in the log of a job."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -16,8 +17,9 @@ class _LogLines(tqdm):
     def status_printer(file: TextIO) -> Callable[[str], None]:
         def print_line(text: str) -> None:
             if text.strip():
-                file.write(f"{text}\n")
-                file.flush()
+                with contextlib.suppress(OSError):  # a log on a full disk does not end the work
+                    file.write(f"{text}\n")
+                    file.flush()
 
         return print_line
 

@@ -36,3 +36,9 @@ def test_a_log_gets_a_line_for_each_interval(monkeypatch):
         lines = [line for line in sys.stderr.getvalue().splitlines() if line]
     assert len(lines) == 5 and all("loss 1.0" in line for line in lines[1:])
     assert time.perf_counter() - begin > 4 * 0.05
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_work(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))  # noqa: SIM115
+    assert list(progress.progress(range(3), file=sys.stderr)) == [0, 1, 2]
+    monkeypatch.undo()

@@ -15,6 +15,7 @@ from EasyLM.errors import UserError, check_installed
 from EasyLM.storage import is_remote, json_digest, remote_file_system
 
 _LONGEST_NAME = 128  # characters of a wandb project
+_MOST_LINE_BYTES = 1 << 20
 _REMOTE_FLUSH_SECONDS = 60  # between two uploads of a file on an object store
 Row = dict[str, Any]  # metrics of a step: JSON values by name, `step` among them
 
@@ -30,7 +31,7 @@ class MetricsSink(Protocol):
 
 
 class JsonLinesSink:
-    """Appends one JSON object per line. If a killed run has left a truncated last line, appends a newline first.
+    """Appends one JSON object per line. Removes the truncated last line that a kill or a full disk has left.
 
     Args:
       path: a local or remote path. A missing local directory is created.
@@ -41,10 +42,14 @@ class JsonLinesSink:
 
     def __init__(self, path: str):
         self.path, self._file = path, _open_to_append(path)
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(0, size - _MOST_LINE_BYTES))
+        last = self._file.read().rpartition(b"\n")[2]
+        if _is_json(last):
+            self._file.write(b"\n")
+        else:
+            self._file.truncate(size - len(last))
+            self._file.seek(0, os.SEEK_END)
 
     def log(self, row: Row) -> None:
         """Writes and flushes a line."""
@@ -54,6 +59,14 @@ class JsonLinesSink:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _open_to_append(path: str) -> IO[bytes]:

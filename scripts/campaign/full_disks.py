@@ -87,7 +87,7 @@ def training(folder: pathlib.Path) -> Attempt:
                 free()
                 again, text = whole.run(disk)
                 require(again == 0, f"exit code {again} with enough room: {text[-2000:]}")
-            whole.check_equal(disk, reference)
+            whole.check_equal(disk, reference, has_all_metrics=False)
         if code:
             raise RefusedError(output[-500:])
 

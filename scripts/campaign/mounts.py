@@ -34,7 +34,7 @@ def description() -> str:
 def limited_disk(folder: pathlib.Path, size: int) -> Iterator[Callable[[], object]]:
     """Limits what can be written to a folder to `size` bytes. Yields a function that lifts the limit.
 
-    Without mounts, each file that this process and its children write has at most that size.
+    Without mounts, each file that this process and its children write has at most that size. Their logs are dropped.
     """
     if ALLOWED in os.environ:
         options = f"size={max(1, size // _PAGE) * _PAGE}"
@@ -45,8 +45,15 @@ def limited_disk(folder: pathlib.Path, size: int) -> Iterator[Callable[[], objec
             subprocess.run(["umount", "--lazy", folder], check=True)
         return
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
+        os.close(log)
+        os.close(null)

@@ -137,14 +137,15 @@ def test_wandb_that_does_not_start_is_an_error(tmp_path, calls, monkeypatch):
         (None, ""),
         ("", ""),
         ('{"step": 0}\n', '{"step": 0}\n'),
-        ('{"step": 0}\n{"step": 1, "lo', '{"step": 0}\n{"step": 1, "lo\n'),
+        ('{"step": 0}\n{"step": 1, "lo', '{"step": 0}\n'),
+        ('{"step": 0}\n{"step": 1, "\udcff', '{"step": 0}\n'),
         ('{"step": 0}', '{"step": 0}\n'),  # complete except for the newline
     ],
 )
-def test_a_truncated_last_line_gets_a_newline(tmp_path, calls, content, kept):
+def test_a_truncated_last_line_is_removed(tmp_path, calls, content, kept):
     path = tmp_path / "metrics.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, errors="surrogateescape")
     log(tmp_path, {"step": 1}, {"step": 2})
     assert path.read_text() == kept + '{"step": 1}\n{"step": 2}\n'
 
