@@ -21,7 +21,15 @@ Modules:
   torch_file  tensors in the files of torch.save, read without torch
 """
 
-from EasyLM.storage.atomic import atomic_file, atomic_path, flush_to_disk, names_full_disk, scratch_folder, write_json
+from EasyLM.storage.atomic import (
+    atomic_file,
+    atomic_path,
+    flush_to_disk,
+    names_full_disk,
+    remove_leftovers,
+    scratch_folder,
+    write_json,
+)
 from EasyLM.storage.columns import VERIFIED_ONCE_BYTES, Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest, same_contents
 from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, lock_output, lock_output_folder
@@ -75,6 +83,7 @@ __all__ = [
     "read_text_lines",
     "read_torch_file",
     "remote_file_system",
+    "remove_leftovers",
     "same_contents",
     "scratch_folder",
     "write_columns",

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from EasyLM.errors import UserError
-from EasyLM.storage import HeartbeatLock, names_full_disk, read_json, write_json
+from EasyLM.storage import HeartbeatLock, names_full_disk, read_json, remove_leftovers, write_json
 
 SAVE_SECONDS = 10.0  # between saves of the progress: the most work that a killed process loses
 
@@ -74,6 +74,8 @@ class ResumableFile:
     def _acquire(self) -> None:
         if self._lock is None:
             self._lock = HeartbeatLock(self.path, is_output=True)
+            for path in (self._progress, self._report):
+                remove_leftovers(path)
 
     def _resume(self, progress: dict[str, Any]) -> None:
         saved, current = progress["identity"], self._fingerprint

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -67,6 +70,30 @@ def test_two_builds_of_one_file_do_not_mix(tmp_path):
     first.write(b"three\n")
     first.finish({})
     assert (tmp_path / "out.jsonl").read_bytes() == b"one\nthree\n"
+
+
+def test_what_a_killed_build_has_left_is_deleted(tmp_path):
+    """Its lock, and the files that it was writing beside the partial file."""
+    program = """
+import os, signal, sys
+from EasyLM.storage import atomic
+from tokenizer.builders.resumable_file import ResumableFile
+file = ResumableFile(sys.argv[1], {}, fresh=False)
+file.write(b"one\\n")
+file.save({})
+atomic.os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+file.save({})
+"""
+    path = str(tmp_path / "out.jsonl")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", program, path], env=environment).returncode == -signal.SIGKILL
+    hidden = sorted(name for name in os.listdir(tmp_path) if name.startswith("."))
+    assert len(hidden) == 2 and hidden[0] == ".out.jsonl.lock" and hidden[1].startswith(".out.jsonl.progress.json.")
+    with contextlib.closing(resumable_file.ResumableFile(path, {}, fresh=False)) as file:
+        file.write(b"two\n")
+        file.finish({})
+    assert (tmp_path / "out.jsonl").read_bytes() == b"one\ntwo\n"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 @pytest.mark.parametrize(
