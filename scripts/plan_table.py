@@ -86,25 +86,24 @@ def made_plan(preset: str, topology: str, rows: int, flags: Sequence[str], time_
 def table(plans: dict[str, dict]) -> str:
     """Returns the plans as a table in Markdown."""
     lines = [
-        "| preset, devices | mesh | rows, saved for backward | memory a device | FLOPs | sent a device | checkpoint |",
-        "|---|---|---|---|---|---|---|",
+        "| preset | devices | mesh | rows | memory of a device | FLOPs | sent by a device | checkpoint |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for preset, topology, rows, flags in CASES:
         plan = plans.get(key_of(preset, topology, flags))
         if plan is not None:
-            saved = "projections, attention" if _SAVED in flags else "preset"
-            cells = [f"{preset}, {topology}", *_cells(plan, f"{rows}, {saved}")]
-            lines.append(f"| {' | '.join(cells)} |")
+            name = preset + (" *" if _SAVED in flags else "")
+            lines.append(f"| {' | '.join([name, topology, *_cells(plan, rows)])} |")
     return "\n".join(lines)
 
 
-def _cells(plan: dict, batch: str) -> list[str]:
-    if plan["error"] and not plan.get("peak_bytes_per_device"):
-        return ["", batch, plan["error"], "", "", ""]
+def _cells(plan: dict, rows: int) -> list[str]:
+    if not plan.get("peak_bytes_per_device"):
+        return ["", f"{rows}", plan["error"], "", "", ""]
     used, limit = (plan[name] / 1e9 for name in ("peak_bytes_per_device", "hbm_bytes_per_device"))
     return [
         ",".join(str(size) for size in plan["mesh"].values()),
-        batch,
+        f"{rows}",
         f"{used:.1f} of {limit:.0f} GB" + ("" if plan["fits"] else ": does not fit"),
         f"{plan['matmul_flops_ratio']:.2f}",
         f"{sum(plan['collective_bytes'].values()) / 1e9:.1f} GB",

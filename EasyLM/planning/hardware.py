@@ -23,7 +23,7 @@ class Hardware:
 # By a part of `device_kind`. Sources: https://docs.cloud.google.com/tpu/docs (pages v4, v5e, v5p and v6e), and NVIDIA's
 # data sheet of the H100 SXM, with one network adapter of 400 Gb/s per GPU. The memory of TPUs is what XLA plans with.
 HARDWARE = {
-    "TPU v4": Hardware(34.4, 1228, 300, 6.25),
+    "TPU v4": Hardware(33.0, 1228, 300, 6.25),
     "TPU v5 lite": Hardware(16.9, 819, 200, 3.1),
     "TPU v5p": (_V5P := Hardware(102.8, 2765, 600, 6.25)),
     "TPU v5": _V5P,

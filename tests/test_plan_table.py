@@ -1,0 +1,35 @@
+"""The README's table of plans is that of scripts/plan_table.py, and its plans have the values of the planner."""
+
+import json
+import pathlib
+
+import plan_table
+import pytest
+
+from EasyLM.models.llama import costs, llama_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+PLANS = json.loads((ROOT / "scripts/plan_table.json").read_text())
+
+
+def test_the_readme_has_the_table():
+    assert plan_table.table(PLANS) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("key", PLANS)
+def test_a_plan_is_of_the_current_preset(key):
+    """A changed preset makes its plans obsolete."""
+    plan = PLANS[key]
+    state = 12 * costs.num_parameters(llama_config.PRESETS[plan["preset"]])  # float32: parameters and two moments
+    assert state <= plan["checkpoint_bytes"] < state + 64
+    assert plan["fits"] and plan["attention_weights"] == ""
+    assert key in {plan_table.key_of(preset, topology, flags) for preset, topology, _, flags in plan_table.CASES}
+
+
+@pytest.mark.slow
+def test_a_case_that_fails_is_a_row(tmp_path):
+    made = plan_table.made_plan("vqlm_debug", "cpu:3", 8, ("--mesh_dim=2,-1,1",), 60)
+    assert "--mesh_dim=2,-1,1: does not divide the 3 devices" in made["error"]
+    preset, topology, rows, flags = plan_table.CASES[0]
+    text = plan_table.table({plan_table.key_of(preset, topology, flags): made})
+    assert text.splitlines()[2] == f"| {preset} | {topology} |  | {rows} | {made['error']} |  |  |  |"
