@@ -1,11 +1,10 @@
 """HTTP error responses: `RequestError`, and the conversion of other exceptions to it."""
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, one_line
 from evaluation.serving.batcher import ClosedError, QueueFullError
 from evaluation.serving.workload import TooMuchWorkError
 
 _RETRY_SECONDS = 5  # for a client with open requests
-_MAX_MESSAGE = 2000  # characters; some messages repeat a value of the request
 
 
 class RequestError(Exception):
@@ -24,7 +23,7 @@ class RequestError(Exception):
 
     @property
     def body(self) -> dict:
-        return {"error": {"code": self.code, "message": self.message[:_MAX_MESSAGE]}}
+        return {"error": {"code": self.code, "message": one_line(self.message)}}
 
     @property
     def headers(self) -> dict[str, str]:

@@ -42,6 +42,7 @@ INVALID_REQUESTS = {
     "no image": (form(png(1), b"garbage"), 422, "invalid", "pictures[1]", "not a readable image", "PNG, JPEG"),
     "an empty file": (form(b""), 422, "invalid", "pictures[0]"),
     "half an image": (form(png(1)[:200]), 422, "invalid", "pictures[0]", "broken"),
+    "a line break": ({"json": {"a\nb\u2028c": 1}}, 422, "invalid", "a\\nb\\u2028c: Extra inputs"),
     "another file": ({"files": [("x", b"x")]}, 422, "invalid", "x: Extra inputs"),
     "a file for a number": ({"files": [("pictures", png(1)), ("seed", b"1")]}, 422, "invalid", "seed"),
     "a file after text": ({"files": [("seed", b"1")], "data": {"seed": "1"}}, 422, "invalid", "seed: given twice"),
