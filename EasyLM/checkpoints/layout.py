@@ -23,7 +23,7 @@ def sidecar_path(checkpoint_path: str, name: str) -> str | None:
     """
     if is_remote(checkpoint_path):
         directory, base = checkpoint_path.rsplit("/", 1)
-        exists = remote_file_system(directory)[0].exists
+        exists = remote_file_system(checkpoint_path)[0].exists
     else:
         directory, base = os.path.split(os.path.realpath(checkpoint_path))  # resolved to one save
         exists = os.path.exists

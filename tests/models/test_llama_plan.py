@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
 from EasyLM import flags
 from EasyLM.data import dataset
-from EasyLM.models.llama import costs, llama_config, llama_plan
+from EasyLM.models.llama import costs, llama_config, llama_plan, training_task
+from EasyLM.parallel import make_mesh
 from EasyLM.planning.collectives import OPERATIONS
+from EasyLM.training import abstract_batch, abstract_state, make_optimizer, trace_step
 
 FIELDS = {
     "topology",
@@ -130,6 +133,22 @@ def test_the_planned_batch_is_that_of_a_dataset():
     }
     config.type, config.huggingface_dataset.batch_token_dtype = "huggingface", "u2"
     assert dataset.no_batch(config)["input_tokens"].dtype.str == "<u2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_step_of_30b_is_traced_and_lowered_in_20_seconds(scan_layers):
+    arguments = ["--load_llama_config=vqlm_30b", "--dtype=bf16", f"--llama.scan_layers={scan_layers}"]
+    arguments += ["--topology=cpu:8", "--train_dataset.json_dataset.seq_length=4096"]
+    config = flags.parse(llama_plan.FLAGS, ["llama_plan", *arguments])
+    begin = time.process_time()
+    mesh, optimizer = make_mesh(config.mesh_dim), make_optimizer(config.optimizer)
+    model = training_task.make_model(training_task.read_model(config), config.dtype, mesh)
+    state = abstract_state(model, optimizer, mesh)
+    batch = abstract_batch(dataset.no_batch(config.train_dataset), 8, mesh)
+    text = trace_step(model, optimizer, 0, mesh, state, batch).lower().as_text()
+    assert time.process_time() - begin < 20
+    assert "6656x17920" in text
 
 
 @pytest.mark.slow

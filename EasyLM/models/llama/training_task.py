@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from EasyLM import flags
 from EasyLM.data import dataset, text_tokenizer
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.models.llama import adapters, costs, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
@@ -66,7 +66,8 @@ def read_model(config: Any) -> LLaMAConfig:
 def recorded_config(spec: str) -> LLaMAConfig | None:
     """Returns the settings that the checkpoint `PREFIX::PATH` records, or None."""
     prefix, _, path = spec.partition("::")
-    return llama_config.recorded_config(prefix, local_path(path))
+    with prefix_errors(f"checkpoint {spec!r}"):
+        return llama_config.recorded_config(prefix, local_path(path))
 
 
 def make_model(llama: LLaMAConfig, dtype: str, mesh: Mesh, lora: LoRAConfig | None = None) -> Model:
