@@ -250,8 +250,8 @@ def _program(main: Callable) -> str:
     """Returns how the user starts this command, for the usage line."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if main.__module__ != "__main__":
-        return f"python -m {main.__module__}"
-    return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+        return f"python -m {main.__module__.removesuffix('.__main__')}"
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {sys.argv[0]}"
 
 
 def _groups(definitions: Definitions, prefix: str) -> list[str]:

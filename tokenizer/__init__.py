@@ -3,6 +3,7 @@
 Sub-packages (tests/test_architecture.py lists the imports that each may have):
     media           image and video files, folders, grids, charts
     synthetic       rendered scenes and crops of photographs
+    mappings        sentences of random mappings, which only their examples define; a command too
     vqgan           network, weight files and codec of the tokenizer
     image_quality   PSNR, SSIM, LPIPS, FID, code usage
     training        objective and discriminator that train the tokenizer

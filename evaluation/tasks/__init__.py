@@ -1,7 +1,7 @@
 """Few-shot tasks: examples, prompts of examples, and metrics of the answers.
 
 May import: EasyLM.storage, tokenizer.media, tokenizer.builders, tokenizer.image_quality, tokenizer.synthetic,
-evaluation.prompting. Other packages import the names below, or the modules metrics, plots,
+tokenizer.mappings, evaluation.prompting. Other packages import the names below, or the modules metrics, plots,
 report, in_context and in_context_report.
 
 Modules, in the order of the data flow:
@@ -31,7 +31,7 @@ Vocabulary:
   metric    a number per answer; its mean and standard error are printed (`figure` in flags and JSON)
   split     a kind of rendered scenes that differs from training scenes
   unigram   the baseline that uses token frequencies only
-  mapping   makes the annotation of a pair from its image; a family is a set of mappings (tokenizer.synthetic)
+  mapping   makes the annotation of a pair from its image; a family is a set of mappings (tokenizer.mappings)
 Shapes: Q queries, K shots, G images of a shot, P images of a prompt, N tokens of an image, n images, B images of a
 batch, S the side in pixels, C colours of a palette, V codes.
 """

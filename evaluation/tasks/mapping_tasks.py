@@ -1,6 +1,6 @@
 """The benchmark of mappings: tasks whose mapping is drawn anew for each query, so that only its shots define it.
 
-A task is a family of `tokenizer.synthetic.mappings` in a split: "seen" mappings consist of entries that occur in
+A task is a family of `tokenizer.mappings` in a split: "seen" mappings consist of entries that occur in
 training, "held_out" mappings of entries that do not. Each query has its own mapping and its own scenes, so the queries
 are independent. Wrong shots have the inputs of the shots, and the answers of another mapping.
 
@@ -18,8 +18,9 @@ from EasyLM.errors import UserError
 from EasyLM.progress import progress
 from evaluation.tasks.prompt_layout import PromptLayout
 from evaluation.tasks.tasks import Task, TaskSource
-from tokenizer.synthetic import mappings, scenes, seed_ranges, steps
-from tokenizer.synthetic.mappings import Mapping
+from tokenizer.mappings import mappings, steps
+from tokenizer.mappings.mappings import Mapping
+from tokenizer.synthetic import scenes, seed_ranges
 
 SPLITS = (mappings.SEEN, mappings.HELD_OUT)
 # Family -> its metric besides mse.

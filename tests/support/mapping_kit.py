@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from tokenizer.synthetic import held_out, palette, steps
+from tokenizer.mappings import held_out, steps
+from tokenizer.synthetic import palette
 
 
 def colour_index(colour: np.ndarray) -> int:

@@ -1,7 +1,6 @@
 """Synthetic data: rendered scenes with exact annotations, and crops of photographs, as functions of a seed.
 
-May import: EasyLM.data, tokenizer.media, tokenizer.formats, tokenizer.builders; no JAX, because worker processes import
-these modules.
+May import: tokenizer.media; no JAX, because worker processes import these modules.
 Import the modules as namespaces: `from tokenizer.synthetic import scenes`.
 
     scenes       images, annotations and clips of rendered scenes
@@ -11,20 +10,9 @@ Import the modules as namespaces: `from tokenizer.synthetic import scenes`.
     photos       crops of photographs from installed packages, and colour augmentation
     seed_ranges  which seeds are for training and which are held out
 
-Sentences that define their own mapping, in the order of the data flow:
-    held_out     what no training sentence contains: colours of classes, exchanges, geometries, compositions, rooms
-    steps        the steps of mappings: recolour, mark, turn, ...
-    mappings     draws a mapping of a family
-    pool         scenes, clips and photographs that are rendered once
-    sentences    composes sentences of images from a pool
-    writing      encodes them and writes the file
-
 Vocabulary: a scene is an image of one to four solids with its annotations (segmentation, depth, normals, edges); a clip
 is a scene over several frames; both are rendered from a layout. A split is a set of held-out scenes. Its seeds differ
 from those of training; in all splits but "scenes", shapes, colours or backgrounds differ too.
-
-A mapping makes the answer of a pair from its input; all pairs of a sentence have the same mapping. A family is a set of
-mappings.
 
 Shapes: S side of an image in pixels, P rays.
 """

@@ -1,6 +1,6 @@
 """64 colours that are spread evenly over RGB, and images that consist of them.
 
-Colours of sentences that define their own mapping (`tokenizer.synthetic.mappings`) are from this palette.
+Colours of sentences that define their own mapping (`tokenizer.mappings`) are from this palette.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,8 @@ from evaluation.tasks.lookup import lookup_answers
 from evaluation.tasks.mapping_tasks import FAMILIES, MappingTask
 from evaluation.tasks.metrics import colour_iou, mse
 from evaluation.tasks.tasks import load_task
-from tokenizer.synthetic import palette, scenes, seed_ranges, steps
+from tokenizer.mappings import steps
+from tokenizer.synthetic import palette, scenes, seed_ranges
 
 SIDE = 16
 

@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from tokenizer.builders import views
+from tokenizer.mappings import held_out
 from tokenizer.media import images
-from tokenizer.synthetic import held_out, palette, scenes
+from tokenizer.synthetic import palette, scenes
 
 Scene = Mapping[str, np.ndarray]
 

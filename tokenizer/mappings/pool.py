@@ -12,7 +12,8 @@ import numpy as np
 from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
 from tokenizer.builders import views
-from tokenizer.synthetic import held_out, layouts, photos, scenes, steps
+from tokenizer.mappings import held_out, steps
+from tokenizer.synthetic import layouts, photos, scenes
 
 NUM_FRAMES = 16  # of a clip: a sentence
 _PART = {"scenes": 64, "clips": 4, "photos": 64}  # items that a worker renders at a time

@@ -24,10 +24,11 @@ from EasyLM.process_pool import Workers
 from EasyLM.storage import check_output
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.formats import ImageTokenizer
+from tokenizer.mappings import pool, sentences, writing
+from tokenizer.mappings.pool import Pool, PoolSettings
+from tokenizer.mappings.sentences import FAMILIES, FRAMES, PAIRS, Mixture
 from tokenizer.media import grids, images
-from tokenizer.synthetic import pool, seed_ranges, sentences, writing
-from tokenizer.synthetic.pool import Pool, PoolSettings
-from tokenizer.synthetic.sentences import FAMILIES, FRAMES, PAIRS, Mixture
+from tokenizer.synthetic import seed_ranges
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 2  # increases when the same flags give other sentences; a run resumes only with its own version

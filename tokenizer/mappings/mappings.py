@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from tokenizer.synthetic import held_out, palette, steps
-from tokenizer.synthetic.steps import Scene, Source, Step
+from tokenizer.mappings import held_out, steps
+from tokenizer.mappings.steps import Scene, Source, Step
+from tokenizer.synthetic import palette
 
 TRAIN, SEEN, HELD_OUT = SPLITS = ("train", "seen", "held_out")
 

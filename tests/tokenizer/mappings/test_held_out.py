@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from mapping_kit import entries
 
-from tokenizer.synthetic import held_out, layouts, mappings, steps
+from tokenizer.mappings import held_out, mappings, steps
+from tokenizer.synthetic import layouts
 
 DRAWS = 10_000
 

@@ -10,12 +10,12 @@ from tokenizer_kit import TINY, run_main, tiny_vqgan
 from EasyLM.data import records
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
-from tokenizer import mappings as command
 from tokenizer.builders import resumable_file
+from tokenizer.mappings import __main__ as command
+from tokenizer.mappings import pool, sentences, writing
+from tokenizer.mappings.pool import NUM_FRAMES, Pool, PoolSettings
+from tokenizer.mappings.sentences import FAMILIES, Mixture
 from tokenizer.media import images
-from tokenizer.synthetic import pool, sentences, writing
-from tokenizer.synthetic.pool import NUM_FRAMES, Pool, PoolSettings
-from tokenizer.synthetic.sentences import FAMILIES, Mixture
 from tokenizer.vqgan import Codec
 
 SMALL = {"num_scenes": 12, "num_clips": 2, "num_photos": 8}

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from tokenizer.builders import views
-from tokenizer.synthetic import mappings, palette, scenes, steps
-from tokenizer.synthetic.mappings import Mapping
+from tokenizer.mappings import mappings, steps
+from tokenizer.mappings.mappings import Mapping
+from tokenizer.synthetic import palette, scenes
 
 SIZE = 32
 

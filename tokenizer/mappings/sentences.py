@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenizer.synthetic import mappings
-from tokenizer.synthetic.pool import NUM_FRAMES, Pool
+from tokenizer.mappings import mappings
+from tokenizer.mappings.pool import NUM_FRAMES, Pool
 
 PAIRS = 8
 FRAMES = "frames"  # the family of clips: 16 frames in order

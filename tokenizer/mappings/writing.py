@@ -19,9 +19,9 @@ from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.formats import ImageTokenizer
+from tokenizer.mappings.pool import Pool
+from tokenizer.mappings.sentences import NEW_IMAGE, Mixture, Sentences, compose_range
 from tokenizer.media import images
-from tokenizer.synthetic.pool import Pool
-from tokenizer.synthetic.sentences import NEW_IMAGE, Mixture, Sentences, compose_range
 
 _SENTENCES_AT_ONCE = 64  # that a worker composes at a time
 _PENDING_PER_WORKER = 3
