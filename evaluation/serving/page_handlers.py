@@ -7,6 +7,7 @@ import contextlib
 import os
 import pathlib
 import queue
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,15 +45,18 @@ def generate(
             future = engine.generate(prompt, settings, previews.put, client)
         except (UserError, RequestError, QueueFullError, TooMuchWorkError, ClosedError) as error:
             raise visitor_error(str(error)) from None
+        begin = time.monotonic()
         request_end.callback(future.cancel)  # the visitor may have closed the page
         future.add_done_callback(lambda _: previews.put(None))
         yield first_status(engine), [], no_download
         while (preview := previews.get()) is not None:
             yield f"Drawing: {preview.done} of {preview.total} tokens", _captioned(preview.images), no_download
         answer = future.result()
+    seconds = time.monotonic() - begin
     path = save_answer(answer.images, folder)
     yield (
-        f"Done: {answer.tokens[0].size} tokens a candidate",
+        f"Done: {answer.tokens[0].size} tokens a candidate in {seconds:.1f} s, "
+        f"{answer.tokens.size / seconds:.0f} tokens/s in all",
         _captioned(answer.images),
         gradio.DownloadButton(value=str(path), interactive=True),
     )

@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 import types
 
 import numpy as np
@@ -32,7 +33,10 @@ def test_previews_come_before_the_answer(folder):
         assert [caption for _, caption in captioned] == ["1: frame 1", "1: frame 2", "2: frame 1", "2: frame 2"]
         assert (captioned[1][0][-1] == 128).all()  # the last rows of the second frame are not generated yet
     status, captioned, button = last
-    assert status == f"Done: {2 * TINY.tokens_per_image} tokens a candidate"
+    told = re.fullmatch(r"Done: (\d+) tokens a candidate in ([\d.]+) s, (\d+) tokens/s in all", status)
+    assert int(told[1]) == 2 * TINY.tokens_per_image
+    num_tokens = 2 * 2 * TINY.tokens_per_image  # of two candidates
+    assert num_tokens / (float(told[2]) + 0.06) - 1 < int(told[3]) < num_tokens / max(float(told[2]) - 0.06, 1e-3) + 1
     assert [image.shape for image, _ in captioned] == [(256, 256, 3)] * 4
     sheet = np.asarray(Image.open(button.value["path"] if isinstance(button.value, dict) else button.value))
     assert sheet.shape == (2 * TINY.resolution + 2, 2 * TINY.resolution + 2, 3)
