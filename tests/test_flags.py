@@ -113,6 +113,12 @@ CONTRACT = {
     },
     "checkpointer": {"float_dtype": "", "save_optimizer_state": False},
     "llama": dict.fromkeys(llama_config.FLAG_OF_FIELD),
+    "lora": {
+        "rank": 0,
+        "alpha": 0.0,
+        "dropout": 0.0,
+        "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,down_proj,up_proj",
+    },
     "logger": {
         "online": False,
         "wandb": True,
@@ -259,7 +265,8 @@ def test_help_of_every_command(command, option, monkeypatch, capsys):
         module.cli()
     assert exited.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"usage: python -m {command} --flag=value ...\n\n{module.__doc__.strip().splitlines()[0]}")
+    program = command.removesuffix(".__main__")
+    assert text.startswith(f"usage: python -m {program} --flag=value ...\n\n{module.__doc__.strip().splitlines()[0]}")
     for name, flag in flags.leaves(module.FLAGS).items():
         assert len(flag.help) > 10, name
         assert f"\n  --{name}=" in text

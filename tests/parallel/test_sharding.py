@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM import flags
 from EasyLM.errors import UserError
-from EasyLM.models.llama import llama_config, llama_model
+from EasyLM.models.llama import adapters, llama_config, llama_model
+from EasyLM.models.llama.lora import TARGETS, LoRAConfig
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import check_batch_size, make_mesh, shardings
 from EasyLM.parallel.mesh import parse_mesh_dim
@@ -33,7 +34,9 @@ def shapes_of_state(preset, optimizer="adamw", accumulate=1):
 
 @pytest.mark.parametrize("preset", llama_config.PRESETS)
 def test_each_array_has_one_rule_and_each_rule_an_array(preset):
-    params = shapes_of_state(preset).params
+    targets = LoRAConfig(rank=2, alpha=1.0, dropout=0.0, targets=tuple(TARGETS))
+    adapter_shapes = adapters.adapter_shapes(llama_config.load_config(preset), targets)
+    params = adapters.with_adapters(shapes_of_state(preset).params, adapter_shapes)
     names = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     used = [[bool(re.search(pattern, name)) for pattern, _ in PARTITION_RULES] for name in names]
     assert (np.sum(used, axis=1) == 1).all(), "each array has one rule"
