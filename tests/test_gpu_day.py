@@ -73,6 +73,7 @@ def test_shares_follow_from_the_limits_of_the_machine():
     assert "50.0% of the memory limit" in text and "big: too little memory" in text
 
 
+@pytest.mark.slow
 def test_a_job_that_crashes_or_hangs_is_a_record(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'scripts'}")
     report = Report(f"{tmp_path}/gpu.json")

@@ -73,6 +73,7 @@ def test_blockwise_equals_xla(name, chunks):
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"implementation": "xla"}, CHUNKED], ids=["xla", "blockwise"])
 def test_grouped_queries_equal_repeated_keys(how):
     """Two groups of three heads. The gradient of a key is the sum over its group."""

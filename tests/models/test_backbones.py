@@ -32,6 +32,7 @@ def logits_of(config, params, tokens_BT=TOKENS_BT, mesh=None):
     return np.asarray(jax.jit(lambda *x: llama_model.apply(config, *x, mesh=mesh))(params, tokens_BT))
 
 
+@pytest.mark.slow
 def test_grouped_queries_equal_repeated_keys_and_values(tmp_path):
     params = random_params(tmp_path, GROUPED)
     attention = params["params"]["transformer"]["h"]["attention"]

@@ -116,6 +116,7 @@ def test_one_document_changes_nothing(params, batch):
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_forgetful_mask_keeps_the_first_key_of_each_document():
     first_BT = rotary.first_tokens(SEGMENTS_BT)
     mask = AttentionMask(forget_key=jax.random.key(0), forget_ratios=(0.9, 0.9), first_BT=first_BT)

@@ -54,6 +54,7 @@ def logits(params: dict, lora: LoRAConfig | None = None) -> jax.Array:
     return llama_model.apply(CONFIG, params, TOKENS_BT, lora=lora)
 
 
+@pytest.mark.slow
 def test_adapters_add_the_scaled_product_of_their_matrices():
     params, drawn_adapters = drawn(0)
     actual = logits(adapters.with_adapters(params, drawn_adapters), LORA)
@@ -70,6 +71,7 @@ def test_new_adapters_change_nothing_and_have_the_bound_of_peft():
     assert not np.array_equal(a_LIR[0], a_LIR[1])
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_merged_kernels():
     """With W' = W + s A B: dA = s dW' B^T, and dB = s A^T dW'."""
     params, drawn_adapters = drawn(1)
@@ -88,6 +90,7 @@ def test_gradients_are_those_of_the_merged_kernels():
         np.testing.assert_allclose(actual["lora_b"], 1.5 * jnp.einsum("LIR,LIO->LRO", a, dw), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_differs_between_layers_with_one_input():
     params, drawn_adapters = drawn(2)
     lora = dataclasses.replace(LORA, dropout=0.5)

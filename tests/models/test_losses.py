@@ -78,6 +78,7 @@ def test_chunked_loss_never_holds_all_logits(batch):
     assert f"f32[{B},{T},{V}]" not in text and f"f32[{T // 2},{B},2,{V}]" not in text
 
 
+@pytest.mark.slow
 def test_z_loss_is_that_of_palm(batch):
     """The mean of log^2 Z over the same tokens as the cross-entropy (arXiv 2204.02311, section 5)."""
     hidden_BTD, head_DV, targets_BT, masks_BT = batch

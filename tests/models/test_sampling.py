@@ -35,6 +35,7 @@ def test_top_k_above_the_vocabulary_is_disabled():
     assert len(set(map(int, drawn))) == 1
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_settings():
     """The first use of a setting must not compile anything: it would hold up a service for seconds."""
     program = jax.jit(jax.vmap(sample, in_axes=(0, None, 0)))

@@ -75,6 +75,7 @@ def test_a_living_holder_on_another_host_is_noticed_by_its_heartbeat(directory, 
     assert "on host node7" in caplog.text and "waiting up to 1 s" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clock_error", [-300, 0, 300])
 def test_a_dead_holder_on_another_host_is_replaced_after_the_stated_time(directory, caplog, clock_error):
     abandoned(directory, **ELSEWHERE, heartbeat=time.time() + clock_error)
@@ -120,6 +121,7 @@ def test_a_later_process_with_the_same_id_is_not_the_holder(tmp_path):
     assert time.monotonic() - begin < 0.9
 
 
+@pytest.mark.slow
 def test_the_lock_in_a_copy_of_a_directory_is_replaced(tmp_path):
     """The holder lives, but does not write its heartbeat here."""
     (tmp_path / "a").mkdir()
@@ -131,6 +133,7 @@ def test_the_lock_in_a_copy_of_a_directory_is_replaced(tmp_path):
         HeartbeatLock(str(tmp_path / "b")).release()
 
 
+@pytest.mark.slow
 def test_a_suspended_holder_finds_out(directory, monkeypatch):
     first = HeartbeatLock(directory)
     first._released.set()  # suspended: no heartbeat
@@ -145,6 +148,7 @@ def test_a_suspended_holder_finds_out(directory, monkeypatch):
         assert heartbeat_lock._LockFile(directory).read()["token"] == second._content["token"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": 3}', b"[" * 100_000])
 def test_an_unreadable_lock_is_replaced_after_the_stated_time(tmp_path, content):
     (tmp_path / heartbeat_lock.LOCK_NAME).write_bytes(content)

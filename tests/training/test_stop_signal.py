@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
 import hashlib, sys
@@ -21,6 +23,7 @@ flags.run(main, {})
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_answered_during_native_code():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PROGRAM]

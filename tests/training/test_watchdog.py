@@ -52,6 +52,7 @@ def test_progress_restarts_the_time(ended):
     assert not ended
 
 
+@pytest.mark.slow
 def test_a_long_wait_is_logged_again_and_again(monkeypatch, caplog):
     monkeypatch.setattr(watchdog, "REPORT_SECONDS", 0.3)
     with Watchdog(1) as running:

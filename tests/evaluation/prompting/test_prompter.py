@@ -54,6 +54,7 @@ def test_the_context_window_moves(prompter, tmp_path, mesh_dim, window):
                 np.testing.assert_array_equal(image_N, most_likely(context_PN, image_N))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_size_is_refused(prompter):
     """Also if neither the checkpoint nor its data names the tokenizer."""
     config = llama_config.updated(prompter.config, "{'codebook_size': 64}")

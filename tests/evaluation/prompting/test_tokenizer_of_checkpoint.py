@@ -46,6 +46,7 @@ def checkpoint(request, golden, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_the_named_tokenizer_is_taken(checkpoint, tiny):
     spec = checkpoint(Codec(tiny).digest)
     assert load_codec(spec, "", tiny).digest == Codec(tiny).digest

@@ -52,6 +52,7 @@ def test_files_base64_and_tokens_are_the_same_prompt(app):
     np.testing.assert_array_equal(pixels, images.to_uint8(tiny_prompter().decode(samples_CFN)))
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_batch(app):
     requests = [("POST", "/generate", form(png(i), n_candidates=2, seed=seed)) for i, seed in ((1, 5), (1, 6), (2, 6))]
     engine = tiny_engine(batch_window_ms=1000 * SECONDS)

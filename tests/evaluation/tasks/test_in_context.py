@@ -15,6 +15,7 @@ from evaluation.tasks import in_context, mapping_tasks, metrics
 from evaluation.tasks.in_context import InContextMeasurement
 from evaluation.tasks.tasks import load_task
 
+pytestmark = pytest.mark.slow
 QUERIES, ANSWERS = 3, 2
 
 
@@ -37,7 +38,6 @@ def measured(prompter, task):
     return measurement.curve(task, [0, 1, 2])
 
 
-@pytest.mark.slow
 def test_values_are_those_of_the_prompts_of_each_query(prompter, task, measured):
     (none, one, two), answers_nN = measured
     tokens, truths = prompter.encode(task.pixels), prompter.encode(task.answers)
@@ -81,7 +81,6 @@ def test_baselines_need_no_model(prompter, task, measured):
     assert two["per_query"]["accuracy"]["copy_query"] == pytest.approx(is_right.mean(1))
 
 
-@pytest.mark.slow
 def test_answers_and_wrong_examples_are_limited_to_some_numbers_of_shots(prompter, task, monkeypatch):
     monkeypatch.setattr(in_context, "FULL_COUNTS", (0,))
     measurement = InContextMeasurement(prompter, GenerationSettings(temperature=0.0), 2, {"mse": metrics.mse}, 1)
@@ -90,7 +89,6 @@ def test_answers_and_wrong_examples_are_limited_to_some_numbers_of_shots(prompte
     assert set(two["nats"]) == {"model", "wrong_examples"} and len(two["per_query"]["mse"]["model"]) == 1
 
 
-@pytest.mark.slow
 def test_accuracies_are_shares_of_the_most_likely_tokens(prompter, task, monkeypatch):
     """Of 64 tokens, the first 6 and the last 32 are not the most likely ones."""
     is_right_N = np.isin(np.arange(64), np.arange(6, 32))

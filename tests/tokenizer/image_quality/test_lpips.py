@@ -62,6 +62,7 @@ def test_equals_torch(narrow, tmp_path):
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_equal_images_have_zero_distance_and_a_finite_gradient(narrow):
     params = {name: from_file(np.zeros(shape, np.float32)) for name, shape in lpips.shapes().items()}
     black = np.zeros((1, 16, 16, 3), np.float32)

@@ -31,6 +31,7 @@ def test_training_never_uses_held_out_entries_and_the_benchmark_always(family):
             assert used == [split == mappings.HELD_OUT] * len(used)
 
 
+@pytest.mark.slow
 def test_training_never_composes_held_out_pairs_of_families():
     """A held-out composition has trained parts only. The rotation occurs in compositions, but never after a copy."""
     rng = np.random.default_rng(0)

@@ -81,6 +81,7 @@ def test_tiles_of_mosaics_are_independent():
     assert len(counts) == 64 and counts.min() > 15 and counts.max() < 75  # the expectation is 40
 
 
+@pytest.mark.slow
 def test_recoloured_segmentations_change_any_number_of_classes(rendered):
     numbers = set()
     for mapping in draws("recolour", 60):

@@ -45,6 +45,7 @@ def small_pool(tmp_path_factory) -> Pool:
     return Pool(directory)
 
 
+@pytest.mark.slow
 def test_sentences_depend_on_the_seed_and_their_number_only(tmp_path, write):
     lines = write(tmp_path / "one.jsonl", num=10)
     many = write(tmp_path / "many.jsonl", num=200, **FEW_IMAGES)

@@ -206,6 +206,7 @@ def test_tokens_that_are_not_whole_images_are_reported(tiny, tmp_path):
     assert not os.listdir(tmp_path / "d")
 
 
+@pytest.mark.slow
 def test_sentences_of_another_tokenizer_are_refused(tiny, codec, tmp_path):
     """Also if the flag is forgotten, and if their ids are outside its codebook."""
     for name, ids in (("ours", [1] * N), ("other", [9000] * N)):
@@ -222,6 +223,7 @@ def test_sentences_of_another_tokenizer_are_refused(tiny, codec, tmp_path):
         detokenize_file(tmp_path / "ours.jsonl", tiny, tmp_path / "o")
 
 
+@pytest.mark.slow
 def test_without_a_name_and_without_the_flag_one_line_warns(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(records.record_line([1] * Codec().config.tokens_per_image) * 2)
     detokenize_file(tmp_path / "a.jsonl", "", tmp_path / "o")

@@ -21,6 +21,7 @@ def tiny(tmp_path_factory):
     return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
 
 
+@pytest.mark.slow
 def test_the_digest_names_what_determines_the_codes(tiny, tmp_path):
     """Not the decoder, the format of the file, or how the model was trained."""
     digest = Codec(tiny).digest
