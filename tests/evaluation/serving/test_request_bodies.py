@@ -86,7 +86,9 @@ async def refuse(app, body: bytes, headers: dict) -> tuple[httpx.Response, float
         return await posted, time.monotonic() - begin, longest
 
 
-def refuse_all(engine, num_bytes: int) -> None:
+@pytest.mark.slow
+def test_hostile_bodies_of_16_megabytes_are_refused_at_once(engine):
+    num_bytes = 16 * 2**20
     app = make_app(engine, Limits(body_bytes=num_bytes, images=64))
     for name, pattern in HOSTILE.items():
         body = filled(*pattern, size=num_bytes)
@@ -98,16 +100,6 @@ def refuse_all(engine, num_bytes: int) -> None:
         assert len(response.content) < 3000, name
         assert taken < FROZEN_SECONDS and blocked < FROZEN_SECONDS, (name, taken, blocked)
         assert peak_megabytes() - before < 4 + 7 * num_bytes / 2**20, (name, peak_megabytes() - before)
-
-
-@pytest.mark.slow
-def test_hostile_bodies_are_refused_at_once(engine):
-    refuse_all(engine, num_bytes=200_000)
-
-
-@pytest.mark.slow
-def test_hostile_bodies_of_16_megabytes_are_refused_at_once(engine):
-    refuse_all(engine, num_bytes=16 * 2**20)
 
 
 def test_the_bodies_of_all_open_requests_are_bounded(engine, monkeypatch):
