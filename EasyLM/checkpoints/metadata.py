@@ -66,8 +66,7 @@ def _load(path: str, schema: Mapping[str, Any]) -> dict:
     with prefix_errors(path):
         content = parse_json(data) if data[:1] == b"{" else restricted_pickle.loads(data)
         check_schema(content, schema)
-        digest = content.pop(_DIGEST, None)
-        if digest is not None and digest != _digest(content):
+        if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
             raise UserError(f"its values are not those that were saved (after an edit, delete the key {_DIGEST!r})")
         for name, limit in _COUNTS.items():
             if f"{name}?" in schema and not 0 <= content.get(name, 0) < limit:

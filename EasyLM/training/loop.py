@@ -90,6 +90,8 @@ def fit(
                 pending = (done - 1, metrics, batch, logged)
                 milestone = _due(done, settings.save_milestone_freq)
                 if milestone or _due(done, settings.save_model_freq):
+                    report(*pending)  # first: a run that is killed after the save resumes after this step
+                    pending = None
                     save_once(state, done, milestone)
                 stop = vote.stop(metrics)
             if pending is not None:

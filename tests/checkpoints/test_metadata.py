@@ -15,9 +15,10 @@ def test_values_that_differ_from_those_saved_are_refused(tmp_path):
     saved = with_digest({"rows_consumed": 8, "source": {"tokens": float("nan"), "files": ("a",)}})
     path.write_text(json.dumps(saved))
     assert checkpoints.load_dataset_state(str(path))["rows_consumed"] == 8
-    path.write_text(json.dumps(saved | {"rows_consumed": 9}))
-    with pytest.raises(UserError, match=f"^{path}: .*not those that were saved.*delete the key 'digest'"):
-        checkpoints.load_dataset_state(str(path))
+    for damaged in ({"rows_consumed": 9}, {"digest": None}):
+        path.write_text(json.dumps(saved | damaged))
+        with pytest.raises(UserError, match=f"^{path}: .*not those that were saved.*delete the key 'digest'"):
+            checkpoints.load_dataset_state(str(path))
     path.write_text(json.dumps({"rows_consumed": 9}))
     assert checkpoints.load_dataset_state(str(path)) == {"rows_consumed": 9}
 

@@ -224,6 +224,21 @@ def test_a_milestone_is_not_saved_again_as_an_ordinary_checkpoint(start, total_s
     assert saved == expected
 
 
+def test_a_step_is_logged_before_the_state_after_it_is_saved():
+    """A run that is killed after the save resumes after the step, and would never log it."""
+    events = []
+    batches = type("Batches", (), {"position": 0, "wait_seconds": 0.0, "__next__": lambda self: None})()
+    state = types.SimpleNamespace(step=0)
+
+    def step(state, batch):
+        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True}
+
+    settings = dataclasses.replace(SETTINGS, total_steps=4, log_freq=1, save_model_freq=2, save_milestone_freq=0)
+    report = make_report(batches, settings, log=lambda row: events.append(("logged", row["step"])))
+    loop.fit(state, step, batches, settings, report, save=lambda state, done, *_: events.append(("saved", done)))
+    assert events == [("logged", 0), ("logged", 1), ("saved", 2), ("logged", 2), ("logged", 3), ("saved", 4)]
+
+
 @pytest.fixture
 def restored_signals():
     """Restores the handlers, which a received signal changes for the rest of the process."""
