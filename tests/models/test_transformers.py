@@ -77,7 +77,11 @@ def test_greedy_decoding_equals_transformers_for_256_tokens(golden, tmp_path):
     model = hf_layout.read_model(export(tiny_state(golden), tmp_path / "hf"))[0]
     params = checkpoints.load(tiny_state(golden))
     prompt = np.load(golden / "lvm_tiny" / "golden.npz")["input_tokens"][:1, :100]
-    theirs = torch_model(str(tmp_path / "hf")).generate(torch.tensor(prompt).long(), max_new_tokens=256)[0].numpy()
+    theirs = (
+        torch_model(str(tmp_path / "hf"))
+        .generate(torch.tensor(prompt).long(), max_new_tokens=256, do_sample=False)[0]
+        .numpy()
+    )
 
     @jax.jit
     def next_token(tokens_BT, length):
