@@ -128,7 +128,7 @@ def test_a_bad_line_stops_both_processes_with_the_same_error(tmp_path, port):
     running = start_two(tmp_path, port, mesh_dim="1,4,1", train_dataset__json_dataset__path=path)
     for output in finish(*running, code=2):
         (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert re.match(rf"error: (process 0 on \S+: )?{path}:3: not JSON", error) and "Traceback" not in output
+        assert re.match(rf"error: (process [01] on \S+: )?{path}:3: not JSON", error) and "Traceback" not in output
 
 
 @pytest.mark.slow
