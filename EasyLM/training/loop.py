@@ -81,8 +81,7 @@ def fit(
                 fetched += 1
                 state, metrics = train_step(state, batch)
                 done += 1
-                if pending is not None:
-                    report(*pending)
+                _report_dispatched(report, pending)
                 logged = (done - 1) % settings.log_freq == 0 or done == settings.total_steps
                 if evaluate is not None and logged:
                     with report.throughput.timed("eval"):
@@ -94,8 +93,7 @@ def fit(
                     pending = None
                     save_once(state, done, milestone)
                 stop = vote.stop(metrics)
-            if pending is not None:
-                report(*pending)
+            _report_dispatched(report, pending)
         except Exception as error:
             if fetched == done > start:  # a failed step has donated the state
                 in_progress = pending is not None and pending[0] < done - 1
@@ -104,6 +102,11 @@ def fit(
         if stop or settings.save_model_freq or settings.save_milestone_freq:
             save_once(state, done, _due(done, settings.save_milestone_freq) and done > 0)
     return state, done >= settings.total_steps
+
+
+def _report_dispatched(report: "Report", step: tuple[int, Metrics, Batch, bool] | None) -> None:
+    if step is not None:
+        report(*step)
 
 
 def _next_batch(batches: BatchIterator, step: int, expect: Callable[[str], None]) -> Batch:
