@@ -10,7 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev,text,serve,docs
 . "${VENV:-.venv}/bin/activate"
-# torch reads .bin weights and checks exports; diffusers checks its tokenizers. The version is pinned, because other builds install gigabytes of CUDA.
+# torch, peft and diffusers check exports and tokenizers. The version of torch is pinned, because other builds install
+# gigabytes of CUDA.
 python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers>=5" peft diffusers
 ruff check .
 ruff format --check .

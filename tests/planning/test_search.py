@@ -29,29 +29,29 @@ def make(candidate: Candidate, saturation: int = 64) -> Plan:
 
 
 def test_more_rows_are_worth_recomputation_while_they_make_the_step_faster():
-    found = search(make, ["1,8,1"], list(SAVED))
-    assert found.fastest[0] == Candidate("1,8,1", "nothing", 8)
-    assert "mesh 1,8,1, saving nothing, 16 rows a device: does not fit: 16" in found.reason
-    assert "mesh 1,8,1, saving nothing, 4 rows a device: -50.0% tokens/s" in found.reason
+    result = search(make, ["1,8,1"], list(SAVED))
+    assert result.fastest[0] == Candidate("1,8,1", "nothing", 8)
+    assert "mesh 1,8,1, saving nothing, 16 rows a device: does not fit: 16" in result.reason
+    assert "mesh 1,8,1, saving nothing, 4 rows a device: -50.0% tokens/s" in result.reason
 
 
 def test_without_a_gain_from_more_rows_the_least_recomputation_is_the_fastest():
     reported = []
-    found = search(lambda c: make(c, saturation=1), ["1,8,1"], list(SAVED), lambda c, plan: reported.append(c))
-    assert found.fastest[0].policy == "", "and memory does not limit it, so other policies are not compiled"
+    result = search(lambda c: make(c, saturation=1), ["1,8,1"], list(SAVED), lambda c, plan: reported.append(c))
+    assert result.fastest[0].policy == "", "and memory does not limit it, so other policies are not compiled"
     assert reported == [Candidate("1,8,1", "", rows) for rows in (1, 2)]
 
 
 def test_a_refused_mesh_is_tried_once():
-    found = search(make, ["refused", "1,8,1"], ["some"])
-    assert [candidate.mesh_dim for candidate, _ in found.tried].count("refused") == 1
-    assert found.fastest[0].mesh_dim == "1,8,1"
+    result = search(make, ["refused", "1,8,1"], ["some"])
+    assert [candidate.mesh_dim for candidate, _ in result.tried].count("refused") == 1
+    assert result.fastest[0].mesh_dim == "1,8,1"
 
 
 def test_nothing_fits():
-    found = search(lambda c: make(Candidate(c.mesh_dim, c.policy, 100)), ["1,8,1"], list(SAVED))
-    assert found.fastest is None and found.reason == "none of the candidates fits"
-    assert len(found.tried) == len(SAVED)
+    result = search(lambda c: make(Candidate(c.mesh_dim, c.policy, 100)), ["1,8,1"], list(SAVED))
+    assert result.fastest is None and result.reason == "none of the candidates fits"
+    assert len(result.tried) == len(SAVED)
 
 
 def assumptions(kind: str, **given: float) -> Assumptions:

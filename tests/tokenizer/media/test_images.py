@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+from image_table import TURNS
 from PIL import Image
 from tokenizer_kit import smooth_image
 
@@ -91,19 +92,6 @@ def test_every_format_is_read_as_rgb(tmp_path, name):
     assert [path.name for path in folders.list_images(str(tmp_path), "input_dir")] == [name]
 
 
-# EXIF orientation -> function from shown to stored pixels.
-STORED = {
-    1: lambda p: p,
-    2: lambda p: p[:, ::-1],
-    3: lambda p: p[::-1, ::-1],
-    4: lambda p: p[::-1],
-    5: lambda p: p.swapaxes(0, 1),
-    6: lambda p: np.rot90(p, 1),
-    7: lambda p: p.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda p: np.rot90(p, -1),
-}
-
-
 def test_exif_orientation_is_applied_despite_a_malformed_entry(tmp_path):
     tags = [(274, 3, struct.pack("<HH", 6, 0)), (256, 9, struct.pack("<i", -6))]  # orientation 6; a negative width
     entries = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in tags)
@@ -112,11 +100,11 @@ def test_exif_orientation_is_applied_despite_a_malformed_entry(tmp_path):
     assert np.abs(images.read(tmp_path / "a.jpg", SIDE).astype(int) - COLOURS).max() <= 6
 
 
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("orientation", TURNS)
 def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[274] = orientation
-    stored = np.ascontiguousarray(STORED[orientation](COLOURS))
+    stored = np.ascontiguousarray(TURNS[orientation](COLOURS))
     Image.fromarray(stored).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
     np.testing.assert_allclose(images.read(tmp_path / "a.jpg", SIDE).astype(int), COLOURS.astype(int), atol=6)
 
