@@ -62,10 +62,12 @@ def rows_consumed(state: Mapping[str, Any], source: RowSource) -> int:
             )
         saved_length = saved.get("seq_length", 1)
         tokens = state["rows_consumed"] * saved_length
-    else:
+    elif "total_tokens" in state:
         saved = state.get("config", {})
         saved_length = None
         tokens = state["total_tokens"] - saved.get("tokens_count_at_start", 0)
+    else:
+        raise UserError("not a data state: it has neither rows_consumed nor total_tokens")
     if saved_length != length and (current.get("shuffle_seed", -1) >= 0 or tokens % length):
         raise UserError(
             f"the saved data state ends after token {tokens}, in rows of "
