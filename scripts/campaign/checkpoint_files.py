@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from EasyLM.checkpoints.safetensors_file import tensor_entry, write_safetensors
 from EasyLM.models.llama import convert_easylm_to_hf, hf_files, hf_layout
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.storage import parse_json
-from EasyLM.training import TrainState
+from EasyLM.training import TrainState, batches
 from tokenizer import formats
 
 MODEL = LLaMAConfig(
@@ -37,6 +38,7 @@ MODEL = LLaMAConfig(
     max_sequence_length=64,
 )
 _STATE = "streaming_train_state"
+_SOURCE = types.SimpleNamespace(fingerprint={"seq_length": 16})  # of the rows of a run
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -47,7 +49,7 @@ def run_directories(folder: pathlib.Path) -> Attempt:
     for step in (2, 3, 4):
         state = random_state(step)
         metadata = checkpoints.make_metadata(step, {}, llama_config=dataclasses.asdict(MODEL))
-        saver.save(state, step, {"rows_consumed": 8 * step}, metadata, milestone=step == 2)
+        saver.save(state, step, batches.dataset_state(_SOURCE, 8 * step), metadata, milestone=step == 2)
         saver.wait()
         states[step] = _flat(checkpoints.load(f"trainstate::{run}/{_STATE}"))
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and not path.is_symlink()]
@@ -69,7 +71,8 @@ def run_directories(folder: pathlib.Path) -> Attempt:
         step = int(arrays["step",])
         require(step in states, f"step {step} in the state")
         _require_arrays(arrays, states[step])
-        require_equal(newest.dataset_state.get("rows_consumed"), 8 * step, f"rows consumed, beside step {step}")
+        row = batches.rows_consumed(newest.dataset_state, _SOURCE)  # as the trainer does
+        require_equal(row, 8 * step, f"rows consumed, beside step {step}")
         require_equal(newest.saved.contents["step"], step, f"step of the metadata, beside step {step}")
 
     return attempt
