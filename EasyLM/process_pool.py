@@ -108,6 +108,11 @@ def result(future: "Future | _RetriedFuture", subject: str) -> Any:
         raise UserError(f"{subject}: the process that read it died (out of memory, or a crash in a library)") from None
 
 
+def available_cores() -> int:
+    """Returns the number of cores that this process may use. A batch system can allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def exit_with_parent() -> None:
     """Makes a worker exit when its parent dies, even by SIGKILL, and leave Ctrl-C to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the workers too

@@ -11,7 +11,7 @@ import pytest
 from worker_functions import die_once
 
 from EasyLM.errors import UserError
-from EasyLM.process_pool import Workers, result
+from EasyLM.process_pool import Workers, available_cores, result
 
 SUPPORT = pathlib.Path(__file__).parent / "support"
 ROOT = pathlib.Path(__file__).parent.parent
@@ -105,3 +105,13 @@ def test_workers_exit_when_the_parent_is_killed(tmp_path):
         time.sleep(0.05)
     else:
         assert not pathlib.Path(f"/proc/{worker}").exists()
+
+
+def test_the_cores_are_those_of_the_process_not_of_the_machine():
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert available_cores() == len(cores)

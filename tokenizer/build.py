@@ -6,7 +6,6 @@ DATASET.md describes the kinds. The same command resumes an interrupted build; t
 """
 
 import contextlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.process_pool import available_cores
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output
 from tokenizer.builders import views
@@ -58,7 +58,7 @@ FLAGS = {
     ),
     "max_errors": Flag(0, "Maximum number of broken, unmatched or short inputs to skip; each is reported.", least=0),
     "fresh": Flag(False, "Discard an interrupted or finished build of the file."),
-    "workers": Flag(os.cpu_count() or 1, "Processes that read images.", least=1),
+    "workers": Flag(available_cores(), "Processes that read images.", least=1),
     "cache_pictures": Flag(
         1 << 21, "Images whose codes are cached on disk for later epochs, 2 bytes per token.", least=1
     ),

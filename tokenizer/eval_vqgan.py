@@ -6,7 +6,6 @@ metrics as JSON. `--output_picture` writes originals above their reconstructions
 
 import concurrent.futures
 import dataclasses
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.process_pool import available_cores
 from EasyLM.progress import progress
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output, write_json
@@ -117,7 +117,10 @@ def measure(
     values: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
     pairs, features = [], (FeatureStatistics(), FeatureStatistics())
     counts_K = np.zeros(codec.num_codes, np.int64)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress(total=len(paths), unit="image") as bar:
+    with (
+        concurrent.futures.ThreadPoolExecutor(available_cores()) as pool,
+        progress(total=len(paths), unit="image") as bar,
+    ):
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             bar.update(len(batch))

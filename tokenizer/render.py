@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import prefix_errors
 from EasyLM.flags import Flag, run
-from EasyLM.process_pool import exit_with_parent
+from EasyLM.process_pool import available_cores, exit_with_parent
 from EasyLM.progress import progress
 from EasyLM.storage import lock_output_folder
 from tokenizer.builders import views
@@ -43,7 +43,7 @@ FLAGS = {
     "held_out_photos": Flag(False, "Crop the held-out photographs instead of the training ones."),
     "recolour_photos": Flag(False, "Change the colours of photographs at random."),
     "layouts": Flag(False, "Also write label ids, classes, depths of clips, videos, and clips in CO3D's layout."),
-    "workers": Flag(os.cpu_count() or 1, "Worker processes.", least=1, most=_MAX),
+    "workers": Flag(available_cores(), "Worker processes.", least=1, most=_MAX),
 }
 
 

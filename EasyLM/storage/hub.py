@@ -29,10 +29,10 @@ def local_path(path: str) -> str:
     file_name = os.path.basename(inside)
     if "." in file_name or file_name.startswith("streaming_"):
         patterns = [inside, *(os.path.join(os.path.dirname(inside), name) for name in _SETTINGS)]
-        found = os.path.join(_download(path, repository, revision, patterns), inside)
-        if not os.path.exists(found):
+        file = os.path.join(_download(path, repository, revision, patterns), inside)
+        if not os.path.exists(file):
             raise UserError(f"{path}: neither a local path, nor a file of {repository} on the Hugging Face Hub")
-        return found
+        return file
     for weights in _WEIGHTS:
         patterns = [os.path.join(inside, name) for name in (*_SETTINGS, weights)]
         directory = os.path.normpath(os.path.join(_download(path, repository, revision, patterns), inside))

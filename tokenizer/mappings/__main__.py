@@ -8,7 +8,6 @@ The same command resumes an interrupted run.
 
 import contextlib
 import dataclasses
-import os
 import tempfile
 import threading
 import time
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.flags import Flag, run
-from EasyLM.process_pool import Workers
+from EasyLM.process_pool import Workers, available_cores
 from EasyLM.storage import check_output
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.formats import ImageTokenizer
@@ -71,7 +70,7 @@ FLAGS = {
     ),
     "output_picture": Flag("", "Image file for a sentence of each family, as composed and as decoded from its codes."),
     "fresh": Flag(False, "Discard an interrupted or finished run of the file."),
-    "workers": Flag(os.cpu_count() or 1, "Processes that render and compose.", least=1),
+    "workers": Flag(available_cores(), "Processes that render and compose.", least=1),
 }
 
 

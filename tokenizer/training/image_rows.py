@@ -8,6 +8,7 @@ import numpy as np
 
 from EasyLM.data import shuffled_number
 from EasyLM.errors import UserError
+from EasyLM.process_pool import available_cores
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import json_digest
 from tokenizer.media import folders, images
@@ -54,7 +55,7 @@ class ImageRows:
         self._cache: dict[int, np.ndarray] | None = None
         if len(self._paths) * size**2 * 3 * np.dtype(np.float32).itemsize <= MAX_CACHE_BYTES:
             self._cache = {}
-        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        self._pool = concurrent.futures.ThreadPoolExecutor(available_cores())
         self.fingerprint = {
             "seed": seed,
             "images": len(self._paths),

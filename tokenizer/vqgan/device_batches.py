@@ -4,7 +4,6 @@ Shapes: n images of an input, B images of a batch.
 """
 
 import collections
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import DTypeLike
 
 from EasyLM.errors import UserError
+from EasyLM.process_pool import available_cores
 
 
 class DeviceBatches:
@@ -50,7 +50,7 @@ class DeviceBatches:
         devices = devices or jax.devices()
         mesh = jax.make_mesh((len(devices),), ("image",), axis_types=(AxisType.Auto,), devices=devices)
         self._sharded, self._replicated = NamedSharding(mesh, P("image")), NamedSharding(mesh, P())
-        cores = os.cpu_count() or 1 if devices[0].platform == "cpu" else 1
+        cores = available_cores() if devices[0].platform == "cpu" else 1
         threads = max(min(cores, batch_size // min_chunk) // len(devices), 1)
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         share = max(-(-batch_size // (threads * len(devices))), min_chunk)  # images of a thread on each device

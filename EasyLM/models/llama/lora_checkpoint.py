@@ -10,11 +10,12 @@ import numpy as np
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import Entry
+from EasyLM.checkpoints.safetensors_file import tensor_entry, write_safetensors
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_layout
+from EasyLM.models.llama.checkpoint_record import record_path
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LoRAConfig
-from EasyLM.storage import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def recorded_lora(prefix: str, path: str) -> RecordedLoRA | None:
     Raises:
       UserError: if its metadata is broken.
     """
-    source = None if prefix == "huggingface" else checkpoints.sidecar_path(local_path(path), "metadata")
+    source = record_path(prefix, path)
     metadata = checkpoints.load_metadata(source) if source else {}
     values = metadata.get("llama_config", {}).get("lora")
     if not values:
@@ -78,9 +79,7 @@ def _merged(kernel: Entry, a: Entry, b: Entry, scale: float) -> Entry:
 
 def write_peft(directory: str, config: LLaMAConfig, lora: RecordedLoRA, entries: Sequence[Entry]) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them."""
-    from safetensors.numpy import save_file
-
-    tensors = {}
+    tensors = []
     for entry in entries:
         *path, _, matrix = entry.key  # ..., "wq", "adapter", "lora_a"
         name = hf_layout.hf_name((*path, "kernel"))
@@ -89,8 +88,9 @@ def write_peft(directory: str, config: LLaMAConfig, lora: RecordedLoRA, entries:
         array = hf_layout.to_hf(name, array, config.head_dim) if matrix == "lora_b" else array.T
         module = name.removesuffix(".weight")
         letter = "A" if matrix == "lora_a" else "B"
-        tensors[f"base_model.model.{module}.lora_{letter}.weight"] = np.ascontiguousarray(array)
-    save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
+        tensors.append(tensor_entry(f"base_model.model.{module}.lora_{letter}.weight", array))
+    with open(os.path.join(directory, "adapter_model.safetensors"), "wb") as weights:
+        write_safetensors(weights, tensors)
     with open(os.path.join(directory, "adapter_config.json"), "w", encoding="utf-8") as file:
         json.dump(_peft_config(lora), file, indent=2)
 

@@ -1,14 +1,12 @@
 """Batch size, devices and CPU cores do not affect the codes. Batches are prefetched."""
 
-import os
-
 import jax
 import numpy as np
 import pytest
 from tokenizer_kit import TINY, smooth_image, tiny_vqgan
 
 from tokenizer.synthetic import scenes
-from tokenizer.vqgan import Codec
+from tokenizer.vqgan import Codec, device_batches
 from tokenizer.vqgan import codec as codec_module
 
 
@@ -25,7 +23,7 @@ def pixels():
 @pytest.mark.slow
 def test_batch_size_devices_and_cores_do_not_affect_codes(tiny, pixels, monkeypatch):
     assert jax.device_count() == 8
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(device_batches, "available_cores", lambda: 2)
     codec = Codec(tiny, batch_size=8)  # one image per device; the last batch is partial
     codes = codec.encode(pixels)
     other = Codec(tiny, batch_size=7, devices=jax.devices()[:1])
