@@ -2,7 +2,6 @@
 
 import base64
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -222,7 +221,7 @@ def test_changed_settings_are_logged_when_a_run_starts_from_parameters(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
     run = train(tmp_path, total_steps=2, save_model_freq=1)
     write_entry = streaming.write_entry
 
@@ -235,7 +234,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"):
         train(tmp_path, total_steps=6, save_model_freq=1)
     monkeypatch.undo()
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy, symlinks=True)
-    train(tmp_path, total_steps=3, save_model_freq=1)
-    assert sorted(metrics(run, "loss")) == [0, 1, 2]
+    # The run ended one or more steps after the save failed. Those are repeated.
+    caplog.clear()
+    train(tmp_path, total_steps=6, save_model_freq=1)
+    assert "resuming after step 2" in caplog.text
+    assert sorted(metrics(run, "loss")) == list(range(6))
