@@ -8,8 +8,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# Bytes per parameter of a float32 state with its optimizer (12), and of copies and gradients in bf16 (4). vqlm_7b
-# does not fit on a card with 80 GB. Half of its layers have the same rates per layer.
+from EasyLM.flags import defaults
+from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
+
+# Bytes per parameter of a float32 state with its optimizer (12), and of copies and gradients in bf16 (4). A card with
+# 80 GB has too little memory for that of vqlm_7b. It can train adapters, or half of the layers at the same rates per layer.
 STATE_BYTES = 16
 
 
@@ -21,17 +24,25 @@ class Candidate:
       rows: rows of a batch.
       settings: changes to the preset.
       options: compiler options, in addition to those of the trainer.
+      lora_rank: train adapters of this rank beside frozen parameters; 0: train all parameters.
     """
 
     rows: int
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lora_rank: int = 0
 
     @property
     def name(self) -> str:
         """The settings as text."""
         changes = [f"{name}={value}" for name, value in (self.settings | self.options).items()]
-        return ", ".join([f"{self.rows} rows", *changes])
+        adapters = [f"LoRA of rank {self.lora_rank}"] if self.lora_rank else []
+        return ", ".join([f"{self.rows} rows", *adapters, *changes])
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The settings of the adapters, those of the trainer's flags with this rank."""
+        return LoRAConfig.from_flags({**defaults(LORA_FLAGS), "rank": self.lora_rank})
 
 
 _PROJECTIONS = {"remat_block": "projections_and_attention_saveable"}
@@ -39,7 +50,7 @@ _LEAST = {"remat_block": "nothing_saveable"}
 _UNROLLED = {"scan_layers": False}
 _HALF = {"num_hidden_layers": 16}
 CANDIDATES = {
-    "vqlm_debug": [Candidate(2)],
+    "vqlm_debug": [Candidate(2), Candidate(2, lora_rank=4)],
     "vqlm_100m": [
         Candidate(8, _PROJECTIONS),
         Candidate(16, _PROJECTIONS),
@@ -53,5 +64,9 @@ CANDIDATES = {
         Candidate(8, _PROJECTIONS | _UNROLLED),
     ],
     "vqlm_3b": [Candidate(4, _LEAST), Candidate(2, _PROJECTIONS), Candidate(3, _PROJECTIONS)],
-    "vqlm_7b": [Candidate(1, _HALF | _PROJECTIONS), Candidate(2, _HALF | _PROJECTIONS)],
+    "vqlm_7b": [
+        Candidate(2, _LEAST, lora_rank=16),
+        Candidate(1, _PROJECTIONS, lora_rank=16),
+        Candidate(2, _HALF | _PROJECTIONS),
+    ],
 }

@@ -1,17 +1,19 @@
 """Measures the trainer's step of one preset: tokens per second and memory of each candidate, kernels of the fastest."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from EasyLM.flags import Flag, defaults, run
-from EasyLM.models.llama import costs, llama_config, training_task
+from EasyLM.models.llama import adapters, costs, llama_config, llama_model, training_task
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.parallel import batch_sharding, make_mesh
 from EasyLM.training import OPTIMIZER_FLAGS, TrainState, abstract_state, make_optimizer, trace_step
@@ -57,7 +59,11 @@ def main(config: ConfigDict) -> None:
     for candidate in CANDIDATES[config.preset]:
         settings = llama_config.updated(model, repr(dict(candidate.settings)))
         name = f"{config.preset}, {candidate.name}"
-        labels = {"preset": config.preset, "rows": candidate.rows, "parameters": costs.num_parameters(settings)}
+        labels = {
+            "preset": config.preset,
+            "rows": candidate.rows,
+            "parameters": trained_parameters(settings, candidate),
+        }
         begin = time.monotonic()
         if begin + longest > end:
             emit("train", name, **labels, error="skipped: no time left")
@@ -101,17 +107,26 @@ def measure(model: LLaMAConfig, candidate: Candidate, length: int, seconds: floa
         "step_seconds": step_seconds,
         "steps": steps,
         "loss": float(metrics["loss"]),
-        "flops_per_second": tokens * costs.flops_per_token(model, length) / step_seconds,
+        "flops_per_second": tokens
+        * costs.flops_per_token(model, length, frozen=candidate.lora is not None)
+        / step_seconds,
         "compile_seconds": compile_seconds,
         "planned_bytes": planned,
         "peak_bytes": peak if peak > before else None,  # a smaller peak than an earlier one is not known
     }
 
 
+def trained_parameters(model: LLaMAConfig, candidate: Candidate) -> int:
+    """Returns the number of parameters that an optimizer changes."""
+    if not candidate.lora:
+        return costs.num_parameters(model)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapters.adapter_shapes(model, candidate.lora)))
+
+
 def compiled_trainer(model: LLaMAConfig, candidate: Candidate, length: int) -> tuple[Trainer, int | None]:
     """Returns the trainer's compiled step with its optimizer's default flags, and XLA's plan of its peak memory."""
     mesh, optimizer = make_mesh("1,1,1", jax.devices()[:1]), make_optimizer(defaults(OPTIMIZER_FLAGS))
-    parts = training_task.make_model(model, "bf16", mesh)
+    parts = training_task.make_model(model, "bf16", mesh, candidate.lora)
     state = abstract_state(parts, optimizer, mesh)
     shape = candidate.rows, length
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
@@ -121,7 +136,19 @@ def compiled_trainer(model: LLaMAConfig, candidate: Candidate, length: int) -> t
     compiled = step.lower().compile(compiler_options=dict(candidate.options))
     planned = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", None)
     places = jax.tree.map(lambda array: array.sharding, state)
-    return Trainer(compiled, partial(init_state, parts.init, optimizer, 0, places), batch), planned
+
+    def new_state() -> TrainState:
+        if not candidate.lora:
+            return init_state(parts.init, optimizer, 0, places)
+        trained = init_state(parts.init, optimizer, 0, dataclasses.replace(places, extra={}))
+        return dataclasses.replace(trained, extra=jax.jit(partial(_frozen, model), out_shardings=places.extra)())
+
+    return Trainer(compiled, new_state, batch), planned
+
+
+def _frozen(model: LLaMAConfig) -> dict:
+    """Returns random parameters with kernels in bf16."""
+    return llama_model.with_kernels(llama_model.init_params(model, jax.random.key(0)), jnp.bfloat16)
 
 
 def profiled(trainer: Trainer, steps: int = 2) -> dict[str, float]:
