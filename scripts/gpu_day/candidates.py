@@ -11,8 +11,8 @@ from typing import Any
 from EasyLM.flags import defaults
 from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
 
-# Bytes per parameter of a float32 state with its optimizer (12), and of copies and gradients in bf16 (4). A card with
-# 80 GB has too little memory for that of vqlm_7b. It can train adapters, or half of the layers at the same rates per layer.
+# Bytes per parameter of a float32 state with its optimizer (12), and of copies and gradients in bf16 (4). vqlm_7b needs
+# more than a card with 80 GB has. Adapters fit, and half of the layers, which have the same rates per layer.
 STATE_BYTES = 16
 
 
