@@ -87,6 +87,8 @@ CONTRACT = {
     "log_all_worker": False,
     "max_nonfinite_steps": 10,
     "watchdog_minutes": 30.0,
+    "compilation_cache_dir": "",
+    "profile_steps": "",
     "peak_tflops": 0.0,
     "tokenizer": {"vocab_file": "", "add_bos_token": False, "add_eos_token": False},
     "train_dataset": DATASET,

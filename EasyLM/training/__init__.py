@@ -4,6 +4,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
 
     step          the train state, and the pure functions that change it
     abstract_step shapes and shardings of a step's arguments, and its trace
+    compilation   compiles a run's functions; their cache on disk
     task          what a run trains: model, optimizer, data, units
     settings      the flags of every run, and their values
     run           `open_run` locks the directory and validates flags and starting files; `train` does the rest
@@ -12,6 +13,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     batches       global batches on the mesh, prefetched; the data state
     optimizers    optimizers from flags; schedules: their learning rates; weight_average: a moving average of weights
     throughput    items per second, seconds by activity, MFU
+    profiler      traces of a few steps
     stop_signal   signals stop all processes after the same step
     watchdog      ends a run that makes no progress
     metrics_log   the metrics of a run; their flags

@@ -1,11 +1,10 @@
 """A training run from its flags to its last checkpoint, for any model: `open_run`, then `train`."""
 
 import dataclasses
-import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,10 +16,11 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.parallel import batch_sharding, check_same, fail_together, on_first_process_first
 from EasyLM.storage import HeartbeatLock, LockedError, is_remote, json_digest, remote_file_system
 from EasyLM.training import metrics_log
-from EasyLM.training.abstract_step import abstract_batch, trace_step
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
+from EasyLM.training.compilation import compile_evaluation, compile_step, use_compilation_cache
 from EasyLM.training.loop import Report, fit
 from EasyLM.training.metrics_log import Logger
+from EasyLM.training.profiler import Profiler
 from EasyLM.training.settings import RunSettings
 from EasyLM.training.start import CheckpointFormats, StartPoint, check_settings, find_start, first_state
 from EasyLM.training.step import Metrics, TrainState, updates_done
@@ -59,6 +59,8 @@ def open_run(
       UserError: naming the flag or the file, or the process that uses the directory.
     """
     metrics_log.check_settings(settings.logger)
+    with prefix_errors(f"--compilation_cache_dir={settings.compilation_cache_dir}"):
+        use_compilation_cache(settings.compilation_cache_dir)
     directory = run_directory(settings.logger)
     with ExitStack() as stack:
         check_lock = on_first_process_first(lambda: _lock(directory, stack))
@@ -121,6 +123,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         closing(Batches(data.train, data.batch_size, batch_sharding(mesh), first_row)) as batches,
         closing(Logger(settings.logger, run.directory, settings.flags, settings.log_all_worker)) as logger,
         closing(checkpoints.Checkpointer(run.directory, **settings.checkpointer, guard=run.check_lock)) as checkpointer,
+        closing(Profiler(settings.profile_steps, run.directory, first_step)) as profiler,
         fail_together(),  # before the closing of the others, which may take long
     ):
 
@@ -129,7 +132,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
             logger.log(metrics | data.train.metrics(rows))
 
         checkpointer.prepare(task.model.saved_part(state))
-        step = _compiled_step(task, settings.seed, mesh, state)
+        step = profiler.traced(compile_step(task, settings.seed, mesh, state))
         throughput = Throughput(
             batches,
             accounting.unit,
@@ -143,6 +146,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         evaluate = (
             _make_evaluate(task, settings.eval_steps, mesh, state, watchdog.expect) if settings.eval_steps else None
         )
+        on_first_process_first(lambda: None)  # all have compiled: collectives on CPUs wait for 30 s only
         with watchdog:
             state, finished = fit(
                 state, step, batches, settings.loop, report, save=save, evaluate=evaluate, expect=watchdog.expect
@@ -178,19 +182,6 @@ def _check_processes_agree(start: StartPoint, first_row: int, source: RowSource)
     )
 
 
-def _compiled_step(
-    task: TrainingTask, seed: int, mesh: Mesh, state: TrainState
-) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
-    """Compiles the train step before the first batch is requested, and logs the compile time."""
-    batch = abstract_batch(task.data.train.rows(0, 1), task.data.batch_size, mesh)
-    logging.info("compiling the train step")
-    begin = time.perf_counter()
-    with reported("the compilation of the train step"):
-        compiled = trace_step(task.model, task.optimizer, seed, mesh, state, batch).lower().compile()
-    logging.info("compiled the train step in %.1f s", time.perf_counter() - begin)
-    return compiled
-
-
 def _make_save(
     run: Run, task: TrainingTask, mesh: Mesh, checkpointer: checkpoints.Checkpointer
 ) -> Callable[[TrainState, int, int, bool], None]:
@@ -216,16 +207,13 @@ def _make_evaluate(
     task: TrainingTask, steps: int, mesh: Mesh, state: TrainState, expect: Callable[[str], None]
 ) -> Callable[[TrainState], Metrics]:
     """Returns a function that averages metrics over the first batches of the evaluation data. Compiles it."""
-    source, batch_size = task.data.eval, task.data.eval_batch_size
-    assert source is not None
-    logging.info("compiling the evaluation")
-    batch = abstract_batch(source.rows(0, 1), batch_size, mesh)
-    with reported("the compilation of the evaluation"):
-        step = jax.jit(task.model.evaluate).lower(state.params, state.extra, batch).compile()
+    assert task.data.eval is not None
+    make_batches = partial(Batches, task.data.eval, task.data.eval_batch_size, batch_sharding(mesh))
+    step = compile_evaluation(task, mesh, state)
 
     def evaluate(state: TrainState) -> Metrics:
         expect("the evaluation")
-        batches = Batches(source, batch_size, batch_sharding(mesh))
+        batches = make_batches()
         try:
             batch_metrics = [step(state.params, state.extra, next(batches)) for _ in range(steps)]
         finally:

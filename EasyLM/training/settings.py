@@ -8,6 +8,7 @@ from EasyLM.flags import Flag, to_dataclass
 from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS
 from EasyLM.training import metrics_log
 from EasyLM.training.loop import LoopSettings
+from EasyLM.training.profiler import profiled_steps
 from EasyLM.training.start import StartFiles
 
 RUN_FLAGS = {
@@ -36,6 +37,10 @@ RUN_FLAGS = {
         least=0,
         most=10**6,
     ),
+    "compilation_cache_dir": Flag(
+        "", "Where compiled functions are kept for the next start, a folder that all hosts share; empty: nowhere."
+    ),
+    "profile_steps": Flag("", "Steps to trace for TensorBoard and xprof, FIRST:END; 10:13 traces 10, 11 and 12."),
     "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: looked up by the device's kind.", least=0),
     "checkpointer": checkpoints.CHECKPOINTER_FLAGS,
     "logger": metrics_log.LOGGER_FLAGS,
@@ -57,6 +62,8 @@ class RunSettings:
     eval_steps: int
     log_all_worker: bool
     watchdog_minutes: float
+    compilation_cache_dir: str
+    profile_steps: range
     peak_tflops: float
     checkpointer: Any
     logger: Any
@@ -68,6 +75,7 @@ class RunSettings:
         return cls(
             loop=to_dataclass(LoopSettings, config),
             start=StartFiles(config.load_checkpoint, config.load_dataset_state, config.load_metadata),
+            profile_steps=profiled_steps(config.profile_steps, config.total_steps),
             flags=config.to_dict(),
             **{
                 name: config[name]
@@ -76,6 +84,7 @@ class RunSettings:
                     "eval_steps",
                     "log_all_worker",
                     "watchdog_minutes",
+                    "compilation_cache_dir",
                     "peak_tflops",
                     "checkpointer",
                     "logger",

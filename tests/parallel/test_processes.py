@@ -115,7 +115,7 @@ def test_an_error_in_training_does_not_wait_for_other_processes(tmp_path, monkey
         raise UserError("the data of this process is gone")
 
     monkeypatch.setattr(run, "fit", fit)
-    monkeypatch.setattr(run, "_compiled_step", lambda *_: None)
+    monkeypatch.setattr(run, "compile_step", lambda *_: None)
     with pytest.raises(UserError, match="the data of this process is gone"):
         train(tmp_path)
 

@@ -60,7 +60,7 @@ def test_each_starting_file_is_read_once(tmp_path, monkeypatch):
     count(streaming, "read_streaming")
     count(checkpoints, "load_metadata")
     count(checkpoints, "load_dataset_state")
-    monkeypatch.setattr(run, "_compiled_step", lambda *_: None)
+    monkeypatch.setattr(run, "compile_step", lambda *_: None)
     monkeypatch.setattr(run, "fit", lambda state, *_, **__: (state, True))
     files = {
         "load_checkpoint": f"{GOLDEN}/step15/streaming_train_state",
