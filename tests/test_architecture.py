@@ -24,12 +24,13 @@ ALLOWED = {
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
     "tokenizer.formats": "EasyLM.storage EasyLM.checkpoints",
+    "tokenizer.sources": "EasyLM.storage tokenizer.media",
     "tokenizer.synthetic": "tokenizer.media",
     "tokenizer.vqgan": "EasyLM.storage EasyLM.checkpoints tokenizer.formats",
     "tokenizer.image_quality": "tokenizer.formats tokenizer.vqgan",
     "tokenizer.training": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.vqgan tokenizer.image_quality",
     "tokenizer.sentence_files": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.image_quality",
-    "tokenizer.builders": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.formats",
+    "tokenizer.builders": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.sources tokenizer.formats",
     "tokenizer.mappings": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.formats tokenizer.synthetic "
     "tokenizer.vqgan tokenizer.builders",
     "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training tokenizer.media "
@@ -49,7 +50,7 @@ ALLOWED = {
 # Users know this command by its old name. It imports the service inside its main function.
 ALIASES = {"EasyLM.models.llama.llama_serve"}
 OPTIONAL = {"torch", "transformers", "datasets", "sentencepiece", "tokenizers", "av", "gradio", "fastapi", "uvicorn"}
-OPTIONAL |= {"skimage", "sklearn", "wandb", "tensorboardX", "matplotlib", "starlette", "fastapi_offline"}
+OPTIONAL |= {"skimage", "sklearn", "pyarrow", "wandb", "tensorboardX", "matplotlib", "starlette", "fastapi_offline"}
 MOST_MODULES = 9  # directly in a package: its commands
 MOST_FUNCTION_LINES, MOST_FILE_LINES, MOST_TEST_LINES = 60, 300, 400
 

@@ -2,6 +2,7 @@
 
 Sub-packages (tests/test_architecture.py lists the imports that each may have):
     media           image and video files, folders, grids, charts
+    sources         inputs in folders, tars and tables, local or remote
     synthetic       rendered scenes and crops of photographs
     mappings        sentences of random mappings, which only their examples define; a command too
     vqgan           network, weight files and codec of the tokenizer

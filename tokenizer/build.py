@@ -1,4 +1,4 @@
-"""Builds a JSONL file of visual sentences from folders of images or videos: `python -m tokenizer.build --kind=K ...`.
+"""Builds a JSONL file of visual sentences from images or videos: `python -m tokenizer.build --kind=K ...`.
 
     python -m tokenizer.build --kind=paired --input_dir=data/image --target_dir=data/depth --output_file=depth.jsonl
 
@@ -17,12 +17,13 @@ from EasyLM.process_pool import available_cores
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output
 from tokenizer.builders import views
-from tokenizer.builders.file_index import FileIndex, InputFolder
-from tokenizer.builders.kinds import KINDS, Kind
+from tokenizer.builders.file_index import FileIndex
+from tokenizer.builders.inputs import find_sources
+from tokenizer.builders.kinds import KINDS
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
-from tokenizer.media import folders, images, videos
+from tokenizer.media import folders
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 2  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
@@ -30,8 +31,23 @@ VERSION = 2  # increases when the same flags and inputs give other sentences; a 
 # Flags that determine the sentences. An interrupted build resumes only with the same values.
 SENTENCE_FLAGS = {
     "kind": Flag("images", "The kind of sentences.", choices=tuple(KINDS)),
-    "input_dir": Flag("", "Folder of the inputs, with its subfolders.", required=True),
-    "target_dir": Flag("", "Folder of the annotations or of further clips; for multi_* a comma list."),
+    "input_dir": Flag(
+        "",
+        "The inputs: a folder with its subfolders; tars or parquet files, as a folder of them, a glob or a range such "
+        "as 'DIR/{000..019}.tar'; or a folder of Dataset.save_to_disk. Also s3://, gs://, hf://datasets/OWNER/NAME.",
+        required=True,
+    ),
+    "target_dir": Flag("", "The annotations or further clips, like --input_dir; for multi_* a comma list."),
+    "keys": Flag(
+        "",
+        "Of tars: what follows the first dot in the names of the inputs, such as jpg; jpg,seg.png takes the "
+        "annotations from the same tars, without --target_dir. Empty: every image.",
+    ),
+    "columns": Flag(
+        "",
+        "Of parquet files and save_to_disk: the column of the inputs; image,label takes the annotations from the same "
+        "rows. Empty: the only image column.",
+    ),
     "n_shots": Flag(8, "Pairs, images or classes in a sentence.", least=1),
     "images_per_shot": Flag(1, "category: images of each class in a sentence.", least=1),
     "n_epochs": Flag(1, "Passes over all inputs, each shuffled differently.", least=1),
@@ -68,10 +84,10 @@ FLAGS = {
 def main(config: ConfigDict) -> None:
     """Builds the file and prints its statistics."""
     kind, skipped = KINDS[config.kind], SkippedInputs(config.max_errors)
-    inputs, settings, (shard, shards) = _input_folders(kind, config), _settings(config), _shard(config.shard)
+    settings, (shard, shards) = _settings(config), _shard(config.shard)
+    sources = find_sources(config.kind, config.input_dir, config.target_dir, config["keys"], config.columns)
     codec = Codec.from_flags(config)
-    extensions = videos.VIDEO_EXTENSIONS if kind.is_video else images.IMAGE_EXTENSIONS
-    index = FileIndex(kind.layout, inputs, extensions, skipped)
+    index = FileIndex(kind.layout, sources, skipped)
     with prefix_errors("--", separator=""):
         sampler = kind.sampler(index, settings)
     total = sampler.num_examples * config.n_epochs
@@ -97,19 +113,6 @@ def _summary(report: Mapping[str, Any]) -> str:
     skipped = f", {len(report['skipped'])} inputs skipped" if report["skipped"] else ""
     idle = f"the device was idle for {report['device_waiting_share']:.0%} of {report['seconds']:.0f} s"
     return f"{report['sentences']} sentences of {report['pictures']} images{skipped}; {idle}"
-
-
-def _input_folders(kind: Kind, config: ConfigDict) -> list[InputFolder]:
-    if kind.subfolders:
-        return [InputFolder(config.input_dir, "input_dir", subfolder) for subfolder in kind.subfolders]
-    if kind.targets == "none":
-        return [InputFolder(config.input_dir, "input_dir")]
-    if not config.target_dir:
-        raise UserError(f"--target_dir is missing: --kind={config.kind} needs it")
-    if kind.targets == "one" and "," in config.target_dir:
-        raise UserError(f"--target_dir={config.target_dir}: --kind={config.kind} takes one folder")
-    targets = [InputFolder(target.strip(), "target_dir") for target in config.target_dir.split(",")]
-    return [InputFolder(config.input_dir, "input_dir"), *targets]
 
 
 def _settings(config: ConfigDict) -> SentenceSettings:

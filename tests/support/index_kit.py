@@ -1,18 +1,31 @@
 """File indexes of names without files."""
 
+import dataclasses
+
 from EasyLM.skipped_inputs import SkippedInputs
-from tokenizer.builders.file_index import FileIndex, InputFolder
-from tokenizer.media import folders, images
+from tokenizer.builders.file_index import FileIndex
+from tokenizer.sources.items import Item
 
 
-def make_index(monkeypatch, names, layout, count=1):
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """A source of files that do not exist."""
+
+    directory: str
+    names: list[str]
+    columns: tuple[str, ...] = ("",)
+
+    @property
+    def flag(self) -> str:
+        return f"--input_dir={self.directory}"
+
+    def items(self, ignored, report):
+        return (Item(name, 0, f"{self.directory}/{name}", "", "1 2") for name in self.names)
+
+
+def make_index(names, layout, count=1):
     """Returns the index of file names (one list per input folder) and its skipped inputs."""
     names_by_folder = [names] * count if isinstance(names[0], str) else names
-
-    def walk(directory, flag, extensions, ignored, report):
-        return (folders.FileEntry(name, 1, 2) for name in names_by_folder[int(directory)])
-
-    monkeypatch.setattr(folders, "walk", walk)
-    inputs = [InputFolder(str(i), "input_dir") for i in range(len(names_by_folder))]
     skipped = SkippedInputs(99)
-    return FileIndex(layout, inputs, images.IMAGE_EXTENSIONS, skipped), skipped
+    sources = [Names(str(i), folder) for i, folder in enumerate(names_by_folder)]
+    return FileIndex(layout, sources, skipped), skipped

@@ -1,11 +1,13 @@
-"""Builds visual sentences from folders of images and videos.
+"""Builds visual sentences from images and videos.
 
-May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.formats; never JAX. The codec is passed in.
+May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.sources, tokenizer.formats; never JAX. The codec is
+passed in.
 Import the modules: `from tokenizer.builders import views`. This file imports nothing, because worker processes import
 only `image_ref` and have to start fast.
 
 In the order of the data flow:
-  file_index      FileIndex: the files of the input folders as items of rows
+  inputs          the sources that a kind needs, from the values of the flags
+  file_index      FileIndex: the files of the sources as items of rows
   samplers        select the rows of an example
   kinds           KINDS, and the sentences of a range of examples
   arrangements    order the images of a sentence: one function per kind
@@ -18,7 +20,7 @@ In the order of the data flow:
   resumable_file  ResumableFile: an output file that an interrupted build resumes
 
 Vocabulary:
-  row      one image from each input folder, such as an image with its annotations
+  row      one image from each column of the sources, such as an image with its annotations
   item     rows that belong together: a pair, the frames of a clip in temporal order, or the images of a class
   example  the rows of one or more sentences; the unit of progress, of shards and of resuming
   shot     an item of an example

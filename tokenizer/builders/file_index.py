@@ -1,16 +1,14 @@
-"""An index of the input files, grouped into rows and items.
+"""An index of the inputs, grouped into rows and items.
 
 The index is a temporary SQLite database on disk (in $TMPDIR): memory does not grow with the number of files.
 """
 
 import collections
-import dataclasses
 import hashlib
 import itertools
 import os
-import pathlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import orjson
@@ -19,38 +17,21 @@ from EasyLM.errors import UserError
 from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import folders
+from tokenizer.sources.items import Source, column_label
 
 # Folders of a CO3D sequence: CATEGORY/SEQUENCE/images/frame000001.jpg.
 CO3D_SUBFOLDERS = ("images", "masks", "depths", "depth_masks")
 _CACHE_KIB = 64 << 10
 _SCHEMA = f"""
 PRAGMA cache_size = -{_CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-CREATE TABLE file (item TEXT, sort_key TEXT, folder INT, path TEXT, PRIMARY KEY (item, sort_key, folder, path))
-    WITHOUT ROWID;
-CREATE TABLE row (number INTEGER PRIMARY KEY, paths TEXT);
+CREATE TABLE file (item TEXT, sort_key TEXT, column INT, address TEXT, location TEXT,
+    PRIMARY KEY (item, sort_key, column, address, location)) WITHOUT ROWID;
+CREATE TABLE row (number INTEGER PRIMARY KEY, files TEXT);
 CREATE TABLE item (number INTEGER PRIMARY KEY, first INT, size INT);
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class InputFolder:
-    """An input folder, which contains one image of every row.
-
-    Attributes:
-      directory: its path; subfolders are included.
-      flag: the flag that names it, for errors.
-      subfolder: if set, only files whose parent folder has this name count.
-    """
-
-    directory: str
-    flag: str
-    subfolder: str = ""
-
-    def __str__(self) -> str:
-        return f"--{self.flag}={self.directory}" + f" ({self.subfolder}/)" * bool(self.subfolder)
-
-
-# A layout maps a file's name within its folder to its item, and to its row's sort key within the item.
+# A layout maps a file's name within its source to its item, and to its row's sort key within the item.
 Layout = Callable[[str], tuple[str, str]]
 
 
@@ -89,89 +70,69 @@ def _stem(name: str) -> str:
 
 
 class FileIndex:
-    """Items in the order of their names. An item has one or more rows, a row one image from each input folder.
+    """Items in the order of their names. An item has one or more rows, a row one image from each column of the sources.
 
     Attributes:
       digest: changes when a file is added, removed or written.
       ignored: number of files with other extensions, by extension.
     """
 
-    def __init__(
-        self, layout: Layout, inputs: Sequence[InputFolder], extensions: Sequence[str], skipped: SkippedInputs
-    ):
-        """Lists the files.
+    def __init__(self, layout: Layout, sources: Sequence[Source], skipped: SkippedInputs):
+        """Lists the sources.
 
-        Adds to `skipped`: files without a partner in another folder, two files of one folder that belong to the same
-        row, and the unusable paths of `folders.walk`.
+        Adds to `skipped`: files without a partner in another column, two files of one column that belong to the same
+        row, and what the sources report as unusable.
 
         Raises:
-          UserError: naming the flag, if a folder does not exist or has no such file; if the index does not fit on the
-            disk.
+          UserError: naming the flag, if a source does not exist or is empty; if the index does not fit on the disk.
         """
         try:
-            self.digest, self._length = self._build(layout, inputs, extensions, skipped)
+            self.digest, self._length = self._build(layout, sources, skipped)
         except sqlite3.OperationalError as error:
             folder = next(filter(None, map(os.environ.get, ("SQLITE_TMPDIR", "TMPDIR"))), "/var/tmp")
             raise UserError(
                 f"the index of the files does not fit in {folder} ({error}): set $TMPDIR to a folder with more room"
             ) from error
 
-    def _build(
-        self, layout: Layout, inputs: Sequence[InputFolder], extensions: Sequence[str], skipped: SkippedInputs
-    ) -> tuple[str, int]:
+    def _build(self, layout: Layout, sources: Sequence[Source], skipped: SkippedInputs) -> tuple[str, int]:
         """Fills the database; returns the digest and the number of items."""
         self._database = sqlite3.connect("")
         self._database.executescript(_SCHEMA)
         total = 0
-        ignored: dict[str, collections.Counter] = {}
-        for number, folder in enumerate(inputs):
-            # Several inputs can be subfolders of one directory, as in CO3D. Its ignored files count once.
-            ignored[folder.directory] = collections.Counter()
-            for entry in self._add_files(number, folder, layout, extensions, ignored[folder.directory], skipped):
-                line = f"{number} {entry.size} {entry.modified_ns} {entry.name}".encode()
+        ignored: collections.Counter = collections.Counter()
+        labels: list[str] = []  # of the columns of all sources
+        for source in sources:
+            for item in source.items(ignored, skipped.add):
+                column = len(labels) + item.column
+                line = f"{column} {item.version} {item.name}".encode()
                 # A sum does not depend on the order in which the file system lists the files.
                 total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest())
-        self.ignored = dict(sum(ignored.values(), collections.Counter()))
-        return f"{total % 2**128:032x}", self._join(inputs, skipped)
+                try:
+                    key = layout(item.name)
+                except UserError as error:
+                    skipped.add(item.address, f"{item.address} {error}")
+                    continue
+                file = (*key, column, item.address, item.location)
+                self._database.execute("INSERT INTO file VALUES (?, ?, ?, ?, ?)", file)
+            labels += [column_label(source, column) for column in range(len(source.columns))]
+        self.ignored = dict(ignored)
+        return f"{total % 2**128:032x}", self._join(labels, skipped)
 
-    def _add_files(
-        self,
-        number: int,
-        folder: InputFolder,
-        layout: Layout,
-        extensions: Sequence[str],
-        ignored: collections.Counter,
-        skipped: SkippedInputs,
-    ) -> Iterator[folders.FileEntry]:
-        """Inserts the files of one input folder into the database, and yields them."""
-        root = pathlib.Path(folder.directory)
-        for entry in folders.walk(folder.directory, folder.flag, extensions, ignored, skipped.add):
-            if folder.subfolder and folder.subfolder != os.path.basename(os.path.dirname(entry.name)):
-                continue
-            yield entry
-            path = f"{root}/{entry.name}"
-            try:
-                item, sort_key = layout(entry.name)
-            except UserError as error:
-                skipped.add(path, f"{path} {error}")
-                continue
-            self._database.execute("INSERT INTO file VALUES (?, ?, ?, ?)", (item, sort_key, number, path))
-
-    def _join(self, inputs: Sequence[InputFolder], skipped: SkippedInputs) -> int:
+    def _join(self, labels: Sequence[str], skipped: SkippedInputs) -> int:
         """Joins files into rows and items; returns the number of items."""
-        columns = "item, sort_key, folder, path"
+        columns = "item, sort_key, column, address, location"
         files = self._database.execute(f"SELECT {columns} FROM file ORDER BY {columns}")
         items = rows = 0
         for _, item_files in itertools.groupby(files, key=lambda file: file[0]):
             first = rows
             for _, row_files in itertools.groupby(item_files, key=lambda file: file[1]):
-                paths: dict[int, list[str]] = {}
-                for _, _, folder, path in row_files:
-                    paths.setdefault(folder, []).append(path)
-                if defect := _defect(paths, inputs):
+                by_column: dict[int, list[tuple[str, str]]] = {}
+                for _, _, column, address, location in row_files:
+                    by_column.setdefault(column, []).append((address, location))
+                if defect := _defect(by_column, labels):
                     skipped.add(*defect)
                 else:
-                    row = orjson.dumps([path for (path,) in paths.values()])
+                    row = orjson.dumps([file for (file,) in by_column.values()])
                     self._database.execute("INSERT INTO row VALUES (?, ?)", (rows, row))
                     rows += 1
             if rows > first:
@@ -191,32 +152,35 @@ class FileIndex:
     def rows(self, item: int) -> list[tuple[ImageRef, ...]]:
         """Returns all rows of an item."""
         first, size = self._row_range(item)
-        query = "SELECT paths FROM row WHERE number >= ? AND number < ? ORDER BY number"
-        return [_to_row(paths) for (paths,) in self._database.execute(query, (first, first + size))]
+        query = "SELECT files FROM row WHERE number >= ? AND number < ? ORDER BY number"
+        return [_to_row(files) for (files,) in self._database.execute(query, (first, first + size))]
 
     def row(self, item: int, number: int) -> tuple[ImageRef, ...]:
         """Returns one row of an item."""
         first, size = self._row_range(item)
         assert 0 <= number < size
-        return _to_row(*self._database.execute("SELECT paths FROM row WHERE number = ?", (first + number,)).fetchone())
+        return _to_row(*self._database.execute("SELECT files FROM row WHERE number = ?", (first + number,)).fetchone())
 
     def _row_range(self, item: int) -> tuple[int, int]:
         """Returns the first row of an item and the number of its rows."""
         return self._database.execute("SELECT first, size FROM item WHERE number = ?", (item,)).fetchone()
 
 
-def _defect(paths: dict[int, list[str]], inputs: Sequence[InputFolder]) -> tuple[str, str] | None:
-    """Returns the path and the reason if the files of each folder, in order, do not make a row."""
-    for files in paths.values():
-        if len(files) > 1:  # which of them is meant is unknown
-            names = " and ".join(map(os.path.basename, files[1:]))
-            return files[0], f"{files[0]} and {names} share the stem {os.path.basename(_stem(files[0]))!r}"
-    for number, folder in enumerate(inputs):
-        if number not in paths:
-            path = next(iter(paths.values()))[0]
-            return path, f"{path} has no partner in {folder}"
+def _defect(by_column: dict[int, list[tuple[str, str]]], labels: Sequence[str]) -> tuple[str, str] | None:
+    """Returns the address and the reason if the files of each column, in order, do not make a row."""
+    for (address, location), *others in by_column.values():
+        if others and location:
+            same = " and ".join(other for other, _ in others)
+            return address, f"{address} and {same} have the same name: the tars of a source are read as one folder"
+        if others:  # which of them is meant is unknown
+            names = " and ".join(os.path.basename(other) for other, _ in others)
+            return address, f"{address} and {names} share the stem {os.path.basename(_stem(address))!r}"
+    for column, label in enumerate(labels):
+        if column not in by_column:
+            ((address, _),) = next(iter(by_column.values()))
+            return address, f"{address} has no partner in {label}"
     return None
 
 
-def _to_row(paths: bytes) -> tuple[ImageRef, ...]:
-    return tuple(ImageRef(path) for path in orjson.loads(paths))
+def _to_row(files: bytes) -> tuple[ImageRef, ...]:
+    return tuple(ImageRef(address, location=location) for address, location in orjson.loads(files))

@@ -1,4 +1,4 @@
-"""References to images: a file, a time in a video, a view.
+"""References to images: a file or a member of a container, a time in a video, a view.
 
 Worker processes import this module to read images, so it must not import JAX.
 """
@@ -10,22 +10,25 @@ import numpy as np
 
 from tokenizer.builders.views import VIEWS
 from tokenizer.media import images, videos
+from tokenizer.sources import reading
 
 
 class ImageRef(NamedTuple):
     """An image of a sentence. Equal references have equal pixels.
 
     Attributes:
-      path: an image file, or a video file if `seconds` is given.
+      path: the address of an image, or of a video if `seconds` is given.
       seconds: the time in the video.
       view: one of VIEWS.
       argument: of the view: the seed of a random mask, or the range of a depth map; empty: none.
+      location: where the image is in its container; empty: it is a file, or is found by its address.
     """
 
     path: str
     seconds: float | None = None
     view: str = "plain"
     argument: str = ""
+    location: str = ""
 
 
 def to_record(refs: Iterable[ImageRef]) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def to_record(refs: Iterable[ImageRef]) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> list[ImageRef]:
-    """Returns the images of a record: the inverse of `to_record`."""
+    """Returns the images of a record: the inverse of `to_record`, but for the locations, which only save time."""
     count = len(record["sources"])
     seconds = record.get("seconds", [None] * count)
     views = [view.partition(":") for view in record.get("views", ["plain"] * count)]
@@ -70,7 +73,18 @@ def read(group: list[ImageRef], size: int) -> np.ndarray:
     Raises:
       UserError: naming the path, if it cannot be read.
     """
-    path, seconds, _, _ = group[0]
-    if seconds is not None:
-        return images.to_uint8(videos.read(path, [ref.seconds for ref in group if ref.seconds is not None], size))
-    return np.stack([VIEWS[ref.view](ref.path, size, ref.argument) for ref in group])
+    first = group[0]
+    if first.seconds is not None:
+        with reading.local_path(first.path, first.location) as path:
+            return images.to_uint8(videos.read(path, [ref.seconds for ref in group if ref.seconds is not None], size))
+    return np.stack([VIEWS[ref.view](reading.open_item(ref.path, ref.location), size, ref.argument) for ref in group])
+
+
+def timestamps(ref: ImageRef) -> np.ndarray:
+    """Returns the time in seconds of every frame of a video, float64 [n], ascending.
+
+    Raises:
+      UserError: naming the path, if it cannot be read.
+    """
+    with reading.local_path(ref.path, ref.location) as path:
+        return videos.timestamps(path)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers, result
 from EasyLM.skipped_inputs import SkippedInputs
-from tokenizer.builders import arrangements, file_index, samplers
+from tokenizer.builders import arrangements, file_index, image_ref, samplers
 from tokenizer.builders.arrangements import Arrangement, Row
 from tokenizer.builders.file_index import FileIndex, Layout
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.samplers import Sampler
 from tokenizer.builders.settings import SentenceSettings
-from tokenizer.media import videos
+from tokenizer.sources import reading
 
 _PREFETCHED_VIDEOS = 16  # videos whose frame times are prefetched
 
@@ -83,19 +82,19 @@ def compose(
     for example, rows, times in _rows(kind, sampler, examples, workers):
         epoch, example_of_epoch = divmod(example, sampler.num_examples)
         rng = np.random.default_rng([settings.seed, epoch, example_of_epoch])
-        path = rows[0][0].path
+        first = rows[0][0]
         try:
             if kind.is_video:
-                rows = [(ImageRef(path, seconds),) for seconds in result(times, path).tolist()]
+                rows = [(first._replace(seconds=seconds),) for seconds in result(times, first.path).tolist()]
             if settings.depth_range:
                 rows = [_with_depth(row, settings.depth_range) for row in rows]
             for number, images in enumerate(kind.arrangement(rows, rng, settings)):
                 yield Sentence(example, number, images)
         except arrangements.TooShortError as error:
-            path = path if kind.is_video else os.path.dirname(path)
+            path = first.path if kind.is_video else reading.folder_of(first.path)
             skipped.add(path, f"{path}: {error}")
         except UserError as error:
-            skipped.add(path, str(error))
+            skipped.add(first.path, str(error))
 
 
 def _with_depth(row: Row, depth_range: str) -> Row:
@@ -108,7 +107,7 @@ def _rows(kind: Kind, sampler: Sampler, examples: range, workers: Workers) -> It
     prefetched: collections.deque = collections.deque()
     for example in examples:
         rows = sampler.rows(*divmod(example, sampler.num_examples))
-        times = workers.submit(videos.timestamps, rows[0][0].path) if kind.is_video else None
+        times = workers.submit(image_ref.timestamps, rows[0][0]) if kind.is_video else None
         prefetched.append((example, rows, times))
         if len(prefetched) > (_PREFETCHED_VIDEOS if kind.is_video else 0):
             yield prefetched.popleft()

@@ -1,13 +1,13 @@
 """Views turn the file of an image into pixels: plain, gray, masked, label colours, depth."""
 
-import os
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
 from EasyLM.errors import UserError
 from tokenizer.media import images, sample_values
+from tokenizer.media.images import ImageFile
+from tokenizer.sources import reading
 
 LUMINANCE = np.array([0.2989, 0.5870, 0.1140])  # of red, green, blue
 HOLE_RANGE = (0.1, 0.5)  # side of a hole relative to the side of the image
@@ -30,7 +30,7 @@ def label_colours(ids: np.ndarray) -> np.ndarray:
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
-def label_ids(path: str | os.PathLike, size: int) -> np.ndarray:
+def label_ids(path: ImageFile, size: int) -> np.ndarray:
     """Reads the ids of a label image, int64 [size,size], resized to the nearest pixel. Applies the EXIF orientation.
 
     An id is a gray value as it is stored, where black is 0, or an index into the file's palette.
@@ -46,7 +46,7 @@ def label_ids(path: str | os.PathLike, size: int) -> np.ndarray:
         return _resize_nearest(ids.astype(np.int64), size)
 
 
-def depth(path: str | os.PathLike, size: int, near: float, far: float) -> np.ndarray:
+def depth(path: ImageFile, size: int, near: float, far: float) -> np.ndarray:
     """Reads a depth map as an image, white at `near` and black at `far` and beyond: uint8 [size,size,3].
 
     The distances are in the unit of the file, which has gray of 16 bits or floating point. Values that are not positive
@@ -83,7 +83,7 @@ def parse_depth_range(text: str) -> tuple[float, float]:
     return near, far
 
 
-def co3d_depth(path: str | os.PathLike, size: int) -> np.ndarray:
+def co3d_depth(path: ImageFile, size: int) -> np.ndarray:
     """Reads a CO3D depth map as an image, brighter where nearer, black where invalid: uint8 [size,size,3].
 
     The 16-bit values are the bits of float16 depths. The file in `depth_masks` marks the valid ones. Each image is
@@ -94,7 +94,7 @@ def co3d_depth(path: str | os.PathLike, size: int) -> np.ndarray:
             raise ValueError(f"its values are {image.mode}, not 16-bit depths of CO3D")
         bits = np.asarray(images.upright(image, sample_values.stored_values(image))).astype(np.uint16)
         depth = _resize_nearest(bits, size).view(np.float16).astype(np.float64)
-    with images.open_image(co3d_depth_mask(path)) as image:
+    with images.open_image(reading.open_item(co3d_depth_mask(str(path)))) as image:
         valid = _resize_nearest(np.asarray(images.upright(image).convert("L")), size) > 0
     valid &= np.isfinite(depth) & (depth > 0)
     valid_depth = depth[valid]
@@ -106,10 +106,11 @@ def co3d_depth(path: str | os.PathLike, size: int) -> np.ndarray:
     return np.repeat(images.to_uint8(brightness)[..., None], 3, axis=-1)
 
 
-def co3d_depth_mask(path: str | os.PathLike) -> pathlib.Path:
+def co3d_depth_mask(path: str) -> str:
     """Returns the mask of a depth map: S/depths/frame000001.jpg.geometric.png -> S/depth_masks/frame000001.png."""
-    path = pathlib.Path(path)
-    return path.parent.parent / "depth_masks" / f"{path.name.split('.')[0]}.png"
+    folder, _, name = path.rpartition("/")
+    sequence = folder.rpartition("/")[0]
+    return f"{sequence}/depth_masks/{name.split('.')[0]}.png"
 
 
 def _resize_nearest(values: np.ndarray, size: int) -> np.ndarray:
@@ -128,11 +129,11 @@ def with_hole(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels
 
 
-def _read_with_hole(path: str, size: int, key: str) -> np.ndarray:
+def _read_with_hole(path: ImageFile, size: int, key: str) -> np.ndarray:
     return with_hole(images.read(path, size), np.random.default_rng(int(key)))
 
 
-def _read_with_patches(path: str, size: int, key: str) -> np.ndarray:
+def _read_with_patches(path: ImageFile, size: int, key: str) -> np.ndarray:
     """Reads an image and blackens a random share of its 8x8 patches, at least one and not all."""
     rng = np.random.default_rng(int(key))
     count = PATCHES * PATCHES
@@ -143,7 +144,7 @@ def _read_with_patches(path: str, size: int, key: str) -> np.ndarray:
 
 
 # Each reads a file: (path, size, argument) -> uint8 [size,size,3]. The argument of a mask is the seed of its position.
-VIEWS: dict[str, Callable[[str, int, str], np.ndarray]] = {
+VIEWS: dict[str, Callable[[ImageFile, int, str], np.ndarray]] = {
     "plain": lambda path, size, _: images.read(path, size),
     "gray": lambda path, size, _: gray(images.read(path, size)),
     "hole": _read_with_hole,

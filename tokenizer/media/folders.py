@@ -76,7 +76,7 @@ def walk(
     if not os.path.isdir(directory):
         raise UserError(f"--{flag}={directory}: no such folder")
     if not _is_utf8(directory):
-        raise UserError(f"--{flag}={_printable(directory)}: the name is not UTF-8; rename the folder")
+        raise UserError(f"--{flag}={printable(directory)}: the name is not UTF-8; rename the folder")
     is_empty = True
     subfolders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # (name, (device, inode) of each ancestor)
     while subfolders:
@@ -93,16 +93,16 @@ def walk(
                     subfolders.append((f"{name}/", (*ancestors, (stat.st_dev, stat.st_ino))))
                 elif not entry.name.lower().endswith(tuple(extensions)):
                     if ignored is not None:
-                        _count_extension(ignored, entry.name)
+                        count_extension(ignored, entry.name)
                 else:
                     is_empty = False
                     if defect := _defect(entry, name):
-                        path = _printable(os.path.join(directory, name))
+                        path = printable(os.path.join(directory, name))
                         report(path, f"{path}: {defect}")
                     else:
                         yield _file_entry(entry, name)
         except OSError as error:
-            path = _printable(os.path.join(directory, folder.rstrip("/")))
+            path = printable(os.path.join(directory, folder.rstrip("/")))
             report(path, f"{path}: cannot be listed ({error.strerror})")
     if is_empty:
         raise UserError(f"--{flag}={directory}: contains no file with extension {', '.join(extensions)}")
@@ -115,7 +115,8 @@ def _visible(folder: str) -> Iterator[os.DirEntry]:
                 yield entry
 
 
-def _count_extension(counts: collections.Counter, name: str) -> None:
+def count_extension(counts: collections.Counter, name: str) -> None:
+    """Counts the extension of an ignored file; beyond 50 extensions, further ones together."""
     extension = os.path.splitext(name)[1].lower().encode(errors="replace").decode() or "without extension"
     is_named = extension in counts or len(counts) < _MAX_NAMED_EXTENSIONS
     counts[extension if is_named else "with further extensions"] += 1
@@ -132,13 +133,18 @@ def _defect(entry: os.DirEntry, name: str) -> str:
 
     Reading a pipe, a socket or a device could wait forever. A link to a missing file is reported when it is read.
     """
-    if not _is_utf8(name):
-        return f"the name {os.fsencode(name)!r} is not UTF-8; rename the file"
+    if defect := name_defect(name):
+        return defect
     if entry.is_symlink():
         is_special = os.path.exists(entry.path) and not os.path.isfile(entry.path)
     else:
         is_special = not entry.is_file()
     return "is a pipe, a socket or a device, not a file" if is_special else ""
+
+
+def name_defect(name: str) -> str:
+    """Returns why a file's name cannot be written into a record; empty: it can."""
+    return "" if _is_utf8(name) else f"the name {os.fsencode(name)!r} is not UTF-8; rename the file"
 
 
 def _is_utf8(name: str) -> bool:
@@ -150,7 +156,7 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
     """Returns the path with the bytes that are not UTF-8 as \\xe9."""
     return os.fsencode(path).decode(errors="backslashreplace")
 

@@ -10,9 +10,9 @@ from tokenizer.builders import file_index, samplers
 from tokenizer.builders.file_index import FileIndex
 
 
-def test_every_epoch_of_shots_uses_items_once_in_a_new_order(monkeypatch):
+def test_every_epoch_of_shots_uses_items_once_in_a_new_order():
     names = [f"{i:02d}.png" for i in range(11)]
-    index, _ = make_index(monkeypatch, names, file_index.by_name)
+    index, _ = make_index(names, file_index.by_name)
     sampler = samplers.Shots(index, types.SimpleNamespace(n_shots=3, seed=1))
     assert sampler.num_examples == 3
     epochs = [[ref.path for example in range(3) for (ref,) in sampler.rows(epoch, example)] for epoch in range(60)]
@@ -26,7 +26,7 @@ def test_every_epoch_of_shots_uses_items_once_in_a_new_order(monkeypatch):
 def test_every_epoch_of_classes_uses_as_many_images_as_possible_once(monkeypatch):
     sizes = {"a": 7, "b": 6, "c": 4, "d": 2, "e": 1}
     names = [f"{name}/{i}.png" for name, size in sizes.items() for i in range(size)]
-    index, _ = make_index(monkeypatch, names, file_index.by_class)
+    index, _ = make_index(names, file_index.by_class)
     sampler = samplers.Classes(index, types.SimpleNamespace(n_shots=2, images_per_shot=2, seed=1))
     monkeypatch.setattr(FileIndex, "sizes", lambda _: pytest.fail("an example reads all sizes"))
     # Rounds of two images of each class: a b c d, a b c, a b.

@@ -1,0 +1,52 @@
+"""Which source a value names, and the files of ranges and globs."""
+
+import pytest
+from source_kit import tar_bytes, write_remote
+
+from EasyLM.errors import UserError
+from tokenizer.sources.detection import expand, find_source
+from tokenizer.sources.local import LocalFolder
+from tokenizer.sources.remote import RemoteFolder
+from tokenizer.sources.tables import Tables
+from tokenizer.sources.tars import Tars
+
+
+def test_ranges_and_globs_name_each_file_once(tmp_path):
+    for name in ("a1.tar", "a02.tar", "b1.tar", "c{1..2}.tar", "d12.tar"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.tar").mkdir()
+
+    def names(value: str) -> list[str]:
+        return [path.removeprefix(f"{tmp_path}/") for path in expand(f"{tmp_path}/{value}", "--input_dir=x")]
+
+    assert names("x{08..11}.tar") == ["x08.tar", "x09.tar", "x10.tar", "x11.tar"]
+    assert names("x{8..10}_{0..1}.tar") == [f"x{i}_{j}.tar" for i in (8, 9, 10) for j in (0, 1)]
+    assert names("d*{1..2}*.tar") == ["d12.tar"]  # it matches both
+    assert names("c{1..2}.tar") == ["c{1..2}.tar"]  # the file exists
+    with pytest.raises(UserError, match="more than 1000000 files"):
+        names("{0..999}_{0..9999}.tar")
+    write_remote(f"memory:/{tmp_path}", {"r1.tar": b"", "r2.tar": b"", "s.tar": b""})
+    remote = [path.removeprefix(f"memory://{tmp_path}/") for path in expand(f"memory:/{tmp_path}/r*.tar", "x")]
+    assert remote == ["r1.tar", "r2.tar"]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_folder_is_what_it_holds(tmp_path, is_remote):
+    """Other files beside images change nothing; the parquet files beside tars hold metadata."""
+    folders = {
+        LocalFolder: {"x.tar": b"", "y.parquet": b"", "below/1.PNG": b""},
+        Tars: {"below/x.tar": tar_bytes({"1.png": b"1"}), "x.parquet": b"", "x.json": b""},
+        Tables: {"y/train.parquet": b"", "x.json": b""},
+    }
+    for kind, files in folders.items():
+        root = f"memory:/{tmp_path}/{kind.__name__}" if is_remote else str(tmp_path / kind.__name__)
+        write_remote(root if is_remote else f"file://{root}", files)
+        source = find_source(root, "input_dir", (".png",))
+        assert isinstance(source, RemoteFolder if is_remote and kind is LocalFolder else kind)
+        if kind is not LocalFolder:
+            (name,) = (name for name in files if name.endswith((".tar", ".parquet")) and "/" in name)
+            assert source.paths == [f"{root}/{name}"]
+    empty = f"memory:/{tmp_path}/empty" if is_remote else str(tmp_path / "empty")
+    write_remote(empty if is_remote else f"file://{empty}", {"a.txt": b""})
+    with pytest.raises(UserError, match=r"empty: contains no file with extension .png, .tar, .parquet"):
+        find_source(empty, "input_dir", (".png",))

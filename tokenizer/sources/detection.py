@@ -1,0 +1,149 @@
+"""Which source a path, glob or URL names."""
+
+import collections
+import functools
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from EasyLM.errors import UserError
+from EasyLM.storage import is_remote, read_json, remote_file_system
+from tokenizer.media import folders
+from tokenizer.sources import remote
+from tokenizer.sources.items import Source
+from tokenizer.sources.local import LocalFolder
+from tokenizer.sources.remote import RemoteFolder
+from tokenizer.sources.tables import Tables
+from tokenizer.sources.tars import Tars
+
+FORMS = "a folder, or .tar or .parquet files: one, a glob, or a range such as 'DIR/{000..019}.tar'"
+_CONTAINERS = (".tar", ".parquet")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_DATA_FILES = {"_data_files": [{"filename": str}]}  # in state.json of save_to_disk
+_MOST_FILES = 10**6  # of a range
+
+
+def find_source(
+    value: str, flag: str, extensions: Sequence[str], keys: tuple[str, ...] = (), columns: tuple[str, ...] = ()
+) -> Source:
+    """Returns the source that a flag names.
+
+    Args:
+      value: a folder of files, tars or parquet files, or of `save_to_disk`; or tars or parquet files: a path, a glob, a
+        range. Local, or a URL of fsspec. An existing file or folder has precedence.
+      flag: the flag.
+      extensions: of the inputs in folders and tars.
+      keys: of the members of tars.
+      columns: of tables.
+
+    Raises:
+      UserError: naming the flag, if there is no such source, or the keys or columns are for another one.
+    """
+    name = f"--{flag}={value}"
+    if remote.is_folder(value):
+        is_table, paths = _in_folder(value, flag, extensions, bool(keys), bool(columns))
+        if not paths:
+            if keys or columns:
+                raise UserError(f"{name}: --{'keys' if keys else 'columns'} need {'tars' if keys else 'a table'}")
+            return (RemoteFolder if is_remote(value) else LocalFolder)(value, flag, extensions)
+    else:
+        paths = list(expand(value, name))
+        endings = {os.path.splitext(path)[1].lower() for path in paths}
+        if len(endings) > 1:
+            raise UserError(f"{name}: names files of several kinds: {', '.join(sorted(endings))}")
+        if endings.isdisjoint({*_CONTAINERS, ".arrow"}):
+            if any(map(os.path.isfile, paths)) or not endings <= {""}:
+                raise UserError(f"{name}: {_hint(paths[0])}; must be {FORMS}")
+            raise UserError(f"{name}: no such folder")
+        is_table = endings != {".tar"}
+    if is_table:
+        if keys:
+            raise UserError(f"--keys={','.join(keys)}: {name} is a table: use --columns")
+        return Tables(value, flag, paths, columns)
+    if columns:
+        raise UserError(f"--columns={','.join(columns)}: {name} are tars: use --keys")
+    return Tars(value, flag, paths, extensions, keys)
+
+
+def _hint(path: str) -> str:
+    if path.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+        return "a compressed tar cannot be read at random, decompress it"
+    return "no such folder" if not os.path.isfile(path) else "is a file"
+
+
+def _in_folder(
+    value: str, flag: str, extensions: Sequence[str], wants_tars: bool, wants_table: bool
+) -> tuple[bool, list[str]]:
+    """Returns (whether they are tables, the containers) of a folder; none if its files are inputs themselves.
+
+    A folder with any input of its own is a folder of files, as it is with other files beside them. The parquet files
+    beside tars hold their metadata.
+    """
+    if not is_remote(value) and os.path.isfile(f"{value}/dataset_dict.json"):
+        splits = read_json(f"{value}/dataset_dict.json", {"splits": [str]})["splits"]
+        raise UserError(f"--{flag}={value}: holds several splits: choose {' or '.join(f'{value}/{s}' for s in splits)}")
+    if not is_remote(value) and os.path.isfile(f"{value}/state.json") and os.path.isfile(f"{value}/dataset_info.json"):
+        files = read_json(f"{value}/state.json", _DATA_FILES)["_data_files"]
+        return True, [f"{value}/{file['filename']}" for file in files]
+    found: dict[str, list[str]] = {ending: [] for ending in _CONTAINERS}
+    for name in _names(value, flag, (*extensions, *_CONTAINERS)):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in found:
+            found[ending].append(f"{value.rstrip('/')}/{name}")
+        elif not (wants_tars or wants_table):
+            return False, []
+    is_table = wants_table or not (found[".tar"] or wants_tars)
+    return is_table, sorted(found[".parquet" if is_table else ".tar"])
+
+
+def _names(value: str, flag: str, extensions: Sequence[str]) -> Iterator[str]:
+    """Yields the names of the files in a folder that have one of the extensions."""
+    if not is_remote(value):
+        # Unusable files are reported when the source is listed.
+        listing = folders.walk(value, flag, extensions, collections.Counter(), lambda path, reason: None)
+        yield from (entry.name for entry in listing)
+        return
+    is_empty = True
+    for name, _ in remote.walk(value, flag):
+        if name.lower().endswith(tuple(extensions)):
+            is_empty = False
+            yield name
+    if is_empty:
+        raise UserError(f"--{flag}={value}: contains no file with extension {', '.join(extensions)}")
+
+
+def expand(value: str, name: str) -> Iterator[str]:
+    """Yields the paths of a value with ranges (`{000..019}`, any number of them) and globs, each path once.
+
+    Raises:
+      UserError: beginning with `name`, if a range is backwards or too long, or a glob matches nothing.
+    """
+    if not is_remote(value) and os.path.lexists(value):
+        yield value
+        return
+    parts = _RANGE.split(value)  # text, first, last, text, first, last, ..., text
+    ranges = []
+    for first, last in zip(parts[1::3], parts[2::3]):
+        if int(first) > int(last):
+            raise UserError(f"{name}: the range {{{first}..{last}}} is backwards")
+        ranges.append((int(first), int(last) + 1, len(first) if first.startswith("0") else 0))
+    if functools.reduce(lambda count, r: count * (r[1] - r[0]), ranges, 1) > _MOST_FILES:
+        raise UserError(f"{name}: its ranges name more than {_MOST_FILES} files")
+    seen: set[str] = set()
+    numbers = [[str(n).zfill(width) for n in range(start, stop)] for start, stop, width in ranges]
+    for choice in itertools.product(*numbers):
+        pattern = "".join(text + number for text, number in itertools.zip_longest(parts[::3], choice, fillvalue=""))
+        paths = _glob(pattern) if any(c in pattern for c in "*?[") else [pattern]
+        if not paths:
+            raise UserError(f"{name}: no file matches {pattern}")
+        yield from (path for path in paths if path not in seen)
+        seen.update(paths)
+
+
+def _glob(pattern: str) -> list[str]:
+    if not is_remote(pattern):
+        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    system, inner = remote_file_system(pattern)
+    return sorted(system.unstrip_protocol(path) for path in system.glob(inner))

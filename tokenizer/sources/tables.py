@@ -1,0 +1,227 @@
+"""Tables of images: parquet files, and the arrow files that `datasets.Dataset.save_to_disk` writes. Needs pyarrow.
+
+A cell of an image column holds the bytes of an image file, or the struct {bytes, path} of Hugging Face. The rows of a
+source count through all its files. The `path` of the first column's cells names the rows, as files in a folder, if each
+row has one and they differ; otherwise the row numbers do.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from EasyLM.errors import UserError, check_installed
+from EasyLM.storage import file_version, is_remote, open_binary
+from tokenizer.media.folders import Report
+from tokenizer.sources.items import Item
+
+_NAMES_AT_A_TIME = 4096  # rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The cells of image columns.
+
+    Attributes:
+      value: the flag's value.
+      flag_name: the flag.
+      paths: of the files, in the order of their rows.
+      chosen: image columns; none: the only image column of the files.
+    """
+
+    value: str
+    flag_name: str
+    paths: Sequence[str]
+    chosen: tuple[str, ...] = ()
+
+    @property
+    def flag(self) -> str:
+        """`--input_dir=FILES`."""
+        return f"--{self.flag_name}={self.value}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The image columns."""
+        return self.chosen or ("",)
+
+    def items(self, ignored: collections.Counter, report: Report) -> Iterator[Item]:
+        """Yields the cells. Reports a file that is missing or damaged, or lacks a column.
+
+        Raises:
+          UserError: naming the flag, if there is no row.
+        """
+        tables = list(self._tables(report))
+        named = _have_distinct_names(tables)
+        first_row = 0
+        for path, version, columns, size in tables:
+            for row, name in enumerate(_row_names(path, columns[0]) if named else [None] * size):
+                for column, label in enumerate(columns):
+                    address = f"{path}!{row}.{label}"
+                    yield Item(name or f"{first_row + row:012d}", column, address, str(row), f"{version} {address}")
+            first_row += size
+        if not first_row:
+            raise UserError(f"{self.flag}: has no row")
+
+    def _tables(self, report: Report) -> Iterator[tuple[str, str, tuple[str, ...], int]]:
+        """Yields (path, version, image columns, rows) of each usable file."""
+        for path in self.paths:
+            try:
+                version = " ".join(map(str, file_version(path).values()))
+                table = open_table(path)
+                columns = self.chosen or _only_image_column(path, table.schema)
+                for column in columns:
+                    _check_image_column(path, table.schema, column)
+            except UserError as error:
+                report(path, str(error))
+            else:
+                yield path, version, columns, table.num_rows
+
+
+def read_cell(path: str, member: str) -> bytes:
+    """Reads a cell, by `ROW.COLUMN`.
+
+    Raises:
+      UserError: naming the cell, if it does not exist or has no bytes.
+    """
+    row, _, column = member.partition(".")
+    table = open_table(path)
+    if not row.isdigit() or int(row) >= table.num_rows or column not in table.schema.names:
+        raise UserError(f"{path}!{member}: no such cell; the file has {table.num_rows} rows")
+    with _names_file(path):
+        cell = table.cell(int(row), column).as_py()
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None:
+        file = isinstance(cell, dict) and cell.get("path")
+        raise UserError(f"{path}!{member}: has no bytes" + (f", only the path {file}" if file else ""))
+    return data
+
+
+class _Parquet:
+    """A parquet file. Reading a cell reads its row group, of which the last two stay in memory."""
+
+    def __init__(self, file: Any):
+        import pyarrow.parquet
+
+        self._file = pyarrow.parquet.ParquetFile(file)
+        metadata = self._file.metadata
+        self.schema, self.num_rows = self._file.schema_arrow, metadata.num_rows
+        self._starts = np.cumsum([0] + [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+        self._group = functools.lru_cache(2)(lambda i, name: self._file.read_row_group(i, columns=[name])[name])
+
+    def cell(self, row: int, column: str) -> Any:
+        """Returns a cell as a scalar of pyarrow."""
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._group(group, column)[row - int(self._starts[group])]
+
+    def paths(self, column: str) -> Iterator[list[str | None]]:
+        """Yields the paths of a column of structs."""
+        for batch in self._file.iter_batches(_NAMES_AT_A_TIME, columns=[f"{column}.path"]):
+            yield batch.column(0).field("path").to_pylist()
+
+
+class _Arrow:
+    """A local arrow file in the streaming format, mapped into memory."""
+
+    def __init__(self, path: str):
+        import pyarrow
+
+        self._table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
+        self.schema, self.num_rows = self._table.schema, self._table.num_rows
+
+    def cell(self, row: int, column: str) -> Any:
+        """Returns a cell as a scalar of pyarrow."""
+        return self._table[column][row]
+
+    def paths(self, column: str) -> Iterator[list[str | None]]:
+        """Yields the paths of a column of structs."""
+        for chunk in self._table[column].chunks:
+            yield chunk.field("path").to_pylist()
+
+
+def open_table(path: str) -> _Parquet | _Arrow:
+    """Opens a file. The last files stay open until they change.
+
+    Raises:
+      UserError: naming the file, if it is missing or damaged, or pyarrow is not installed.
+    """
+    check_installed(path, "parquet", "pyarrow")
+    return _open_table(path, str(file_version(path)))
+
+
+@functools.lru_cache(4)
+def _open_table(path: str, version: str) -> _Parquet | _Arrow:
+    with _names_file(path):
+        if path.endswith(".arrow"):
+            return _Arrow(path)
+        return _Parquet(open_binary(path) if is_remote(path) else path)
+
+
+@contextlib.contextmanager
+def _names_file(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of pyarrow, and of the packages of remote file systems
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason})") from error
+
+
+def _is_image_type(kind: Any) -> bool:
+    """Whether cells of a type of pyarrow hold bytes."""
+    import pyarrow.types
+
+    if pyarrow.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_image_type(kind.field("bytes").type)
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _image_columns(schema: Any) -> list[str]:
+    return [field.name for field in schema if _is_image_type(field.type)]
+
+
+def _only_image_column(path: str, schema: Any) -> tuple[str, ...]:
+    names = _image_columns(schema)
+    if not names:
+        others = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise UserError(f"{path}: has no image column (bytes, or a struct with bytes); its columns are {others}")
+    if len(names) > 1:
+        raise UserError(f"{path}: has {len(names)} image columns: choose with --columns of {', '.join(names)}")
+    return (names[0],)
+
+
+def _check_image_column(path: str, schema: Any, column: str) -> None:
+    if column not in _image_columns(schema):
+        others = ", ".join(_image_columns(schema)) or "none"
+        problem = f"is {schema.field(column).type}, not bytes" if column in schema.names else "does not exist"
+        raise UserError(f"{path}: --columns: {column} {problem}; its image columns are {others}")
+
+
+def _row_names(path: str, column: str) -> Iterator[str]:
+    """Yields the name of each row, from the paths of a column; empty: a row has none."""
+    with _names_file(path):
+        for paths in open_table(path).paths(column):
+            # An absolute path is that of the machine that made the table.
+            yield from ((os.path.basename(name) if name.startswith("/") else name) if name else "" for name in paths)
+
+
+def _have_distinct_names(tables: Sequence[tuple[str, str, tuple[str, ...], int]]) -> bool:
+    """Whether every row has a name, and no two have the same. Takes 8 bytes of memory a row."""
+    hashes = []
+    for path, _, columns, size in tables:
+        kind = open_table(path).schema.field(columns[0]).type
+        if not (hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0):
+            return False
+        hashes_n = np.zeros(size, np.uint64)
+        for row, name in enumerate(_row_names(path, columns[0])):
+            if not name:
+                return False
+            hashes_n[row] = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        hashes.append(hashes_n)
+    return not hashes or len(np.unique(all_n := np.concatenate(hashes))) == len(all_n)
