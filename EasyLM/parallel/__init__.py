@@ -4,6 +4,7 @@ May import EasyLM's own modules only.
 
     mesh          the axes dp, fsdp and mp; `--mesh_dim`; the sharding of a batch
     partition     partition rules: the path of an array -> its sharding
+    device_memory bytes that JAX may use on each device
     distributed   the start of jax.distributed
     compiler      options of XLA by platform
     coordination  host work in the order of processes; values that must be equal on all of them
@@ -18,6 +19,7 @@ Vocabulary:
 
 from EasyLM.parallel.compiler import compiler_options
 from EasyLM.parallel.coordination import check_same, on_first_process_first
+from EasyLM.parallel.device_memory import device_memory
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
 from EasyLM.parallel.mesh import BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
 from EasyLM.parallel.partition import constrain, shardings
@@ -32,6 +34,7 @@ __all__ = [
     "check_same",
     "compiler_options",
     "constrain",
+    "device_memory",
     "end_together",
     "fail_together",
     "initialize_distributed",

@@ -48,6 +48,16 @@ def on_first_process_first(function: Callable[[], _Result]) -> _Result:
     return result
 
 
+def from_all_processes(value: Any) -> list[Any]:
+    """Returns the JSON value that each process gives, in the order of processes. All processes must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    client, call = jax_client(), next(_calls)
+    keys = [f"EasyLM/from_all_processes/{call}/{process}" for process in range(jax.process_count())]
+    client.key_value_set(keys[jax.process_index()], json.dumps(value))
+    return [json.loads(_value(client, key, process)) for process, key in enumerate(keys)]
+
+
 def check_same(values: Mapping[str, Any]) -> None:
     """Checks that `values`, JSON values by name, are equal on all processes.
 
@@ -89,10 +99,21 @@ def _error_message(process: int, error: BaseException) -> str:
 
 
 def _wait(client: Any, key: str, process: int) -> None:
-    """Waits until `process` has set its key. Logs a message every minute.
+    """Waits until `process` is done.
 
     Raises:
       UserError: if it failed or is no longer reachable.
+    """
+    value = _value(client, key, process)
+    if value != _DONE:
+        raise UserError(value)
+
+
+def _value(client: Any, key: str, process: int) -> str:
+    """Waits until `process` has set its key, and returns the value. Logs a message every minute.
+
+    Raises:
+      UserError: if the process is no longer reachable.
     """
     value, begin = None, time.monotonic()
     reported = begin
@@ -105,5 +126,4 @@ def _wait(client: Any, key: str, process: int) -> None:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise UserError(f"process {process} is not reachable: {str(error).splitlines()[0]}") from None
-    if value != _DONE:
-        raise UserError(value)
+    return value

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from EasyLM.planning.estimates import Assumptions
 from EasyLM.planning.hlo import Instruction, executed_instructions
 from EasyLM.planning.matmuls import attention_weights, matmul_flops
 from EasyLM.planning.topologies import Topology, compiling_for
-from EasyLM.training import Model, Optimizer, TrainState, abstract_batch, abstract_state, trace_step
+from EasyLM.training import Model, Optimizer, abstract_batch, abstract_state, bytes_per_device, trace_step
 
 # Parts of the names of attention kernels in HLO: cuDNN, and Pallas' kernels on TPUs.
 _ATTENTION_KERNEL = re.compile("fmha|splash")
@@ -53,6 +52,7 @@ class Plan:
       peak_bytes_per_device: XLA's plan of the memory, the arguments included.
       hbm_bytes_per_device: memory of a device.
       state_bytes_per_device: bytes of the train state.
+      remat: what the backward pass does not recompute, and why.
       matmul_flops_ratio: FLOPs of matrix products over the model's FLOPs. None if a loop has unknown trips.
       attention_kernels: executions of each attention kernel on a device.
       attention_weights: type of an array of all T x S attention weights; empty if there is none.
@@ -80,6 +80,7 @@ class Plan:
     hbm_bytes_per_device: int | None = None
     fits: bool | None = None
     state_bytes_per_device: int | None = None
+    remat: str | None = None
     matmul_flops_ratio: float | None = None
     attention_kernels: Mapping[str, int] | None = None
     attention_weights: str | None = None
@@ -145,13 +146,6 @@ def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, ass
         step_seconds_estimate=step_seconds,
         tokens_per_second_estimate=task.batch_size * task.seq_length / step_seconds,
         error=None if fits else f"does not fit: {peak / 1e9:.1f} GB of {assumptions.hbm_gb:.1f} GB a device",
-    )
-
-
-def bytes_per_device(state: TrainState) -> int:
-    """Returns the bytes of an abstract state on one device."""
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in jax.tree.leaves(state)
     )
 
 

@@ -14,6 +14,7 @@ def text(plan: Plan) -> str:
     if plan.state_bytes_per_device is None:
         return f"error: {title}: {plan.error}"
     rows = {"": title, "devices": _devices(plan), "batch": f"{plan.batch_size} rows x {plan.seq_length} tokens"}
+    rows |= {"remat": plan.remat} if plan.remat else {}
     rows |= _compiled(plan) if plan.peak_bytes_per_device is not None else {}
     rows |= _checkpoint(plan)
     if plan.error:

@@ -3,7 +3,7 @@
 May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
 
     step          the train state, and the pure functions that change it
-    abstract_step shapes and shardings of a step's arguments, and its trace
+    abstract_step shapes, shardings and bytes of a step's arguments, and its trace
     compilation   compiles a run's functions; their cache on disk
     task          what a run trains: model, optimizer, data, units
     settings      the flags of every run, and their values
@@ -29,7 +29,7 @@ Vocabulary:
     milestone     a checkpoint that is kept for good; of the other checkpoints only the latest is kept
 """
 
-from EasyLM.training.abstract_step import abstract_batch, abstract_state, trace_step
+from EasyLM.training.abstract_step import abstract_batch, abstract_state, bytes_per_device, trace_step
 from EasyLM.training.batches import RowSource
 from EasyLM.training.optimizers import OPTIMIZER_FLAGS, make_optimizer
 from EasyLM.training.run import Run, open_run, train
@@ -57,6 +57,7 @@ __all__ = [
     "TrainingTask",
     "abstract_batch",
     "abstract_state",
+    "bytes_per_device",
     "make_optimizer",
     "make_train_step",
     "model_without_extra",

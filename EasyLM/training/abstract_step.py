@@ -4,6 +4,7 @@ The devices of the mesh need not exist on this machine.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,13 @@ def abstract_state(model: Model, optimizer: Optimizer, mesh: Mesh) -> TrainState
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
         shardings(mesh, model.partition_rules, shapes),
+    )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes of abstract arrays, as those of `abstract_state`, on one device."""
+    return sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in jax.tree.leaves(tree)
     )
 
 

@@ -45,7 +45,7 @@ def test_flops_per_token():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{'remat_block': 'dots'}", "llama.remat_block='dots': choose one of '', 'everything_saveable'"),
+        ("{'remat_block': 'dots'}", "llama.remat_block='dots': choose one of 'auto', '', 'everything_saveable'"),
         (
             "{'hidden_size': 100, 'num_attention_heads': 8}",
             "llama.num_attention_heads=8: must be a divisor of hidden_size",
@@ -98,14 +98,14 @@ def test_special_ids_and_vocabulary_follow_the_codebook(tmp_path):
 
 
 def test_settings_from_files(golden, tmp_path):
-    assert llama_config.load_config(f"pickle::{golden}/lvm_tiny/final/metadata.pkl") == changed(remat_block="")
+    assert llama_config.load_config(f"pickle::{golden}/lvm_tiny/final/metadata.pkl") == TINY
     hugging_face = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
     hugging_face |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 77, "bos_token_id": 1}
     hugging_face |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "torch_dtype": "float32"}
     for content, expected in (
         ({"llama_config": dataclasses.asdict(TINY), "step": 3}, TINY),
         (dataclasses.asdict(TINY), TINY),
-        (hugging_face, changed(remat_block="", max_sequence_length=77, rope_theta=5.0)),
+        (hugging_face, changed(max_sequence_length=77, rope_theta=5.0)),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content))
         assert llama_config.load_config(f"json::{tmp_path}/config.json") == expected

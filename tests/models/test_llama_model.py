@@ -127,7 +127,7 @@ def test_half_precision_is_close_to_float32(reference, dtype, loss_bound, gradie
 @pytest.mark.parametrize("at_once", [8192, 60])  # of 256; 60 makes chunks of 30, which do not divide 128
 def test_masked_loss_equals_the_release(reference, monkeypatch, at_once):
     params, numbers = reference
-    monkeypatch.setattr(llama_model, "_LOGITS_TOKENS", at_once)
+    monkeypatch.setattr(llama_model, "LOGITS_TOKENS", at_once)
     batch = {name: numbers[name] for name in ("input_tokens", "target_tokens")} | {"loss_masks": numbers["loss_mask"]}
     loss, figures = jax.jit(llama_model.make_loss_fn(TINY, jnp.float32))(params, batch, None)
     np.testing.assert_allclose(loss, numbers["loss_masked"], atol=1e-5, rtol=0)
@@ -137,7 +137,7 @@ def test_masked_loss_equals_the_release(reference, monkeypatch, at_once):
 @pytest.mark.slow
 def test_loss_in_chunks_agrees(reference, monkeypatch):
     params, numbers = reference
-    monkeypatch.setattr(llama_model, "_LOGITS_TOKENS", 60)
+    monkeypatch.setattr(llama_model, "LOGITS_TOKENS", 60)
     loss, accuracy, gradients = loss_and_gradients(TINY, params, numbers)
     np.testing.assert_allclose((loss, accuracy), (numbers["loss"], numbers["accuracy"]), atol=1e-5, rtol=0)
     assert relative_error(gradients, golden_gradients(numbers, params)) < 1e-5

@@ -1,7 +1,9 @@
 """Coordination of processes: waits without a time limit, shared errors, and stopping after the same step."""
 
+import json
 import re
 import signal
+import types
 
 import jax
 import pytest
@@ -9,7 +11,7 @@ from tiny_run import GOLDEN, await_metrics, finish, metrics, start_two, train
 
 from EasyLM.checkpoints import saving, streaming
 from EasyLM.errors import UserError
-from EasyLM.parallel import coordination
+from EasyLM.parallel import coordination, device_memory, make_mesh
 from EasyLM.training import run
 
 
@@ -93,6 +95,19 @@ def test_processes_that_start_from_different_states_stop(second_of_two):
     ):
         coordination.check_same({"its step": 0, "its row": 0})
     assert service.values[key(3, 1)].startswith("the processes start from different states")
+
+
+@pytest.mark.parametrize("other, least", [(7, 7), (9, 8), (None, 8)])
+def test_all_processes_plan_with_the_least_memory(second_of_two, other, least):
+    """CPUs have no statistics, or none of the limit."""
+    second_of_two({}).values["EasyLM/from_all_processes/0/0"] = json.dumps(other)
+    stats = [{"bytes_limit": 8}, {"bytes_limit": 11}, {}, None]
+    devices = [types.SimpleNamespace(memory_stats=lambda values=values: values) for values in stats]
+    assert device_memory(types.SimpleNamespace(local_devices=devices)) == least
+
+
+def test_cpus_have_no_limit_of_memory():
+    assert device_memory(make_mesh("1,-1,1")) is None
 
 
 @pytest.mark.slow

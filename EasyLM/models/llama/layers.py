@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from EasyLM.errors import UserError
 from EasyLM.models.attention import AttentionMask, attention
 from EasyLM.models.chunks import join_time, split_time
 from EasyLM.models.llama.llama_config import LLaMAConfig
-from EasyLM.models.llama.remat_policies import REMAT_POLICIES
+from EasyLM.models.llama.remat_policies import AUTO, AUTOMATIC_POLICIES, REMAT_POLICIES
 from EasyLM.models.llama.rotary import rotate
 from EasyLM.models.tuning import flat_matmul
 from EasyLM.parallel import BATCH_AXES, axis_size, constrain
@@ -124,14 +125,16 @@ class Attention(nnx.Module):
             )
         except UserError as error:
             raise UserError(f"llama.attention_implementation={c.attention_implementation!r}: {error}") from None
-        return self.wo(merge_heads(out_BTHK), context.key), (k_BTGK, v_BTGK)
+        return checkpoint_name(self.wo(merge_heads(out_BTHK), context.key), "output"), (k_BTGK, v_BTGK)
 
     def project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries [B, T, H, K], rotated keys and values [B, T, G, K]."""
-        q_BTHK, k_BTGK, v_BTGK = (
-            constrain(split_heads(w(x_BTD, context.key), self.config.head_dim), context.mesh, BATCH_AXES, None, "mp")
-            for w in (self.wq, self.wk, self.wv)
-        )
+
+        def heads(linear: Linear, name: str) -> jax.Array:
+            x_BTHK = split_heads(linear(x_BTD, context.key), self.config.head_dim)
+            return checkpoint_name(constrain(x_BTHK, context.mesh, BATCH_AXES, None, "mp"), name)
+
+        q_BTHK, k_BTGK, v_BTGK = heads(self.wq, "query"), heads(self.wk, "key"), heads(self.wv, "value")
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         return rotate(q_BTHK, context.rope), rotate(k_BTGK, context.rope), v_BTGK
@@ -177,7 +180,8 @@ class FeedForward(nnx.Module):
 
     def _swiglu(self, x_BTD, context):
         gate_BTF, up_BTF = (
-            constrain(w(x_BTD, context.key), context.mesh, BATCH_AXES, None, "mp") for w in (self.w1, self.w3)
+            checkpoint_name(constrain(w(x_BTD, context.key), context.mesh, BATCH_AXES, None, "mp"), name)
+            for name, w in (("gate", self.w1), ("up", self.w3))
         )
         return self.w2(jax.nn.silu(gate_BTF) * up_BTF, context.key)
 
@@ -213,7 +217,12 @@ def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
 
 
 def remat(function: Callable, policy: str, scanned: bool = False) -> Callable:
-    """Applies `jax.checkpoint` with a policy of REMAT_POLICIES. Policy "" returns the function unchanged."""
+    """Applies `jax.checkpoint` with a policy of REMAT_POLICIES. Policy "" returns the function unchanged.
+
+    The policy "auto" that nothing has resolved (see `memory`) is the one that recomputes the least.
+    """
     if not policy:
         return function
+    if policy == AUTO:
+        policy = next(iter(AUTOMATIC_POLICIES))
     return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)

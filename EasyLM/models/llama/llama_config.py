@@ -12,7 +12,7 @@ from EasyLM.models.llama.checkpoint_record import record_path
 from EasyLM.models.llama.dict_literal import parse_dict
 from EasyLM.models.llama.hf_settings import check_head_dim, from_hugging_face
 from EasyLM.models.llama.rope_scaling import RopeScaling, as_rope_scaling
-from EasyLM.models.llama.setting_fields import rate, remat, setting, size
+from EasyLM.models.llama.setting_fields import automatic_remat, rate, remat, setting, size
 from EasyLM.storage import check_schema
 from EasyLM.vocab import BOS, CODEBOOK_SIZE, EOS, MOST_CODES, PAD, SPECIAL_IDS, VOCAB_SIZE, vocabulary
 
@@ -55,7 +55,7 @@ class LLaMAConfig:
     z_loss_weight: float = setting(0.0, "Weight of the z-loss, log^2 of the softmax denominator; PaLM: 1e-4.", least=0)
     fcm_min_ratio: float = rate("Forgetful causal mask: smallest share of past keys dropped in training.")
     fcm_max_ratio: float = rate("Forgetful causal mask: largest share; 0 disables it. Key 0 is never dropped.")
-    remat_block: str = remat("a whole block")
+    remat_block: str = automatic_remat("a whole block")
     remat_attention: str = remat("a block's attention")
     remat_mlp: str = remat("a block's feed-forward network")
     scan_attention: bool = setting(False, "Blockwise attention: memory is linear in the sequence length.")
@@ -144,36 +144,26 @@ LLAMA_FLAGS = {
 } | {"use_cache": Flag(True, "Ignored: generation always uses a cache, training never.", ignored=True)}
 
 
-def _preset(
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    # Recomputes cheap operations. On a CPU this is 10% faster than writing and reading their results.
-    remat_block: str = "projections_and_attention_saveable",
-) -> LLaMAConfig:
+def _preset(hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int) -> LLaMAConfig:
     return LLaMAConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
-        remat_block=remat_block,
     )
 
 
-# From 1b on, memory cannot hold both the train state and the activations of a useful batch.
-_LEAST_MEMORY = "nothing_saveable"
 PRESETS = {
     "vqlm_debug": _preset(128, 256, 2, 4),
     "vqlm_100m": _preset(640, 1664, 22, 10),
     "vqlm_300m": _preset(1024, 2688, 22, 8),
     "vqlm_600m": _preset(1536, 4096, 22, 16),
-    "vqlm_1b": _preset(2048, 5504, 22, 16, _LEAST_MEMORY),
-    "vqlm_3b": _preset(3200, 8640, 26, 32, _LEAST_MEMORY),
-    "vqlm_7b": _preset(4096, 11008, 32, 32, _LEAST_MEMORY),
-    "vqlm_13b": _preset(5120, 13824, 40, 40, _LEAST_MEMORY),
-    "vqlm_20b": _preset(6144, 16128, 46, 48, _LEAST_MEMORY),
-    "vqlm_30b": _preset(6656, 17920, 60, 52, _LEAST_MEMORY),
+    "vqlm_1b": _preset(2048, 5504, 22, 16),
+    "vqlm_3b": _preset(3200, 8640, 26, 32),
+    "vqlm_7b": _preset(4096, 11008, 32, 32),
+    "vqlm_13b": _preset(5120, 13824, 40, 40),
+    "vqlm_20b": _preset(6144, 16128, 46, 48),
+    "vqlm_30b": _preset(6656, 17920, 60, 52),
 }
 
 

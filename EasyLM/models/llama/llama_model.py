@@ -25,7 +25,7 @@ from EasyLM.models.tuning import LANES, flat_matmul
 from EasyLM.parallel import BATCH_AXES, axis_size, constrain
 
 # Tokens per device whose float32 logits are in memory at once. A vocabulary of 8292 needs 270 MB.
-_LOGITS_TOKENS = 8192
+LOGITS_TOKENS = 8192
 
 
 class Transformer(nnx.Module):
@@ -156,7 +156,7 @@ def make_loss_fn(
         hidden_BTD, head_DV = hidden_states(
             config, params, tokens_BT, segment_ids_BT=segments_BT, dtype=dtype, key=key, mesh=mesh, lora=lora
         )
-        chunk = tokens_BT.shape[1] * _LOGITS_TOKENS * num_shards // tokens_BT.size
+        chunk = tokens_BT.shape[1] * LOGITS_TOKENS * num_shards // tokens_BT.size
         to_logits = functools.partial(logits, mesh=mesh)
         if chunk < tokens_BT.shape[1]:
             loss, accuracy, *z_loss = losses.chunked_cross_entropy_and_accuracy(

@@ -77,6 +77,9 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
     training_task.check_batch("train_dataset", config.train_dataset, llama, mesh)
     settings = dataset.settings(config.train_dataset)
     lora = LoRAConfig.from_flags(config.lora)
+    assumptions = Assumptions.of(config, topology)
+    limited = topology.platform != "cpu" or config.hbm_gb  # as in training: CPU devices have no limit
+    llama, remat = training_task.with_remat(config, llama, mesh, round(assumptions.hbm_gb * 1e9) if limited else None)
     task = PlannedTask(
         model=training_task.make_model(llama, config.dtype, mesh, lora),
         optimizer=make_optimizer(config.optimizer),
@@ -87,7 +90,7 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
         flops_per_row=training_task.accounting(llama, settings.seq_length, lora).flops_per_row,
         saved=to_dataclass(SavedPart, config.checkpointer),
     )
-    plan = make_plan(plan, task, mesh, topology, Assumptions.of(config, topology))
+    plan = make_plan(plan.with_values(remat=str(remat)), task, mesh, topology, assumptions)
     if plan.fits is False:
         plan = plan.with_values(error=f"{plan.error}; {_remedy(config, llama, plan)}")
     return plan

@@ -14,7 +14,7 @@ from EasyLM.models.llama import hf_layout, llama_config, training_task
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LoRAConfig
-from EasyLM.parallel import fail_together, initialize_distributed, make_mesh, on_first_process_first
+from EasyLM.parallel import device_memory, fail_together, initialize_distributed, make_mesh, on_first_process_first
 from EasyLM.storage import expand_path_groups, local_path
 from EasyLM.training import (
     ModelSettings,
@@ -71,6 +71,8 @@ def main(config: Any) -> int:
             sources[name] = on_first_process_first(make_source)
 
         # Train
+        model, remat = training_task.with_remat(config, model, mesh, device_memory(mesh))
+        logging.info("llama.remat_block: %s", remat)
         task = TrainingTask(
             training_task.make_model(model, config.dtype, mesh, lora),
             optimizer,

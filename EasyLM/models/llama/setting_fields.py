@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from EasyLM.flags import Flag
-from EasyLM.models.llama.remat_policies import REMAT_POLICIES
+from EasyLM.models.llama.remat_policies import AUTO, REMAT_POLICIES
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
@@ -26,3 +26,12 @@ def remat(part: str) -> Any:
     """Returns the field of a rematerialisation policy for a part of the model."""
     help = f"What {part} saves for its backward pass, which recomputes the rest."
     return setting("", help, choices=tuple(REMAT_POLICIES))
+
+
+def automatic_remat(part: str) -> Any:
+    """Returns the field of a rematerialisation policy that follows from the devices' memory by default."""
+    help = (
+        f"What {part} saves for its backward pass, which recomputes the rest. auto: as much as fits into the memory of "
+        "the devices."
+    )
+    return setting(AUTO, help, choices=(AUTO, *REMAT_POLICIES))

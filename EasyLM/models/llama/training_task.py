@@ -1,5 +1,6 @@
 """What `llama_train` trains, from its flags. `llama_plan` plans the same task."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,20 @@ from EasyLM.flags import Flag
 from EasyLM.models.llama import adapters, costs, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
+from EasyLM.models.llama.memory import RematChoice, StepShape, choose_remat
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
+from EasyLM.models.llama.remat_policies import AUTO
 from EasyLM.parallel import check_batch_size
 from EasyLM.storage import local_path
-from EasyLM.training import OPTIMIZER_FLAGS, RUN_FLAGS, Accounting, Model, model_without_extra
+from EasyLM.training import (
+    OPTIMIZER_FLAGS,
+    RUN_FLAGS,
+    Accounting,
+    Model,
+    abstract_state,
+    make_optimizer,
+    model_without_extra,
+)
 
 COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
@@ -81,6 +92,23 @@ def make_model(llama: LLaMAConfig, dtype: str, mesh: Mesh, lora: LoRAConfig | No
         return adapters.make_model(llama, lora, COMPUTE_DTYPES[dtype], mesh)
     loss_fn = llama_model.make_loss_fn(llama, COMPUTE_DTYPES[dtype], mesh)
     return model_without_extra(partial(llama_model.init_params, llama), loss_fn, PARTITION_RULES)
+
+
+def with_remat(config: Any, llama: LLaMAConfig, mesh: Mesh, memory: int | None) -> tuple[LLaMAConfig, RematChoice]:
+    """Returns the settings with the policy of `remat_block` that the step of the flags uses, and why.
+
+    Args:
+      config: values of TRAIN_FLAGS.
+      memory: bytes of a device that JAX may use; None: not limited.
+    """
+    shape = None
+    if llama.remat_block == AUTO and memory is not None:
+        model = make_model(llama, config.dtype, mesh, LoRAConfig.from_flags(config.lora))
+        state = abstract_state(model, make_optimizer(config.optimizer), mesh)
+        settings = dataset.settings(config.train_dataset)
+        shape = StepShape.of(state, mesh, COMPUTE_DTYPES[config.dtype], settings.batch_size, settings.seq_length)
+    choice = choose_remat(llama, shape, memory)
+    return dataclasses.replace(llama, remat_block=choice.policy), choice
 
 
 def accounting(llama: LLaMAConfig, seq_length: int, lora: LoRAConfig | None = None) -> Accounting:

@@ -1,0 +1,118 @@
+"""The memory of a train step by formula, and from it what `remat_block=auto` saves for the backward pass.
+
+The formula gives up to a few percent more than the compilers' plans of the presets in scripts/plan_table.json.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.llama_model import LOGITS_TOKENS
+from EasyLM.models.llama.remat_policies import AUTO, AUTOMATIC_POLICIES
+from EasyLM.parallel import BATCH_AXES, axis_size
+from EasyLM.training import TrainState, bytes_per_device
+
+_USABLE = 0.95  # share of the memory that a step may need by the formula; the rest is lost to fragmentation
+# Copies of a block's values, and of its kernels, that its backward pass holds at once: gradients, and operands in other
+# types and layouts. Of the logits: the logits, their softmax and its gradient.
+_BLOCK_COPIES, _KERNEL_COPIES, _LOGITS_COPIES = 1.5, 2, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """What the memory of a step depends on, besides the model's settings.
+
+    Attributes:
+      tokens: tokens of a batch on one device.
+      mp: the size of the mesh axis mp.
+      dtype: the type of activations and of the kernels that are gathered.
+      state_bytes: bytes of the train state on one device.
+      trained_count: trained parameters on one device. They are float32; frozen ones have the type `dtype`.
+    """
+
+    tokens: int
+    mp: int
+    dtype: DTypeLike
+    state_bytes: int
+    trained_count: int
+
+    @classmethod
+    def of(cls, state: TrainState, mesh: Mesh, dtype: DTypeLike, batch_size: int, seq_length: int) -> "StepShape":
+        """Returns the shape of the step of an abstract state."""
+        tokens = batch_size // axis_size(mesh, BATCH_AXES) * seq_length
+        return cls(tokens, axis_size(mesh, "mp"), dtype, bytes_per_device(state), bytes_per_device(state.params) // 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class RematChoice:
+    """The policy of a step, with the reason as text."""
+
+    policy: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.policy} ({self.reason})"
+
+
+def choose_remat(config: LLaMAConfig, shape: StepShape | None, memory: int | None) -> RematChoice:
+    """Returns the policy of a block: for "auto", the one of AUTOMATIC_POLICIES that recomputes the least and fits.
+
+    Args:
+      shape: None if the memory is not limited.
+      memory: bytes of a device that JAX may use; None: not limited.
+    """
+    if config.remat_block != AUTO:
+        return RematChoice(config.remat_block, "given by llama.remat_block")
+    if memory is None or shape is None:
+        return RematChoice(next(iter(AUTOMATIC_POLICIES)), "the devices have no memory limit")
+    limit, refused = _USABLE * memory, ""
+    for policy in AUTOMATIC_POLICIES:
+        needed = step_bytes(config, policy, shape)
+        text = f"needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB a device, by formula"
+        if needed <= limit:
+            return RematChoice(policy, text + refused)
+        refused = f"; {policy} would need {needed / 1e9:.1f} GB"
+    return RematChoice(policy, f"{text}, which is more than {_USABLE:.0%}")
+
+
+def step_bytes(config: LLaMAConfig, policy: str, shape: StepShape) -> int:
+    """Returns the bytes that a step needs on one device. The kernels and their gradients have the type `shape.dtype`.
+
+    Args:
+      policy: one of AUTOMATIC_POLICIES.
+    """
+    c, itemsize = config, jnp.dtype(shape.dtype).itemsize
+    copies = shape.trained_count if itemsize < 4 else 0  # the kernels in the type of the computation
+    residual = c.num_hidden_layers * shape.tokens * c.hidden_size  # the input of each block
+    saved = c.num_hidden_layers * shape.tokens * _elements(c, AUTOMATIC_POLICIES[policy], shape.mp)
+    block = shape.tokens * (c.hidden_size + _elements(c, next(iter(AUTOMATIC_POLICIES.values())), shape.mp))
+    kernels = (2 * c.hidden_size + 2 * c.kv_heads * c.head_dim + 3 * c.intermediate_size) * c.hidden_size // shape.mp
+    working = _BLOCK_COPIES * block + _KERNEL_COPIES * kernels
+    logits = min(shape.tokens, LOGITS_TOKENS) * math.ceil(c.vocab_size / shape.mp) * 4
+    elements = copies + shape.trained_count + residual + saved + working
+    return round(shape.state_bytes + elements * itemsize + _LOGITS_COPIES * logits)
+
+
+def _elements(config: LLaMAConfig, saved: Sequence[str], mp: int) -> int:
+    """Returns the elements that saved values have for each token and layer on one device."""
+    heads, groups = _split(config.num_attention_heads, mp), _split(config.kv_heads, mp)
+    wide = _split(config.intermediate_size, mp)
+    sizes = {
+        "attention": heads * config.head_dim,
+        "query": heads * config.head_dim,
+        "key": groups * config.head_dim,
+        "value": groups * config.head_dim,
+        "up": wide,
+        "gate": wide,
+        "output": config.hidden_size,
+    }
+    return sum(sizes[name] for name in saved)
+
+
+def _split(size: int, ways: int) -> int:
+    return size // ways if size % ways == 0 else size

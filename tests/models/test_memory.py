@@ -1,0 +1,132 @@
+"""What the automatic rematerialisation saves: as much as fits, by a formula that agrees with the compilers' plans."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from llama_kit import changed
+
+from EasyLM import flags
+from EasyLM.models.llama import costs, llama_config, llama_model, training_task
+from EasyLM.models.llama.memory import StepShape, choose_remat, step_bytes
+from EasyLM.models.llama.remat_policies import AUTOMATIC_POLICIES
+from EasyLM.parallel import make_mesh
+from EasyLM.planning.matmuls import matmul_flops
+from EasyLM.training import abstract_state, make_optimizer
+
+PLANS = json.loads((pathlib.Path(__file__).parents[2] / "scripts/plan_table.json").read_text())
+ALL, *_, NOTHING = AUTOMATIC_POLICIES
+GROUPED = changed(num_key_value_heads=2)  # D 64, F 128, 4 heads of 16, 2 layers
+ROWS, LENGTH = 3, 16
+
+
+@functools.cache
+def gradient(policy):
+    """The jaxpr of the gradient with a policy for the blocks."""
+    config = changed(num_key_value_heads=2, remat_block=policy, attention_implementation="xla")
+    params = jax.eval_shape(lambda: llama_model.init_params(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+    batch = {"input_tokens": tokens, "target_tokens": tokens, "loss_masks": jax.ShapeDtypeStruct(tokens.shape, float)}
+    loss_fn = llama_model.make_loss_fn(config, jnp.float32)
+    return jax.make_jaxpr(jax.grad(lambda *x: loss_fn(*x, None)[0]))(params, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", AUTOMATIC_POLICIES)
+def test_a_policy_recomputes_what_it_does_not_save(policy):
+    outputs = {"value": 32, "key": 32, "query": 64, "up": 128, "gate": 128, "output": 64}
+    left = sum(size for name, size in outputs.items() if name not in AUTOMATIC_POLICIES[policy])
+    flops = 2 * left * GROUPED.hidden_size
+    if "attention" not in AUTOMATIC_POLICIES[policy]:
+        flops += 2 * LENGTH * GROUPED.hidden_size  # the sum of the values; the scores are computed again in any case
+    recomputed = matmul_flops(gradient(policy)) - matmul_flops(gradient(ALL))
+    assert recomputed == GROUPED.num_hidden_layers * ROWS * LENGTH * flops
+
+
+def saved_bytes(policy):
+    """The bytes that the forward loop over the layers hands to the backward loop."""
+    forward = next(eqn for eqn in gradient(policy).jaxpr.eqns if eqn.primitive.name == "scan")
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in forward.outvars[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", AUTOMATIC_POLICIES)
+def test_the_formula_counts_what_a_policy_saves(policy):
+    shape = StepShape(ROWS * LENGTH, 1, jnp.float32, 0, 0)
+    least = saved_bytes(NOTHING)
+    assert least == GROUPED.num_hidden_layers * ROWS * LENGTH * GROUPED.hidden_size * 4, "the inputs of the blocks"
+    assert step_bytes(GROUPED, policy, shape) - step_bytes(GROUPED, NOTHING, shape) == saved_bytes(policy) - least
+
+
+@pytest.mark.parametrize("key", [key for key, plan in PLANS.items() if "remat" in plan])
+def test_the_formula_agrees_with_the_compilers(key):
+    plan = PLANS[key]
+    state, mesh = plan["state_bytes_per_device"], plan["mesh"]
+    tokens = plan["batch_size"] // (mesh["dp"] * mesh["fsdp"]) * plan["seq_length"]
+    shape = StepShape(tokens, mesh["mp"], jnp.bfloat16, state, state // 12)
+    needed = step_bytes(llama_config.PRESETS[plan["preset"]], plan["remat"].partition(" ")[0], shape)
+    assert 0.99 < needed / plan["peak_bytes_per_device"] < 1.3
+    assert (
+        choose_remat(llama_config.PRESETS[plan["preset"]], shape, plan["hbm_bytes_per_device"]).policy in plan["remat"]
+    )
+
+
+@pytest.mark.parametrize(
+    "preset, devices, rows, memory, policy",
+    [
+        # On what fits, no matrix product is computed again.
+        ("vqlm_100m", 1, 16, 85.0, ALL),
+        ("vqlm_1b", 8, 4, 85.0, ALL),
+        ("vqlm_7b", 8, 4, 85.0, ALL),
+        ("vqlm_7b", 8, 4, 0.75 * 85.0, "attention_up_value_key_query_saveable"),  # JAX's default share of a GPU
+        ("vqlm_7b", 8, 4, 40.0, "attention_up_saveable"),
+        ("vqlm_7b", 8, 4, 30.0, "attention_saveable"),
+        ("vqlm_7b", 8, 4, 24.0, NOTHING),
+        ("vqlm_7b", 8, 4, 10.0, NOTHING),  # does not fit; the compiler will say so
+        ("vqlm_13b", 8, 4, 85.0, "attention_up_value_key_saveable"),
+        ("vqlm_30b", 64, 1, 102.8, ALL),
+        ("vqlm_13b", 8, 4, None, ALL),
+    ],
+)
+def test_the_choice(preset, devices, rows, memory, policy):
+    config = llama_config.PRESETS[preset]
+    count = costs.num_parameters(config) // devices
+    shape = StepShape(rows * 4096, 1, jnp.bfloat16, 12 * count, count)
+    choice = choose_remat(config, shape, memory and round(memory * 1e9))
+    assert choice.policy == policy
+    if memory:
+        assert f" of {memory:.1f} GB a device" in choice.reason
+        assert ("would need" in choice.reason) == (policy != ALL and memory > 10), "why not more"
+    given = dataclasses.replace(config, remat_block="dots_saveable")
+    assert choose_remat(given, shape, 1).policy == "dots_saveable"
+
+
+def test_heads_and_feed_forward_are_split_over_mp():
+    whole, half = (StepShape(4096, mp, jnp.bfloat16, 0, 0) for mp in (1, 2))
+    config = llama_config.PRESETS["vqlm_7b"]
+    saved = [step_bytes(config, ALL, shape) - step_bytes(config, NOTHING, shape) for shape in (whole, half)]
+    output = 2 * 32 * 4096 * 4096  # of a block's attention, which mp does not split
+    assert saved[0] - output == 2 * (saved[1] - output)
+
+
+def test_the_flags_give_the_shape():
+    arguments = ["--load_llama_config=vqlm_debug", "--dtype=bf16", "--mesh_dim=2,2,2"]
+    arguments += ["--train_dataset.json_dataset.batch_size=8", "--train_dataset.json_dataset.seq_length=256"]
+    config, mesh = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", *arguments]), make_mesh("2,2,2")
+    llama = training_task.read_model(config)
+    assert llama.remat_block == "auto"
+    model, optimizer = training_task.make_model(llama, "bf16", mesh), make_optimizer(config.optimizer)
+    shape = StepShape.of(abstract_state(model, optimizer, mesh), mesh, jnp.bfloat16, 8, 256)
+    # Kernels are split over fsdp and mp. 8292 tokens are divided by 2 x 2 too; the norms are not split.
+    count, norms = costs.num_parameters(llama), 5 * 128
+    params = (count - norms) // 4 + norms
+    assert shape == StepShape(8 // 4 * 256, 2, jnp.bfloat16, 12 * params + 12, params)
+    for policy in (ALL, NOTHING):
+        memory = round(step_bytes(llama, policy, shape) / 0.95) + 1
+        resolved, choice = training_task.with_remat(config, llama, mesh, memory)
+        assert resolved.remat_block == choice.policy == policy
+    assert training_task.with_remat(config, llama, mesh, None)[0].remat_block == ALL
