@@ -9,7 +9,7 @@ from tiny_run import GOLDEN, metrics, train
 
 from EasyLM.checkpoints import streaming
 from EasyLM.errors import UserError
-from EasyLM.training import run as run_module
+from EasyLM.training import compilation
 
 JSON = "train_dataset.json_dataset"
 STATE = f"{GOLDEN}/init/streaming_train_state"
@@ -102,7 +102,7 @@ def files_of_the_run(output_dir) -> list:
 
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_setting_is_named(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(run_module, "trace_step", lambda *_: pytest.fail("compiled before the check"))
+    monkeypatch.setattr(compilation, "trace_step", lambda *_: pytest.fail("compiled before the check"))
     settings, message = INVALID[name]
     with pytest.raises((UserError, FileNotFoundError), match=message) as caught:
         train(tmp_path, **settings)
