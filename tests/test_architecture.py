@@ -13,7 +13,7 @@ ALLOWED = {
     "EasyLM": "",
     "EasyLM.storage": "",
     "EasyLM.data": "EasyLM.storage",
-    "EasyLM.checkpoints": "EasyLM.storage",
+    "EasyLM.checkpoints": "EasyLM.storage EasyLM.parallel",  # processes write one file together
     "EasyLM.parallel": "",
     "EasyLM.training": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel",
     "EasyLM.planning": "EasyLM.checkpoints EasyLM.training",

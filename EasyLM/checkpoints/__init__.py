@@ -1,6 +1,7 @@
 """Checkpoints: formats, loading, background saving, run directories and the metadata beside them.
 
-May import `EasyLM.storage`. `PREFIX::PATH` names a checkpoint, for example `trainstate::RUN/streaming_train_state`.
+May import `EasyLM.storage` and `EasyLM.parallel`. `PREFIX::PATH` names a checkpoint, for example
+`trainstate::RUN/streaming_train_state`.
 
 Vocabulary:
   entry: one array of a checkpoint file, with its key. It is read on demand.
@@ -18,6 +19,9 @@ Modules:
   checksums: a sidecar with a checksum of each array, verified when the array is read.
   formats: the prefixes and their readers; orbax_directory: the reader of Orbax checkpoints.
   loading: loads a checkpoint into given shapes, types and shardings.
+  row_split: the rows of an array, split over all devices, so that each process saves and loads its share.
+  host_copy: a copy of a state, or of this process's share, in host memory.
+  state_file: the layout of a state file, which several processes write together.
   saving: saves the checkpoints of a run in the background.
   layout: the names of files in a run directory.
   listing: every checkpoint in a run directory, in any form; the newest whole one.

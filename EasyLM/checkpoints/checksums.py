@@ -9,7 +9,7 @@ all files of the LVM release. `EasyLM.storage.checksums` describes the checksum 
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -28,6 +28,13 @@ class DamagedArrayError(UserError):
 def array_checksum(key: tuple[str, ...], array: np.ndarray) -> str:
     """Returns 8 hexadecimal digits for the bytes, shape and type of a C-contiguous array, and its key."""
     return checksums.array_checksum("/".join(key), array.shape, array.dtype, [bytes_of(array)])
+
+
+def joined_checksum(
+    key: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[tuple[int, int]]
+) -> str:
+    """Returns the same for an array of which parts are known: (CRC-32, number of bytes), in order."""
+    return checksums.joined_checksum("/".join(key), shape, dtype, parts)
 
 
 def make_table(file_name: str, num_bytes: int, arrays: Mapping[tuple[str, ...], str]) -> dict:

@@ -178,28 +178,39 @@ class HeaderReader:
         return Entry(key, shape, dtype, functools.partial(read_pieces, self._resolved_path, tuple(pieces)))
 
 
+def value_segments(shape: tuple[int, ...], dtype: np.dtype) -> list[bytes | int]:
+    """Returns the encoding of an array without its bytes: headers, and between them how many array bytes follow."""
+    size = math.prod(shape)
+    if size * dtype.itemsize <= MAX_CHUNK_BYTES:
+        return _ndarray_segments(shape, dtype)
+    chunk_size = max(1, MAX_CHUNK_BYTES // dtype.itemsize)
+    starts = range(0, size, chunk_size)
+    packer = msgpack.Packer()
+    lengths: dict[str, int] = dict(zip(map(str, range(len(shape))), shape))
+    head = packer.pack_map_header(3) + packer.pack(CHUNKED) + packer.pack(True)
+    head += packer.pack("shape") + packer.pack(lengths) + packer.pack("chunks") + packer.pack_map_header(len(starts))
+    segments: list[bytes | int] = [head]
+    for i, start in enumerate(starts):
+        segments.append(packer.pack(str(i)))
+        segments += _ndarray_segments((min(chunk_size, size - start),), dtype)
+    return segments
+
+
 def value_parts(array: np.ndarray) -> Iterator[bytes | memoryview]:
     """Yields `flax.serialization.to_bytes(array)` as headers and views of the array."""
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    if array.nbytes <= MAX_CHUNK_BYTES:
-        yield from _ndarray_parts(array)
-        return
-    chunk_size = max(1, MAX_CHUNK_BYTES // array.dtype.itemsize)
-    chunks = np.split(array.reshape(-1), range(chunk_size, array.size, chunk_size))
-    packer = msgpack.Packer()
-    yield packer.pack_map_header(3) + packer.pack(CHUNKED) + packer.pack(True)
-    shape: dict[str, int] = dict(zip(map(str, range(array.ndim)), array.shape))
-    yield packer.pack("shape") + packer.pack(shape)
-    yield packer.pack("chunks") + packer.pack_map_header(len(chunks))
-    for i, chunk in enumerate(chunks):
-        yield packer.pack(str(i))
-        yield from _ndarray_parts(chunk)
+    data, position = bytes_of(np.ascontiguousarray(array)), 0
+    for segment in value_segments(array.shape, array.dtype):
+        if isinstance(segment, bytes):
+            yield segment
+        else:
+            yield data[position : position + segment]
+            position += segment
 
 
-def _ndarray_parts(array: np.ndarray) -> Iterator[bytes | memoryview]:
-    head = b"\x93" + msgpack.packb(array.shape) + msgpack.packb(array.dtype.name) + bin_header(array.nbytes)
-    yield _ext_header(len(head) + array.nbytes) + head
-    yield bytes_of(array)
+def _ndarray_segments(shape: tuple[int, ...], dtype: np.dtype) -> list[bytes | int]:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    head = b"\x93" + msgpack.packb(shape) + msgpack.packb(dtype.name) + bin_header(num_bytes)
+    return [_ext_header(len(head) + num_bytes) + head, num_bytes]
 
 
 def bin_header(length: int) -> bytes:

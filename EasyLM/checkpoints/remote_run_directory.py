@@ -1,7 +1,7 @@
 """A run directory on an object store."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from EasyLM.checkpoints.layout import LATEST, METADATA, SAVE, TEMPORARY, WRITING
@@ -42,6 +42,11 @@ class RemoteRunDirectory(Saves):
         with contextlib.suppress(UserError):  # an unreadable marker may belong to another run
             if read_json(f"{directory}/{WRITING}").get("run_directory") == self.path:
                 self._files.rm(directory, recursive=True)
+
+    @contextlib.contextmanager
+    def visible_file(self) -> Iterator[None]:
+        """Yields None: several processes cannot write parts of one object."""
+        yield None
 
     def write(self, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
         """Writes a checkpoint, with its metadata last. Then deletes superseded checkpoints of this run."""

@@ -18,11 +18,12 @@ milestones, and which no link points to. It replaces only its own links. A file 
 run directory or in one of the LVM release, moves into a step directory `kept_*`.
 """
 
+import contextlib
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from EasyLM.checkpoints import displaced
@@ -70,6 +71,17 @@ class LocalRunDirectory(Saves):
             logging.warning(
                 "%s: no symbolic links; the file `latest` names the directory of the newest state", self.path
             )
+
+    @contextlib.contextmanager
+    def visible_file(self) -> Iterator[str | None]:
+        """Yields the path, within this directory, of a temporary file. Processes that share the disk see it."""
+        path = f"{CHECKPOINTS}/{TEMPORARY}visible-{secrets.token_hex(4)}"
+        with open(os.path.join(self.path, path), "wb"):
+            pass
+        try:
+            yield path
+        finally:
+            _remove(os.path.join(self.path, path))
 
     def write(self, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
         """Writes a checkpoint and points `latest` to it. A failed write leaves no files and changes no links."""

@@ -1,22 +1,27 @@
 """Saves the checkpoints of a run in the background."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from EasyLM.checkpoints import checksums, entries, layout, listing, run_directory, saves, stacking, streaming
-from EasyLM.checkpoints.stacking import Key, StackedArray
+from EasyLM.checkpoints import layout, listing, run_directory, saves, stacking
+from EasyLM.checkpoints.host_copy import HostCopy
+from EasyLM.checkpoints.stacking import Key
+from EasyLM.checkpoints.state_file import StateFile
 from EasyLM.errors import UserError, choose
 from EasyLM.flags import DTYPE_ALIASES, Flag
+from EasyLM.parallel import Channel, PeerError, one_line
+
+_checkpointers = itertools.count()  # all processes create them in the same order
 
 # Flag value -> type of saved parameters, for `--checkpointer.float_dtype` and `--float_dtype`.
 FLOAT_DTYPES = {
@@ -67,7 +72,7 @@ class SavedPart:
         return FLOAT_DTYPES[name] if converted else np.dtype(array.dtype)
 
     def sizes(self, state: Any) -> tuple[int, int]:
-        """Returns the bytes of the arrays in the file, and of their copies in the memory of process 0."""
+        """Returns the bytes of the arrays in the file, and of their copies in host memory, over all processes."""
         arrays = [(stacked.key, stacked.array) for stacked in stacking.stacked_arrays(self.of(state))]
         file = sum(array.size * self.dtype_of(key, array).itemsize for key, array in arrays)
         return file, sum(array.size * array.dtype.itemsize for _, array in arrays)
@@ -76,9 +81,10 @@ class SavedPart:
 class Checkpointer:
     """Saves a run's states asynchronously. `save` copies the state to host memory; a thread writes the copy.
 
-    Process 0 writes the files. It keeps one host copy of the saved arrays and reuses this memory for every save.
-    `prepare` allocates the memory in advance. In a multi-host run, every process must call `save` and `wait` at the
-    same steps.
+    In a run of several processes, each copies a share of the rows of each array and writes them at their places in the
+    one file. Process 0 then adds the other files. If the run directory is on an object store, or not on a disk that all
+    processes share, process 0 gathers and writes all rows. The host memory for the copy is reused for every save;
+    `prepare` allocates it in advance. Every process must call the methods at the same steps, except `close`.
 
     Args:
       run_dir: a local path, or a remote path that fsspec supports; see `run_directory`.
@@ -100,22 +106,17 @@ class Checkpointer:
         self._part = SavedPart(float_dtype, save_optimizer_state)
         self._guard = guard
         self._directory = run_directory.open_run_directory(run_dir)
-        self._buffers: dict[Key, np.ndarray] = {}
+        self._name, self._channels = f"checkpointer/{next(_checkpointers)}", collections.deque[Channel]()
+        self._number = 0
+        self._others = range(1, jax.process_count())
+        self._is_shared = self._prepare_directory(self._next_channel())
+        self._copy = HostCopy(split=self._is_shared)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        if jax.process_index() == 0:
-            self._directory.prepare()
 
     def prepare(self, state: Any) -> None:
-        """Allocates host memory for a state of these shapes. Page faults are slow, so a background thread does it."""
-        if jax.process_index() == 0:
-            arrays = stacking.stacked_arrays(self._part.of(state))
-
-            def touch_pages() -> None:
-                for stacked in arrays:
-                    self._buffer(stacked).fill(0)
-
-            self._start(touch_pages)
+        """Allocates host memory for a state of these shapes, in a background thread."""
+        self._start(functools.partial(self._copy.allocate, stacking.stacked_arrays(self._part.of(state))))
 
     def save(self, state: Any, step: int, dataset_state: Mapping, metadata: Mapping, milestone: bool = False) -> None:
         """Saves a state (`step`, `params`, `opt_state`). The caller may donate its arrays afterwards.
@@ -127,21 +128,26 @@ class Checkpointer:
         """
         self.wait()
         tree = self._part.of(state)
-        self._copy(stacking.stacked_arrays(tree))
-        if jax.process_index() != 0:
-            return
+        self._copy.update(stacking.stacked_arrays(tree))
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
-        state_name = "streaming_train_state" if self._part.save_optimizer_state else "streaming_params"
-        table: dict = {}
-        writers: saves.Writers = {
-            state_name: lambda file: table.update(self._write(file, shapes, state_name)),
-            layout.CHECKSUMS: lambda file: file.write(saves.json_bytes(table)),
-            layout.DATASET: saves.json_writer(dataset_state),
-        }
+        name = "streaming_train_state" if self._part.save_optimizer_state else "streaming_params"
+        channel = self._next_channel()
 
         def write() -> None:
-            self._guard()
-            self._directory.write(step, writers, metadata, milestone)
+            with channel.failing_together():
+                state_file = StateFile(name, shapes, self._part.dtype_of, self._copy)
+                if jax.process_index() != 0:
+                    self._write_share(state_file, channel)
+                    return
+                table: dict = {}
+                writers: saves.Writers = {
+                    name: lambda file: table.update(self._write_state(state_file, file, channel)),
+                    layout.CHECKSUMS: lambda file: file.write(saves.json_bytes(table)),
+                    layout.DATASET: saves.json_writer(dataset_state),
+                }
+                self._guard()
+                self._directory.write(step, writers, metadata, milestone)
+                channel.send("saved")
 
         self._start(write)
 
@@ -154,19 +160,17 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
         failure, self._thread, self._failure = self._failure, None, None
-        failed = failure is not None
-        if jax.process_count() > 1:
-            failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
-        if isinstance(failure, OSError):
-            reason = f"{failure.strerror or failure}" + (f": {failure.filename}" if failure.filename else "")
+        if isinstance(failure, OSError | PeerError):
             newest = listing.latest_checkpoint(self._directory.path)
             remains = f"{newest.name} is intact" if newest else "there is no earlier one"
-            raise UserError(f"{self._directory.path}: the checkpoint was not saved ({reason}); {remains}") from failure
-        if failed:
-            raise failure or UserError(f"{self._directory.path}: process 0 could not save the checkpoint")
+            raise UserError(
+                f"{self._directory.path}: the checkpoint was not saved ({one_line(failure)}); {remains}"
+            ) from failure
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
-        """Blocks until the last save is written. Raises no error and does not communicate with other processes.
+        """Blocks until the last save is written. Raises no error.
 
         Use it after an error on this process alone, while the other processes execute a step.
         """
@@ -184,62 +188,55 @@ class Checkpointer:
         self._thread = threading.Thread(target=run, name="checkpoint writer")
         self._thread.start()
 
-    def _buffer(self, stacked: StackedArray) -> np.ndarray:
-        shape, dtype = stacked.array.shape, stacked.array.dtype
-        buffer = self._buffers.get(stacked.key)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
-            buffer = self._buffers[stacked.key] = entries.host_memory(shape, dtype)
-        return buffer
+    def _next_channel(self) -> Channel:
+        """Returns a channel for the messages of one save. Deletes those of the save before the last one."""
+        self._channels.append(Channel(f"{self._name}/{self._number}"))
+        self._number += 1
+        if len(self._channels) > 2:  # the last save had a message from each process, after this save's messages
+            self._channels.popleft().delete()
+        return self._channels[-1]
 
-    def _copy(self, arrays: list[StackedArray]) -> None:
-        """Copies the arrays into the buffers. No memory is shared, so the arrays may be donated afterwards."""
-        local = [stacked for stacked in arrays if getattr(stacked.array, "is_fully_addressable", True)]
-        for stacked in local:
-            if isinstance(stacked.array, jax.Array):
-                stacked.array.copy_to_host_async()
-        for stacked in local if jax.process_index() == 0 else ():
-            buffer = self._buffer(stacked)
-            for index, part in _local_parts(stacked.array):
-                np.copyto(buffer[index], part)
-        for stacked in arrays:
-            if not getattr(stacked.array, "is_fully_addressable", True):
-                self._gather(stacked)
+    def _prepare_directory(self, channel: Channel) -> bool:
+        """Prepares the run directory on process 0. Returns whether all processes see its files."""
+        with channel.failing_together():
+            if jax.process_index() != 0:
+                path = channel.receive(0)
+                channel.send(path is not None and os.path.exists(os.path.join(self._directory.path, path)))
+                return channel.receive(0)
+            self._directory.prepare()
+            with self._directory.visible_file() as path:
+                channel.send(path)
+                seen = [channel.receive(process) for process in self._others]
+            is_shared = all(seen)
+            channel.send(is_shared)
+            if path is not None and not is_shared:
+                logging.warning(
+                    "%s: not all processes see this directory: process 0 gathers and writes all of a checkpoint",
+                    self._directory.path,
+                )
+            return is_shared
 
-    def _gather(self, stacked: StackedArray) -> None:
-        """Gathers an array that is sharded over processes into the buffer of process 0, one layer at a time."""
-        replicated = NamedSharding(stacked.array.sharding.mesh, P())
-        for layer in range(len(stacked.file_keys)):
-            index = (layer,) if stacked.is_stacked else ()
-            # Every process blocks here, because two concurrent multi-process programs deadlock on CPUs (gloo).
-            gathered = _gather_program(replicated)(stacked.array, *index).block_until_ready()
-            if jax.process_index() == 0:
-                np.copyto(self._buffer(stacked)[(*index, ...)], np.asarray(gathered.addressable_data(0)))
+    def _write_state(self, state_file: StateFile, file: BinaryIO, channel: Channel) -> dict:
+        """On process 0, writes the state file with the other processes. Returns the table of checksums."""
+        path = None
+        if self._others and self._is_shared:
+            # The others open a file of the final size. A client of NFS writes zeros into the rest of a page beyond the
+            # end that it knows, even where another client has written.
+            file.truncate(state_file.num_bytes)
+            path = os.path.relpath(file.name, self._directory.path)
+        channel.send(path)
+        parts = state_file.write_local_rows(file)
+        for process in self._others:
+            parts += channel.receive(process)
+        return state_file.checksums(parts)
 
-    def _write(self, file: BinaryIO, shapes: Any, file_name: str) -> dict:
-        """Writes the arrays and returns the table of their checksums."""
-        by_key = {}
-        for key, stacked, layer in stacking.file_order(shapes):
-            array = self._buffers[stacked.key]
-            array = array if layer is None else array[layer, ...]
-            array = array.astype(self._part.dtype_of(key, array), copy=False)
-            streaming.write_entry(file, key, array)
-            by_key[key] = checksums.array_checksum(key, array)
-        return checksums.make_table(file_name, file.tell(), by_key)
-
-
-def _local_parts(array: np.ndarray | jax.Array) -> Iterator[tuple[tuple, np.ndarray]]:
-    """Yields (index, values) of each part of an array on this host, without replicas."""
-    if not isinstance(array, jax.Array):
-        yield (...,), array
-        return
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            yield (*shard.index, ...), np.asarray(shard.data)
-
-
-@functools.cache
-def _gather_program(replicated: NamedSharding) -> Callable[..., jax.Array]:
-    def take(array: jax.Array, *index: int) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(array, index[0], keepdims=False) if index else array
-
-    return jax.jit(take, out_shardings=replicated)
+    def _write_share(self, state_file: StateFile, channel: Channel) -> None:
+        """On the other processes, writes their rows into the file of process 0, and waits for the end of the save."""
+        path, parts = channel.receive(0), []
+        if path is not None:
+            with open(os.path.join(self._directory.path, path), "r+b", buffering=1 << 16) as file:
+                parts = state_file.write_local_rows(file)
+                file.flush()
+                os.fsync(file.fileno())
+        channel.send(parts)
+        channel.receive(0)

@@ -5,6 +5,8 @@ is a bin with `flax.serialization.to_bytes(array)`. The file has no header and n
 nested map with arrays as leaves. Module `msgpack_arrays` defines the format of one array.
 """
 
+import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from typing import BinaryIO
@@ -12,8 +14,8 @@ from typing import BinaryIO
 import msgpack
 import numpy as np
 
-from EasyLM.checkpoints.entries import Entry
-from EasyLM.checkpoints.msgpack_arrays import CHUNKED, HeaderReader, bin_header, value_parts
+from EasyLM.checkpoints.entries import Entry, bytes_of
+from EasyLM.checkpoints.msgpack_arrays import CHUNKED, HeaderReader, bin_header, value_parts, value_segments
 from EasyLM.errors import UserError
 
 _MOST_DEPTH = 100  # of the nested map of a flax file
@@ -78,19 +80,84 @@ def read_flax(path: str | os.PathLike) -> list[Entry]:
     return entries
 
 
-def write_entry(file: BinaryIO, key: tuple[str, ...], array: np.ndarray) -> None:
-    """Appends one entry to a streaming file. The bytes are identical to those of the LVM release.
+@dataclasses.dataclass(frozen=True)
+class EntryLayout:
+    """One entry of a streaming file that has not been written yet.
+
+    Attributes:
+      offset: the first byte of the entry in the file.
+      segments: its headers, and between them how many bytes of the array follow.
+    """
+
+    key: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    segments: tuple[bytes | int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row. An array without axes has one row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """The byte after the entry."""
+        return self.offset + sum(_length(segment) for segment in self.segments)
+
+
+def entry_layout(key: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype, offset: int) -> EntryLayout:
+    """Returns the layout of an entry at a byte of the file. The bytes are identical to those of the LVM release.
 
     Raises:
       UserError: if the array has 4 GiB or more, which exceeds the limit of an entry.
     """
-    parts = list(value_parts(array))
-    num_bytes = sum(memoryview(part).nbytes for part in parts)
+    segments = value_segments(shape, dtype)
+    num_bytes = sum(_length(segment) for segment in segments)
     if num_bytes >= 2**32:
         raise UserError(f"{'/'.join(key)}: {num_bytes} bytes exceed the limit of a streaming file's entry, 4 GiB")
-    file.write(b"\x92" + msgpack.packb(key) + bin_header(num_bytes))
-    for part in parts:
-        file.write(part)
+    return EntryLayout(key, shape, dtype, offset, (b"\x92" + msgpack.packb(key) + bin_header(num_bytes), *segments))
+
+
+def _length(segment: bytes | int) -> int:
+    return len(segment) if isinstance(segment, bytes) else segment
+
+
+def write_rows(file: BinaryIO, layout: EntryLayout, first_row: int, rows: np.ndarray) -> None:
+    """Writes consecutive rows of an array at their place in a streaming file. The first rows come with the headers.
+
+    Whole arrays in the order of the file are written without a seek.
+
+    Args:
+      rows: C-contiguous, of the type of the entry.
+    """
+    data = bytes_of(rows)
+    offset, position = layout.offset, -first_row * layout.row_bytes  # position: of the next array byte, in `data`
+    for segment in layout.segments:
+        if isinstance(segment, int):
+            start, stop = max(0, position), min(len(data), position + segment)
+            if start < stop:
+                _write_at(file, offset + start - position, data[start:stop])
+            position += segment
+        elif first_row == 0:
+            _write_at(file, offset, segment)
+        offset += _length(segment)
+
+
+def _write_at(file: BinaryIO, offset: int, data: bytes | memoryview) -> None:
+    if file.tell() != offset:  # files on object stores cannot seek
+        file.seek(offset)
+    file.write(data)
+
+
+def write_entry(file: BinaryIO, key: tuple[str, ...], array: np.ndarray) -> None:
+    """Appends one entry to a streaming file.
+
+    Raises:
+      UserError: see `entry_layout`.
+    """
+    layout = entry_layout(key, array.shape, array.dtype, file.tell())
+    write_rows(file, layout, 0, np.ascontiguousarray(array))
 
 
 def write_flax(file: BinaryIO, entries: Iterable[Entry]) -> None:

@@ -7,7 +7,7 @@ May import EasyLM's own modules only.
     device_memory bytes that JAX may use on each device
     distributed   the start of jax.distributed
     compiler      options of XLA by platform
-    coordination  host work in the order of processes; values that must be equal on all of them
+    coordination  host work in the order of processes; values that must be equal on all of them; messages
     peers         the processes of a run end together
 
 Vocabulary:
@@ -18,7 +18,7 @@ Vocabulary:
 """
 
 from EasyLM.parallel.compiler import compiler_options
-from EasyLM.parallel.coordination import check_same, on_first_process_first
+from EasyLM.parallel.coordination import Channel, PeerError, check_same, on_first_process_first, one_line
 from EasyLM.parallel.device_memory import device_memory
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
 from EasyLM.parallel.mesh import BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
@@ -28,6 +28,8 @@ from EasyLM.parallel.peers import end_together, fail_together
 __all__ = [
     "BATCH_AXES",
     "JAX_DISTRIBUTED_FLAGS",
+    "Channel",
+    "PeerError",
     "axis_size",
     "batch_sharding",
     "check_batch_size",
@@ -40,5 +42,6 @@ __all__ = [
     "initialize_distributed",
     "make_mesh",
     "on_first_process_first",
+    "one_line",
     "shardings",
 ]

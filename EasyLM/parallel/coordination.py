@@ -3,11 +3,12 @@
 Device collectives are no substitute: on CPUs (gloo) they time out after 30 s.
 """
 
+import contextlib
 import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -84,6 +85,74 @@ def check_same(values: Mapping[str, Any]) -> None:
     on_first_process_first(compare)
 
 
+class PeerError(UserError):
+    """Another process has failed. The message names it."""
+
+
+class Channel:
+    """Ordered messages from each process to all others, for host work in background threads.
+
+    A process receives the messages of another one in the order in which they were sent. It waits for them without a
+    time limit. In a run of one process nobody receives messages, and they are dropped.
+
+    Args:
+      name: unique within the run. All processes create the channel.
+    """
+
+    def __init__(self, name: str):
+        self._client = jax_client() if jax.process_count() > 1 else None
+        self._directory = f"EasyLM/channel/{name}"
+        self._sent = itertools.count()
+        self._received: dict[int, Iterator[int]] = {}
+
+    def send(self, value: Any) -> None:
+        """Sends a JSON value."""
+        self._put({"value": value})
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """If the body raises, the other processes raise a PeerError in place of the next message of this process."""
+        try:
+            yield
+        except BaseException as error:
+            process = jax.process_index()
+            known = isinstance(error, PeerError)  # names the process
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service ends with process 0
+                self._put({"error": f"{error}" if known else f"process {process}: {one_line(error)}"})
+            raise
+
+    def receive(self, process: int) -> Any:
+        """Returns the next message of a process.
+
+        Raises:
+          PeerError: if it has failed.
+          UserError: if it is not reachable.
+        """
+        number = next(self._received.setdefault(process, itertools.count()))
+        message = json.loads(_value(self._client, f"{self._directory}/{process}/{number}", process))
+        if "error" in message:
+            raise PeerError(message["error"])
+        return message["value"]
+
+    def delete(self) -> None:
+        """Deletes all messages. Every process must have received those that it needs."""
+        if self._client is not None:
+            self._client.key_value_delete(f"{self._directory}/")
+
+    def _put(self, message: dict[str, Any]) -> None:
+        key = f"{self._directory}/{jax.process_index()}/{next(self._sent)}"
+        if self._client is not None:
+            self._client.key_value_set(key, json.dumps(message, separators=(",", ":")))
+
+
+def one_line(error: BaseException) -> str:
+    """Returns one line that describes an error. That of an operating system error names the file."""
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    text = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return text.partition("\n")[0]
+
+
 def jax_client() -> Any:
     """Returns the client of JAX's key-value service, through Orbax: JAX has no public name for it."""
     from orbax.checkpoint import multihost  # takes a second; only runs of several processes need it
@@ -95,7 +164,7 @@ def _error_message(process: int, error: BaseException) -> str:
     """Returns the message that the other processes print."""
     if isinstance(error, (UserError, OSError)):
         return f"{error}"
-    return f"process {process} stopped: {type(error).__name__}: {error}".splitlines()[0]
+    return f"process {process} stopped: {one_line(error)}"
 
 
 def _wait(client: Any, key: str, process: int) -> None:

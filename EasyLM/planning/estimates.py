@@ -19,8 +19,10 @@ ASSUMPTION_FLAGS = {
     "link_gb_per_second": Flag(0.0, f"GB/s of a device to its slice or node, in one direction; {_DEFAULT}.", least=0),
     "network_gb_per_second": Flag(0.0, f"GB/s of a device to other slices or nodes; {_DEFAULT}.", least=0),
     "matmul_efficiency": Flag(0.7, "Share of the peak FLOP/s that matrix products reach.", above=0, most=1),
-    "host_gb_per_second": Flag(5.0, "GB/s at which process 0 receives the arrays of a checkpoint.", above=0),
-    "disk_gb_per_second": Flag(1.0, "GB/s at which process 0 writes a checkpoint.", above=0),
+    "host_gb_per_second": Flag(
+        5.0, "GB/s at which a process copies its share of a checkpoint to host memory.", above=0
+    ),
+    "disk_gb_per_second": Flag(1.0, "GB/s at which all processes together write a checkpoint.", above=0),
 }
 _GB = 1e9
 # Nominal values of a virtual CPU device, so that plans can be compared. Give the flags for a real estimate.
@@ -76,7 +78,12 @@ class Assumptions:
         return max(compute + update, sum(seconds))
 
     def save_seconds(self, file_bytes: int, host_bytes: int) -> float:
-        """Estimates the seconds until a checkpoint is on disk. Training waits for the first part, the copy."""
+        """Estimates the seconds until a checkpoint is on disk. Training waits for the first part, the copy.
+
+        Args:
+          file_bytes: of the checkpoint.
+          host_bytes: that a process copies.
+        """
         return host_bytes / (self.host_gb_per_second * _GB) + file_bytes / (self.disk_gb_per_second * _GB)
 
 

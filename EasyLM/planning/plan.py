@@ -58,7 +58,7 @@ class Plan:
       attention_weights: type of an array of all T x S attention weights; empty if there is none.
       collective_bytes: bytes that a device communicates, by operation (see `collectives.Communication`).
       network_bytes: the part of them between slices or nodes.
-      host_bytes_per_process: host memory of process 0 for the copy of a checkpoint. The others need none.
+      host_bytes_per_process: host memory of a process for the copy of its share of a checkpoint.
       checkpoint_bytes: bytes of the arrays of a checkpoint.
       save_seconds_estimate: until a checkpoint is on disk.
       assumptions: values that the estimates assume.
@@ -102,7 +102,8 @@ class Plan:
 def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, assumptions: Assumptions) -> Plan:
     """Compiles the step and fills in the plan. If it does not fit or compile, the plan's `error` is the cause."""
     state = abstract_state(task.model, task.optimizer, mesh)
-    file_bytes, host_bytes = task.saved.sizes(task.model.saved_part(state))
+    file_bytes, copied_bytes = task.saved.sizes(task.model.saved_part(state))
+    host_bytes = -(-copied_bytes // topology.num_processes)
     state_bytes = bytes_per_device(state)
     plan = plan.with_values(
         devices=mesh.devices.size,

@@ -52,9 +52,9 @@ def _compiled(plan: Plan) -> dict[str, str]:
 def _checkpoint(plan: Plan) -> dict[str, str]:
     assumed = plan.assumptions or {}
     return {
-        "checkpoint": f"{_gb(plan.checkpoint_bytes)}; process 0 needs {_gb(plan.host_bytes_per_process)} of host "
+        "checkpoint": f"{_gb(plan.checkpoint_bytes)}; each process needs {_gb(plan.host_bytes_per_process)} of host "
         f"memory; saved in {plan.save_seconds_estimate:,.0f} s (an estimate for {assumed['host_gb_per_second']:g} GB/s "
-        f"to process 0 and {assumed['disk_gb_per_second']:g} GB/s to disk)",
+        f"to a process and {assumed['disk_gb_per_second']:g} GB/s to disk)",
     }
 
 

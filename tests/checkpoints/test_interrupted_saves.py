@@ -33,15 +33,15 @@ def test_temporary_files_of_a_killed_run_are_deleted(tmp_path):
 def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
     saver = make_checkpointer(tmp_path)
     save(saver, 1)
-    written, write_entry = [], streaming.write_entry
+    written, write_rows = [], streaming.write_rows
 
-    def full(file, key, array):
-        written.append(key)
+    def full(file, layout, *rows):
+        written.append(layout.key)
         if len(written) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_entry(file, key, array)
+        write_rows(file, layout, *rows)
 
-    monkeypatch.setattr(streaming, "write_entry", full)
+    monkeypatch.setattr(streaming, "write_rows", full)
     before = sorted(os.walk(tmp_path))
     saver.save(small_state(2), 2, {"step": 2}, {"step": 2}, milestone=True)
     reason = r"was not saved \(No space left on device\); checkpoints/step_00000001 is intact"
@@ -104,14 +104,14 @@ def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, milestone):
                     if count == moment:
                         os.kill(os.getpid(), signal.SIGKILL)
 
-            write_entry = streaming.write_entry
+            write_rows = streaming.write_rows
 
-            def write(file, key, array):
-                write_entry(file, key, array)
+            def write(file, *rows):
+                write_rows(file, *rows)
                 file.flush()
                 tick("write")
 
-            streaming.write_entry = write
+            streaming.write_rows = write
             saver = make_checkpointer(run_dir)
             sys.addaudithook(tick)
             save(saver, 2, {milestone})

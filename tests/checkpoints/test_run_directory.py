@@ -110,7 +110,7 @@ def test_remote_run_directory(monkeypatch):
     path = f"{run_dir}/checkpoints/step_00000002/streaming_train_state"
     assert checkpoints.load_metadata(checkpoints.sidecar_path(path, "metadata"))["step"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
+        patch.setattr(streaming, "write_rows", lambda *_: os.close(-1))  # an OSError
         with pytest.raises(UserError, match="was not saved"):
             save(saver, 5)
     assert contents(run_dir) == (4, 4, 4)
@@ -127,7 +127,7 @@ def test_remote_step_is_replaced_after_the_new_save(monkeypatch):
     save(make_checkpointer(run_dir), 4)
     again = make_checkpointer(run_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "write_entry", lambda *_: os.close(-1))  # an OSError
+        patch.setattr(streaming, "write_rows", lambda *_: os.close(-1))  # an OSError
         with pytest.raises(UserError, match="checkpoints/step_00000004 is intact"):
             save(again, 4)
     assert contents(run_dir) == (4, 4, 4)

@@ -63,6 +63,19 @@ def test_chunks_of_large_arrays_equal_flax(tmp_path, monkeypatch, limit):
         assert out.getvalue() == path.read_bytes()
 
 
+def test_rows_written_in_any_order_make_the_same_file(monkeypatch):
+    monkeypatch.setattr(msgpack_arrays, "MAX_CHUNK_BYTES", 64)  # a chunk ends within a row
+    arrays = [np.arange(7 * 6, dtype=np.float32).reshape(7, 6), np.array(1.0), np.ones((0, 2))]
+    whole, parts, places = io.BytesIO(), io.BytesIO(), []
+    for i, array in enumerate(arrays):
+        places.append(streaming.entry_layout((f"{i}",), array.shape, array.dtype, places[-1].end if places else 0))
+        streaming.write_entry(whole, (f"{i}",), array)
+    for place, array in reversed(list(zip(places, arrays, strict=True))):
+        for start, stop in ((6, 7), (2, 6), (0, 2)) if array.shape == (7, 6) else ((0, 1),):
+            streaming.write_rows(parts, place, start, array[start:stop] if array.ndim else array)
+    assert parts.getvalue() == whole.getvalue()
+
+
 def test_read_into_fills_the_callers_memory(golden):
     entry = streaming.read_streaming(golden / "lvm_tiny" / "final" / "streaming_train_state")[1]
     buffer = np.full((3, *entry.shape), np.nan, entry.dtype)

@@ -9,7 +9,7 @@ import jax
 import pytest
 from tiny_run import GOLDEN, await_metrics, finish, metrics, start_two, train
 
-from EasyLM.checkpoints import saving, streaming
+from EasyLM.checkpoints import streaming
 from EasyLM.errors import UserError
 from EasyLM.parallel import coordination, device_memory, make_mesh
 from EasyLM.training import run
@@ -110,6 +110,25 @@ def test_cpus_have_no_limit_of_memory():
     assert device_memory(make_mesh("1,-1,1")) is None
 
 
+def test_messages_arrive_in_order(second_of_two):
+    first = {"EasyLM/channel/a/0/0": '{"value":[1]}', "EasyLM/channel/a/0/1": '{"error":"process 0: disk full"}'}
+    service, channel = second_of_two({}), None
+    service.values.update(first)
+    channel = coordination.Channel("a")
+    assert channel.receive(0) == [1]
+    with pytest.raises(coordination.PeerError, match=r"^process 0: disk full$"), channel.failing_together():
+        channel.receive(0)
+    channel.send({"b": None})
+    with pytest.raises(OSError), channel.failing_together():
+        raise OSError(28, "disk full", "/a/file")
+    own = [service.values[f"EasyLM/channel/a/1/{i}"] for i in range(3)]
+    assert own == [
+        '{"error":"process 0: disk full"}',
+        '{"value":{"b":null}}',
+        '{"error":"process 1: disk full: /a/file"}',
+    ]
+
+
 @pytest.mark.slow
 def test_run_directories_that_are_not_shared_stop_both_processes(tmp_path, port):
     train(tmp_path / "0", mesh_dim="1,4,2", total_steps=1, save_model_freq=1)
@@ -124,9 +143,7 @@ def test_an_error_in_training_does_not_wait_for_other_processes(tmp_path, monkey
 
     def fit(*_, **__):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(
-            saving.multihost_utils, "broadcast_one_to_all", lambda _: pytest.fail("waits for the others")
-        )
+        monkeypatch.setattr(coordination, "jax_client", lambda: pytest.fail("waits for the others"))
         raise UserError("the data of this process is gone")
 
     monkeypatch.setattr(run, "fit", fit)

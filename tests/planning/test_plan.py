@@ -13,7 +13,7 @@ from EasyLM.parallel import make_mesh
 from EasyLM.planning import report
 from EasyLM.planning.estimates import ASSUMPTION_FLAGS, Assumptions
 from EasyLM.planning.plan import Plan, PlannedTask, make_plan
-from EasyLM.planning.topologies import make_topology
+from EasyLM.planning.topologies import Topology, make_topology
 from EasyLM.training import OPTIMIZER_FLAGS, make_optimizer, model_without_extra
 
 ROWS, WIDTH, OUTPUTS, DEVICES = 16, 32, 64, 8
@@ -70,9 +70,10 @@ def test_bytes_and_flops_of_a_step(planned):
     assert "1.00 times those of the model" in text
 
 
-def test_parameters_alone_are_saved_in_half_precision(planned):
+def test_parameters_alone_are_saved_in_half_precision_and_copied_by_all_processes(planned, monkeypatch):
+    monkeypatch.setattr(Topology, "num_processes", 2)
     plan = planned(save_optimizer_state=False)
-    assert (plan.checkpoint_bytes, plan.host_bytes_per_process) == (2 * WIDTH * OUTPUTS, 4 * WIDTH * OUTPUTS)
+    assert (plan.checkpoint_bytes, plan.host_bytes_per_process) == (2 * WIDTH * OUTPUTS, 4 * WIDTH * OUTPUTS // 2)
 
 
 def test_a_step_that_needs_more_memory_does_not_fit(planned):

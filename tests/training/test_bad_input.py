@@ -223,14 +223,14 @@ def test_changed_settings_are_logged_when_a_run_starts_from_parameters(tmp_path,
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
     run = train(tmp_path, total_steps=2, save_model_freq=1)
-    write_entry = streaming.write_entry
+    write_rows = streaming.write_rows
 
-    def full(file, key, array):
-        if key[0] == "opt_state":
+    def full(file, layout, *rows):
+        if layout.key[0] == "opt_state":
             raise OSError(28, "No space left on device")
-        write_entry(file, key, array)
+        write_rows(file, layout, *rows)
 
-    monkeypatch.setattr(streaming, "write_entry", full)
+    monkeypatch.setattr(streaming, "write_rows", full)
     with pytest.raises(UserError, match="No space left on device"):
         train(tmp_path, total_steps=6, save_model_freq=1)
     monkeypatch.undo()

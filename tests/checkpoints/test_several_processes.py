@@ -1,0 +1,83 @@
+"""Several processes save one file together: the bytes of one process, a share for each, and errors that all know."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import saving_program
+from checkpoint_kit import assert_equal, make_checkpointer
+
+from EasyLM import checkpoints
+
+ROOT = pathlib.Path(__file__).parents[2]
+KILLED = "ended without an error message; it was probably killed, for example for lack of memory"
+FILES = ("streaming_train_state", "checksums.json", "dataset.json")
+
+
+def run_program(run_dirs, port, **flags) -> list[tuple[int, list[str], str]]:
+    """Runs the program with a process of two devices for each of the directories.
+
+    Returns:
+      (exit code, lines of stdout, stderr) of each process.
+    """
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | devices | {"PYTHONPATH": str(ROOT)}
+    flags |= {"jax_distributed.initialize_jax_distributed": True, "jax_distributed.num_processes": len(run_dirs)}
+    flags["jax_distributed.coordinator_address"] = f"127.0.0.1:{port}"
+    command = [sys.executable, saving_program.__file__, *(f"--{name}={value}" for name, value in flags.items())]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([*command, f"--run_dir={path}", f"--jax_distributed.process_id={i}"], env=environment, **pipes)
+        for i, path in enumerate(run_dirs)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, [line for line in stdout.splitlines() if not line.startswith("[Gloo]")], stderr)
+        for process, (stdout, stderr) in zip(processes, outputs, strict=True)
+    ]
+
+
+def save_alone(directory, step) -> pathlib.Path:
+    saver = make_checkpointer(directory)
+    saver.save(saving_program.values(step), step, {"step": step}, {"step": step, "flags": {}})
+    saver.wait()
+    return directory
+
+
+@pytest.mark.slow
+def test_each_process_saves_and_loads_its_share(tmp_path, port):
+    """Also: a full disk of one process, a killed one, and a restart on two processes that do not share a disk."""
+    run_dir, alone = tmp_path / "run", save_alone(tmp_path / "1", 1)
+    outcomes = run_program([run_dir] * 4, port, mesh_dim="2,2,2", full=2, killed=3)
+    size = (alone / FILES[0]).stat().st_size
+    for process, (code, lines, errors) in enumerate(outcomes):
+        assert max(json.loads(lines[0]).values()) <= 1.1 * size / 4, (process, lines)
+        cause = "No space left on device" if process == 2 else "process 2: No space left on device"
+        assert lines[1] == f"{run_dir}: the checkpoint was not saved ({cause}); checkpoints/step_00000001 is intact"
+        assert code == (-signal.SIGKILL if process == 3 else 1)
+        assert process == 3 or re.search(f"^error: process 3 on .*: {KILLED}$", errors, re.MULTILINE), errors
+    interrupted, whole = sorted(os.listdir(run_dir / "checkpoints"))
+    assert whole == "step_00000001" and interrupted.startswith(".tmp-3-")
+    for name in FILES:
+        assert (run_dir / name).read_bytes() == (alone / name).read_bytes()
+    assert_equal(
+        checkpoints.load(f"trainstate::{run_dir}/{FILES[0]}", saving_program.values(0)), saving_program.values(1)
+    )
+    shutil.copytree(run_dir, tmp_path / "copy", symlinks=True)
+    (code, _, errors), (other_code, _, other_errors) = run_program([run_dir, tmp_path / "copy"], port, load=True)
+    assert code == other_code == 0, (errors, other_errors)
+    assert "not all processes see this directory" in errors
+    assert os.listdir(run_dir / "checkpoints") == ["step_00000003"]
+    alone = save_alone(tmp_path / "3", 3)
+    for name in FILES:
+        assert (run_dir / name).read_bytes() == (alone / name).read_bytes()

@@ -1,0 +1,141 @@
+"""A program of several processes that save and load a state together. Used by test_several_processes.py."""
+
+import errno
+import json
+import os
+import signal
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from EasyLM import checkpoints, flags
+from EasyLM.checkpoints import streaming
+from EasyLM.errors import UserError
+from EasyLM.flags import Flag
+from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS, fail_together, initialize_distributed, make_mesh
+from EasyLM.training.step import TrainState
+
+FLAGS = {
+    "run_dir": Flag("", "The run directory of this process."),
+    "mesh_dim": Flag("1,-1,1", "The mesh."),
+    "load": Flag(False, "Load the newest checkpoint, which must be that of the first step, instead of saving it."),
+    "full": Flag(-1, "The process whose disk is full at the second save."),
+    "killed": Flag(-1, "The process that is killed while it writes the third save."),
+    "jax_distributed": JAX_DISTRIBUTED_FLAGS,
+}
+SPECS = {
+    "wq": P(None, "fsdp", "mp"),
+    "wo": P(None, "mp", "fsdp"),
+    "norm": P(),
+    "wte": P(None, "fsdp"),
+    "few": P(),
+    "none": P(),
+}
+
+
+def values(step: int) -> TrainState:
+    """Returns a state of NumPy arrays, among them arrays whose rows no number of processes divides."""
+    rng = np.random.default_rng(step)
+    shapes = {"wq": (4, 256, 512), "wo": (4, 512, 256), "norm": (4, 256)}
+    layers = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    shapes = {"wte": (1003, 96), "few": (5,), "none": (0, 2)}
+    other = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    params = {"params": {"h": layers, **other}}
+    halves = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
+    return TrainState(np.full((), step, np.int32), params, {"count": np.int32(step), "mu": halves, "nu": params})
+
+
+def shapes_on(mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns the state's shapes, types and shardings."""
+
+    def on_mesh(path, x):
+        name = path[-1].key if len(path) > 2 else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, SPECS.get(name, P())))
+
+    return jax.tree_util.tree_map_with_path(on_mesh, values(0))
+
+
+def on_mesh(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    def put(x, shape):
+        return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: np.asarray(x[index]))
+
+    return jax.tree.map(put, state, shapes_on(mesh))
+
+
+def assert_same(left: TrainState, right: TrainState) -> None:
+    """Compares the parts of this process."""
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert x.sharding == y.sharding and x.dtype == y.dtype and x.shape == y.shape
+        for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True):
+            assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes()
+
+
+def count_written() -> list[int]:
+    """Returns a list to which each write into a state file adds its number of bytes."""
+    write_at, sizes = streaming._write_at, []
+
+    def write(file, offset, data):
+        sizes.append(len(data))
+        write_at(file, offset, data)
+
+    streaming._write_at = write
+    return sizes
+
+
+def before_third_write(action) -> None:
+    """Calls `action` in place of the third write of rows by this process."""
+    write_rows, count = streaming.write_rows, 0
+
+    def write(*arguments):
+        nonlocal count
+        count += 1
+        if count == 3:
+            action()
+        write_rows(*arguments)
+
+    streaming.write_rows = write
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@fail_together()
+def main(config):
+    initialize_distributed(config.jax_distributed)
+    process, mesh = jax.process_index(), make_mesh(config.mesh_dim)
+    first = on_mesh(values(1), mesh)
+    saver = checkpoints.Checkpointer(config.run_dir, save_optimizer_state=True)
+
+    def save(step):
+        saver.save(on_mesh(values(step), mesh), step, {"step": step}, {"step": step, "flags": {}})
+        saver.wait()
+
+    if not config.load:
+        saver.prepare(first)
+        written = count_written()
+        save(1)
+        blocks = [block.values.nbytes for blocks in saver._copy._blocks.values() for block in blocks]
+        print(json.dumps({"written": sum(written), "memory": sum(blocks)}), flush=True)
+    loaded = checkpoints.load(checkpoints.latest_checkpoint(config.run_dir).spec, shapes_on(mesh))
+    assert_same(loaded, first)
+    if process == config.full:
+        before_third_write(full)
+    try:
+        save(2)
+    except UserError as error:
+        print(error, flush=True)
+    if process == config.killed:
+        before_third_write(kill)
+    save(3)
+
+
+if __name__ == "__main__":
+    flags.run(main, FLAGS)
