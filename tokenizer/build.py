@@ -6,6 +6,7 @@ DATASET.md describes the kinds. The same command resumes an interrupted build; t
 """
 
 import contextlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
+from EasyLM.parallel import own_part
 from EasyLM.process_pool import available_cores
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output
@@ -61,7 +63,11 @@ SENTENCE_FLAGS = {
         "such as 500,10000; empty: black is 0 and white the largest value of the format.",
     ),
     "seed": Flag(0, "Seed of every random choice.", least=0),
-    "shard": Flag("0/1", "i/n: build only part i (from 0) of n; the concatenated parts equal the whole file."),
+    "shard": Flag(
+        "0/1",
+        "i/n: build only part i (from 0) of n; the concatenated parts equal the whole file. auto: the part of this "
+        "task of a SLURM array or of srun, or of this host of a pod.",
+    ),
     "vqgan": CODEC_FLAGS["vqgan"],
     "dtype": CODEC_FLAGS["dtype"],
 }
@@ -70,7 +76,9 @@ FLAGS = {
     "resolution": CODEC_FLAGS["resolution"],
     "batch_size": CODEC_FLAGS["batch_size"],
     "output_file": Flag(
-        "", "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it.", required=True
+        "",
+        "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it. {i} and {n} are those of --shard.",
+        required=True,
     ),
     "max_errors": Flag(0, "Maximum number of broken, unmatched or short inputs to skip; each is reported.", least=0),
     "fresh": Flag(False, "Discard an interrupted or finished build of the file."),
@@ -85,6 +93,7 @@ def main(config: ConfigDict) -> None:
     """Builds the file and prints its statistics."""
     kind, skipped = KINDS[config.kind], SkippedInputs(config.max_errors)
     settings, (shard, shards) = _settings(config), _shard(config.shard)
+    output_file = _name_part(config.output_file, shard, shards)
     sources = find_sources(config.kind, config.input_dir, config.target_dir, config["keys"], config.columns)
     codec = Codec.from_flags(config)
     index = FileIndex(kind.layout, sources, skipped)
@@ -93,20 +102,20 @@ def main(config: ConfigDict) -> None:
     total = sampler.num_examples * config.n_epochs
     examples = range(total * shard // shards, total * (shard + 1) // shards)
     plan = BuildPlan(config.kind, sampler, settings, examples)
-    fingerprint = _fingerprint(config, codec, index)
-    with contextlib.closing(ResumableFile(config.output_file, fingerprint, config.fresh)) as file:
+    fingerprint = _fingerprint(config, codec, index) | {"shard": f"{shard}/{shards}"}
+    with contextlib.closing(ResumableFile(output_file, fingerprint, config.fresh)) as file:
         if file.finished_report is not None:
-            print(f"{config.output_file} is already complete: {_summary(file.finished_report)}")
+            print(f"{output_file} is already complete: {_summary(file.finished_report)}")
             return
         folders.report_ignored(index.ignored, "inputs")
-        check_output(config.output_file, "output_file")
+        check_output(output_file, "output_file")
         cached_images = config.cache_pictures if config.n_epochs > 1 or kind.repeats_images else 0
         resources = Resources(config.batch_size, config.workers, cached_images)
         report = write_sentences(plan, codec, file, skipped, resources)
         if not report["sentences"] and shards == 1:
             raise UserError(f"--input_dir={config.input_dir}: no sentence was built, {len(skipped)} inputs skipped")
         file.finish({**report, "files_passed_over": index.ignored})
-    print(f"{config.output_file}: {_summary(report)}")
+    print(f"{output_file}: {_summary(report)}")
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -129,10 +138,19 @@ def _settings(config: ConfigDict) -> SentenceSettings:
 
 
 def _shard(value: str) -> tuple[int, int]:
+    if value == "auto":
+        with prefix_errors("--shard=auto"):
+            return own_part(os.environ)
     numbers = _integers("shard", value, "/")
     if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
-        raise UserError(f"--shard={value}: must be i/n with i one of 0..n-1")
+        raise UserError(f"--shard={value}: must be i/n with i one of 0..n-1, or auto")
     return numbers[0], numbers[1]
+
+
+def _name_part(output_file: str, shard: int, shards: int) -> str:
+    """Replaces {i} and {n}. All {i} have the same number of digits: the order of the names is that of the parts."""
+    width = len(str(shards - 1))
+    return output_file.replace("{i}", f"{shard:0{width}d}").replace("{n}", str(shards))
 
 
 def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:

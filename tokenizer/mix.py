@@ -19,6 +19,7 @@ from EasyLM.storage import check_output, expand_path_groups, is_compressed, is_r
 from EasyLM.vocab import NUM_SPECIAL_IDS, VOCAB_SIZE
 from tokenizer.sentence_files.disk_space import check_disk_space
 from tokenizer.sentence_files.mixing import Source, count_lines, needed_space, write_mixture
+from tokenizer.sentence_files.parts import check_parts
 
 FLAGS = {
     "inputs": Flag(
@@ -81,6 +82,8 @@ def _sources(config: ConfigDict) -> list[Source]:
             raise UserError(f"--inputs={config.inputs}: {path} is packed: unpack it first (tokenizer.pack --unpack)")
         if not is_remote(path) and os.path.abspath(path) == os.path.abspath(config.output_file):
             raise UserError(f"--output_file={config.output_file}: is one of --inputs={config.inputs}")
+    with prefix_errors(f"--inputs={config.inputs}"):
+        check_parts([path for source in sources for path in source.paths])
     if config.output_json:
         check_output(config.output_json, "output_json")
     return sources

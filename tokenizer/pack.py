@@ -21,6 +21,7 @@ from EasyLM.storage import atomic_file, expand_paths, file_version, is_compresse
 from EasyLM.vocab import NUM_SPECIAL_IDS, VOCAB_SIZE
 from tokenizer.sentence_files import read_sentences
 from tokenizer.sentence_files.disk_space import check_disk_space
+from tokenizer.sentence_files.parts import check_parts
 
 _DECOMPRESSED = 4  # approximate bytes of JSONL per byte of .gz or .zst: an id takes 43 bits, 13 of them information
 # Bytes on disk per byte of input. Packing writes 2 bytes per 5.33 bytes of JSONL twice: as columns, then joined.
@@ -100,6 +101,8 @@ def _input_paths(config: ConfigDict) -> list[str]:
     ending = ".jsonl" if config.unpack else packed_file.ENDING
     if not config.output_file.endswith(ending):
         raise UserError(f"--output_file={config.output_file}: must end in {ending} with --unpack={config.unpack}")
+    with prefix_errors(f"--input_files={config.input_files}"):
+        check_parts(paths)
     return paths
 
 

@@ -9,6 +9,7 @@ May import EasyLM's own modules only.
     compiler      options of XLA by platform
     coordination  host work in the order of processes; values that must be equal on all of them; messages
     peers         the processes of a run end together
+    parts         the part of this process in work that is divided without jax.distributed
 
 Vocabulary:
     mesh            devices as an array with named axes: dp (data parallel), fsdp (fully sharded data parallel: batch
@@ -23,6 +24,7 @@ from EasyLM.parallel.device_memory import device_memory
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
 from EasyLM.parallel.mesh import BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
 from EasyLM.parallel.partition import constrain, shardings
+from EasyLM.parallel.parts import own_part
 from EasyLM.parallel.peers import end_together, fail_together
 
 __all__ = [
@@ -43,5 +45,6 @@ __all__ = [
     "make_mesh",
     "on_first_process_first",
     "one_line",
+    "own_part",
     "shardings",
 ]

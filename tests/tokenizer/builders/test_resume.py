@@ -12,12 +12,13 @@ import time
 
 import numpy as np
 import pytest
+import tokenizer_kit
 from build_kit import SETTINGS, Killed, build_records, kill_at_line, report_of, skipped_names
 from tokenizer_kit import write_image
 from tqdm import tqdm
 
 from EasyLM.errors import UserError
-from tokenizer import build
+from tokenizer import build, mix
 from tokenizer.builders import resumable_file, writing
 
 
@@ -30,6 +31,25 @@ def test_concatenated_shards_are_the_whole_file(tree, tiny, tmp_path, kind):
         for i, part in enumerate(parts):
             build_records(tree, tiny, part, kind, shard=f"{i}/{count}")
         assert b"".join(part.read_bytes() for part in parts) == whole
+
+
+def test_the_tasks_of_an_array_build_their_own_parts(tree, tiny, tmp_path, monkeypatch):
+    build_records(tree, tiny, tmp_path / "whole.jsonl", "images")
+    for name, value in {"COUNT": 3, "MIN": 0, "MAX": 2}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    for task in range(3):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        settings = {"input_dir": str(tree / "image"), "vqgan": tiny, "batch_size": 8, "workers": 1, "shard": "auto"}
+        tokenizer_kit.run_main(build, output_file=f"{tmp_path}/part_{{i}}_of_{{n}}.jsonl", **settings)
+    parts = [tmp_path / f"part_{task}_of_3.jsonl" for task in range(3)]
+    assert b"".join(part.read_bytes() for part in parts) == (tmp_path / "whole.jsonl").read_bytes()
+    assert [report_of(part)["identity"]["shard"] for part in parts] == [f"{task}/3" for task in range(3)]
+    tokenizer_kit.run_main(mix, inputs=f"{tmp_path}/part_*.jsonl", output_file=str(tmp_path / "mixed.jsonl"))
+    parts[1].unlink()
+    with pytest.raises(UserError, match="1 are missing: 1"):
+        tokenizer_kit.run_main(mix, inputs=f"{tmp_path}/part_*.jsonl", output_file=str(tmp_path / "mixed.jsonl"))
+    tokenizer_kit.run_main(build, output_file=f"{tmp_path}/{{i}}.jsonl", **{**settings, "shard": "3/11"})
+    assert (tmp_path / "03.jsonl").exists()  # the order of the names is that of the parts
 
 
 @pytest.mark.slow
