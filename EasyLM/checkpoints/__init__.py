@@ -19,6 +19,7 @@ Modules:
   checksums: a sidecar with a checksum of each array, verified when the array is read.
   formats: the prefixes and their readers; orbax_directory: the reader of Orbax checkpoints.
   loading: loads a checkpoint into given shapes, types and shardings.
+  shared_reads: each of several processes reads its share of the rows.
   row_split: the rows of an array, split over all devices, so that each process saves and loads its share.
   host_copy: a copy of a state, or of this process's share, in host memory.
   state_file: the layout of a state file, which several processes write together.

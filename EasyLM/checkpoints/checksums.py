@@ -9,11 +9,12 @@ all files of the LVM release. `EasyLM.storage.checksums` describes the checksum 
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from EasyLM.checkpoints.entries import Entry, bytes_of
+from EasyLM.checkpoints.entries import Entry, PartReader, bytes_of
 from EasyLM.checkpoints.layout import MILESTONE, sidecar_path
 from EasyLM.errors import UserError
 from EasyLM.storage import checksums, read_json
@@ -81,12 +82,19 @@ def _saved_name(path: str) -> str:
 
 def verified_entry(path: str, entry: Entry, checksum: str) -> Entry:
     """Returns an entry whose read raises DamagedArrayError unless the array has the checksum."""
-    return dataclasses.replace(entry, read_into=functools.partial(_read_verified, path, entry, checksum))
+    check = functools.partial(_check, path, entry, checksum)
+    if isinstance(entry.read_into, PartReader):
+        return dataclasses.replace(entry, read_into=dataclasses.replace(entry.read_into, check=check))
+    return dataclasses.replace(entry, read_into=functools.partial(_read_verified, entry, check))
 
 
-def _read_verified(path: str, entry: Entry, checksum: str, array: np.ndarray) -> None:
+def _read_verified(entry: Entry, check: Callable[[Sequence[tuple[int, int]]], None], array: np.ndarray) -> None:
     entry.read_into(array)
-    if array_checksum(entry.key, array) != checksum:
+    check([(zlib.crc32(bytes_of(array)), array.nbytes)])
+
+
+def _check(path: str, entry: Entry, checksum: str, parts: Sequence[tuple[int, int]]) -> None:
+    if joined_checksum(entry.key, entry.shape, entry.dtype, parts) != checksum:
         raise DamagedArrayError(
             f"{path}: the array {'/'.join(entry.key)} is damaged: its bytes differ from those that were saved "
             f"(checksum {checksum})"

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,26 @@ class Entry:
         return dataclasses.replace(self, key=key)
 
 
+@dataclasses.dataclass(frozen=True)
+class PartReader:
+    """The `read_into` of an entry whose bytes can be read in parts, for example by several processes.
+
+    Attributes:
+      read: (array, start) -> None; fills an array with consecutive bytes of the entry, from the byte `start`.
+      check: raises an error unless consecutive parts with these (CRC-32, number of bytes) make the saved array. None:
+        the array has no checksum.
+    """
+
+    read: Callable[[np.ndarray, int], None]
+    check: Callable[[Sequence[tuple[int, int]]], None] | None = None
+
+    def __call__(self, array: np.ndarray) -> None:
+        """Reads the whole array and verifies it."""
+        self.read(array, 0)
+        if self.check is not None:
+            self.check([(zlib.crc32(bytes_of(array)), array.nbytes)])
+
+
 def host_memory(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
     """Returns a zeroed, page-aligned array, which a CPU device adopts without a copy.
 
@@ -51,8 +72,11 @@ def bytes_of(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarray) -> None:
+def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarray, start: int = 0) -> None:
     """Fills an array with the pieces `(offset, num_bytes)` of a file. This function is thread-safe.
+
+    Args:
+      start: the first byte that is read, counted within the pieces. The array may end before they do.
 
     Raises:
       UserError: if the file has been truncated or deleted since its headers were read.
@@ -66,8 +90,11 @@ def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarra
         ) from None
     with opened as file:
         for offset, num_bytes in pieces:
-            file.seek(offset)
-            end = position + num_bytes
+            skipped = min(start, num_bytes)
+            start -= skipped
+            end = min(position + num_bytes - skipped, len(buffer))
+            if position < end:
+                file.seek(offset + skipped)
             while position < end:
                 count = file.readinto(buffer[position:end])
                 if not count:

@@ -1,8 +1,9 @@
 """Loads checkpoints into the shapes, types and shardings of a target tree."""
 
 import collections
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 
 from EasyLM.checkpoints import stacking
-from EasyLM.checkpoints.entries import Entry, host_memory
+from EasyLM.checkpoints.entries import Entry, PartReader, host_memory
 from EasyLM.checkpoints.formats import CHECKPOINT_FORMATS, Reader, open_checkpoint
+from EasyLM.checkpoints.shared_reads import SharedReads
 from EasyLM.checkpoints.stacking import Key, StackedArray
 from EasyLM.errors import UserError
 
@@ -41,8 +43,10 @@ def load(spec: str, target: Any = None, formats: Mapping[str, Reader] = CHECKPOI
     Args:
       target: a pytree of `jax.ShapeDtypeStruct` or arrays, which give shapes, types and shardings. For `trainstate` it
         is a train state; for the other prefixes it holds parameters. Each array is cast to the target's type and placed
-        on the target's sharding. A process transfers only its own shards. An array without a sharding is returned as a
-        NumPy array. If the target is None, the whole file is returned as nested dicts of NumPy arrays.
+        on the target's sharding. A process transfers only its own shards. If the target is spread over processes, each
+        reads a share of the rows of a streaming file, and the devices exchange them; all processes must call `load`. An
+        array without a sharding is returned as a NumPy array. If the target is None, the whole file is returned as
+        nested dicts of NumPy arrays.
       formats: the allowed prefixes and their readers.
 
     Returns:
@@ -98,7 +102,7 @@ def _match_accumulation(spec: str, entries: dict[Key, Entry], wanted: list[Stack
 
 
 def _zeros(key: Key, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
-    return Entry(key, shape, dtype, lambda out: out.fill(0))
+    return Entry(key, shape, dtype, PartReader(lambda out, start: out.fill(0)))
 
 
 def check_entries(source: str, entries: Mapping[Key, Entry], wanted: list[StackedArray]) -> None:
@@ -131,14 +135,23 @@ def _join_keys(keys: list[Key]) -> str:
 def _read_arrays(entries: Mapping[Key, Entry], wanted: list[StackedArray]) -> list:
     """Reads the wanted arrays. The transfer of one array to its devices overlaps with the reads of the next arrays."""
     arrays: list = []
-    reading: collections.deque = collections.deque()
+    shared = SharedReads(entries, wanted)
+    reading: collections.deque[Future[Callable[[], Any]]] = collections.deque()
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for stacked in wanted:
-            reading.append((stacked, pool.submit(_read_parts, entries, stacked)))
+            reading.append(pool.submit(_read, entries, stacked, shared))
             if len(reading) > _READ_THREADS:
-                arrays.append(_to_devices(*reading.popleft()))
-        arrays += [_to_devices(*item) for item in reading]
+                arrays.append(reading.popleft().result()())
+        arrays += [future.result()() for future in reading]
+    shared.verify()
     return arrays
+
+
+def _read(entries: Mapping[Key, Entry], stacked: StackedArray, shared: SharedReads) -> Callable[[], Any]:
+    """Reads what this process needs of an array. Returns the function that places it on the devices."""
+    if stacked.key in shared.splits:
+        return shared.read(stacked)
+    return functools.partial(_to_devices, stacked, _read_parts(entries, stacked))
 
 
 def _read_parts(entries: Mapping[Key, Entry], stacked: StackedArray) -> dict[Bounds, np.ndarray]:
@@ -176,8 +189,8 @@ def _device_bounds(stacked: StackedArray) -> dict[jax.Device | None, Bounds]:
     }
 
 
-def _to_devices(stacked: StackedArray, future: Future) -> np.ndarray | jax.Array:
-    parts, bounds_of = future.result(), _device_bounds(stacked)
+def _to_devices(stacked: StackedArray, parts: dict[Bounds, np.ndarray]) -> np.ndarray | jax.Array:
+    bounds_of = _device_bounds(stacked)
     if None in bounds_of:
         return parts[bounds_of[None]]
     arrays = [jax.device_put(parts[bounds], device) for device, bounds in bounds_of.items()]

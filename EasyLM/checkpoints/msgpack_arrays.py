@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import msgpack
 import numpy as np
 
-from EasyLM.checkpoints.entries import Entry, bytes_of, read_pieces
+from EasyLM.checkpoints.entries import Entry, PartReader, bytes_of, read_pieces
 from EasyLM.errors import UserError
 from EasyLM.storage import is_remote, remote_file_system
 
@@ -175,7 +175,7 @@ class HeaderReader:
     def _entry(self, key, shape, dtype, pieces) -> Entry:
         if sum(num_bytes for _, num_bytes in pieces) != math.prod(shape) * dtype.itemsize:
             self.fail(f"the chunks do not make an array {shape} of {dtype}")
-        return Entry(key, shape, dtype, functools.partial(read_pieces, self._resolved_path, tuple(pieces)))
+        return Entry(key, shape, dtype, PartReader(functools.partial(read_pieces, self._resolved_path, tuple(pieces))))
 
 
 def value_segments(shape: tuple[int, ...], dtype: np.dtype) -> list[bytes | int]:

@@ -225,9 +225,17 @@ class Checkpointer:
             file.truncate(state_file.num_bytes)
             path = os.path.relpath(file.name, self._directory.path)
         channel.send(path)
-        parts = state_file.write_local_rows(file)
-        for process in self._others:
-            parts += channel.receive(process)
+        shares = [functools.partial(channel.receive, process) for process in self._others]
+        parts, failures = [], []
+        for share in (functools.partial(state_file.write_local_rows, file), *shares):
+            try:
+                parts += share()
+            except (
+                Exception
+            ) as failure:  # the others finish: one whose file is deleted would report that, not the cause
+                failures.append(failure)
+        if failures:
+            raise failures[0]
         return state_file.checksums(parts)
 
     def _write_share(self, state_file: StateFile, channel: Channel) -> None:

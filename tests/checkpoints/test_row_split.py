@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_kit import assert_equal, make_checkpointer, save, small_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from EasyLM import checkpoints
+from EasyLM.checkpoints import shared_reads
 from EasyLM.checkpoints.row_split import RowSplit, join_program, split_program
 from EasyLM.parallel import make_mesh
 
@@ -39,6 +42,29 @@ def test_devices_get_consecutive_rows_and_give_them_back(mesh_dim, shape, axis, 
     assert joined.sharding == home
     for shard in joined.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), values[shard.index])
+
+
+def test_rows_that_processes_read_together_are_verified(tmp_path, monkeypatch):
+    """The one process reads the rows of all devices."""
+    save(make_checkpointer(tmp_path), 3)
+    home = NamedSharding(make_mesh("2,2,2"), P())
+    monkeypatch.setattr(
+        shared_reads,
+        "row_split",
+        lambda stacked: RowSplit(stacked.array.shape, int(stacked.is_stacked), home) if stacked.file_shape else None,
+    )
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=home), small_state(3))
+    spec = f"trainstate::{tmp_path}/streaming_train_state"
+    loaded = checkpoints.load(spec, target)
+    assert_equal(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_state(3)))
+    path = tmp_path / "streaming_train_state"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in the last row of the last array
+    path.write_bytes(data)
+    with pytest.raises(
+        checkpoints.DamagedArrayError, match=r"the array opt_state/mu/params/transformer/ln_f is damaged"
+    ):
+        checkpoints.load(spec, target)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A program of several processes that save and load a state together. Used by test_several_processes.py."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from EasyLM import checkpoints, flags
-from EasyLM.checkpoints import streaming
+from EasyLM.checkpoints import entries, streaming
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS, fail_together, initialize_distributed, make_mesh
@@ -85,6 +86,19 @@ def count_written() -> list[int]:
     return sizes
 
 
+def count_read() -> list[int]:
+    """Returns a list to which each read of arrays from a state file adds its number of bytes."""
+    sizes = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            sizes.append(super().readinto(buffer))
+            return sizes[-1]
+
+    entries._open_unbuffered = Counted
+    return sizes
+
+
 def before_third_write(action) -> None:
     """Calls `action` in place of the third write of rows by this process."""
     write_rows, count = streaming.write_rows, 0
@@ -124,7 +138,9 @@ def main(config):
         save(1)
         blocks = [block.values.nbytes for blocks in saver._copy._blocks.values() for block in blocks]
         print(json.dumps({"written": sum(written), "memory": sum(blocks)}), flush=True)
+    read = count_read()
     loaded = checkpoints.load(checkpoints.latest_checkpoint(config.run_dir).spec, shapes_on(mesh))
+    print(json.dumps({"read": sum(read)}), flush=True)
     assert_same(loaded, first)
     if process == config.full:
         before_third_write(full)
