@@ -14,6 +14,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     optimizers    optimizers from flags; schedules: their learning rates; weight_average: a moving average of weights
     throughput    items per second, seconds by activity, MFU
     profiler      traces of a few steps
+    goodput       the share of a run's time, over all its starts, that goes into steps that count
     stop_signal   signals stop all processes after the same step
     watchdog      ends a run that makes no progress
     metrics_log   the metrics of a run; their flags

@@ -78,6 +78,12 @@ def given_id(settings: Any, run_dir: str) -> str:
     return name.removeprefix(f"{settings.prefix}--") if settings.prefix and settings.prefix_to_id else name
 
 
+def metrics_path(run_dir: str) -> str:
+    """Returns the path of this process's metrics: `metrics.jsonl`, or `metrics_{p}.jsonl` for process p above 0."""
+    process = jax.process_index()
+    return os.path.join(run_dir, f"metrics_{process}.jsonl" if process else "metrics.jsonl")
+
+
 def _broadcast(data: bytes) -> bytes:
     """Returns the bytes of process 0 on every process."""
     if jax.process_count() == 1:
@@ -109,8 +115,7 @@ class Logger:
         self._services: list[MetricsSink] = []
         if process and not all_processes:
             return
-        suffix = f"_{process}" if process else ""
-        path = os.path.join(run_dir, f"metrics{suffix}.jsonl")
+        suffix, path = f"_{process}" if process else "", metrics_path(run_dir)
         try:
             self._file = JsonLinesSink(path)
         except OSError as error:

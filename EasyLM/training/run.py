@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from EasyLM.storage import HeartbeatLock, LockedError, is_remote, json_digest, r
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
 from EasyLM.training.compilation import compile_evaluation, compile_step, use_compilation_cache
+from EasyLM.training.goodput import Goodput
 from EasyLM.training.loop import Report, fit
 from EasyLM.training.metrics_log import Logger
 from EasyLM.training.profiler import Profiler
@@ -41,6 +43,7 @@ class Run:
     directory: str
     model_settings: ModelSettings
     start: StartPoint
+    begin: float  # Unix time
     check_lock: Callable[[], None]  # raises UserError if another run has taken over the directory
 
 
@@ -58,6 +61,7 @@ def open_run(
     Raises:
       UserError: naming the flag or the file, or the process that uses the directory.
     """
+    begin = time.time()
     metrics_log.check_settings(settings.logger)
     with prefix_errors(f"--compilation_cache_dir={settings.compilation_cache_dir}"):
         use_compilation_cache(settings.compilation_cache_dir)
@@ -66,7 +70,7 @@ def open_run(
         check_lock = on_first_process_first(lambda: _lock(directory, stack))
         start = find_start(settings.start, directory, formats)
         check_settings(start, model_settings)
-        yield Run(settings, directory, model_settings, start, check_lock)
+        yield Run(settings, directory, model_settings, start, begin, check_lock)
 
 
 def _lock(directory: str, stack: ExitStack) -> Callable[[], None]:
@@ -112,7 +116,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
       UserError: if the data cannot continue, the processes disagree, a checkpoint cannot be saved, or the loss is not
         finite for too many steps.
     """
-    settings, data, accounting = run.settings, task.data, task.accounting
+    settings, data = run.settings, task.data
     first_row = _first_row(run.start, data.train)
     _check_processes_agree(run.start, first_row, data.train)
     with reported("the first state"):
@@ -126,26 +130,22 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         closing(Profiler(settings.profile_steps, run.directory, first_step)) as profiler,
         fail_together(),  # before the closing of the others, which may take long
     ):
+        goodput = Goodput(metrics_log.metrics_path(run.directory), first_step, run.begin)
 
         def log(metrics: Metrics) -> None:
             rows = first_row + (metrics["step"] + 1 - first_step) * data.batch_size
-            logger.log(metrics | data.train.metrics(rows))
+            logger.log(metrics | data.train.metrics(rows) | goodput.metrics(throughput.total_seconds))
 
         checkpointer.prepare(task.model.saved_part(state))
-        step = profiler.traced(compile_step(task, settings.seed, mesh, state))
-        throughput = Throughput(
-            batches,
-            accounting.unit,
-            data.batch_size * accounting.items_per_row,
-            data.batch_size * accounting.flops_per_row,
-            settings.peak_tflops,
-        )
+        watchdog = Watchdog(settings.watchdog_minutes)
+        with goodput.compiling():
+            step = profiler.traced(compile_step(task, settings.seed, mesh, state))
+            evaluate = (
+                _make_evaluate(task, settings.eval_steps, mesh, state, watchdog.expect) if settings.eval_steps else None
+            )
+        throughput = _throughput(batches, task, settings.peak_tflops)
         report = Report(settings.loop, throughput, log, run.directory)
         save = _make_save(run, task, mesh, checkpointer)
-        watchdog = Watchdog(settings.watchdog_minutes)
-        evaluate = (
-            _make_evaluate(task, settings.eval_steps, mesh, state, watchdog.expect) if settings.eval_steps else None
-        )
         on_first_process_first(lambda: None)  # all have compiled: collectives on CPUs wait for 30 s only
         with watchdog:
             state, finished = fit(
@@ -179,6 +179,13 @@ def _check_processes_agree(start: StartPoint, first_row: int, source: RowSource)
             "the first row": first_row,
             "the data's fingerprint": json_digest(source.fingerprint),
         }
+    )
+
+
+def _throughput(batches: Batches, task: TrainingTask, peak_tflops: float) -> Throughput:
+    rows, accounting = task.data.batch_size, task.accounting
+    return Throughput(
+        batches, accounting.unit, rows * accounting.items_per_row, rows * accounting.flops_per_row, peak_tflops
     )
 
 

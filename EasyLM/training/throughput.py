@@ -55,6 +55,9 @@ class Throughput:
       items_per_step: items of one global batch.
       flops_per_step: model FLOPs of one step over all devices.
       peak_tflops: see `peak_flops`.
+
+    Attributes:
+      total_seconds: seconds by activity of all finished intervals: `step`, `data`, `save` and `eval`.
     """
 
     def __init__(self, batches: WaitCounter, unit: str, items_per_step: int, flops_per_step: float, peak_tflops: float):
@@ -62,19 +65,20 @@ class Throughput:
         self._batches, self._items_per_step, self._flops_per_step = batches, items_per_step, flops_per_step
         peak = peak_flops(peak_tflops, jax.devices()[0].device_kind)
         self._peak_flops = peak * jax.device_count() if peak else None
+        self.total_seconds = dict.fromkeys(("step", "data", "save", "eval"), 0.0)
         self.restart()
 
     def restart(self) -> None:
         """Starts a new interval."""
         self._begin, self._waited, self._steps = time.perf_counter(), self._batches.wait_seconds, 0
-        self._spent = {"save": 0.0}
+        self._spent = {"save": 0.0, "eval": 0.0}
 
     @contextlib.contextmanager
     def timed(self, activity: str) -> Iterator[None]:
-        """Adds the seconds of the block to an activity that blocks training."""
+        """Adds the seconds of the block to an activity that blocks training, `save` or `eval`."""
         begin = time.perf_counter()
         yield
-        self._spent[activity] = self._spent.get(activity, 0.0) + time.perf_counter() - begin
+        self._spent[activity] += time.perf_counter() - begin
 
     def count_step(self) -> None:
         """Counts a finished step."""
@@ -88,15 +92,17 @@ class Throughput:
         time of evaluation is excluded from all rates.
         """
         steps, elapsed = max(self._steps, 1), time.perf_counter() - self._begin
-        evaluating = self._spent.pop("eval", 0.0)
+        seconds = {"data": self._batches.wait_seconds - self._waited, **self._spent}
+        seconds["step"] = elapsed - sum(seconds.values())
+        for activity, spent in seconds.items():
+            self.total_seconds[activity] += spent
+        evaluating = seconds.pop("eval")
         elapsed -= evaluating
-        spent = {"data": self._batches.wait_seconds - self._waited, **self._spent}
         rate = self._items_per_step * steps / elapsed
         metrics = {
             f"{self.unit}_per_second": rate,
             f"{self.unit}_per_second_per_device": rate / jax.device_count(),
-            "step_seconds": (elapsed - sum(spent.values())) / steps,
-            **{f"{activity}_seconds": seconds / steps for activity, seconds in spent.items()},
+            **{f"{activity}_seconds": spent / steps for activity, spent in seconds.items()},
             **({"eval_seconds": evaluating / steps} if evaluating else {}),
         }
         if self._peak_flops:
