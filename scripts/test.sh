@@ -2,7 +2,7 @@
 # Runs all checks: lint, types, fast and slow tests on 8 virtual CPU devices, the documentation, the commands of the
 # documents, the quickstart.
 #
-#   bash scripts/test.sh          everything: about 40 minutes on two CPU cores
+#   bash scripts/test.sh          everything: about 45 minutes on two CPU cores
 #   bash scripts/test.sh fast     lint, types and fast tests: about 3 minutes
 #
 # Needs Python 3.11 or newer and a network connection; installs its dependencies into .venv (or $VENV).
@@ -40,6 +40,27 @@ for document in DATASET.md evaluation/EVAL.md; do
     WANDB_MODE=disabled bash scripts/run_commands.sh "$document"
 done
 bash scripts/run_commands.sh README.md "From my images to my model"
+bash scripts/run_commands.sh docs/finetune.md
+python - /tmp/lvm/finetune <<'EOF'
+import json
+import pathlib
+import sys
+
+
+def measured(run: str, task: str, metric: str) -> tuple[float, float]:
+    tasks = json.loads(pathlib.Path(sys.argv[1], f"{run}.json").read_text())["tasks"]
+    value = tasks[task]["curve"][-1][metric]
+    value = value.get("model", value)
+    return value["mean"], value["standard_error"]
+
+
+for run in ("lora", "full"):
+    for metric in ("perplexity", "mse"):
+        (before, error_before), (after, error_after) = (measured(name, "heat", metric) for name in ("before", run))
+        assert after < before - 3 * (error_before + error_after), f"{run}: the new task is not learned: {metric}"
+    (before, _), (after, _) = (measured(name, "segmentation", "perplexity") for name in ("before", run))
+    assert after < 1.4 * before, f"{run}: segmentation is forgotten: perplexity {after:.3g}, before {before:.3g}"
+EOF
 out=$(mktemp -d)
 QUICKSTART_STEPS=20 bash scripts/quickstart.sh "$out"
 python - "$out/figures.json" <<'EOF'
