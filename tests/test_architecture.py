@@ -35,7 +35,7 @@ ALLOWED = {
     "tokenizer.vqgan tokenizer.builders",
     "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training tokenizer.media "
     "tokenizer.formats tokenizer.synthetic tokenizer.vqgan tokenizer.image_quality tokenizer.training "
-    "tokenizer.sentence_files tokenizer.builders",
+    "tokenizer.sentence_files tokenizer.sources tokenizer.builders",
     # Prompts and answers.
     "evaluation.prompting": "EasyLM.checkpoints EasyLM.parallel EasyLM.models EasyLM.models.llama tokenizer.formats "
     "tokenizer.vqgan",

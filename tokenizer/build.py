@@ -5,13 +5,17 @@
 DATASET.md describes the kinds. The same command resumes an interrupted build; the bytes of the file do not change.
 """
 
+import collections
 import contextlib
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from EasyLM.data import proportional
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.parallel import own_part
@@ -21,23 +25,25 @@ from EasyLM.storage import check_output
 from tokenizer.builders import views
 from tokenizer.builders.file_index import FileIndex
 from tokenizer.builders.inputs import find_sources
-from tokenizer.builders.kinds import KINDS
+from tokenizer.builders.kinds import KINDS, DataSet
+from tokenizer.builders.mixture_file import Entry, read_entries
 from tokenizer.builders.resumable_file import ResumableFile
+from tokenizer.builders.schedule import in_order, interleaved
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
 from tokenizer.media import folders
+from tokenizer.sources.items import Source
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 2  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
 
-# Flags that determine the sentences. An interrupted build resumes only with the same values.
-SENTENCE_FLAGS = {
+# What a data set of --inputs may set itself.
+DATA_SET_FLAGS = {
     "kind": Flag("images", "The kind of sentences.", choices=tuple(KINDS)),
     "input_dir": Flag(
         "",
         "The inputs: a folder with its subfolders; tars or parquet files, as a folder of them, a glob or a range such "
         "as 'DIR/{000..019}.tar'; or a folder of Dataset.save_to_disk. Also s3://, gs://, hf://datasets/OWNER/NAME.",
-        required=True,
     ),
     "target_dir": Flag("", "The annotations or further clips, like --input_dir; for multi_* a comma list."),
     "keys": Flag(
@@ -52,7 +58,6 @@ SENTENCE_FLAGS = {
     ),
     "n_shots": Flag(8, "Pairs, images or classes in a sentence.", least=1),
     "images_per_shot": Flag(1, "category: images of each class in a sentence.", least=1),
-    "n_epochs": Flag(1, "Passes over all inputs, each shuffled differently.", least=1),
     "n_frames": Flag(16, "Frames in a sentence.", least=1),
     "max_stride": Flag(1, "frames, multi_sequence, co3d: largest random step between frames.", least=1),
     "strides": Flag("1", "video: steps between frames, a comma list; each makes its own sentences."),
@@ -61,6 +66,13 @@ SENTENCE_FLAGS = {
         "",
         "near,far: distances of white and black in annotations of 16 bits or floating point, in the unit of the files, "
         "such as 500,10000; empty: black is 0 and white the largest value of the format.",
+    ),
+}
+# Flags that determine the sentences. An interrupted build resumes only with the same values.
+SENTENCE_FLAGS = {
+    **DATA_SET_FLAGS,
+    "n_epochs": Flag(
+        1, "Passes over all inputs, each shuffled differently; with weights, over the data set used up first.", least=1
     ),
     "seed": Flag(0, "Seed of every random choice.", least=0),
     "shard": Flag(
@@ -72,6 +84,11 @@ SENTENCE_FLAGS = {
     "dtype": CODEC_FLAGS["dtype"],
 }
 FLAGS = {
+    "inputs": Flag(
+        "",
+        "Instead of --input_dir: a YAML file with a list of data sets, each with kind, input_dir, weight (its share of "
+        "the examples) and other flags that differ from those of the command.",
+    ),
     **SENTENCE_FLAGS,
     "resolution": CODEC_FLAGS["resolution"],
     "batch_size": CODEC_FLAGS["batch_size"],
@@ -91,31 +108,90 @@ FLAGS = {
 
 def main(config: ConfigDict) -> None:
     """Builds the file and prints its statistics."""
-    kind, skipped = KINDS[config.kind], SkippedInputs(config.max_errors)
-    settings, (shard, shards) = _settings(config), _shard(config.shard)
+    skipped, (shard, shards) = SkippedInputs(config.max_errors), _shard(config.shard)
     output_file = _name_part(config.output_file, shard, shards)
-    sources = find_sources(config.kind, config.input_dir, config.target_dir, config["keys"], config.columns)
+    entries = _entries(config)
+    inputs = [_inputs(entry) for entry in entries]
     codec = Codec.from_flags(config)
-    index = FileIndex(kind.layout, sources, skipped)
-    with prefix_errors("--", separator=""):
-        sampler = kind.sampler(index, settings)
-    total = sampler.num_examples * config.n_epochs
+    indexed = [_index(entry, *settings_and_sources, skipped) for entry, settings_and_sources in zip(entries, inputs)]
+    data_sets = [data_set for data_set, _ in indexed]
+    counts = _counts(entries, data_sets, config.n_epochs)
+    sizes, total = [data_set.sampler.num_examples for data_set in data_sets], sum(counts)
+    schedule = functools.partial(interleaved, counts, sizes, config.seed) if config.inputs else in_order
     examples = range(total * shard // shards, total * (shard + 1) // shards)
-    plan = BuildPlan(config.kind, sampler, settings, examples)
-    fingerprint = _fingerprint(config, codec, index) | {"shard": f"{shard}/{shards}"}
+    plan = BuildPlan(config.inputs or config.kind, data_sets, schedule, examples)
+    digests = [index.digest for _, index in indexed]
+    fingerprint = _fingerprint(config, codec, entries, digests) | {"shard": f"{shard}/{shards}"}
     with contextlib.closing(ResumableFile(output_file, fingerprint, config.fresh)) as file:
         if file.finished_report is not None:
             print(f"{output_file} is already complete: {_summary(file.finished_report)}")
             return
-        folders.report_ignored(index.ignored, "inputs")
+        ignored = dict(sum((collections.Counter(index.ignored) for _, index in indexed), collections.Counter()))
+        folders.report_ignored(ignored, "inputs")
         check_output(output_file, "output_file")
-        cached_images = config.cache_pictures if config.n_epochs > 1 or kind.repeats_images else 0
-        resources = Resources(config.batch_size, config.workers, cached_images)
+        repeats = any(count > size for count, size in zip(counts, sizes))
+        repeats = repeats or any(KINDS[data_set.kind].repeats_images for data_set in data_sets)
+        resources = Resources(config.batch_size, config.workers, config.cache_pictures if repeats else 0)
         report = write_sentences(plan, codec, file, skipped, resources)
         if not report["sentences"] and shards == 1:
-            raise UserError(f"--input_dir={config.input_dir}: no sentence was built, {len(skipped)} inputs skipped")
-        file.finish({**report, "files_passed_over": index.ignored})
+            name = f"--inputs={config.inputs}" if config.inputs else f"--input_dir={config.input_dir}"
+            raise UserError(f"{name}: no sentence was built, {len(skipped)} inputs skipped")
+        file.finish({**report, "files_passed_over": ignored})
     print(f"{output_file}: {_summary(report)}")
+
+
+def _entries(config: ConfigDict) -> list[Entry]:
+    """Returns the data sets: those of --inputs, or the one of the flags."""
+    given = [name for name in ("input_dir", "target_dir", "keys", "columns") if config[name]]
+    if config.inputs and given:
+        raise UserError(f"--inputs={config.inputs}: its data sets name their inputs: leave out --{', --'.join(given)}")
+    if config.inputs:
+        return read_entries(config.inputs, DATA_SET_FLAGS, config)
+    if not config.input_dir:
+        raise UserError("--input_dir is missing: give it, or --inputs")
+    return [Entry("", config, {}, None)]
+
+
+def _inputs(entry: Entry) -> tuple[SentenceSettings, list[Source]]:
+    """Checks the settings of a data set and finds its sources."""
+    config = entry.config
+    with _names(entry):
+        settings = _settings(config)
+        return settings, find_sources(config.kind, config.input_dir, config.target_dir, config["keys"], config.columns)
+
+
+def _index(
+    entry: Entry, settings: SentenceSettings, sources: Sequence[Source], skipped: SkippedInputs
+) -> tuple[DataSet, FileIndex]:
+    """Lists the sources of a data set."""
+    kind = entry.config.kind
+    with _names(entry):
+        index = FileIndex(KINDS[kind].layout, sources, skipped)
+        with prefix_errors("--", separator=""):
+            return DataSet(kind, KINDS[kind].sampler(index, settings), settings), index
+
+
+def _names(entry: Entry) -> contextlib.AbstractContextManager[None]:
+    return prefix_errors(entry.place) if entry.place else contextlib.nullcontext()
+
+
+def _counts(entries: Sequence[Entry], data_sets: Sequence[DataSet], n_epochs: int) -> list[int]:
+    """Returns the examples of each data set in the build, and prints those of --inputs."""
+    sizes = [data_set.sampler.num_examples for data_set in data_sets]
+    weights = [entry.weight for entry in entries if entry.weight is not None]
+    for entry, size in zip(entries, sizes):
+        if entry.place and not size:
+            raise UserError(f"{entry.place}: has no input that can be used")
+    counts = [n_epochs * size for size in sizes]
+    if weights:
+        exact = [Fraction(str(weight)) for weight in weights]
+        passes = min(size * sum(exact) / weight for size, weight in zip(sizes, exact))
+        counts = proportional(int(n_epochs * passes), weights)
+    for entry, count, size in zip(entries, counts, sizes):
+        if entry.place:
+            times = f"{count / size:.2f} times"
+            print(f"{entry.place}: {entry.config.kind}, {count} examples out of {size} ({times})")
+    return counts
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -160,10 +236,13 @@ def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
         raise UserError(f"--{name}={value}: must be integers separated by {separator!r}") from None
 
 
-def _fingerprint(config: ConfigDict, codec: Codec, index: FileIndex) -> dict[str, Any]:
+def _fingerprint(config: ConfigDict, codec: Codec, entries: Sequence[Entry], digests: Sequence[str]) -> dict[str, Any]:
     """Returns everything that determines the bytes of the file."""
     flags = {name: config[name] for name in SENTENCE_FLAGS}
-    return {"version": VERSION, "inputs": index.digest, "tokenizer": codec.digest, **flags}
+    inputs: Any = digests[0]
+    if config.inputs:
+        inputs = [[digest, dict(entry.own), entry.weight] for entry, digest in zip(entries, digests)]
+    return {"version": VERSION, "inputs": inputs, "tokenizer": codec.digest, **flags}
 
 
 def cli() -> None:

@@ -84,12 +84,12 @@ SETTINGS = {
 }
 
 
-def build_records(inputs, vqgan, output, kind, **changes) -> list[tuple[np.ndarray, dict]]:
+def build_records(root, vqgan, output, kind, **changes) -> list[tuple[np.ndarray, dict]]:
     """Builds sentences of a kind; returns (ids, record) of each."""
     settings = {"seed": 5, "batch_size": 8, "workers": 1, "cache_pictures": 64, **SETTINGS[kind], **changes}
     for flag in ("input_dir", "target_dir"):
         if settings.get(flag):
-            settings[flag] = ",".join(os.path.join(inputs, part) for part in settings[flag].split(","))
+            settings[flag] = ",".join(os.path.join(root, part) for part in settings[flag].split(","))
     run_main(build, kind=kind, output_file=str(output), vqgan=vqgan, **settings)
     return list(records.read_records(str(output), TINY.num_embeddings))
 

@@ -8,8 +8,10 @@ only `image_ref` and have to start fast.
 In the order of the data flow:
   inputs          the sources that a kind needs, from the values of the flags
   file_index      FileIndex: the files of the sources as items of rows
+  mixture_file    the data sets of `--inputs`
+  schedule        the order of the examples of a build
   samplers        select the rows of an example
-  kinds           KINDS, and the sentences of a range of examples
+  kinds           KINDS, DataSet, and the sentences of examples
   arrangements    order the images of a sentence: one function per kind
   settings        SentenceSettings of samplers and arrangements
   image_ref       ImageRef: a reference to an image

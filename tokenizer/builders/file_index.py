@@ -21,7 +21,8 @@ from tokenizer.sources.items import Source, column_label
 
 # Folders of a CO3D sequence: CATEGORY/SEQUENCE/images/frame000001.jpg.
 CO3D_SUBFOLDERS = ("images", "masks", "depths", "depth_masks")
-_CACHE_KIB = 64 << 10
+_CACHE_KIB = 64 << 10  # while the index is built
+_READING_CACHE_KIB = 4 << 10  # then: a build can have the indexes of 50 data sets
 _SCHEMA = f"""
 PRAGMA cache_size = -{_CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
 CREATE TABLE file (item TEXT, sort_key TEXT, column INT, address TEXT, location TEXT,
@@ -139,6 +140,7 @@ class FileIndex:
                 self._database.execute("INSERT INTO item VALUES (?, ?, ?)", (items, first, rows - first))
                 items += 1
         self._database.execute("DROP TABLE file")
+        self._database.execute(f"PRAGMA cache_size = -{_READING_CACHE_KIB}")
         return items
 
     def __len__(self) -> int:

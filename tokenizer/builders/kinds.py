@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from tokenizer.builders.arrangements import Arrangement, Row
 from tokenizer.builders.file_index import FileIndex, Layout
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.samplers import Sampler
+from tokenizer.builders.schedule import Slot
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.sources import reading
 
@@ -64,23 +65,39 @@ KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Sentence:
-    """The images of a sentence. Its example and its number in the example are the point where a build resumes."""
+class DataSet:
+    """Inputs of one kind: a key of KINDS, the rows of their examples, and the settings of sampler and arrangement."""
 
+    kind: str
+    sampler: Sampler
+    settings: SentenceSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """The kind and the images of a sentence.
+
+    Its example (numbered in the build) and its number in the example are the point where a build resumes.
+    """
+
+    kind: str
     example: int
     number: int
     images: list[ImageRef]
 
 
 def compose(
-    kind: Kind, sampler: Sampler, settings: SentenceSettings, examples: range, workers: Workers, skipped: SkippedInputs
+    data_sets: Sequence[DataSet], slots: Iterable[Slot], workers: Workers, skipped: SkippedInputs
 ) -> Iterator[Sentence]:
-    """Yields the sentences of examples. Example numbers continue through all epochs.
+    """Yields the sentences of examples.
 
-    The seed, the example and the number determine a sentence. Inputs with too few frames are added to `skipped`.
+    The settings of the data set, the example and the number determine a sentence. Inputs with too few frames are added
+    to `skipped`.
     """
-    for example, rows, times in _rows(kind, sampler, examples, workers):
-        epoch, example_of_epoch = divmod(example, sampler.num_examples)
+    for slot, rows, times in _rows(data_sets, slots, workers):
+        data_set = data_sets[slot.data_set]
+        kind, settings = KINDS[data_set.kind], data_set.settings
+        epoch, example_of_epoch = divmod(slot.example, data_set.sampler.num_examples)
         rng = np.random.default_rng([settings.seed, epoch, example_of_epoch])
         first = rows[0][0]
         try:
@@ -89,7 +106,7 @@ def compose(
             if settings.depth_range:
                 rows = [_with_depth(row, settings.depth_range) for row in rows]
             for number, images in enumerate(kind.arrangement(rows, rng, settings)):
-                yield Sentence(example, number, images)
+                yield Sentence(data_set.kind, slot.number, number, images)
         except arrangements.TooShortError as error:
             path = first.path if kind.is_video else reading.folder_of(first.path)
             skipped.add(path, f"{path}: {error}")
@@ -102,13 +119,17 @@ def _with_depth(row: Row, depth_range: str) -> Row:
     return row[0], *(annotation._replace(view="depth", argument=depth_range) for annotation in row[1:])
 
 
-def _rows(kind: Kind, sampler: Sampler, examples: range, workers: Workers) -> Iterator[tuple[int, list[Row], Any]]:
-    """Yields (example, rows, future of a video's frame times or None). Prefetches frame times."""
+def _rows(
+    data_sets: Sequence[DataSet], slots: Iterable[Slot], workers: Workers
+) -> Iterator[tuple[Slot, list[Row], Any]]:
+    """Yields (slot, rows, future of a video's frame times or None). Prefetches frame times."""
     prefetched: collections.deque = collections.deque()
-    for example in examples:
-        rows = sampler.rows(*divmod(example, sampler.num_examples))
-        times = workers.submit(image_ref.timestamps, rows[0][0]) if kind.is_video else None
-        prefetched.append((example, rows, times))
-        if len(prefetched) > (_PREFETCHED_VIDEOS if kind.is_video else 0):
+    most = _PREFETCHED_VIDEOS if any(KINDS[data_set.kind].is_video for data_set in data_sets) else 0
+    for slot in slots:
+        data_set = data_sets[slot.data_set]
+        rows = data_set.sampler.rows(*divmod(slot.example, data_set.sampler.num_examples))
+        times = workers.submit(image_ref.timestamps, rows[0][0]) if KINDS[data_set.kind].is_video else None
+        prefetched.append((slot, rows, times))
+        if len(prefetched) > most:
             yield prefetched.popleft()
     yield from prefetched

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,10 @@ from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_schema
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
-from tokenizer.builders.kinds import KINDS, Sentence, compose
+from tokenizer.builders.kinds import DataSet, Sentence, compose
 from tokenizer.builders.pipeline import Encoder, Pipeline
 from tokenizer.builders.resumable_file import ResumableFile
-from tokenizer.builders.samplers import Sampler
-from tokenizer.builders.settings import SentenceSettings
+from tokenizer.builders.schedule import Slot
 from tokenizer.formats import ImageTokenizer
 
 _PENDING_BATCHES = 6  # up to three are on the device or queued for it; the others are being read
@@ -37,15 +36,15 @@ class BuildPlan:
     """The sentences to write.
 
     Attributes:
-      kind: a key of KINDS.
-      sampler: rows of the examples.
-      settings: of the sampler and the arrangement.
-      examples: numbered through all epochs.
+      name: of the progress bar.
+      data_sets: the inputs.
+      schedule: returns the examples of a range of numbers.
+      examples: their numbers.
     """
 
-    kind: str
-    sampler: Sampler
-    settings: SentenceSettings
+    name: str
+    data_sets: Sequence[DataSet]
+    schedule: Callable[[range], Iterator[Slot]]
     examples: range
 
 
@@ -77,7 +76,7 @@ def write_sentences(
     with (
         Workers(resources.workers) as workers,
         contextlib.closing(Encoder(codec)) as encoder,
-        progress_bar(plan.kind, state["example"] - plan.examples.start, len(plan.examples)) as bar,
+        progress_bar(plan.name, state["example"] - plan.examples.start, len(plan.examples)) as bar,
     ):
         read = functools.partial(workers.submit, functools.partial(image_ref.read, size=codec.resolution))
         max_pending = _PENDING_BATCHES * resources.batch_size + 2 * resources.workers
@@ -88,7 +87,7 @@ def write_sentences(
                     skipped.add(path, reason)
                 state["sentences_left_out"] += 1
             else:
-                file.write(_record_line(plan.kind, sentence, codes, codec))
+                file.write(_record_line(sentence, codes, codec))
                 state["sentences"] += 1
                 state["pictures"] += len(codes)
             state |= {"example": sentence.example, "number": sentence.number + 1}
@@ -111,7 +110,7 @@ def _remaining(
     """Yields the sentences from the resume point on."""
     resume_point = state["example"], state["number"]
     examples = range(resume_point[0], plan.examples.stop)
-    for sentence in compose(KINDS[plan.kind], plan.sampler, plan.settings, examples, workers, skipped):
+    for sentence in compose(plan.data_sets, plan.schedule(examples), workers, skipped):
         if (sentence.example, sentence.number) >= resume_point:
             yield sentence
 
@@ -125,8 +124,8 @@ def progress_bar(description: str, done: int, total: int) -> tqdm:
     return bar
 
 
-def _record_line(kind: str, sentence: Sentence, codes: np.ndarray, codec: ImageTokenizer) -> bytes:
+def _record_line(sentence: Sentence, codes: np.ndarray, codec: ImageTokenizer) -> bytes:
     tokens = codes.reshape(-1).astype(np.int32)
     records.check_ids(tokens, codec.num_codes)
-    others = {"kind": kind, TOKENIZER_KEY: codec.digest, **image_ref.to_record(sentence.images)}
+    others = {"kind": sentence.kind, TOKENIZER_KEY: codec.digest, **image_ref.to_record(sentence.images)}
     return records.record_line(tokens, **others)

@@ -1,0 +1,108 @@
+"""A file that names the data sets of one build: `tokenizer.build --inputs=mix.yaml`.
+
+- {kind: paired, input_dir: 'depth/{000..019}.tar', keys: 'jpg,depth.png', weight: 2}
+- {kind: video, input_dir: clips, n_frames: 8, weight: 1}
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from ml_collections import ConfigDict
+
+from EasyLM import flags
+from EasyLM.errors import UserError, prefix_errors
+from EasyLM.flags import Flag
+
+_MOST_BYTES = 1 << 20
+_REQUIRED = ("kind", "input_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A data set of the file.
+
+    Attributes:
+      place: FILE:LINE, for messages.
+      config: the command's settings with those of the data set.
+      own: the fields of the data set, without its weight.
+      weight: its share of the examples, in proportion to the others; None: none has one.
+    """
+
+    place: str
+    config: ConfigDict
+    own: Mapping[str, Any]
+    weight: float | None
+
+
+def read_entries(path: str, definitions: Mapping[str, Flag], config: ConfigDict) -> list[Entry]:
+    """Reads a YAML list of data sets.
+
+    Args:
+      path: the file.
+      definitions: the flags that a data set may set.
+      config: the command's settings, which hold where a data set has none.
+
+    Raises:
+      UserError: naming FILE:LINE and the field, if the file does not have this form.
+    """
+    with prefix_errors(f"--inputs={path}"):
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read(_MOST_BYTES + 1)
+            if len(text) > _MOST_BYTES:
+                raise UserError(f"has more than {_MOST_BYTES >> 20} MiB")
+            root = yaml.compose(text, yaml.SafeLoader)
+            values = yaml.safe_load(text)
+        except FileNotFoundError:
+            raise UserError("no such file") from None
+        except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+            raise UserError(f"not YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(values, list) or not values:
+            raise UserError("must be a list of data sets, each a mapping such as {kind: images, input_dir: DIR}")
+    assert root is not None
+    entries = []
+    for node, fields in zip(root.value, values):
+        place = f"{path}:{node.start_mark.line + 1}"
+        with prefix_errors(place):
+            names = [key.value for key, _ in node.value] if isinstance(fields, dict) else []
+            entries.append(_entry(place, fields, names, definitions, config))
+    weighted = [entry for entry in entries if entry.weight is not None]
+    if len(weighted) not in (0, len(entries)):
+        place = next(entry.place for entry in entries if entry.weight is None)
+        other = weighted[0].place
+        raise UserError(f"{place}: has no weight, but {other} has one: give all data sets a weight, or none")
+    return entries
+
+
+def _entry(place: str, fields: Any, names: list[Any], definitions: Mapping[str, Flag], config: ConfigDict) -> Entry:
+    if not isinstance(fields, dict):
+        raise UserError("must be a mapping such as {kind: images, input_dir: DIR}")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"repeats the field {repeated.pop()}")
+    choices = [*definitions, "weight"]
+    for name in map(str, fields):
+        if name not in choices:
+            nearest = flags.nearest_names(name, choices)
+            hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose of {', '.join(choices)}"
+            raise UserError(f"{name}: no such field; {hint}")
+    if missing := [name for name in _REQUIRED if not fields.get(name)]:
+        raise UserError(f"{' and '.join(missing)}: missing")
+    weight = fields.get("weight")
+    if weight is not None and not (type(weight) in (int, float) and 0 < weight < math.inf):
+        raise UserError(f"weight={weight}: must be a number above 0")
+    own = {name: _value(name, definitions[name], value) for name, value in fields.items() if name != "weight"}
+    changed = ConfigDict({**config, **own})
+    flags.validate(definitions, changed)
+    return Entry(place, changed, own, weight)
+
+
+def _value(name: str, flag: Flag, value: Any) -> Any:
+    """Checks the type of a field. A text may be written as a number: `strides: 2`."""
+    accepted = {str: (str, int, float), int: (int,), float: (int, float)}[flag.value_type]
+    if type(value) not in accepted:
+        wanted = {str: "a text", int: "an integer", float: "a number"}[flag.value_type]
+        raise UserError(f"{name}={value!r}: must be {wanted}")
+    return flags.expand_variables(name, flag.value_type(value))
