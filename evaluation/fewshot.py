@@ -9,6 +9,7 @@ baselines of the other metrics are a copy of the query, a copy of the last annot
 annotation. The true answer, encoded and decoded by the tokenizer, bounds what any model can reach.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run, to_dataclass
 from EasyLM.storage import check_output, write_json
-from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, Prompter, PrompterSettings
+from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, LargestBatch, Prompter, PrompterSettings
 from evaluation.runs import UNFINISHED, Results, open_results
 from evaluation.tasks import (
     TASK_FLAGS,
@@ -74,7 +75,10 @@ def main(config: ConfigDict) -> None:
 def measure_all(config: ConfigDict, selection: TaskSelection, generation: GenerationSettings, results: Results) -> None:
     """Measures the tasks without a result in `results`, prints and writes everything, and discards `results`."""
     image_metrics, network = load_metrics(config)
-    prompter = Prompter.load(to_dataclass(PrompterSettings, config))
+    longest = max(answer_images(source, max(selection.counts(source)))[1] for source in selection.sources)
+    whole = dataclasses.replace(generation, context_images=longest)
+    largest = LargestBatch(config.batch_size, longest - 1, whole)
+    prompter = Prompter.load(to_dataclass(PrompterSettings, config), largest=largest)
     weight_files = tuple(filter(None, (config.palette, config.inception_weights, *config.lpips_weights.split(","))))
 
     tasks_json: dict[str, dict[str, Any]] = {}
@@ -150,9 +154,14 @@ def load_metrics(config: ConfigDict) -> tuple[dict[str, metrics.ImageMetric], in
     return image_metrics, network
 
 
+def answer_images(source: TaskSource, shots: int) -> tuple[str, int]:
+    """Returns the flag that says how long the prompts of a task are, and the images of a prompt with its answer."""
+    return ("n_context_frames", shots + 1) if source.clips else ("n_shots", 2 * shots + 2)
+
+
 def check_length(prompter: Prompter, source: TaskSource, shots: int) -> None:
     """Checks that the longest prompt of a task and its answer fit into the model's context."""
-    flag, count = ("n_context_frames", shots + 1) if source.clips else ("n_shots", 2 * shots + 2)
+    flag, count = answer_images(source, shots)
     if count > prompter.max_images:
         raise UserError(
             f"--{flag}={shots}: a prompt and its answer are {count} images; the model's longest sequence holds "

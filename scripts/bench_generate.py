@@ -28,7 +28,7 @@ from EasyLM.checkpoints import Entry, stacking
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.models import generate
-from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, llama_config, llama_model
+from EasyLM.models.llama import convert_easylm_to_hf, hf_layout, inference_model, llama_config, llama_model
 from EasyLM.models.llama.llama_decode import LLaMADecoder
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import make_mesh, shardings
@@ -62,6 +62,7 @@ def compare(config: ConfigDict, model: llama_config.LLaMAConfig) -> None:
     peer = Peer(model, params) if config.peer else None
     devices = jax.devices()[: math.gcd(jax.device_count(), model.num_attention_heads)]
     mesh = make_mesh("1,1,-1", devices)
+    params = inference_model.separate_layers(params, model.num_hidden_layers)
     params = jax.device_put(params, shardings(mesh, PARTITION_RULES, params))
     prompt_P = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, config.prompt_tokens).astype(np.int32)
 

@@ -36,7 +36,7 @@ def test_flags_of_the_release_are_accepted(command, capsys):
     for name, count in ignored.items():
         given = any(argument.startswith(f"--{name}=") for argument in arguments)
         assert sum(note.startswith(f"note: --{name}: Ignored") for note in notes) == count * given, name
-    assert config.get("dtype") in (None, "fp32", "bf16")
+    assert config.get("dtype") in (None, "auto", "fp32", "bf16")
     assert "torch_devices" not in config
 
 

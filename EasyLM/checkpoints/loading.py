@@ -133,7 +133,10 @@ def _join_keys(keys: list[Key]) -> str:
 
 
 def _read_arrays(entries: Mapping[Key, Entry], wanted: list[StackedArray]) -> list:
-    """Reads the wanted arrays. The transfer of one array to its devices overlaps with the reads of the next arrays."""
+    """Reads the wanted arrays. The transfer of one array to its devices overlaps with the reads of the next arrays.
+
+    The host holds at most `_READ_THREADS` + 2 arrays, and the entries that are being read.
+    """
     arrays: list = []
     shared = SharedReads(entries, wanted)
     reading: collections.deque[Future[Callable[[], Any]]] = collections.deque()
@@ -141,6 +144,7 @@ def _read_arrays(entries: Mapping[Key, Entry], wanted: list[StackedArray]) -> li
         for stacked in wanted:
             reading.append(pool.submit(_read, entries, stacked, shared))
             if len(reading) > _READ_THREADS:
+                jax.block_until_ready(arrays[-1:])  # its transfer: a device may be slower than the file
                 arrays.append(reading.popleft().result()())
         arrays += [future.result()() for future in reading]
     shared.verify()

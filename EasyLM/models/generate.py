@@ -16,7 +16,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.sampling import check_sampling, sample
 from EasyLM.vocab import CODEBOOK_SIZE
 
-_INITIAL_SLOTS = 256  # first size of the candidates' cache; it then doubles, and each size is compiled once
+INITIAL_SLOTS = 256  # first size of the candidates' cache; it then doubles, and each size is compiled once
 _PROGRESS_TOKENS = 16  # tokens between two calls of `progress`: one row of an image
 
 
@@ -39,7 +39,7 @@ class Decoder(ModelSizes, Protocol):
     """
 
     def prepare(self, params: Any, allowed_ids: int) -> Any:
-        """Returns the weights in the form that `step` expects."""
+        """Returns the weights in the form that `step` expects. Those that have this form already are not copied."""
 
     def prefill(
         self, params: Any, prompts_BP: jax.Array, mask_BP: jax.Array | None, allowed_ids: int
@@ -99,12 +99,12 @@ def generate(
     mask_BP = None if prompt_mask_BP is None or np.all(prompt_mask_BP) else np.asarray(prompt_mask_BP, np.int32)
     keys_BC = _keys(seed, prompts_BP, mask_BP, num_candidates)
 
-    weights = _prepare(decoder, params, allowed_ids)
+    weights = decoder.prepare(params, allowed_ids)  # not jitted: the results of a jitted function are copies
     prompt_cache, tokens_BCS = _prefill(decoder, params, prompts_BP, mask_BP, allowed_ids, sampling, keys_BC)
     cache, done = None, 1
     while done < num_new_tokens:
         if done == tokens_BCS.shape[-1] or cache is None:
-            slots = min(max(2 * done, _INITIAL_SLOTS), -(-num_new_tokens // _PROGRESS_TOKENS) * _PROGRESS_TOKENS)
+            slots = min(max(2 * done, INITIAL_SLOTS), -(-num_new_tokens // _PROGRESS_TOKENS) * _PROGRESS_TOKENS)
             tokens_BCS = jnp.pad(tokens_BCS, ((0, 0), (0, 0), (0, slots - tokens_BCS.shape[-1])))
             cache = _grow_cache(decoder, cache, *tokens_BCS.shape)
         stop = min((done // _PROGRESS_TOKENS + 1) * _PROGRESS_TOKENS, num_new_tokens)
@@ -182,11 +182,6 @@ def _sample(logits_BCV, sampling, keys_BC, number):
         return sample(logits_V, sampling, jax.random.fold_in(key, number))
 
     return jax.vmap(jax.vmap(one))(logits_BCV, keys_BC)
-
-
-@partial(jax.jit, static_argnames=("decoder", "allowed_ids"))
-def _prepare(decoder, params, allowed_ids):
-    return decoder.prepare(params, allowed_ids)
 
 
 @partial(jax.jit, static_argnames=("decoder", "allowed_ids"))

@@ -46,3 +46,19 @@ def after(index: jax.Array | int, array: jax.Array) -> jax.Array:
     A decoding step of a model with 8 layers then copies 32 cache arrays instead of none.
     """
     return jnp.minimum(index, index + jnp.isnan(array[(0,) * array.ndim]).astype(jnp.int32))
+
+
+def converted_late(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns an integer kernel, with a data dependency on `x`, the array that it multiplies.
+
+    Without the dependency, XLA may convert the kernels of all layers before a loop over tokens: the memory is then that
+    of the compute type. The CPU backend does so, and removes `lax.optimization_barrier` too early (see `after`).
+    """
+
+    def with_addition(kernel, x):
+        return kernel + after(0, x).astype(kernel.dtype)
+
+    def with_barrier(kernel, x):
+        return jax.lax.optimization_barrier((kernel, x))[0]
+
+    return jax.lax.platform_dependent(kernel, x, cpu=with_addition, default=with_barrier)

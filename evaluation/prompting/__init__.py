@@ -4,7 +4,7 @@ May import: EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.format
 Independent of image files and HTTP.
 
 Modules:
-  settings     how images are sampled; checks these values once
+  settings     how images are sampled, with checks of these values; the largest batch of a program
   checkpoint   loads a model from any checkpoint format onto a mesh
   prompter     `Prompter`: encode, generate, decode, log-likelihoods
 
@@ -22,6 +22,6 @@ n tokens so far. Images are RGB float32 in [0, 1] at the tokenizer's resolution.
 
 from evaluation.prompting.checkpoint import load_model
 from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter, PrompterSettings
-from evaluation.prompting.settings import GenerationSettings
+from evaluation.prompting.settings import GenerationSettings, LargestBatch
 
-__all__ = ["PROMPTER_FLAGS", "GenerationSettings", "Prompter", "PrompterSettings", "load_model"]
+__all__ = ["PROMPTER_FLAGS", "GenerationSettings", "LargestBatch", "Prompter", "PrompterSettings", "load_model"]

@@ -1,6 +1,7 @@
 """Loads a model from any checkpoint format onto a mesh, and the tokenizer that it was trained with."""
 
 import os
+import sys
 from typing import Any
 
 import jax
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 from EasyLM import checkpoints
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.models.llama import hf_layout, llama_config, llama_model
+from EasyLM.models.llama import hf_layout, inference_model, llama_config
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
+from EasyLM.models.llama.inference_memory import Batch, InferenceMemory, inference_memory
+from EasyLM.models.llama.int8_kernels import quantized_entries
 from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.parallel import shardings
+from EasyLM.parallel import device_memory, shardings
 from tokenizer.vqgan import PRETRAINED, Codec
 
 MODEL_FLAGS = {
@@ -27,35 +30,74 @@ MODEL_FLAGS = {
 
 
 def load_model(
-    spec: str, load_llama_config: str, mesh: jax.sharding.Mesh, dtype: jnp.dtype = jnp.float32
+    spec: str,
+    load_llama_config: str,
+    mesh: jax.sharding.Mesh,
+    dtype: jnp.dtype = jnp.float32,
+    int8: bool = False,
+    batch: Batch | None = None,
 ) -> tuple[llama_config.LLaMAConfig, Any]:
-    """Returns the model settings of a checkpoint, and its parameters sharded over the mesh.
+    """Returns the model settings of a checkpoint, and its parameters with separate layers, sharded over the mesh.
 
-    Kernels are cast to `dtype`, the compute type: a 7B model in bf16 takes 13 GB of device memory. Norms and the
-    embedding stay float32, because they are always computed in float32.
+    The host holds a few matrices at a time, in the type of the device. Kernels are cast to `dtype`, the compute type: a
+    7B model in bf16 takes 13 GB of device memory. Norms and the embedding stay float32, because they are always
+    computed in float32.
 
     Args:
       spec: PREFIX::PATH or a Hugging Face directory.
       load_llama_config: preset or json::PATH; empty: use the settings that the checkpoint records.
       mesh: the mesh of devices.
       dtype: type of the kernels.
+      int8: the kernels of the layers are int8, with scales; see `int8_kernels`.
+      batch: the largest batch that will be computed. What it needs is printed first; None: it is not known.
 
     Raises:
-      UserError: if the checkpoint does not exist, or its model settings are unknown or differ from the given ones.
+      UserError: if the checkpoint does not exist, its model settings are unknown or differ from the given ones, or the
+        devices have too little memory for the batch.
     """
     prefix, path = _parse(spec)
     config = _model_config(prefix, path, load_llama_config)
-    shapes = jax.eval_shape(lambda params: llama_model.with_kernels(params, dtype), hf_layout.parameter_shapes(config))
+    shapes = inference_model.parameter_shapes(config, dtype, int8)
     target = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
         shardings(mesh, PARTITION_RULES, shapes),
     )
+    if batch is not None:
+        _check_memory(spec, inference_memory(config, target, dtype, mesh, batch), batch, mesh, int8)
     prefix = "trainstate_params" if prefix == "trainstate" else prefix
     spec = f"{prefix}::{path}"
-    if lora := recorded_lora(prefix, path):
-        return config, checkpoints.load_entries(spec, open_merged(spec, lora), target)
-    return config, checkpoints.load(spec, target, hf_layout.CHECKPOINT_FORMATS)
+    lora = recorded_lora(prefix, path)
+    entries = open_merged(spec, lora) if lora else checkpoints.open_checkpoint(spec, hf_layout.CHECKPOINT_FORMATS)
+    return config, checkpoints.load_entries(spec, quantized_entries(entries) if int8 else entries, target)
+
+
+def _check_memory(spec: str, need: InferenceMemory, batch: Batch, mesh: jax.sharding.Mesh, int8: bool) -> None:
+    """Prints what a model needs on each device.
+
+    Raises:
+      UserError: if a device has less memory. The message names remedies.
+    """
+    limit = device_memory(mesh)
+    if limit is None:
+        print(f"{spec}: needs {need}", file=sys.stderr)
+        return
+    available = f"JAX may use {limit / 1e9:.3g} GB"
+    print(f"{spec}: needs {need}; {available}", file=sys.stderr)
+    if need.total <= limit:
+        return
+    remedies = [] if int8 else ["--weights=int8"]
+    remedies += ["fewer candidates"] if batch.candidates > 1 else []
+    remedies += ["a smaller batch"] if batch.prompts > 1 else []
+    remedies += ["shorter prompts", "more devices along the axis mp of --mesh_dim"]
+    if mesh.devices.flat[0].platform == "gpu":
+        remedies.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes 75% of a GPU by default)")
+    raise UserError(f"--checkpoint={spec}: needs {need}, but {available}: try {', '.join(remedies)}")
+
+
+def read_config(spec: str, load_llama_config: str) -> llama_config.LLaMAConfig:
+    """Returns the model settings of a checkpoint. Arguments and errors: see `load_model`."""
+    return _model_config(*_parse(spec), load_llama_config)
 
 
 def load_codec(spec: str, load_llama_config: str, vqgan: str, **settings: Any) -> Codec:

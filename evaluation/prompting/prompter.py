@@ -4,7 +4,6 @@ Shapes: see `evaluation.prompting`.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +16,9 @@ from EasyLM.flags import DTYPE_ALIASES, Flag
 from EasyLM.models import generate
 from EasyLM.models.llama import llama_decode
 from EasyLM.models.llama.llama_config import LLaMAConfig
-from EasyLM.parallel import BATCH_AXES, make_mesh
-from evaluation.prompting.checkpoint import MODEL_FLAGS, load_codec, load_model
-from evaluation.prompting.settings import GenerationSettings
+from EasyLM.parallel import BATCH_AXES, axis_size, make_mesh
+from evaluation.prompting.checkpoint import MODEL_FLAGS, load_codec, load_model, read_config
+from evaluation.prompting.settings import GenerationSettings, LargestBatch
 from tokenizer.formats import ImageTokenizer
 from tokenizer.vqgan import CODEC_FLAGS, COMPUTE_DTYPES
 
@@ -33,11 +32,18 @@ PROMPTER_FLAGS = {
     ),
     "resolution": CODEC_FLAGS["resolution"],
     "dtype": Flag(
-        "fp32",
-        "Compute type of the model and the tokenizer.",
-        choices=tuple(COMPUTE_DTYPES),
+        "auto",
+        "Compute type of the model and the tokenizer. auto: the model computes in bf16 on accelerators and in fp32 on "
+        "CPUs; the tokenizer in fp32, as in tokenizer.build.",
+        choices=("auto", *COMPUTE_DTYPES),
         # float16 is the release's default. bf16 is as fast and small, and has the range of fp32.
         aliases={**DTYPE_ALIASES, "float16": "bf16", "fp16": "bf16"},
+    ),
+    "weights": Flag(
+        "dtype",
+        "Type of the model's weights in memory: as they compute, or int8 with a scale for each output: half the memory "
+        "of bf16.",
+        choices=("dtype", "int8"),
     ),
     "mesh_dim": Flag("1,-1,1", "Mesh of devices, as for training."),
     "torch_devices": Flag(
@@ -54,7 +60,8 @@ class PrompterSettings:
     load_llama_config: str = ""
     vqgan: str = ""
     resolution: int = 0
-    dtype: str = "fp32"
+    dtype: str = "auto"
+    weights: str = "dtype"
     mesh_dim: str = "1,-1,1"
 
 
@@ -89,23 +96,33 @@ class Prompter:
         self._decoder = llama_decode.LLaMADecoder(config, dtype, mesh)
 
     @classmethod
-    def load(cls, settings: PrompterSettings, codec_batch_size: int = 32) -> "Prompter":
-        """Loads tokenizer and model. The tokenizer computes batches of `codec_batch_size` images, padded if needed.
+    def load(
+        cls, settings: PrompterSettings, codec_batch_size: int = 32, largest: LargestBatch | None = None
+    ) -> "Prompter":
+        """Loads tokenizer and model. Prints first what the model needs.
+
+        Args:
+          settings: what to load, and where.
+          codec_batch_size: images of the tokenizer's batches, which are padded if needed.
+          largest: the largest batch that the program computes; None: one prompt, as long as the model allows.
 
         Raises:
-          UserError: naming the flag or the file that is wrong.
+          UserError: naming the flag or the file that is wrong, or if the largest batch does not fit the devices.
         """
         mesh = make_mesh(settings.mesh_dim)
         codec = load_codec(
             settings.checkpoint,
             settings.load_llama_config,
             settings.vqgan,
-            dtype=settings.dtype,
+            dtype="fp32" if settings.dtype == "auto" else settings.dtype,
             batch_size=codec_batch_size,
             resolution=settings.resolution,
         )
-        dtype = COMPUTE_DTYPES[settings.dtype]
-        config, params = load_model(settings.checkpoint, settings.load_llama_config, mesh, dtype)
+        dtype, int8 = compute_dtype(settings.dtype, mesh), settings.weights == "int8"
+        config = read_config(settings.checkpoint, settings.load_llama_config)
+        max_images, shards = config.max_sequence_length // codec.tokens_per_image, axis_size(mesh, BATCH_AXES)
+        batch = (largest or LargestBatch()).in_tokens(max_images, codec.tokens_per_image, shards)
+        config, params = load_model(settings.checkpoint, settings.load_llama_config, mesh, dtype, int8, batch)
         return cls(codec, config, params, mesh, dtype)
 
     @property
@@ -120,7 +137,7 @@ class Prompter:
     @property
     def batch_shards(self) -> int:
         """Shards of a batch on the mesh. Batches are padded with copies to a multiple of this number."""
-        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return axis_size(self.mesh, BATCH_AXES)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """[..., S, S, 3] -> tokens [..., N]."""
@@ -235,6 +252,13 @@ class Prompter:
             self.config, self._params, tokens_BT, begin, mask_BT=mask_BT, dtype=self._dtype, mesh=self.mesh
         )
         return log_p_BT[: len(rows)], is_most_likely_BT[: len(rows)]
+
+
+def compute_dtype(name: str, mesh: jax.sharding.Mesh) -> jnp.dtype:
+    """Returns the type that `--dtype` means for a model on the devices of a mesh."""
+    if name == "auto":
+        name = "fp32" if mesh.devices.flat[0].platform == "cpu" else "bf16"
+    return COMPUTE_DTYPES[name]
 
 
 def _last_images(prompts: TokenArrays, window: int) -> list[np.ndarray]:

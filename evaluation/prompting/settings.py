@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from EasyLM.errors import UserError
+from EasyLM.models.llama.inference_memory import Batch
 from EasyLM.models.sampling import check_sampling, check_seed
 
 # Flags and request fields keep the names of the LVM release. Errors use these names.
@@ -52,3 +53,39 @@ class GenerationSettings:
         """Creates settings from flags or request fields, by their names there (`USER_NAMES`). Ignores other keys."""
         names = {field.name: USER_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
         return cls(**{name: values[user_name] for name, user_name in names.items() if user_name in values})
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestBatch:
+    """The largest batch of a program, from which its memory follows.
+
+    Attributes:
+      prompts: prompts of a batch.
+      images: of the longest prompt, or of the longest sequence that is scored; 0: as long as the model allows.
+      settings: how images are generated; None: sequences are scored, nothing is generated.
+      on_each_device: the prompts are those of each device; otherwise of all devices.
+    """
+
+    prompts: int = 1
+    images: int = 0
+    settings: GenerationSettings | None = GenerationSettings()
+    on_each_device: bool = False
+
+    def in_tokens(self, max_images: int, tokens_per_image: int, devices: int) -> Batch:
+        """Returns the batch in tokens.
+
+        Args:
+          max_images: images in the model's longest sequence.
+          tokens_per_image: N.
+          devices: shards of a batch.
+        """
+        prompts = self.prompts * (devices if self.on_each_device else 1)
+        if self.settings is None:
+            return Batch(prompts, min(self.images or max_images, max_images) * tokens_per_image, candidates=0)
+        candidates, new_images = self.settings.num_candidates, self.settings.num_new_images
+        window = min(self.settings.context_images, max_images)
+        images = min(self.images or window, window - 1)
+        room = min(window - images, new_images)
+        if room < new_images:  # the window moves: each candidate becomes its own prompt
+            return Batch(prompts * candidates, (window - 1) * tokens_per_image, 1, tokens_per_image)
+        return Batch(prompts, images * tokens_per_image, candidates, room * tokens_per_image)

@@ -15,7 +15,7 @@ from EasyLM.flags import Flag, to_dataclass
 from EasyLM.progress import progress
 from EasyLM.storage import check_output
 from evaluation.prompting.prompter import Prompter, PrompterSettings
-from evaluation.prompting.settings import GenerationSettings
+from evaluation.prompting.settings import GenerationSettings, LargestBatch
 from evaluation.runs.example import Example
 from evaluation.runs.prefetch import loaded_batches
 from evaluation.runs.results import UNFINISHED, Results, open_results, unfinished_name
@@ -78,7 +78,8 @@ def measure(run: EvaluationRun) -> None:
     if run.output_json:
         check_output(run.output_json, "output_json")
     with open_results(run.output_json and f"{run.output_json}.{UNFINISHED}", run.settings) as results:
-        prompter = _load_prompter(run)
+        longest = max(sum(run.lengths(example)) for example in run.examples)
+        prompter = _load_prompter(run, LargestBatch(run.batch_size, longest, None))
         for example in run.examples:
             num_context, num_target = run.lengths(example)
             if num_context + num_target > prompter.max_images:
@@ -121,7 +122,8 @@ def generate(
     if run.output_json:
         check_output(run.output_json, "output_json")
     with open_results(os.path.join(output_dir, unfinished_name(list_path)), run.settings) as results:
-        prompter = _load_prompter(run)
+        longest = max(run.lengths(example)[0] for example in run.examples)
+        prompter = _load_prompter(run, LargestBatch(run.batch_size, longest, settings, on_each_device=True))
 
         def answer(batch: list, loaded: list) -> Iterable[dict]:
             prompts_BPN = prompter.encode(np.stack([prompt for prompt, _ in loaded]))
@@ -138,10 +140,10 @@ def generate(
     print(f"{output_dir}: wrote the images of {len(run.examples)} prompts")
 
 
-def _load_prompter(run: EvaluationRun) -> Prompter:
+def _load_prompter(run: EvaluationRun, largest: LargestBatch) -> Prompter:
     """Loads the prompter. The batch size of its tokenizer is at most the number of images that a batch needs."""
     longest = max(max(run.lengths(example)) for example in run.examples)
-    return Prompter.load(run.prompter, min(_MAX_CODEC_BATCH, run.batch_size * longest))
+    return Prompter.load(run.prompter, min(_MAX_CODEC_BATCH, run.batch_size * longest), largest)
 
 
 def _for_each_batch(

@@ -16,7 +16,7 @@ import numpy as np
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, Prompter, PrompterSettings
+from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, LargestBatch, Prompter, PrompterSettings
 from evaluation.serving.batch_worker import (
     Answer,
     BatchWorker,
@@ -117,7 +117,8 @@ class Engine:
         Raises:
           UserError: naming the flag or the file that is wrong.
         """
-        return cls(Prompter.load(prompter, settings.pictures_at_a_time), settings)
+        largest = LargestBatch(prompts=settings.max_batch)
+        return cls(Prompter.load(prompter, settings.pictures_at_a_time, largest), settings)
 
     @property
     def resolution(self) -> int:

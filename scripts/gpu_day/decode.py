@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.flags import Flag, run
 from EasyLM.models import generate
-from EasyLM.models.llama import costs, llama_config, llama_model
+from EasyLM.models.llama import costs, inference_model, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder
 from EasyLM.vocab import CODEBOOK_SIZE
@@ -31,7 +31,7 @@ FLAGS = {**SETTINGS, "variant": Flag("", "Name of the compiler options in the en
 def main(config: ConfigDict) -> None:
     """Measures each case. A case that fails is a record too."""
     model = llama_config.PRESETS[config.preset]
-    params = random_params(model)
+    params = inference_model.separate_layers(random_params(model), model.num_hidden_layers)
     decoder = LLaMADecoder(model, jnp.bfloat16)
     for rows, length in parse_cases(config.cases):
         case = {"preset": config.preset, "rows": rows, "prompt": length, "variant": config.variant}

@@ -55,7 +55,7 @@ drawn = functools.partial(generate, num_new_tokens=20, num_candidates=2, allowed
 
 @pytest.mark.slow
 def test_greedy_while_the_cache_grows(golden, monkeypatch):
-    monkeypatch.setattr("EasyLM.models.generate._INITIAL_SLOTS", 16)
+    monkeypatch.setattr("EasyLM.models.generate.INITIAL_SLOTS", 16)
     shapes = jax.eval_shape(lambda: llama_model.init_params(CONFIG, jax.random.key(0)))
     params = load(f"trainstate_params::{golden}/lvm_tiny/final/streaming_train_state", shapes)
     prompt_P = np.load(golden / "lvm_tiny/golden.npz")["input_tokens"][0, :24]
@@ -237,7 +237,7 @@ def test_tied_head(params):
 @pytest.mark.parametrize("from_position, mesh_dim", [(1, None), (13, None), (23, "2,2,2")])
 def test_scores_of_tokens(params, monkeypatch, from_position, mesh_dim):
     # Chunks of 5 tokens; the last one is padded.
-    monkeypatch.setattr("EasyLM.models.llama.llama_decode._LOGITS_TOKENS", 10)
+    monkeypatch.setattr("EasyLM.models.llama.llama_decode.LOGITS_TOKENS", 10)
     tokens_BT = np.stack(prompts_of(24, 24))
     tokens_BT[1] = tokens_BT[1, ::-1]
     log_p_BTV = jax.nn.log_softmax(logits_of(params, tokens_BT), axis=-1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_kit import export, torch_logits
+from llama_kit import stacked
 from tiny_run import GOLDEN, MODEL_METRICS, assert_close, metrics, train
 
 from EasyLM import checkpoints
@@ -171,6 +172,7 @@ def test_every_mesh_gives_the_same_losses(trained, tmp_path):
 def test_merged_adapters_are_the_same_model_in_evaluation_and_export(trained, tmp_path):
     spec = f"trainstate_params::{trained}/streaming_train_state"
     config, params = load_model(spec, "", make_mesh("1,1,1", jax.devices()[:1]))
+    params = stacked(params)
     exported = export(spec, tmp_path / "hf", merge_lora=True)
     loaded = checkpoints.load(f"huggingface::{exported}", None, hf_layout.CHECKPOINT_FORMATS)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), loaded)

@@ -18,7 +18,9 @@ Modules:
   memory: the bytes of a train step by formula, and the rematerialisation that fits.
   layers, rotary, rope_scaling: the parts of the model.
   llama_model: the model and its loss.
+  inference_model, int8_kernels: the model with separate layers, for generation and scoring; kernels in int8.
   llama_decode: decoding with a key-value cache; likelihoods.
+  inference_memory: the memory of generation and scoring, from shapes.
   hf_settings, hf_files, hf_layout: settings, weight files and tensor layout of Hugging Face models.
   lora, adapters, lora_checkpoint: low-rank adapters: settings, training, checkpoints.
   training_task: what `llama_train` trains, from its flags.

@@ -16,7 +16,7 @@ from EasyLM.models.chunks import join_time, split_time
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.remat_policies import AUTO, AUTOMATIC_POLICIES, REMAT_POLICIES
 from EasyLM.models.llama.rotary import rotate
-from EasyLM.models.tuning import flat_matmul
+from EasyLM.models.tuning import converted_late, flat_matmul
 from EasyLM.parallel import BATCH_AXES, axis_size, constrain
 
 KeysAndValues = tuple[jax.Array, jax.Array]  # [B, T, G, K] each; the keys are rotated
@@ -72,15 +72,24 @@ class Adapter(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Matrix product with a kernel [inputs, outputs], without bias; with an adapter, plus its output."""
+    """Matrix product with a kernel [inputs, outputs], without bias; with an adapter, plus its output.
+
+    The kernel may be int8, with a scale for each output; see `int8_kernels`.
+    """
 
     def __init__(self, config: LLaMAConfig, inputs: int, outputs: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs(), (inputs, outputs)))
         self.adapter: Adapter | None = nnx.data(None)
+        self.scale: nnx.Param | None = nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Multiplies. The key is that of the block's dropout, which an adapter needs; None disables dropout."""
-        y_BTD = flat_matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
+        kernel_IO = self.kernel[...]
+        if self.scale is not None:
+            kernel_IO = converted_late(kernel_IO, x_BTD)
+        y_BTD = flat_matmul(x_BTD, kernel_IO.astype(x_BTD.dtype))
+        if self.scale is not None:
+            y_BTD = (y_BTD * jnp.expand_dims(self.scale[...], (0, 1))).astype(x_BTD.dtype)
         return y_BTD if self.adapter is None else y_BTD + self.adapter(x_BTD, key)
 
 

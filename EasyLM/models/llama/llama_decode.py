@@ -1,7 +1,7 @@
 """Decodes with a LLaMA and a key-value cache, for `EasyLM.models.generate`. Scores given tokens.
 
-Weights and caches are lists with separate arrays for each layer. With stacked arrays, each step would copy a slice per
-layer.
+Weights and caches have separate arrays for each layer (see `inference_model`). Parameters may be stacked, as in
+training: `generate` then copies them once for each call.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -20,15 +19,15 @@ from EasyLM.errors import UserError
 from EasyLM.models.attention import MASKED_SCORE, AttentionMask
 from EasyLM.models.chunks import join_time, split_time
 from EasyLM.models.generate import check_tokens
-from EasyLM.models.llama import llama_model
-from EasyLM.models.llama.layers import Block, Context, RMSNorm, merge_heads
+from EasyLM.models.llama import inference_model, llama_model
+from EasyLM.models.llama.layers import Context, merge_heads
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.models.llama.rotary import positions, rotary_table
+from EasyLM.models.llama.rotary import rotary_table
 from EasyLM.models.tuning import after
-from EasyLM.parallel import BATCH_AXES, constrain, shardings
+from EasyLM.parallel import BATCH_AXES, axis_size, constrain, shardings
 
-_LOGITS_TOKENS = 2048  # tokens whose logits `score` holds in memory at once
+LOGITS_TOKENS = 2048  # tokens whose logits `score` holds in memory at once
 # For decoding, weights are split over mp only. Other axes would need a gather in each step, which would dominate it.
 _DECODE_RULES = tuple((path, P(*(axis if axis == "mp" else None for axis in spec))) for path, spec in PARTITION_RULES)
 
@@ -58,39 +57,25 @@ class LLaMADecoder:
 
     def prepare(self, params: dict, allowed_ids: int) -> dict:
         """See `Decoder`."""
-        model = llama_model.with_params(self.config, params, self.dtype)
-        layers = nnx.to_pure_dict(nnx.state(model.transformer.h))
-        weights = {
-            "transformer": {
-                "wte": {"embedding": model.transformer.wte.embedding[...]},
-                "h": llama_model.unstack(layers, self.config.num_hidden_layers),
-                "ln_f": {"kernel": model.transformer.ln_f.kernel[...]},
-            },
-            "lm_head": {"kernel": model.head_DV[:, :allowed_ids].astype(self.dtype)},
-        }
-        if self.mesh is None:
+        params = inference_model.separate_layers(params, self.config.num_hidden_layers)
+        head_DV = inference_model.with_params(self.config, params, self.dtype).head[:, :allowed_ids]
+        weights = {**llama_model.with_kernels(params["params"], self.dtype), "lm_head": {"kernel": head_DV}}
+        if self.mesh is None or axis_size(self.mesh, "fsdp") == 1:
             return weights
-        return jax.lax.with_sharding_constraint(weights, shardings(self.mesh, _DECODE_RULES, weights))
+        return _replicated_over_fsdp(weights, self.mesh)
 
     def prefill(
         self, params: dict, prompts_BP: jax.Array, mask_BP: jax.Array | None, allowed_ids: int
     ) -> tuple[jax.Array, dict]:
         """See `Decoder`."""
-        model = llama_model.with_params(self.config, params, self.dtype)
-        positions_BP = positions(prompts_BP.shape[1], mask_BP)
-        context = Context(rotary_table(self.config, positions_BP), AttentionMask(mask_BP), self.mesh)
-        graph, stacked = nnx.split(model.transformer.h)
-
-        def block(x_BPD, layer):
-            x_BPD, cache = nnx.merge(graph, layer)(x_BPD, context)
-            return x_BPD, tuple(constrain(_heads_first(x_BPHK), self.mesh, BATCH_AXES, "mp") for x_BPHK in cache)
-
-        x_BPD = constrain(model.transformer.wte(prompts_BP).astype(self.dtype), self.mesh, BATCH_AXES)
-        x_BPD, stacked_cache = jax.lax.scan(block, x_BPD, stacked)
-        last_B1D = model.transformer.ln_f(x_BPD[:, -1:])
-        logits_B1V = llama_model.logits(last_B1D, model.head_DV.astype(self.dtype), self.mesh)
+        model = inference_model.with_params(self.config, params, self.dtype)
+        x_BPD, layers, positions_BP = model(prompts_BP, mask_BP, self.mesh)
+        logits_B1V = llama_model.logits(x_BPD[:, -1:], model.head, self.mesh)
         cache = {
-            "layers": llama_model.unstack(stacked_cache, self.config.num_hidden_layers),
+            "layers": [
+                tuple(constrain(_heads_first(x_BPGK), self.mesh, BATCH_AXES, "mp") for x_BPGK in layer)
+                for layer in layers
+            ],
             "next_B": positions_BP[:, -1] + 1,
             "mask_BP": mask_BP,
         }
@@ -110,22 +95,20 @@ class LLaMADecoder:
         self, weights: dict, prompt_cache: dict, cache: list, tokens_BC: jax.Array, slot: jax.Array
     ) -> tuple[jax.Array, list]:
         """See `Decoder`. The layers process the C candidates of a prompt along the axis for the tokens of a row."""
-        transformer = weights["transformer"]
+        model = inference_model.with_params(self.config, {"params": weights}, self.dtype)
         rope = rotary_table(self.config, (prompt_cache["next_B"] + slot)[:, None])
         context = Context(rope, AttentionMask(), self.mesh)
-        block_graph, norm_graph = _graphs(self.config)
-        x_BCD = jnp.take(transformer["wte"]["embedding"], tokens_BC, axis=0).astype(self.dtype)
+        x_BCD = model.wte(tokens_BC).astype(self.dtype)
         new = []
-        for layer, prompt, own in zip(transformer["h"], prompt_cache["layers"], cache, strict=True):
-            block = nnx.merge(block_graph, layer)
+        for block, prompt, own in zip(model.blocks, prompt_cache["layers"], cache, strict=True):
             projected = block.attention.project(block.attention_norm(x_BCD), context)
             q, k, v = (_heads_first(x_BCHK) for x_BCHK in projected)
             out_BHCK = _attend(q, k, v, prompt, prompt_cache["mask_BP"], own, slot)
             x_BCD += block.attention.wo(merge_heads(rearrange(out_BHCK, "B H C K -> B C H K")))
             x_BCD += block.feed_forward(block.ffn_norm(x_BCD), context)
             new.append((k, v))
-        x_BCD = nnx.merge(norm_graph, transformer["ln_f"])(x_BCD)
-        logits_BCV = llama_model.logits(x_BCD, weights["lm_head"]["kernel"], self.mesh)
+        x_BCD = model.ln_f(x_BCD)
+        logits_BCV = llama_model.logits(x_BCD, model.head, self.mesh)
         slot = after(slot, x_BCD)  # lets XLA update the caches in place
         return logits_BCV, jax.tree.map(
             lambda old_BGCSK, new_BGCK: jax.lax.dynamic_update_slice_in_dim(
@@ -169,26 +152,25 @@ def score(
 @functools.partial(jax.jit, static_argnames=("config", "from_position", "dtype", "mesh"))
 def _score(config, params, tokens_BT, from_position, mask_BT, dtype, mesh):
     inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, from_position:]
-    hidden_BTD, head_DV = llama_model.hidden_states(
-        config,
-        params,
-        inputs_BT,
-        attention_mask_BT=None if mask_BT is None else mask_BT[:, :-1],
-        dtype=dtype,
-        mesh=mesh,
-    )
+    model = inference_model.with_params(config, params, dtype)
+    hidden_BTD = model(inputs_BT, None if mask_BT is None else mask_BT[:, :-1], mesh).hidden
     batch, length = targets_BT.shape
-    chunk_length = min(max(_LOGITS_TOKENS // batch, 1), length)
+    chunk_length = min(max(LOGITS_TOKENS // batch, 1), length)
 
     def score_of_chunk(chunk):
         hidden_BtD, targets_Bt = chunk
-        logits_BtV = llama_model.logits(hidden_BtD, head_DV, mesh).astype(jnp.float32)
+        logits_BtV = llama_model.logits(hidden_BtD, model.head, mesh).astype(jnp.float32)
         logits_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], -1)[..., 0]
         return logits_Bt - jax.nn.logsumexp(logits_BtV, -1), logits_Bt == logits_BtV.max(-1)
 
     arrays = hidden_BTD[:, from_position - 1 :], targets_BT
     scores_CBt = jax.lax.map(score_of_chunk, tuple(split_time(x_BT, chunk_length) for x_BT in arrays))
     return tuple(join_time(x_CBt, length) for x_CBt in scores_CBt)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _replicated_over_fsdp(weights: dict, mesh: Mesh) -> dict:
+    return jax.lax.with_sharding_constraint(weights, shardings(mesh, _DECODE_RULES, weights))
 
 
 def _attend(q_BHCK, k_BGCK, v_BGCK, prompt, mask_BP, own, slot):
@@ -217,10 +199,3 @@ def _heads_first(x_BTHK: jax.Array) -> jax.Array:
 
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-@functools.lru_cache
-def _graphs(config: LLaMAConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
-    """Returns the NNX structures of a block and of a norm, without their arrays."""
-    block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
-    return nnx.split(block)[0], nnx.split(nnx.eval_shape(lambda: RMSNorm(config, config.hidden_size)))[0]

@@ -209,12 +209,13 @@ def new_model(config: LLaMAConfig, lora: LoRAConfig | None) -> LLaMA:
 def with_kernels(params: dict, dtype: DTypeLike) -> dict:
     """Casts the stacked kernels to `dtype`, so the copies and the gradients of the stack have this type.
 
-    Norms and the embedding keep their type. The gradient of the embedding sums many rows.
+    Norms and the embedding keep their type. The gradient of the embedding sums many rows. So do int8 kernels and their
+    scales.
     """
 
     def cast(path, array):
         names = {key.key for key in path}
-        kept = {"wte", "ln_f", "attention_norm", "ffn_norm", "q_norm", "k_norm"}
-        return array if names & kept else array.astype(dtype)
+        kept = {"wte", "ln_f", "attention_norm", "ffn_norm", "q_norm", "k_norm", "scale"}
+        return array if names & kept or array.dtype == jnp.int8 else array.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)

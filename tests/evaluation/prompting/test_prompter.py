@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llama_kit import stacked
 from prompting_kit import tiny_checkpoint, tiny_logits, tiny_params, tiny_prompter
 from tokenizer_kit import run_main
 
@@ -121,10 +122,10 @@ def test_kernels_have_the_compute_type(tmp_path):
     mesh = make_mesh("1,1,1", jax.devices()[:1])
     config, params = load_model(model_flags["checkpoint"], model_flags["load_llama_config"], mesh, jnp.bfloat16)
     head, transformer = params["params"]["lm_head"], params["params"]["transformer"]
-    assert head["kernel"].dtype == transformer["h"]["attention"]["wq"]["kernel"].dtype == jnp.bfloat16
+    assert head["kernel"].dtype == transformer["h"]["0"]["attention"]["wq"]["kernel"].dtype == jnp.bfloat16
     assert transformer["wte"]["embedding"].dtype == transformer["ln_f"]["kernel"].dtype == jnp.float32
     apply = jax.jit(lambda params: llama_model.apply(config, params, PROMPTS[0], dtype=jnp.bfloat16))
-    np.testing.assert_array_equal(*(apply(p).astype(np.float32) for p in (params, tiny_params())))
+    np.testing.assert_array_equal(*(apply(p).astype(np.float32) for p in (stacked(params), tiny_params())))
 
 
 SPECS = {
@@ -159,7 +160,7 @@ def test_every_checkpoint_format_loads_the_same_model(converted, tmp_path, prefi
     load_llama_config = "" if has_metadata else f"json::{tmp_path}/model.json"
     mesh = make_mesh("1,1,1", jax.devices()[:1])
     config, params = load_model(SPECS[prefix].format(tiny=GOLDEN, converted=converted), load_llama_config, mesh)
-    expected = checkpoints.load(SPECS["trainstate_params"].format(tiny=GOLDEN))
+    expected, params = checkpoints.load(SPECS["trainstate_params"].format(tiny=GOLDEN)), stacked(params)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     for loaded_leaf, leaf in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
         leaf = leaf.astype(jnp.bfloat16).astype(np.float32) if prefix == "params" else leaf  # that file is in bf16

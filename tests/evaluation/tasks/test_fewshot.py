@@ -26,7 +26,7 @@ def prompter(tmp_path_factory):
 @pytest.fixture
 def run_fewshot(prompter, monkeypatch):
     """Runs the command with the tiny model."""
-    monkeypatch.setattr(Prompter, "load", lambda settings: prompter)
+    monkeypatch.setattr(Prompter, "load", lambda settings, largest: prompter)
     return lambda **settings: run_main(fewshot, **{"checkpoint": "none", "batch_size": 8, **settings})
 
 
