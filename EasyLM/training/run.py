@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
 from EasyLM.training.compilation import compile_evaluation, compile_step, use_compilation_cache
 from EasyLM.training.goodput import Goodput
-from EasyLM.training.loop import Report, fit
+from EasyLM.training.loop import NonFiniteLossError, Report, fit
 from EasyLM.training.metrics_log import Logger
 from EasyLM.training.profiler import Profiler
 from EasyLM.training.settings import RunSettings
@@ -147,12 +147,10 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         report = Report(settings.loop, throughput, log, run.directory)
         save = _make_save(run, task, mesh, checkpointer)
         on_first_process_first(lambda: None)  # all have compiled: collectives on CPUs wait for 30 s only
-        with watchdog:
+        with watchdog, _last_save_on_disk(checkpointer, watchdog.expect):
             state, finished = fit(
                 state, step, batches, settings.loop, report, save=save, evaluate=evaluate, expect=watchdog.expect
             )
-            watchdog.expect("the last checkpoint")
-            checkpointer.wait()
     on_first_process_first(lambda: None)  # no process exits while another one still writes
     if jax.process_index() == 0:
         _print_end(run, int(state.step), finished)
@@ -208,6 +206,24 @@ def _make_save(
         checkpointer.save(task.model.saved_part(state), step, data_state, metadata, milestone=milestone)
 
     return save
+
+
+@contextmanager
+def _last_save_on_disk(checkpointer: checkpoints.Checkpointer, expect: Callable[[str], None]) -> Iterator[None]:
+    """Waits for the last save when training ends on all processes: at its end, and after a NonFiniteLossError.
+
+    After an error `fail_together` ends all processes within seconds, and a save needs all of them.
+    """
+    what = "the last checkpoint"
+    try:
+        yield
+    except NonFiniteLossError:
+        expect(what)
+        with suppress(UserError):  # it has been logged
+            checkpointer.wait()
+        raise
+    expect(what)
+    checkpointer.wait()
 
 
 def _make_evaluate(

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from tiny_run import train
 
+from EasyLM.errors import UserError
 from EasyLM.models.llama.costs import flops_per_token
 from EasyLM.models.llama.llama_config import PRESETS
-from EasyLM.training import loop, throughput
+from EasyLM.training import loop, run, throughput
 from EasyLM.training.stop_signal import STOP_SIGNALS, StopVote
 
 DEVICES = 8  # of tests/conftest.py
@@ -195,6 +196,20 @@ def test_the_step_in_progress_when_training_stops_is_reported_and_saved(tmp_path
         )
     assert [(row["step"], row["skipped_update"]) for row in rows] == [(n, n == 3) for n in range(5)]
     assert saved == [(5, 5, 40)]
+
+
+@pytest.mark.parametrize(
+    "error, waits", [(None, True), (loop.NonFiniteLossError("nan"), True), (UserError("a.jsonl:3: no"), False)]
+)
+def test_the_last_save_is_awaited_only_where_all_processes_await_it(error, waits):
+    """After an error of one process the others are inside a step. Processes exit within seconds after an error."""
+    calls = []
+    checkpointer = types.SimpleNamespace(wait=lambda: calls.append("wait"))
+    expected = pytest.raises(type(error)) if error else contextlib.nullcontext()
+    with expected, run._last_save_on_disk(checkpointer, calls.append):
+        if error:
+            raise error
+    assert calls == (["the last checkpoint", "wait"] if waits else [])
 
 
 @pytest.mark.parametrize(
