@@ -43,7 +43,7 @@ DATA_SET_FLAGS = {
     "input_dir": Flag(
         "",
         "The inputs: a folder with its subfolders; tars or parquet files, as a folder of them, a glob or a range such "
-        "as 'DIR/{000..019}.tar'; or a folder of Dataset.save_to_disk. Also s3://, gs://, hf://datasets/OWNER/NAME.",
+        "as 'DIR/{000..019}.tar'; or a folder of Dataset.save_to_disk. Also s3://, gs://, hf://datasets/OWNER/NAME/...",
     ),
     "target_dir": Flag("", "The annotations or further clips, like --input_dir; for multi_* a comma list."),
     "keys": Flag(

@@ -42,6 +42,17 @@ def find_source(
       UserError: naming the flag, if there is no such source, or the keys or columns are for another one.
     """
     name = f"--{flag}={value}"
+    try:
+        return _find(name, value, flag, extensions, keys, columns)
+    except UserError as error:
+        if str(error).startswith("--"):
+            raise
+        raise UserError(f"{name}: {str(error).removeprefix(f'{value}: ')}") from error
+
+
+def _find(
+    name: str, value: str, flag: str, extensions: Sequence[str], keys: tuple[str, ...], columns: tuple[str, ...]
+) -> Source:
     if remote.is_folder(value):
         is_table, paths = _in_folder(value, flag, extensions, bool(keys), bool(columns))
         if not paths:
@@ -57,6 +68,8 @@ def find_source(
             if any(map(os.path.isfile, paths)) or not endings <= {""}:
                 raise UserError(f"{name}: {_hint(paths[0])}; must be {FORMS}")
             raise UserError(f"{name}: no such folder")
+        if not is_remote(value) and not any(map(os.path.lexists, paths)):
+            raise UserError(f"{name}: no such file")
         is_table = endings != {".tar"}
     if is_table:
         if keys:

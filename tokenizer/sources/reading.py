@@ -15,7 +15,7 @@ from EasyLM.storage import is_remote
 from tokenizer.sources import tables, tars
 from tokenizer.sources.remote import read_range
 
-_MEMBER = re.compile(r"(.+?\.(?:tar|parquet|arrow))!(.+)", re.DOTALL)
+_MEMBER = re.compile(r"(.+?\.(?:tar|parquet|arrow))!(.+)", re.DOTALL | re.IGNORECASE)
 
 
 class ItemFile(io.BytesIO):
@@ -58,7 +58,7 @@ def open_item(address: str, location: str = "") -> str | ItemFile:
     container = container_of(address)
     if container != address:
         member = address[len(container) + 1 :]
-        if container.endswith(".tar"):
+        if container.lower().endswith(".tar"):
             return ItemFile(tars.read_member(container, member, location), address)
         return ItemFile(tables.read_cell(container, member), address)
     return ItemFile(read_range(address), address) if is_remote(address) else address

@@ -52,9 +52,9 @@ def _remote_tars(files, directory):
 
 
 SOURCES = (_tar_range, _tar_folder, _parquet, _parquet_of_bytes, _saved_dataset, _remote_folder, _remote_tars)
-FOLDER_KINDS = ("paired", "frames", "category", "co3d", "video")  # names of files in folders matter to most of these
-CASES = [("images", source) for source in SOURCES] + [("paired", source) for source in SOURCES]
-CASES += [(kind, source) for kind in FOLDER_KINDS[1:] for source in (_tar_range, _remote_folder)]
+FOLDER_KINDS = ("images", "frames", "category", "co3d", "video")  # folders matter to most of these
+CASES = [("paired", source) for source in SOURCES]
+CASES += [(kind, source) for kind in FOLDER_KINDS for source in (_tar_range, _remote_folder)]
 
 
 def _without_sources(sentences) -> list[dict]:
@@ -158,6 +158,9 @@ def test_unreadable_members_are_named_counted_and_skipped(tree, tiny, tmp_path):
         ("images", {"input_dir": "TMP/no*.tar"}, r"no file matches .*no\*.tar"),
         ("images", {"input_dir": "TMP/x.tar.gz"}, "x.tar.gz: a compressed tar cannot be read at random"),
         ("images", {"input_dir": "memory://nowhere"}, "--input_dir=memory://nowhere: no such folder"),
+        ("images", {"input_dir": "s3://bucket/{0..1}.tar"}, r"--input_dir=s3://.*: .* pip install s3fs"),
+        ("images", {"input_dir": "no.tar"}, "^--input_dir=no.tar: no such file$"),
+        ("images", {"input_dir": "no{1..2}.parquet"}, r"^--input_dir=no\{1..2\}.parquet: no such file$"),
         ("images", {"input_dir": "TMP/packed.tar"}, r"packed.tar: is compressed \(gzip\)"),
         ("images", {"input_dir": "TMP/joined.tar"}, "joined.tar: not a whole tar file .*`tar -A`"),
         ("images", {"input_dir": "TMP/twice.tar"}, "twice.tar!a.png and .*twice.tar!a.png have the same name"),

@@ -19,7 +19,7 @@ def _items(path, keys=(), report=folders.refuse):
 
 def test_members_are_named_as_files_or_as_samples(tmp_path):
     names = ["./a/1.0.png", "b.PNG", "b.Seg.png", "c.jpg", ".d/e.png", "f/._g.png", "/h.png"]
-    path = tmp_path / "in.tar"
+    path = tmp_path / "in.TAR"
     path.write_bytes(tar_bytes({name: name.encode() for name in names}))
     visible = ["a/1.0.png", "b.PNG", "b.Seg.png", "h.png"]
     assert [item.name for item in _items(path)] == visible
