@@ -132,7 +132,7 @@ def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, ass
     sent = communication(executed, [topology.island_of(device) for device in mesh.devices.flat])
     flops, model_flops = matmul_flops(traced.jaxpr), task.batch_size * task.flops_per_row
     step_seconds = assumptions.step_seconds((flops or model_flops) / mesh.devices.size, state_bytes, sent)
-    peak = _peak_bytes(compiled.memory_analysis(), topology.platform)
+    peak = peak_bytes(compiled.memory_analysis(), topology.platform)
     fits = peak <= assumptions.hbm_gb * 1e9
     return plan.with_values(
         trace_seconds=traced_at - begin,
@@ -150,7 +150,7 @@ def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, ass
     )
 
 
-def _peak_bytes(memory: Any, platform: str) -> int:
+def peak_bytes(memory: Any, platform: str) -> int:
     """Returns XLA's peak. For CPUs, where it has no temporary arrays: arguments, results and temporary arrays."""
     if platform != "cpu":
         return memory.peak_memory_in_bytes
