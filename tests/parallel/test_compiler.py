@@ -14,7 +14,7 @@ def mesh_of(platform: str, devices: int) -> types.SimpleNamespace:
 
 
 def test_options_depend_on_the_devices_of_the_mesh():
-    assert compiler_options(make_mesh("1,-1,1")) == {}
+    assert compiler_options(make_mesh("1,-1,1")) == compiler_options(mesh_of("tpu", 8)) == {}
     one, several = (set(compiler_options(mesh_of("gpu", count))) for count in (1, 8))
     assert several - one == {"xla_gpu_enable_latency_hiding_scheduler"}
 
