@@ -3,8 +3,8 @@
     PYTHONPATH=. python scripts/in_context/lookup.py --output_file=build/lookup --dtype=bf16
 
 A sentence has pairs of pictures, [input, answer, input, answer, ...], of random symbols. Symbols are codes of the
-model's vocabulary. Each cell of an input is drawn by itself. The answer permutes k of the n symbols of the sentence. The
-permutation is drawn anew for each sentence, with k uniform in 0..n, so that nothing but the earlier pairs predicts the
+model's vocabulary. Each cell of an input is drawn by itself. The answer permutes k of the n symbols of the sentence.
+The permutation is drawn anew for each sentence, with k uniform in 0..n, so that nothing but the earlier pairs predicts the
 answers. Sentences are made on the device.
 
 The levels begin with few symbols and small pictures, where the lookup is found within some thousand steps, and end with
