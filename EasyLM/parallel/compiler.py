@@ -4,8 +4,8 @@ They are options of one compilation. In the environment variable XLA_FLAGS, an o
 the process; here it is an error that names the option.
 
 TPUs need none. MaxText's options that fuse all-gathers with computation are on by default: libtpu 0.0.42 compiles the
-same step for a v5e with and without them, and another one if they are off. Its options for all-reduces between slices do
-not change the step either. Source: CF_FOR_ALL_GATHER and DATA_PARALLEL_OVERLAP in
+same step for a v5e with and without them, and another one if they are off. Its options for all-reduces between slices
+do not change the step either. Source: CF_FOR_ALL_GATHER and DATA_PARALLEL_OVERLAP in
 https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py
 """
 

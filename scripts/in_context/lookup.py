@@ -4,8 +4,8 @@
 
 A sentence has pairs of pictures, [input, answer, input, answer, ...], of random symbols. Symbols are codes of the
 model's vocabulary. Each cell of an input is drawn by itself. The answer permutes k of the n symbols of the sentence.
-The permutation is drawn anew for each sentence, with k uniform in 0..n, so that nothing but the earlier pairs predicts the
-answers. Sentences are made on the device.
+The permutation is drawn anew for each sentence, with k uniform in 0..n, so that nothing but the earlier pairs predicts
+the answers. Sentences are made on the device.
 
 The levels begin with few symbols and small pictures, where the lookup is found within some thousand steps, and end with
 all codes and pictures of 64 codes. A level ends when the answers of the last quarter of a sentence are right. When the
