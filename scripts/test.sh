@@ -27,7 +27,8 @@ if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
     dpkg -s "${packages[@]}" > /dev/null 2>&1 ||
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null; } || true
 fi
-python -m pytest -q -m slow
+# Two processes take turns at the files: much of a slow test is one process that starts or compiles.
+python -m pytest -q -m slow -n 2 --dist loadfile
 # Plans for TPUs need libtpu. In the environment itself, all other commands would look for a TPU.
 libtpu=$(mktemp -d)
 python -m pip install --quiet --disable-pip-version-check --no-deps --target "$libtpu" "$(python -c \

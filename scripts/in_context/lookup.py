@@ -3,8 +3,8 @@
     PYTHONPATH=. python scripts/in_context/lookup.py --output_file=build/lookup --dtype=bf16
 
 A sentence has pairs of pictures, [input, answer, input, answer, ...], of random symbols. Symbols are codes of the
-model's vocabulary. Each cell of an input is drawn by itself. The answer permutes k of the n symbols of the sentence.
-The permutation is drawn anew for each sentence, with k uniform in 0..n, so that nothing but the earlier pairs predicts
+model's vocabulary. Each cell of an input is drawn by itself. The answer permutes k of the n symbols of the sentence,
+with a permutation that is drawn anew for each sentence, and k uniform in 0..n. Nothing but the earlier pairs predicts
 the answers. Sentences are made on the device.
 
 The levels begin with few symbols and small pictures, where the lookup is found within some thousand steps, and end with
@@ -84,7 +84,7 @@ LEVELS = (
     Level(64, 8, 64, 64, 1024),
     Level(1024, 8, 64, 64, 1024),
 )
-_MOST = max(level.most for level in LEVELS)
+_MOST, _CODES = max(level.most for level in LEVELS), max(level.symbols for level in LEVELS)
 
 
 def main(config: ConfigDict) -> None:
@@ -117,7 +117,7 @@ class Trainer:
         )
         self._steps = jax.jit(partial(_train, loss_fn, self._optimizer), static_argnums=(3, 4), donate_argnums=(0, 1))
         self._accuracy = jax.jit(
-            partial(_accuracy, partial(llama_model.apply, model, dtype=compute, mesh=mesh)), static_argnums=(2, 3)
+            partial(accuracy, partial(llama_model.apply, model, dtype=compute, mesh=mesh)), static_argnums=(2, 3)
         )
 
     def train(self, seed: int, level_seconds: float, end: float) -> tuple[int, Params]:
@@ -132,7 +132,7 @@ class Trainer:
         params = jax.jit(partial(llama_model.init_params, self._model))(jax.random.key(seed))
         state, calls = self._optimizer.init(params), 0
         for number, level in enumerate(LEVELS):
-            batch_size, values = max(self._tokens_per_step // level.length, 1), _traced(level)
+            batch_size, values = max(self._tokens_per_step // level.length, 1), traced(level)
             level_end = None  # compiling does not count
             while True:
                 key = jax.random.fold_in(jax.random.key(seed), calls)
@@ -155,7 +155,7 @@ class Trainer:
         return len(LEVELS), params
 
 
-def _traced(level: Level) -> dict[str, int]:
+def traced(level: Level) -> dict[str, int]:
     """Returns the values of a level that are arguments of the compiled program."""
     return {name: value for name, value in dataclasses.asdict(level).items() if name != "length"}
 
@@ -166,29 +166,30 @@ def sentences(
     """Draws sentences.
 
     Args:
-      level: see `_traced`.
+      level: see `traced`.
       exchange_all: k = n, instead of uniform in 0..n.
 
     Returns:
       Tokens int32 [B,T], and whether a token belongs to an answer, bool [T].
     """
     keys = jax.random.split(key, 5)
-    most = jnp.arange(_MOST)
-    codes_BM = _first(keys[0], count, 1024, level["symbols"])[:, :_MOST]
+    most_1M = jnp.arange(_MOST)[None]
+    codes_BM = _first(keys[0], count, _CODES, level["symbols"])[:, :_MOST]
     n_B1 = jax.random.randint(keys[1], (count, 1), level["fewest"], level["most"] + 1)
     k_B1 = n_B1 if exchange_all else jax.random.randint(keys[2], (count, 1), 0, n_B1 + 1)
-    images_BM = jnp.where(most < k_B1, _first(keys[3], count, _MOST, k_B1), most)
+    images_BM = jnp.where(most_1M < k_B1, _first(keys[3], count, _MOST, k_B1), most_1M)
     period, place = 2 * level["size"], jnp.arange(length) % (2 * level["size"])
     is_answer_T = place >= level["size"]
     cell_T = jnp.arange(length) // period * level["size"] + place % level["size"]
     cells_BT = (jax.random.uniform(keys[4], (count, length)) * n_B1).astype(jnp.int32)[:, cell_T]
     answers_BT = jnp.take_along_axis(images_BM, cells_BT, 1)
-    return jnp.take_along_axis(codes_BM, jnp.where(is_answer_T, answers_BT, cells_BT), 1), is_answer_T
+    chosen_BT = jnp.where(is_answer_T[None], answers_BT, cells_BT)
+    return jnp.take_along_axis(codes_BM, chosen_BT, 1), is_answer_T
 
 
 def _first(key: jax.Array, count: int, size: int, first: jax.Array) -> jax.Array:
     """Returns permutations [count,size] of range(size) that permute range(first) and its complement."""
-    return jnp.argsort(jax.random.uniform(key, (count, size)) + (jnp.arange(size) >= first), axis=1)
+    return jnp.argsort(jax.random.uniform(key, (count, size)) + (jnp.arange(size)[None] >= first), axis=1)
 
 
 def _train(loss_fn: Callable, optimizer, params, state, key, count: int, length: int, level) -> tuple:
@@ -211,13 +212,15 @@ def _train(loss_fn: Callable, optimizer, params, state, key, count: int, length:
     return params, state, losses.mean()
 
 
-def _accuracy(apply: Callable, params, key, count: int, length: int, level) -> tuple[jax.Array, jax.Array]:
+def accuracy(apply: Callable, params, key, count: int, length: int, level) -> tuple[jax.Array, jax.Array]:
     """Returns the accuracy of answers in the first and in the last quarter of sentences that exchange all symbols."""
     tokens_BT, is_answer_T = sentences(key, count, length, level, exchange_all=True)
     is_right_BT = apply(params, tokens_BT)[:, :-1].argmax(-1) == tokens_BT[:, 1:]
     place_T = jnp.arange(length)
     quarters = [place_T < length // 4, place_T >= length - length // 4]
-    early, late = [(is_right_BT * (part & is_answer_T)[1:]).sum(1) / (part & is_answer_T).sum() for part in quarters]
+    early, late = [
+        (is_right_BT * (part & is_answer_T)[None, 1:]).sum(1) / (part & is_answer_T).sum() for part in quarters
+    ]
     return early.mean(), late.mean()
 
 
