@@ -16,7 +16,7 @@ Shapes: B sentences, T tokens, M most symbols of a sentence.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -161,7 +161,7 @@ def traced(level: Level) -> dict[str, int]:
 
 
 def sentences(
-    key: jax.Array, count: int, length: int, level: dict[str, jax.Array], exchange_all: bool = False
+    key: jax.Array, count: int, length: int, level: Mapping[str, jax.Array], exchange_all: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Draws sentences.
 
@@ -212,7 +212,9 @@ def _train(loss_fn: Callable, optimizer, params, state, key, count: int, length:
     return params, state, losses.mean()
 
 
-def accuracy(apply: Callable, params, key, count: int, length: int, level) -> tuple[jax.Array, jax.Array]:
+def accuracy(
+    apply: Callable, params: Params | None, key: jax.Array, count: int, length: int, level: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """Returns the accuracy of answers in the first and in the last quarter of sentences that exchange all symbols."""
     tokens_BT, is_answer_T = sentences(key, count, length, level, exchange_all=True)
     is_right_BT = apply(params, tokens_BT)[:, :-1].argmax(-1) == tokens_BT[:, 1:]
