@@ -17,6 +17,10 @@ _OPERATION = re.compile(rf"({'|'.join(OPERATIONS)})(-start)?")
 _TRANSFER = re.compile(rf'_xla_host_transfer_rendezvous="({"|".join(OPERATIONS)})')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+# As mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'b'}: reordered devices in the shape of a mesh, along some axes.
+_ALONG_AXES = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _COMPUTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
@@ -57,14 +61,17 @@ def communication(executed: Iterable[tuple[int, Instruction]], island_of: Sequen
         match = _OPERATION.fullmatch(instruction.operation)
         if not match:
             continue
-        # The parts of an asynchronous operation may all show it, with one channel.
+        # The fusions that start, accompany and end an asynchronous operation all show it, with one channel.
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        if channel:
+        if channel and instruction.fused:
             times, counted[channel[1]] = max(times - counted[channel[1]], 0), max(times, counted[channel[1]])
         groups = _groups(instruction.rest, len(island_of))
         crosses = any(len({island_of[device] for device in group}) > 1 for group in groups)
         if any(len(group) > 1 for group in groups):
-            (across if crosses else within)[match[1]] += times * _bytes(instruction)
+            # On TPUs, a fusion of this name is a reduce-scatter: it does not send the sums that it drops.
+            scatters = instruction.fused.startswith("all-reduce-scatter")
+            operation = "reduce-scatter" if scatters else match[1]
+            (across if crosses else within)[operation] += times * _bytes(instruction)
     return Communication(within, across)
 
 
@@ -91,10 +98,24 @@ def _array_bytes(dtype: str, dimensions: str) -> int:
 
 def _groups(rest: str, devices: int) -> list[list[int]]:
     """Returns the groups of devices that communicate; one group of all if the operation lists none."""
+    if match := _ALONG_AXES.search(rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        numbers = _numbers(devices, match[2] or str(devices), match[3]).reshape(tuple(sizes.values()))
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", match[4])]
+        ways = math.prod(numbers.shape[axis] for axis in along)
+        return np.moveaxis(numbers, along, range(-len(along), 0)).reshape(-1, ways).tolist()
     if match := _COMPUTED.search(rest):
-        shape, source, order = ([int(n) for n in text.split(",")] if text else None for text in match.groups())
-        numbers = np.arange(devices).reshape(source)
-        return np.transpose(numbers, order).reshape(shape).tolist()
+        return _numbers(devices, match[2], match[3]).reshape(_integers(match[1])).tolist()
     if match := _LISTED.search(rest):
         return [[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d,]*)\}", match[1])]
     return [list(range(devices))]
+
+
+def _numbers(devices: int, shape: str, order: str | None) -> np.ndarray:
+    """Returns the numbers of all devices as an array of this shape, with its axes in another order."""
+    numbers = np.arange(devices).reshape(_integers(shape))
+    return numbers.transpose(_integers(order)) if order else numbers
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

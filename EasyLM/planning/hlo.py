@@ -9,6 +9,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)
 _NAME = re.compile(r"%([\w.\-]+)")
 _KNOWN_TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)')
 _CALLED = re.compile(r"(?:calls|body|called_computations|branch_computations)=\{?([%\w.\-, ]+)")
+_CONTROL_FLOW = ("while", "conditional", "call")
 _APPLIED = re.compile(r"to_apply=%?([\w.\-]+)")
 
 
@@ -21,6 +22,8 @@ class Instruction:
       operation: as `all-gather`, `fusion`, `while`.
       rest: the text after `operation(`: operands, then attributes.
       inputs: the types of the operands, one after another.
+      fused: the computation of another instruction, such as a fusion, that it is a part of; empty if it is executed by
+        itself, in the entry, a loop or a branch.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Instruction:
     operation: str
     rest: str
     inputs: str = ""
+    fused: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +49,14 @@ def executed_instructions(text: str) -> list[tuple[int, Instruction]]:
     """
     computations, entry = _parse(text)
 
-    def walk(name: str, times: int) -> Iterator[tuple[int, Instruction]]:
+    def walk(name: str, times: int, fused: str) -> Iterator[tuple[int, Instruction]]:
         for instruction in computations[name].instructions.values() if name in computations else ():
-            yield times, instruction
+            yield times, dataclasses.replace(instruction, fused=fused) if fused else instruction
             inner = times * _trips(computations, instruction) if instruction.operation == "while" else times
             for called in _called(instruction):
-                yield from walk(called, inner)
+                yield from walk(called, inner, fused or ("" if instruction.operation in _CONTROL_FLOW else called))
 
-    return list(walk(entry, 1))
+    return list(walk(entry, 1, ""))
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM.parallel import make_mesh
 from EasyLM.planning.collectives import communication
-from EasyLM.planning.hlo import executed_instructions
+from EasyLM.planning.hlo import Instruction, executed_instructions
 
 # A loop of 3 trips as TPUs write it, a loop of 5 trips as noted by XLA, and asynchronous operations, one in two parts.
 MODULE = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -43,6 +43,23 @@ MODULE = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
   ROOT %half = f32[8]{0} slice(%gathered), slice={[0:8]}
 }
 
+%accompanied (x.4: f32[8]) -> f32[16] {
+  %x.4 = f32[8]{0} parameter(0)
+  ROOT %part = f32[16]{0} all-gather(%x.4), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+%ended (x.5: f32[8]) -> f32[16] {
+  %x.5 = f32[8]{0} parameter(0)
+  ROOT %last = f32[16]{0} all-gather(%x.5), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+%all-reduce-scatter.1 (x.6: f32[6]) -> f32[4] {
+  %x.6 = f32[6]{0} parameter(0)
+  %padded = f32[8]{0} pad(%x.6, %zero), padding=0_2
+  %summed = f32[8]{0} all-reduce(%padded), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%sum
+  ROOT %own = f32[4]{0} dynamic-slice(%summed, %at), dynamic_slice_sizes={4}
+}
+
 ENTRY %main (x.3: f32[8]) -> f32[8] {
   %x.3 = f32[8]{0} parameter(0)
   %zero = s32[] constant(0)
@@ -50,9 +67,11 @@ ENTRY %main (x.3: f32[8]) -> f32[8] {
   %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
   %y = f32[8]{0} get-tuple-element(%loop), index=1
   %loop.1 = f32[8]{0} while(%y), condition=%always, body=%noted, backend_config={"known_trip_count":{"n":"5"}}
-  %begin = (f32[8]{0}, f32[16]{0}) all-gather-start(%loop.1), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
-  %part = f32[16]{0} all-gather(%loop.1), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
-  %end = f32[16]{0} all-gather-done(%begin)
+  %own.1 = f32[4]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  %begin = f32[16]{0} fusion(%loop.1), kind=kCustom, calls=%accompanied
+  %end = f32[16]{0} fusion(%loop.1), kind=kCustom, calls=%ended
+  %begin.1 = (f32[8]{0}, f32[12]{0}) all-gather-start(%loop.1), channel_id=1, replica_groups={{0,1},{2,3}}
+  %end.1 = f32[12]{0} all-gather-done(%begin.1)
   %ring = (f32[8], f32[8], u32[], u32[]) collective-permute-start(%y), channel_id=4, source_target_pairs={{0,2},{2,0}}
   %alone = f32[8]{0} all-reduce(%y), channel_id=5, replica_groups={{0},{1},{2},{3}}, to_apply=%sum
   %sent = (bf16[4], u32[], token[]) send(%y, %after), attributes={_xla_host_transfer_rendezvous="all-reduce.9_0"}
@@ -70,11 +89,41 @@ def test_loops_count_by_their_trips():
 
 def test_communication_counts_the_larger_side_by_network():
     sent = communication(executed_instructions(MODULE), island_of=[0, 0, 1, 1])
-    kinds = {"all-gather": 64, "all-reduce": 3 * 32, "reduce-scatter": 0, "all-to-all": 0, "collective-permute": 0}
-    assert sent.within == kinds, "neighbours are in one island; a group of one device sends nothing"
+    kinds = {
+        "all-gather": 64 + 48,
+        "all-reduce": 3 * 32,
+        "reduce-scatter": 32,
+        "all-to-all": 0,
+        "collective-permute": 0,
+    }
+    assert sent.within == kinds, (
+        "neighbours are in one island; a group of one device sends nothing; shard_map reuses channels"
+    )
     kinds = {"all-gather": 5 * 64, "all-reduce": 8, "reduce-scatter": 16, "all-to-all": 0, "collective-permute": 32}
     assert sent.across == kinds, "groups of transposed devices, rings between islands and transfers by hosts cross"
-    assert sent.total["all-gather"] == 6 * 64
+    assert sent.total["all-gather"] == 6 * 64 + 48
+
+
+@pytest.mark.parametrize(
+    "groups, crosses",
+    [
+        ("mesh['a'=2,'b'=2] {'b'}", False),
+        ("mesh['a'=2,'b'=2] {'a'}", True),
+        ("mesh['a'=2,'b'=2] {'a','b'}", True),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", False),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", True),
+        ("mesh['a'=4,'b'=1] {'b'}", None),
+        ("[2,2]<=[4]", False),
+        ("[2,2]<=[2,2]", False),
+        ("[2,2]<=[2,2]T(1,0)", True),
+    ],
+)
+def test_groups_of_devices(groups, crosses):
+    """Devices 0 and 1 are in one island, 2 and 3 in another. Groups of one device send nothing."""
+    instruction = Instruction("x", "f32[8]{0}", "all-reduce", f"%y), replica_groups={groups}, to_apply=%sum")
+    sent = communication([(1, instruction)], island_of=[0, 0, 1, 1])
+    assert sent.across["all-reduce"] == (32 if crosses else 0)
+    assert sent.within["all-reduce"] == (0 if crosses is not False else 32)
 
 
 @pytest.mark.parametrize("scanned", [True, False])

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from EasyLM.errors import UserError
 from EasyLM.models.attention import AttentionMask, attention
 from EasyLM.models.chunks import join_time, split_time
+from EasyLM.models.llama.gathered_matmul import gathered_matmul
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.remat_policies import AUTO, AUTOMATIC_POLICIES, REMAT_POLICIES
 from EasyLM.models.llama.rotary import rotate
@@ -75,19 +76,31 @@ class Linear(nnx.Module):
     """Matrix product with a kernel [inputs, outputs], without bias; with an adapter, plus its output.
 
     The kernel may be int8, with a scale for each output; see `int8_kernels`.
+
+    Args:
+      axes: the mesh axes that split inputs and outputs (see `partition_rules`).
     """
 
-    def __init__(self, config: LLaMAConfig, inputs: int, outputs: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LLaMAConfig,
+        inputs: int,
+        outputs: int,
+        rngs: nnx.Rngs,
+        axes: tuple[str, str] = ("fsdp", "mp"),
+    ):
+        self.axes = axes
         self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs(), (inputs, outputs)))
         self.adapter: Adapter | None = nnx.data(None)
         self.scale: nnx.Param | None = nnx.data(None)
 
-    def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Multiplies. The key is that of the block's dropout, which an adapter needs; None disables dropout."""
+    def __call__(self, x_BTD: jax.Array, context: Context | None = None) -> jax.Array:
+        """Multiplies. An adapter needs the context's key, that of the block's dropout."""
+        mesh, key = (context.mesh, context.key) if context else (None, None)
         kernel_IO = self.kernel[...]
         if self.scale is not None:
             kernel_IO = converted_late(kernel_IO, x_BTD)
-        y_BTD = flat_matmul(x_BTD, kernel_IO.astype(x_BTD.dtype))
+        y_BTD = gathered_matmul(x_BTD, kernel_IO.astype(x_BTD.dtype), mesh, self.axes)
         if self.scale is not None:
             y_BTD = (y_BTD * jnp.expand_dims(self.scale[...], (0, 1))).astype(x_BTD.dtype)
         return y_BTD if self.adapter is None else y_BTD + self.adapter(x_BTD, key)
@@ -110,9 +123,10 @@ class Attention(nnx.Module):
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
         all_heads, kv_heads = config.hidden_size, config.kv_heads * config.head_dim
-        self.wq, self.wk, self.wv, self.wo = (
-            Linear(config, config.hidden_size, outputs, rngs) for outputs in (all_heads, kv_heads, kv_heads, all_heads)
+        self.wq, self.wk, self.wv = (
+            Linear(config, config.hidden_size, outputs, rngs) for outputs in (all_heads, kv_heads, kv_heads)
         )
+        self.wo = Linear(config, all_heads, config.hidden_size, rngs, ("mp", "fsdp"))
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(config, config.head_dim) for _ in range(2))
 
@@ -134,13 +148,13 @@ class Attention(nnx.Module):
             )
         except UserError as error:
             raise UserError(f"llama.attention_implementation={c.attention_implementation!r}: {error}") from None
-        return checkpoint_name(self.wo(merge_heads(out_BTHK), context.key), "output"), (k_BTGK, v_BTGK)
+        return checkpoint_name(self.wo(merge_heads(out_BTHK), context), "output"), (k_BTGK, v_BTGK)
 
     def project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries [B, T, H, K], rotated keys and values [B, T, G, K]."""
 
         def heads(linear: Linear, name: str) -> jax.Array:
-            x_BTHK = split_heads(linear(x_BTD, context.key), self.config.head_dim)
+            x_BTHK = split_heads(linear(x_BTD, context), self.config.head_dim)
             return checkpoint_name(constrain(x_BTHK, context.mesh, BATCH_AXES, None, "mp"), name)
 
         q_BTHK, k_BTGK, v_BTGK = heads(self.wq, "query"), heads(self.wk, "key"), heads(self.wv, "value")
@@ -176,7 +190,7 @@ class FeedForward(nnx.Module):
     def __init__(self, config: LLaMAConfig, rngs: nnx.Rngs):
         self.config = config
         self.w1 = Linear(config, config.hidden_size, config.intermediate_size, rngs)  # gate
-        self.w2 = Linear(config, config.intermediate_size, config.hidden_size, rngs)  # down
+        self.w2 = Linear(config, config.intermediate_size, config.hidden_size, rngs, ("mp", "fsdp"))  # down
         self.w3 = Linear(config, config.hidden_size, config.intermediate_size, rngs)  # up
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
@@ -189,10 +203,10 @@ class FeedForward(nnx.Module):
 
     def _swiglu(self, x_BTD, context):
         gate_BTF, up_BTF = (
-            checkpoint_name(constrain(w(x_BTD, context.key), context.mesh, BATCH_AXES, None, "mp"), name)
+            checkpoint_name(constrain(w(x_BTD, context), context.mesh, BATCH_AXES, None, "mp"), name)
             for name, w in (("gate", self.w1), ("up", self.w3))
         )
-        return self.w2(jax.nn.silu(gate_BTF) * up_BTF, context.key)
+        return self.w2(jax.nn.silu(gate_BTF) * up_BTF, context)
 
 
 class Block(nnx.Module):
