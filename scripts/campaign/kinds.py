@@ -20,6 +20,7 @@ _ALL = (
     Kind("json_settings", "campaign.settings_files", "settings"),
     Kind("pickled_settings", "campaign.settings_files", "pickles"),
     Kind("images", "campaign.media_files", "image_files"),
+    Kind("tars", "campaign.media_files", "tar_files"),
     Kind("videos", "campaign.media_files", "video_files"),
 )
 KINDS = {kind.name: kind for kind in _ALL}

@@ -1,13 +1,15 @@
-"""Kinds: image files and video files.
+"""Kinds: image files, tars of image files, and video files.
 
 PNG files have checksums: a mutated one gives the pixels of the whole one, or is refused. The reference of the other
 formats is the plain decoder of Pillow or PyAV.
 """
 
+import collections
 import contextlib
 import fractions
 import io
 import pathlib
+import tarfile
 from typing import Any
 
 import av
@@ -18,8 +20,9 @@ from campaign.attempts import Attempt, require, require_equal
 from campaign.mutations import mutated
 from EasyLM.errors import UserError
 from tokenizer.builders import views
-from tokenizer.media import images, video_frames, videos
+from tokenizer.media import folders, images, video_frames, videos
 from tokenizer.media.video_clock import read_clock
+from tokenizer.sources import detection, reading
 
 _SIZE = 24
 _PIXELS = (40, 30)
@@ -66,6 +69,31 @@ def image_files(folder: pathlib.Path) -> Attempt:
             if image.mode == "RGB" and not {"icc_profile", "exif", "transparency"} & set(image.info):
                 resized = image.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
                 require_equal(pixels, np.asarray(resized), "pixels")
+
+    return attempt
+
+
+def tar_files(folder: pathlib.Path) -> Attempt:
+    """Mutated tars of PNG files: all members are listed, with their pixels."""
+    files = _png_files()
+    expected = {f"{name}.png": images.read(io.BytesIO(data), _SIZE) for name, data in files.items()}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"{name}.png")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+    def attempt(rng: np.random.Generator, case: pathlib.Path) -> None:
+        path = case / "images.tar"
+        path.write_bytes(mutated(rng, buffer.getvalue()))
+        source = detection.find_source(str(path), "input_dir", images.IMAGE_EXTENSIONS)
+        items = list(source.items(collections.Counter(), folders.refuse))
+        require_equal(sorted(item.name for item in items), sorted(expected), "names")
+        for item in items:
+            require_equal(
+                images.read(reading.open_item(item.address, item.location), _SIZE), expected[item.name], "pixels"
+            )
 
     return attempt
 

@@ -133,14 +133,21 @@ class _Arrow:
 
         self._table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
         self.schema, self.num_rows = self._table.schema, self._table.num_rows
+        self._column = functools.cache(self._checked_column)
+
+    def _checked_column(self, name: str) -> Any:
+        """Returns a column. A damaged one would end the process: Arrow trusts the offsets in a file."""
+        column = self._table[name]
+        column.validate(full=True)
+        return column
 
     def cell(self, row: int, column: str) -> Any:
         """Returns a cell as a scalar of pyarrow."""
-        return self._table[column][row]
+        return self._column(column)[row]
 
     def paths(self, column: str) -> Iterator[list[str | None]]:
         """Yields the paths of a column of structs."""
-        for chunk in self._table[column].chunks:
+        for chunk in self._column(column).chunks:
             yield chunk.field("path").to_pylist()
 
 
@@ -157,9 +164,10 @@ def open_table(path: str) -> _Parquet | _Arrow:
 @functools.lru_cache(4)
 def _open_table(path: str, version: str) -> _Parquet | _Arrow:
     with _names_file(path):
-        if path.endswith(".arrow"):
-            return _Arrow(path)
-        return _Parquet(open_binary(path) if is_remote(path) else path)
+        is_arrow = path.endswith(".arrow")
+        table = _Arrow(path) if is_arrow else _Parquet(open_binary(path) if is_remote(path) else path)
+        str(table.schema.names)  # fails if a name is not UTF-8
+        return table
 
 
 @contextlib.contextmanager

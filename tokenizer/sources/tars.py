@@ -160,6 +160,8 @@ def list_members(path: str) -> Iterator[Member]:
                         yield member
                 file.seek(archive.offset)
                 _check_end(file.read(_END_BYTES))
+                if status["size"] % tarfile.BLOCKSIZE:
+                    raise ValueError("its length is not a whole number of blocks: a part of it is missing")
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise UserError(f"{path}: not a whole tar file ({error})") from None
 

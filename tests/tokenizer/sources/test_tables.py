@@ -2,8 +2,11 @@
 
 import collections
 
+import pyarrow
+import pytest
 from source_kit import write_parquet
 
+from EasyLM.errors import UserError
 from tokenizer.media import folders
 from tokenizer.sources import reading
 from tokenizer.sources.tables import Tables
@@ -43,3 +46,15 @@ def test_the_images_of_a_row_share_the_name_of_the_first_column(tmp_path):
     items = _items([path], ("a.x", "b"))
     assert [(item.name, item.column) for item in items] == [(f"a.x_{i}.png", c) for i in range(5) for c in range(2)]
     assert [reading.open_item(item.address).read() for item in items] == [b"a.x", b"b"] * 5
+
+
+def test_a_damaged_arrow_file_is_an_error_and_does_not_end_the_process(tmp_path):
+    """Arrow trusts the offsets in a file: reading beyond its buffers would end the process."""
+    path = tmp_path / "data.arrow"
+    with pyarrow.ipc.new_stream(path, pyarrow.schema({"image": pyarrow.binary()})) as file:
+        file.write(pyarrow.record_batch([pyarrow.array([b"pixel"])], ["image"]))
+    whole, good = path.read_bytes(), b"\0\0\0\0\5\0\0\0pixel"
+    assert [reading.open_item(item.address).read() for item in _items([path])] == [b"pixel"] and whole.count(good) == 1
+    path.write_bytes(whole.replace(good, b"\0\0\0\0\xff\xff\xff\x7fpixel"))
+    with pytest.raises(UserError, match=r"data.arrow: cannot be read"):
+        reading.open_item(f"{path}!0.image")

@@ -50,11 +50,16 @@ def test_a_damaged_header_and_a_missing_end_are_errors(tmp_path):
     damaged = bytearray(whole)
     damaged[1024 + 150] ^= 1  # in the checksum of the second header
     path = tmp_path / "in.tar"
-    for data, reason in ((bytes(damaged), "a header is damaged"), (whole[:2048], "its end mark is missing")):
+    cases = {
+        bytes(damaged): "a header is damaged",
+        whole[:2048]: "its end mark is missing",
+        whole[:-99]: "not a whole number of blocks",  # as where a member was cut out
+    }
+    for data, reason in cases.items():
         path.write_bytes(data)
         errors = {}
         items = _items(path, report=errors.__setitem__)
-        assert [item.name for item in items] == (["a.png"] if data != whole[:2048] else ["a.png", "b.png"])
+        assert [item.name for item in items] == (["a.png"] if data == damaged else ["a.png", "b.png"])
         assert list(errors) == [str(path)] and reason in errors[str(path)]
 
 
