@@ -16,10 +16,12 @@ python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transfo
 ruff check .
 ruff format --check .
 mypy
+# Two processes take turns at the files: much of a test is one process that starts or compiles.
+processes=(-n 2 --dist loadfile)
 if [ "${1:-all}" = fast ]; then
-    exec python -m pytest -q -m "not slow"
+    exec python -m pytest -q -m "not slow" "${processes[@]}"
 fi
-python -m pytest -q -m "not slow"
+python -m pytest -q -m "not slow" "${processes[@]}"
 # The test of the demo page needs a browser, the tests of batch jobs a SLURM, the comparison of image readers libvips. Without
 # them these tests are skipped and print the reason.
 if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
@@ -27,8 +29,7 @@ if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
     dpkg -s "${packages[@]}" > /dev/null 2>&1 ||
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null; } || true
 fi
-# Two processes take turns at the files: much of a slow test is one process that starts or compiles.
-python -m pytest -q -m slow -n 2 --dist loadfile
+python -m pytest -q -m slow "${processes[@]}"
 # Plans for TPUs need libtpu. In the environment itself, all other commands would look for a TPU.
 libtpu=$(mktemp -d)
 python -m pip install --quiet --disable-pip-version-check --no-deps --target "$libtpu" "$(python -c \
