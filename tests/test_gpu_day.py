@@ -47,8 +47,9 @@ def test_the_tiny_run_passes_all_checks(tmp_path):
     sections = {record["section"] for record in records}
     assert sections == {"machine", "correctness", "train", "kernels", "decode", "vqgan"}
     assert all(record["ok"] for record in records if record["section"] == "correctness")
-    (train,) = (record for record in records if record["section"] == "train")
+    train, lora = (record for record in records if record["section"] == "train")
     assert 0 < train["share_of_matmul"] < 1
+    assert 0 < lora["parameters"] < train["parameters"] / 10
     assert "vqlm_debug, 2 rows: " in completed.stdout
 
 

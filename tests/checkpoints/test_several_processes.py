@@ -20,12 +20,16 @@ KILLED = "ended without an error message; it was probably killed, for example fo
 FILES = ("streaming_train_state", "checksums.json", "dataset.json")
 
 
-def run_program(run_dirs, port, **flags) -> list[tuple[int, list[str], str]]:
+def run_program(results, run_dirs, port, **flags) -> list[tuple[int, list[str], str]]:
     """Runs the program with a process of two devices for each of the directories.
 
+    Args:
+      results: a new folder for the results of the processes.
+
     Returns:
-      (exit code, lines of stdout, stderr) of each process.
+      (exit code, lines of the results, stderr) of each process.
     """
+    results.mkdir()
     devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     environment = os.environ | devices | {"PYTHONPATH": str(ROOT)}
     flags |= {"jax_distributed.initialize_jax_distributed": True, "jax_distributed.num_processes": len(run_dirs)}
@@ -33,7 +37,11 @@ def run_program(run_dirs, port, **flags) -> list[tuple[int, list[str], str]]:
     command = [sys.executable, saving_program.__file__, *(f"--{name}={value}" for name, value in flags.items())]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen([*command, f"--run_dir={path}", f"--jax_distributed.process_id={i}"], env=environment, **pipes)
+        subprocess.Popen(
+            [*command, f"--run_dir={path}", f"--output={results}/{i}", f"--jax_distributed.process_id={i}"],
+            env=environment,
+            **pipes,
+        )
         for i, path in enumerate(run_dirs)
     ]
     try:
@@ -42,8 +50,8 @@ def run_program(run_dirs, port, **flags) -> list[tuple[int, list[str], str]]:
         for process in processes:
             process.kill()
     return [
-        (process.returncode, [line for line in stdout.splitlines() if not line.startswith("[Gloo]")], stderr)
-        for process, (stdout, stderr) in zip(processes, outputs, strict=True)
+        (process.returncode, (results / str(i)).read_text().splitlines(), stderr)
+        for i, (process, (_, stderr)) in enumerate(zip(processes, outputs, strict=True))
     ]
 
 
@@ -58,7 +66,7 @@ def save_alone(directory, step) -> pathlib.Path:
 def test_each_process_saves_and_loads_its_share(tmp_path, port):
     """Also: a full disk of one process, a killed one, and a restart on two processes that do not share a disk."""
     run_dir, alone = tmp_path / "run", save_alone(tmp_path / "1", 1)
-    outcomes = run_program([run_dir] * 4, port, mesh_dim="2,2,2", full=2, killed=3)
+    outcomes = run_program(tmp_path / "results", [run_dir] * 4, port, mesh_dim="2,2,2", full=2, killed=3)
     size = (alone / FILES[0]).stat().st_size
     for process, (code, lines, errors) in enumerate(outcomes):
         saved, loaded = json.loads(lines[0]), json.loads(lines[1])
@@ -75,7 +83,7 @@ def test_each_process_saves_and_loads_its_share(tmp_path, port):
         checkpoints.load(f"trainstate::{run_dir}/{FILES[0]}", saving_program.values(0)), saving_program.values(1)
     )
     shutil.copytree(run_dir, tmp_path / "copy", symlinks=True)
-    first, second = run_program([run_dir, tmp_path / "copy"], port, load=True, full=0)
+    first, second = run_program(tmp_path / "more_results", [run_dir, tmp_path / "copy"], port, load=True, full=0)
     assert first[0] == second[0] == 0, (first, second)
     assert "not all processes see this directory" in first[2]
     assert "(No space left on device)" in first[1][1] and "(process 0: No space left on device)" in second[1][1]

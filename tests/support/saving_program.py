@@ -21,6 +21,7 @@ from EasyLM.training.step import TrainState
 
 FLAGS = {
     "run_dir": Flag("", "The run directory of this process."),
+    "output": Flag("", "File of the results, a line each. Native libraries write to stdout, in the middle of lines."),
     "mesh_dim": Flag("1,-1,1", "The mesh."),
     "load": Flag(False, "Load the newest checkpoint, which must be that of the first step, instead of saving it."),
     "full": Flag(-1, "The process whose disk is full at the second save."),
@@ -128,6 +129,10 @@ def main(config):
     first = on_mesh(values(1), mesh)
     saver = checkpoints.Checkpointer(config.run_dir, save_optimizer_state=True)
 
+    def write_result(line):
+        with open(config.output, "a") as file:
+            file.write(f"{line}\n")
+
     def save(step):
         saver.save(on_mesh(values(step), mesh), step, {"step": step}, {"step": step, "flags": {}})
         saver.wait()
@@ -137,17 +142,17 @@ def main(config):
         written = count_written()
         save(1)
         blocks = [block.values.nbytes for blocks in saver._copy._blocks.values() for block in blocks]
-        print(json.dumps({"written": sum(written), "memory": sum(blocks)}), flush=True)
+        write_result(json.dumps({"written": sum(written), "memory": sum(blocks)}))
     read = count_read()
     loaded = checkpoints.load(checkpoints.latest_checkpoint(config.run_dir).spec, shapes_on(mesh))
-    print(json.dumps({"read": sum(read)}), flush=True)
+    write_result(json.dumps({"read": sum(read)}))
     assert_same(loaded, first)
     if process == config.full:
         before_third_write(full)
     try:
         save(2)
     except UserError as error:
-        print(error, flush=True)
+        write_result(str(error))
     if process == config.killed:
         before_third_write(kill)
     save(3)

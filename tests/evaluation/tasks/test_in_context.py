@@ -118,7 +118,7 @@ def test_differences_are_paired_by_query():
 
 
 def test_command_writes_tables_charts_and_values_and_resumes(tmp_path, prompter, monkeypatch, capsys):
-    monkeypatch.setattr(Prompter, "load", lambda settings: prompter)
+    monkeypatch.setattr(Prompter, "load", lambda settings, largest: prompter)
     curve, measured_tasks = InContextMeasurement.curve, []
 
     def interrupted(self, task, counts):
@@ -148,7 +148,7 @@ def test_command_writes_tables_charts_and_values_and_resumes(tmp_path, prompter,
 
 
 def test_invalid_settings_are_named(prompter, monkeypatch):
-    monkeypatch.setattr(Prompter, "load", lambda settings: prompter)
+    monkeypatch.setattr(Prompter, "load", lambda settings, largest: prompter)
     mappings = {"checkpoint": "none", "benchmark": "mappings"}
     with pytest.raises(UserError, match=r"--n_shots=7: a prompt and its answer are 16 images; .* holds 6"):
         run_main(fewshot, **mappings)  # 7: by default
