@@ -238,7 +238,8 @@ def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
 
 def _fingerprint(config: ConfigDict, codec: Codec, entries: Sequence[Entry], digests: Sequence[str]) -> dict[str, Any]:
     """Returns everything that determines the bytes of the file."""
-    flags = {name: config[name] for name in SENTENCE_FLAGS}
+    # Builds of versions without these flags stay complete.
+    flags = {name: config[name] for name in SENTENCE_FLAGS if config[name] or name not in ("keys", "columns")}
     inputs: Any = digests[0]
     if config.inputs:
         inputs = [[digest, dict(entry.own), entry.weight] for entry, digest in zip(entries, digests)]

@@ -171,9 +171,10 @@ class FileIndex:
 def _defect(by_column: dict[int, list[tuple[str, str]]], labels: Sequence[str]) -> tuple[str, str] | None:
     """Returns the address and the reason if the files of each column, in order, do not make a row."""
     for (address, location), *others in by_column.values():
-        if others and location:
-            same = " and ".join(other for other, _ in others)
-            return address, f"{address} and {same} have the same name: the tars of a source are read as one folder"
+        same = [other for other, _ in others if other.partition("!")[2] == address.partition("!")[2]]
+        if same and location:
+            names = " and ".join(same)
+            return address, f"{address} and {names} have the same name: the tars of a source are read as one folder"
         if others:  # which of them is meant is unknown
             names = " and ".join(os.path.basename(other) for other, _ in others)
             return address, f"{address} and {names} share the stem {os.path.basename(_stem(address))!r}"

@@ -58,7 +58,9 @@ def read_entries(path: str, definitions: Mapping[str, Flag], config: ConfigDict)
             values = yaml.safe_load(text)
         except FileNotFoundError:
             raise UserError("no such file") from None
-        except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        except UserError:
+            raise
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # such as the date 2024-02-30
             raise UserError(f"not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(values, list) or not values:
             raise UserError("must be a list of data sets, each a mapping such as {kind: images, input_dir: DIR}")

@@ -52,4 +52,4 @@ def interleaved(counts: Sequence[int], sizes: Sequence[int], seed: int, numbers:
             heapq.heappop(waiting)
         if number >= numbers.start:
             epoch, position = divmod(k, sizes[i])
-            yield Slot(number, i, epoch * sizes[i] + permuted(position, sizes[i], seed, epoch))
+            yield Slot(number, i, epoch * sizes[i] + permuted(position, sizes[i], seed + i, epoch))

@@ -185,6 +185,11 @@ def by_stem(paths: Sequence[pathlib.Path], directory: str, flag: str) -> dict[st
     return paths_by_stem
 
 
+def plain_path(path: str) -> str:
+    """Returns a path in a folder without empty parts and parts that are a dot: `./a//b` is `a/b`."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
 def natural_key(name: str) -> str:
     """Returns a sort key for natural order. Different names have different keys."""
     return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(20), name) + "\0" + name

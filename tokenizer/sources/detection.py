@@ -77,7 +77,7 @@ def _find(
         return Tables(value, flag, paths, columns)
     if columns:
         raise UserError(f"--columns={','.join(columns)}: {name} are tars: use --keys")
-    return Tars(value, flag, paths, extensions, keys)
+    return Tars(value, flag, paths, extensions, tuple(map(str.lower, keys)))
 
 
 def _hint(path: str) -> str:
@@ -108,7 +108,7 @@ def _in_folder(
         elif not (wants_tars or wants_table):
             return False, []
     is_table = wants_table or not (found[".tar"] or wants_tars)
-    return is_table, sorted(found[".parquet" if is_table else ".tar"])
+    return is_table, sorted(found[".parquet" if is_table else ".tar"], key=folders.natural_key)
 
 
 def _names(value: str, flag: str, extensions: Sequence[str]) -> Iterator[str]:
@@ -157,6 +157,7 @@ def expand(value: str, name: str) -> Iterator[str]:
 
 def _glob(pattern: str) -> list[str]:
     if not is_remote(pattern):
-        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        return sorted(paths, key=folders.natural_key)
     system, inner = remote_file_system(pattern)
-    return sorted(system.unstrip_protocol(path) for path in system.glob(inner))
+    return sorted(map(system.unstrip_protocol, system.glob(inner)), key=folders.natural_key)

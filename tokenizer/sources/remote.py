@@ -59,13 +59,17 @@ def walk(url: str, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not system.isdir(root):
             raise UserError("no such folder")
         root = system._strip_protocol(root).rstrip("/")
-        for folder, subfolders, files in system.walk(root, detail=True):
-            for name in [name for name in subfolders if name.startswith(".")]:
-                del subfolders[name]  # so that they are not walked
-            prefix = folder.rstrip("/").removeprefix(root).lstrip("/")
-            for name, info in files.items():
-                if name and not name.startswith("."):
-                    yield f"{prefix}/{name}" if prefix else name, info
+        waiting = [root]
+        while waiting:  # not `system.walk`, which leaves out subfolders that it cannot list
+            folder = waiting.pop()
+            for info in system.ls(folder, detail=True):
+                path = info["name"].rstrip("/")
+                if path == folder or path.rpartition("/")[2].startswith("."):  # some stores list the folder itself
+                    continue
+                if info["type"] == "directory":
+                    waiting.append(path)
+                else:
+                    yield path.removeprefix(root).lstrip("/"), info
 
 
 @contextlib.contextmanager

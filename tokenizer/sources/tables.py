@@ -2,7 +2,8 @@
 
 A cell of an image column holds the bytes of an image file, or the struct {bytes, path} of Hugging Face. The rows of a
 source count through all its files. The `path` of the first column's cells names the rows, as files in a folder, if each
-row has one and they differ; otherwise the row numbers do.
+row has one and they differ; otherwise the row numbers do. If a file cannot be read, the rows of each file count by
+themselves, so that the numbers of the next files do not shift.
 """
 
 import collections
@@ -18,10 +19,12 @@ import numpy as np
 
 from EasyLM.errors import UserError, check_installed
 from EasyLM.storage import file_version, is_remote, open_binary
+from tokenizer.media import folders
 from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
 
 _NAMES_AT_A_TIME = 4096  # rows
+_Table = tuple[int, str, str, tuple[str, ...], int]  # number of the file, path, version, image columns, rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +60,21 @@ class Tables:
           UserError: naming the flag, if there is no row.
         """
         tables = list(self._tables(report))
-        named = _have_distinct_names(tables)
+        named, all_usable = _have_distinct_names(tables), len(tables) == len(self.paths)
         first_row = 0
-        for path, version, columns, size in tables:
+        for file, path, version, columns, size in tables:
             for row, name in enumerate(_row_names(path, columns[0]) if named else [None] * size):
                 for column, label in enumerate(columns):
                     address = f"{path}!{row}.{label}"
-                    yield Item(name or f"{first_row + row:012d}", column, address, str(row), f"{version} {address}")
+                    number = f"{first_row + row:012d}" if all_usable else f"{file:06d}-{row:012d}"
+                    yield Item(name or number, column, address, str(row), f"{version} {address}")
             first_row += size
         if not first_row:
             raise UserError(f"{self.flag}: has no row")
 
-    def _tables(self, report: Report) -> Iterator[tuple[str, str, tuple[str, ...], int]]:
-        """Yields (path, version, image columns, rows) of each usable file."""
-        for path in self.paths:
+    def _tables(self, report: Report) -> Iterator["_Table"]:
+        """Yields each usable file."""
+        for file, path in enumerate(self.paths):
             try:
                 version = " ".join(map(str, file_version(path).values()))
                 table = open_table(path)
@@ -80,7 +84,7 @@ class Tables:
             except UserError as error:
                 report(path, str(error))
             else:
-                yield path, version, columns, table.num_rows
+                yield file, path, version, columns, table.num_rows
 
 
 def read_cell(path: str, member: str) -> bytes:
@@ -215,14 +219,18 @@ def _row_names(path: str, column: str) -> Iterator[str]:
     """Yields the name of each row, from the paths of a column; empty: a row has none."""
     with _names_file(path):
         for paths in open_table(path).paths(column):
-            # An absolute path is that of the machine that made the table.
-            yield from ((os.path.basename(name) if name.startswith("/") else name) if name else "" for name in paths)
+            yield from (_row_name(name) if name else "" for name in paths)
 
 
-def _have_distinct_names(tables: Sequence[tuple[str, str, tuple[str, ...], int]]) -> bool:
+def _row_name(path: str) -> str:
+    """Returns the path of a cell as that of a file in a folder. An absolute one is that of another machine."""
+    return os.path.basename(path) if path.startswith("/") else folders.plain_path(path)
+
+
+def _have_distinct_names(tables: Sequence[_Table]) -> bool:
     """Whether every row has a name, and no two have the same. Takes 8 bytes of memory a row."""
     hashes = []
-    for path, _, columns, size in tables:
+    for _, path, _, columns, size in tables:
         kind = open_table(path).schema.field(columns[0]).type
         if not (hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0):
             return False

@@ -153,7 +153,8 @@ def list_members(path: str) -> Iterator[Member]:
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
                 while (info := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps all of them
-                    if info.offset_data + info.size > status["size"]:
+                    # The size of a sparse file is that of the file outside of the tar.
+                    if not info.issparse() and info.offset_data + info.size > status["size"]:
                         raise ValueError(f"it is truncated inside {info.name}")
                     member = _to_member(info, version)
                     if member is not None:
@@ -168,7 +169,7 @@ def list_members(path: str) -> Iterator[Member]:
 
 def _to_member(info: tarfile.TarInfo, version: str) -> Member | None:
     """Returns a visible file or link of a tar; None for folders and hidden files."""
-    name = info.name.removeprefix("./").lstrip("/")
+    name = folders.plain_path(info.name)
     if info.isdir() or any(part.startswith(".") for part in name.split("/")):
         return None
     defect = folders.name_defect(name)

@@ -110,6 +110,7 @@ def test_shards_and_resumed_builds_of_a_mixture_have_the_same_bytes(mixture, tin
     [
         ("a: 1", "must be a list of data sets, each a mapping such as {kind"),
         ("[", r"not YAML \(while parsing"),
+        ("- {kind: images, input_dir: 2024-02-30}", r"not YAML \(day is out of range"),
         ("- images", "mix.yaml:1: must be a mapping"),
         ("- {kind: images, input_dir: IN}\n- {kind: images, input_dri: IN}", "mix.yaml:2: input_dri: .*mean input_dir"),
         ("- {kind: images, input_dir: IN, seed: 1}", "mix.yaml:1: seed: no such field; choose of kind, input_dir, "),

@@ -1,9 +1,13 @@
 """Which source a value names, and the files of ranges and globs."""
 
+import collections
+
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from source_kit import tar_bytes, write_remote
 
 from EasyLM.errors import UserError
+from tokenizer.media import folders
 from tokenizer.sources.detection import expand, find_source
 from tokenizer.sources.local import LocalFolder
 from tokenizer.sources.remote import RemoteFolder
@@ -21,6 +25,9 @@ def test_ranges_and_globs_name_each_file_once(tmp_path):
 
     assert names("x{08..11}.tar") == ["x08.tar", "x09.tar", "x10.tar", "x11.tar"]
     assert names("x{8..10}_{0..1}.tar") == [f"x{i}_{j}.tar" for i in (8, 9, 10) for j in (0, 1)]
+    for name in ("n10.tar", "n9.tar"):
+        (tmp_path / name).touch()
+    assert names("n*.tar") == names("n{9..10}.tar") == ["n9.tar", "n10.tar"]
     assert names("d*{1..2}*.tar") == ["d12.tar"]  # it matches both
     assert names("c{1..2}.tar") == ["c{1..2}.tar"]  # the file exists
     with pytest.raises(UserError, match="more than 1000000 files"):
@@ -50,3 +57,26 @@ def test_a_folder_is_what_it_holds(tmp_path, is_remote):
     write_remote(empty if is_remote else f"file://{empty}", {"a.txt": b""})
     with pytest.raises(UserError, match=r"empty: contains no file with extension .png, .tar, .parquet"):
         find_source(empty, "input_dir", (".png",))
+
+
+def test_a_remote_subfolder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    url = write_remote(f"memory:/{tmp_path}/in", {"a/1.png": b"1", "b/c/2.png": b"2", ".d/3.png": b"3"})
+    source = find_source(url, "input_dir", (".png",))
+    assert sorted(item.name for item in source.items(collections.Counter(), folders.refuse)) == ["a/1.png", "b/c/2.png"]
+    listing = MemoryFileSystem.ls
+
+    def refuses(system, path, **options):
+        if path.endswith("/c"):
+            raise PermissionError("access denied")
+        return listing(system, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", refuses)
+    with pytest.raises(UserError, match=r"--input_dir=memory:.*/in: not reachable \(PermissionError: access denied\)"):
+        list(source.items(collections.Counter(), folders.refuse))
+
+
+def test_keys_are_compared_without_case(tmp_path):
+    path = tmp_path / "in.tar"
+    path.write_bytes(tar_bytes({"a.jpg": b"1"}))
+    (item,) = find_source(str(path), "input_dir", (".jpg",), ("JPG",)).items(collections.Counter(), folders.refuse)
+    assert item.name == "a.jpg"

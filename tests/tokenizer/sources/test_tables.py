@@ -20,7 +20,7 @@ def _items(paths, columns=()):
 def test_rows_are_named_by_distinct_paths_or_numbered_through_all_files(tmp_path):
     first, second = tmp_path / "a.parquet", tmp_path / "b.parquet"
     names = {
-        "distinct": (["y/2.png", "/home/me/1.png", "3.png"], ["y/2.png", "1.png", "3.png"]),
+        "distinct": (["./y/2.png", "/home/me/1.png", "3.png"], ["y/2.png", "1.png", "3.png"]),
         "repeated": (["1.png", "x.png", "1.png"], None),
         "missing": (["1.png", None, "2.png"], None),
         "one folder each": (["/a/1.png", "/b/1.png", "2.png"], None),
@@ -37,6 +37,29 @@ def test_rows_are_named_by_distinct_paths_or_numbered_through_all_files(tmp_path
             f"{second}!0.image",
         ]
         assert [reading.open_item(item.address, item.location).read() for item in items] == [b"0", b"1", b"2"]
+
+
+def test_a_damaged_file_does_not_shift_the_numbers_of_the_next_rows(tmp_path):
+    """Rows without names are matched by their numbers."""
+    inputs, targets = ([tmp_path / f"{side}{i}.parquet" for i in range(3)] for side in "xy")
+    for i, path in enumerate([*inputs, *targets]):
+        write_parquet(path, {"image": [b"%d %d" % (i % 3, row) for row in range(2)]})
+    errors = []
+
+    def rows(paths):
+        source = Tables("x", "input_dir", [str(path) for path in paths], ())
+        items = source.items(collections.Counter(), lambda path, reason: errors.append(reason))
+        return {item.name: reading.open_item(item.address, item.location).read() for item in items}
+
+    assert rows(inputs) == rows(targets) and not errors
+    inputs[1].write_bytes(b"PAR1")
+    targets[2].write_bytes(b"PAR1")
+    left, right = rows(inputs), rows(targets)
+    assert len(errors) == 2
+    assert left.keys() & right.keys() and all(left[name] == right[name] for name in left.keys() & right.keys())
+    assert sorted(left.values()) == [b"0 0", b"0 1", b"2 0", b"2 1"]
+    inputs[1].write_bytes(inputs[0].read_bytes())
+    assert not left.keys() & rows(inputs).keys()  # numbers through all files are not those of single files
 
 
 def test_the_images_of_a_row_share_the_name_of_the_first_column(tmp_path):

@@ -1,6 +1,7 @@
 """Members of tars: names, samples, order of keys, random access, memory."""
 
 import collections
+import subprocess
 import tracemalloc
 
 import pytest
@@ -18,7 +19,7 @@ def _items(path, keys=(), report=folders.refuse):
 
 
 def test_members_are_named_as_files_or_as_samples(tmp_path):
-    names = ["./a/1.0.png", "b.PNG", "b.Seg.png", "c.jpg", ".d/e.png", "f/._g.png", "/h.png"]
+    names = ["./a/./1.0.png", "b.PNG", "b.Seg.png", "c.jpg", ".d/e.png", "f/._g.png", "/h.png"]
     path = tmp_path / "in.TAR"
     path.write_bytes(tar_bytes({name: name.encode() for name in names}))
     visible = ["a/1.0.png", "b.PNG", "b.Seg.png", "h.png"]
@@ -29,8 +30,20 @@ def test_members_are_named_as_files_or_as_samples(tmp_path):
     for item in [*_items(path), *samples]:
         for location in (item.location, ""):  # a record does not hold the location
             opened = reading.open_item(item.address, location)
-            assert opened.read().decode().lstrip("./") == item.address.rpartition("!")[2]
+            assert opened.read().decode().lstrip("./").replace("/./", "/") == item.address.rpartition("!")[2]
             assert str(opened) == item.address
+
+
+def test_a_sparse_file_does_not_end_the_listing(tmp_path):
+    """Its header says the size outside of the tar."""
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(1 << 20)
+    (tmp_path / "b.png").write_bytes(b"pixels")
+    subprocess.run(["tar", "-cSf", "in.tar", "a.png", "b.png"], cwd=tmp_path, check=True)
+    errors = []
+    (item,) = _items(tmp_path / "in.tar", report=lambda path, reason: errors.append(reason))
+    assert item.name == "b.png" and reading.open_item(item.address, item.location).read() == b"pixels"
+    assert len(errors) == 1 and "in.tar!a.png: is a link, a device or a sparse file" in errors[0]
 
 
 def test_a_member_is_read_at_its_place_and_named_when_the_tar_has_shrunk(tmp_path):
