@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from EasyLM.errors import UserError
@@ -154,6 +155,8 @@ def _fingerprinted(settings: Mapping[str, Any]) -> dict[str, Any]:
         path = kept[name].split("::")[-1]
         files = sorted(map(str, pathlib.Path(path).rglob("*"))) if os.path.isdir(path) else [path]
         kept[name] += f" (files {_fingerprint(files)})"
+    if kept.get("dtype") == "auto":
+        kept["dtype"] += f" on {jax.default_backend()}"  # the type depends on it
     return kept
 
 

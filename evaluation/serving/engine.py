@@ -117,7 +117,7 @@ class Engine:
         Raises:
           UserError: naming the flag or the file that is wrong.
         """
-        largest = LargestBatch(prompts=settings.max_batch)
+        largest = LargestBatch()  # a single prompt: less than --max_batch of them can still be served
         return cls(Prompter.load(prompter, settings.pictures_at_a_time, largest), settings)
 
     @property

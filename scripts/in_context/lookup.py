@@ -59,7 +59,7 @@ class Level:
     """A distribution of sentences.
 
     Attributes:
-      symbols: the first so many codes occur.
+      symbols: the number of codes that occur, from 0 on.
       fewest, most: symbols of a sentence.
       size: codes of a picture.
       length: tokens of a sentence.
@@ -105,7 +105,7 @@ def main(config: ConfigDict) -> None:
 
 
 class Trainer:
-    """Compiled steps of all levels of one length, and the state of the seed in training."""
+    """The compiled programs, one for each length of sentences."""
 
     def __init__(self, model: LLaMAConfig, dtype: str, rate: float, tokens_per_step: int):
         self._model, self._tokens_per_step = model, tokens_per_step

@@ -227,11 +227,14 @@ def test_step_updates_the_cache_in_place():
 @pytest.mark.slow
 def test_tied_head(params):
     config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
-    params = {"params": {"transformer": params["params"]["transformer"]}}
+    transformer = params["params"]["transformer"]
+    embedding_VD = transformer["wte"]["embedding"].at[ALLOWED:].multiply(50.0)  # forbidden ids are the most likely ones
+    params = {"params": {"transformer": {**transformer, "wte": {"embedding": embedding_VD}}}}
     (prompt_P,) = prompts_of(8)
     new_N = greedy(LLaMADecoder(config), params, prompt_P[None], num_new_tokens=8)[0, 0]
     logits_TV = np.asarray(logits_of(params, np.concatenate([prompt_P, new_N])[None], config))[0]
     np.testing.assert_array_equal(new_N, logits_TV[7:-1, :ALLOWED].argmax(-1))
+    assert (logits_TV[7:-1].argmax(-1) >= ALLOWED).all()
 
 
 @pytest.mark.parametrize("from_position, mesh_dim", [(1, None), (13, None), (23, "2,2,2")])

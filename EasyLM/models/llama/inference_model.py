@@ -94,7 +94,8 @@ def with_params(config: LLaMAConfig, params: Mapping[str, Any], dtype: DTypeLike
     layers = [transformer["h"][str(number)] for number in range(config.num_hidden_layers)]
     block_graph, wte_graph, norm_graph = _graphs(config, int8_kernels.is_quantized(layers[0]))
     wte = nnx.merge(wte_graph, transformer["wte"])
-    head_DV = wte.embedding[...].T.astype(dtype) if config.tie_word_embeddings else params["lm_head"]["kernel"]
+    # A decoder's weights have a head of the allowed ids, also if it is tied to the embedding.
+    head_DV = params["lm_head"]["kernel"] if "lm_head" in params else wte.embedding[...].T.astype(dtype)
     blocks = [nnx.merge(block_graph, layer) for layer in layers]
     return InferenceModel(config, wte, blocks, nnx.merge(norm_graph, transformer["ln_f"]), head_DV)
 

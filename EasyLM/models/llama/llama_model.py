@@ -209,8 +209,7 @@ def new_model(config: LLaMAConfig, lora: LoRAConfig | None) -> LLaMA:
 def with_kernels(params: dict, dtype: DTypeLike) -> dict:
     """Casts the stacked kernels to `dtype`, so the copies and the gradients of the stack have this type.
 
-    Norms and the embedding keep their type. The gradient of the embedding sums many rows. So do int8 kernels and their
-    scales.
+    Norms, the embedding (whose gradient sums many rows), int8 kernels and their scales keep their type.
     """
 
     def cast(path, array):

@@ -4,7 +4,6 @@ The formula gives up to a few percent more than the compilers' plans of the pres
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -93,7 +92,7 @@ def step_bytes(config: LLaMAConfig, policy: str, shape: StepShape) -> int:
     block = shape.tokens * (c.hidden_size + _elements(c, next(iter(AUTOMATIC_POLICIES.values())), shape.mp))
     kernels = (2 * c.hidden_size + 2 * c.kv_heads * c.head_dim + 3 * c.intermediate_size) * c.hidden_size // shape.mp
     working = _BLOCK_COPIES * block + _KERNEL_COPIES * kernels
-    logits = min(shape.tokens, LOGITS_TOKENS) * math.ceil(c.vocab_size / shape.mp) * 4
+    logits = min(shape.tokens, LOGITS_TOKENS) * _split(c.vocab_size, shape.mp) * 4
     elements = copies + shape.trained_count + residual + saved + working
     return round(shape.state_bytes + elements * itemsize + _LOGITS_COPIES * logits)
 
