@@ -102,7 +102,8 @@ def _local_parts(array: np.ndarray | jax.Array) -> Iterator[tuple[tuple, np.ndar
 def _copy_rows(stacked: StackedArray, split: RowSplit, blocks: Sequence[Block]) -> None:
     """Splits the rows of an array over the devices, and copies those of this process."""
     values, rows = {block.first_row: block.values for block in blocks}, split.local_rows()
-    shards = [shard for shard in split.split(stacked.array).addressable_shards if rows[shard.device][0] in values]
+    with_rows = {device for device, (start, stop) in rows.items() if start < stop}
+    shards = [shard for shard in split.split(stacked.array).addressable_shards if shard.device in with_rows]
     for shard in shards:
         shard.data.copy_to_host_async()
     for shard in shards:

@@ -230,10 +230,10 @@ class Checkpointer:
         for share in (functools.partial(state_file.write_local_rows, file), *shares):
             try:
                 parts += share()
-            except (
-                Exception
-            ) as failure:  # the others finish: one whose file is deleted would report that, not the cause
-                failures.append(failure)
+            except Exception as failure:
+                failures.append(
+                    failure
+                )  # the others finish: one whose file is deleted would report that, not the cause
         if failures:
             raise failures[0]
         return state_file.checksums(parts)
@@ -242,7 +242,10 @@ class Checkpointer:
         """On the other processes, writes their rows into the file of process 0, and waits for the end of the save."""
         path, parts = channel.receive(0), []
         if path is not None:
-            with open(os.path.join(self._directory.path, path), "r+b", buffering=1 << 16) as file:
+            # Write-only: a client of NFS that may also read a file writes whole pages, with the rows of other clients
+            # in them as it has read them.
+            descriptor = os.open(os.path.join(self._directory.path, path), os.O_WRONLY)
+            with os.fdopen(descriptor, "wb", buffering=1 << 16) as file:
                 parts = state_file.write_local_rows(file)
                 file.flush()
                 os.fsync(file.fileno())

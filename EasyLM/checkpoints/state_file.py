@@ -1,5 +1,6 @@
 """The state file of a save, whose rows are in the memory of one or several processes."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
@@ -61,6 +62,9 @@ class StateFile:
         for (layout, _, _), written in zip(self._entries, by_entry, strict=True):
             ends = [0, *(first + num_bytes for _, first, num_bytes, _ in written)]
             assert [first for _, first, _, _ in written] == ends[:-1], f"{layout.key}: rows are missing"
+            assert ends[-1] == math.prod(layout.shape) * layout.dtype.itemsize, (
+                f"{layout.key}: the last rows are missing"
+            )
             arrays[layout.key] = checksums.joined_checksum(
                 layout.key, layout.shape, layout.dtype, [(crc, num_bytes) for _, _, num_bytes, crc in written]
             )

@@ -78,7 +78,8 @@ class Profiler:
             jax.profiler.stop_trace()
             if self._local:
                 system, inner = remote_file_system(self._path)
-                system.put(self._local.name, inner, recursive=True)
+                # The slash: otherwise a second trace is put into a folder of its own below the first.
+                system.put(f"{self._local.name}/", inner, recursive=True)
                 self._local.cleanup()
             logging.info("the profile is in %s; `tensorboard --logdir` opens it", self._path)
         except Exception as error:

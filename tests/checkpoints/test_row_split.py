@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from EasyLM import checkpoints
-from EasyLM.checkpoints import shared_reads
+from EasyLM.checkpoints import host_copy, shared_reads
 from EasyLM.checkpoints.row_split import RowSplit, join_program, split_program
+from EasyLM.checkpoints.stacking import stacked_arrays
 from EasyLM.parallel import make_mesh
 
 
@@ -42,6 +43,18 @@ def test_devices_get_consecutive_rows_and_give_them_back(mesh_dim, shape, axis, 
     assert joined.sharding == home
     for shard in joined.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), values[shard.index])
+
+
+def test_devices_without_rows_copy_none(monkeypatch):
+    """The first row of the next device is the end of a device without rows."""
+    home = NamedSharding(make_mesh("1,4,2"), P("fsdp", "mp"))
+    monkeypatch.setattr(host_copy, "row_split", lambda stacked: RowSplit(stacked.array.shape, 0, home))
+    values = np.arange(32, dtype=np.float32).reshape(4, 8)
+    (stacked,) = stacked_arrays({"w": jax.device_put(values, home)})
+    copy = host_copy.HostCopy(split=True)
+    copy.update([stacked])
+    blocks = sorted(copy.blocks(stacked.key), key=lambda block: block.first_row)
+    np.testing.assert_array_equal(np.concatenate([block.values for block in blocks]), values)
 
 
 def test_rows_that_processes_read_together_are_verified(tmp_path, monkeypatch):
