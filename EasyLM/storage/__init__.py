@@ -42,6 +42,7 @@ from EasyLM.storage.paths import (
     file_version,
     is_compressed,
     is_remote,
+    make_directory,
     remote_file_system,
 )
 from EasyLM.storage.pickles import Unchangeable, check_memo
@@ -74,6 +75,7 @@ __all__ = [
     "local_path",
     "lock_output",
     "lock_output_folder",
+    "make_directory",
     "names_full_disk",
     "open_binary",
     "open_columns",

@@ -136,3 +136,18 @@ def check_output(path: str, flag: str = "") -> None:
             pass
     except OSError as error:
         raise UserError(f"{name}: cannot be written ({error.strerror})") from None
+
+
+def make_directory(path: str) -> None:
+    """Creates a local directory and checks that it can be written. Object stores have none: only the system is checked.
+
+    Raises:
+      OSError: if it is not writable.
+      UserError: as `remote_file_system`.
+    """
+    if is_remote(path):
+        remote_file_system(path)
+        return
+    os.makedirs(path, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(13, "permission denied")

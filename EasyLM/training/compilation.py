@@ -1,7 +1,6 @@
 """Compilation of a run's functions before the first batch, and the cache of compiled functions on disk."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from EasyLM.errors import UserError
-from EasyLM.storage import is_remote, remote_file_system
+from EasyLM.storage import make_directory
 from EasyLM.training.abstract_step import abstract_batch, trace_step
 from EasyLM.training.step import Batch, Metrics, TrainState
 from EasyLM.training.task import TrainingTask
@@ -27,15 +26,10 @@ def use_compilation_cache(directory: str) -> None:
     """
     if not directory:
         return
-    if is_remote(directory):
-        remote_file_system(directory)
-    else:
-        try:
-            os.makedirs(directory, exist_ok=True)
-            if not os.access(directory, os.W_OK):
-                raise PermissionError(13, "permission denied")
-        except OSError as error:
-            raise UserError(f"cannot be written ({error.strerror})") from None
+    try:
+        make_directory(directory)
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})") from None
     jax.config.update("jax_compilation_cache_dir", directory)
 
 

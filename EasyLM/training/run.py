@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from EasyLM import checkpoints
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.parallel import batch_sharding, check_same, fail_together, on_first_process_first
-from EasyLM.storage import HeartbeatLock, LockedError, is_remote, json_digest, remote_file_system
+from EasyLM.storage import HeartbeatLock, LockedError, json_digest, make_directory
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
 from EasyLM.training.compilation import compile_evaluation, compile_step, use_compilation_cache
@@ -93,14 +93,9 @@ def run_directory(logger: Any) -> str:
       UserError: if it is not writable.
     """
     path = os.path.join(logger.output_dir, metrics_log.experiment_id(logger))
-    if is_remote(path):  # object stores have no directories
-        with prefix_errors(f"--logger.output_dir={logger.output_dir}"):
-            remote_file_system(path)
-        return path
     try:
-        os.makedirs(path, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "permission denied")
+        with prefix_errors(f"--logger.output_dir={logger.output_dir}"):
+            make_directory(path)
     except OSError as error:
         raise UserError(f"--logger.output_dir={logger.output_dir}: cannot write {path} ({error.strerror})") from None
     return path
