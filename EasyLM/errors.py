@@ -32,6 +32,14 @@ def one_line(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
 
 
+def error_line(error: BaseException) -> str:
+    """Returns one line that describes any error. That of an operating system error names the file."""
+    if isinstance(error, OSError):
+        return one_line(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    text = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return one_line(text.partition("\n")[0])
+
+
 def choose(name: str, value: str, choices: Collection[str]) -> str:
     """Returns `value` if it is one of `choices`.
 

@@ -34,7 +34,11 @@ def array_checksum(key: tuple[str, ...], array: np.ndarray) -> str:
 def joined_checksum(
     key: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[tuple[int, int]]
 ) -> str:
-    """Returns the same for an array of which parts are known: (CRC-32, number of bytes), in order."""
+    """Returns the checksum of an array from those of its parts.
+
+    Args:
+      parts: (CRC-32, number of bytes) of consecutive parts, from the first byte to the last.
+    """
     return checksums.joined_checksum("/".join(key), shape, dtype, parts)
 
 

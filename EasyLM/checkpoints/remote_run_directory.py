@@ -48,6 +48,10 @@ class RemoteRunDirectory(Saves):
         """Yields None: several processes cannot write parts of one object."""
         yield None
 
+    def sees(self, path: str) -> bool:
+        """Returns False: see `visible_file`."""
+        return False
+
     def write(self, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
         """Writes a checkpoint, with its metadata last. Then deletes superseded checkpoints of this run."""
         name, save = self._free_name(step), self._record(milestone)

@@ -108,7 +108,10 @@ class RowSplit:
 
 
 def row_split(stacked: StackedArray) -> RowSplit | None:
-    """Returns the split of an array, or of a `jax.ShapeDtypeStruct`, that is spread over processes and has rows."""
+    """Returns the split of an array, or of a `jax.ShapeDtypeStruct`.
+
+    Returns None if all of the array is on the devices of one process, or if it has no rows.
+    """
     sharding = getattr(stacked.array, "sharding", None)
     shape = tuple(stacked.array.shape)
     if sharding is None or sharding.is_fully_addressable or not stacked.file_shape or not math.prod(shape):

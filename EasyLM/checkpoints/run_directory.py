@@ -83,6 +83,16 @@ class LocalRunDirectory(Saves):
         finally:
             _remove(os.path.join(self.path, path))
 
+    def sees(self, path: str) -> bool:
+        """Returns whether this process sees the `visible_file` of another process.
+
+        A client of NFS remembers for up to a minute that a directory was missing, and answers from memory. It asks the
+        server if it is to create the directory.
+        """
+        with contextlib.suppress(OSError):  # the disk is another one, and read-only
+            os.makedirs(self._steps, exist_ok=True)
+        return os.path.exists(os.path.join(self.path, path))
+
     def write(self, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
         """Writes a checkpoint and points `latest` to it. A failed write leaves no files and changes no links."""
         temporary = os.path.join(self._steps, f"{TEMPORARY}{step}-{secrets.token_hex(4)}")

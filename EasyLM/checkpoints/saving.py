@@ -17,9 +17,9 @@ from EasyLM.checkpoints import layout, listing, run_directory, saves, stacking
 from EasyLM.checkpoints.host_copy import HostCopy
 from EasyLM.checkpoints.stacking import Key
 from EasyLM.checkpoints.state_file import StateFile
-from EasyLM.errors import UserError, choose
+from EasyLM.errors import UserError, choose, error_line
 from EasyLM.flags import DTYPE_ALIASES, Flag
-from EasyLM.parallel import Channel, PeerError, one_line
+from EasyLM.parallel import Channel, PeerError
 
 _checkpointers = itertools.count()  # all processes create them in the same order
 
@@ -164,7 +164,7 @@ class Checkpointer:
             newest = listing.latest_checkpoint(self._directory.path)
             remains = f"{newest.name} is intact" if newest else "there is no earlier one"
             raise UserError(
-                f"{self._directory.path}: the checkpoint was not saved ({one_line(failure)}); {remains}"
+                f"{self._directory.path}: the checkpoint was not saved ({error_line(failure)}); {remains}"
             ) from failure
         if failure is not None:
             raise failure
@@ -192,7 +192,9 @@ class Checkpointer:
         """Returns a channel for the messages of one save. Deletes those of the save before the last one."""
         self._channels.append(Channel(f"{self._name}/{self._number}"))
         self._number += 1
-        if len(self._channels) > 2:  # the last save had a message from each process, after this save's messages
+        if len(self._channels) > 2:
+            # The last save is complete. Each process took part in it after it had received all messages of the save
+            # before.
             self._channels.popleft().delete()
         return self._channels[-1]
 
@@ -201,7 +203,7 @@ class Checkpointer:
         with channel.failing_together():
             if jax.process_index() != 0:
                 path = channel.receive(0)
-                channel.send(path is not None and os.path.exists(os.path.join(self._directory.path, path)))
+                channel.send(path is not None and self._directory.sees(path))
                 return channel.receive(0)
             self._directory.prepare()
             with self._directory.visible_file() as path:
@@ -231,9 +233,8 @@ class Checkpointer:
             try:
                 parts += share()
             except Exception as failure:
-                failures.append(
-                    failure
-                )  # the others finish: one whose file is deleted would report that, not the cause
+                # The others finish first. A process whose file is deleted would report that instead of the cause.
+                failures.append(failure)
         if failures:
             raise failures[0]
         return state_file.checksums(parts)

@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import logging
+import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +65,9 @@ class SharedReads:
     def verify(self) -> None:
         """Verifies the checksums of the arrays that the processes have read together. Every process must call it.
 
+        An array is not verified if a process has no checksums for it, for example because its host has a copy of the
+        checkpoint without `checksums.json`. A warning says so.
+
         Raises:
           DamagedArrayError: on process 0, which knows the checksums of all parts. The others raise a PeerError.
         """
@@ -75,14 +80,30 @@ class SharedReads:
                 channel.receive(0)
                 return
             others = [channel.receive(process) for process in range(1, jax.process_count())]
-            by_key: dict[Key, list[tuple[int, int, int]]] = {}
-            for key, start, num_bytes, crc in itertools.chain(self._parts, *others):
-                by_key.setdefault(tuple(key), []).append((start, crc, num_bytes))
-            for key, parts in by_key.items():
-                reader = self._entries[key].read_into
-                assert isinstance(reader, PartReader) and reader.check is not None
-                reader.check([(crc, num_bytes) for _, crc, num_bytes in sorted(parts)])
+            channel.delete()  # nobody else reads these messages
+            self._verify(itertools.chain(self._parts, *others))
             channel.send("verified")
+
+    def _verify(self, read: Iterable[list[Any]]) -> None:
+        """Verifies arrays, from what all processes have read of them (see `_parts`)."""
+        by_key: dict[Key, list[tuple[int, int, int]]] = {}
+        for key, start, num_bytes, crc in read:
+            by_key.setdefault(tuple(key), []).append((start, crc, num_bytes))
+        unverified = []
+        for key, parts in by_key.items():
+            entry = self._entries[key]
+            assert isinstance(entry.read_into, PartReader)
+            num_bytes = math.prod(entry.shape) * entry.dtype.itemsize
+            if entry.read_into.check is None or sum(part[2] for part in parts) < num_bytes:
+                unverified.append(key)
+            else:
+                entry.read_into.check([(crc, num_bytes) for _, crc, num_bytes in sorted(parts)])
+        if unverified:
+            logging.warning(
+                "%d arrays were not verified, such as %s: not all hosts see checksums.json beside the checkpoint",
+                len(unverified),
+                "/".join(unverified[0]),
+            )
 
 
 def _place(split: RowSplit, blocks: Sequence[tuple[jax.Device, np.ndarray]]) -> jax.Array:

@@ -19,7 +19,7 @@ Vocabulary:
 """
 
 from EasyLM.parallel.compiler import compiler_options
-from EasyLM.parallel.coordination import Channel, PeerError, check_same, on_first_process_first, one_line
+from EasyLM.parallel.coordination import Channel, PeerError, check_same, on_first_process_first
 from EasyLM.parallel.device_memory import device_memory
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
 from EasyLM.parallel.mesh import BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
@@ -44,7 +44,6 @@ __all__ = [
     "initialize_distributed",
     "make_mesh",
     "on_first_process_first",
-    "one_line",
     "own_part",
     "shardings",
 ]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, error_line
 
 _Result = TypeVar("_Result")
 _POLL_MS = 5000  # Ctrl-C is handled between two polls
@@ -118,7 +118,7 @@ class Channel:
             process = jax.process_index()
             known = isinstance(error, PeerError)  # names the process
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service ends with process 0
-                self._put({"error": f"{error}" if known else f"process {process}: {one_line(error)}"})
+                self._put({"error": f"{error}" if known else f"process {process}: {error_line(error)}"})
             raise
 
     def receive(self, process: int) -> Any:
@@ -145,14 +145,6 @@ class Channel:
             self._client.key_value_set(key, json.dumps(message, separators=(",", ":")))
 
 
-def one_line(error: BaseException) -> str:
-    """Returns one line that describes an error. That of an operating system error names the file."""
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    text = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return text.partition("\n")[0]
-
-
 def jax_client() -> Any:
     """Returns the client of JAX's key-value service, through Orbax: JAX has no public name for it."""
     from orbax.checkpoint import multihost  # takes a second; only runs of several processes need it
@@ -163,8 +155,8 @@ def jax_client() -> Any:
 def _error_message(process: int, error: BaseException) -> str:
     """Returns the message that the other processes print."""
     if isinstance(error, (UserError, OSError)):
-        return f"{error}"
-    return f"process {process} stopped: {one_line(error)}"
+        return error_line(error)
+    return f"process {process} stopped: {error_line(error)}"
 
 
 def _wait(client: Any, key: str, process: int) -> None:

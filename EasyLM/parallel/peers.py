@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import jax
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, error_line
 from EasyLM.flags import INTERRUPTED
 from EasyLM.parallel.coordination import jax_client
 
@@ -160,7 +160,7 @@ def fail_together() -> Iterator[None]:
     except BaseException as error:
         code = _exit_code(error)
         if Peers.connected is not None and code:
-            Peers.connected.fail(_one_line(error), code)
+            Peers.connected.fail(error_line(error), code)
         raise
 
 
@@ -245,11 +245,6 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return 2 if isinstance(error, (UserError, OSError)) else 1
-
-
-def _one_line(error: BaseException) -> str:
-    text = f"{error}" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: {error}"
-    return text.partition("\n")[0]
 
 
 def _print_line(text: str) -> None:

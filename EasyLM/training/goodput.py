@@ -14,9 +14,10 @@ import orjson
 from EasyLM.storage import open_binary
 from EasyLM.training.step import Metrics
 
-# What time goes into besides steps that count. `start`: loading, indexing and waiting for other processes; `repeated`:
-# steps after the checkpoint that a later start resumed from; `down`: between the last logged step of one start and the
-# begin of the next one.
+# Activities that are no progress.
+#   start: loading, indexing, and waiting for other processes.
+#   repeated: steps that a later start ran again, because it resumed from an older checkpoint.
+#   down: the time from the last logged step of one start to the begin of the next start.
 BADPUT = ("data", "save", "eval", "compile", "start", "repeated", "down")
 _KEYS = ("step", "time", "run_seconds", "goodput", *(f"badput_{name}" for name in BADPUT))
 

@@ -15,6 +15,7 @@ from EasyLM.checkpoints import host_copy, shared_reads
 from EasyLM.checkpoints.row_split import RowSplit, join_program, split_program
 from EasyLM.checkpoints.stacking import stacked_arrays
 from EasyLM.parallel import make_mesh
+from EasyLM.training.step import TrainState
 
 
 @pytest.mark.parametrize(
@@ -66,10 +67,18 @@ def test_rows_that_processes_read_together_are_verified(tmp_path, monkeypatch):
         "row_split",
         lambda stacked: RowSplit(stacked.array.shape, int(stacked.is_stacked), home) if stacked.file_shape else None,
     )
+    read_rows, sizes = shared_reads.SharedReads._read_rows, []
+
+    def counted(self, entry, first_row, out):
+        sizes.append(out.size)
+        read_rows(self, entry, first_row, out)
+
+    monkeypatch.setattr(shared_reads.SharedReads, "_read_rows", counted)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=home), small_state(3))
     spec = f"trainstate::{tmp_path}/streaming_train_state"
     loaded = checkpoints.load(spec, target)
     assert_equal(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_state(3)))
+    assert set(sizes) == {1, 4}  # single rows, of which each device has at most one
     path = tmp_path / "streaming_train_state"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # in the last row of the last array
@@ -78,6 +87,62 @@ def test_rows_that_processes_read_together_are_verified(tmp_path, monkeypatch):
         checkpoints.DamagedArrayError, match=r"the array opt_state/mu/params/transformer/ln_f is damaged"
     ):
         checkpoints.load(spec, target)
+
+
+class EightProcesses:
+    """The eight devices of this process, each of which stands for a process that loads the same checkpoint."""
+
+    def __init__(self, run_dir, monkeypatch):
+        rng = np.random.default_rng(0)
+        layers = {"w": rng.normal(size=(2, 48, 64)).astype(np.float32)}
+        state = TrainState(np.zeros((), np.int32), {"h": layers, "few": np.ones((5, 2), np.float32)}, {})
+        saver = make_checkpointer(run_dir)
+        saver.save(state, 1, {}, {"step": 1})
+        saver.wait()
+        self.spec = f"trainstate::{run_dir}/streaming_train_state"
+        home = NamedSharding(make_mesh("2,2,2"), P())
+        self._wanted = stacked_arrays(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
+        split = {x.key: RowSplit(x.array.shape, int(x.is_stacked), home) for x in self._wanted if x.file_shape}
+        monkeypatch.setattr(shared_reads, "row_split", lambda stacked: split.get(stacked.key))
+        self._monkeypatch, self.size = monkeypatch, sum(x.array.size * 4 for x in self._wanted)
+
+    def read(self) -> list[shared_reads.SharedReads]:
+        entries = {entry.key: entry for entry in checkpoints.open_checkpoint(self.spec)}
+        local_rows, loads = RowSplit.local_rows, []
+        for device in jax.devices():
+            rows = lambda split, device=device: {device: local_rows(split)[device]}  # noqa: E731
+            with self._monkeypatch.context() as patch:
+                patch.setattr(RowSplit, "local_rows", rows)
+                loads.append(shared_reads.SharedReads(entries, self._wanted))
+                for stacked in self._wanted:
+                    if stacked.key in loads[-1].splits:
+                        loads[-1].read(stacked)
+        return loads
+
+
+def test_eight_processes_read_each_byte_once(tmp_path, monkeypatch, caplog):
+    """The checksums of what they read together are those of the saved arrays. One process saved them."""
+    processes = EightProcesses(tmp_path, monkeypatch)
+    loads = processes.read()
+    assert all(sum(part[2] for part in load._parts) <= 1.1 * processes.size / 8 for load in loads)
+    parts = [part for load in loads for part in load._parts]
+    loads[0]._verify(parts)
+    assert not caplog.text
+    parts[0][3] ^= 1
+    with pytest.raises(checkpoints.DamagedArrayError):
+        loads[0]._verify(parts)
+
+
+@pytest.mark.parametrize("lacking", [0, 5, 7])  # 7 has no rows of one of the arrays
+def test_a_host_without_checksums_is_no_damage(tmp_path, monkeypatch, caplog, lacking):
+    """Each host has a copy of the checkpoint, and one copy lacks checksums.json."""
+    processes = EightProcesses(tmp_path, monkeypatch)
+    loads = processes.read()
+    (tmp_path / "latest" / "checksums.json").unlink()
+    loads[lacking] = processes.read()[lacking]
+    for process in {0, lacking}:  # in turn as process 0
+        loads[process]._verify([part for load in loads for part in load._parts])
+    assert "arrays were not verified, such as params/" in caplog.text
 
 
 @pytest.mark.slow

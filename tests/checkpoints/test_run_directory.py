@@ -14,7 +14,7 @@ from checkpoint_kit import (
 )
 
 from EasyLM import checkpoints, flags
-from EasyLM.checkpoints import streaming
+from EasyLM.checkpoints import run_directory, streaming
 from EasyLM.errors import UserError
 from EasyLM.training import metrics_log
 
@@ -85,6 +85,23 @@ def test_switch_from_train_state_to_parameters(tmp_path):
     assert saved.spec.startswith("params::") and checkpoints.load_metadata(saved.metadata)["step"] == 2
     params = checkpoints.load(saved.spec)
     assert np.all(params["params"]["transformer"]["ln_f"] == 2)
+
+
+def test_a_directory_that_another_host_remembers_as_missing_is_seen(tmp_path, monkeypatch):
+    """An NFS client answers from memory until it is asked to create the directory."""
+    first, second = (run_directory.open_run_directory(str(tmp_path / "run")) for _ in range(2))
+    first.prepare()
+    missing, mkdir, exists = {str(tmp_path / "run" / "checkpoints")}, os.mkdir, os.path.exists
+    with first.visible_file() as path:
+
+        def create(directory, *arguments):
+            missing.discard(str(directory))
+            mkdir(directory, *arguments)
+
+        monkeypatch.setattr(os, "mkdir", create)
+        monkeypatch.setattr(os.path, "exists", lambda path: os.path.dirname(path) not in missing and exists(path))
+        assert second.sees(path)
+        assert not run_directory.open_run_directory(str(tmp_path / "another")).sees(path)
 
 
 def test_unwritable_run_directory_is_rejected(tmp_path):

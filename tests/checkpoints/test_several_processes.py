@@ -72,6 +72,7 @@ def test_each_process_saves_and_loads_its_share(tmp_path, port):
         saved, loaded = json.loads(lines[0]), json.loads(lines[1])
         assert max(saved["written"], saved["memory"], loaded["read"]) <= 1.1 * size / 4, (process, lines)
         cause = "No space left on device" if process == 2 else "process 2: No space left on device"
+        assert loaded["messages"] <= 1  # that of process 0; those with the parts are deleted
         assert lines[2] == f"{run_dir}: the checkpoint was not saved ({cause}); checkpoints/step_00000001 is intact"
         assert code == (-signal.SIGKILL if process == 3 else 1)
         assert process == 3 or re.search(f"^error: process 3 on .*: {KILLED}$", errors, re.MULTILINE), errors

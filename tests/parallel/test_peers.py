@@ -12,7 +12,7 @@ import time
 import pytest
 from tiny_run import await_metrics, start_two
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, error_line
 from EasyLM.parallel import peers
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "peers_program.py"
@@ -150,7 +150,7 @@ def test_strangers_are_not_accepted(monkeypatch):
     ("error", "code", "line"),
     [
         (UserError("a: no"), 2, "a: no"),
-        (OSError(28, "full"), 2, "[Errno 28] full"),
+        (OSError(28, "full", "/data/x"), 2, "full: /data/x"),
         (KeyError("x"), 1, "KeyError: 'x'"),
         (ValueError("first\nsecond"), 1, "ValueError: first"),
         (KeyboardInterrupt(), 130, "KeyboardInterrupt"),
@@ -161,4 +161,4 @@ def test_strangers_are_not_accepted(monkeypatch):
 )
 def test_the_exit_code_and_the_line_of_an_error(error, code, line):
     assert peers._exit_code(error) == code
-    assert peers._one_line(error).rstrip(": ") == line
+    assert error_line(error).rstrip(": ") == line

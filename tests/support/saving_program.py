@@ -17,6 +17,7 @@ from EasyLM.checkpoints import entries, streaming
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.parallel import JAX_DISTRIBUTED_FLAGS, fail_together, initialize_distributed, make_mesh
+from EasyLM.parallel.coordination import jax_client
 from EasyLM.training.step import TrainState
 
 FLAGS = {
@@ -145,7 +146,8 @@ def main(config):
         write_result(json.dumps({"written": sum(written), "memory": sum(blocks)}))
     read = count_read()
     loaded = checkpoints.load(checkpoints.latest_checkpoint(config.run_dir).spec, shapes_on(mesh))
-    write_result(json.dumps({"read": sum(read)}))
+    messages = [] if config.load else jax_client().key_value_dir_get("EasyLM/channel/load/")
+    write_result(json.dumps({"read": sum(read), "messages": len(messages)}))
     assert_same(loaded, first)
     if process == config.full:
         before_third_write(full)
