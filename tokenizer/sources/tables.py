@@ -2,8 +2,8 @@
 
 A cell of an image column holds the bytes of an image file, or the struct {bytes, path} of Hugging Face. The rows of a
 source count through all its files. The `path` of the first column's cells names the rows, as files in a folder, if each
-row has one and they differ; otherwise the row numbers do. If a file cannot be read, the rows of each file count by
-themselves, so that the numbers of the next files do not shift.
+row has one and their stems differ; otherwise the row numbers do. If a file cannot be read, the rows of each file count
+by themselves, so that the numbers of the next files do not shift.
 """
 
 import collections
@@ -59,8 +59,8 @@ class Tables:
         Raises:
           UserError: naming the flag, if there is no row.
         """
-        tables = list(self._tables(report))
-        named, all_usable = _have_distinct_names(tables), len(tables) == len(self.paths)
+        tables, named = _check_names(list(self._tables(report)), report)
+        all_usable = len(tables) == len(self.paths)
         first_row = 0
         for file, path, version, columns, size in tables:
             for row, name in enumerate(_row_names(path, columns[0]) if named else [None] * size):
@@ -106,6 +106,17 @@ def read_cell(path: str, member: str) -> bytes:
     return data
 
 
+def read_values(path: str, row: int, columns: tuple[str, ...]) -> dict[str, Any]:
+    """Reads the values of a row; columns that the file does not have are left out.
+
+    Raises:
+      UserError: naming the file, if it cannot be read.
+    """
+    table = open_table(path)
+    with _names_file(path):
+        return table.values(row, tuple(name for name in columns if name in table.schema.names))
+
+
 class _Parquet:
     """A parquet file. Reading a cell reads its row group, of which the last two stay in memory."""
 
@@ -116,12 +127,22 @@ class _Parquet:
         metadata = self._file.metadata
         self.schema, self.num_rows = self._file.schema_arrow, metadata.num_rows
         self._starts = np.cumsum([0] + [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
-        self._group = functools.lru_cache(2)(lambda i, name: self._file.read_row_group(i, columns=[name])[name])
+        self._group = functools.lru_cache(2)(lambda i, *names: self._file.read_row_group(i, columns=list(names)))
 
     def cell(self, row: int, column: str) -> Any:
         """Returns a cell as a scalar of pyarrow."""
+        group, row = self._place(row)
+        return self._group(group, column)[column][row]
+
+    def values(self, row: int, columns: tuple[str, ...]) -> dict[str, Any]:
+        """Returns the values of a row."""
+        group, row = self._place(row)
+        return self._group(group, *columns).slice(row, 1).to_pylist()[0] if columns else {}
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Returns the row group of a row, and its number there."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._group(group, column)[row - int(self._starts[group])]
+        return group, row - int(self._starts[group])
 
     def paths(self, column: str) -> Iterator[list[str | None]]:
         """Yields the paths of a column of structs."""
@@ -148,6 +169,10 @@ class _Arrow:
     def cell(self, row: int, column: str) -> Any:
         """Returns a cell as a scalar of pyarrow."""
         return self._column(column)[row]
+
+    def values(self, row: int, columns: tuple[str, ...]) -> dict[str, Any]:
+        """Returns the values of a row."""
+        return {column: self.cell(row, column).as_py() for column in columns}
 
     def paths(self, column: str) -> Iterator[list[str | None]]:
         """Yields the paths of a column of structs."""
@@ -227,17 +252,29 @@ def _row_name(path: str) -> str:
     return os.path.basename(path) if path.startswith("/") else folders.plain_path(path)
 
 
-def _have_distinct_names(tables: Sequence[_Table]) -> bool:
-    """Whether every row has a name, and no two have the same. Takes 8 bytes of memory a row."""
-    hashes = []
-    for _, path, _, columns, size in tables:
+def _check_names(tables: list[_Table], report: Report) -> tuple[list[_Table], bool]:
+    """Returns the usable tables, and whether their names name the rows: each row has one, and no two share a stem.
+
+    Reports a table whose names cannot be read. Takes 9 bytes of memory a row.
+    """
+    for _, path, _, columns, _ in tables:
         kind = open_table(path).schema.field(columns[0]).type
         if not (hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0):
-            return False
-        hashes_n = np.zeros(size, np.uint64)
-        for row, name in enumerate(_row_names(path, columns[0])):
-            if not name:
-                return False
-            hashes_n[row] = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-        hashes.append(hashes_n)
-    return not hashes or len(np.unique(all_n := np.concatenate(hashes))) == len(all_n)
+            return tables, False
+    usable, count, hashes_n = [], 0, np.zeros(sum(size for *_, size in tables), np.uint64)
+    for table in tables:
+        _, path, _, columns, _ = table
+        try:
+            for row, name in enumerate(_row_names(path, columns[0]), count):
+                if not name:
+                    return tables, False
+                stem = os.path.splitext(name)[0]
+                hashes_n[row] = int.from_bytes(hashlib.blake2b(stem.encode(), digest_size=8).digest(), "little")
+        except UserError as error:
+            report(path, str(error))
+        else:
+            usable.append(table)
+            count += table[-1]
+    hashes_n = hashes_n[:count]
+    hashes_n.sort()
+    return usable, not (hashes_n[1:] == hashes_n[:-1]).any()

@@ -1,14 +1,16 @@
 """Rows of tables: their names, and cells across row groups and files."""
 
 import collections
+import tracemalloc
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 from source_kit import write_parquet
 
 from EasyLM.errors import UserError
 from tokenizer.media import folders
-from tokenizer.sources import reading
+from tokenizer.sources import reading, tables
 from tokenizer.sources.tables import Tables
 
 
@@ -37,6 +39,46 @@ def test_rows_are_named_by_distinct_paths_or_numbered_through_all_files(tmp_path
             f"{second}!0.image",
         ]
         assert [reading.open_item(item.address, item.location).read() for item in items] == [b"0", b"1", b"2"]
+
+
+def test_rows_whose_names_share_a_stem_are_numbered(tmp_path):
+    """An image and its annotation have the same stem: two images of one stem could not be told apart."""
+    cells = [{"bytes": b"%d" % i, "path": path} for i, path in enumerate(["a/1.png", "a/1.jpg", "a/2.png"])]
+    write_parquet(tmp_path / "a.parquet", {"image": cells})
+    assert [item.name for item in _items([tmp_path / "a.parquet"])] == [f"{row:012d}" for row in range(3)]
+
+
+def test_a_file_whose_names_are_damaged_is_reported_and_the_others_are_used(tmp_path):
+    paths = [tmp_path / f"{i}.parquet" for i in range(3)]
+    for path in paths:
+        cells = [{"bytes": b"x", "path": f"{path.stem}/{row}.png"} for row in range(3)]
+        write_parquet(path, {"image": cells}, 3)
+    group = pyarrow.parquet.read_metadata(paths[1]).row_group(0)
+    names = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.endswith("path"))
+    data = bytearray(paths[1].read_bytes())
+    start = names.dictionary_page_offset or names.data_page_offset
+    data[start : start + 8] = b"\xff" * 8
+    paths[1].write_bytes(data)
+    reports = []
+    source = Tables("x", "input_dir", [str(path) for path in paths], ())
+    items = list(source.items(collections.Counter(), lambda path, reason: reports.append((path, reason))))
+    assert [item.name for item in items] == [f"{i}/{row}.png" for i in (0, 2) for row in range(3)]
+    ((path, reason),) = reports
+    assert path == str(paths[1]) and reason.startswith(f"{path}: cannot be read")
+
+
+def test_the_names_of_rows_take_9_bytes_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_NAMES_AT_A_TIME", 100)
+    count, path = 20_000, tmp_path / "a.parquet"
+    write_parquet(path, {"image": [{"bytes": b"x", "path": f"{row}.png"} for row in range(count)]}, 1000)
+    found = list(Tables("x", "input_dir", [str(path)], ())._tables(folders.refuse))
+    tracemalloc.start()
+    try:
+        assert tables._check_names(found, folders.refuse)[1]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 8 * count < peak < 12 * count
 
 
 def test_a_damaged_file_does_not_shift_the_numbers_of_the_next_rows(tmp_path):
