@@ -8,7 +8,6 @@ DATASET.md describes the kinds. The same command resumes an interrupted build; t
 import collections
 import contextlib
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -18,7 +17,6 @@ from ml_collections import ConfigDict
 from EasyLM.data import proportional
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
-from EasyLM.parallel import own_part
 from EasyLM.process_pool import available_cores
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output
@@ -30,9 +28,11 @@ from tokenizer.builders.mixture_file import Entry, read_entries
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.schedule import in_order, interleaved
 from tokenizer.builders.settings import SentenceSettings
+from tokenizer.builders.shards import name_part, parse_shard
 from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
 from tokenizer.media import folders
 from tokenizer.sources.items import Source
+from tokenizer.sources.keep_list import KeepList, read_keep_list
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 2  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
@@ -56,6 +56,7 @@ DATA_SET_FLAGS = {
         "Of parquet files and save_to_disk: the column of the inputs; image,label takes the annotations from the same "
         "rows. Empty: the only image column.",
     ),
+    "keep": Flag("", "A list of tokenizer.filter: of --input_dir, build from its images only, and their annotations."),
     "n_shots": Flag(8, "Pairs, images or classes in a sentence.", least=1),
     "images_per_shot": Flag(1, "category: images of each class in a sentence.", least=1),
     "n_frames": Flag(16, "Frames in a sentence.", least=1),
@@ -108,12 +109,12 @@ FLAGS = {
 
 def main(config: ConfigDict) -> None:
     """Builds the file and prints its statistics."""
-    skipped, (shard, shards) = SkippedInputs(config.max_errors), _shard(config.shard)
-    output_file = _name_part(config.output_file, shard, shards)
+    skipped, (shard, shards) = SkippedInputs(config.max_errors), parse_shard(config.shard)
+    output_file = name_part(config.output_file, shard, shards)
     entries = _entries(config)
     inputs = [_inputs(entry) for entry in entries]
     codec = Codec.from_flags(config)
-    indexed = [_index(entry, *settings_and_sources, skipped) for entry, settings_and_sources in zip(entries, inputs)]
+    indexed = [_index(entry, *checked, skipped) for entry, checked in zip(entries, inputs)]
     data_sets = [data_set for data_set, _ in indexed]
     counts = _counts(entries, data_sets, config.n_epochs)
     sizes, total = [data_set.sampler.num_examples for data_set in data_sets], sum(counts)
@@ -136,13 +137,14 @@ def main(config: ConfigDict) -> None:
         if not report["sentences"] and shards == 1:
             name = f"--inputs={config.inputs}" if config.inputs else f"--input_dir={config.input_dir}"
             raise UserError(f"{name}: no sentence was built, {len(skipped)} inputs skipped")
-        file.finish({**report, "files_passed_over": ignored})
+        not_kept = sum(index.not_kept for _, index in indexed)
+        file.finish({**report, "files_passed_over": ignored, "not_kept": not_kept})
     print(f"{output_file}: {_summary(report)}")
 
 
 def _entries(config: ConfigDict) -> list[Entry]:
     """Returns the data sets: those of --inputs, or the one of the flags."""
-    given = [name for name in ("input_dir", "target_dir", "keys", "columns") if config[name]]
+    given = [name for name in ("input_dir", "target_dir", "keys", "columns", "keep") if config[name]]
     if config.inputs and given:
         raise UserError(f"--inputs={config.inputs}: its data sets name their inputs: leave out --{', --'.join(given)}")
     if config.inputs:
@@ -152,21 +154,31 @@ def _entries(config: ConfigDict) -> list[Entry]:
     return [Entry("", config, {}, None)]
 
 
-def _inputs(entry: Entry) -> tuple[SentenceSettings, list[Source]]:
-    """Checks the settings of a data set and finds its sources."""
+def _inputs(entry: Entry) -> tuple[SentenceSettings, list[Source], KeepList | None]:
+    """Checks the settings of a data set, finds its sources, and reads its keep list."""
     config = entry.config
     with _names(entry):
         settings = _settings(config)
-        return settings, find_sources(config.kind, config.input_dir, config.target_dir, config["keys"], config.columns)
+        sources = find_sources(config.kind, config.input_dir, config.target_dir, config["keys"], config.columns)
+        if config.keep and not KINDS[config.kind].takes_keep_list:
+            kinds = ", ".join(name for name, kind in KINDS.items() if kind.takes_keep_list)
+            raise UserError(f"--keep={config.keep}: a keep list is for the kinds of single images: {kinds}")
+        return settings, sources, read_keep_list(config.keep) if config.keep else None
 
 
 def _index(
-    entry: Entry, settings: SentenceSettings, sources: Sequence[Source], skipped: SkippedInputs
+    entry: Entry,
+    settings: SentenceSettings,
+    sources: Sequence[Source],
+    keep_list: KeepList | None,
+    skipped: SkippedInputs,
 ) -> tuple[DataSet, FileIndex]:
     """Lists the sources of a data set."""
     kind = entry.config.kind
     with _names(entry):
-        index = FileIndex(KINDS[kind].layout, sources, skipped)
+        index = FileIndex(KINDS[kind].layout, sources, skipped, keep_list)
+        if keep_list:
+            print(f"--keep={keep_list.path}: leaves out {index.not_kept} of {keep_list.images} inputs")
         with prefix_errors("--", separator=""):
             return DataSet(kind, KINDS[kind].sampler(index, settings), settings), index
 
@@ -213,22 +225,6 @@ def _settings(config: ConfigDict) -> SentenceSettings:
     return SentenceSettings(strides=strides, **{name: config[name] for name in names})
 
 
-def _shard(value: str) -> tuple[int, int]:
-    if value == "auto":
-        with prefix_errors("--shard=auto"):
-            return own_part(os.environ)
-    numbers = _integers("shard", value, "/")
-    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
-        raise UserError(f"--shard={value}: must be i/n with i one of 0..n-1, or auto")
-    return numbers[0], numbers[1]
-
-
-def _name_part(output_file: str, shard: int, shards: int) -> str:
-    """Replaces {i} and {n}. All {i} have the same number of digits: the order of the names is that of the parts."""
-    width = len(str(shards - 1))
-    return output_file.replace("{i}", f"{shard:0{width}d}").replace("{n}", str(shards))
-
-
 def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in value.split(separator))
@@ -239,7 +235,7 @@ def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
 def _fingerprint(config: ConfigDict, codec: Codec, entries: Sequence[Entry], digests: Sequence[str]) -> dict[str, Any]:
     """Returns everything that determines the bytes of the file."""
     # Builds of versions without these flags stay complete.
-    flags = {name: config[name] for name in SENTENCE_FLAGS if config[name] or name not in ("keys", "columns")}
+    flags = {name: config[name] for name in SENTENCE_FLAGS if config[name] or name not in ("keys", "columns", "keep")}
     inputs: Any = digests[0]
     if config.inputs:
         inputs = [[digest, dict(entry.own), entry.weight] for entry, digest in zip(entries, digests)]

@@ -1,7 +1,7 @@
 """Builds visual sentences from images and videos.
 
-May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.sources, tokenizer.formats; never JAX. The codec is
-passed in.
+May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.sources, tokenizer.formats; `shards` also
+EasyLM.parallel, the others never JAX. The codec is passed in.
 Import the modules: `from tokenizer.builders import views`. This file imports nothing, because worker processes import
 only `image_ref` and have to start fast.
 
@@ -20,6 +20,7 @@ In the order of the data flow:
   code_cache      CodeCache: codes on disk for later epochs
   writing         the loop of a build: sentences, progress, report
   resumable_file  ResumableFile: an output file that an interrupted build resumes
+  shards          the part of a build that a process does (imports JAX: not for worker processes)
 
 Vocabulary:
   row      one image from each column of the sources, such as an image with its annotations

@@ -4,11 +4,12 @@ The index is a temporary SQLite database on disk (in $TMPDIR): memory does not g
 """
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import orjson
@@ -18,6 +19,7 @@ from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import folders
 from tokenizer.sources.items import Source, column_label
+from tokenizer.sources.keep_list import KeepList, KeptItems
 
 # Folders of a CO3D sequence: CATEGORY/SEQUENCE/images/frame000001.jpg.
 CO3D_SUBFOLDERS = ("images", "masks", "depths", "depth_masks")
@@ -25,7 +27,7 @@ _CACHE_KIB = 64 << 10  # while the index is built
 _READING_CACHE_KIB = 4 << 10  # then: a build can have the indexes of 50 data sets
 _SCHEMA = f"""
 PRAGMA cache_size = -{_CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-CREATE TABLE file (item TEXT, sort_key TEXT, column INT, address TEXT, location TEXT,
+CREATE TABLE file (item TEXT, sort_key TEXT, column INT, address TEXT, location TEXT, is_kept INT,
     PRIMARY KEY (item, sort_key, column, address, location)) WITHOUT ROWID;
 CREATE TABLE row (number INTEGER PRIMARY KEY, files TEXT);
 CREATE TABLE item (number INTEGER PRIMARY KEY, first INT, size INT);
@@ -70,41 +72,64 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
+@contextlib.contextmanager
+def reports_full_index() -> Iterator[None]:
+    """Raises the errors of a temporary database that fills the disk as a UserError that says where it is."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        folder = next(filter(None, map(os.environ.get, ("SQLITE_TMPDIR", "TMPDIR"))), "/var/tmp")
+        raise UserError(
+            f"the index of the files does not fit in {folder} ({error}): set $TMPDIR to a folder with more room"
+        ) from error
+
+
 class FileIndex:
     """Items in the order of their names. An item has one or more rows, a row one image from each column of the sources.
 
     Attributes:
       digest: changes when a file is added, removed or written.
       ignored: number of files with other extensions, by extension.
+      not_kept: number of inputs that the keep list leaves out, with their rows.
     """
 
-    def __init__(self, layout: Layout, sources: Sequence[Source], skipped: SkippedInputs):
+    def __init__(
+        self,
+        layout: Layout,
+        sources: Sequence[Source],
+        skipped: SkippedInputs,
+        keep_list: KeepList | None = None,
+    ):
         """Lists the sources.
 
         Adds to `skipped`: files without a partner in another column, two files of one column that belong to the same
         row, and what the sources report as unusable.
 
-        Raises:
-          UserError: naming the flag, if a source does not exist or is empty; if the index does not fit on the disk.
-        """
-        try:
-            self.digest, self._length = self._build(layout, sources, skipped)
-        except sqlite3.OperationalError as error:
-            folder = next(filter(None, map(os.environ.get, ("SQLITE_TMPDIR", "TMPDIR"))), "/var/tmp")
-            raise UserError(
-                f"the index of the files does not fit in {folder} ({error}): set $TMPDIR to a folder with more room"
-            ) from error
+        Args:
+          keep_list: of the files of the first column; the index has their rows only.
 
-    def _build(self, layout: Layout, sources: Sequence[Source], skipped: SkippedInputs) -> tuple[str, int]:
+        Raises:
+          UserError: naming the flag, if a source does not exist or is empty, or the keep list is of another source; if
+            the index does not fit on the disk.
+        """
+        self.not_kept = 0
+        with reports_full_index():
+            self.digest, self._length = self._build(layout, sources, skipped, keep_list)
+
+    def _build(
+        self, layout: Layout, sources: Sequence[Source], skipped: SkippedInputs, keep_list: KeepList | None
+    ) -> tuple[str, int]:
         """Fills the database; returns the digest and the number of items."""
         self._database = sqlite3.connect("")
         self._database.executescript(_SCHEMA)
         total = 0
         ignored: collections.Counter = collections.Counter()
         labels: list[str] = []  # of the columns of all sources
+        kept_items = KeptItems(keep_list) if keep_list else None
         for source in sources:
             for item in source.items(ignored, skipped.add):
                 column = len(labels) + item.column
+                is_kept = column > 0 or kept_items is None or kept_items.takes(item)
                 line = f"{column} {item.version} {item.name}".encode()
                 # A sum does not depend on the order in which the file system lists the files.
                 total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest())
@@ -113,24 +138,32 @@ class FileIndex:
                 except UserError as error:
                     skipped.add(item.address, f"{item.address} {error}")
                     continue
-                file = (*key, column, item.address, item.location)
-                self._database.execute("INSERT INTO file VALUES (?, ?, ?, ?, ?)", file)
+                file = (*key, column, item.address, item.location, is_kept)
+                self._database.execute("INSERT INTO file VALUES (?, ?, ?, ?, ?, ?)", file)
             labels += [column_label(source, column) for column in range(len(source.columns))]
         self.ignored = dict(ignored)
+        if kept_items is not None:
+            total += kept_items.checked_digest()
         return f"{total % 2**128:032x}", self._join(labels, skipped)
 
     def _join(self, labels: Sequence[str], skipped: SkippedInputs) -> int:
         """Joins files into rows and items; returns the number of items."""
         columns = "item, sort_key, column, address, location"
-        files = self._database.execute(f"SELECT {columns} FROM file ORDER BY {columns}")
+        files = self._database.execute(f"SELECT {columns}, is_kept FROM file ORDER BY {columns}")
         items = rows = 0
         for _, item_files in itertools.groupby(files, key=lambda file: file[0]):
             first = rows
             for _, row_files in itertools.groupby(item_files, key=lambda file: file[1]):
                 by_column: dict[int, list[tuple[str, str]]] = {}
-                for _, _, column, address, location in row_files:
-                    by_column.setdefault(column, []).append((address, location))
-                if defect := _defect(by_column, labels):
+                not_kept = 0
+                for _, _, column, address, location, is_kept in row_files:
+                    if is_kept:
+                        by_column.setdefault(column, []).append((address, location))
+                    else:
+                        not_kept += 1
+                if not_kept and 0 not in by_column:
+                    self.not_kept += not_kept
+                elif defect := _defect(by_column, labels):
                     skipped.add(*defect)
                 else:
                     row = orjson.dumps([file for (file,) in by_column.values()])

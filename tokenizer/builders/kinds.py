@@ -44,6 +44,11 @@ class Kind:
     subfolders: tuple[str, ...] = ()
     repeats_images: bool = False
 
+    @property
+    def takes_keep_list(self) -> bool:
+        """Whether its inputs are single images. A clip without some of its frames would not be a clip."""
+        return self.layout in (file_index.by_name, file_index.by_stem, file_index.by_class) and not self.is_video
+
 
 KINDS = {
     "images": Kind(file_index.by_name, samplers.SingleItems, arrangements.row_by_row),

@@ -10,6 +10,7 @@ This file imports nothing, because worker processes import only `reading` and ha
   tars       tar files (WebDataset), read at random by the offsets of their members
   tables     parquet files, and folders of `datasets.Dataset.save_to_disk`
   reading    the bytes of an item
+  keep_list  the names of the images that `tokenizer.filter` keeps
 
 Vocabulary:
   item       one image or video of a source, with the name that it would have as a file in a folder

@@ -64,6 +64,12 @@ def open_item(address: str, location: str = "") -> str | ItemFile:
     return ItemFile(read_range(address), address) if is_remote(address) else address
 
 
+def read_bytes(address: str, location: str = "") -> bytes:
+    """Returns the contents of an item. The arguments are those of `open_item`, as are the errors."""
+    item = open_item(address, location)
+    return read_range(item) if isinstance(item, str) else item.getvalue()
+
+
 @contextlib.contextmanager
 def local_path(address: str, location: str = "") -> Iterator[str]:
     """Makes an item a local file while the context is open. Errors raised inside name the item, not the file.

@@ -1,0 +1,218 @@
+"""The command drops each image for its reason, from every source; parts, interruptions and workers change nothing."""
+
+import concurrent.futures
+import json
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+from build_kit import Killed
+from filter_kit import REASONS, SETTINGS, encoded, kept_names, photo, pictures, run_filter, sidecars, write_blocklist
+from PIL import Image
+from source_kit import tar_bytes, write_parquet, write_remote
+from tokenizer_kit import run_main
+
+from EasyLM.errors import UserError
+from EasyLM.storage import read_lines
+from tokenizer.builders import resumable_file
+from tokenizer.filter import __main__ as command
+from tokenizer.filter import measurements, measuring
+from tokenizer.filter.listing import Entry
+
+FILES = pictures()
+KEPT = [name for name in FILES if name not in REASONS]
+
+
+def _folder(directory):
+    for name, data in {**FILES, **sidecars(FILES)}.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
+    return str(directory)
+
+
+def _tars(directory):
+    directory.mkdir()
+    names = list(FILES)
+    for number, part in enumerate((names[:4], names[4:])):
+        members = {name: FILES[name] for name in part}
+        (directory / f"{number}.tar").write_bytes(tar_bytes({**members, **sidecars(members)}))
+    return f"{directory}/{{0..1}}.tar"
+
+
+def _table(directory):
+    cells = [{"bytes": data, "path": name} for name, data in FILES.items()]
+    scores = [4.5 if "ugly" in name else 6.0 for name in FILES]
+    write_parquet(directory / "a.parquet", {"image": cells, "aesthetic": scores}, 3)
+    return str(directory)
+
+
+def _remote(directory):
+    return write_remote(f"memory:/{directory}", {**FILES, **sidecars(FILES)})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A folder of FILES with their scores. Tests must not change it."""
+    return _folder(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.mark.parametrize("source", [_folder, _tars, _table, _remote])
+def test_each_image_is_dropped_for_its_reason_from_every_source(tmp_path, capsys, source):
+    input_dir = source(tmp_path / "in")
+    blocklist = write_blocklist(tmp_path / "blocklist.txt", FILES)
+    report = run_filter(tmp_path / "keep.jsonl.gz", input_dir=input_dir, blocklist=blocklist)
+    assert kept_names(tmp_path / "keep.jsonl.gz") == KEPT
+    reasons = {example["name"]: reason for reason, found in report["examples"].items() for example in found}
+    assert reasons == REASONS
+    assert report["images"] == len(FILES) and report["counts"]["kept"] == len(KEPT)
+    assert sum(report["counts"].values()) == len(FILES) and report["counts"]["--blocklist"] == 2
+    originals = {e["name"]: e.get("duplicate_of") for found in report["examples"].values() for e in found}
+    assert (originals["twin/0.png"], originals["good/1.png"]) == ("good/0.png", "large/1.jpg")
+    printed = capsys.readouterr().out
+    assert "--near_duplicates=2" in printed and "such as twin/0.png, as good/0.png" in printed
+
+
+def test_without_rules_exact_copies_and_uniform_images_are_dropped(folder, tmp_path):
+    run_main(command, input_dir=folder, output_file=str(tmp_path / "keep.jsonl"), workers=1)
+    assert kept_names(tmp_path / "keep.jsonl") == [name for name in FILES if name not in ("flat.png", "twin/0.png")]
+
+
+def test_other_rules_read_no_image_again(folder, tmp_path, monkeypatch):
+    settings = {"input_dir": folder, "max": "aesthetic:9"}
+    run_filter(tmp_path / "keep.jsonl", **settings)
+    monkeypatch.setattr(measuring, "measure", None)
+    report = run_filter(tmp_path / "keep.jsonl", **{**settings, "min_side": 100, "near_duplicates": -1, "max": ""})
+    assert kept_names(tmp_path / "keep.jsonl") == ["large/1.jpg"] and "--min_side=100" in report["counts"]
+    measured = f"{tmp_path}/keep.jsonl.measurements.jsonl.zst"
+    run_filter(tmp_path / "again.jsonl", measurements=measured, min_side=100, near_duplicates=-1)
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "keep.jsonl").read_bytes()
+    with pytest.raises(UserError, match="need beauty; the measured scores are aesthetic"):
+        run_filter(tmp_path / "again.jsonl", measurements=measured, min="beauty:1")
+
+
+@pytest.mark.parametrize("parts", [2, 12])
+def test_the_parts_of_a_sharded_run_give_the_list_of_a_whole_one(folder, tmp_path, parts):
+    """There are more parts than images: some are empty. Near duplicates are in different parts."""
+    run_filter(tmp_path / "whole.jsonl", input_dir=folder)
+    pattern = f"{tmp_path}/parts/{{i}}.jsonl.zst"
+    for part in range(parts):
+        settings = {**SETTINGS, "input_dir": folder, "measurements": pattern, "shard": f"{part}/{parts}"}
+        run_main(command, **settings)
+    run_filter(tmp_path / "merged.jsonl", measurements=f"{tmp_path}/parts/*.zst")
+    assert (tmp_path / "merged.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    first = sorted((tmp_path / "parts").glob("*.zst"))[0]
+    first.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"part 1 of {parts} of a build .* 1 are missing: 0"):
+        run_filter(tmp_path / "merged.jsonl", measurements=f"{tmp_path}/parts/*.zst")
+
+
+def test_an_interrupted_run_resumes_and_measures_no_image_twice(folder, tmp_path, monkeypatch):
+    run_filter(tmp_path / "whole.jsonl", input_dir=folder)
+    monkeypatch.setattr(measurements, "_GROUP", 2)
+    monkeypatch.setattr(resumable_file, "SAVE_SECONDS", 0)
+    seen, measure, save = [], measuring.measure, resumable_file.ResumableFile.save
+
+    def kill_at_second_save(self, state):
+        save(self, state)
+        if state["number"] == 4:
+            raise Killed
+
+    monkeypatch.setattr(measuring, "measure", lambda entries, scores: seen.extend(entries) or measure(entries, scores))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(resumable_file.ResumableFile, "save", kill_at_second_save)
+        run_filter(tmp_path / "again.jsonl", input_dir=folder)
+    assert not (tmp_path / "again.jsonl").exists()
+    seen.clear()
+    run_filter(tmp_path / "again.jsonl", input_dir=folder)
+    assert [entry.name for entry in seen] == list(FILES)[4:]
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    lines = [list(read_lines(f"{tmp_path}/{name}.jsonl.measurements.jsonl.zst")) for name in ("whole", "again")]
+    assert lines[0] == lines[1] and len(lines[0]) == len(FILES)
+
+
+def test_unreadable_images_are_skipped_within_max_errors(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"text")
+    with pytest.raises(UserError, match=r"b\.png: not a readable image .*--max_errors=0"):
+        run_filter(tmp_path / "keep.jsonl", input_dir=str(tmp_path), min="")
+    settings = {"input_dir": str(tmp_path), "min": "", "min_side": 0, "min_contrast": 0, "max_errors": 1}
+    report = run_filter(tmp_path / "keep.jsonl", **settings)
+    assert kept_names(tmp_path / "keep.jsonl") == ["a.png"]
+    assert (report["images"], report["unreadable"]) == (2, 1) and "b.png" in report["skipped"][0]["reason"]
+
+
+def test_an_image_that_kills_its_process_is_named_and_the_others_are_measured(tmp_path):
+    class DyingWorkers:
+        processes = 1
+
+        def submit(self, function, entries, scores):
+            future = concurrent.futures.Future()
+            if any(entry.name == "deadly" for entry in entries):
+                future.set_exception(BrokenProcessPool())
+            else:
+                future.set_result(function(entries, scores))
+            return future
+
+    (tmp_path / "a.png").write_bytes(encoded(photo(0)))
+    entries = [Entry(name, f"{tmp_path}/a.png", "") for name in ("first", "deadly", "last")]
+    ((group, measured),) = measurements._measure(iter(entries), (), DyingWorkers())
+    assert group == entries and "the process that read it died" in measured[1]
+    assert [measured[i]["name"] for i in (0, 2)] == ["first", "last"]
+
+
+def test_the_picture_has_a_row_for_each_reason(folder, tmp_path):
+    run_filter(tmp_path / "keep.jsonl", input_dir=folder, output_picture=f"{tmp_path}/dropped.png")
+    with Image.open(tmp_path / "dropped.png") as image:
+        assert image.height == 6 * 96 + 5 * 4 and image.width > 224 + 96
+    rules = {"min_side": 0, "max_aspect_ratio": 0.0, "near_duplicates": -1, "min": "aesthetic:0", "min_contrast": 0.0}
+    settings = {**rules, "exact_duplicates": False, "output_picture": f"{tmp_path}/none.png"}
+    assert run_filter(tmp_path / "keep.jsonl", input_dir=folder, **settings)["counts"] == {"kept": len(FILES)}
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "--input_dir is missing"),
+        ({"input_dir": "IN", "output_file": ""}, "--output_file is missing"),
+        ({"measurements": "x", "output_file": ""}, "--output_file is missing"),
+        ({"input_dir": "IN", "shard": "0/2"}, "--shard=0/2: measures a part .*give --measurements, not --output_file"),
+        ({"input_dir": "IN", "shard": "2/2"}, "--shard=2/2: must be i/n"),
+        ({"input_dir": "IN", "keys": "a,b"}, "--keys=a,b: give one"),
+        ({"input_dir": "IN", "keys": "png"}, "--keys need tars"),
+        ({"input_dir": "IN", "near_duplicates": 9}, r"--near_duplicates=9: must be -1\.\.8"),
+        ({"input_dir": "IN", "min": "aesthetic"}, "--min=aesthetic: 'aesthetic' must be FIELD:NUMBER"),
+        ({"input_dir": "IN", "blocklist": "IN/none.txt"}, "none.txt: no such file"),
+        ({"input_dir": "IN", "output_picture": "x.txt"}, "--output_picture=x.txt: must end with"),
+        ({"input_dir": "IN/none"}, "--input_dir=.*none: no such folder"),
+        ({"measurements": "IN/none.zst"}, "none.zst: no such file|no such file: .*none.zst"),
+        ({"measurements": "IN/ugly.json"}, "ugly.json: is not complete, or its .*report.json is missing"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_fit_are_refused_before_an_image_is_read(folder, tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr(measuring, "measure", None)
+    values = {
+        name: value.replace("IN", folder) if isinstance(value, str) else value for name, value in settings.items()
+    }
+    with pytest.raises(UserError, match=message):
+        run_main(command, **{"output_file": f"{tmp_path}/keep.jsonl", "workers": 1, **values})
+    assert not list(tmp_path.glob("keep*"))
+
+
+def test_a_missing_column_of_scores_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a\.parquet: has no column beauty .*it has image, aesthetic"):
+        run_filter(tmp_path / "keep.jsonl", input_dir=_table(tmp_path / "in"), columns="image", min="beauty:1")
+
+
+def test_damaged_measurements_are_refused(folder, tmp_path):
+    run_filter(tmp_path / "keep.jsonl", input_dir=folder)
+    path = tmp_path / "keep.jsonl.measurements.jsonl.zst"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"measurements\.jsonl\.zst: cannot be decompressed"):
+        run_filter(tmp_path / "again.jsonl", measurements=str(path))
+    path.write_bytes(data[:-1])
+    with pytest.raises(UserError, match=r"has \d+ bytes, but .*report.json says"):
+        run_filter(tmp_path / "again.jsonl", measurements=str(path))
+    report = json.loads((tmp_path / f"{path.name}.report.json").read_text())
+    assert report["measured"] == len(FILES)

@@ -1,0 +1,120 @@
+"""Which images to keep, and why the others are dropped.
+
+An image is dropped for one reason: the first of the blocklist, the rules in their order, exact duplicates, and near
+duplicates. Duplicates are searched among the images that nothing else drops.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from tokenizer.filter import near_hashes
+from tokenizer.filter.measurements import Measurements
+from tokenizer.filter.rules import Blocklist, Rule
+
+KEPT = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Duplicates:
+    """Which duplicates to drop.
+
+    Attributes:
+      exact: images with the bytes of an earlier one.
+      distance: perceptual hashes within it are near duplicates; None: they are not searched.
+    """
+
+    exact: bool
+    distance: int | None
+
+
+class Decision:
+    """The reasons of all images of the measurements, in their order.
+
+    Memory is 21 bytes an image, and while near duplicates are searched 58 more for each image that is kept so far.
+
+    Attributes:
+      reasons: the reasons in order; number 0 is that of a kept image.
+      numbers_n: the number of each image's reason, uint8 [n].
+    """
+
+    def __init__(
+        self,
+        measurements: Measurements,
+        rules: Mapping[str, Rule],
+        blocklist: Blocklist,
+        blocked_distance: int,
+        duplicates: Duplicates,
+    ):
+        """Decides. `blocked_distance` is that of a perceptual hash from one of the blocklist."""
+        self.reasons = ["kept", "--blocklist", *rules, "--exact_duplicates", f"--near_duplicates={duplicates.distance}"]
+        exact, near = len(self.reasons) - 2, len(self.reasons) - 1
+        count = measurements.measured
+        self.numbers_n = np.zeros(count, np.uint8)
+        self._contents_n, self._hashes_n = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+        self._pixels_n = np.zeros(count, np.uint32)  # 0: the image has no perceptual hash
+        tests = [blocklist.has_contents, *rules.values()]
+        for place, measurement in enumerate(measurements):
+            self.numbers_n[place] = next((n for n, test in enumerate(tests, 1) if test(measurement)), KEPT)
+            self._contents_n[place] = int(measurement["sha256"][:16], 16)
+            if measurement["phash"]:
+                self._hashes_n[place] = int(measurement["phash"], 16)
+                self._pixels_n[place] = min(measurement["width"] * measurement["height"], 2**32 - 1)
+        if blocklist.perceptual:
+            self._drop_blocked(blocklist.perceptual, blocked_distance)
+        if duplicates.exact:
+            kept_k = self._kept()
+            self.numbers_n[kept_k[near_hashes.repeats(self._contents_n[kept_k])]] = exact
+        if duplicates.distance is not None:
+            self._drop_near(near, duplicates.distance)
+        self._exact, self._near, self._distance = exact, near, duplicates.distance
+
+    def _kept(self) -> np.ndarray:
+        """Returns the places of the images that are kept so far, int64 [k]."""
+        return np.flatnonzero(self.numbers_n == KEPT)
+
+    def _kept_with_hash(self) -> np.ndarray:
+        return np.flatnonzero((self.numbers_n == KEPT) & (self._pixels_n > 0))
+
+    def _drop_blocked(self, blocked: frozenset[int], distance: int) -> None:
+        """Drops what is near a hash of the blocklist; its reason is the first one."""
+        pairs = near_hashes.near_pairs(np.unique(self._hashes_n), np.array(sorted(blocked), np.uint64), distance)
+        found = np.concatenate([np.empty(0, np.uint64), *(hashes_p for hashes_p, _ in pairs)])
+        self.numbers_n[np.isin(self._hashes_n, found) & (self._pixels_n > 0)] = 1
+
+    def _drop_near(self, number: int, distance: int) -> None:
+        """Drops near duplicates. Of two images, that with more pixels is kept, or else the first one."""
+        kept_k = self._kept_with_hash()
+        kept_k = kept_k[np.argsort(-self._pixels_n[kept_k].astype(np.int64), kind="stable")]
+        self.numbers_n[kept_k[near_hashes.near_earlier(self._hashes_n[kept_k], distance)]] = number
+
+    def counts(self) -> dict[str, int]:
+        """Returns the number of images by reason; reasons without images are left out, but for `kept`."""
+        counts = np.bincount(self.numbers_n, minlength=len(self.reasons)).tolist()
+        return {reason: count for n, (reason, count) in enumerate(zip(self.reasons, counts)) if count or n == KEPT}
+
+    def examples(self, most: int) -> dict[str, list[tuple[int, int | None]]]:
+        """Returns, by reason, the places of a few images that are dropped, drawn at random.
+
+        A duplicate has the place of the image that it duplicates.
+        """
+        rng = np.random.default_rng(0)
+        found = {}
+        for number, reason in enumerate(self.reasons):
+            places = np.flatnonzero(self.numbers_n == number)
+            if number != KEPT and len(places):
+                drawn = np.sort(rng.choice(places, min(most, len(places)), replace=False)).tolist()
+                found[reason] = [(place, self._original(place)) for place in drawn]
+        return found
+
+    def _original(self, place: int) -> int | None:
+        """Returns the place of the first copy, or of the nearest kept image; None: the image is no duplicate."""
+        if self.numbers_n[place] == self._exact:
+            originals = np.flatnonzero((self._contents_n == self._contents_n[place]) & (self.numbers_n != self._exact))
+            return int(originals[0])
+        if self.numbers_n[place] == self._near:
+            kept_k = self._kept_with_hash()
+            distances_k = np.bitwise_count(self._hashes_n[kept_k] ^ self._hashes_n[place])
+            return int(kept_k[np.argmin(distances_k)])
+        return None

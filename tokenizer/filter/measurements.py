@@ -1,0 +1,218 @@
+"""Files of measurements: JSON lines in zstd frames, one object for each image. `FILE.report.json` describes the file.
+
+A sharded source has a file for each part.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+import zstandard
+
+from EasyLM.errors import UserError, prefix_errors
+from EasyLM.process_pool import Workers, result
+from EasyLM.progress import progress
+from EasyLM.skipped_inputs import SkippedInputs
+from EasyLM.storage import check_schema, file_version, read_json, read_lines
+from tokenizer.builders.resumable_file import ResumableFile
+from tokenizer.filter import measuring
+from tokenizer.filter.listing import Entry, Listing
+from tokenizer.sentence_files.parts import check_parts
+
+_VERSION = 1  # increases when the same images give other measurements
+_GROUP = 64  # images that a worker measures at a time
+_FRAME_LINES = 4096  # lines that are compressed together
+_STATE = {"number": int, "measured": int, "seconds": float, "skipped": {str: str}}
+_IDENTITY = {"version": int, "inputs": str, "names": str, "images": int, "scores": [str], "shard": str}
+_REPORT = {"identity": _IDENTITY, "bytes": int, "measured": int, "skipped": [{"input": str, "reason": str}]}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuringPlan:
+    """What to measure.
+
+    Attributes:
+      scores: of each image.
+      part: the number of the part of the listing, from 0.
+      parts: number of parts.
+    """
+
+    scores: tuple[str, ...]
+    part: int
+    parts: int
+
+
+def write_measurements(
+    path: str, listing: Listing, plan: MeasuringPlan, skipped: SkippedInputs, processes: int, fresh: bool
+) -> Mapping[str, Any]:
+    """Measures the images of a part that the file does not contain yet; returns the report of the file."""
+    identity = {
+        "version": _VERSION,
+        "inputs": listing.digest,
+        "names": listing.names.hexdigest(),
+        "images": len(listing),
+        "scores": list(plan.scores),
+        "shard": f"{plan.part}/{plan.parts}",
+    }
+    numbers = range(len(listing) * plan.part // plan.parts, len(listing) * (plan.part + 1) // plan.parts)
+    with contextlib.closing(ResumableFile(path, identity, fresh)) as file:
+        if file.finished_report is not None:
+            print(f"{path} is already complete: {summary(file.finished_report)}")
+            return file.finished_report
+        report = _write(file, listing, numbers, plan.scores, skipped, processes)
+        file.finish(report)
+    print(f"{path}: {summary(report)}")
+    return report
+
+
+def _write(
+    file: ResumableFile,
+    listing: Listing,
+    numbers: range,
+    scores: Sequence[str],
+    skipped: SkippedInputs,
+    processes: int,
+) -> dict[str, Any]:
+    state = file.state or {"number": numbers.start, "measured": 0, "seconds": 0.0, "skipped": {}}
+    with prefix_errors(f"{file.path}.progress.json"):
+        check_schema(state, _STATE, "state")
+    skipped.restore(state["skipped"])
+    start, lines = time.monotonic() - state["seconds"], []
+    remaining = range(state["number"], numbers.stop)
+    with (
+        Workers(processes) as workers,
+        progress(unit="image", desc="measuring", total=len(numbers), initial=len(numbers) - len(remaining)) as bar,
+    ):
+        for entries, measured in _measure(listing.entries(remaining), scores, workers):
+            for entry, value in zip(entries, measured, strict=True):
+                if isinstance(value, str):
+                    skipped.add(entry.address, value)
+                else:
+                    lines.append(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
+                    state["measured"] += 1
+            state["number"] += len(entries)
+            bar.update(len(entries))
+            is_due = file.save_is_due()
+            if is_due or len(lines) >= _FRAME_LINES:
+                file.write(_compress(lines))
+                lines.clear()
+            if is_due:
+                file.save({**state, "seconds": time.monotonic() - start, "skipped": skipped.reasons})
+    file.write(_compress(lines))
+    return {
+        "measured": state["measured"],
+        "skipped": [{"input": path, "reason": reason} for path, reason in sorted(skipped.reasons.items())],
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def _compress(lines: Sequence[bytes]) -> bytes:
+    """Returns a zstd frame, with a checksum that is verified when it is read."""
+    return zstandard.ZstdCompressor(write_checksum=True).compress(b"".join(lines))
+
+
+def _measure(
+    entries: Iterator[Entry], scores: Sequence[str], workers: Workers
+) -> Iterator[tuple[list[Entry], list[dict[str, Any] | str]]]:
+    """Yields groups of images and their measurements, in order."""
+    pending: collections.deque = collections.deque()
+
+    def finish() -> tuple[list[Entry], list[dict[str, Any] | str]]:
+        group, future = pending.popleft()
+        with contextlib.suppress(UserError):
+            return group, result(future, group[0].address)
+        return group, [_measure_alone(entry, scores, workers) for entry in group]  # one of them has killed its process
+
+    group: list[Entry] = []
+    for entry in entries:
+        group.append(entry)
+        if len(group) == _GROUP:
+            pending.append((group, workers.submit(measuring.measure, group, scores)))
+            group = []
+        if len(pending) > 2 * workers.processes:
+            yield finish()
+    if group:
+        pending.append((group, workers.submit(measuring.measure, group, scores)))
+    while pending:
+        yield finish()
+
+
+def _measure_alone(entry: Entry, scores: Sequence[str], workers: Workers) -> dict[str, Any] | str:
+    try:
+        (measured,) = result(workers.submit(measuring.measure, [entry], scores), entry.address)
+    except UserError as error:
+        return str(error)
+    return measured
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Returns the counts of a report in words."""
+    skipped = f", {len(report['skipped'])} inputs skipped" if report["skipped"] else ""
+    rate = report["measured"] / max(report["seconds"], 0.1)
+    return f"{report['measured']} images measured{skipped}, {rate:.0f} images/s"
+
+
+class Measurements:
+    """Complete files of measurements, of all parts of a source.
+
+    Attributes:
+      images: number of images of the source, with those that could not be read.
+      names: the digest of their names.
+      measured: number of measurements.
+      skipped: what could not be read: {"input", "reason"} of each.
+      scores: names of the scores of each measurement.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        """Reads the reports of the files.
+
+        Raises:
+          UserError: naming the file, if it is incomplete or another part is missing; if the files are of several
+            sources.
+        """
+        reports = [(_report(path), path) for path in paths]
+        check_parts(paths)
+        first = {**reports[0][0]["identity"], "shard": ""}
+        for report, path in reports[1:]:
+            if {**report["identity"], "shard": ""} != first or report["identity"]["shard"] == "0/1":
+                raise UserError(f"{path} and {paths[0]} are no parts of one source with the same scores")
+        reports.sort(key=lambda found: int(found[0]["identity"]["shard"].partition("/")[0]))
+        self._paths = [path for _, path in reports]
+        self.images, self.names, self.scores = first["images"], first["names"], tuple(first["scores"])
+        self.measured = sum(report["measured"] for report, _ in reports)
+        # Each part lists the whole source, and reports what it cannot list.
+        self.skipped = list({entry["input"]: entry for report, _ in reports for entry in report["skipped"]}.values())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields the measurements of all parts in order.
+
+        Raises:
+          UserError: naming FILE:LINE, if a line is no measurement.
+        """
+        count = 0
+        for path in self._paths:
+            for number, line in read_lines(path):
+                try:
+                    yield orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: not JSON ({error})") from None
+                count += 1
+        if count != self.measured:
+            raise UserError(f"{', '.join(self._paths)}: have {count} lines, but the reports say {self.measured}")
+
+
+def _report(path: str) -> dict[str, Any]:
+    size = file_version(path)["size"]
+    try:
+        report = read_json(f"{path}.report.json", _REPORT)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is not complete, or its {path}.report.json is missing") from None
+    if report["identity"]["version"] != _VERSION:
+        raise UserError(f"{path}: is of another version of tokenizer.filter: measure again")
+    if report["bytes"] != size:
+        raise UserError(f"{path}: has {size} bytes, but {path}.report.json says {report['bytes']}: copy it again")
+    return report
