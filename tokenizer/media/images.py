@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, features
 
 from EasyLM import storage
 from EasyLM.errors import UserError
-from tokenizer.media import sample_values
+from tokenizer.media import colours, sample_values
 
 ImageFile = str | os.PathLike | BinaryIO
 
@@ -36,7 +36,6 @@ IMAGE_EXTENSIONS = (
     *(extension for _, extensions in _AVAILABLE_FORMATS for extension in extensions),
 )
 _BLOCK_BYTES = 1 << 20
-_HDR_TRANSFERS = (b"\x10", b"\x12")  # PQ and HLG, by their numbers in ITU-T H.273
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # By EXIF orientation. (Pillow's exif_transpose also rewrites the other EXIF entries, and fails if one is malformed.)
 _ORIENTATIONS = {
@@ -62,8 +61,8 @@ def load(path: ImageFile, size: int) -> np.ndarray:
 def read(path: ImageFile, size: int) -> np.ndarray:
     """Reads an image as RGB bytes, resized (bicubic, without keeping the aspect ratio) to uint8 [size,size,3].
 
-    Applies the EXIF orientation, composites transparency over white, takes the first frame of an animation, converts an
-    embedded colour profile to sRGB, and scales gray of more than 8 bits by its largest possible value.
+    Applies the EXIF orientation, composites transparency over white, takes the first frame of an animation, converts
+    the colours that the file states to sRGB, and scales gray of more than 8 bits by its largest possible value.
 
     Raises:
       UserError: naming the path, if the file is missing, broken or not an image.
@@ -91,7 +90,8 @@ def prepare(image: Image.Image) -> None:
     """Checks and corrects what Pillow does not. Call it on an opened image before its pixels are loaded.
 
     Raises:
-      ValueError: if a PNG file is damaged, a PNG or AVIF file is HDR, or the values of a TIFF file are signed.
+      ValueError: if a PNG file is damaged, a PNG or AVIF file is HDR or has an unknown transfer function, or the values
+        of a TIFF file are signed.
     """
     _check_png(image)
     _check_avif(image)
@@ -100,7 +100,7 @@ def prepare(image: Image.Image) -> None:
 
 
 def _check_png(image: Image.Image) -> None:
-    """Verifies the checksums of the pixel data of a PNG file, and that it is not HDR. Pillow does neither."""
+    """Verifies the checksums of the pixel data of a PNG file, and reads its chunk of colours. Pillow does neither."""
     file = getattr(image, "fp", None)
     if image.format != "PNG" or file is None:
         return
@@ -115,16 +115,16 @@ def _check_png(image: Image.Image) -> None:
             if file.read(4) != struct.pack(">I", crc):
                 raise ValueError("its pixels are damaged: their checksum differs")
         elif kind == b"cICP":
-            colours = file.read(min(length, 4))  # primaries, transfer function, matrix, range
-            _check_transfer(colours[1:2])
-            file.seek(length - len(colours) + 4, os.SEEK_CUR)
+            content = file.read(min(length, 4))  # primaries, transfer function, matrix, range
+            _set_colours(image, content[:1], content[1:2])
+            file.seek(length - len(content) + 4, os.SEEK_CUR)
         else:
             file.seek(length + 4, os.SEEK_CUR)
     file.seek(position)
 
 
 def _check_avif(image: Image.Image) -> None:
-    """Checks that an AVIF file is not HDR, by the box that names its colours."""
+    """Reads the box of an AVIF file that names its colours."""
     file = getattr(image, "fp", None)
     if image.format != "AVIF" or file is None:
         return
@@ -132,14 +132,22 @@ def _check_avif(image: Image.Image) -> None:
     file.seek(0)
     head = file.read(_BLOCK_BYTES)
     file.seek(position)
-    _, found, colours = head.partition(b"colrnclx")
+    _, found, numbers = head.partition(b"colrnclx")
     if found:  # 16-bit numbers of the primaries and the transfer function
-        _check_transfer(colours[3:4])
+        _set_colours(image, numbers[1:2], numbers[3:4])
+        if "icc_profile" in image.info:  # which describes more, and is preferred in AVIF
+            image.info.pop("cicp", None)
 
 
-def _check_transfer(number: bytes) -> None:
-    if number in _HDR_TRANSFERS:
+def _set_colours(image: Image.Image, primaries: bytes, transfer: bytes) -> None:
+    """Sets the numbers of H.273 of an image's colours. Raises ValueError if they are not supported."""
+    if not primaries or not transfer:
+        return
+    if transfer[0] in (colours.PQ, colours.HLG):
         raise ValueError("its colours are HDR (PQ or HLG): convert it to sRGB")
+    colours.check_transfer(transfer[0])
+    if primaries[0] not in colours.UNKNOWN:
+        image.info["cicp"] = primaries[0], transfer[0]
 
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:

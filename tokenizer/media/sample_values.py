@@ -1,6 +1,6 @@
-"""What the stored values of an image file mean: bit depth, polarity, transparent value, colour profile.
+"""What the stored values of an image file mean: bit depth, polarity, transparent value, colours.
 
-Pillow leaves these to the caller for gray of more than 8 bits and for embedded colour profiles. It also scales gray of
+Pillow leaves these to the caller for gray of more than 8 bits and for colours other than sRGB. It also scales gray of
 fewer bits, and PGM files of any largest value, to whole bytes: that is wrong for label ids, depths and the transparent
 value.
 """
@@ -8,13 +8,17 @@ value.
 import contextlib
 import functools
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageCms
 
+from tokenizer.media import colours
+
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" can hold 32 bits
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two tags
+_SAME_COLOURS = 0.02  # matrices that differ less: PNG files round chromaticities
 _LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")
 
 
@@ -114,13 +118,28 @@ def check_labels(image: Image.Image, ids: np.ndarray) -> None:
 
 
 def to_srgb(rgb: Image.Image, image: Image.Image) -> Image.Image:
-    """Converts RGB pixels of an opened image to sRGB by its embedded ICC profile.
+    """Converts RGB pixels of an opened image to sRGB, by what its file says about its colours.
 
-    Ignores a malformed profile, and one for other colours than the image has.
+    Of several statements the first counts, as in the PNG specification (third edition, 4.3): numbers of H.273
+    (`info["cicp"]`, which `images.prepare` sets), an ICC profile, sRGB, the gamma and primaries of a PNG file. Ignores
+    a malformed profile or chunk, and a profile for other colours than the image has.
     """
+    if "cicp" in image.info:
+        primaries, _ = image.info["cicp"]
+        return _by_light(rgb, colours.srgb_light, colours.wide_to_srgb(primaries))
+    converted = _by_profile(rgb, image)
+    if converted is not None:
+        return converted
+    if image.format != "PNG" or "srgb" in image.info:
+        return rgb
+    return _by_light(rgb, _gamma_light(image.info.get("gamma", 0)), _png_primaries(image))
+
+
+def _by_profile(rgb: Image.Image, image: Image.Image) -> Image.Image | None:
+    """Converts by the embedded ICC profile. None: there is no valid one for the image's colours."""
     profile = image.info.get("icc_profile")
     if not profile:
-        return rgb
+        return None
     is_gray = image.mode in ("1", "L", "LA", *SIXTEEN_BIT_MODES)
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -129,7 +148,46 @@ def to_srgb(rgb: Image.Image, image: Image.Image) -> Image.Image:
             return ImageCms.profileToProfile(rgb.getchannel(0), source, _srgb(), outputMode="RGB") or rgb
         if space == "RGB" and not is_gray and "sRGB" not in ImageCms.getProfileDescription(source):
             return ImageCms.profileToProfile(rgb, source, _srgb(), outputMode="RGB") or rgb
-    return rgb
+        if space == "RGB":
+            return rgb
+    return None
+
+
+def _gamma_light(gamma: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the function from signals of a PNG file to light. Its gamma is the exponent from light to signals.
+
+    1/2.2 stands for sRGB. As in libpng, so do values that make a difference of less than 5 percent to it.
+    """
+    if gamma <= 0 or abs(2.2 * gamma - 1) < 0.05:
+        return colours.srgb_light
+    return lambda signal: signal ** (1 / gamma)
+
+
+def _png_primaries(image: Image.Image) -> np.ndarray | None:
+    """Returns the matrix to linear sRGB of a PNG file's primaries. None: there are none, or almost those of sRGB.
+
+    Primaries without a gamma are not used: the light is not known.
+    """
+    values = image.info.get("chromaticity", ())
+    if len(values) != 8 or "gamma" not in image.info:
+        return None
+    white, red, green, blue = (values[i : i + 2] for i in range(0, 8, 2))
+    with contextlib.suppress(ValueError):
+        matrix = colours.primaries_to_srgb(red, green, blue, white)
+        return None if np.abs(matrix - np.eye(3)).max() < _SAME_COLOURS else matrix
+    return None
+
+
+def _by_light(
+    rgb: Image.Image, to_light: Callable[[np.ndarray], np.ndarray], to_srgb_33: np.ndarray | None
+) -> Image.Image:
+    """Converts RGB pixels to sRGB by their light and, if it is not sRGB's, the matrix of their primaries."""
+    if to_light is colours.srgb_light and to_srgb_33 is None:
+        return rgb
+    light_HW3 = to_light(np.arange(256) / 255)[np.asarray(rgb)]
+    if to_srgb_33 is not None:
+        light_HW3 = light_HW3 @ to_srgb_33.T
+    return Image.fromarray(np.round(255 * colours.srgb_signal(light_HW3)).astype(np.uint8))
 
 
 def cmyk_to_srgb(image: Image.Image) -> Image.Image:
