@@ -24,6 +24,8 @@ from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
 
 _NAMES_AT_A_TIME = 4096  # rows
+# Columns of row groups that stay in memory, of all files together. A row group can have hundreds of megabytes.
+_CACHED_CHUNKS = 4
 _Table = tuple[int, str, str, tuple[str, ...], int]  # number of the file, path, version, image columns, rows
 
 
@@ -118,31 +120,35 @@ def read_values(path: str, row: int, columns: tuple[str, ...]) -> dict[str, Any]
 
 
 class _Parquet:
-    """A parquet file. Reading a cell reads its row group, of which the last two stay in memory."""
+    """A parquet file. Reading a cell reads its column of its row group."""
 
-    def __init__(self, file: Any):
+    def __init__(self, path: str, version: str):
         import pyarrow.parquet
 
-        self._file = pyarrow.parquet.ParquetFile(file)
+        self._key = path, version
+        self._file = pyarrow.parquet.ParquetFile(open_binary(path) if is_remote(path) else path)
         metadata = self._file.metadata
         self.schema, self.num_rows = self._file.schema_arrow, metadata.num_rows
         self._starts = np.cumsum([0] + [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
-        self._group = functools.lru_cache(2)(lambda i, *names: self._file.read_row_group(i, columns=list(names)))
 
     def cell(self, row: int, column: str) -> Any:
         """Returns a cell as a scalar of pyarrow."""
         group, row = self._place(row)
-        return self._group(group, column)[column][row]
+        return _read_chunk(*self._key, group, (column,))[column][row]
 
     def values(self, row: int, columns: tuple[str, ...]) -> dict[str, Any]:
         """Returns the values of a row."""
         group, row = self._place(row)
-        return self._group(group, *columns).slice(row, 1).to_pylist()[0] if columns else {}
+        return _read_chunk(*self._key, group, columns).slice(row, 1).to_pylist()[0] if columns else {}
 
     def _place(self, row: int) -> tuple[int, int]:
         """Returns the row group of a row, and its number there."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         return group, row - int(self._starts[group])
+
+    def read_chunk(self, group: int, columns: tuple[str, ...]) -> Any:
+        """Reads columns of a row group."""
+        return self._file.read_row_group(group, columns=list(columns))
 
     def paths(self, column: str) -> Iterator[list[str | None]]:
         """Yields the paths of a column of structs."""
@@ -158,12 +164,14 @@ class _Arrow:
 
         self._table = pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
         self.schema, self.num_rows = self._table.schema, self._table.num_rows
-        self._column = functools.cache(self._checked_column)
+        self._checked: set[str] = set()  # columns
 
-    def _checked_column(self, name: str) -> Any:
+    def _column(self, name: str) -> Any:
         """Returns a column. A damaged one would end the process: Arrow trusts the offsets in a file."""
         column = self._table[name]
-        column.validate(full=True)
+        if name not in self._checked:
+            column.validate(full=True)
+            self._checked.add(name)
         return column
 
     def cell(self, row: int, column: str) -> Any:
@@ -194,9 +202,14 @@ def open_table(path: str) -> _Parquet | _Arrow:
 def _open_table(path: str, version: str) -> _Parquet | _Arrow:
     with _names_file(path):
         is_arrow = path.endswith(".arrow")
-        table = _Arrow(path) if is_arrow else _Parquet(open_binary(path) if is_remote(path) else path)
+        table = _Arrow(path) if is_arrow else _Parquet(path, version)
         str(table.schema.names)  # fails if a name is not UTF-8
         return table
+
+
+@functools.lru_cache(_CACHED_CHUNKS)
+def _read_chunk(path: str, version: str, group: int, columns: tuple[str, ...]) -> Any:
+    return _open_table(path, version).read_chunk(group, columns)  # type: ignore[union-attr]  # is a parquet file
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Rows of tables: their names, and cells across row groups and files."""
 
 import collections
+import gc
 import tracemalloc
 
 import pyarrow
@@ -123,3 +124,23 @@ def test_a_damaged_arrow_file_is_an_error_and_does_not_end_the_process(tmp_path)
     path.write_bytes(whole.replace(good, b"\0\0\0\0\xff\xff\xff\x7fpixel"))
     with pytest.raises(UserError, match=r"data.arrow: cannot be read"):
         reading.open_item(f"{path}!0.image")
+
+
+def test_few_row_groups_stay_in_memory(tmp_path):
+    """Of eight files with row groups of a megabyte. A cycle of references would keep them until a collection."""
+    paths = [tmp_path / f"{i}.parquet" for i in range(8)]
+    for i, path in enumerate(paths):
+        write_parquet(path, {"image": [bytes([i]) * (1 << 20)] * 3, "label": [b"%d" % i] * 3}, 1)
+    pool = pyarrow.default_memory_pool()
+    gc.collect()
+    before, most = pool.bytes_allocated(), 0
+    gc.disable()
+    try:
+        for row in range(3):
+            for i, path in enumerate(paths):
+                assert reading.open_item(f"{path}!{row}.image").read() == bytes([i]) * (1 << 20)
+                assert reading.open_item(f"{path}!{row}.label").read() == b"%d" % i
+                most = max(most, pool.bytes_allocated() - before)
+    finally:
+        gc.enable()
+    assert most < 6 << 20
