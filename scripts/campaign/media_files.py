@@ -22,6 +22,7 @@ from EasyLM.errors import UserError
 from tokenizer.builders import views
 from tokenizer.media import folders, images, video_frames, videos
 from tokenizer.media.video_clock import read_clock
+from tokenizer.media.video_file import local_file
 from tokenizer.sources import detection, reading
 
 _SIZE = 24
@@ -179,7 +180,7 @@ def _frames(path: pathlib.Path, times: np.ndarray) -> dict[float, np.ndarray]:
     frames: dict[float, np.ndarray] = {}
     with contextlib.suppress(av.FFmpegError, ValueError, OverflowError), av.open(str(path), **_OPTIONS) as container:
         stream = container.streams.video[0]
-        by_index = read_clock(path).by_index
+        by_index = read_clock(local_file(path)).by_index
         for number, frame in enumerate(container.decode(stream)):
             time = times[min(number, len(times) - 1)] if by_index else (frame.pts or 0) * float(stream.time_base)
             if not frame.is_corrupt:

@@ -75,8 +75,8 @@ def read(group: list[ImageRef], size: int) -> np.ndarray:
     """
     first = group[0]
     if first.seconds is not None:
-        with reading.local_path(first.path, first.location) as path:
-            return images.to_uint8(videos.read(path, [ref.seconds for ref in group if ref.seconds is not None], size))
+        video = reading.video_file(first.path, first.location)
+        return images.to_uint8(videos.read(video, [ref.seconds for ref in group if ref.seconds is not None], size))
     return np.stack([VIEWS[ref.view](reading.open_item(ref.path, ref.location), size, ref.argument) for ref in group])
 
 
@@ -86,5 +86,4 @@ def timestamps(ref: ImageRef) -> np.ndarray:
     Raises:
       UserError: naming the path, if it cannot be read.
     """
-    with reading.local_path(ref.path, ref.location) as path:
-        return videos.timestamps(path)
+    return videos.timestamps(reading.video_file(ref.path, ref.location))

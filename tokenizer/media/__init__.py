@@ -4,11 +4,15 @@ Import the modules as namespaces: `from tokenizer.media import images`.
 
   images         one image file: decode to RGB pixels, encode as PNG, write atomically
   sample_values  what the stored values of an image file mean (used by images)
+  colours        other primaries and transfer functions to sRGB (used by sample_values, video_frames)
   folders        list a folder's files, match them by stem, sort names in natural order
   grids          several images as one
-  videos         frame times of a video file, and the frames at given times
+  videos         frame times and scenes of a video file, and the frames at given times
+  video_file     VideoFile: a local file or a member of a container that FFmpeg can open
   video_clock    frame times and seek points, from packets or by decoding (used by videos)
+  video_decoder  decodes selected frames, and keeps the file open for the next ones (used by videos)
   video_frames   decoded frames to upright sRGB pixels (used by videos)
+  video_cuts     hard cuts, from the colours of the frames (used by videos)
   video_writer   frames to an MP4 or GIF file
   charts         matplotlib figures: creation, common style, atomic save
 

@@ -4,35 +4,34 @@ Times come from packets where packet times are exact, so the file is read but no
 """
 
 import collections
-import contextlib
 import dataclasses
 import fractions
 import functools
 import itertools
 import os
+import re
 import struct
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from EasyLM.errors import UserError, check_installed
+from EasyLM.errors import UserError
+from tokenizer.media.video_file import VideoFile, open_video
 
 # Codecs with one shown frame per packet, at the packet's time. (VP8, for example, has packets that are never shown.)
 _ONE_FRAME_PER_PACKET = {"h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "prores", "ffv1"}
-# Formats (FFmpeg's names) that hold their frames themselves. Playlists name further files, which can be pipes.
-_FORMATS = (
-    "asf,avi,av1,dv,flv,gif,gxf,h263,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,vvc,"
-    "wtv,yuv4mpegpipe"
-)
 # Formats with an index of their frames. Other formats are decoded from the beginning: after a seek
 # their frames can have other time stamps.
 _MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 _INDEXED_FORMATS = {_MP4, "matroska,webm", "avi"}
+# Formats of which FFmpeg reads the first of joined files only: how the next one begins.
+_NEXT_FILE = {
+    "flv": rb"FLV\x01.\0\0\0\x09",
+    "asf": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c",
+}
+_MOST_HEADER_BYTES, _BLOCK_BYTES = 15, 1 << 20
 _DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end; less is rounding
-_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of a frame: the limit that Pillow has for image files
 _CACHED_CLOCKS = 16  # a build reads the times of a video, then its frames, possibly several times
 
 
@@ -52,72 +51,33 @@ class VideoClock:
     by_index: bool
     tick_seconds: fractions.Fraction
 
-
-def import_av() -> ModuleType:
-    """Imports PyAV. Raises UserError naming the extra if it is not installed."""
-    check_installed("a video file", "video", "av")
-    import av
-
-    return av
-
-
-@contextlib.contextmanager
-def open_video(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
-    """Opens a file as (container, video stream). Converts errors of PyAV inside the context to UserErrors."""
-    av = import_av()
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    # Titles can have any encoding. Without this argument, PyAV 18 and older accept only UTF-8.
-    arguments = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-    try:
-        # FFmpeg takes the part of a relative path before a colon for a protocol.
-        with av.open(os.path.abspath(path), options={"format_whitelist": _FORMATS}, **arguments) as container:
-            if not container.streams.video:
-                raise UserError(f"{path}: has no video stream")
-            if container.streams.video[0].codec_context is None:
-                raise UserError(f"{path}: its video stream has an unknown codec")
-            width, height = (getattr(container.streams.video[0].codec_context, name) for name in ("width", "height"))
-            if width * height > _MAX_PIXELS:
-                raise UserError(f"{path}: frames of {width}x{height} pixels, more than {_MAX_PIXELS}")
-            if container.streams.video[0].codec_context.name == "mjpeg":
-                # Otherwise the decoder fills the damaged part of a frame with anything, and does not say so.
-                container.streams.video[0].codec_context.options = {"err_detect": "explode"}
-            yield container, container.streams.video[0]
-    except UserError:
-        raise
-    except (av.FFmpegError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a readable video ({error})") from error
-
-
-def read_clock(path: str | os.PathLike) -> VideoClock:
-    """Reads the clock of a file. Clocks are cached until the file changes.
-
-    Raises:
-      UserError: naming the path, if the file is missing, broken or truncated, or has no frame.
-    """
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: no such file" if isinstance(error, FileNotFoundError) else str(error)) from None
-    return _read_clock(os.fspath(path), stat.st_size, stat.st_mtime_ns)
+    @property
+    def seconds(self) -> np.ndarray:
+        """The time of each frame, float64 [n]."""
+        return self.ticks * float(self.tick_seconds)
 
 
 @functools.lru_cache(_CACHED_CLOCKS)
-def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
-    with open_video(path) as (container, stream):
+def read_clock(video: VideoFile) -> VideoClock:
+    """Reads the clock of a file. Clocks are cached.
+
+    Raises:
+      UserError: naming the file, if it is broken or truncated, or has no frame.
+    """
+    with open_video(video) as (container, stream):
         if container.format.name == _MP4:
-            _check_is_one_movie(path)
+            _check_is_one_movie(video)
         container_format, rate, tick_seconds = container.format.name, stream.average_rate, stream.time_base
         # AVI has no time stamps. FFmpeg's are guesses if frames are decoded in another order than shown.
         by_index = container_format == "avi" and bool(stream.codec_context.has_b_frames) and bool(rate)
-        packets = _read_packets(path, container, stream)
+        packets, end = _read_packets(video.name, container, stream)
         ticks = [packet.tick for packet in packets]
         seek_points = [packet.tick for packet in packets if packet.is_key and packet.tick is not None]
         has_one_clock = _are_ascending([packet.decode_tick for packet in packets if packet.decode_tick is not None])
         is_unique = None not in ticks and len(set(ticks)) == len(ticks)
         is_exact = stream.codec_context.name in _ONE_FRAME_PER_PACKET and has_one_clock and is_unique
     if by_index or not is_exact:
-        with open_video(path) as (container, stream):
+        with open_video(video) as (container, stream):
             ticks = [frame.pts for frame in container.decode(stream)]
         if by_index:
             ticks, tick_seconds = [*range(len(ticks))], 1 / rate
@@ -125,26 +85,43 @@ def _read_clock(path: str, size: int, modified_ns: int) -> VideoClock:
             ticks, by_index = [*_continuous(ticks)], True
     if by_index or container_format not in _INDEXED_FORMATS:
         seek_points = []
+    _check_is_one_file(video, container_format, end)
     if not ticks:
-        raise UserError(f"{path}: its video stream has no frame")
+        raise UserError(f"{video.name}: its video stream has no frame")
     ticks_n = np.unique(np.array(ticks, np.int64))
     return VideoClock(ticks_n, np.union1d(ticks_n[:1], np.array(seek_points, np.int64)), by_index, tick_seconds)
 
 
-def _check_is_one_movie(path: str) -> None:
+def _check_is_one_movie(video: VideoFile) -> None:
     """Raises UserError if an MP4 file consists of joined files, of which FFmpeg reads the first one only."""
     kinds: collections.Counter[bytes] = collections.Counter()
-    with open(path, "rb") as file:
+    with video.open() as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(0)
         while len(header := file.read(16)) >= 8:
             size, kind = struct.unpack(">I4s", header[:8])
             if size == 1:  # the size follows in 64 bits
                 size = int.from_bytes(header[8:])
-            if not 8 <= size <= os.path.getsize(path):  # 0: up to the end of the file; others are damaged
+            if not 8 <= size <= end:  # 0: up to the end of the file; others are damaged
                 break
             kinds[kind] += 1
             file.seek(size - len(header), os.SEEK_CUR)
     if kinds[b"moov"] > 1 and not kinds[b"moof"]:  # fragments (moof) of repeated headers are read
-        raise UserError(f"{path}: consists of {kinds[b'moov']} joined files: give them as separate files")
+        raise UserError(f"{video.name}: consists of {kinds[b'moov']} joined files: give them as separate files")
+
+
+def _check_is_one_file(video: VideoFile, container_format: str, end: int) -> None:
+    """Raises UserError if another file follows the last packet that FFmpeg has read, and ends at byte `end`."""
+    header = _NEXT_FILE.get(container_format)
+    if header is None:
+        return
+    with video.open() as file:
+        file.seek(end)
+        block = b""
+        while data := file.read(_BLOCK_BYTES):
+            block = block[-_MOST_HEADER_BYTES:] + data
+            if re.search(header, block, re.DOTALL):
+                raise UserError(f"{video.name}: consists of joined files: give them as separate files")
 
 
 def _are_ascending(ticks: Sequence[int | None]) -> bool:
@@ -181,16 +158,17 @@ class _Packet(NamedTuple):
     is_key: bool
 
 
-def _read_packets(path: str, container: Any, stream: Any) -> list[_Packet]:
-    """Returns the shown packets without their data, to save memory.
+def _read_packets(name: str, container: Any, stream: Any) -> tuple[list[_Packet], int]:
+    """Returns the shown packets, without their data to save memory, and the byte at which the last packet ends.
 
     Raises:
-      UserError: naming the path, if the file is truncated.
+      UserError: naming the file, if it is truncated.
     """
-    shown, count, end = [], 0, 0.0
+    shown, count, end, last_byte = [], 0, 0.0, 0
     for packet in container.demux():
         if packet.dts is None and not packet.size:
             continue  # PyAV's end marker
+        last_byte = max(last_byte, (packet.pos or 0) + packet.size)
         if packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream.index == stream.index:
@@ -198,8 +176,8 @@ def _read_packets(path: str, container: Any, stream: Any) -> list[_Packet]:
             if packet.size and not packet.is_discard:
                 shown.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
     if count < stream.frames:
-        raise UserError(f"{path}: is truncated: it has {count} of {stream.frames} frames")
+        raise UserError(f"{name}: is truncated: it has {count} of {stream.frames} frames")
     duration = (container.duration or 0) / 1e6 if container.format.name == "matroska,webm" else 0.0
     if end < duration - _DURATION_TOLERANCE:
-        raise UserError(f"{path}: is truncated: it has {end:.1f} of {duration:.1f} seconds")
-    return shown
+        raise UserError(f"{name}: is truncated: it has {end:.1f} of {duration:.1f} seconds")
+    return shown, last_byte

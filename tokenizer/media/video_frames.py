@@ -1,78 +1,103 @@
-"""Decoded video frames to RGB pixels: colour matrix and range, HDR and wide colours to sRGB, orientation.
+"""Decoded video frames to RGB pixels: fields, colour matrix and range, HDR and wide colours to sRGB, orientation.
 
 Numbers of colour spaces are those of ITU-T H.273, which FFmpeg and all containers use.
 """
 
+import fractions
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tokenizer.media import images
+from tokenizer.media import colours, images
+from tokenizer.media.video_file import MAX_PIXELS, import_av
 
-_UNKNOWN = (2, 3)  # unspecified, reserved
-_BT709, _BT601, _BT2020 = 1, 6, 9  # matrices; the last one also primaries
-_MATRICES = (0, _BT709, *_UNKNOWN, 4, 5, _BT601, 7, _BT2020)  # those that swscale converts to RGB
-_PQ, _HLG = 16, 18
-# Transfer functions of standard dynamic range. Screens show them almost as sRGB.
-_SDR_TRANSFERS = (1, *_UNKNOWN, 4, 5, 6, 7, 11, 12, 13, 14, 15)
-# From linear light of wide primaries to that of sRGB: BT.2020 (matrix of ITU-R BT.2087) and P3 with a D65 white.
-_TO_SRGB_PRIMARIES = {
-    _BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
-    12: ((1.2249, -0.2247, 0.0), (-0.0420, 1.0419, 0.0), (-0.0197, -0.0786, 1.0979)),
-}
+_BT709, _BT601 = 1, 6  # matrices
+_MATRICES = (0, _BT709, *colours.UNKNOWN, 4, 5, _BT601, 7, colours.BT2020)  # those that swscale converts to RGB
 _WHITE_NITS = 203  # HDR white of ITU-R BT.2408, which becomes the white of sRGB; brighter light is clipped
 _HLG_PEAK_NITS, _HLG_GAMMA = 1000, 1.2  # the reference display of ITU-R BT.2100
 
 
-def to_pixels(frame: Any, size: int | None) -> np.ndarray:
+def to_pixels(frame: Any, size: int | None, pixel_aspect: fractions.Fraction = fractions.Fraction(1)) -> np.ndarray:
     """Converts a frame of PyAV to upright sRGB, resized as `images.read` does: float32 [height,width,3] in [0, 1].
 
     Untagged YUV has the matrix of BT.2020 if it is HDR, of BT.709 if it has HD size, otherwise of BT.601. HDR white
-    becomes white. Frames with an alpha channel are composited over white.
+    becomes white. Frames with an alpha channel are composited over white. An interlaced frame is its first field.
+
+    Args:
+      frame: the frame.
+      size: the side of the result. None: the size at which the frame is shown.
+      pixel_aspect: width by height of the stored pixels. Not square ones are enlarged in one direction.
 
     Raises:
-      ValueError: if a colour matrix or transfer function is not supported.
+      ValueError: if a colour matrix or transfer function is not supported, or the frame would be shown too large.
     """
-    is_hdr = frame.color_trc in (_PQ, _HLG)
+    matrix = display_matrix(frame)
+    if frame.interlaced_frame:
+        frame = first_field(frame)
+    width_height = (size, size) if size is not None else _shown_size(frame, pixel_aspect)
+    is_hdr = frame.color_trc in (colours.PQ, colours.HLG)
     is_yuv = len(frame.format.components) >= 3 and not frame.format.is_rgb
-    if is_yuv and frame.colorspace in _UNKNOWN:
+    if is_yuv and frame.colorspace in colours.UNKNOWN:
         is_hd = frame.width >= 1280 or frame.height > 576
-        frame.colorspace = _BT2020 if is_hdr else _BT709 if is_hd else _BT601
+        frame.colorspace = colours.BT2020 if is_hdr else _BT709 if is_hd else _BT601
     if is_yuv and frame.colorspace not in _MATRICES:
         raise ValueError(f"its colour matrix (number {frame.colorspace} of H.273) is not supported")
-    if not is_hdr and frame.color_trc not in _SDR_TRANSFERS:
-        raise ValueError(f"its transfer function (number {frame.color_trc} of H.273) is not supported")
-    primaries = _BT2020 if is_hdr and frame.color_primaries in _UNKNOWN else frame.color_primaries
-    if is_hdr or primaries in _TO_SRGB_PRIMARIES:
-        pixels_HW3 = _resize(frame.to_ndarray(format="gbrp16le").astype(np.float32) / 65535, size)
-        return upright(_to_srgb(pixels_HW3, frame.color_trc, primaries), display_matrix(frame))
+    if not is_hdr:
+        colours.check_transfer(frame.color_trc)
+    primaries = frame.color_primaries
+    primaries = colours.BT2020 if is_hdr and primaries in colours.UNKNOWN else primaries
+    to_srgb_33 = colours.wide_to_srgb(primaries)
+    if is_hdr or to_srgb_33 is not None:
+        pixels_HW3 = _resize(frame.to_ndarray(format="gbrp16le").astype(np.float32) / 65535, width_height)
+        return upright(_to_srgb(pixels_HW3, frame.color_trc, to_srgb_33), matrix)
     has_alpha = any(component.is_alpha for component in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
-    return upright(images.to_pixels(image, size), display_matrix(frame))
+    if size is None and image.size != width_height:
+        image = image.resize(width_height, Image.Resampling.BICUBIC)
+    return upright(images.to_pixels(image, size), matrix)
 
 
-def _resize(pixels_HW3: np.ndarray, size: int | None) -> np.ndarray:
-    if size is None:
+def first_field(frame: Any) -> Any:
+    """Returns an interlaced frame with the lines of its first field, and interpolated lines between them.
+
+    A frame is shown from the time of its first field. Its other field shows a later moment. FFmpeg's `estdif` looks at
+    this frame alone, so that the result does not depend on where decoding began.
+    """
+    graph = import_av().filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=fractions.Fraction(1, 1000)
+    )
+    graph.link_nodes(source, graph.add("estdif", "mode=frame:deint=all"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    graph.push(None)
+    return graph.pull()
+
+
+def _shown_size(frame: Any, pixel_aspect: fractions.Fraction) -> tuple[int, int]:
+    """Returns the width and height at which a frame is shown, before it is turned."""
+    width, height = frame.width, frame.height
+    width, height = (round(width * pixel_aspect), height) if pixel_aspect > 1 else (width, round(height / pixel_aspect))
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"is shown at {width}x{height} pixels, more than {MAX_PIXELS}")
+    return width, height
+
+
+def _resize(pixels_HW3: np.ndarray, width_height: tuple[int, int]) -> np.ndarray:
+    if pixels_HW3.shape[1::-1] == width_height:
         return pixels_HW3
     channels = [Image.fromarray(channel) for channel in pixels_HW3.transpose(2, 0, 1)]
-    resized = [np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)) for channel in channels]
+    resized = [np.asarray(channel.resize(width_height, Image.Resampling.BICUBIC)) for channel in channels]
     return np.clip(np.stack(resized, axis=-1), 0, 1)
 
 
-def _to_srgb(signal_HW3: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
-    """Converts RGB of a transfer function and primaries to sRGB, all in [0, 1]."""
-    decode = {_PQ: _pq_light, _HLG: _hlg_light}.get(transfer, _srgb_light)
+def _to_srgb(signal_HW3: np.ndarray, transfer: int, to_srgb_33: np.ndarray | None) -> np.ndarray:
+    """Converts RGB of a transfer function to sRGB, all in [0, 1], by the matrix of its primaries if they are wide."""
+    decode = {colours.PQ: _pq_light, colours.HLG: _hlg_light}.get(transfer, colours.srgb_light)
     light_HW3 = decode(signal_HW3.astype(np.float64))
-    if primaries in _TO_SRGB_PRIMARIES:
-        light_HW3 = light_HW3 @ np.array(_TO_SRGB_PRIMARIES[primaries]).T
-    light_HW3 = np.clip(light_HW3, 0, 1)
-    signal_HW3 = np.where(light_HW3 <= 0.0031308, 12.92 * light_HW3, 1.055 * light_HW3 ** (1 / 2.4) - 0.055)
-    return signal_HW3.astype(np.float32)
-
-
-def _srgb_light(signal: np.ndarray) -> np.ndarray:
-    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+    if to_srgb_33 is not None:
+        light_HW3 = light_HW3 @ to_srgb_33.T
+    return colours.srgb_signal(light_HW3).astype(np.float32)
 
 
 def _pq_light(signal: np.ndarray) -> np.ndarray:

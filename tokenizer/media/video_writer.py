@@ -9,7 +9,7 @@ from PIL import Image
 
 from EasyLM.errors import UserError
 from EasyLM.storage import atomic_path
-from tokenizer.media.video_clock import import_av
+from tokenizer.media.video_file import import_av
 
 WRITABLE_EXTENSIONS = (".mp4", ".gif")
 MAX_FPS = 1000

@@ -3,17 +3,15 @@
 Worker processes import this module, so it must not import JAX.
 """
 
-import contextlib
+import functools
 import io
 import os
 import re
-import tempfile
-from collections.abc import Iterator
 
-from EasyLM.errors import UserError
-from EasyLM.storage import is_remote
+from EasyLM.storage import file_version, is_remote
+from tokenizer.media.video_file import VideoFile, local_file
 from tokenizer.sources import tables, tars
-from tokenizer.sources.remote import read_range
+from tokenizer.sources.remote import RangeFile, read_range
 
 _MEMBER = re.compile(r"(.+?\.(?:tar|parquet|arrow))!(.+)", re.DOTALL | re.IGNORECASE)
 
@@ -23,7 +21,7 @@ class ItemFile(io.BytesIO):
 
     def __init__(self, data: bytes, address: str):
         super().__init__(data)
-        self.address = address
+        self.address = self.name = address  # FFmpeg looks at the extension of `name`
 
     def __str__(self) -> str:
         return self.address
@@ -70,21 +68,21 @@ def read_bytes(address: str, location: str = "") -> bytes:
     return read_range(item) if isinstance(item, str) else item.getvalue()
 
 
-@contextlib.contextmanager
-def local_path(address: str, location: str = "") -> Iterator[str]:
-    """Makes an item a local file while the context is open. Errors raised inside name the item, not the file.
+def video_file(address: str, location: str = "") -> VideoFile:
+    """Returns a video that is read where it is, without a copy of a member of a tar or of a remote file.
 
     Raises:
-      UserError: see `open_item`.
+      UserError: naming the item, if it does not exist.
     """
-    item = open_item(address, location)
-    if isinstance(item, str):
-        yield item
-        return
-    with tempfile.NamedTemporaryFile(suffix=os.path.splitext(address)[1]) as file:
-        file.write(item.getbuffer())
-        file.flush()
-        try:
-            yield file.name
-        except UserError as error:
-            raise UserError(str(error).replace(file.name, address)) from error
+    container = container_of(address)
+    if container == address and not is_remote(address):
+        return local_file(address)
+    status = file_version(container)
+    start, size = 0, status["size"]
+    if container != address:
+        member = address[len(container) + 1 :]
+        if not container.lower().endswith(".tar"):
+            cell = functools.partial(tables.read_cell, container, member)
+            return VideoFile(address, str(status), lambda: ItemFile(cell(), address))
+        start, size = tars.find_member(container, member, location)
+    return VideoFile(address, str(status), lambda: RangeFile(container, start, size, address))  # type: ignore[return-value, arg-type]

@@ -1,15 +1,16 @@
-"""Files of remote file systems: listing folders, reading ranges. fsspec reads them."""
+"""Files of remote file systems: listing folders, reading ranges, also of local files. fsspec reads them."""
 
 import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from EasyLM.errors import UserError
-from EasyLM.storage import is_remote, remote_file_system
+from EasyLM.storage import is_remote, open_binary, remote_file_system
 from tokenizer.media import folders
 from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
@@ -105,6 +106,60 @@ def read_range(path: str, start: int = 0, size: int | None = None) -> bytes:
     if size is not None and len(data) != size:
         raise UserError(f"{path}: ends at byte {start + len(data)}; it was longer when it was listed")
     return data
+
+
+class RangeFile(io.RawIOBase):
+    """`size` bytes from `start` of a local or remote file, as a file of their own.
+
+    Attributes:
+      name: what errors call it. Its extension tells FFmpeg the format where the bytes do not.
+    """
+
+    def __init__(self, path: str, start: int, size: int, name: str):
+        """Raises UserError naming the file, if it cannot be opened."""
+        super().__init__()
+        self.name, self._start, self._size, self._position = name, start, size, 0
+        with self._names_errors():
+            self._file = open_binary(path)
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Sets the position, which can be behind the end."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(origin + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads up to the length of the buffer. Raises UserError naming the file, if it cannot be read."""
+        count = max(0, min(len(buffer), self._size - self._position))
+        with self._names_errors():
+            self._file.seek(self._start + self._position)
+            data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    @contextlib.contextmanager
+    def _names_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # each package has its own errors of credentials and connections
+            raise UserError(f"{self.name}: cannot be read ({_first_line(error)})") from error
 
 
 def is_folder(path: str) -> bool:

@@ -194,15 +194,25 @@ def read_member(path: str, name: str, location: str) -> bytes:
     Raises:
       UserError: naming the member, if it cannot be read.
     """
+    offset, size = find_member(path, name, location)
+    try:
+        return read_range(path, offset, size)
+    except UserError as error:
+        raise UserError(f"{path}!{name}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def find_member(path: str, name: str, location: str) -> tuple[int, int]:
+    """Returns the offset and the size of a member, from its location or, without one, by its name.
+
+    Raises:
+      UserError: naming the member, if there is none.
+    """
     if not location:
         location = _locations(path, str(file_version(path))).get(name, "")
         if not location:
             raise UserError(f"{path}!{name}: no such member")
     offset, _, size = location.partition("+")
-    try:
-        return read_range(path, int(offset), int(size))
-    except UserError as error:
-        raise UserError(f"{path}!{name}: {str(error).removeprefix(f'{path}: ')}") from error
+    return int(offset), int(size)
 
 
 @functools.lru_cache(2)

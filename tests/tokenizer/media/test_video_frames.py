@@ -8,7 +8,7 @@ import pytest
 from video_kit import number_of, numbered_frame, write_planes, write_video
 
 from EasyLM.errors import UserError
-from tokenizer.media import video_clock, videos
+from tokenizer.media import video_file, videos
 
 BT709, UNKNOWN, BT601, BT2020 = 1, 2, 6, 9  # colour matrices of H.273; BT709 and BT2020 are also primaries
 LIMITED, FULL = 1, 2  # FFmpeg's colour ranges
@@ -209,6 +209,21 @@ class TestClocksThatRestart:
         with pytest.raises(UserError, match=r"a\.mp4: consists of 2 joined files"):
             videos.timestamps(tmp_path / "a.mp4")
 
+    @pytest.mark.parametrize(
+        ("name", "codec"),
+        [("a.flv", "libx264"), ("b.flv", "flv"), ("a.wmv", "wmv2"), ("a.asf", "msmpeg4"), ("a.3gp", "mpeg4")],
+    )
+    @pytest.mark.parametrize("shift", [0, 100, 400])
+    def test_joined_files_of_which_ffmpeg_reads_the_first_are_refused(self, tmp_path, name, codec, shift):
+        parts = []
+        for first, start in ((0, 0), (10, shift)):
+            write_video(tmp_path / name, codec, start + np.arange(10) * 40, first=first)
+            assert number_of(videos.read(tmp_path / name, videos.timestamps(tmp_path / name)[:1])[0]) == first
+            parts.append((tmp_path / name).read_bytes())
+        (tmp_path / name).write_bytes(b"".join(parts))
+        with pytest.raises(UserError, match=rf"{name}: consists of (2 )?joined files: give them as separate files"):
+            videos.timestamps(tmp_path / name)
+
     def test_a_stream_without_time_stamps(self, tmp_path):
         write_video(tmp_path / "a.m2v", "mpeg2video", np.arange(30) * 40, g="12", bf="2")
         times = videos.timestamps(tmp_path / "a.m2v")
@@ -228,6 +243,6 @@ class TestClocksThatRestart:
 
 def test_frames_of_absurd_size_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     write_planes(tmp_path / "a.mkv", "ffv1", "yuv420p", [80, 128, 128])
-    monkeypatch.setattr(video_clock, "_MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(video_file, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(UserError, match=r"a\.mkv: frames of 64x48 pixels, more than 3071"):
         videos.timestamps(tmp_path / "a.mkv")

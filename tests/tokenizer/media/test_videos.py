@@ -9,7 +9,7 @@ from PIL import Image
 from video_kit import number_of, numbered_frame, write_video
 
 from EasyLM.errors import UserError
-from tokenizer.media import video_writer, videos
+from tokenizer.media import video_decoder, video_writer, videos
 
 STEADY = np.arange(0, 4000, 50)  # 80 frames, 20 a second
 UNEVEN = np.cumsum(np.random.default_rng(0).integers(10, 300, 80))
@@ -91,27 +91,27 @@ def test_times_in_any_order(folder, name):
 @pytest.mark.parametrize("name", ["b_frames.mp4", "open_gop.mkv", "uneven.webm", "steady.avi"])
 def test_sparse_frames_use_seeks(folder, name, monkeypatch):
     decoded = []
-    decode_from = videos._decode_from
+    decode_from = video_decoder._decode_from
 
     def counting(*arguments):
         for frame in decode_from(*arguments):
             decoded.append(frame)
             yield frame
 
-    monkeypatch.setattr(videos, "_decode_from", counting)
+    monkeypatch.setattr(video_decoder, "_decode_from", counting)
     times = videos.timestamps(folder / name)
     assert numbers(videos.read(folder / name, times[[2, 78]])) == [2, 78]
     assert len(decoded) < 40  # of 80
 
 
 def test_decoding_restarts_from_the_beginning_after_a_seek_past_the_frame(folder, monkeypatch):
-    decode_from = videos._decode_from
+    decode_from = video_decoder._decode_from
 
     def seek_too_far(container, stream, clock, seek_point):
         is_start = seek_point in (None, clock.ticks[0])
         return decode_from(container, stream, clock, seek_point if is_start else clock.seek_points[-1])
 
-    monkeypatch.setattr(videos, "_decode_from", seek_too_far)
+    monkeypatch.setattr(video_decoder, "_decode_from", seek_too_far)
     times = videos.timestamps(folder / "b_frames.mp4")
     assert numbers(videos.read(folder / "b_frames.mp4", times[[30, 31, 50, 79]])) == [30, 31, 50, 79]
 

@@ -1,0 +1,119 @@
+"""Decodes selected frames of a video file in order, and keeps the file open for the next ones.
+
+Without that, the frames of a long file with few key frames, or without an index, would be decoded from its beginning
+again and again. Memory does not grow with the length of the file.
+"""
+
+import contextlib
+import fractions
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenizer.media.video_clock import VideoClock
+from tokenizer.media.video_file import VideoFile, names_errors, open_container
+
+_MOST_IDLE = 2  # a build goes from one video to the next
+_idle: dict[VideoFile, "Decoder"] = {}  # the latest one last
+_lock = threading.Lock()  # of _idle
+
+
+class Decoder:
+    """Decodes frames of a file, of ascending numbers.
+
+    Attributes:
+      pixel_aspect: width by height of the pixels; 1 if the file does not tell.
+    """
+
+    def __init__(self, video: VideoFile, clock: VideoClock):
+        self._clock, self._stack = clock, contextlib.ExitStack()
+        self._container, self._stream = self._stack.enter_context(open_container(video))
+        self.pixel_aspect = self._stream.sample_aspect_ratio or fractions.Fraction(1)
+        self._restart(None)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stack.close()
+
+    def _restart(self, seek_point: int | None) -> None:
+        self._frames = _decode_from(self._container, self._stream, self._clock, seek_point)
+        self._seek_point = seek_point
+        self._latest: tuple[int, Any, bool] | None = None  # what `_decode_from` yielded last
+
+    def has_passed(self, number: int) -> bool:
+        """Whether a frame is before the one that was decoded last."""
+        return self._latest is not None and self._latest[0] > self._clock.ticks[number]
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[tuple[int, Any, bool]]:
+        """Yields (number, frame, whether it is damaged). Omits frames that FFmpeg does not return.
+
+        Args:
+          numbers: of frames, ascending; `has_passed` is False for the first one.
+        """
+        ticks, seek_points = self._clock.ticks, self._clock.seek_points
+        for number in numbers:
+            target = ticks[number]
+            nearest = seek_points[np.searchsorted(seek_points, target, side="right") - 1]
+            if not self._clock.by_index and nearest > (ticks[0] if self._latest is None else self._latest[0]):
+                self._restart(nearest)
+            while self._latest is None or self._latest[0] < target:
+                decoded = next(self._frames, None)
+                missed = decoded is None or (self._latest is None and (decoded[0] > target or not decoded[1].key_frame))
+                if self._seek_point is not None and missed:
+                    # Some formats seek only approximately: decode from the beginning instead.
+                    self._restart(ticks[0])
+                    self._seek_point = None
+                elif decoded is None:
+                    return
+                else:
+                    self._latest = decoded
+            if self._latest[0] == target:
+                yield number, *self._latest[1:]
+
+
+@contextlib.contextmanager
+def open_decoder(video: VideoFile, clock: VideoClock, first: int) -> Iterator[Decoder]:
+    """Provides a decoder for frames from number `first` on: one that has not passed it, or a new one.
+
+    If the context ends without an error, the decoder stays open for the next call.
+
+    Raises:
+      UserError: naming the file, for errors of PyAV inside the context.
+    """
+    with _lock:
+        decoder = _idle.pop(video, None)
+    if decoder is not None and decoder.has_passed(first):
+        decoder.close()
+        decoder = None
+    with names_errors(video.name):
+        decoder = decoder or Decoder(video, clock)
+        try:
+            yield decoder
+        except BaseException:
+            decoder.close()
+            raise
+    with _lock:
+        unused = [_idle.pop(video, None)]  # of another thread
+        _idle[video] = decoder
+        unused += [_idle.pop(oldest) for oldest in list(_idle)[:-_MOST_IDLE]]
+    for other in filter(None, unused):
+        other.close()
+
+
+def _decode_from(
+    container: Any, stream: Any, clock: VideoClock, seek_point: int | None
+) -> Iterator[tuple[int, Any, bool]]:
+    """Yields (tick, frame, whether it is damaged) from a seek point on. None: from the current position in the file.
+
+    A decoder marks only the damaged frame itself. Those after it, up to the next key frame, are predicted from it.
+    """
+    if seek_point is not None:
+        container.seek(int(seek_point), stream=stream)
+    is_damaged = False
+    for i, frame in enumerate(container.decode(stream)):
+        is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
+        tick = int(clock.ticks[min(i, len(clock.ticks) - 1)]) if clock.by_index else frame.pts
+        if tick is not None:
+            yield tick, frame, is_damaged

@@ -1,0 +1,103 @@
+"""A video as something that FFmpeg can open: a local file, or the bytes of a member of a container."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from EasyLM.errors import UserError, check_installed
+
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of a frame: the limit that Pillow has for image files
+# Formats (FFmpeg's names) that hold their frames themselves. Playlists name further files, which can be pipes.
+_FORMATS = (
+    "asf,avi,av1,dv,flv,gif,gxf,h263,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,vvc,"
+    "wtv,yuv4mpegpipe"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFile:
+    """A video. Equal ones have equal bytes.
+
+    Attributes:
+      name: what messages call it.
+      version: changes when its bytes may have changed.
+      open: opens its bytes for reading, with `seek`; raises UserError.
+      path: its absolute path, if it is a local file; FFmpeg opens that faster.
+    """
+
+    name: str
+    version: str
+    open: Callable[[], BinaryIO] = dataclasses.field(compare=False)
+    path: str | None = None
+
+
+def local_file(path: str | os.PathLike) -> VideoFile:
+    """Returns the video in a local file.
+
+    Raises:
+      UserError: naming the path, if it is no file.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):  # a pipe could wait for ever
+        raise UserError(f"{path}: no such file")
+    stat = os.stat(path)
+    # FFmpeg takes the part of a relative path before a colon for a protocol.
+    return VideoFile(path, f"{stat.st_size} {stat.st_mtime_ns}", lambda: open(path, "rb"), os.path.abspath(path))
+
+
+def import_av() -> ModuleType:
+    """Imports PyAV. Raises UserError naming the extra if it is not installed."""
+    check_installed("a video file", "video", "av")
+    import av
+
+    return av
+
+
+@contextlib.contextmanager
+def open_video(video: VideoFile) -> Iterator[tuple[Any, Any]]:
+    """Opens a file as (container, video stream). Converts errors of PyAV inside the context to UserErrors."""
+    with names_errors(video.name), open_container(video) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def names_errors(name: str) -> Iterator[None]:
+    """Converts errors of PyAV inside the context to UserErrors that name a file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (import_av().FFmpegError, ValueError, OverflowError) as error:
+        raise UserError(f"{name}: not a readable video ({error})") from error
+
+
+@contextlib.contextmanager
+def open_container(video: VideoFile) -> Iterator[tuple[Any, Any]]:
+    """Opens a file as (container, video stream). Lets errors of PyAV through.
+
+    Raises:
+      UserError: naming the file, if it has no video stream that can be decoded.
+    """
+    av = import_av()
+    # Titles can have any encoding. Without this argument, PyAV 18 and older accept only UTF-8.
+    arguments = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    with contextlib.ExitStack() as stack:
+        source = video.path or stack.enter_context(video.open())
+        container = stack.enter_context(av.open(source, options={"format_whitelist": _FORMATS}, **arguments))
+        if not container.streams.video:
+            raise UserError(f"{video.name}: has no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise UserError(f"{video.name}: its video stream has an unknown codec")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise UserError(f"{video.name}: frames of {width}x{height} pixels, more than {MAX_PIXELS}")
+        if stream.codec_context.name == "mjpeg":
+            # Otherwise the decoder fills the damaged part of a frame with anything, and does not say so.
+            stream.codec_context.options = {"err_detect": "explode"}
+        yield container, stream
