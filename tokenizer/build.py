@@ -8,7 +8,8 @@ DATASET.md describes the kinds. The same command resumes an interrupted build; t
 import collections
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -35,7 +36,7 @@ from tokenizer.sources.items import Source
 from tokenizer.sources.keep_list import KeepList, read_keep_list
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
-VERSION = 2  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
+VERSION = 3  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
 
 # What a data set of --inputs may set itself.
 DATA_SET_FLAGS = {
@@ -62,6 +63,12 @@ DATA_SET_FLAGS = {
     "n_frames": Flag(16, "Frames in a sentence.", least=1),
     "max_stride": Flag(1, "frames, multi_sequence, co3d: largest random step between frames.", least=1),
     "strides": Flag("1", "video: steps between frames, a comma list; each makes its own sentences."),
+    "frame_seconds": Flag(
+        "",
+        "video: instead of --strides, steps in seconds, such as 0.5,2. At each time the frame is taken that is shown "
+        "then, so that videos of all frame rates are sampled alike.",
+    ),
+    "split_at_cuts": Flag(False, "video: no sentence crosses a hard cut. Decodes every video once more."),
     "hole_mask_ratio": Flag(0.5, "inpainting: probability that a mask is one hole, not patches.", least=0, most=1),
     "depth_range": Flag(
         "",
@@ -213,29 +220,40 @@ def _summary(report: Mapping[str, Any]) -> str:
 
 
 def _settings(config: ConfigDict) -> SentenceSettings:
-    strides = _integers("strides", config.strides, ",")
-    if min(strides) < 1:
-        raise UserError(f"--strides={config.strides}: each must be at least 1")
+    strides = _numbers("strides", config.strides, int)
+    frame_seconds = _numbers("frame_seconds", config.frame_seconds, float) if config.frame_seconds else ()
+    if frame_seconds and config.strides != DATA_SET_FLAGS["strides"].default:
+        raise UserError(f"--strides={config.strides} and --frame_seconds={config.frame_seconds}: give one of the two")
+    for name in ("frame_seconds", "split_at_cuts"):
+        if config[name] and not KINDS[config.kind].is_video:
+            raise UserError(f"--{name}={config[name]}: is for --kind=video, not --kind={config.kind}")
     if config.depth_range:
         with prefix_errors(f"--depth_range={config.depth_range}"):
             if KINDS[config.kind].targets == "none" or config.kind == "map_color":
                 raise UserError(f"--kind={config.kind} has no annotations with depths")
             views.parse_depth_range(config.depth_range)
     names = ("depth_range", "seed", "n_shots", "images_per_shot", "n_frames", "max_stride", "hole_mask_ratio")
-    return SentenceSettings(strides=strides, **{name: config[name] for name in names})
+    others = {name: config[name] for name in (*names, "split_at_cuts")}
+    return SentenceSettings(strides=strides, frame_seconds=frame_seconds, **others)
 
 
-def _integers(name: str, value: str, separator: str) -> tuple[int, ...]:
+def _numbers(name: str, value: str, parse: Callable[[str], Any]) -> tuple:
+    """Parses a comma list of steps."""
+    kind, least = ("integers", 1) if parse is int else ("numbers", 1e-3)
     try:
-        return tuple(int(part) for part in value.split(separator))
+        numbers = tuple(parse(part) for part in value.split(","))
     except ValueError:
-        raise UserError(f"--{name}={value}: must be integers separated by {separator!r}") from None
+        raise UserError(f"--{name}={value}: must be {kind} separated by ','") from None
+    if not all(least <= number < math.inf for number in numbers):
+        raise UserError(f"--{name}={value}: each must be at least {least:g}")
+    return numbers
 
 
 def _fingerprint(config: ConfigDict, codec: Codec, entries: Sequence[Entry], digests: Sequence[str]) -> dict[str, Any]:
     """Returns everything that determines the bytes of the file."""
     # Builds of versions without these flags stay complete.
-    flags = {name: config[name] for name in SENTENCE_FLAGS if config[name] or name not in ("keys", "columns", "keep")}
+    later = ("keys", "columns", "keep", "frame_seconds", "split_at_cuts")
+    flags = {name: config[name] for name in SENTENCE_FLAGS if config[name] or name not in later}
     inputs: Any = digests[0]
     if config.inputs:
         inputs = [[digest, dict(entry.own), entry.weight] for entry, digest in zip(entries, digests)]

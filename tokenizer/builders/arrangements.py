@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from EasyLM.errors import UserError
+from tokenizer.builders import views
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.settings import SentenceSettings
 
 Row = tuple[ImageRef, ...]
 Images = list[ImageRef]  # of a sentence, in order
+_TIME_ROUNDING = 2e-3  # seconds
 Arrangement = Callable[[list[Row], np.random.Generator, SentenceSettings], Iterator[Images]]
 
 
-class TooShortError(UserError):
-    """A clip is too short for a window. The caller adds the clip's name to the message."""
+class UnsuitableClipError(UserError):
+    """A clip has no window, as it is too short. The caller adds the clip's name to the message."""
 
 
 def row_by_row(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
@@ -57,11 +59,40 @@ def frames(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings
 
 
 def video(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
-    """Yields consecutive windows of `n_frames` of a video at each of the `strides` for which it is long enough."""
-    _check_length(rows, settings.n_frames, min(settings.strides))
-    for stride in settings.strides:
-        for window in _windows(rows, rng, settings.n_frames, stride):
+    """Yields consecutive windows of `n_frames` of a video at each of the steps for which it is long enough.
+
+    The steps are `frame_seconds` or, without them, the `strides`.
+    """
+    if settings.frame_seconds:
+        clips = [(_every(step, rows, rng), 1) for step in settings.frame_seconds]
+        longest = max((clip for clip, _ in clips), key=len)
+        _check_length(longest, settings.n_frames, 1, f", {min(settings.frame_seconds):g} s apart")
+    else:
+        clips = [(rows, stride) for stride in settings.strides]
+        _check_length(rows, settings.n_frames, min(settings.strides))
+    for clip, stride in clips:
+        for window in _windows(clip, rng, settings.n_frames, stride):
             yield [image for row in window for image in row]
+
+
+def _every(step: float, rows: list[Row], rng: np.random.Generator) -> list[Row]:
+    """Returns the frames shown at times that are `step` seconds apart.
+
+    The random start of the first does not reduce their number. Time stamps may be rounded, often to a millisecond.
+
+    Raises:
+      UnsuitableClipError: if all frames are further apart.
+    """
+    times = np.array([image.seconds for image, *_ in rows])
+    rounding = min(_TIME_ROUNDING, step / 4)
+    shortest = np.diff(times).min(initial=np.inf)
+    if len(times) > 1 and step < shortest - rounding:
+        raise UnsuitableClipError(f"its frames are {shortest:g} s apart, more than frame_seconds={step:g}")
+    count = int((times[-1] - times[0] + rounding) // step) + 1
+    latest_start = times[-1] - (count - 1) * step + rounding
+    start = times[rng.integers(np.searchsorted(times, latest_start, side="right"))]
+    numbers = np.searchsorted(times, start + np.arange(count) * step + rounding, side="right") - 1
+    return [rows[number] for number in numbers.tolist()]
 
 
 def multi_sequence(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
@@ -74,7 +105,13 @@ def multi_sequence(rows: list[Row], rng: np.random.Generator, settings: Sentence
 def co3d(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
     """Yields [image, mask, depth, image, mask, depth, ...] of windows of a sequence."""
     for window in _random_windows(rows, rng, settings):
-        yield [ref for image, mask, depth, _ in window for ref in (image, mask, depth._replace(view="co3d_depth"))]
+        yield [ref for image, mask, depth, valid in window for ref in (image, mask, _co3d_depth(depth, valid))]
+
+
+def _co3d_depth(depth: ImageRef, valid: ImageRef) -> ImageRef:
+    """Returns a depth map with its view. Names the mask of its valid points if it is elsewhere, as in another tar."""
+    is_beside = valid.path == views.co3d_depth_mask(depth.path)
+    return depth._replace(view="co3d_depth", argument="" if is_beside else valid.path)
 
 
 def _random_windows(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[list[Row]]:
@@ -85,10 +122,10 @@ def _random_windows(rows: list[Row], rng: np.random.Generator, settings: Sentenc
     return _windows(rows, rng, settings.n_frames, stride)
 
 
-def _check_length(rows: list[Row], n_frames: int, stride: int) -> None:
+def _check_length(rows: list[Row], n_frames: int, stride: int, distance: str = "") -> None:
     span = _span(n_frames, stride)
     if len(rows) < span:
-        raise TooShortError(f"too short: {len(rows)} frames, {span} needed")
+        raise UnsuitableClipError(f"too short: {len(rows)} frames{distance}, {span} needed")
 
 
 def _span(n_frames: int, stride: int) -> int:

@@ -80,10 +80,13 @@ def read(group: list[ImageRef], size: int) -> np.ndarray:
     return np.stack([VIEWS[ref.view](reading.open_item(ref.path, ref.location), size, ref.argument) for ref in group])
 
 
-def timestamps(ref: ImageRef) -> np.ndarray:
-    """Returns the time in seconds of every frame of a video, float64 [n], ascending.
+def scenes(ref: ImageRef, split_at_cuts: bool) -> list[np.ndarray]:
+    """Returns the times in seconds of the frames of each scene of a video, float64 [n], ascending.
+
+    Without `split_at_cuts`, the whole video is a scene.
 
     Raises:
       UserError: naming the path, if it cannot be read.
     """
-    return videos.timestamps(reading.video_file(ref.path, ref.location))
+    video = reading.video_file(ref.path, ref.location)
+    return videos.scenes(video) if split_at_cuts else [videos.timestamps(video)]

@@ -11,7 +11,7 @@ from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers, result
 from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders import arrangements, file_index, image_ref, samplers
-from tokenizer.builders.arrangements import Arrangement, Row
+from tokenizer.builders.arrangements import Arrangement, Images, Row
 from tokenizer.builders.file_index import FileIndex, Layout
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.samplers import Sampler
@@ -99,24 +99,47 @@ def compose(
     The settings of the data set, the example and the number determine a sentence. Inputs with too few frames are added
     to `skipped`.
     """
-    for slot, rows, times in _rows(data_sets, slots, workers):
+    for slot, rows, scene_times in _rows(data_sets, slots, workers):
         data_set = data_sets[slot.data_set]
         kind, settings = KINDS[data_set.kind], data_set.settings
         epoch, example_of_epoch = divmod(slot.example, data_set.sampler.num_examples)
         rng = np.random.default_rng([settings.seed, epoch, example_of_epoch])
         first = rows[0][0]
         try:
+            scenes = [rows]
             if kind.is_video:
-                rows = [(first._replace(seconds=seconds),) for seconds in result(times, first.path).tolist()]
+                scenes = [_frames(first, times_n) for times_n in result(scene_times, first.path)]
             if settings.depth_range:
-                rows = [_with_depth(row, settings.depth_range) for row in rows]
-            for number, images in enumerate(kind.arrangement(rows, rng, settings)):
+                scenes = [[_with_depth(row, settings.depth_range) for row in rows]]
+            for number, images in enumerate(_arrange(kind.arrangement, scenes, rng, settings)):
                 yield Sentence(data_set.kind, slot.number, number, images)
-        except arrangements.TooShortError as error:
+        except arrangements.UnsuitableClipError as error:
             path = first.path if kind.is_video else reading.folder_of(first.path)
             skipped.add(path, f"{path}: {error}")
         except UserError as error:
             skipped.add(first.path, str(error))
+
+
+def _frames(video: ImageRef, times_n: np.ndarray) -> list[Row]:
+    return [(video._replace(seconds=seconds),) for seconds in times_n.tolist()]
+
+
+def _arrange(
+    arrangement: Arrangement, scenes: Sequence[list[Row]], rng: np.random.Generator, settings: SentenceSettings
+) -> Iterator[Images]:
+    """Yields the images of the sentences of all scenes. Leaves out scenes that are too short.
+
+    Raises:
+      UnsuitableClipError: if there is no sentence: that of the longest scene.
+    """
+    errors = []
+    for rows in scenes:
+        try:
+            yield from arrangement(rows, rng, settings)
+        except arrangements.UnsuitableClipError as error:
+            errors.append((len(rows), error))
+    if len(errors) == len(scenes):
+        raise max(errors, key=lambda sized_error: sized_error[0])[1]
 
 
 def _with_depth(row: Row, depth_range: str) -> Row:
@@ -127,14 +150,16 @@ def _with_depth(row: Row, depth_range: str) -> Row:
 def _rows(
     data_sets: Sequence[DataSet], slots: Iterable[Slot], workers: Workers
 ) -> Iterator[tuple[Slot, list[Row], Any]]:
-    """Yields (slot, rows, future of a video's frame times or None). Prefetches frame times."""
+    """Yields (slot, rows, future of the frame times of a video's scenes or None). Prefetches frame times."""
     prefetched: collections.deque = collections.deque()
     most = _PREFETCHED_VIDEOS if any(KINDS[data_set.kind].is_video for data_set in data_sets) else 0
     for slot in slots:
         data_set = data_sets[slot.data_set]
         rows = data_set.sampler.rows(*divmod(slot.example, data_set.sampler.num_examples))
-        times = workers.submit(image_ref.timestamps, rows[0][0]) if KINDS[data_set.kind].is_video else None
-        prefetched.append((slot, rows, times))
+        scene_times = None
+        if KINDS[data_set.kind].is_video:
+            scene_times = workers.submit(image_ref.scenes, rows[0][0], data_set.settings.split_at_cuts)
+        prefetched.append((slot, rows, scene_times))
         if len(prefetched) > most:
             yield prefetched.popleft()
     yield from prefetched

@@ -22,6 +22,9 @@ from tokenizer.formats import ImageTokenizer
 from tokenizer.media import images
 
 _BATCHES_ON_DEVICE = 2  # one is transferred while the other is computed
+# Frames of a video that one worker reads in a row. If each worker read single sentences, most of them would decode the
+# frames of the others again, from the key frame on.
+FRAMES_PER_READ = 128
 
 
 class HasImages(Protocol):
@@ -109,7 +112,8 @@ class Pipeline:
         self._read, self._encoder, self._cache = read, encoder, cache
         self._batch_size, self._max_pending = batch_size, max_pending
         self._pending: dict[ImageRef, _PendingImage] = {}
-        self._reads: collections.deque = collections.deque()  # (group, future), in order
+        self._collected: list[list[ImageRef]] = []  # frames of one video, by sentence, whose reading has not started
+        self._reads: collections.deque = collections.deque()  # (groups that are read together, future), in order
         self._batch: list[tuple[ImageRef, np.ndarray]] = []
         self._encodes: collections.deque = collections.deque()  # (refs, future), in order
 
@@ -122,6 +126,7 @@ class Pipeline:
             while len(self._pending) > self._max_pending and self._advance():
                 yield from self._pop_finished(waiting)
             yield from self._pop_finished(waiting)
+        self._start_read()
         while self._advance():
             yield from self._pop_finished(waiting)
         assert not waiting and not self._pending
@@ -135,7 +140,24 @@ class Pipeline:
                 if self._pending[ref].result is None:
                     unread.append(ref)
             self._pending[ref].uses += 1
-        self._reads.extend((group, self._read(group)) for group in image_ref.group_by_file(unread))
+        for group in image_ref.group_by_file(unread):
+            if not self._is_continued_by(group):
+                self._start_read()
+            self._collected.append(group)
+            if group[0].seconds is None:
+                self._start_read()
+
+    def _is_continued_by(self, group: list[ImageRef]) -> bool:
+        """Whether a group can be read together with the collected ones: more frames of the same video."""
+        count = sum(map(len, self._collected)) + len(group)
+        return bool(self._collected) and self._collected[0][0].path == group[0].path and count <= FRAMES_PER_READ
+
+    def _start_read(self) -> None:
+        """Starts to read what is collected."""
+        if self._collected:
+            together = [ref for group in self._collected for ref in group]
+            self._reads.append((self._collected, self._read(together)))
+            self._collected = []
 
     def _pop_finished(
         self, waiting: collections.deque[SentenceT]
@@ -161,21 +183,27 @@ class Pipeline:
                 self._cache.put(ref, codes)
         elif self._reads:
             self._finish_read(*self._reads.popleft())
+        elif self._collected:
+            self._start_read()
         elif self._batch:
             self._submit_batch()
         else:
             return False
         return True
 
-    def _finish_read(self, group: list[ImageRef], future: concurrent.futures.Future) -> None:
-        """Waits for a group's pixels and adds them to the batch."""
+    def _finish_read(self, groups: list[list[ImageRef]], future: concurrent.futures.Future) -> None:
+        """Waits for the pixels of groups and adds them to the batch."""
+        together = [ref for group in groups for ref in group]
         try:
-            pixels_nSS3 = process_pool.result(future, group[0].path)
+            pixels_nSS3 = process_pool.result(future, together[0].path)
         except UserError as error:
-            for ref in group:
+            if len(groups) > 1:  # only the sentences with a damaged frame are left out
+                self._reads.extendleft([([group], self._read(group)) for group in groups][::-1])
+                return
+            for ref in together:
                 self._pending[ref].result = error
             return
-        for ref, pixels_SS3 in zip(group, pixels_nSS3, strict=True):
+        for ref, pixels_SS3 in zip(together, pixels_nSS3, strict=True):
             self._batch.append((ref, pixels_SS3))
             if len(self._batch) == self._batch_size:
                 self._submit_batch()

@@ -83,18 +83,19 @@ def parse_depth_range(text: str) -> tuple[float, float]:
     return near, far
 
 
-def co3d_depth(path: ImageFile, size: int) -> np.ndarray:
+def co3d_depth(path: ImageFile, size: int, mask: str = "") -> np.ndarray:
     """Reads a CO3D depth map as an image, brighter where nearer, black where invalid: uint8 [size,size,3].
 
-    The 16-bit values are the bits of float16 depths. The file in `depth_masks` marks the valid ones. Each image is
-    scaled by its own nearest and farthest point, because the unit differs between sequences.
+    The 16-bit values are the bits of float16 depths. The mask marks the valid ones; without an address, it is the file
+    in `depth_masks` beside them. Each image is scaled by its own nearest and farthest point, because the unit differs
+    between sequences.
     """
     with images.open_image(path) as image:
         if image.mode not in sample_values.SIXTEEN_BIT_MODES:
             raise ValueError(f"its values are {image.mode}, not 16-bit depths of CO3D")
         bits = np.asarray(images.upright(image, sample_values.stored_values(image))).astype(np.uint16)
         depth = _resize_nearest(bits, size).view(np.float16).astype(np.float64)
-    with images.open_image(reading.open_item(co3d_depth_mask(str(path)))) as image:
+    with images.open_image(reading.open_item(mask or co3d_depth_mask(str(path)))) as image:
         valid = _resize_nearest(np.asarray(images.upright(image).convert("L")), size) > 0
     valid &= np.isfinite(depth) & (depth > 0)
     valid_depth = depth[valid]
@@ -143,7 +144,8 @@ def _read_with_patches(path: ImageFile, size: int, key: str) -> np.ndarray:
     return np.where(is_black[..., None], np.uint8(0), images.read(path, size))
 
 
-# Each reads a file: (path, size, argument) -> uint8 [size,size,3]. The argument of a mask is the seed of its position.
+# Each reads a file: (path, size, argument) -> uint8 [size,size,3]. The argument of a mask is the seed of its position,
+# that of a depth map of CO3D the address of its mask.
 VIEWS: dict[str, Callable[[ImageFile, int, str], np.ndarray]] = {
     "plain": lambda path, size, _: images.read(path, size),
     "gray": lambda path, size, _: gray(images.read(path, size)),
@@ -151,5 +153,5 @@ VIEWS: dict[str, Callable[[ImageFile, int, str], np.ndarray]] = {
     "patches": _read_with_patches,
     "palette": lambda path, size, _: label_colours(label_ids(path, size)),
     "depth": lambda path, size, depth_range: depth(path, size, *parse_depth_range(depth_range)),
-    "co3d_depth": lambda path, size, _: co3d_depth(path, size),
+    "co3d_depth": co3d_depth,
 }

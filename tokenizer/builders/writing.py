@@ -20,8 +20,8 @@ from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_schema
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
-from tokenizer.builders.kinds import DataSet, Sentence, compose
-from tokenizer.builders.pipeline import Encoder, Pipeline
+from tokenizer.builders.kinds import KINDS, DataSet, Sentence, compose
+from tokenizer.builders.pipeline import FRAMES_PER_READ, Encoder, Pipeline
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.schedule import Slot
 from tokenizer.formats import ImageTokenizer
@@ -80,6 +80,8 @@ def write_sentences(
     ):
         read = functools.partial(workers.submit, functools.partial(image_ref.read, size=codec.resolution))
         max_pending = _PENDING_BATCHES * resources.batch_size + 2 * resources.workers
+        if any(KINDS[data_set.kind].is_video for data_set in plan.data_sets):
+            max_pending += resources.workers * FRAMES_PER_READ
         pipeline = Pipeline(read, encoder, cache, resources.batch_size, max_pending)
         for sentence, codes in pipeline.run(_remaining(plan, state, workers, skipped)):
             if isinstance(codes, dict):

@@ -93,6 +93,48 @@ def test_long_sentences_and_errors_are_yielded_in_order(tmp_path):
     assert not stream._pending and codec.batches[-1] == 1
 
 
+def frames_of(path: str, first: int, count: int) -> Sentence:
+    return Sentence([ImageRef(path, float(first + i)) for i in range(count)])
+
+
+def test_sentences_of_one_video_are_read_together(tmp_path):
+    """A worker decodes neighbouring windows in one go, up to a number of frames."""
+    groups, counting = [], CountingReader()
+
+    def read(group):
+        groups.append([(ref.path, ref.seconds) for ref in group])
+        return counting(group)
+
+    sentences = [frames_of("1", 10 * i, 10) for i in range(30)] + [frames_of("2", 0, 10)] + [frames_of("1", 300, 10)]
+    sentences[5:5] = [Sentence([ImageRef("7")])]
+    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending=200)
+    results = list(stream.run(sentences))
+    assert [sentence for sentence, _ in results] == sentences
+    for sentence, codes in results:
+        np.testing.assert_array_equal(codes, [[value(ref)] * TOKENS for ref in sentence.images])
+    assert [len(group) for group in groups] == [50, 1, 120, 120, 10, 10, 10]
+    assert all(len({path for path, _ in group}) == 1 for group in groups)
+
+
+@pytest.mark.parametrize("max_pending", [5, 200])
+def test_a_damaged_frame_leaves_out_its_sentence_alone(tmp_path, max_pending):
+    counting = CountingReader()
+
+    def read(group):
+        if any(ref.seconds == 14 for ref in group):
+            future = concurrent.futures.Future()
+            future.set_exception(UserError("1: damaged"))
+            return future
+        return counting(group)
+
+    sentences = [frames_of("1", 10 * i, 10) for i in range(5)]
+    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending)
+    results = list(stream.run(sentences))
+    assert [sentence for sentence, _ in results] == sentences and not stream._pending
+    assert [isinstance(codes, dict) for _, codes in results] == [False, True, False, False, False]
+    assert results[1][1] == {"1": "1: damaged"}
+
+
 def test_idle_time_excludes_encoding(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(monotonic=lambda: now[0]))

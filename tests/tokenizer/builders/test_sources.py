@@ -2,13 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
-from build_kit import SETTINGS, Killed, build_records, kill_at_line, report_of
+from build_kit import SETTINGS, SIDE, Killed, build_records, kill_at_line, report_of
 from source_kit import files_of, structs, tar_bytes, write_parquet, write_remote, write_tars
 from tokenizer_kit import write_image
 
 from EasyLM.errors import UserError
-from tokenizer.builders import resumable_file
+from tokenizer.builders import image_ref, resumable_file
 
 
 def _tar_range(files, directory):
@@ -74,6 +75,22 @@ def test_the_same_images_give_the_same_sentences_from_every_source(tree, tiny, t
         for (_, record), (_, other) in zip(sentences, expected):
             names = [re.split(r"\.tar!|/(?:input|target)_dir/", path)[-1] for path in record["sources"]]
             assert all(path.endswith(f"/{name}") for path, name in zip(other["sources"], names))
+
+
+def test_the_masks_of_co3d_depths_are_found_in_other_tars(tree, tiny, tmp_path):
+    expected = build_records(tree, tiny, tmp_path / "expected.jsonl", "co3d")
+    files = files_of(tree / "co3d")
+    for number, folder in enumerate(("images", "masks", "depths", "depth_masks")):
+        write_tars(tmp_path / "in" / f"{number}", {n: data for n, data in files.items() if f"/{folder}/" in n}, 1)
+    tars = f"{tmp_path}/in/{{0..3}}/000.tar"
+    sentences = build_records("", tiny, tmp_path / "out.jsonl", "co3d", input_dir=tars)
+    assert len(sentences) == len(expected)
+    for (tokens, record), (expected_tokens, _) in zip(sentences, expected):
+        np.testing.assert_array_equal(tokens, expected_tokens)
+        mask = f"{tmp_path}/in/3/000.tar!apple/110_1/depth_masks/"
+        assert [view.partition(mask)[0] for view in record["views"]] == ["plain", "plain", "co3d_depth:"] * 2
+        pixels = [image_ref.read([ref], SIDE) for ref in image_ref.from_record(record)]
+        assert len(np.concatenate(pixels)) == 6
 
 
 @pytest.mark.parametrize("form", ["keys", "columns", "keys of two sources"])
