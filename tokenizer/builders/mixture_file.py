@@ -4,9 +4,10 @@
 - {kind: video, input_dir: clips, n_frames: 8, weight: 1}
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -17,7 +18,21 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
 
 _MOST_BYTES = 1 << 20
+_TRUTHS = {"true": True, "True": True, "false": False, "False": False}
+_PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    str: (str, "a text"),
+    int: (int, "an integer"),
+    float: (float, "a number"),
+    bool: (_TRUTHS.__getitem__, "true or false"),
+}
 _REQUIRED = ("kind", "input_dir")
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Leaves values as they are typed. YAML 1.1 takes 0123 for 83, 1:30 for 90, `no` for False, and knows dates."""
+
+
+_TextLoader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # `<<`, which merges mappings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +70,7 @@ def read_entries(path: str, definitions: Mapping[str, Flag], config: ConfigDict)
             if len(text) > _MOST_BYTES:
                 raise UserError(f"has more than {_MOST_BYTES >> 20} MiB")
             root = yaml.compose(text, yaml.SafeLoader)
-            values = yaml.safe_load(text)
+            values = yaml.load(text, _TextLoader)
         except FileNotFoundError:
             raise UserError("no such file") from None
         except UserError:
@@ -92,19 +107,27 @@ def _entry(place: str, fields: Any, names: list[Any], definitions: Mapping[str, 
             raise UserError(f"{name}: no such field; {hint}")
     if missing := [name for name in _REQUIRED if not fields.get(name)]:
         raise UserError(f"{' and '.join(missing)}: missing")
-    weight = fields.get("weight")
-    if weight is not None and not (type(weight) in (int, float) and 0 < weight < math.inf):
-        raise UserError(f"weight={weight}: must be a number above 0")
+    weight = _weight(fields["weight"]) if "weight" in fields else None
     own = {name: _value(name, definitions[name], value) for name, value in fields.items() if name != "weight"}
     changed = ConfigDict({**config, **own})
     flags.validate(definitions, changed)
     return Entry(place, changed, own, weight)
 
 
+def _weight(value: Any) -> float:
+    with contextlib.suppress(ValueError, TypeError):
+        weight = int(value) if str(value).isdigit() else float(value)
+        if 0 < weight < math.inf:
+            return weight
+    raise UserError(f"weight={value}: must be a number above 0")
+
+
 def _value(name: str, flag: Flag, value: Any) -> Any:
-    """Checks the type of a field. A text may be written as a number: `strides: 2`."""
-    accepted = {str: (str, int, float), int: (int,), float: (int, float)}[flag.value_type]
-    if type(value) not in accepted:
-        wanted = {str: "a text", int: "an integer", float: "a number"}[flag.value_type]
-        raise UserError(f"{name}={value!r}: must be {wanted}")
-    return flags.expand_variables(name, flag.value_type(value))
+    """Parses the text of a field as that of a flag."""
+    parse, wanted = _PARSERS[flag.value_type]
+    try:
+        if not isinstance(value, str):
+            raise ValueError
+        return flags.expand_variables(name, parse(value))
+    except (ValueError, KeyError):
+        raise UserError(f"{name}={value}: must be {wanted}") from None

@@ -9,8 +9,11 @@ import yaml
 from build_kit import SETTINGS, Killed, build_records, kill_at_line, report_of
 from tokenizer_kit import write_image
 
+from EasyLM import flags
 from EasyLM.errors import UserError
+from tokenizer import build
 from tokenizer.builders import resumable_file, schedule
+from tokenizer.builders.mixture_file import read_entries
 
 
 @pytest.mark.parametrize("counts", [(7,), (5, 5, 5), (1, 40, 0, 13), (100, 3, 17)])
@@ -105,12 +108,39 @@ def test_shards_and_resumed_builds_of_a_mixture_have_the_same_bytes(mixture, tin
     assert report_of(tmp_path / "again.jsonl")["sentences"] == whole.count(b"\n")
 
 
+def test_values_mean_what_is_typed(tmp_path):
+    """YAML 1.1 takes 0123 for 83, 1e3 for a text and `no` for False."""
+    path = tmp_path / "mix.yaml"
+    path.write_text(
+        "- &first {kind: paired, input_dir: 0123, target_dir: no, n_shots: 0123, hole_mask_ratio: 1e-3, weight: 1e3}\n"
+        "- {<<: *first, kind: video, strides: 1_0, keys: 2024-01-02, split_at_cuts: true, weight: 007}\n"
+    )
+    first, second = read_entries(str(path), build.DATA_SET_FLAGS, flags.defaults(build.FLAGS))
+    assert first.own == {
+        "kind": "paired", "input_dir": "0123", "target_dir": "no", "n_shots": 123, "hole_mask_ratio": 0.001,
+    }  # fmt: skip
+    assert (first.weight, second.weight) == (1000, 7)
+    assert second.own == {
+        **first.own, "kind": "video", "strides": "1_0", "keys": "2024-01-02", "split_at_cuts": True,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: 1", "must be a list of data sets, each a mapping such as {kind"),
         ("[", r"not YAML \(while parsing"),
-        ("- {kind: images, input_dir: 2024-02-30}", r"not YAML \(day is out of range"),
+        ("- {kind: images, input_dir: 2024-02-30}", "mix.yaml:1: --input_dir=2024-02-30: no such folder"),
+        ("- {kind: images, input_dir: no}", "mix.yaml:1: --input_dir=no: no such folder"),
+        ("- {kind: images, input_dir: 1_000}", "mix.yaml:1: --input_dir=1_000: no such folder"),
+        ("- {kind: images, input_dir: IN, n_shots: 1:30}", "mix.yaml:1: n_shots=1:30: must be an integer"),
+        ("- {kind: images, input_dir: IN, n_shots: 0x10}", "mix.yaml:1: n_shots=0x10: must be an integer"),
+        ("- {kind: images, input_dir: IN, n_shots: [1]}", "mix.yaml:1: n_shots=.*1.*: must be an integer"),
+        ("- {kind: inpainting, input_dir: IN, hole_mask_ratio: off}", "hole_mask_ratio=off: must be a number"),
+        ("- {kind: images, input_dir: IN, weight: 1:30}", "mix.yaml:1: weight=1:30: must be a number above 0"),
+        ("- {kind: images, input_dir: IN, weight: yes}", "mix.yaml:1: weight=yes: must be a number above 0"),
+        ("- {kind: images, input_dir: IN, weight: }", "mix.yaml:1: weight=: must be a number above 0"),
+        ("- {kind: video, input_dir: IN, split_at_cuts: on}", "mix.yaml:1: split_at_cuts=on: must be true or false"),
         ("- images", "mix.yaml:1: must be a mapping"),
         ("- {kind: images, input_dir: IN}\n- {kind: images, input_dri: IN}", "mix.yaml:2: input_dri: .*mean input_dir"),
         ("- {kind: images, input_dir: IN, seed: 1}", "mix.yaml:1: seed: no such field; choose of kind, input_dir, "),
