@@ -61,7 +61,7 @@ def compare(name: str, folder: str, batch: int, config: ConfigDict) -> None:
     pixels = np.random.default_rng(1).random((batch, side, side, 3), np.float32)
     codes = ours_of.encode(pixels)
     ours = {"encode": lambda: ours_of.encode(pixels), "decode": lambda: ours_of.decode(codes)}
-    peers = torch_peer(weights.load(folder), pixels, codes) if jax.default_backend() == "cpu" else {}
+    peers = torch_peer(folder, pixels, codes) if jax.default_backend() == "cpu" else {}
     for task, function in ours.items():
         print(f"{name} {side}x{side} {task}: ", end="", flush=True)
         peer = peers.get(task)
@@ -79,18 +79,19 @@ def compare(name: str, folder: str, batch: int, config: ConfigDict) -> None:
         print()
 
 
-def torch_peer(model: VQGAN, pixels: np.ndarray, codes: np.ndarray) -> dict[str, Callable]:
+def torch_peer(folder: str, pixels: np.ndarray, codes: np.ndarray) -> dict[str, Callable]:
     """Returns the same two tasks in torch, with the same weights."""
     import torch
     from torch_vqgan import TorchVQGAN
 
-    torch.set_grad_enabled(False)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    peer = TorchVQGAN(model.config).eval()
-    arrays = {weights.file_name(path): np.asarray(leaf.get_value()) for path, leaf in weights.flat_parameters(model)}
-    peer.load_state_dict({name: torch.tensor(weights.to_file(array)) for name, array in arrays.items()})
-    pixels, codes = torch.tensor(pixels), torch.tensor(codes, dtype=torch.long)
-    return {"encode": lambda: peer.encode(pixels)[1], "decode": lambda: peer.decode(codes).clip(0, 1)}
+    peer = TorchVQGAN(folder)
+    pixels_B3HW = torch.tensor(peer.low + (peer.high - peer.low) * pixels).permute(0, 3, 1, 2)
+    codes_BN = torch.tensor(codes, dtype=torch.long)
+    return {
+        "encode": lambda: peer.encode(pixels_B3HW),
+        "decode": lambda: peer.decode(codes_BN).permute(0, 2, 3, 1),
+    }
 
 
 def in_turns(ours: Callable, peer: Callable | None, turns: int) -> tuple[list[float], list[float]]:

@@ -31,7 +31,7 @@ def test_export_and_import_round_trip_exactly(golden, tmp_path, as_stream):
     metadata = checkpoints.load_metadata(checkpoints.sidecar_path(str(path), "metadata"))
     assert metadata["llama_config"]["hidden_size"] == 64 and metadata["llama_config"]["num_hidden_layers"] == 2
     export(f"{'params' if as_stream else 'flax_params'}::{path}", tmp_path / "again")  # by the metadata beside it
-    for name in os.listdir(tmp_path / "hf"):
+    for name in set(os.listdir(tmp_path / "hf")) - {"README.md"}:  # which says where the parameters come from
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
 
 
@@ -105,7 +105,7 @@ def test_a_single_file_has_precedence_over_the_index_of_earlier_shards(golden, t
 
 
 def test_special_ids_are_never_image_codes(golden, tmp_path):
-    """And sampling is from all ids: transformers samples from the 50 likeliest where nothing is message."""
+    """And sampling is from all codes: transformers samples from the 50 likeliest where nothing is said."""
     random_params(tmp_path / "run", PRESETS["vqlm_debug"])
     export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf", model_size="vqlm_debug")
     export(tiny_state(golden), tmp_path / "tiny")  # its 512 ids have no special ones
@@ -113,7 +113,8 @@ def test_special_ids_are_never_image_codes(golden, tmp_path):
         values, tiny = (json.loads((tmp_path / model / name).read_text()) for model in ("hf", "tiny"))
         assert SPECIAL_IDS.items() <= values.items()
         assert dict.fromkeys(SPECIAL_IDS).items() <= tiny.items()
-    assert values | tiny == dict.fromkeys(SPECIAL_IDS) | {"do_sample": True, "top_k": 0}
+    assert tiny == dict.fromkeys(SPECIAL_IDS) | {"do_sample": True, "top_k": 0}
+    assert values == SPECIAL_IDS | {"do_sample": True, "top_k": 0, "suppress_tokens": list(range(8192, 8292))}
 
 
 def test_the_size_of_the_codebook_is_exported(golden, tmp_path):
@@ -128,5 +129,5 @@ def test_export_into_the_run_directory_itself(golden, tmp_path):
     os.link(golden / "lvm_tiny" / "final" / "streaming_train_state", tmp_path / "streaming_train_state")
     os.link(golden / "lvm_tiny" / "final" / "metadata.pkl", tmp_path / "metadata.pkl")
     export(f"trainstate_params::{tmp_path}/streaming_train_state", tmp_path)
-    expected = {"config.json", "generation_config.json", "model.safetensors", "streaming_train_state", "metadata.pkl"}
-    assert set(os.listdir(tmp_path)) == expected
+    written = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert set(os.listdir(tmp_path)) == written | {"streaming_train_state", "metadata.pkl"}

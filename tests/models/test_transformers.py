@@ -1,20 +1,24 @@
 """Exported models in transformers: the same logits, the same tokens, the same settings."""
 
 import dataclasses
-import json
 import logging
+import pathlib
+import re
+import warnings
 
 import deepen_model
 import jax
 import jax.numpy as jnp
 import numpy as np
+import prompting_kit
 import pytest
 from checkpoint_kit import assert_equal, random_params
 from convert_kit import export, import_, tiny_state, torch_logits, torch_model
 from ml_collections import ConfigDict
+from tokenizer_kit import TINY, tiny_vqgan, write_image
 
 from EasyLM import checkpoints
-from EasyLM.models.llama import hf_files, hf_layout, llama_model
+from EasyLM.models.llama import hf_files, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_config import PRESETS
 
 SPECIAL_IDS = {"bos_token_id": 8192, "eos_token_id": 8193, "pad_token_id": 8192}
@@ -59,16 +63,31 @@ def test_transformers_reads_exported_settings(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_generation_config_gives_no_warnings(tmp_path, monkeypatch, caplog):
-    """Also if greedy decoding is asked for. Sampling is from all ids, not from transformers' 50."""
-    transformers = pytest.importorskip("transformers")
+def test_the_generation_config_gives_no_warnings_and_codes_only(tmp_path, monkeypatch, caplog):
+    """By the program of docs/serve_elsewhere.md. Also if greedy decoding is asked for, which ignores top_k."""
+    pytest.importorskip("transformers")
+    document = (pathlib.Path(__file__).parents[2] / "docs/serve_elsewhere.md").read_text()
+    program = re.search(r"```python\n(.*?)```", document, re.DOTALL)[1]
+    config = llama_config.updated(prompting_kit.CONFIG, f"{{'codebook_size': {TINY.num_embeddings}}}")
+    assert config.vocab_size == TINY.num_embeddings + 100, "most ids are no codes"
+    random_params(tmp_path / "run", config)
+    export(f"params::{tmp_path}/run/streaming_params", tmp_path / "HF_DIR")
+    tiny_vqgan(tmp_path / "VQGAN_DIR")
+    for seed, name in enumerate(("a.png", "a_depth.png", "b.png")):
+        write_image(tmp_path / name, seed)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    (tmp_path / "generation_config.json").write_text(json.dumps(hf_layout.generation_config(PRESETS["vqlm_debug"])))
-    config = transformers.GenerationConfig.from_pretrained(tmp_path)
-    config.validate()
-    config.update(do_sample=False)
-    config.validate(user_set_attributes={"do_sample"})  # as `generate(do_sample=False)`
-    assert config.top_k == 0 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(program, names)
+        model, prompt = names["model"], names["prompt"]
+        greedy = model.generate(prompt, attention_mask=prompt * 0 + 1, max_new_tokens=64, do_sample=False)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    for tokens in (names["tokens"], greedy):
+        assert tokens.shape == (1, 4 * 64) and int(tokens.max()) < TINY.num_embeddings
+    assert len(set(names["tokens"][0, 3 * 64 :].tolist())) > 4
+    assert (tmp_path / "answer.png").exists() and model.generation_config.top_k == 0
 
 
 @pytest.mark.slow

@@ -51,8 +51,12 @@ def load(path: str | os.PathLike, dtype: jnp.dtype = jnp.float32, resolution: in
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def save(model: VQGAN, directory: str | os.PathLike, dtype: DTypeLike = np.float32) -> None:
-    """Atomically writes model.safetensors, with tensors in `dtype` and their checksums, and config.json."""
+def save(model: VQGAN, directory: str | os.PathLike, dtype: DTypeLike = np.float32) -> list[str]:
+    """Atomically writes a tokenizer's files: weights, in `dtype` and with checksums, preprocessing, and settings.
+
+    Returns:
+      The names of the files.
+    """
     os.makedirs(directory, exist_ok=True)
     arrays = {file_name(path): np.asarray(leaf.get_value()).astype(dtype) for path, leaf in flat_parameters(model)}
     with atomic_file(os.path.join(directory, "model.safetensors")) as file:
@@ -61,7 +65,29 @@ def save(model: VQGAN, directory: str | os.PathLike, dtype: DTypeLike = np.float
     for name in _OWN_SETTINGS:  # open-muse reads the folder if they have its values
         if config[name] == getattr(VQGANConfig(), name):
             del config[name]
+    write_json(os.path.join(directory, "preprocessor_config.json"), preprocessing(model.config))
     write_json(os.path.join(directory, "config.json"), {"_class_name": "VQGANModel", **config})
+    return ["model.safetensors", "preprocessor_config.json", "config.json"]
+
+
+def preprocessing(config: VQGANConfig) -> dict[str, Any]:
+    """Returns the content of preprocessor_config.json: how an image becomes the network's pixels, as in transformers.
+
+    The pixels are those inside the network: `(pixels / 255 - image_mean) / image_std`. `VQGAN` scales pixels itself.
+    """
+    low, high = config.pixel_range
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": config.resolution, "width": config.resolution},
+        "resample": 3,  # bicubic, by Pillow's number; without keeping the aspect ratio, as all commands resize
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": config.pixel_range != (0, 1),
+        "image_mean": [-low / (high - low)] * 3,
+        "image_std": [1 / (high - low)] * 3,
+    }
 
 
 def digest(model: VQGAN) -> str:

@@ -23,6 +23,7 @@ Modules:
   llama_decode: decoding with a key-value cache; likelihoods.
   inference_memory: the memory of generation and scoring, from shapes.
   hf_settings, hf_files, hf_layout: settings, weight files and tensor layout of Hugging Face models.
+  exported_card: the model card of an exported model.
   lora, adapters, lora_checkpoint: low-rank adapters: settings, training, checkpoints.
   training_task: what `llama_train` trains, from its flags.
   llama_train, llama_plan, llama_serve, convert_easylm_to_hf, convert_hf_to_easylm: commands.

@@ -7,20 +7,32 @@ command holds one tensor in memory at a time, so the model may be larger than th
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import Entry
 from EasyLM.data.tokenizer_names import TOKENIZER_KEY
-from EasyLM.errors import UserError, choose
-from EasyLM.flags import Flag
+from EasyLM.errors import UserError, choose, prefix_errors
+from EasyLM.flags import Flag, to_dataclass
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
+from EasyLM.models.llama.exported_card import exported_card
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, check_recorded, recorded_config
 from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora, write_peft
 from EasyLM.progress import progress
-from EasyLM.storage import lock_output_folder, scratch_folder
+from EasyLM.storage import (
+    CARD_FILE,
+    CARD_FLAGS,
+    PUSH_FLAG,
+    CardTexts,
+    lock_output_folder,
+    prepare_repository,
+    scratch_folder,
+    upload_files,
+)
 
 FLAGS = {
     "load_checkpoint": Flag(
@@ -39,6 +51,8 @@ FLAGS = {
         choices=("", *checkpoints.FLOAT_DTYPES),
         aliases=flags.DTYPE_ALIASES,
     ),
+    "push_to_hub": PUSH_FLAG,
+    "card": CARD_FLAGS,
     "merge_lora": Flag(False, "Export adapters merged into their frozen parameters; False: the adapters, for PEFT."),
 }
 
@@ -62,16 +76,28 @@ def _export(config: ConfigDict) -> None:
     lora = recorded_lora(prefix, path)
     if config.merge_lora and not lora:
         raise UserError(f"--merge_lora=True: {path} holds no adapters")
+    with prefix_errors("--card", "."):
+        texts = to_dataclass(CardTexts, config.card)
     entries = checkpoints.open_checkpoint(config.load_checkpoint)
     model = _model_config(config.model_size, config.load_checkpoint)
+    title = os.path.basename((config.push_to_hub or os.path.abspath(config.output_dir)).rstrip("/"))
+    make_card = partial(exported_card, title, texts, model, (prefix, path))
+    if config.push_to_hub:
+        with prefix_errors(f"--push_to_hub={config.push_to_hub}"):
+            prepare_repository(config.push_to_hub)
     if lora and not config.merge_lora:
-        _write_directory(config.output_dir, lambda directory: write_peft(directory, model, lora, entries))
+        card = make_card(np.dtype(np.float32), lora)
+        files = _write_directory(config.output_dir, card, lambda directory: write_peft(directory, model, lora, entries))
     else:
         entries = open_merged(config.load_checkpoint, lora) if lora else entries
         dtype = checkpoints.FLOAT_DTYPES.get(config.float_dtype)
         tensors = hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype)
-        export(model, tensors, config.output_dir, config.max_shard_mb, recorded_tokenizer(prefix, path))
+        tokenizer, card = recorded_tokenizer(prefix, path), make_card(tensors[0].dtype, None)
+        files = export(model, tensors, config.output_dir, config.max_shard_mb, tokenizer, card)
     print(f"exported to {config.output_dir}")
+    if config.push_to_hub:
+        with prefix_errors(f"--push_to_hub={config.push_to_hub}"):
+            print(f"uploaded to {upload_files(config.push_to_hub, config.output_dir, {*files, CARD_FILE})}")
 
 
 def _model_config(model_size: str, load_checkpoint: str) -> LLaMAConfig:
@@ -95,11 +121,16 @@ def export(
     output_dir: str,
     max_shard_mb: float = hf_files.MAX_SHARD_MB,
     tokenizer: str | None = None,
-) -> None:
+    card: str = "",
+) -> list[str]:
     """Writes a new model directory atomically. If the directory exists, moves the files into it, `config.json` last.
 
     Args:
       tokenizer: the image tokenizer that config.json names.
+      card: the model card; empty: none. A card that is in the directory already is kept.
+
+    Returns:
+      The names of the files.
 
     Raises:
       UserError: if the directory cannot be written.
@@ -116,18 +147,24 @@ def export(
             with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
                 json.dump(values, file, indent=2)
 
-    _write_directory(output_dir, write)
+    return _write_directory(output_dir, card, write)
 
 
-def _write_directory(output_dir: str, write: Callable[[str], None]) -> None:
+def _write_directory(output_dir: str, card: str, write: Callable[[str], None]) -> list[str]:
+    """Calls `write` with a temporary directory, and moves its files to `output_dir`. Returns their names."""
     try:
         with scratch_folder(output_dir) as temporary:
             write(temporary)
+            if card and not os.path.exists(os.path.join(output_dir, CARD_FILE)):
+                with open(os.path.join(temporary, CARD_FILE), "w", encoding="utf-8") as file:
+                    file.write(card)
+            names = sorted(os.listdir(temporary), key=lambda name: name.endswith("config.json"))
             if not os.path.exists(output_dir):
                 os.rename(temporary, output_dir.rstrip("/"))
-                return
-            for name in sorted(os.listdir(temporary), key=lambda name: name.endswith("config.json")):
+                return names
+            for name in names:
                 os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
+            return names
     except OSError as error:
         raise UserError(f"--output_dir={output_dir}: cannot be written ({error.strerror})") from error
 

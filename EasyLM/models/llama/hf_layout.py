@@ -19,7 +19,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig, config_from_dict
 from EasyLM.storage import read_json
-from EasyLM.vocab import SPECIAL_IDS
+from EasyLM.vocab import CODEBOOK_SIZE, SPECIAL_IDS
 
 # Name of a parameter in a layer -> name of the tensor below `model.layers.{i}`.
 _LAYER_NAMES = {
@@ -172,11 +172,14 @@ def hf_config(config: LLaMAConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def generation_config(config: LLaMAConfig) -> dict[str, Any]:
-    """Returns the content of `generation_config.json`: sampling from all ids, as the commands of `evaluation` do.
+    """Returns the content of `generation_config.json`: sampling from all codes, as the commands of `evaluation` do.
 
-    Without `top_k`, transformers samples from 50 ids; with it, greedy decoding as the default would give a warning.
+    Without `top_k`, transformers samples from 50 ids; with it, greedy decoding as the default would give a warning. The
+    ids after the codes are suppressed, because an image has a fixed number of tokens, and each is a code.
     """
-    return {**special_ids(config), "do_sample": True, "top_k": 0}
+    values = {**special_ids(config), "do_sample": True, "top_k": 0}
+    others = list(range(config.codebook_size or CODEBOOK_SIZE, config.vocab_size))
+    return values | ({"suppress_tokens": others} if others else {})
 
 
 def special_ids(config: LLaMAConfig) -> dict[str, int | None]:

@@ -1,7 +1,9 @@
 """The network equals open-muse on reference data and torch on random weights, and has the released shapes."""
 
+import ast
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -11,6 +13,18 @@ from tokenizer_kit import TINY, random_vqgan, smooth_image, tiny_vqgan
 
 from EasyLM.errors import UserError
 from tokenizer.vqgan import VQGAN, VQGANConfig, weights
+
+
+class UsedNames(dict):
+    """A dictionary that keeps the names that are asked for."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.used = set()
+
+    def __getitem__(self, name):
+        self.used.add(name)
+        return super().__getitem__(name)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +63,14 @@ def test_default_config_has_the_released_shapes(golden):
         TINY,
         dataclasses.replace(TINY, attn_resolutions=(8, 16), num_res_blocks=2),
         dataclasses.replace(TINY, resample_with_conv=True, attn_resolutions=(8, 16), num_res_blocks=2),
+        dataclasses.replace(  # as LlamaGen's
+            TINY,
+            attn_resolutions=(8,),
+            no_attn_mid_block=False,
+            pixel_range=(-1, 1),
+            normalize_codes=True,
+            skip_single_attention=False,
+        ),
     ],
 )
 def test_torch_gives_equal_results_from_our_files(tmp_path, config):
@@ -57,20 +79,27 @@ def test_torch_gives_equal_results_from_our_files(tmp_path, config):
 
     model = random_vqgan(config)
     weights.save(model, tmp_path)
-    reference_model = TorchVQGAN(weights.load(tmp_path).config).eval()
-    reference_model.load_state_dict(
-        {name: torch.tensor(array) for name, array in load_file(tmp_path / "model.safetensors").items()}
-    )
+    torch_model = TorchVQGAN(tmp_path)
+    torch_model.tensors = UsedNames(torch_model.tensors)
     pixels = np.random.default_rng(1).random((2, 16, 16, 3), np.float32)
-    with torch.no_grad():
-        hidden, codes = reference_model.encode(torch.tensor(pixels))
-        decoded = reference_model.decode(codes)
+    low, high = config.pixel_range
+    network_pixels = torch.tensor(low + (high - low) * pixels).permute(0, 3, 1, 2)
+    hidden, codes = torch_model.vectors(network_pixels), torch_model.encode(network_pixels)
+    decoded = torch_model.decode(codes).permute(0, 2, 3, 1)
+    assert torch_model.tensors.used == set(load_file(tmp_path / "model.safetensors")), "each tensor has an effect"
     ours = nnx.jit(lambda model, pixels: model.encode(pixels))(model, pixels)
     np.testing.assert_allclose(ours[0], hidden, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(ours[1], codes)
     pixels = nnx.jit(lambda model, codes: model.decode(codes))(model, np.asarray(codes, np.int32))
-    np.testing.assert_allclose(pixels, decoded, rtol=0, atol=1e-5)
-    assert len(np.unique(codes)) > 2
+    np.testing.assert_allclose(np.clip(pixels, 0, 1), decoded, rtol=0, atol=1e-5)
+    assert len(np.unique(codes)) > 2 and decoded.std() > 0
+
+
+def test_the_torch_program_needs_torch_and_safetensors_alone():
+    tree = ast.parse((pathlib.Path(__file__).parents[3] / "scripts/torch_vqgan.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"json", "pathlib", "safetensors.torch", "torch", "torch.nn"}
 
 
 def test_codes_are_the_nearest_vectors_row_by_row(tiny, pixels):

@@ -1,0 +1,53 @@
+"""Model cards: metadata that the Hub's package reads, and nothing that nobody stated."""
+
+import pathlib
+
+import pytest
+from hub_kit import card_metadata
+
+from EasyLM.errors import UserError
+from EasyLM.storage import CARD_FILE, CardTexts, card_table, card_text
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = ("tokenizer", "model")
+
+
+def test_stated_fields_are_in_the_card():
+    texts = CardTexts("apache-2.0", data="Rendered scenes: 8,192.", limits="Small images.")
+    text = card_text("Title: x", "A model.", texts, {"tags": ["a", "b: c"]}, {"Figures": card_table({"loss": 0.12345})})
+    assert card_metadata(text) == {"license": "apache-2.0", "tags": ["a", "b: c"]}
+    assert "# Title: x\n\nA model.\n\n## Licence\napache-2.0\n" in text
+    assert "## Limits\nSmall images.\n" in text and "| loss | 0.1235 |" in text
+    assert "not stated" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    "folder", ["tokenizer/pretrained", "evaluation/demo_model", *(f"scripts/in_context/{n}" for n in NAMES)]
+)
+def test_the_shipped_models_have_cards(folder):
+    text = (ROOT / folder / CARD_FILE).read_text()
+    metadata = card_metadata(text)
+    assert metadata["license"] == "apache-2.0" and "easylm-lvm" in metadata["tags"]
+    for heading in ("Licence", "Data", "Limits"):
+        assert f"\n## {heading}\n" in text
+
+
+def test_missing_fields_are_not_stated():
+    text = card_text("Title", "A model.", CardTexts(), {"library_name": "x"}, {"Data": ""})
+    assert card_metadata(text) == {"library_name": "x"}
+    for heading in ("Licence", "Data", "Limits"):
+        assert f"## {heading}\nNot stated.\n" in text
+
+
+def test_cells_are_one_line():
+    assert card_table({"a": None, "b": "x|y\nz", "c": 1234567, "d": 0}).splitlines()[2:] == [
+        "| a | not stated |",
+        "| b | x\\|y z |",
+        "| c | 1,234,567 |",
+        "| d | 0 |",
+    ]
+
+
+def test_a_licence_is_a_name():
+    with pytest.raises(UserError, match=r"^license=Apache License 2: must be a name of the Hub, such as apache"):
+        CardTexts(license="Apache License 2")
