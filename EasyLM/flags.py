@@ -57,6 +57,7 @@ class Flag:
     required: bool = False  # must be given and not empty
     type: builtins.type | None = None  # type of the value; required if the default is None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further texts -> the choice they mean
+    may_be_remote: bool = False  # of an output: it can be on an object store
     ignored: bool = False  # a flag of the LVM release that has no effect; it is parsed and left out of the settings
 
     @property
@@ -117,7 +118,7 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
             kind = "a number" if flag.value_type is float else "a 64-bit integer"
             in_64_bits = flag.value_type is float or -(2**63) <= values[name] < 2**63
             raise UserError(f"--{name}={values[name]}: must be {flag.range if flag.range and in_64_bits else kind}")
-        if name.startswith("output") and "://" in str(values[name]):  # only a run directory may be remote
+        if name.startswith("output") and "://" in str(values[name]) and not flag.may_be_remote:
             raise UserError(f"--{name}={values[name]}: must be a local path")
 
 

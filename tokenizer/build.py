@@ -5,35 +5,30 @@
 DATASET.md describes the kinds. The same command resumes an interrupted build; the bytes of the file do not change.
 """
 
-import collections
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from EasyLM.data import proportional
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
-from EasyLM.process_pool import available_cores
+from EasyLM.process_pool import Workers, available_cores
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import check_output
+from EasyLM.storage import check_output, is_remote
 from tokenizer.builders import views
-from tokenizer.builders.file_index import FileIndex
+from tokenizer.builders.claims import build_parts
+from tokenizer.builders.division import ByExamples, ByFiles, Division, Inputs, naming
 from tokenizer.builders.inputs import find_sources
-from tokenizer.builders.kinds import KINDS, DataSet
+from tokenizer.builders.kinds import KINDS
 from tokenizer.builders.mixture_file import Entry, read_entries
-from tokenizer.builders.resumable_file import ResumableFile
-from tokenizer.builders.schedule import in_order, interleaved
+from tokenizer.builders.output import open_output
 from tokenizer.builders.settings import SentenceSettings
-from tokenizer.builders.shards import name_part, parse_shard
-from tokenizer.builders.writing import BuildPlan, Resources, write_sentences
+from tokenizer.builders.shards import BY_FILES, name_part, parse_share
+from tokenizer.builders.writing import Resources, write_sentences
 from tokenizer.media import folders
-from tokenizer.sources.items import Source
-from tokenizer.sources.keep_list import KeepList, read_keep_list
+from tokenizer.sources.keep_list import read_keep_list
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 3  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
@@ -86,11 +81,13 @@ SENTENCE_FLAGS = {
     "shard": Flag(
         "0/1",
         "i/n: build only part i (from 0) of n; the concatenated parts equal the whole file. auto: the part of this "
-        "task of a SLURM array or of srun, or of this host of a pod.",
+        "task of a SLURM array or of srun, or of this host of a pod, then parts whose tasks have died; see --parts.",
     ),
     "vqgan": CODEC_FLAGS["vqgan"],
     "dtype": CODEC_FLAGS["dtype"],
 }
+# Builds of versions without these flags stay complete.
+_LATER_FLAGS = ("keys", "columns", "keep", "frame_seconds", "split_at_cuts")
 FLAGS = {
     "inputs": Flag(
         "",
@@ -98,12 +95,19 @@ FLAGS = {
         "the examples) and other flags that differ from those of the command.",
     ),
     **SENTENCE_FLAGS,
+    "parts": Flag(
+        "",
+        "With --shard=auto: the number of parts, for any number of processes. Each builds parts that no other one "
+        f"builds, until all are finished. {BY_FILES}: each tar or table is a part. Empty: as many parts as tasks.",
+    ),
     "resolution": CODEC_FLAGS["resolution"],
     "batch_size": CODEC_FLAGS["batch_size"],
     "output_file": Flag(
         "",
-        "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it. {i} and {n} are those of --shard.",
+        "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it; also on s3://, gs://, ... {i} and "
+        "{n} are the number of the part and of all parts.",
         required=True,
+        may_be_remote=True,
     ),
     "max_errors": Flag(0, "Maximum number of broken, unmatched or short inputs to skip; each is reported.", least=0),
     "fresh": Flag(False, "Discard an interrupted or finished build of the file."),
@@ -115,38 +119,53 @@ FLAGS = {
 
 
 def main(config: ConfigDict) -> None:
-    """Builds the file and prints its statistics."""
-    skipped, (shard, shards) = SkippedInputs(config.max_errors), parse_shard(config.shard)
-    output_file = name_part(config.output_file, shard, shards)
+    """Builds the file, or parts of it, and prints their statistics."""
     entries = _entries(config)
     inputs = [_inputs(entry) for entry in entries]
+    by_files = _by_files(inputs, config) if config.parts == BY_FILES else None
+    files = by_files.count if by_files else None
+    share = parse_share(config.shard, config.parts, config.output_file, config.fresh, files)
     codec = Codec.from_flags(config)
-    indexed = [_index(entry, *checked, skipped) for entry, checked in zip(entries, inputs)]
-    data_sets = [data_set for data_set, _ in indexed]
-    counts = _counts(entries, data_sets, config.n_epochs)
-    sizes, total = [data_set.sampler.num_examples for data_set in data_sets], sum(counts)
-    schedule = functools.partial(interleaved, counts, sizes, config.seed) if config.inputs else in_order
-    examples = range(total * shard // shards, total * (shard + 1) // shards)
-    plan = BuildPlan(config.inputs or config.kind, data_sets, schedule, examples)
-    digests = [index.digest for _, index in indexed]
-    fingerprint = _fingerprint(config, codec, entries, digests) | {"shard": f"{shard}/{shards}"}
-    with contextlib.closing(ResumableFile(output_file, fingerprint, config.fresh)) as file:
-        if file.finished_report is not None:
-            print(f"{output_file} is already complete: {_summary(file.finished_report)}")
+    skipped = SkippedInputs(config.max_errors)
+    division: Division = by_files or ByExamples(inputs, config.n_epochs, config.seed, share.parts, skipped)
+    paths = [name_part(config.output_file, part, share.parts) for part in range(share.parts)]
+    with Workers(config.workers) as workers:
+
+        def build(part: int) -> None:
+            _build(paths[part], division, part, codec, workers, config)
+
+        if not share.takes_over:
+            build(share.first)
             return
-        ignored = dict(sum((collections.Counter(index.ignored) for _, index in indexed), collections.Counter()))
-        folders.report_ignored(ignored, "inputs")
-        check_output(output_file, "output_file")
-        repeats = any(count > size for count, size in zip(counts, sizes))
-        repeats = repeats or any(KINDS[data_set.kind].repeats_images for data_set in data_sets)
-        resources = Resources(config.batch_size, config.workers, config.cache_pictures if repeats else 0)
-        report = write_sentences(plan, codec, file, skipped, resources)
-        if not report["sentences"] and shards == 1:
+        left = build_parts(paths, share.first, build, begun_only=not config.parts, meeting_place=config.output_file)
+    finished = f"{share.parts - len(left)} of {share.parts} parts are finished"
+    print(f"{finished}, the others are left to other processes" if left else f"{finished}: {config.output_file}")
+
+
+def _build(path: str, division: Division, part: int, codec: Codec, workers: Workers, config: ConfigDict) -> None:
+    """Builds a part.
+
+    Raises:
+      LockedError: if another process builds it.
+    """
+    with contextlib.closing(open_output(path, _fingerprint(config, codec, division, part), config.fresh)) as file:
+        if file.finished_report is None:
+            if not is_remote(path):
+                check_output(path, "output_file")
+            file.claim()
+        if file.finished_report is not None:
+            if config.shard != "auto" or "{i}" not in config.output_file:  # otherwise there can be thousands
+                print(f"{path} is already complete: {_summary(file.finished_report)}")
+            return
+        work = division.work(part)
+        folders.report_ignored(work.ignored, "inputs")
+        resources = Resources(config.batch_size, workers, config.cache_pictures if work.repeats_images else 0)
+        report = write_sentences(work.plan, codec, file, work.skipped, resources)
+        if not report["sentences"] and division.count == 1:
             name = f"--inputs={config.inputs}" if config.inputs else f"--input_dir={config.input_dir}"
-            raise UserError(f"{name}: no sentence was built, {len(skipped)} inputs skipped")
-        not_kept = sum(index.not_kept for _, index in indexed)
-        file.finish({**report, "files_passed_over": ignored, "not_kept": not_kept})
-    print(f"{output_file}: {_summary(report)}")
+            raise UserError(f"{name}: no sentence was built, {len(work.skipped)} inputs skipped")
+        file.finish({**report, "files_passed_over": work.ignored, "not_kept": work.not_kept})
+    print(f"{path}: {_summary(report)}")
 
 
 def _entries(config: ConfigDict) -> list[Entry]:
@@ -161,56 +180,25 @@ def _entries(config: ConfigDict) -> list[Entry]:
     return [Entry("", config, {}, None)]
 
 
-def _inputs(entry: Entry) -> tuple[SentenceSettings, list[Source], KeepList | None]:
+def _inputs(entry: Entry) -> Inputs:
     """Checks the settings of a data set, finds its sources, and reads its keep list."""
     config = entry.config
-    with _names(entry):
+    with naming(entry):
         settings = _settings(config)
         sources = find_sources(config.kind, config.input_dir, config.target_dir, config["keys"], config.columns)
         if config.keep and not KINDS[config.kind].takes_keep_list:
             kinds = ", ".join(name for name, kind in KINDS.items() if kind.takes_keep_list)
             raise UserError(f"--keep={config.keep}: a keep list is for the kinds of single images: {kinds}")
-        return settings, sources, read_keep_list(config.keep) if config.keep else None
+        return Inputs(entry, settings, sources, read_keep_list(config.keep) if config.keep else None)
 
 
-def _index(
-    entry: Entry,
-    settings: SentenceSettings,
-    sources: Sequence[Source],
-    keep_list: KeepList | None,
-    skipped: SkippedInputs,
-) -> tuple[DataSet, FileIndex]:
-    """Lists the sources of a data set."""
-    kind = entry.config.kind
-    with _names(entry):
-        index = FileIndex(KINDS[kind].layout, sources, skipped, keep_list)
-        if keep_list:
-            print(f"--keep={keep_list.path}: leaves out {index.not_kept} of {keep_list.images} inputs")
-        with prefix_errors("--", separator=""):
-            return DataSet(kind, KINDS[kind].sampler(index, settings), settings), index
-
-
-def _names(entry: Entry) -> contextlib.AbstractContextManager[None]:
-    return prefix_errors(entry.place) if entry.place else contextlib.nullcontext()
-
-
-def _counts(entries: Sequence[Entry], data_sets: Sequence[DataSet], n_epochs: int) -> list[int]:
-    """Returns the examples of each data set in the build, and prints those of --inputs."""
-    sizes = [data_set.sampler.num_examples for data_set in data_sets]
-    weights = [entry.weight for entry in entries if entry.weight is not None]
-    for entry, size in zip(entries, sizes):
-        if entry.place and not size:
-            raise UserError(f"{entry.place}: has no input that can be used")
-    counts = [n_epochs * size for size in sizes]
-    if weights:
-        exact = [Fraction(str(weight)) for weight in weights]
-        passes = min(size * sum(exact) / weight for size, weight in zip(sizes, exact))
-        counts = proportional(int(n_epochs * passes), weights)
-    for entry, count, size in zip(entries, counts, sizes):
-        if entry.place:
-            times = f"{count / size:.2f} times"
-            print(f"{entry.place}: {entry.config.kind}, {count} examples out of {size} ({times})")
-    return counts
+def _by_files(inputs: list[Inputs], config: ConfigDict) -> ByFiles:
+    with prefix_errors(f"--parts={config.parts}"):
+        if config.inputs:
+            raise UserError(f"--inputs={config.inputs} mixes data sets: give the number of parts")
+        if config.keep:
+            raise UserError(f"--keep={config.keep} is a list of all files together: give the number of parts")
+        return ByFiles(inputs[0], config.n_epochs, config.max_errors)
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -249,15 +237,10 @@ def _numbers(name: str, value: str, parse: Callable[[str], Any]) -> tuple:
     return numbers
 
 
-def _fingerprint(config: ConfigDict, codec: Codec, entries: Sequence[Entry], digests: Sequence[str]) -> dict[str, Any]:
-    """Returns everything that determines the bytes of the file."""
-    # Builds of versions without these flags stay complete.
-    later = ("keys", "columns", "keep", "frame_seconds", "split_at_cuts")
-    flags = {name: config[name] for name in SENTENCE_FLAGS if config[name] or name not in later}
-    inputs: Any = digests[0]
-    if config.inputs:
-        inputs = [[digest, dict(entry.own), entry.weight] for entry, digest in zip(entries, digests)]
-    return {"version": VERSION, "inputs": inputs, "tokenizer": codec.digest, **flags}
+def _fingerprint(config: ConfigDict, codec: Codec, division: Division, part: int) -> dict[str, Any]:
+    """Returns what determines the sentences of a part."""
+    flags = {name: config[name] for name in SENTENCE_FLAGS if config[name] or name not in _LATER_FLAGS}
+    return {"version": VERSION, "tokenizer": codec.digest, **flags, **division.fingerprint(part)}
 
 
 def cli() -> None:

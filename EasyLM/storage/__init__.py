@@ -13,6 +13,7 @@ Modules:
   checksums  CRC-32 checksums of arrays
   digests  digests of JSON values and of files
   heartbeat_lock  one process at a time holds a directory or writes a file
+  lock_file  the file of a lock
   processes  which process has written a file, and whether it still exists
   hub      names on the Hugging Face Hub in place of local paths
   hub_upload  uploads a directory to the Hugging Face Hub
@@ -34,7 +35,7 @@ from EasyLM.storage.atomic import (
 )
 from EasyLM.storage.columns import VERIFIED_ONCE_BYTES, Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest, same_contents
-from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, lock_output, lock_output_folder
+from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, LockWatch, lock_output, lock_output_folder
 from EasyLM.storage.hub import local_path
 from EasyLM.storage.hub_upload import PUSH_FLAG, prepare_repository, upload_files
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
@@ -47,6 +48,7 @@ from EasyLM.storage.paths import (
     is_compressed,
     is_remote,
     make_directory,
+    path_exists,
     remote_file_system,
 )
 from EasyLM.storage.pickles import Unchangeable, check_memo
@@ -62,6 +64,7 @@ __all__ = [
     "CardTexts",
     "Columns",
     "HeartbeatLock",
+    "LockWatch",
     "LockedError",
     "TorchTensor",
     "Unchangeable",
@@ -91,6 +94,7 @@ __all__ = [
     "open_binary",
     "open_columns",
     "parse_json",
+    "path_exists",
     "prepare_repository",
     "public_name",
     "read_json",

@@ -12,7 +12,6 @@ A process that was suspended while another one took over its lock finds out at i
 """
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -22,16 +21,14 @@ import time
 from typing import Any, NoReturn
 
 from EasyLM.errors import UserError, prefix_errors
-from EasyLM.storage.atomic import atomic_path, remove_leftovers
-from EasyLM.storage.json_files import parse_json
-from EasyLM.storage.paths import check_output, is_remote, remote_file_system
+from EasyLM.storage.atomic import remove_leftovers
+from EasyLM.storage.lock_file import LockFile
+from EasyLM.storage.paths import check_output
 from EasyLM.storage.processes import is_alive, process_namespace, process_start
 
-LOCK_NAME = "run_lock.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 FORGOTTEN_SECONDS = 600.0
-_SCHEMA = {"token": str, "directory": str, "host": str, "process": int, "since": float, "heartbeat": float}
 _POLL_SECONDS = 0.5  # while waiting for a heartbeat
 _SETTLE_SECONDS = 0.5  # after writing over a file: the last of several concurrent writers wins
 
@@ -53,7 +50,7 @@ class HeartbeatLock:
     """
 
     def __init__(self, path: str, is_output: bool = False):
-        self._store = _LockFile(path, is_output)
+        self._store = LockFile(path, is_output)
         now = time.time()
         self._content: dict[str, Any] = {
             "token": secrets.token_hex(8),
@@ -119,13 +116,11 @@ class HeartbeatLock:
 
     def _wait_for_death(self, holder: dict[str, Any]) -> None:
         """Returns when the holder counts as dead. Raises LockedError if it is alive."""
-        now = time.time()
-        age = now - holder.get("heartbeat", now)
-        same_machine = holder.get("process_namespace") == self._content["process_namespace"]
-        if (same_machine and not is_alive(holder["process"], holder.get("process_start"))) or age > FORGOTTEN_SECONDS:
+        if _is_known_to_be_dead(holder):
             return
+        same_machine = holder.get("process_namespace") == self._content["process_namespace"]
         is_copy = holder.get("directory") != self._store.subject  # the directory was copied with its lock
-        if same_machine and not is_copy and age < STALE_SECONDS:
+        if same_machine and not is_copy and _age(holder) < STALE_SECONDS:
             self._refuse(holder)
         logging.warning(
             "%s: locked by %s; waiting up to %.0f s for its next heartbeat",
@@ -166,6 +161,28 @@ class HeartbeatLock:
             self._lost_to = _describe(current)
 
 
+class LockWatch:
+    """Sees, without waiting, which outputs living processes hold.
+
+    One object looks at all of them, again and again: only that a heartbeat advances tells that a holder on another
+    machine is alive.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[dict[str, Any], float]] = {}  # path -> content, when it was seen first
+
+    def is_held(self, path: str) -> bool:
+        """Whether the lock of an output exists and its holder may be alive. False: it can be acquired."""
+        holder = LockFile(path, is_output=True).read()
+        if holder is None or _is_known_to_be_dead(holder):
+            return False
+        content, since = self._seen.get(path, (None, 0.0))
+        if content != holder:
+            self._seen[path] = holder, time.monotonic()
+            return True
+        return time.monotonic() - since < STALE_SECONDS
+
+
 def lock_output(path: str, flag: str) -> HeartbeatLock:
     """Locks an output file until `release`, after `check_output`. Deletes what killed processes have left of it.
 
@@ -196,73 +213,16 @@ def _lock_and_clean(path: str, flag: str, is_output: bool = True) -> HeartbeatLo
     return lock
 
 
-class _LockFile:
-    """The file on its file system. Its content is a JSON object."""
-
-    def __init__(self, path: str, is_output: bool = False):
-        remote = is_remote(path)
-        self.subject = path.rstrip("/") if remote else os.path.realpath(path)
-        self.kind = "output" if is_output else "directory"
-        folder, name = os.path.split(self.subject)
-        self.path = os.path.join(folder, f".{name}.lock") if is_output else f"{self.subject}/{LOCK_NAME}"
-        self._remote: Any = None
-        self._name = self.path
-        if remote:
-            self._remote, self._name = remote_file_system(self.path)
-
-    def create(self, content: dict[str, Any]) -> bool:
-        """Creates the file if it does not exist, atomically. Returns False if it exists, or the store cannot do it."""
-        if self._remote is not None:
-            return False
-        try:
-            file = open(self.path, "xb")  # noqa: SIM115  (closed below)
-        except FileExistsError:
-            return False
-        try:
-            with file:
-                file.write(_encode(content))
-        except OSError:
-            self.delete()
-            raise
-        return True
-
-    def read(self) -> dict[str, Any] | None:
-        """Returns the content; None if there is no file; an empty dict if it cannot be parsed."""
-        try:
-            if self._remote is not None:
-                self._remote.invalidate_cache()
-                data = self._remote.cat_file(self._name)
-            else:
-                with open(self.path, "rb") as file:
-                    data = file.read()
-        except FileNotFoundError:
-            return None
-        with contextlib.suppress(UserError):
-            return parse_json(data, _SCHEMA)
-        return {}
-
-    def write(self, content: dict[str, Any]) -> None:
-        """Replaces the file."""
-        if self._remote is not None:
-            self._remote.pipe_file(self._name, _encode(content))
-            return
-        with atomic_path(self.path, sync=False) as temporary, open(temporary, "wb") as file:
-            file.write(_encode(content))
-
-    def remove_leftovers(self) -> None:
-        """Deletes what killed processes have left while they wrote the file."""
-        if self._remote is None:
-            remove_leftovers(self.path)
-
-    def delete(self) -> None:
-        if self._remote is not None:
-            self._remote.rm_file(self._name)
-        else:
-            os.remove(self.path)
+def _age(holder: dict[str, Any]) -> float:
+    """Returns the seconds since the last heartbeat, by the clocks of two machines; 0 for an unreadable lock."""
+    return time.time() - holder["heartbeat"] if holder else 0.0
 
 
-def _encode(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content) + "\n").encode()
+def _is_known_to_be_dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that has ended, or is forgotten."""
+    is_local = holder.get("process_namespace") == process_namespace()
+    has_ended = is_local and not is_alive(holder["process"], holder.get("process_start"))
+    return has_ended or _age(holder) > FORGOTTEN_SECONDS
 
 
 def _is_same(content: dict[str, Any] | None, own: dict[str, Any]) -> bool:

@@ -120,6 +120,22 @@ def file_version(path: str) -> dict[str, Any]:
     return {"size": stat.st_size, "mark": str(stat.st_mtime_ns)}
 
 
+def path_exists(path: str) -> bool:
+    """Whether a local or remote file exists, or a directory.
+
+    Raises:
+      UserError: if the remote file system cannot be reached.
+    """
+    if not is_remote(path):
+        return os.path.exists(path)
+    system, inner = remote_file_system(path)
+    try:
+        system.invalidate_cache()
+        return bool(system.exists(inner))
+    except Exception as error:  # each package has its own errors of credentials and connections
+        raise UserError(f"{path}: not reachable ({_first_line(error)})") from error
+
+
 def check_output(path: str, flag: str = "") -> None:
     """Creates the directory of a local output file, and checks that files can be written there.
 

@@ -1,5 +1,6 @@
 """Jobs on a real SLURM: training on two nodes, requeue, time limit, killed tasks; a build as a job array."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -147,6 +148,42 @@ def test_the_parts_of_an_array_build_concatenate_to_the_whole(cluster, tmp_path)
         cluster.await_state(task, "COMPLETED")
     parts = b"".join((tmp_path / "parts" / f"part_{i}.jsonl").read_bytes() for i in range(3))
     assert parts and parts == (tmp_path / "whole" / "part_0.jsonl").read_bytes()
+
+
+# Every Python of a job runs it first.
+IMPATIENT = """
+from EasyLM.storage import heartbeat_lock
+heartbeat_lock.HEARTBEAT_SECONDS, heartbeat_lock.STALE_SECONDS = 0.2, 2.0
+"""
+
+
+def test_jobs_of_an_array_take_over_the_parts_of_a_killed_one(cluster, tmp_path):
+    """The first job whose lock is seen is killed: during its first part, or in whatever it does then.
+
+    Without a heartbeat for two seconds, a job counts as dead. If one is only slow, another job builds the same bytes.
+    """
+    for seed in range(40):
+        write_image(tmp_path / "images" / f"{seed}.png", seed)
+    build = [f"--input_dir={tmp_path}/images", f"--vqgan={tiny_vqgan(tmp_path / 'vqgan')}", "--kind=images"]
+    script, parts = str(ROOT / "scripts" / "slurm" / "build_array.sbatch"), tmp_path / "parts"
+    options = ["--gpus-per-task=0", "--cpus-per-task=1", f"--output={tmp_path}/%a.log", f"--chdir={ROOT}"]
+    variables = environment(tmp_path)
+    (tmp_path / "site" / "sitecustomize.py").parent.mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(IMPATIENT)
+    impatient = variables | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), variables["PYTHONPATH"]])}
+    job = cluster.submit("--array=0-2", *options, script, str(parts), "--parts=7", *build, env=impatient)
+    deadline = time.monotonic() + 240
+    while not (locks := list(parts.glob(".part_?.jsonl.lock"))):
+        assert time.monotonic() < deadline, [path.read_text() for path in tmp_path.glob("*.log")]
+        time.sleep(0.01)
+    with contextlib.suppress(OSError, ValueError):  # it has released the lock, or is writing it
+        os.kill(json.loads(locks[0].read_text())["process"], signal.SIGKILL)
+    for task in range(3):
+        cluster.await_state(f"{job}_{task}", "COMPLETED", "FAILED")
+    whole = cluster.submit("--array=0-0", *options, script, str(tmp_path / "whole"), *build, env=variables)
+    cluster.await_state(f"{whole}_0", "COMPLETED")
+    joined = b"".join((parts / f"part_{i}.jsonl").read_bytes() for i in range(7))
+    assert joined and joined == (tmp_path / "whole" / "part_0.jsonl").read_bytes()
 
 
 def is_python(pid: int) -> bool:

@@ -13,7 +13,8 @@ import time
 import pytest
 
 from EasyLM.errors import UserError
-from EasyLM.storage import HeartbeatLock, heartbeat_lock, lock_output, lock_output_folder
+from EasyLM.storage import HeartbeatLock, LockWatch, heartbeat_lock, lock_file, lock_output, lock_output_folder
+from EasyLM.storage.lock_file import LOCK_NAME, LockFile
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def directory(request, tmp_path):
 
 def change_lock(directory: str, **changes) -> None:
     """Rewrites the file of a lock."""
-    store = heartbeat_lock._LockFile(directory)
+    store = LockFile(directory)
     store.write(store.read() | changes)
 
 
@@ -41,7 +42,7 @@ def abandoned(directory: str, **changes) -> None:
     lock = HeartbeatLock(directory)
     content = dict(lock._content)
     lock.release()
-    heartbeat_lock._LockFile(directory).write(content | changes)
+    LockFile(directory).write(content | changes)
 
 
 ELSEWHERE = {"host": "node7", "process_namespace": "node7 boot pid:[1]"}
@@ -127,9 +128,7 @@ def test_the_lock_in_a_copy_of_a_directory_is_replaced(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with HeartbeatLock(str(tmp_path / "a")):
-        (tmp_path / "b" / heartbeat_lock.LOCK_NAME).write_bytes(
-            (tmp_path / "a" / heartbeat_lock.LOCK_NAME).read_bytes()
-        )
+        (tmp_path / "b" / LOCK_NAME).write_bytes((tmp_path / "a" / LOCK_NAME).read_bytes())
         HeartbeatLock(str(tmp_path / "b")).release()
 
 
@@ -145,13 +144,13 @@ def test_a_suspended_holder_finds_out(directory, monkeypatch):
         first._released.clear()
         first.release()
         second.check()
-        assert heartbeat_lock._LockFile(directory).read()["token"] == second._content["token"]
+        assert LockFile(directory).read()["token"] == second._content["token"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": 3}', b"[" * 100_000])
 def test_an_unreadable_lock_is_replaced_after_the_stated_time(tmp_path, content):
-    (tmp_path / heartbeat_lock.LOCK_NAME).write_bytes(content)
+    (tmp_path / LOCK_NAME).write_bytes(content)
     begin = time.monotonic()
     HeartbeatLock(str(tmp_path)).release()
     assert time.monotonic() - begin >= 1.0
@@ -198,13 +197,13 @@ def test_the_last_of_two_concurrent_writers_wins(directory, monkeypatch):
     monkeypatch.setattr(time, "sleep", other_writes)
     with pytest.raises(UserError, match=r"in use by process .* on host node8"):
         HeartbeatLock(directory)
-    assert heartbeat_lock._LockFile(directory).read()["token"] == "other"
+    assert LockFile(directory).read()["token"] == "other"
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     """The file can be created, but not written. It does not remain."""
-    monkeypatch.setattr(heartbeat_lock, "_encode", lambda content: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
-    with pytest.raises(UserError, match=rf"{tmp_path}/{heartbeat_lock.LOCK_NAME}: .*No space left"):
+    monkeypatch.setattr(lock_file, "_encode", lambda content: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(UserError, match=rf"{tmp_path}/{LOCK_NAME}: .*No space left"):
         HeartbeatLock(str(tmp_path))
     assert os.listdir(tmp_path) == []
 
@@ -216,7 +215,7 @@ def test_heartbeats_go_on_after_a_failure(directory, monkeypatch, caplog):
             time.sleep(0.5)
         beats = lock._content["beats"]
         deadline = time.monotonic() + 5
-        while heartbeat_lock._LockFile(directory).read()["beats"] <= beats:
+        while LockFile(directory).read()["beats"] <= beats:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert caplog.text.count("heartbeat could not be written") == 1
@@ -225,7 +224,7 @@ def test_heartbeats_go_on_after_a_failure(directory, monkeypatch, caplog):
 
 def test_the_file_tells_who_holds_it(tmp_path):
     with HeartbeatLock(str(tmp_path)):
-        content = json.loads((tmp_path / heartbeat_lock.LOCK_NAME).read_text())
+        content = json.loads((tmp_path / LOCK_NAME).read_text())
     assert (content["host"], content["process"]) == (socket.gethostname(), os.getpid())
     assert abs(content["since"] - time.time()) < 60
 
@@ -241,7 +240,34 @@ def test_the_lock_of_an_output_is_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path) and access(path, mode))
     (tmp_path / "mount").mkdir()
     with lock_output_folder(str(tmp_path / "mount"), "output"):
-        assert os.listdir(tmp_path / "mount") == [heartbeat_lock.LOCK_NAME]
+        assert os.listdir(tmp_path / "mount") == [LOCK_NAME]
         with pytest.raises(UserError, match="in use by process"):
             lock_output_folder(f"{tmp_path}/mount/", "output")
     assert not os.listdir(tmp_path / "mount")
+
+
+def test_a_watch_sees_holders_without_waiting(tmp_path, monkeypatch):
+    """A lock of another machine whose heartbeat stands still is free after the stated time, and not before."""
+    monkeypatch.setattr(heartbeat_lock, "STALE_SECONDS", 0.2)
+    path = str(tmp_path / "out.jsonl")
+    watch = LockWatch()
+    assert not watch.is_held(path)
+    with HeartbeatLock(path, is_output=True) as lock:
+        assert watch.is_held(path)
+        content = dict(lock._content)
+    assert not watch.is_held(path)
+    store = LockFile(path, is_output=True)
+    store.write(content | {"process_start": "17"})
+    assert not watch.is_held(path)  # its process has ended
+    store.write(content | ELSEWHERE | {"heartbeat": time.time() - 3600})
+    assert not watch.is_held(path)
+    begin = time.monotonic()
+    for beats in range(2):
+        store.write(content | ELSEWHERE | {"beats": beats})
+        begin = time.monotonic()
+        assert watch.is_held(path)
+    while watch.is_held(path):
+        assert time.monotonic() - begin < 30
+        time.sleep(0.02)
+    assert time.monotonic() - begin >= heartbeat_lock.STALE_SECONDS
+    HeartbeatLock(path, is_output=True).release()

@@ -9,6 +9,8 @@ In the order of the data flow:
   inputs          the sources that a kind needs, from the values of the flags
   file_index      FileIndex: the files of the sources as items of rows
   mixture_file    the data sets of `--inputs`
+  division        Division: the parts of a build
+  claims          gives out the parts to processes
   schedule        the order of the examples of a build
   samplers        select the rows of an example
   kinds           KINDS, DataSet, and the sentences of examples
@@ -19,8 +21,10 @@ In the order of the data flow:
   pipeline        reads and encodes the images of a stream of sentences
   code_cache      CodeCache: codes on disk for later epochs
   writing         the loop of a build: sentences, progress, report
-  resumable_file  ResumableFile: an output file that an interrupted build resumes
-  shards          the part of a build that a process does (imports JAX: not for worker processes)
+  output          OutputFile: the output of a build, one of these two
+  resumable_file  ResumableFile: a local file that an interrupted build resumes
+  uploaded_file   UploadedFile: a file on an object store, uploaded when it is complete
+  shards          the parts of a build that a process does (imports JAX: not for worker processes)
 
 Vocabulary:
   row      one image from each column of the sources, such as an image with its annotations

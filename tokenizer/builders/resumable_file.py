@@ -4,6 +4,7 @@
 `FILE.report.json` is written, then `FILE.partial` is renamed to `FILE`.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ class ResumableFile:
         Raises:
           UserError: naming the differences, if the partial file has another fingerprint; if it is invalid or locked.
         """
-        self.path, self._fingerprint = path, orjson.loads(orjson.dumps(fingerprint))
+        self.path, self._fingerprint, self._fresh = path, orjson.loads(orjson.dumps(fingerprint)), fresh
         self._partial, self._progress, self._report = (
             f"{path}.{suffix}" for suffix in ("partial", "progress.json", "report.json")
         )
@@ -57,6 +58,22 @@ class ResumableFile:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def scratch_folder(self) -> str:
+        """The folder of the file, for temporary files."""
+        return os.path.dirname(self.path) or "."
+
+    def claim(self) -> None:
+        """Locks the file, and reads what another run has done since the construction.
+
+        Raises:
+          LockedError: if another process has locked it.
+        """
+        if self._lock is None:
+            self._acquire()
+            if not self._fresh:
+                self._read_earlier_run()
 
     def _read_earlier_run(self) -> None:
         if os.path.exists(self._partial):
@@ -103,7 +120,7 @@ class ResumableFile:
     def write(self, data: bytes) -> None:
         """Appends data."""
         if self._file is None:
-            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            os.makedirs(self.scratch_folder, exist_ok=True)
             self._open(0)
         assert self._file is not None
         with names_full_disk(self._partial):
@@ -159,5 +176,5 @@ def _read(path: str, schema: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _remove(path: str) -> None:
-    if os.path.exists(path):
+    with contextlib.suppress(FileNotFoundError):
         os.remove(path)

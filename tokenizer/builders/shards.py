@@ -1,9 +1,26 @@
-"""`--shard=i/n`: the part of divided work that a process does, and the names of the parts' files."""
+"""`--shard` and `--parts`: the parts of divided work that a process does, and the names of the parts' files."""
 
 import os
+from typing import NamedTuple
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.parallel import own_part
+
+BY_FILES = "files"  # a value of --parts
+
+
+class Share(NamedTuple):
+    """What a process does.
+
+    Attributes:
+      first: the part to begin with.
+      parts: their number.
+      takes_over: whether it goes on with other parts.
+    """
+
+    first: int
+    parts: int
+    takes_over: bool
 
 
 def parse_shard(value: str) -> tuple[int, int]:
@@ -23,6 +40,40 @@ def parse_shard(value: str) -> tuple[int, int]:
     if not slash or not 0 <= numbers[0] < numbers[1]:
         raise UserError(f"--shard={value}: must be i/n with i one of 0..n-1, or auto")
     return numbers
+
+
+def parse_share(shard: str, parts: str, output_file: str, fresh: bool, files: int | None) -> Share:
+    """Returns the share of this process by the flags.
+
+    Args:
+      shard: as `parse_shard` takes it.
+      parts: the number of parts for any number of processes; BY_FILES; or empty: as many as tasks.
+      output_file: names the file of a part if it contains {i}.
+      fresh: whether finished files are discarded.
+      files: the number of parts BY_FILES.
+
+    Raises:
+      UserError: as `parse_shard` does, or if the flags do not go together.
+    """
+    has_number = "{i}" in output_file
+    if not parts:
+        return Share(*parse_shard(shard), shard == "auto" and has_number and not fresh)
+    if shard != "auto":
+        raise UserError(f"--parts={parts}: needs --shard=auto")
+    if not has_number:
+        raise UserError(f"--parts={parts}: --output_file={output_file} must contain {{i}}, the number of a part")
+    if fresh:
+        raise UserError(
+            f"--parts={parts}: --fresh would discard the parts of other processes: delete the files instead"
+        )
+    if files is None and not (parts.isdecimal() and int(parts)):
+        raise UserError(f"--parts={parts}: must be a number of at least 1, or {BY_FILES}")
+    count = files or int(parts)
+    try:
+        task, tasks = own_part(os.environ)
+    except UserError:  # no batch system, or some tasks of an array: it does not matter where a process begins
+        task, tasks = 0, 1
+    return Share(task * count // tasks, count, True)
 
 
 def name_part(path: str, part: int, parts: int) -> str:

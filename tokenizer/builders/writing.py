@@ -1,4 +1,4 @@
-"""Writes the sentences of a build to a resumable file, with a progress bar and a report."""
+"""Writes the sentences of a build to its file, with a progress bar and a report."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ from EasyLM.storage import check_schema
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.kinds import KINDS, DataSet, Sentence, compose
+from tokenizer.builders.output import OutputFile
 from tokenizer.builders.pipeline import FRAMES_PER_READ, Encoder, Pipeline
-from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.builders.schedule import Slot
 from tokenizer.formats import ImageTokenizer
 
@@ -36,13 +36,11 @@ class BuildPlan:
     """The sentences to write.
 
     Attributes:
-      name: of the progress bar.
       data_sets: the inputs.
       schedule: returns the examples of a range of numbers.
       examples: their numbers.
     """
 
-    name: str
     data_sets: Sequence[DataSet]
     schedule: Callable[[range], Iterator[Slot]]
     examples: range
@@ -54,34 +52,46 @@ class Resources:
 
     Attributes:
       batch_size: images encoded at a time.
-      workers: processes that read images.
+      workers: the processes that read images.
       cached_images: images whose codes are cached on disk; 0: none.
     """
 
     batch_size: int
-    workers: int
+    workers: Workers
     cached_images: int
 
 
 def write_sentences(
-    plan: BuildPlan, codec: ImageTokenizer, file: ResumableFile, skipped: SkippedInputs, resources: Resources
+    plan: BuildPlan,
+    codec: ImageTokenizer,
+    file: OutputFile,
+    skipped: SkippedInputs,
+    resources: Resources,
 ) -> dict[str, Any]:
-    """Writes the sentences that the file does not contain yet, and returns the report."""
+    """Writes the sentences that the file does not contain yet, and returns the report.
+
+    Args:
+      plan: the sentences.
+      codec: encodes their images.
+      file: the output.
+      skipped: takes the inputs that cannot be used.
+      resources: of the build.
+    """
     state = file.state or {**_INITIAL_STATE, "example": plan.examples.start}
     with prefix_errors(f"{file.path}.progress.json"):
         check_schema(state, _STATE, "state")
     skipped.restore(state["skipped"])
     start = time.monotonic() - state["seconds"]
-    cache = CodeCache(resources.cached_images, codec.tokens_per_image, os.path.dirname(file.path) or ".")
+    cache = CodeCache(resources.cached_images, codec.tokens_per_image, file.scratch_folder)
+    workers = resources.workers
     with (
-        Workers(resources.workers) as workers,
         contextlib.closing(Encoder(codec)) as encoder,
-        progress_bar(plan.name, state["example"] - plan.examples.start, len(plan.examples)) as bar,
+        progress_bar(os.path.basename(file.path), state["example"] - plan.examples.start, len(plan.examples)) as bar,
     ):
         read = functools.partial(workers.submit, functools.partial(image_ref.read, size=codec.resolution))
-        max_pending = _PENDING_BATCHES * resources.batch_size + 2 * resources.workers
+        max_pending = _PENDING_BATCHES * resources.batch_size + 2 * workers.processes
         if any(KINDS[data_set.kind].is_video for data_set in plan.data_sets):
-            max_pending += resources.workers * FRAMES_PER_READ
+            max_pending += workers.processes * FRAMES_PER_READ
         pipeline = Pipeline(read, encoder, cache, resources.batch_size, max_pending)
         for sentence, codes in pipeline.run(_remaining(plan, state, workers, skipped)):
             if isinstance(codes, dict):

@@ -10,6 +10,7 @@ from EasyLM.errors import UserError
 from EasyLM.storage import file_version, read_json
 
 _REPORT = {"identity?": dict, "bytes?": int}
+_OF_ONE_PART = ("shard", "part_inputs")  # the other fields of an identity are those of the whole build
 _MOST_NAMED = 10
 
 
@@ -30,7 +31,7 @@ def check_parts(paths: Sequence[str]) -> None:
         size = file_version(path)["size"]
         if size != report["bytes"]:
             raise UserError(f"{path}: has {size} bytes, but {path}.report.json says {report['bytes']}: copy it again")
-        identity = {name: value for name, value in report["identity"].items() if name != "shard"}
+        identity = {name: value for name, value in report["identity"].items() if name not in _OF_ONE_PART}
         found = builds[json.dumps(identity, sort_keys=True), parts]
         if part in found:
             raise UserError(f"{path}: is part {part} of {parts} of a build, and so is {found[part]}")

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from EasyLM.errors import UserError
+from EasyLM.storage import LockedError
 from tokenizer.builders import resumable_file
 
 
@@ -70,6 +71,21 @@ def test_two_builds_of_one_file_do_not_mix(tmp_path):
     first.write(b"three\n")
     first.finish({})
     assert (tmp_path / "out.jsonl").read_bytes() == b"one\nthree\n"
+
+
+def test_a_claim_sees_what_another_build_has_finished(tmp_path):
+    path = str(tmp_path / "out.jsonl")
+    file = resumable_file.ResumableFile(path, {}, fresh=False)
+    other = resumable_file.ResumableFile(path, {}, fresh=False)
+    other.claim()
+    with pytest.raises(LockedError, match=r"out\.jsonl: in use by process"):
+        file.claim()
+    other.write(b"a line\n")
+    other.finish({})
+    file.claim()
+    file.close()
+    assert file.finished_report == {"bytes": 7, "identity": {}}
+    assert set(os.listdir(tmp_path)) == {"out.jsonl", "out.jsonl.report.json"}
 
 
 def test_what_a_killed_build_has_left_is_deleted(tmp_path):

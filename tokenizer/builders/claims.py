@@ -1,0 +1,83 @@
+"""Gives out the parts of a build to processes on any number of machines.
+
+There is no server. The processes share the folder of the parts' files. A process claims a part by the lock of its file.
+A part whose process has died is resumed by another one, from its last saved progress.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from EasyLM.errors import UserError
+from EasyLM.storage import HeartbeatLock, LockedError, LockWatch, path_exists
+
+_POLL_SECONDS = 5.0  # between looks at the parts of other processes
+
+
+def build_parts(
+    paths: Sequence[str], first: int, build: Callable[[int], None], begun_only: bool, meeting_place: str
+) -> list[int]:
+    """Builds parts until each is finished, or in progress in another process.
+
+    Of the processes that have nothing left to do, one stays and waits for the parts in progress. If their processes
+    die, it takes them over. The others end, so that their devices are free. Therefore all parts get finished, unless
+    all processes die that are still at work.
+
+    Args:
+      paths: the files of the parts.
+      first: the part to begin with. The following ones come next, then those before it.
+      build: builds a part, or returns at once if it is finished. Raises LockedError if another process builds it.
+      begun_only: build only `first`, and what other processes have begun and left.
+      meeting_place: a path beside the files. The process that waits holds its lock.
+
+    Returns:
+      The parts that are not finished.
+
+    Raises:
+      UserError: that of the first part that cannot be built, when nothing else is left to do.
+    """
+    watch = LockWatch()
+    failed: dict[int, UserError] = {}
+    parts = [*range(first, len(paths)), *range(first)]
+    with contextlib.ExitStack() as stack:
+        is_waiting = False
+        while parts:
+            left, in_progress = [], False
+            for part in parts:
+                if watch.is_held(paths[part]):
+                    left.append(part)
+                    in_progress = True
+                elif begun_only and part != first and not _is_begun(paths[part]):
+                    left.append(part)
+                else:
+                    try:
+                        build(part)
+                    except LockedError:  # another process was faster
+                        left.append(part)
+                        in_progress = True
+                    except UserError as error:
+                        failed[part] = error
+            if len(left) == len(parts):
+                if not in_progress:
+                    break
+                if not is_waiting:
+                    try:
+                        stack.enter_context(HeartbeatLock(meeting_place, is_output=True))
+                    except LockedError:
+                        break
+                    is_waiting = True
+                    print(f"waiting for {len(left)} parts that other processes build", flush=True)
+                time.sleep(_POLL_SECONDS)
+            parts = left
+    if failed:
+        part, first_error = next(iter(failed.items()))
+        others = f" ({len(failed)} parts could not be built)" if len(failed) > 1 else ""
+        raise UserError(f"{paths[part]}: {first_error}{others}") from first_error
+    return parts
+
+
+def _is_begun(path: str) -> bool:
+    """Whether a process has begun a part: it is finished, or it has left its lock or a part of the file."""
+    folder, name = os.path.split(path)
+    return any(map(path_exists, (path, f"{path}.partial", os.path.join(folder, f".{name}.lock"))))
