@@ -24,7 +24,13 @@ FLAGS = {
     "time_limit": Flag(1200.0, "Seconds for one plan.", above=0),
 }
 _GROUP = "--train_dataset.json_dataset"
-_SHARED = ["--dtype=bf16", f"{_GROUP}.seq_length=4096", "--checkpointer.save_optimizer_state=True"]
+_LENGTH, _LONG = 4096, 131072  # tokens of a row
+_SHARED = ["--dtype=bf16", f"{_GROUP}.seq_length={_LENGTH}", "--checkpointer.save_optimizer_state=True"]
+_LONG_ROWS = (
+    f"{_GROUP}.seq_length={_LONG}",
+    f"--llama.max_sequence_length={_LONG}",
+    "--mesh_dim=dp:1,fsdp:1,mp:1,sp:8",
+)
 # (preset, topology, rows of a batch, further flags)
 CASES: list[tuple[str, str, int, tuple[str, ...]]] = [
     ("vqlm_100m", "h100:1", 16, ()),
@@ -42,6 +48,8 @@ CASES: list[tuple[str, str, int, tuple[str, ...]]] = [
     ("vqlm_100m", "v5e:2x2", 8, ()),
     ("vqlm_3b", "v5e:4x4", 16, ()),
     ("vqlm_13b", "v5p:2x2x4", 16, ()),
+    ("vqlm_7b", "h100:8", 1, _LONG_ROWS),
+    ("vqlm_7b", "v5p:2x2x2", 1, _LONG_ROWS),
 ]
 
 
@@ -99,13 +107,20 @@ def _cells(plan: dict, rows: int) -> list[str]:
         return ["", f"{rows}", plan["error"], "", "", ""]
     used, limit = (plan[name] / 1e9 for name in ("peak_bytes_per_device", "hbm_bytes_per_device"))
     return [
-        ",".join(str(size) for size in plan["mesh"].values()),
-        f"{rows}",
+        _mesh(plan["mesh"]),
+        f"{rows}" if plan["seq_length"] == _LENGTH else f"{rows} x {plan['seq_length']}",
         f"{used:.1f} of {limit:.0f} GB" + ("" if plan["fits"] else ": does not fit"),
         f"{plan['matmul_flops_ratio']:.2f}",
         f"{sum(plan['collective_bytes'].values()) / 1e9:.1f} GB",
         f"{plan['checkpoint_bytes'] / 1e9:.1f} GB",
     ]
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    """Returns a mesh in the shortest form of --mesh_dim."""
+    if sizes.get("sp", 1) == 1:
+        return ",".join(str(size) for axis, size in sizes.items() if axis != "sp")
+    return ",".join(f"{axis}:{size}" for axis, size in sizes.items())
 
 
 def cli() -> None:

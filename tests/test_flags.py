@@ -74,6 +74,7 @@ CONTRACT = {
     "seed": 42,
     "mesh_dim": "1,-1,1",
     "dtype": "fp32",
+    "gradient_reduce_dtype": "",
     "total_steps": 10000,
     "load_llama_config": "",
     "update_llama_config": "",
@@ -97,10 +98,7 @@ CONTRACT = {
         "accumulate_gradient_steps": 1,
         "type": "adamw",
         "ema_decay": 0.0,
-        "adamw_optimizer": {
-            **SCHEDULED_OPTIMIZER,
-            "multiply_by_parameter_scale": False,
-        },
+        "adamw_optimizer": {**SCHEDULED_OPTIMIZER, "multiply_by_parameter_scale": False},
         "palm_optimizer": {
             "lr": 0.01,
             "lr_warmup_steps": 10000,

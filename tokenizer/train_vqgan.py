@@ -19,7 +19,13 @@ from jax.sharding import PartitionSpec as P
 from EasyLM import checkpoints, flags
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
-from EasyLM.parallel import check_batch_size, fail_together, initialize_distributed, make_mesh
+from EasyLM.parallel import (
+    check_batch_size,
+    check_whole_sequences,
+    fail_together,
+    initialize_distributed,
+    make_mesh,
+)
 from EasyLM.storage import is_remote
 from EasyLM.training import (
     RUN_FLAGS,
@@ -109,6 +115,7 @@ def main(config: Any) -> int:
     model = config_from_flags(config.vqgan)
     objective = _objective(config, model)
     mesh = make_mesh(config.mesh_dim)
+    check_whole_sequences(mesh)
     check_batch_size("--batch_size", config.batch_size, mesh)
 
     # Start

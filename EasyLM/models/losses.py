@@ -34,6 +34,7 @@ def chunked_cross_entropy_and_accuracy(
     masks_BT: jax.Array | None,
     chunk: int,
     z_weight: float = 0.0,
+    parts: int = 1,
 ) -> tuple[jax.Array, ...]:
     """Computes `cross_entropy_and_accuracy` from hidden states. Holds logits of only `chunk` tokens per row in memory.
 
@@ -41,9 +42,10 @@ def chunked_cross_entropy_and_accuracy(
 
     Args:
       logits_of: a function (hidden_BtD, head_DV) -> logits_BtV. It must not capture arrays.
+      parts: into how many parts devices split T; see `split_time`.
     """
     arrays = hidden_BTD, targets_BT, _weights(targets_BT, masks_BT)  # the weights of padded tokens are 0
-    hidden_CBtD, targets_CBt, weights_CBt = (split_time(x_BT, chunk) for x_BT in arrays)
+    hidden_CBtD, targets_CBt, weights_CBt = (split_time(x_BT, chunk, parts) for x_BT in arrays)
     return _chunked(logits_of, z_weight, hidden_CBtD, head_DV, targets_CBt, weights_CBt)
 
 

@@ -2,7 +2,7 @@
 
 May import EasyLM's own modules only.
 
-    mesh          the axes dp, fsdp and mp; `--mesh_dim`; the sharding of a batch
+    mesh          the axes dp, fsdp, mp and sp; `--mesh_dim`; the sharding of a batch
     partition     partition rules: the path of an array -> its sharding
     device_memory bytes that JAX may use on each device
     distributed   the start of jax.distributed
@@ -13,7 +13,8 @@ May import EasyLM's own modules only.
 
 Vocabulary:
     mesh            devices as an array with named axes: dp (data parallel), fsdp (fully sharded data parallel: batch
-                    and parameters are split), mp (model, or tensor, parallel)
+                    and parameters are split), mp (model, or tensor, parallel), sp (sequence parallel: the tokens of a
+                    row and the parameters are split)
     partition rule  (regular expression, PartitionSpec): the spec of the arrays whose path it matches
     process         one Python process of a run, usually one per host; process 0 writes files
 """
@@ -22,20 +23,34 @@ from EasyLM.parallel.compiler import compiler_options
 from EasyLM.parallel.coordination import Channel, PeerError, check_same, on_first_process_first
 from EasyLM.parallel.device_memory import device_memory
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
-from EasyLM.parallel.mesh import BATCH_AXES, axis_size, batch_sharding, check_batch_size, make_mesh
+from EasyLM.parallel.mesh import (
+    BATCH_AXES,
+    HEAD_AXES,
+    SHARD_AXES,
+    TOKEN_AXES,
+    axis_size,
+    batch_sharding,
+    check_batch_size,
+    check_whole_sequences,
+    make_mesh,
+)
 from EasyLM.parallel.partition import constrain, shardings
 from EasyLM.parallel.parts import own_part
 from EasyLM.parallel.peers import end_together, fail_together
 
 __all__ = [
     "BATCH_AXES",
+    "HEAD_AXES",
     "JAX_DISTRIBUTED_FLAGS",
+    "SHARD_AXES",
+    "TOKEN_AXES",
     "Channel",
     "PeerError",
     "axis_size",
     "batch_sharding",
     "check_batch_size",
     "check_same",
+    "check_whole_sequences",
     "compiler_options",
     "constrain",
     "device_memory",

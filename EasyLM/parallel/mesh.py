@@ -16,13 +16,18 @@ from jax.sharding import PartitionSpec as P
 from EasyLM.errors import UserError
 
 AXES = ("dp", "fsdp", "mp")  # data parallel, fully sharded data parallel, model (tensor) parallel
-BATCH_AXES = ("dp", "fsdp")  # the mesh axes over which a batch is split
+# The mesh axes over which arrays are split. sp (sequence parallel) has the size 1 unless it is named.
+BATCH_AXES = ("dp", "fsdp")  # rows of a batch
+TOKEN_AXES = (*BATCH_AXES, "sp")  # tokens of a batch
+SHARD_AXES = ("fsdp", "sp")  # parameters, besides mp
+HEAD_AXES = ("mp", "sp")  # heads, while the devices along sp have whole sequences
 
 
 def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
-    """Parses `--mesh_dim` to mesh axes and sizes: `1,-1,1` (dp,fsdp,mp), or with names, as `dp:1,fsdp:-1,mp:2`.
+    """Parses `--mesh_dim` to mesh axes and sizes: `1,-1,1` (dp,fsdp,mp), or with names, as `dp:1,fsdp:-1,mp:1,sp:2`.
 
-    One size may be -1: all remaining devices. A leading `!` (see `make_mesh`) is ignored here.
+    One size may be -1: all remaining devices. A leading `!` (see `make_mesh`) is ignored here. If sp is not named, it
+    is the last axis and has the size 1.
 
     Raises:
       UserError: with the value and the violated rule.
@@ -36,7 +41,7 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
         names = [part.partition(":")[0] for part in texts]
         texts = [part.partition(":")[2] for part in texts]
         if not set(AXES) <= set(names) or len(set(names)) != len(names):
-            raise fail(f"a named mesh has each of the axes {', '.join(AXES)} once (further axes may be added)")
+            raise fail(f"a named mesh has each of the axes {', '.join(AXES)} once (sp and further axes may be added)")
     elif len(texts) != len(AXES):
         raise fail(f"give {len(AXES)} sizes, for {', '.join(AXES)}; or named ones, as dp:1,fsdp:-1,mp:1")
     if not all(re.fullmatch(r"-1|[1-9]\d*", size) for size in texts):
@@ -49,7 +54,7 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
         sizes[sizes.index(-1)] = num_devices // known
     if math.prod(sizes) != num_devices:
         raise fail(f"does not divide the {num_devices} devices of this run")
-    return dict(zip(names, sizes, strict=True))
+    return {**dict(zip(names, sizes, strict=True)), **({} if "sp" in names else {"sp": 1})}
 
 
 def make_mesh(mesh_dim: str, devices: list[jax.Device] | None = None) -> Mesh:
@@ -87,20 +92,23 @@ def _device_array(mesh_dim: str, shape: Mapping[str, int], devices: Sequence[Any
 def _slices_along(mesh_dim: str, shape: Mapping[str, int], num_slices: int) -> tuple[int, ...]:
     """Returns into how many slices each mesh axis is split.
 
-    Slices communicate over a slow network. The first axes are split, and never mp, which communicates the most.
+    Slices communicate over a slow network. The first axes are split, and never mp and sp, which communicate the most.
 
     Raises:
-      UserError: if the axes other than mp cannot be split over the slices.
+      UserError: if the other axes cannot be split over the slices.
     """
     ways, left = [], num_slices
     for axis, size in shape.items():
-        ways.append(1 if axis == "mp" else math.gcd(size, left))
+        ways.append(1 if axis in HEAD_AXES else math.gcd(size, left))
         left //= ways[-1]
     if left > 1:
-        mp = math.gcd(shape["mp"], math.prod(shape.values()) // num_slices)
+        of_slice = math.prod(shape.values()) // num_slices
+        mp = math.gcd(shape["mp"], of_slice)
+        sp = math.gcd(shape["sp"], of_slice // mp)
+        example = f"{num_slices},-1,{mp}" if sp == 1 else f"dp:{num_slices},fsdp:-1,mp:{mp},sp:{sp}"
         raise UserError(
-            f"--mesh_dim={mesh_dim}: mp cannot span the {num_slices} slices, so dp x fsdp must be a multiple of "
-            f"{num_slices}, for example --mesh_dim={num_slices},-1,{mp}"
+            f"--mesh_dim={mesh_dim}: mp and sp cannot span the {num_slices} slices, so dp x fsdp must be a multiple of "
+            f"{num_slices}, for example --mesh_dim={example}"
         )
     return tuple(ways)
 
@@ -113,7 +121,10 @@ def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: rows are split over dp and fsdp, other axes are not split."""
+    """Returns the sharding of a batch: rows are split over dp and fsdp.
+
+    The devices along sp have the same rows. The model splits their tokens.
+    """
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
@@ -126,3 +137,15 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
     ways = axis_size(mesh, BATCH_AXES)
     if batch_size < 1 or batch_size % ways:
         raise UserError(f"{name}={batch_size}: must be a positive multiple of {ways}, the mesh's dp x fsdp")
+
+
+def check_whole_sequences(mesh: Mesh) -> None:
+    """Checks that the mesh has no axis sp, for programs that do not split sequences.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    if mesh.shape["sp"] > 1:
+        raise UserError(
+            f"--mesh_dim: sp={mesh.shape['sp']} is for llama_train and llama_plan; use dp, fsdp and mp here"
+        )

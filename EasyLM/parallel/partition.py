@@ -50,7 +50,7 @@ def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
                     "array of shape %s: %d is not divisible by %s=%d; this axis is not split",
                     array.shape,
                     size,
-                    axis,
+                    axis if isinstance(axis, str) else " x ".join(axis),
                     ways,
                 )
             axes.append(axis if size % ways == 0 else None)

@@ -16,8 +16,9 @@ RUN_FLAGS = {
     "seed": Flag(42, "Seed of the initial parameters and of dropout.", least=-(2**31), most=2**32 - 1),
     "mesh_dim": Flag(
         "1,-1,1",
-        "Mesh sizes dp,fsdp,mp; -1: all remaining devices; or with names, as dp:1,fsdp:-1,mp:2; a leading ! allows "
-        "splitting physical axes.",
+        "Mesh sizes dp,fsdp,mp; -1: all remaining devices; or with names, as dp:1,fsdp:-1,mp:2; with sp, as "
+        "dp:1,fsdp:-1,mp:1,sp:2, llama_train also splits the tokens of each row; a leading ! allows splitting physical "
+        "axes.",
     ),
     "total_steps": Flag(10000, "Micro-steps to train in total, including those before a resume.", least=0),
     "load_checkpoint": Flag("", "PREFIX::PATH to start from: trainstate, trainstate_params, params, flax_params, ..."),

@@ -16,7 +16,7 @@ from EasyLM.flags import DTYPE_ALIASES, Flag
 from EasyLM.models import generate
 from EasyLM.models.llama import llama_decode
 from EasyLM.models.llama.llama_config import LLaMAConfig
-from EasyLM.parallel import BATCH_AXES, axis_size, make_mesh
+from EasyLM.parallel import BATCH_AXES, axis_size, check_whole_sequences, make_mesh
 from evaluation.prompting.checkpoint import MODEL_FLAGS, load_codec, load_model, read_config
 from evaluation.prompting.settings import GenerationSettings, LargestBatch
 from tokenizer.formats import ImageTokenizer
@@ -110,6 +110,7 @@ class Prompter:
           UserError: naming the flag or the file that is wrong, or if the largest batch does not fit the devices.
         """
         mesh = make_mesh(settings.mesh_dim)
+        check_whole_sequences(mesh)
         codec = load_codec(
             settings.checkpoint,
             settings.load_llama_config,

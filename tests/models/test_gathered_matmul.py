@@ -55,6 +55,30 @@ def test_values_gradients_and_communication(mesh_dim, steps, axes):
         assert sent["all-reduce"] == sent["all-to-all"] == sent["collective-permute"] == 0
 
 
+@pytest.mark.parametrize("mesh_dim, steps", [("", []), ("1,8,1", [NEAR, FAR]), ("dp:2,fsdp:2,mp:1,sp:2", [[[0, 1]]])])
+def test_gradients_of_wide_kernels_are_summed_in_float32(mesh_dim, steps):
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((ROWS, 4, size)), jnp.bfloat16) for size in (INPUTS, OUTPUTS))
+    w = rng.standard_normal((INPUTS, OUTPUTS), np.float32)
+    if mesh_dim:
+        matmul = partial(matmul_of_devices, mesh=make_mesh(mesh_dim), axes=("fsdp", "mp"), steps=steps)
+    else:
+        matmul = partial(gathered_matmul, mesh=None, axes=("fsdp", "mp"))
+
+    @jax.jit
+    def values(x, w, dy):
+        y, pull = jax.vjp(matmul, x, w)
+        return y, *pull(dy)
+
+    y, dx, dw = values(x, w, dy)
+    narrow, narrow_dx, narrow_dw = values(x, w.astype(jnp.bfloat16), dy)
+    np.testing.assert_array_equal(y, narrow)
+    np.testing.assert_array_equal(dx, narrow_dx)
+    exact = np.einsum("BTI,BTO->IO", *(np.float32(array) for array in (x, dy)))
+    np.testing.assert_allclose(dw, exact, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.float32(narrow_dw) - exact).max() > 1e-2
+
+
 @pytest.mark.slow
 def test_a_model_of_gathered_kernels_learns_the_same(monkeypatch):
     config = changed(remat_block="attention_up_value_saveable", num_key_value_heads=2)
@@ -101,7 +125,7 @@ def test_only_large_slices_gather_and_only_what_the_mesh_divides(monkeypatch):
     def product(platform="tpu", rows=64, inputs=64, fsdp=64):
         for device in devices:
             device.platform = platform
-        shape = {"dp": 64 // fsdp, "fsdp": fsdp, "mp": 1}
+        shape = {"dp": 64 // fsdp, "fsdp": fsdp, "mp": 1, "sp": 1}
         mesh = types.SimpleNamespace(devices=devices.reshape(*shape.values()), shape=shape, axis_names=(*shape,))
         gathered_matmul(jnp.ones((rows, 1, inputs)), jnp.ones((inputs, 4)), mesh, ("fsdp", "mp"))
 

@@ -59,7 +59,7 @@ def test_a_plan_of_virtual_devices(tmp_path, capsys):
     made, code, text = plan(tmp_path, capsys, "--topology=cpu:8", "--checkpointer.save_optimizer_state=True")
     assert code == 0 and made["error"] is None and made["fits"] is True
     assert set(made) >= FIELDS
-    assert made["mesh"] == {"dp": 1, "fsdp": 8, "mp": 1} and made["devices"] == 8
+    assert made["mesh"] == {"dp": 1, "fsdp": 8, "mp": 1, "sp": 1} and made["devices"] == 8
     model = llama_config.PRESETS["vqlm_debug"]
     state = 12 * costs.num_parameters(model)  # float32: parameters and two moments
     norms = 12 * (2 * model.num_hidden_layers + 1) * model.hidden_size

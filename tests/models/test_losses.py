@@ -48,15 +48,17 @@ def test_half_precision_logits_are_summed_in_float32(batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [3, 10])
-def test_chunked_loss_and_gradients_equal_the_whole(batch, chunk):
+@pytest.mark.parametrize("chunk, parts", [(3, 1), (10, 1), (6, 2)])
+def test_chunked_loss_and_gradients_equal_the_whole(batch, chunk, parts):
     hidden_BTD, head_DV, targets_BT, masks_BT = batch
 
     def whole(hidden_BTD, head_DV):
         return cross_entropy_and_accuracy(hidden_BTD @ head_DV, targets_BT, masks_BT)
 
     def chunked(hidden_BTD, head_DV):
-        return chunked_cross_entropy_and_accuracy(jnp.matmul, hidden_BTD, head_DV, targets_BT, masks_BT, chunk)
+        return chunked_cross_entropy_and_accuracy(
+            jnp.matmul, hidden_BTD, head_DV, targets_BT, masks_BT, chunk, parts=parts
+        )
 
     np.testing.assert_allclose(chunked(hidden_BTD, head_DV), whole(hidden_BTD, head_DV), rtol=1e-6)
 

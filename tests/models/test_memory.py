@@ -65,7 +65,7 @@ def test_the_formula_counts_what_a_policy_saves(policy):
 def test_the_formula_agrees_with_the_compilers(key):
     plan = PLANS[key]
     state, mesh = plan["state_bytes_per_device"], plan["mesh"]
-    tokens = plan["batch_size"] // (mesh["dp"] * mesh["fsdp"]) * plan["seq_length"]
+    tokens = plan["batch_size"] * plan["seq_length"] // (mesh["dp"] * mesh["fsdp"] * mesh.get("sp", 1))
     shape = StepShape(tokens, mesh["mp"], jnp.bfloat16, state, state // 12)
     needed = step_bytes(llama_config.PRESETS[plan["preset"]], plan["remat"].partition(" ")[0], shape)
     assert 0.99 < needed / plan["peak_bytes_per_device"] < 1.3
@@ -113,15 +113,17 @@ def test_heads_and_feed_forward_are_split_over_mp():
     assert saved[0] - output == 2 * (saved[1] - output)
 
 
-def test_the_flags_give_the_shape():
-    arguments = ["--load_llama_config=vqlm_debug", "--dtype=bf16", "--mesh_dim=2,2,2"]
+@pytest.mark.parametrize("mesh_dim", ["2,2,2", "dp:2,fsdp:1,mp:2,sp:2"])
+def test_the_flags_give_the_shape(mesh_dim):
+    """Tokens and kernels are split by the same factor over fsdp and sp."""
+    arguments = ["--load_llama_config=vqlm_debug", "--dtype=bf16", f"--mesh_dim={mesh_dim}"]
     arguments += ["--train_dataset.json_dataset.batch_size=8", "--train_dataset.json_dataset.seq_length=256"]
-    config, mesh = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", *arguments]), make_mesh("2,2,2")
+    config, mesh = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", *arguments]), make_mesh(mesh_dim)
     llama = training_task.read_model(config)
     assert llama.remat_block == "auto"
     model, optimizer = training_task.make_model(llama, "bf16", mesh), make_optimizer(config.optimizer)
     shape = StepShape.of(abstract_state(model, optimizer, mesh), mesh, jnp.bfloat16, 8, 256)
-    # Kernels are split over fsdp and mp. 8292 tokens are divided by 2 x 2 too; the norms are not split.
+    # Kernels are split over fsdp x sp, and mp. 8292 tokens are divided by 2 x 2 too; the norms are not split.
     count, norms = costs.num_parameters(llama), 5 * 128
     params = (count - norms) // 4 + norms
     assert shape == StepShape(8 // 4 * 256, 2, jnp.bfloat16, 12 * params + 12, params)

@@ -29,8 +29,14 @@ def test_every_mesh_gives_the_same_losses(tmp_path, monkeypatch, mesh_dim, accum
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh_dim, accumulate", [("2,2,1", 1), ("1,4,1", 1), ("1,4,1", 3), ("1,2,2", 3)])
-def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, port, mesh_dim, accumulate):
+@pytest.mark.parametrize("mesh_dim, accumulate, rows", [
+    ("2,2,1", 1, 4),
+    ("1,4,1", 1, 4),
+    ("1,4,1", 3, 4),
+    ("1,2,2", 3, 4),
+    ("dp:1,fsdp:1,mp:1,sp:4", 1, 8),  # each has a part of all rows
+])  # fmt: skip
+def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, port, mesh_dim, accumulate, rows):
     settings = {**BATCH_OF_8, "mesh_dim": mesh_dim, "save_model_freq": 5, "log_all_worker": True}
     settings |= {"optimizer__accumulate_gradient_steps": accumulate}
     alone = finish(start(tmp_path / "one", devices=4, **settings))
@@ -38,8 +44,8 @@ def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, p
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     assert_close(metrics(two, *MODEL_METRICS), metrics(one, *MODEL_METRICS), 1e-4)
     assert (two / "streaming_train_state").stat().st_size == (one / "streaming_train_state").stat().st_size, alone
-    for path, rows in ((one / "metrics.jsonl", 8), (two / "metrics.jsonl", 4), (two / "metrics_1.jsonl", 4)):
-        least, most = bytes_of_batches(rows)
+    for path, read in ((one / "metrics.jsonl", 8), (two / "metrics.jsonl", rows), (two / "metrics_1.jsonl", rows)):
+        least, most = bytes_of_batches(read)
         assert least <= last_metric(path, "dataset_bytes_read") <= most
 
 

@@ -15,7 +15,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import adapters, llama_config, llama_model
 from EasyLM.models.llama.lora import TARGETS, LoRAConfig
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.parallel import check_batch_size, make_mesh, shardings
+from EasyLM.parallel import SHARD_AXES, check_batch_size, check_whole_sequences, make_mesh, shardings
 from EasyLM.parallel.mesh import parse_mesh_dim
 from EasyLM.parallel.partition import match_partition_rules
 from EasyLM.training import OPTIMIZER_FLAGS, make_optimizer
@@ -48,11 +48,11 @@ def test_optimizer_state_is_sharded_like_its_parameters(optimizer, accumulate):
     state = shapes_of_state("vqlm_7b", optimizer, accumulate)
     specs = match_partition_rules(PARTITION_RULES, state)
     expected = {
-        "wq": P(None, "fsdp", "mp"),
-        "wo": P(None, "mp", "fsdp"),
-        "w2": P(None, "mp", "fsdp"),
-        "embedding": P("mp", "fsdp"),
-        "lm_head": P("fsdp", "mp"),
+        "wq": P(None, SHARD_AXES, "mp"),
+        "wo": P(None, "mp", SHARD_AXES),
+        "w2": P(None, "mp", SHARD_AXES),
+        "embedding": P("mp", SHARD_AXES),
+        "lm_head": P(SHARD_AXES, "mp"),
         "ffn_norm": P(),
     }
     checked = 0
@@ -89,7 +89,7 @@ def test_an_axis_that_does_not_divide_is_not_split(caplog):
     with caplog.at_level(logging.INFO):
         placed = shardings(mesh, PARTITION_RULES, shapes)
     assert placed["lm_head"]["kernel"].spec == P(None, "mp")
-    assert "12 is not divisible by fsdp=8; this axis is not split" in caplog.text
+    assert "12 is not divisible by fsdp x sp=8; this axis is not split" in caplog.text
 
 
 def test_an_array_without_a_rule_is_an_assertion_error():
@@ -100,11 +100,13 @@ def test_an_array_without_a_rule_is_an_assertion_error():
 @pytest.mark.parametrize(
     "text, shape",
     [
-        ("1,-1,1", {"dp": 1, "fsdp": 8, "mp": 1}),
-        ("2,2,2", {"dp": 2, "fsdp": 2, "mp": 2}),
-        ("!-1,2,1", {"dp": 4, "fsdp": 2, "mp": 1}),
-        ("dp:1,fsdp:-1,mp:2", {"dp": 1, "fsdp": 4, "mp": 2}),
-        ("mp:2,dp:1,fsdp:2,pp:2", {"mp": 2, "dp": 1, "fsdp": 2, "pp": 2}),
+        ("1,-1,1", {"dp": 1, "fsdp": 8, "mp": 1, "sp": 1}),
+        ("2,2,2", {"dp": 2, "fsdp": 2, "mp": 2, "sp": 1}),
+        ("!-1,2,1", {"dp": 4, "fsdp": 2, "mp": 1, "sp": 1}),
+        ("dp:1,fsdp:-1,mp:2", {"dp": 1, "fsdp": 4, "mp": 2, "sp": 1}),
+        ("dp:1,fsdp:-1,mp:1,sp:2", {"dp": 1, "fsdp": 4, "mp": 1, "sp": 2}),
+        ("sp:4,dp:1,fsdp:1,mp:2", {"sp": 4, "dp": 1, "fsdp": 1, "mp": 2}),
+        ("mp:2,dp:1,fsdp:2,pp:2", {"mp": 2, "dp": 1, "fsdp": 2, "pp": 2, "sp": 1}),
     ],
 )
 def test_mesh_dim(text, shape):
@@ -136,3 +138,9 @@ def test_batch_must_divide_over_the_mesh():
     check_batch_size("--batch_size", 8, mesh)
     with pytest.raises(UserError, match="--batch_size=6: must be a positive multiple of 4, the mesh's dp x fsdp"):
         check_batch_size("--batch_size", 6, mesh)
+
+
+def test_programs_without_long_rows_refuse_sp():
+    check_whole_sequences(make_mesh("2,2,2"))
+    with pytest.raises(UserError, match="--mesh_dim: sp=2 is for llama_train and llama_plan; use dp, fsdp and mp here"):
+        check_whole_sequences(make_mesh("dp:1,fsdp:4,mp:1,sp:2"))

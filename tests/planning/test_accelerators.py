@@ -46,7 +46,7 @@ def test_tpus(tmp_path, arguments, devices, processes, kind, memory):
     assert made["error"] is None and made["fits"]
     assert (made["devices"], made["processes"], made["device_kind"]) == (devices, processes, kind)
     assert made["hbm_bytes_per_device"] == memory
-    assert made["mesh"] == {"dp": 2, "fsdp": devices // 2, "mp": 1}
+    assert made["mesh"] == {"dp": 2, "fsdp": devices // 2, "mp": 1, "sp": 1}
     assert made["collective_bytes"]["all-gather"] > 0
     assert made["attention_weights"] == "" and {"splash" in name for name in made["attention_kernels"]} == {True}
     across = sum(made["network_bytes"].values())

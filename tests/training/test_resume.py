@@ -259,8 +259,10 @@ def test_a_signal_during_start_up_stops_before_the_first_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_resumes_on_fewer_devices(tmp_path, monkeypatch):
+    """First on four, then on two that split rows, then on one."""
+
     def train_on(devices, name, stop):
-        mesh = make_mesh("1,-1,1", jax.devices()[:devices])
+        mesh = make_mesh("dp:1,fsdp:1,mp:1,sp:2" if devices == 2 else "1,-1,1", jax.devices()[:devices])
         with monkeypatch.context() as patch:
             patch.setattr("EasyLM.models.llama.llama_train.make_mesh", lambda text: mesh)
             return train(tmp_path / name, total_steps=stop, save_model_freq=100, mesh_dim="1,-1,1")
@@ -268,7 +270,8 @@ def test_a_run_resumes_on_fewer_devices(tmp_path, monkeypatch):
     whole = train_on(4, "whole", STEPS)
     for devices, stop in ((4, 5), (2, 10), (1, STEPS)):
         resumed = train_on(devices, "resumed", stop)
-        assert load_metadata(str(resumed / "metadata.json"))["mesh"]["fsdp"] == devices
+        mesh = load_metadata(str(resumed / "metadata.json"))["mesh"]
+        assert mesh["fsdp"] * mesh["sp"] == devices and mesh["sp"] == (2 if devices == 2 else 1)
     assert metrics(resumed, "dataset_total_tokens") == metrics(whole, "dataset_total_tokens")
     assert_close(metrics(resumed, *MODEL_METRICS), metrics(whole, *MODEL_METRICS), 1e-4)
 

@@ -8,6 +8,7 @@ dimension. In chunks: t queries and s keys of a chunk; i and j index the chunks 
 Modules:
   mask: selects the keys that a query attends to; dropout on the weights.
   dispatch: `attention`, which selects the implementation.
+  sequence_split: the exchange of tokens and heads between devices that have parts of a row.
   xla: attention with all T x S weights in memory.
   blockwise: FlashAttention-2 in plain JAX. Memory is linear in the length.
   cudnn: the fused kernel of cuDNN.

@@ -1,5 +1,7 @@
 """Selects the implementation of attention."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -10,6 +12,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.attention.blockwise import blockwise_attention
 from EasyLM.models.attention.cudnn import cudnn_applies, cudnn_attention
 from EasyLM.models.attention.mask import AttentionMask
+from EasyLM.models.attention.sequence_split import heads_to_tokens, tokens_to_heads
 from EasyLM.models.attention.splash import splash_applies, splash_attention
 from EasyLM.models.attention.xla import xla_attention
 from EasyLM.models.tuning import CPU_ATTENTION_CHUNK
@@ -36,7 +39,8 @@ def attention(
     Args:
       platform: the platform of the devices that run the computation: "cpu", "gpu" or "tpu". None means JAX's default
         backend.
-      mesh: the mesh of the arrays, for "splash": rows are split over dp and fsdp, heads over mp.
+      mesh: the mesh of the arrays: rows are split over dp and fsdp, tokens over sp, heads over mp. If sp is not 1, it
+        divides T, and sp x mp divides H and G.
       implementation: "xla" holds all T x S weights in memory. "blockwise" iterates over chunks in linear memory.
         "cudnn" is NVIDIA's kernel, for bf16 and fp16; "splash" is a kernel for TPUs. "auto" selects blockwise with
         small chunks on a CPU, cudnn on a GPU, and splash on a TPU, if the kernel supports the inputs; otherwise
@@ -57,11 +61,30 @@ def attention(
         if platform == "cpu":
             query_chunk = key_chunk = CPU_ATTENTION_CHUNK
     _check_kernel(implementation, platform, q_BTHK.dtype, mask)
+    how = partial(
+        _attend, mask=mask, mesh=mesh, implementation=implementation, query_chunk=query_chunk, key_chunk=key_chunk
+    )
+    if mesh is None or mesh.shape["sp"] == 1:
+        return how(q_BTHK, k_BSGK, v_BSGK)
+    return heads_to_tokens(how(*(tokens_to_heads(x, mesh) for x in (q_BTHK, k_BSGK, v_BSGK))), mesh)
+
+
+def _attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: AttentionMask,
+    mesh: Mesh | None,
+    implementation: str,
+    query_chunk: int,
+    key_chunk: int,
+) -> jax.Array:
+    """Computes attention with an implementation that supports the inputs."""
     if implementation == "cudnn":
         return cudnn_attention(q_BTHK, k_BSGK, v_BSGK, mask)
     if implementation == "splash":
         return splash_attention(q_BTHK, k_BSGK, v_BSGK, mask, mesh)
-    group = heads // k_BSGK.shape[2]
+    length, group = q_BTHK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
     # The queries of a group follow each other along time, so both implementations work on G heads.
     q_BTGK = rearrange(q_BTHK, "B T (G R) K -> B (T R) G K", R=group)
     if implementation == "xla":

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM.models.attention.mask import AttentionMask
 from EasyLM.models.tuning import LANES
-from EasyLM.parallel import BATCH_AXES, axis_size
+from EasyLM.parallel import BATCH_AXES, HEAD_AXES, axis_size
 
 _BLOCK = 512  # queries, and keys, of a block
 
@@ -36,7 +36,7 @@ def splash_attention(
     """Returns the attention's output [B, T, H, K] in q's dtype.
 
     Args:
-      mesh: splits B over dp and fsdp, and H and G over mp, where they divide. None means one device.
+      mesh: splits B over dp and fsdp, and H and G over mp and sp, where they divide. None means one device.
       interpret: run the kernel's program on any device, slowly, for tests.
     """
     batch, length, heads, head_dim = q_BTHK.shape
@@ -63,10 +63,10 @@ def splash_attention(
 
     if mesh is not None:
         rows = BATCH_AXES if batch % axis_size(mesh, BATCH_AXES) == 0 else None
-        mp = "mp" if math.gcd(heads, groups) % axis_size(mesh, "mp") == 0 else None
-        specs = (P(rows, mp), P(rows, mp), P(rows, mp), P(rows))[: len(arrays)]
+        split = HEAD_AXES if math.gcd(heads, groups) % axis_size(mesh, HEAD_AXES) == 0 else None
+        specs = (P(rows, split), P(rows, split), P(rows, split), P(rows))[: len(arrays)]
         # The kernel does not say how its results vary over the mesh.
-        of_device = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=P(rows, mp), check_vma=False)
+        of_device = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=P(rows, split), check_vma=False)
     out_BTHK = rearrange(of_device(*arrays), "B H T K -> B T H K")[:, :length, :, :head_dim]
     if mask.valid_BS is None:
         return out_BTHK

@@ -20,9 +20,19 @@ from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.training import Model
 
 
-def make_model(config: LLaMAConfig, lora: LoRAConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> Model:
-    """Returns the model whose parameters are adapters, float32, and whose frozen kernels have the type `dtype`."""
-    loss_fn = llama_model.make_loss_fn(config, dtype, mesh, lora)
+def make_model(
+    config: LLaMAConfig,
+    lora: LoRAConfig,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    wide_gradients: bool = False,
+) -> Model:
+    """Returns the model whose parameters are adapters, float32, and whose frozen kernels have the type `dtype`.
+
+    Args:
+      wide_gradients: see `llama_model.hidden_states`.
+    """
+    loss_fn = llama_model.make_loss_fn(config, dtype, mesh, lora, wide_gradients)
 
     def loss_and_gradients(adapters, frozen, batch, step, key):
         def loss_of(adapters):

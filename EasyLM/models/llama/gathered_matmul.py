@@ -1,21 +1,25 @@
-"""Matrix products with a kernel that is split over fsdp, on large TPU slices: devices gather it in two steps.
+"""Matrix products of activations and kernels that are split over a mesh; on large TPU slices with gathers in two steps.
 
 Over the three dimensions of a large torus, XLA gathers by summing arrays that are zero outside of a device's own part,
 which sends an array twice. Here devices gather along one dimension, then along the other two; gradients are scattered
 in the reverse order. Everywhere else XLA gathers by itself: on GPUs, over two dimensions, and in small slices.
 Source: programs that libtpu 0.0.42 compiled for v5p slices of 8 to 128 chips and v5e slices of 16 and 64.
+
+A kernel may be float32 beside activations of another type. It is converted before devices gather it. Its gradient is
+float32 before devices sum it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from EasyLM.models.tuning import flat_matmul
-from EasyLM.parallel import BATCH_AXES, axis_size
+from EasyLM.parallel import BATCH_AXES, SHARD_AXES, axis_size
 
 Groups = list[list[int]]  # the places along fsdp of the devices that gather from each other
 _LEAST_DEVICES = 64  # from which on XLA gathers by sums
@@ -25,13 +29,27 @@ def gathered_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None, a
     """Returns `x_BTI @ kernel_IO`, with gathers in two steps where fsdp fills the three dimensions of a large torus.
 
     Args:
-      mesh: its axes dp and fsdp split B. None: not split.
-      axes: the mesh axes that split I and O: fsdp and mp, or mp and fsdp.
+      mesh: its axes dp and fsdp split B, and sp splits T. None: not split.
+      axes: the mesh axes that split I and O: fsdp and mp, or mp and fsdp. The part of a device along fsdp is split
+        further over sp.
     """
-    if mesh is None or mesh.devices.flat[0].platform != "tpu" or not _divides(x_BTI, kernel_IO, mesh, axes):
+    if mesh is not None and mesh.devices.flat[0].platform == "tpu" and _divides(x_BTI, kernel_IO, mesh, axes):
+        steps = gather_steps(_along_fsdp(mesh))
+        if steps:
+            return matmul_of_devices(x_BTI, kernel_IO, mesh, axes, steps)
+    return split_matmul(x_BTI, kernel_IO, mesh)
+
+
+def split_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Returns `x_BTI @ kernel_IO`. XLA chooses the communication.
+
+    B and T are merged only if sp does not split T: a merged axis cannot have several rows and a part of each.
+    """
+    if kernel_IO.dtype != x_BTI.dtype:
+        return _wide_matmul(lambda kernel_IO: kernel_IO)(x_BTI, kernel_IO)
+    if mesh is None or mesh.shape["sp"] == 1:
         return flat_matmul(x_BTI, kernel_IO)
-    steps = gather_steps(_along_fsdp(mesh))
-    return matmul_of_devices(x_BTI, kernel_IO, mesh, axes, steps) if steps else flat_matmul(x_BTI, kernel_IO)
+    return jnp.einsum("BTI,IO->BTO", x_BTI, kernel_IO)
 
 
 def matmul_of_devices(
@@ -40,33 +58,73 @@ def matmul_of_devices(
     """Returns `x_BTI @ kernel_IO`, computed by each device with the gathered kernel.
 
     Args:
-      steps: the groups of each gather, see `gather_steps`.
+      steps: the groups of each gather along fsdp, see `gather_steps`.
     """
     rows, columns = axes
 
-    def of_device(x_BTI, kernel_IO):
+    def gather(kernel_IO):
+        if mesh.shape["sp"] > 1:
+            kernel_IO = jax.lax.all_gather(kernel_IO, "sp", axis=axes.index("fsdp"), tiled=True)
         for groups in steps:
             # The gradient of a gather is a scatter of sums.
             kernel_IO = jax.lax.all_gather(
                 kernel_IO, "fsdp", axis=axes.index("fsdp"), tiled=True, axis_index_groups=groups
             )
-        y_BTO = flat_matmul(x_BTI, kernel_IO)
+        return kernel_IO
+
+    def of_device(x_BTI, kernel_IO):
+        if kernel_IO.dtype == x_BTI.dtype:
+            y_BTO = flat_matmul(x_BTI, gather(kernel_IO))
+        else:
+            y_BTO = _wide_matmul(gather)(x_BTI, kernel_IO)
         return jax.lax.psum(y_BTO, "mp") if rows == "mp" else y_BTO
 
     inputs, outputs = ("mp" if axis == "mp" else None for axis in (rows, columns))
     return jax.shard_map(
         of_device,
         mesh=mesh,
-        in_specs=(P(BATCH_AXES, None, inputs), P(*axes)),
-        out_specs=P(BATCH_AXES, None, outputs),
+        in_specs=(P(BATCH_AXES, "sp", inputs), P(*map(_kernel_axes, axes))),
+        out_specs=P(BATCH_AXES, "sp", outputs),
         check_vma=False,  # gathers of groups do not say how their results vary over the mesh
     )(x_BTI, kernel_IO)
 
 
+def _wide_matmul(gather: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns the product with a float32 kernel, which is converted to the type of the activations and then gathered.
+
+    Args:
+      gather: a linear function. Its transpose sums the kernel's gradient, in float32.
+    """
+
+    @jax.custom_vjp
+    def product(x_BTI, kernel_IO):
+        return forward(x_BTI, kernel_IO)[0]
+
+    def forward(x_BTI, kernel_IO):
+        assert kernel_IO.dtype == jnp.float32
+        narrow_IO = kernel_IO.astype(x_BTI.dtype)
+        return jnp.einsum("BTI,IO->BTO", x_BTI, gather(narrow_IO)), (x_BTI, narrow_IO)
+
+    def backward(residuals, dy_BTO):
+        x_BTI, narrow_IO = residuals
+        dkernel_IO = jnp.einsum("BTI,BTO->IO", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
+        scatter = jax.linear_transpose(gather, jax.ShapeDtypeStruct(narrow_IO.shape, jnp.float32))
+        return jnp.einsum("BTO,IO->BTI", dy_BTO, gather(narrow_IO)), *scatter(dkernel_IO)
+
+    product.defvjp(forward, backward)
+    return product
+
+
 def _divides(x_BTI, kernel_IO, mesh, axes):
     """Whether the mesh divides all arrays."""
-    sizes = *kernel_IO.shape, x_BTI.shape[0]
-    return all(size % axis_size(mesh, axis) == 0 for size, axis in zip(sizes, (*axes, BATCH_AXES), strict=True))
+    split = *map(_kernel_axes, axes), BATCH_AXES, "sp"
+    sizes = *kernel_IO.shape, *x_BTI.shape[:2]
+    return all(size % axis_size(mesh, axis) == 0 for size, axis in zip(sizes, split, strict=True))
+
+
+def _kernel_axes(axis: str) -> str | tuple[str, ...]:
+    """Returns all mesh axes that split an axis of a kernel."""
+    return SHARD_AXES if axis == "fsdp" else axis
 
 
 def _along_fsdp(mesh: Mesh) -> list[Any]:

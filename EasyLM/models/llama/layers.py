@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from EasyLM.errors import UserError
 from EasyLM.models.attention import AttentionMask, attention
 from EasyLM.models.chunks import join_time, split_time
-from EasyLM.models.llama.gathered_matmul import gathered_matmul
+from EasyLM.models.llama.gathered_matmul import gathered_matmul, split_matmul
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.remat_policies import AUTO, AUTOMATIC_POLICIES, REMAT_POLICIES
 from EasyLM.models.llama.rotary import rotate
-from EasyLM.models.tuning import converted_late, flat_matmul
-from EasyLM.parallel import BATCH_AXES, axis_size, constrain
+from EasyLM.models.tuning import converted_late
+from EasyLM.parallel import BATCH_AXES, HEAD_AXES, axis_size, constrain
 
 KeysAndValues = tuple[jax.Array, jax.Array]  # [B, T, G, K] each; the keys are rotated
 
@@ -66,10 +66,10 @@ class Adapter(nnx.Module):
         self.lora_a, self.lora_b = nnx.Param(a_LIR), nnx.Param(b_LRO)
         self.scale, self.rate, self.index = scale, rate, index
 
-    def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None, mesh: Mesh | None) -> jax.Array:
         x_BTD = dropout(x_BTD, None if key is None else jax.random.fold_in(key, self.index), self.rate)
-        a_IR, b_RO = (matrix[...].astype(x_BTD.dtype) for matrix in (self.lora_a, self.lora_b))
-        return self.scale * flat_matmul(flat_matmul(x_BTD, a_IR), b_RO)
+        a_IR, b_RO = self.lora_a[...], self.lora_b[...]
+        return self.scale * split_matmul(split_matmul(x_BTD, a_IR, mesh), b_RO, mesh)
 
 
 class Linear(nnx.Module):
@@ -78,7 +78,7 @@ class Linear(nnx.Module):
     The kernel may be int8, with a scale for each output; see `int8_kernels`.
 
     Args:
-      axes: the mesh axes that split inputs and outputs (see `partition_rules`).
+      axes: the mesh axes that split inputs and outputs (see `gathered_matmul`).
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Linear(nnx.Module):
         mesh, key = (context.mesh, context.key) if context else (None, None)
         kernel_IO = self.kernel[...]
         if self.scale is not None:
-            kernel_IO = converted_late(kernel_IO, x_BTD)
-        y_BTD = gathered_matmul(x_BTD, kernel_IO.astype(x_BTD.dtype), mesh, self.axes)
+            kernel_IO = converted_late(kernel_IO, x_BTD).astype(x_BTD.dtype)
+        y_BTD = gathered_matmul(x_BTD, kernel_IO, mesh, self.axes)
         if self.scale is not None:
             y_BTD = (y_BTD * jnp.expand_dims(self.scale[...], (0, 1))).astype(x_BTD.dtype)
-        return y_BTD if self.adapter is None else y_BTD + self.adapter(x_BTD, key)
+        return y_BTD if self.adapter is None else y_BTD + self.adapter(x_BTD, key, mesh)
 
 
 class Embedding(nnx.Module):
@@ -113,8 +113,13 @@ class Embedding(nnx.Module):
         shape = config.vocab_size, config.hidden_size
         self.embedding = nnx.Param(config.initializer_range * jax.random.normal(rngs(), shape))
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], tokens_BT, axis=0)
+    def __call__(self, tokens_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        """Returns the embeddings [B, T, D]. With an axis sp of the mesh, B and T are split."""
+        table_VD = self.embedding[...]
+        if mesh is not None and mesh.shape["sp"] > 1:
+            # From a table with split D, XLA takes embeddings with split D, and gathers them to split B and T instead.
+            table_VD, tokens_BT = constrain(table_VD, mesh, "mp", None), constrain(tokens_BT, mesh, BATCH_AXES, "sp")
+        return jnp.take(table_VD, tokens_BT, axis=0)
 
 
 class Attention(nnx.Module):
@@ -155,7 +160,7 @@ class Attention(nnx.Module):
 
         def heads(linear: Linear, name: str) -> jax.Array:
             x_BTHK = split_heads(linear(x_BTD, context), self.config.head_dim)
-            return checkpoint_name(constrain(x_BTHK, context.mesh, BATCH_AXES, None, "mp"), name)
+            return checkpoint_name(constrain(x_BTHK, context.mesh, BATCH_AXES, "sp", "mp"), name)
 
         q_BTHK, k_BTGK, v_BTGK = heads(self.wq, "query"), heads(self.wk, "key"), heads(self.wv, "value")
         if self.config.qk_norm:
@@ -163,15 +168,15 @@ class Attention(nnx.Module):
         return rotate(q_BTHK, context.rope), rotate(k_BTGK, context.rope), v_BTGK
 
     def _split_like_queries(self, x_BTGK, mesh):
-        """Repeats keys or values for each query head if `mp` divides the queries' heads, but not the groups.
+        """Repeats keys or values for each query head if `mp` x `sp` divides the queries' heads, but not the groups.
 
         Each device then has the keys of its own queries. Keys that are not split would take the same memory.
         """
         heads, kv_heads = self.config.num_attention_heads, self.config.kv_heads
-        ways = 1 if mesh is None or heads == kv_heads else axis_size(mesh, "mp")
+        ways = 1 if mesh is None or heads == kv_heads else axis_size(mesh, HEAD_AXES)
         if kv_heads % ways == 0 or heads % ways:
             return x_BTGK
-        return constrain(jnp.repeat(x_BTGK, heads // kv_heads, axis=2), mesh, BATCH_AXES, None, "mp")
+        return constrain(jnp.repeat(x_BTGK, heads // kv_heads, axis=2), mesh, BATCH_AXES, "sp", "mp")
 
 
 def split_heads(x_BTD: jax.Array, head_dim: int) -> jax.Array:
@@ -196,14 +201,15 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         if not self.config.scan_mlp:
             return self._swiglu(x_BTD, context)
-        length = x_BTD.shape[1]
-        x_CBtD = split_time(x_BTD, min(self.config.scan_mlp_chunk_size, length))
+        length, parts = x_BTD.shape[1], 1 if context.mesh is None else context.mesh.shape["sp"]
+        chunk = max(min(self.config.scan_mlp_chunk_size, length) // parts, 1) * parts
+        x_CBtD = split_time(x_BTD, chunk, parts)
         y_CBtD = jax.lax.map(jax.checkpoint(lambda x_BtD: self._swiglu(x_BtD, context)), x_CBtD)
-        return join_time(y_CBtD, length)
+        return join_time(y_CBtD, length, parts)
 
     def _swiglu(self, x_BTD, context):
         gate_BTF, up_BTF = (
-            checkpoint_name(constrain(w(x_BTD, context), context.mesh, BATCH_AXES, None, "mp"), name)
+            checkpoint_name(constrain(w(x_BTD, context), context.mesh, BATCH_AXES, "sp", "mp"), name)
             for name, w in (("gate", self.w1), ("up", self.w3))
         )
         return self.w2(jax.nn.silu(gate_BTF) * up_BTF, context)
@@ -229,7 +235,7 @@ class Block(nnx.Module):
         added_BTD, cache = attend(x_BTD)
         x_BTD = x_BTD + dropout(added_BTD, keys[1], c.resid_pdrop)
         x_BTD = x_BTD + dropout(feed_forward(x_BTD), keys[2], c.resid_pdrop)
-        return constrain(x_BTD, context.mesh, BATCH_AXES), cache
+        return constrain(x_BTD, context.mesh, BATCH_AXES, "sp"), cache
 
 
 def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:

@@ -17,12 +17,13 @@ from jax.typing import DTypeLike
 
 from EasyLM.models import losses
 from EasyLM.models.attention import AttentionMask
+from EasyLM.models.llama.gathered_matmul import split_matmul
 from EasyLM.models.llama.layers import Adapter, Block, Context, Embedding, Linear, RMSNorm, dropout, remat
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import TARGETS, LoRAConfig
 from EasyLM.models.llama.rotary import first_tokens, positions, rotary_table
-from EasyLM.models.tuning import LANES, flat_matmul
-from EasyLM.parallel import BATCH_AXES, axis_size, constrain
+from EasyLM.models.tuning import LANES
+from EasyLM.parallel import BATCH_AXES, TOKEN_AXES, axis_size, constrain
 
 # Tokens per device whose float32 logits are in memory at once. A vocabulary of 8292 needs 270 MB.
 LOGITS_TOKENS = 8192
@@ -41,7 +42,7 @@ class Transformer(nnx.Module):
         """Returns the last hidden states [B, T, D] after the final norm."""
         c = self.config
         keys = None if context.key is None else jax.random.split(context.key, c.num_hidden_layers + 1)
-        x_BTD = constrain(self.wte(tokens_BT).astype(dtype), context.mesh, BATCH_AXES)
+        x_BTD = constrain(self.wte(tokens_BT, context.mesh).astype(dtype), context.mesh, BATCH_AXES, "sp")
         x_BTD = dropout(x_BTD, None if keys is None else keys[-1], c.embd_pdrop)
         graph, stacked = nnx.split(self.h)
 
@@ -103,6 +104,7 @@ def hidden_states(
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
     lora: LoRAConfig | None = None,
+    wide_gradients: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the last hidden states [B, T, D] after the final norm, and the head's kernel [D, V], in `dtype`.
 
@@ -114,8 +116,11 @@ def hidden_states(
         document only. None means that a row is one document.
       dtype: the type of activations and kernels. Norms, rotary angles and softmax are float32.
       key: PRNG key of dropout and of the forgetful causal mask. None disables both.
-      mesh: the mesh of the activations. The batch is split over dp and fsdp; heads and feed-forward over mp.
+      mesh: the mesh of the activations. The batch is split over dp and fsdp, its tokens over sp; heads and feed-forward
+        over mp.
       lora: the settings of the adapters in `params`; None: it holds none.
+      wide_gradients: kernels keep their type, float32, until each product, and so do their gradients while devices sum
+        them. The head's kernel has this type too.
     """
     assert tokens_BT.shape[1] <= config.max_sequence_length, "the caller checks the length"
     keys = (None, None) if key is None else jax.random.split(key)
@@ -125,21 +130,27 @@ def hidden_states(
     mask = AttentionMask(attention_mask_BT, keys[1] if forgets else None, ratios, first_BT=first_BT)
     if position_ids_BT is None:
         position_ids_BT = positions(tokens_BT.shape[1], attention_mask_BT, first_BT)
-    context = Context(rotary_table(config, position_ids_BT), mask, mesh, keys[0])
-    model = with_params(config, params, dtype, lora)
-    return model.transformer(tokens_BT, context, dtype), model.head_DV.astype(dtype)
+    cos, sin = (constrain(table_BTk, mesh, BATCH_AXES, "sp") for table_BTk in rotary_table(config, position_ids_BT))
+    context = Context((cos, sin), mask, mesh, keys[0])
+    model = with_params(config, params, None if wide_gradients else dtype, lora)
+    head_DV = model.head_DV if wide_gradients else model.head_DV.astype(dtype)
+    return model.transformer(tokens_BT, context, dtype), head_DV
 
 
 def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """Returns hidden @ head, [B, T, V]. Types other than float32 use a padded vocabulary."""
     vocab_size = head_DV.shape[1]
-    if head_DV.dtype != jnp.float32:
+    if hidden_BTD.dtype != jnp.float32:
         head_DV = jnp.pad(head_DV, ((0, 0), (0, -vocab_size % LANES)))
-    return constrain(flat_matmul(hidden_BTD, head_DV)[..., :vocab_size], mesh, BATCH_AXES, None, "mp")
+    return constrain(split_matmul(hidden_BTD, head_DV, mesh)[..., :vocab_size], mesh, BATCH_AXES, "sp", "mp")
 
 
 def make_loss_fn(
-    config: LLaMAConfig, dtype: DTypeLike, mesh: Mesh | None = None, lora: LoRAConfig | None = None
+    config: LLaMAConfig,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    lora: LoRAConfig | None = None,
+    wide_gradients: bool = False,
 ) -> Callable:
     """Returns `loss_fn(params, batch, key) -> (loss, metrics)`; `accuracy` is a metric.
 
@@ -147,20 +158,30 @@ def make_loss_fn(
 
     A batch holds `input_tokens`, `target_tokens` and `loss_masks`, [B, T] each. With a document mask it also holds
     `segment_ids`.
+
+    The other arguments are those of `hidden_states`.
     """
-    num_shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
+    parts, num_shards = (1, 1) if mesh is None else (mesh.shape["sp"], axis_size(mesh, TOKEN_AXES))
 
     def loss_fn(params, batch, key):
         tokens_BT, targets_BT, masks_BT = batch["input_tokens"], batch["target_tokens"], batch["loss_masks"]
-        segments_BT = batch.get("segment_ids")
         hidden_BTD, head_DV = hidden_states(
-            config, params, tokens_BT, segment_ids_BT=segments_BT, dtype=dtype, key=key, mesh=mesh, lora=lora
+            config,
+            params,
+            tokens_BT,
+            segment_ids_BT=batch.get("segment_ids"),
+            dtype=dtype,
+            key=key,
+            mesh=mesh,
+            lora=lora,
+            wide_gradients=wide_gradients,
         )
         chunk = tokens_BT.shape[1] * LOGITS_TOKENS * num_shards // tokens_BT.size
         to_logits = functools.partial(logits, mesh=mesh)
         if chunk < tokens_BT.shape[1]:
+            chunk = max(chunk // parts, 1) * parts
             loss, accuracy, *z_loss = losses.chunked_cross_entropy_and_accuracy(
-                to_logits, hidden_BTD, head_DV, targets_BT, masks_BT, max(chunk, 1), config.z_loss_weight
+                to_logits, hidden_BTD, head_DV, targets_BT, masks_BT, chunk, config.z_loss_weight, parts
             )
         else:
             logits_BTV = to_logits(hidden_BTD, head_DV)
@@ -182,9 +203,10 @@ def unstack(tree: Any, num_layers: int) -> list:
     return [jax.tree.unflatten(structure, [leaf[0] for leaf in layer]) for layer in layers]
 
 
-def with_params(config: LLaMAConfig, params: dict, dtype: DTypeLike, lora: LoRAConfig | None = None) -> LLaMA:
-    """Returns the model with these parameters. Kernels are cast to `dtype`."""
-    return nnx.merge(_graph(config, lora), with_kernels(params["params"], dtype))
+def with_params(config: LLaMAConfig, params: dict, dtype: DTypeLike | None, lora: LoRAConfig | None = None) -> LLaMA:
+    """Returns the model with these parameters. Kernels are cast to `dtype`, or keep their type if it is None."""
+    params = params["params"]
+    return nnx.merge(_graph(config, lora), params if dtype is None else with_kernels(params, dtype))
 
 
 @functools.lru_cache

@@ -21,7 +21,7 @@ from EasyLM.parallel import BATCH_AXES, make_mesh
 from EasyLM.planning import estimates, report, topologies
 from EasyLM.planning.estimates import Assumptions
 from EasyLM.planning.plan import Plan, PlannedTask, make_plan
-from EasyLM.planning.search import Candidate, search
+from EasyLM.planning.search import Candidate, Search, search
 from EasyLM.planning.topologies import Topology
 from EasyLM.storage import write_json
 from EasyLM.training import make_optimizer
@@ -81,7 +81,7 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
     limited = topology.platform != "cpu" or config.hbm_gb  # as in training: CPU devices have no limit
     llama, remat = training_task.with_remat(config, llama, mesh, round(assumptions.hbm_gb * 1e9) if limited else None)
     task = PlannedTask(
-        model=training_task.make_model(llama, config.dtype, mesh, lora),
+        model=training_task.make_model(llama, config.dtype, mesh, lora, config.gradient_reduce_dtype),
         optimizer=make_optimizer(config.optimizer),
         seed=config.seed,
         batch=dataset.no_batch(config.train_dataset),
@@ -98,14 +98,20 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
 
 def _remedy(config: Any, llama: LLaMAConfig, plan: Plan) -> str:
     """Returns what to change if the step needs too much memory."""
-    mesh, group = plan.mesh or {}, f"--train_dataset.{config.train_dataset.type}_dataset"
+    mesh, group = dict(plan.mesh or {}), f"--train_dataset.{config.train_dataset.type}_dataset"
     remedies = []
-    if plan.batch_size > math.prod(mesh[axis] for axis in BATCH_AXES):
+    rows = math.prod(mesh[axis] for axis in BATCH_AXES)
+    if plan.batch_size > rows:
         remedies.append(f"a smaller {group}.batch_size")
     if llama.remat_block != "nothing_saveable":
         remedies.append("--llama.remat_block=nothing_saveable")
     if mesh["dp"] > 1:
         remedies.append("a smaller dp and a larger fsdp in --mesh_dim")
+    sp = 2 * mesh["sp"]
+    splits_rows = mesh["fsdp"] % 2 == plan.seq_length % sp == llama.num_attention_heads % (mesh["mp"] * sp) == 0
+    if plan.batch_size == rows and splits_rows:
+        axes = ",".join(f"{axis}:{size}" for axis, size in (mesh | {"fsdp": mesh["fsdp"] // 2, "sp": sp}).items())
+        remedies.append(f"half the batch with --mesh_dim={axes}, which splits each row over {sp} devices")
     return f"try {', '.join(remedies)}" if remedies else "use more devices"
 
 
@@ -133,6 +139,9 @@ def _suggest(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) ->
         print(f"{candidate}: {outcome}", file=sys.stderr, flush=True)
 
     found = search(make, _mesh_dims(topology, llama), _POLICIES, tell)
+    for mesh_dim in _split_mesh_dims(topology, llama, plan.seq_length):
+        if found.fastest is None:  # no device has the memory for a row
+            found = Search(found.tried + search(make, [mesh_dim], _POLICIES, tell).tried)
     tried = [dataclasses.asdict(candidate) | dataclasses.asdict(outcome) for candidate, outcome in found.tried]
     if found.fastest is None:
         return found.tried[-1][1], {"flags": [], "reason": found.reason, "tried": tried}
@@ -157,6 +166,17 @@ def _mesh_dims(topology: Topology, llama: LLaMAConfig) -> list[str]:
     if count % 2 == 0 and llama.num_attention_heads % 2 == 0:
         shapes.append((1, count // 2, 2))
     return list(dict.fromkeys(",".join(map(str, shape)) for shape in shapes))
+
+
+def _split_mesh_dims(topology: Topology, llama: LLaMAConfig, seq_length: int) -> list[str]:
+    """Returns the meshes that split rows over 2, 4, ... devices of a slice or node."""
+    count, islands = len(topology.devices), len({topology.island_of(device) for device in topology.devices})
+    sizes = [2**power for power in range(1, (count // islands).bit_length())]
+    return [
+        f"dp:1,fsdp:{count // sp},mp:1,sp:{sp}"
+        for sp in sizes
+        if count // islands % sp == llama.num_attention_heads % sp == seq_length % sp == 0
+    ]
 
 
 def cli() -> None:

@@ -74,7 +74,7 @@ def main(config: Any) -> int:
         model, remat = training_task.with_remat(config, model, mesh, device_memory(mesh))
         logging.info("llama.remat_block: %s", remat)
         task = TrainingTask(
-            training_task.make_model(model, config.dtype, mesh, lora),
+            training_task.make_model(model, config.dtype, mesh, lora, config.gradient_reduce_dtype),
             optimizer,
             TrainingData(
                 train=sources["train_dataset"],

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.llama_model import LOGITS_TOKENS
 from EasyLM.models.llama.remat_policies import AUTO, AUTOMATIC_POLICIES
-from EasyLM.parallel import BATCH_AXES, axis_size
+from EasyLM.parallel import TOKEN_AXES, axis_size
 from EasyLM.training import TrainState, bytes_per_device
 
 _USABLE = 0.95  # share of the memory that a step may need by the formula; the rest is lost to fragmentation
@@ -43,7 +43,7 @@ class StepShape:
     @classmethod
     def of(cls, state: TrainState, mesh: Mesh, dtype: DTypeLike, batch_size: int, seq_length: int) -> "StepShape":
         """Returns the shape of the step of an abstract state."""
-        tokens = batch_size // axis_size(mesh, BATCH_AXES) * seq_length
+        tokens = batch_size * seq_length // axis_size(mesh, TOKEN_AXES)
         return cls(tokens, axis_size(mesh, "mp"), dtype, bytes_per_device(state), bytes_per_device(state.params) // 4)
 
 

@@ -39,6 +39,12 @@ TRAIN_FLAGS = {
         choices=(*COMPUTE_DTYPES,),
         aliases=flags.DTYPE_ALIASES,
     ),
+    "gradient_reduce_dtype": Flag(
+        "",
+        "Type in which devices sum the gradients of kernels: fp32 (with --dtype=bf16 the sums take twice the bytes); "
+        "empty: that of --dtype.",
+        choices=("", "fp32"),
+    ),
     "load_llama_config": Flag(
         "",
         "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release); empty: the settings that "
@@ -81,16 +87,24 @@ def recorded_config(spec: str) -> LLaMAConfig | None:
         return llama_config.recorded_config(prefix, local_path(path))
 
 
-def make_model(llama: LLaMAConfig, dtype: str, mesh: Mesh, lora: LoRAConfig | None = None) -> Model:
+def make_model(
+    llama: LLaMAConfig,
+    dtype: str,
+    mesh: Mesh,
+    lora: LoRAConfig | None = None,
+    gradient_reduce_dtype: str = "",
+) -> Model:
     """Returns the functions of the model.
 
     Args:
       dtype: a name of COMPUTE_DTYPES.
       lora: train adapters; None: train all parameters.
+      gradient_reduce_dtype: the value of the flag.
     """
+    wide_gradients = gradient_reduce_dtype == "fp32"
     if lora:
-        return adapters.make_model(llama, lora, COMPUTE_DTYPES[dtype], mesh)
-    loss_fn = llama_model.make_loss_fn(llama, COMPUTE_DTYPES[dtype], mesh)
+        return adapters.make_model(llama, lora, COMPUTE_DTYPES[dtype], mesh, wide_gradients)
+    loss_fn = llama_model.make_loss_fn(llama, COMPUTE_DTYPES[dtype], mesh, wide_gradients=wide_gradients)
     return model_without_extra(partial(llama_model.init_params, llama), loss_fn, PARTITION_RULES)
 
 
@@ -137,4 +151,19 @@ def check_batch(name: str, dataset_config: Any, llama: LLaMAConfig, mesh: Mesh) 
         raise UserError(
             f"--{group}.seq_length={settings.seq_length}: longer than the model's "
             f"max_sequence_length={llama.max_sequence_length}"
+        )
+    _check_sequence_split(f"--{group}.seq_length={settings.seq_length}", settings.seq_length, llama, mesh)
+
+
+def _check_sequence_split(flag: str, seq_length: int, llama: LLaMAConfig, mesh: Mesh) -> None:
+    """Checks that the mesh axis sp divides rows, and the heads of each part of mp."""
+    mp, sp = mesh.shape["mp"], mesh.shape["sp"]
+    if seq_length % sp:
+        raise UserError(f"{flag}: must be a multiple of {sp}, the mesh's sp")
+    heads = llama.num_attention_heads
+    if sp > 1 and heads % (mp * sp):
+        choices = [str(size) for size in range(1, heads // mp + 1) if heads % (mp * size) == 0]
+        raise UserError(
+            f"--mesh_dim: sp={sp}: sp x mp must divide the model's {heads} attention heads; with mp={mp}, "
+            + (f"sp may be {', '.join(choices)}" if choices else "no sp does")
         )
