@@ -1,4 +1,4 @@
-"""Computes batches of generation, likelihood and tokenization requests, in the engine's worker thread.
+"""Computes batches of generation, likelihood, tokenization and reconstruction requests, in the engine's worker thread.
 
 Shapes: see `evaluation.prompting`.
 """
@@ -34,6 +34,14 @@ class Answer:
     images: np.ndarray
     tokens: np.ndarray
     batch: int = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """The tokens [P,N] of a prompt, and the images [P,S,S,3] that the tokenizer decodes from them."""
+
+    tokens: np.ndarray
+    images: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +105,17 @@ class TokenizeItem:
     cost: int = 1
 
 
-Item = GenerateItem | LikelihoodItem | TokenizeItem
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReconstructItem:
+    """A request to encode and decode images. Its result is a `Reconstruction`."""
+
+    prompt: Prompt
+    key: Hashable = "reconstruct"
+    program: Hashable = "reconstruct"
+    cost: int = 1
+
+
+Item = GenerateItem | LikelihoodItem | TokenizeItem | ReconstructItem
 
 
 class Turns:
@@ -138,6 +156,8 @@ class BatchWorker:
                     return self._log_likelihoods(items)
                 case TokenizeItem():
                     return self._tokens([item.prompt for item in items])
+                case ReconstructItem():
+                    return self._reconstruct([item.prompt for item in items])
         raise TypeError(f"unknown item: {items[0]!r}")
 
     def _generate(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -160,6 +180,12 @@ class BatchWorker:
         prompts, targets = _padded(tokens[::2]), _padded(tokens[1::2])
         log_p = self._prompter.log_likelihoods(prompts, targets)
         return list(log_p.reshape(len(prompts), *targets[0].shape)[: len(items)])
+
+    def _reconstruct(self, prompts: Sequence[Prompt]) -> list[Reconstruction]:
+        tokens = self._tokens(prompts)
+        images = self._prompter.decode(np.concatenate(tokens))  # all prompts in one call
+        split_images = np.split(images, np.cumsum([len(prompt) for prompt in prompts])[:-1])
+        return [Reconstruction(*pair) for pair in zip(tokens, split_images, strict=True)]
 
     def _progress(self, report: PreviewReporter) -> Callable[[np.ndarray], None]:
         def report_and_pass_on(tokens: np.ndarray) -> None:

@@ -24,6 +24,8 @@ from evaluation.serving.batch_worker import (
     Item,
     LikelihoodItem,
     Prompt,
+    Reconstruction,
+    ReconstructItem,
     TokenizeItem,
 )
 from evaluation.serving.batcher import Batcher, ClosedError
@@ -192,6 +194,7 @@ class Engine:
         yield GenerateItem(prompt, self._within_the_model(settings))
         yield LikelihoodItem(prompt, target)
         yield TokenizeItem(prompt)
+        yield ReconstructItem(prompt)
 
     def _on_warmed_up(self, future: Future) -> None:
         if future.cancelled():  # the service stops
@@ -247,6 +250,11 @@ class Engine:
         """Returns the tokens of a prompt's images: [P,N]. Raises: as `generate`."""
         self._check_prompt(prompt)
         return self._submit(TokenizeItem(prompt), client)
+
+    def reconstruct(self, prompt: Prompt, client: str = "") -> "Future[Reconstruction]":
+        """Encodes the images of a prompt and decodes their tokens. Raises: as `generate`."""
+        self._check_prompt(prompt)
+        return self._submit(ReconstructItem(prompt), client)
 
     @contextlib.contextmanager
     def admitted(self, client: str, settings: GenerationSettings | None = None) -> Iterator[None]:
