@@ -39,7 +39,16 @@ from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, LockWatch,
 from EasyLM.storage.hub import local_path
 from EasyLM.storage.hub_upload import PUSH_FLAG, prepare_repository, upload_files
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
-from EasyLM.storage.model_card import CARD_FILE, CARD_FLAGS, CardTexts, card_table, card_text, last_metrics, public_name
+from EasyLM.storage.model_card import (
+    CARD_FILE,
+    CARD_FLAGS,
+    NOT_STATED,
+    CardTexts,
+    card_table,
+    card_text,
+    last_metrics,
+    public_name,
+)
 from EasyLM.storage.paths import (
     check_output,
     expand_path_groups,
@@ -59,6 +68,7 @@ __all__ = [
     "CARD_FILE",
     "CARD_FLAGS",
     "MOST_BYTES",
+    "NOT_STATED",
     "PUSH_FLAG",
     "VERIFIED_ONCE_BYTES",
     "CardTexts",

@@ -9,15 +9,15 @@ import re
 from EasyLM.errors import UserError
 
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>[^@]+))?")
-_SETTINGS = ("*.json", "*.yaml", "*.yml")
+_SETTINGS = ("*.json", "*.yaml", "*.yml", "README.md")  # README.md: the card
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.ckpt")  # in order of preference: a repository may hold several forms
 
 
 def local_path(path: str) -> str:
     """Returns the local path of a model or tokenizer that may be on the Hub.
 
-    A path that exists, and one that cannot be the name of a repository, are returned as they are. Otherwise settings
-    and weights are downloaded: of a repository, of a folder in it, or one file.
+    A path that exists, and one that cannot be the name of a repository, are returned as they are. Otherwise settings,
+    the card and weights are downloaded: of a repository, of a folder in it, or one file.
 
     Raises:
       UserError: if the name is neither a local path nor available on the Hub or in the cache.

@@ -1,12 +1,13 @@
 """Prompting: a model and its tokenizer generate the images that follow a prompt of images.
 
-May import: EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.formats, tokenizer.vqgan.
+May import: EasyLM.storage, EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.formats, tokenizer.vqgan.
 Independent of image files and HTTP.
 
 Modules:
   settings     how images are sampled, with checks of these values; the largest batch of a program
   checkpoint   loads a model from any checkpoint format onto a mesh
   prompter     `Prompter`: encode, generate, decode, log-likelihoods
+  model_card   what a model's card says of its limits
 
 Vocabulary:
   prompt       images in order. Analogy prompt: shots, then a query. Sequential prompt: frames.
@@ -21,7 +22,18 @@ n tokens so far. Images are RGB float32 in [0, 1] at the tokenizer's resolution.
 """
 
 from evaluation.prompting.checkpoint import load_model
-from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter, PrompterSettings
+from evaluation.prompting.model_card import stated_limits
+from evaluation.prompting.prompter import PROMPTER_FLAGS, Prompter, PrompterSettings, PromptSize, prompt_size
 from evaluation.prompting.settings import GenerationSettings, LargestBatch
 
-__all__ = ["PROMPTER_FLAGS", "GenerationSettings", "LargestBatch", "Prompter", "PrompterSettings", "load_model"]
+__all__ = [
+    "PROMPTER_FLAGS",
+    "GenerationSettings",
+    "LargestBatch",
+    "PromptSize",
+    "Prompter",
+    "PrompterSettings",
+    "load_model",
+    "prompt_size",
+    "stated_limits",
+]

@@ -17,6 +17,7 @@ from EasyLM.models.llama.int8_kernels import quantized_entries
 from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import device_memory, shardings
+from tokenizer.formats import ImageTokenizer
 from tokenizer.vqgan import PRETRAINED, Codec
 
 MODEL_FLAGS = {
@@ -55,7 +56,7 @@ def load_model(
       UserError: if the checkpoint does not exist, its model settings are unknown or differ from the given ones, or the
         devices have too little memory for the batch.
     """
-    prefix, path = _parse(spec)
+    prefix, path = parse_spec(spec)
     config = _model_config(prefix, path, load_llama_config)
     shapes = inference_model.parameter_shapes(config, dtype, int8)
     target = jax.tree.map(
@@ -97,7 +98,7 @@ def _check_memory(spec: str, need: InferenceMemory, batch: Batch, mesh: jax.shar
 
 def read_config(spec: str, load_llama_config: str) -> llama_config.LLaMAConfig:
     """Returns the model settings of a checkpoint. Arguments and errors: see `load_model`."""
-    return _model_config(*_parse(spec), load_llama_config)
+    return _model_config(*parse_spec(spec), load_llama_config)
 
 
 def load_codec(spec: str, load_llama_config: str, vqgan: str, **settings: Any) -> Codec:
@@ -112,7 +113,7 @@ def load_codec(spec: str, load_llama_config: str, vqgan: str, **settings: Any) -
       UserError: as `load_model`; or if the checkpoint was trained with another tokenizer, or `vqgan` is empty and the
         checkpoint names none.
     """
-    prefix, path = _parse(spec)
+    prefix, path = parse_spec(spec)
     _model_config(prefix, path, load_llama_config)  # a wrong checkpoint is named first
     recorded = recorded_tokenizer(prefix, path)
     if not vqgan and recorded is None:
@@ -130,7 +131,22 @@ def load_codec(spec: str, load_llama_config: str, vqgan: str, **settings: Any) -
     return codec
 
 
-def _parse(spec: str) -> tuple[str, str]:
+def check_codes(codec: ImageTokenizer, config: llama_config.LLaMAConfig) -> None:
+    """Raises UserError if a model was trained with a codebook of another size, or has fewer ids than the tokenizer."""
+    if config.codebook_size not in (0, codec.num_codes):
+        raise UserError(
+            f"the tokenizer has {codec.num_codes} codes, but the model was trained with a tokenizer of "
+            f"{config.codebook_size} codes: --vqgan and --checkpoint do not match"
+        )
+    if config.vocab_size < codec.num_codes:
+        raise UserError(
+            f"the tokenizer has {codec.num_codes} codes, more than the model's vocabulary of "
+            f"{config.vocab_size} ids: --vqgan and --checkpoint do not match"
+        )
+
+
+def parse_spec(spec: str) -> tuple[str, str]:
+    """Returns the prefix and the local or remote path of a `--checkpoint`. Raises: see `checkpoints.parse_spec`."""
     is_prefixed = "::" in spec or os.path.isfile(spec)  # `parse_spec` rejects a file without a prefix
     return checkpoints.parse_spec(
         spec if is_prefixed else f"huggingface::{spec}", hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}"

@@ -5,7 +5,7 @@ Shapes: see `evaluation.prompting`.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ from EasyLM.models import generate
 from EasyLM.models.llama import llama_decode
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.parallel import BATCH_AXES, axis_size, check_whole_sequences, make_mesh
-from evaluation.prompting.checkpoint import MODEL_FLAGS, load_codec, load_model, read_config
+from evaluation.prompting.checkpoint import MODEL_FLAGS, check_codes, load_codec, load_model, read_config
 from evaluation.prompting.settings import GenerationSettings, LargestBatch
 from tokenizer.formats import ImageTokenizer
-from tokenizer.vqgan import CODEC_FLAGS, COMPUTE_DTYPES
+from tokenizer.vqgan import CODEC_FLAGS, COMPUTE_DTYPES, Codec
 
 TokenArrays = Sequence[np.ndarray] | np.ndarray  # tokens [P, N] of each prompt; in a sequence P may differ
 PROMPTER_FLAGS = {
@@ -81,16 +81,7 @@ class Prompter:
         Raises:
           UserError: if the model was trained with a codebook of another size, or its vocabulary is smaller than it.
         """
-        if config.codebook_size not in (0, codec.num_codes):
-            raise UserError(
-                f"the tokenizer has {codec.num_codes} codes, but the model was trained with a tokenizer of "
-                f"{config.codebook_size} codes: --vqgan and --checkpoint do not match"
-            )
-        if config.vocab_size < codec.num_codes:
-            raise UserError(
-                f"the tokenizer has {codec.num_codes} codes, more than the model's vocabulary of "
-                f"{config.vocab_size} ids: --vqgan and --checkpoint do not match"
-            )
+        check_codes(codec, config)
         self.codec, self.config, self.mesh = codec, config, mesh
         self._params, self._dtype = params, dtype
         self._decoder = llama_decode.LLaMADecoder(config, dtype, mesh)
@@ -111,14 +102,7 @@ class Prompter:
         """
         mesh = make_mesh(settings.mesh_dim)
         check_whole_sequences(mesh)
-        codec = load_codec(
-            settings.checkpoint,
-            settings.load_llama_config,
-            settings.vqgan,
-            dtype="fp32" if settings.dtype == "auto" else settings.dtype,
-            batch_size=codec_batch_size,
-            resolution=settings.resolution,
-        )
+        codec = _load_codec(settings, codec_batch_size)
         dtype, int8 = compute_dtype(settings.dtype, mesh), settings.weights == "int8"
         config = read_config(settings.checkpoint, settings.load_llama_config)
         max_images, shards = config.max_sequence_length // codec.tokens_per_image, axis_size(mesh, BATCH_AXES)
@@ -253,6 +237,36 @@ class Prompter:
             self.config, self._params, tokens_BT, begin, mask_BT=mask_BT, dtype=self._dtype, mesh=self.mesh
         )
         return log_p_BT[: len(rows)], is_most_likely_BT[: len(rows)]
+
+
+class PromptSize(NamedTuple):
+    """The side of a prompt's images in pixels, and the images of the model's longest sequence."""
+
+    resolution: int
+    max_images: int
+
+
+def prompt_size(settings: PrompterSettings) -> PromptSize:
+    """Returns the sizes that `Prompter.load` would have. Loads the tokenizer, but not the model.
+
+    Raises:
+      UserError: naming the flag or the file that is wrong.
+    """
+    codec = _load_codec(settings, 1)
+    config = read_config(settings.checkpoint, settings.load_llama_config)
+    check_codes(codec, config)
+    return PromptSize(codec.resolution, config.max_sequence_length // codec.tokens_per_image)
+
+
+def _load_codec(settings: PrompterSettings, batch_size: int) -> Codec:
+    return load_codec(
+        settings.checkpoint,
+        settings.load_llama_config,
+        settings.vqgan,
+        dtype="fp32" if settings.dtype == "auto" else settings.dtype,
+        batch_size=batch_size,
+        resolution=settings.resolution,
+    )
 
 
 def compute_dtype(name: str, mesh: jax.sharding.Mesh) -> jnp.dtype:

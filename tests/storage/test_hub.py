@@ -140,7 +140,7 @@ def test_a_repository_is_downloaded_once_and_in_one_form(tmp_path):
     with hub_server(files) as (address, downloads):
         directory = run(HF_ENDPOINT=address)
         assert (directory / "model.safetensors").read_bytes() == b"weights"
-        assert sorted(downloads) == ["config.json", "model.safetensors"]
+        assert sorted(downloads) == ["README.md", "config.json", "model.safetensors"]
         assert run(HF_ENDPOINT=address) == directory
-        assert len(downloads) == 2
+        assert len(downloads) == 3
     assert run(HF_HUB_OFFLINE="1") == directory
