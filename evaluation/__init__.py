@@ -4,7 +4,8 @@ Sub-packages; tests/test_architecture.py lists the allowed imports:
     prompting   model and tokenizer: prompts of images in, generated images out
     tasks       few-shot tasks, benchmarks, metrics of answers, plots
     runs        evaluation of many examples from files, in batches, resumable
-    serving     the HTTP service and the demo page
+    serving     the engine and the HTTP service
+    page        the page
 """
 
 from EasyLM.errors import UserError, check_own_package

@@ -12,8 +12,11 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import check_installed
 from EasyLM.flags import Flag, run, to_dataclass
-from evaluation.prompting import PrompterSettings
-from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, page, page_guard, page_handlers
+from evaluation.page import fields, guard, layout
+from evaluation.page.files import LIMITS
+from evaluation.page.models import ModelInfo, Models, split_settings
+from evaluation.prompting import PrompterSettings, PromptSize, prompt_size, stated_limits
+from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings
 from evaluation.serving.header_check import (
     ALLOWED_HOSTS_FLAG,
     HeaderCheck,
@@ -24,7 +27,9 @@ from evaluation.serving.header_check import (
 FLAGS = {
     **ENGINE_FLAGS,
     "checkpoint": Flag(
-        str(pathlib.Path(__file__).with_name("demo_model")), "The model: PREFIX::PATH, or a Hugging Face directory."
+        str(pathlib.Path(__file__).with_name("demo_model")),
+        "The model: PREFIX::PATH, or a Hugging Face directory. A comma list: visitors choose one of them. One is in "
+        "memory at a time. --vqgan and --load_llama_config may then be comma lists, too.",
     ),
     "max_batch": Flag(1, "Requests computed in one batch: a power of two. Does not change results.", least=1),
     "host": Flag("127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces of this machine."),
@@ -40,18 +45,17 @@ def main(config: ConfigDict) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     allowed_hosts = with_own_host(config.allowed_hosts, config.host)
     check_allowed_hosts(allowed_hosts)
-    engine = Engine.load(to_dataclass(PrompterSettings, config), to_dataclass(EngineSettings, config))
-    engine.warm_up(page.INITIAL_SETTINGS)
+    models = _load_models(to_dataclass(PrompterSettings, config), to_dataclass(EngineSettings, config))
     with tempfile.TemporaryDirectory(prefix="lvm_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(pathlib.Path(folder) / "gradio")  # of uploads
         from starlette.middleware import Middleware
 
-        blocks = page.build_page(engine, pathlib.Path(folder))
-        files = page_guard.PageFiles(pathlib.Path(folder))
+        blocks = layout.build_page(models, pathlib.Path(folder))
+        files = guard.PageFiles(pathlib.Path(folder))
         files.sweep()
         middleware = [
             Middleware(HeaderCheck, allowed_hosts=allowed_hosts),
-            Middleware(page_guard.PageGuard, files=files, limits=page_handlers.LIMITS),
+            Middleware(guard.PageGuard, files=files, limits=LIMITS),
         ]
         # Each visitor waits in the engine's queue, which is fair, and not in that of gradio.
         blocks.queue(max_size=config.max_queue, default_concurrency_limit=config.max_queue).launch(
@@ -60,14 +64,34 @@ def main(config: ConfigDict) -> None:
             share=False,
             ssr_mode=False,
             enable_monitoring=False,
-            max_file_size=page_handlers.LIMITS.body_bytes,
+            max_file_size=guard.UPLOAD_BYTES,
             max_threads=config.max_queue + 40,
             allowed_paths=[folder],
             footer_links=[],
-            css=page.CSS,
+            css=layout.CSS,
             app_kwargs={"middleware": middleware},
         )
-        engine.close(timeout=10)
+        models.close(timeout=10)
+
+
+def _load_models(settings: PrompterSettings, engine_settings: EngineSettings) -> Models:
+    """Checks all models, and loads the first."""
+    by_name = split_settings(settings)
+    first, *others = by_name
+    sizes = {name: prompt_size(by_name[name]) for name in others}
+
+    def load(name: str) -> Engine:
+        engine = Engine.load(by_name[name], engine_settings)
+        engine.warm_up(fields.INITIAL_SETTINGS)
+        return engine
+
+    engine = load(first)
+    sizes = {first: PromptSize(engine.resolution, engine.max_prompt_images + 1), **sizes}
+    infos = [
+        ModelInfo(name, size.resolution, size.max_images - 1, stated_limits(by_name[name].checkpoint))
+        for name, size in sizes.items()
+    ]
+    return Models(infos, load, engine)
 
 
 def cli() -> None:

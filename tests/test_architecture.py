@@ -39,15 +39,15 @@ ALLOWED = {
     "tokenizer.formats tokenizer.synthetic tokenizer.vqgan tokenizer.image_quality tokenizer.training "
     "tokenizer.sentence_files tokenizer.sources tokenizer.builders",
     # Prompts and answers.
-    "evaluation.prompting": "EasyLM.checkpoints EasyLM.parallel EasyLM.models EasyLM.models.llama tokenizer.formats "
-    "tokenizer.vqgan",
+    "evaluation.prompting": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel EasyLM.models EasyLM.models.llama "
+    "tokenizer.formats tokenizer.vqgan",
     "evaluation.tasks": "EasyLM.storage tokenizer.media tokenizer.builders tokenizer.image_quality tokenizer.synthetic "
     "tokenizer.mappings evaluation.prompting",
     "evaluation.runs": "EasyLM.storage tokenizer.media evaluation.prompting evaluation.tasks",
-    "evaluation.serving": "tokenizer.media tokenizer.builders tokenizer.synthetic evaluation.prompting "
-    "evaluation.tasks",
+    "evaluation.serving": "tokenizer.media evaluation.prompting evaluation.tasks",
+    "evaluation.page": "tokenizer.media tokenizer.builders tokenizer.synthetic evaluation.prompting evaluation.serving",
     "evaluation": "EasyLM.storage tokenizer.media tokenizer.image_quality "
-    "evaluation.prompting evaluation.tasks evaluation.runs evaluation.serving",
+    "evaluation.prompting evaluation.tasks evaluation.runs evaluation.serving evaluation.page",
 }
 # Users know this command by its old name. It imports the service inside its main function.
 ALIASES = {"EasyLM.models.llama.llama_serve"}

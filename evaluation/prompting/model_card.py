@@ -12,10 +12,9 @@ _READ_BYTES, _MAX_CHARACTERS = 2**16, 600
 
 
 def stated_limits(spec: str) -> str:
-    """Returns the first paragraph of the section "Limits" (or "Limitations") of a model's card; empty: it states none.
+    """Returns the first paragraph of the section "Limits" (or "Limitations") of a model's card, without links.
 
-    Links are replaced by their texts. The card of a Hugging Face directory lies in it, that of another checkpoint beside
-    it.
+    The card of a Hugging Face directory lies in it, that of another checkpoint beside it. Returns "" if it states none.
 
     Args:
       spec: PREFIX::PATH or a Hugging Face directory.

@@ -1,7 +1,7 @@
-"""Serving: the HTTP service and the page, two front ends of one engine.
+"""Serving: the engine, and the HTTP service in front of it. `evaluation.page` is another front end.
 
-May import: tokenizer.media, tokenizer.builders, tokenizer.synthetic, evaluation.prompting,
-evaluation.tasks. FastAPI, uvicorn, pydantic and gradio are optional: this file imports none of them.
+May import: tokenizer.media, evaluation.prompting, evaluation.tasks. FastAPI, uvicorn and pydantic are optional: this
+file imports none of them.
 
 The path of a request:
   limits          bounds the body's size and time
@@ -29,11 +29,6 @@ Modules:
   batch_worker   computes batches
   progress       previews while tokens are generated
   server         uvicorn, warm-up and graceful shutdown
-  page           layout of the page
-  page_handlers  the handlers of its buttons
-  page_files     files that it shows and offers for download
-  page_guard     limits of its requests and of its files
-  page_examples  example prompts
 
 Vocabulary:
   prompt, candidate   as in `evaluation.prompting`

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from serve_kit import LIMITS, SECONDS, TOKENS, HeldPrompter, assert_error, form, png, tiny_engine, wait_until
 
+from evaluation.page import handlers
 from evaluation.prompting import GenerationSettings
-from evaluation.serving import Prompt, page_handlers
+from evaluation.serving import Prompt
 from evaluation.serving.app import make_app
 from evaluation.serving.server import ServerSettings, run_server
 
@@ -84,10 +85,10 @@ def test_warming_up_ends_early_when_the_service_stops():
 
 def test_a_failed_warm_up_is_reported(caplog):
     engine = tiny_engine(HeldPrompter(failing=True), warm_up="1")
-    assert page_handlers.first_status(engine).startswith("Compiling")
+    assert handlers.first_status(engine).startswith("Compiling")
     assert engine.warm_up(GenerationSettings()).exception(SECONDS)
     wait_until(lambda: engine.state != "warming up")
-    assert page_handlers.first_status(engine).startswith("Warming up failed (RuntimeError: the device is on fire)")
+    assert handlers.first_status(engine).startswith("Warming up failed (RuntimeError: the device is on fire)")
     assert engine.state == "failed" and engine.close(SECONDS)
     assert engine.state == "stopping" and "warming up failed" in caplog.text and "on fire" in caplog.text
 

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from serve_kit import assert_error
 
+from evaluation.page.guard import UPLOAD_BYTES, PageFiles, PageGuard
 from evaluation.serving import Limits
-from evaluation.serving.page_guard import UPLOAD_BYTES, PageFiles, PageGuard
 from evaluation.serving.request_errors import RequestError
 
 

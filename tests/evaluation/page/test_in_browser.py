@@ -1,5 +1,6 @@
 """The page in headless Chromium: both tabs, from an example to a download. Skipped without Chromium."""
 
+import contextlib
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from PIL import Image
 from serve_kit import png
 
 SECONDS = 240
+WIDTHS = (1280, 390)  # pixels of a desktop and of a phone
 
 
 @pytest.mark.slow
@@ -27,6 +29,10 @@ def test_both_tabs_in_a_browser(tmp_path, port):
         pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "0.png").write_bytes(png(0))
+    with contextlib.suppress(ImportError):  # PyAV
+        from video_kit import write_video
+
+        write_video(tmp_path / "clip.mp4", "libx264", range(0, 300, 100))
     command = [sys.executable, "-m", "evaluation.demo", f"--port={port}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     browser = None
@@ -49,7 +55,8 @@ def open_browser(webdriver, chromium, driver, folder):
     options.binary_location = chromium
     for argument in (
         "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-        f"disable-component-update disable-sync window-size=1280,1400 user-data-dir={folder / 'profile'}"
+        f"disable-component-update disable-sync window-size=1280,1400 user-data-dir={folder / 'profile'} "
+        "use-angle=swiftshader enable-unsafe-swiftshader"  # the canvas needs WebGL
     ).split():
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
@@ -78,6 +85,9 @@ _RECORD_TEXTS = """window.texts = []
 const selector = arguments[0]
 new MutationObserver(() => texts.push(document.querySelector(selector)?.innerText ?? "")).observe(
     document.body, {subtree: true, childList: true, characterData: true})"""
+
+
+_EXTENT = "const {scrollWidth, scrollHeight} = document.documentElement; return [scrollWidth, scrollHeight]"
 
 
 class PageDriver:
@@ -112,30 +122,45 @@ class PageDriver:
         return wait_until(lambda: self.answers(tab), "answers")
 
     def replace_image(self, slot: str, file: str) -> None:
-        remove, upload = f"#{slot} button[aria-label='Remove Image']", f"#{slot} input[type=file]"
+        remove = f"#{slot} button[aria-label='Remove Image']"
         self.click(remove)
-        find = functools.partial(self.browser.find_elements, "css selector", upload)
-        wait_until(find, upload)[0].send_keys(str(self.folder / file))
+        self.upload(f"#{slot} input[type=file]", file)
         self.wait_for(remove)  # the upload is complete
 
-    def set_seed(self, seed: int) -> None:
-        from selenium.webdriver.common.keys import Keys
+    def upload(self, selector: str, file: str) -> None:
+        find = functools.partial(self.browser.find_elements, "css selector", selector)
+        wait_until(find, selector)[0].send_keys(str(self.folder / file))
 
-        field = self.wait_for("input[aria-label='Seed']")[0]
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(str(seed), Keys.TAB)
+    def set_width(self, width: int, height: int = 1400) -> None:
+        """Sets the size of the window's inside. Windows of a real size cannot be as narrow as a phone."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
-    def screenshot(self, name: str) -> None:
-        if "LVM_SCREENSHOTS" in os.environ:
+    def assert_fits(self, name: str) -> None:
+        """Asserts that the page needs no horizontal scrolling, on a desktop and on a phone."""
+        for width in WIDTHS:
+            self.set_width(width)
             time.sleep(1)  # animations
-            self.browser.save_screenshot(str(pathlib.Path(os.environ["LVM_SCREENSHOTS"]) / f"page_{name}.png"))
+            extent = self.browser.execute_script(_EXTENT)
+            assert extent[0] <= width
+            if "LVM_SCREENSHOTS" in os.environ:
+                self.set_width(width, extent[1])
+                path = pathlib.Path(os.environ["LVM_SCREENSHOTS"]) / f"page_{name}_{width}.png"
+                self.browser.save_screenshot(str(path))
+        self.set_width(WIDTHS[0])
 
-    def assert_downloads_sheet(self, tab: str, columns: int, rows: int, side: int = 32) -> None:
-        """Asserts that the download is a PNG file of the answers that is not enlarged."""
+    def assert_downloads_strip(self, tab: str, columns: int, rows: int) -> None:
+        """Asserts that the download is a PNG file of so many columns and rows of labelled images of 256 pixels."""
         self.wait_for(f"#download_{tab}")[0].click()
         paths = wait_until(lambda: list(self.folder.glob("answer_*.png")), "a download")
-        assert Image.open(paths[0]).size == (columns * (side + 2) - 2, rows * (side + 2) - 2)
+        assert Image.open(paths[0]).size == (12 + columns * 268, 48 + rows * 304)
+        if "LVM_SCREENSHOTS" in os.environ:
+            shutil.copy(paths[0], pathlib.Path(os.environ["LVM_SCREENSHOTS"]) / f"strip_{tab}.png")
         paths[0].unlink()
+
+    def assert_number_of(self, selector: str, count: int) -> None:
+        """Waits until a gallery has so many pictures."""
+        wait_until(lambda: len(self.visible(f"{selector} button.thumbnail-item img")) == count, f"{count} {selector}")
 
     def assert_contacts_only(self, url: str) -> None:
         messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
@@ -151,32 +176,68 @@ class PageDriver:
 
 def try_page(page: PageDriver, url: str) -> None:
     browser = page.browser
+    page.set_width(WIDTHS[0])
     wait_until(lambda: browser.get(url) or browser.title == "Large Vision Model", "the page")
-    # An example of the analogy tab fills seven slots and gives four answers.
+    try_analogy(page)
+    try_brush(page)
+    # Sequences.
+    browser.find_element("xpath", "//button[@role='tab' and contains(., 'Sequence')]").click()
+    page.click("#examples_sequence button.thumbnail-item")
+    page.assert_number_of("#frames", 7)
+    assert len(set(page.generate("sequence"))) == 5
+    page.assert_number_of("#reconstructions_sequence", 7)
+    page.assert_number_of("#history", 4)
+    page.assert_fits("sequence")
+    page.assert_downloads_strip("sequence", columns=7, rows=2)
+    if (page.folder / "clip.mp4").exists():
+        page.upload("input[data-testid$='-upload-button']", "clip.mp4")
+        page.assert_number_of("#frames", 3)  # the video has no more
+    page.assert_contacts_only(url)
+
+
+def try_analogy(page: PageDriver) -> None:
+    browser = page.browser
+    # An example fills seven slots; the truth and four answers appear.
     page.click("#examples_analogy button.thumbnail-item", 1)
     for slot in ("example_1", "answer_3", "query"):
         page.wait_for(f"#{slot} img")
     browser.execute_script(_RECORD_TEXTS, "#status_analogy")
     first = page.generate("analogy")
-    assert len(set(first)) == 4
-    page.screenshot("analogy")
-    page.assert_downloads_sheet("analogy", columns=1, rows=4)
-    page.set_seed(7)
-    reseeded = page.generate("analogy", before=first)
-    # A file that is not an image gives an error; an uploaded image replaces the query.
+    assert len(set(first)) == 5
+    page.assert_number_of("#reconstructions_analogy", 7)
+    page.assert_downloads_strip("analogy", columns=5, rows=3)
+    seed = page.wait_for("input[aria-label='Seed']")[0]
+    page.click("#random_analogy")
+    wait_until(lambda: seed.get_attribute("value") != "0", "a random seed")
+    reseeded = page.generate("analogy", before=first[1:])
+    assert reseeded[0] == first[0]  # the truth
+    page.assert_fits("analogy")
+    # A file that is not an image gives an error; an uploaded image replaces the query, and its answer is not known.
     page.replace_image("query", "text.png")
     page.click("#draw_analogy")
     page.wait_for(".toast-body", "not a readable image")
     page.replace_image("query", "0.png")
     page.wait_for("#query img")
-    page.generate("analogy", before=reseeded)
+    assert len(set(page.generate("analogy", before=reseeded))) == 4
+    page.assert_number_of("#history", 3)
     # At least one of the three runs shows a preview: the page skips previews in quick succession.
     texts = browser.execute_script("return texts")
     assert [text for text in texts if re.match(r"Drawing: \d+ of 64 tokens", text)]
-    browser.find_element("xpath", "//button[@role='tab' and contains(., 'Sequence')]").click()
-    page.click("#examples_sequence button.thumbnail-item")
-    wait_until(lambda: len(page.visible("#frames button.thumbnail-item img")) == 7, "seven frames")
-    assert len(set(page.generate("sequence"))) == 4
-    page.screenshot("sequence")
-    page.assert_downloads_sheet("sequence", columns=1, rows=4)
-    page.assert_contacts_only(url)
+
+
+def try_brush(page: PageDriver) -> None:
+    """Paints a hole on the query."""
+    from selenium.webdriver import ActionChains
+
+    def query() -> str:
+        return page.wait_for("#query img")[0].get_attribute("src")
+
+    before = query()
+    page.click("#brush button")
+    page.click("#load_painted")
+    canvas = page.wait_for("#canvas canvas")[0]
+    time.sleep(1)  # the image is drawn on the canvas
+    ActionChains(page.browser).move_to_element(canvas).click_and_hold().move_by_offset(60, 30).release().perform()
+    page.assert_fits("brush")
+    page.click("#use_hole")
+    wait_until(lambda: query() != before, "a query with a hole")

@@ -1,0 +1,123 @@
+"""The components that both tabs have: slots, examples, settings, and what shows an answer."""
+
+import dataclasses
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from evaluation.page.examples import NUM_TRUE_FRAMES
+from evaluation.page.handlers import Update
+from evaluation.prompting import GenerationSettings
+
+if TYPE_CHECKING:
+    import gradio
+
+INITIAL_SETTINGS = GenerationSettings(num_candidates=4, temperature=1.0, top_p=0.9)
+_MAX_CANDIDATES, _MAX_FRAMES = 8, NUM_TRUE_FRAMES
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The strips of a visitor, as a value (the handlers' `history`) and as a gallery."""
+
+    state: Any
+    gallery: Any
+
+
+def image_slot(label: str) -> "gradio.Image":
+    """Returns a field for one image. Its value is the path of the uploaded file."""
+    import gradio
+
+    slot = gradio.Image(
+        label=label,
+        type="filepath",
+        format="png",
+        sources=["upload", "clipboard"],
+        height=150,
+        buttons=[],
+        elem_id=label.lower().replace(" ", "_"),
+    )
+    # `uploads.decode_images` needs the file itself: gradio's `preprocess` decodes files of any size, and loses
+    # transparency and 16-bit gray. A subclass would make gradio write a .pyi file beside this one.
+    slot.preprocess = lambda payload: payload and payload.path
+    return slot
+
+
+def settings_row(tab: str, with_frames: bool) -> tuple[list, "gradio.Button"]:
+    """Returns the fields that `handlers.generation_settings` reads, in this order, and the button."""
+    import gradio
+
+    initial = INITIAL_SETTINGS
+    with gradio.Row():
+        candidates, temperature, top_p, frames = (
+            gradio.Slider(1, _MAX_CANDIDATES, initial.num_candidates, step=1, label="Candidates", min_width=120),
+            gradio.Slider(0, 2, initial.temperature, step=0.05, label="Temperature", min_width=120),
+            gradio.Slider(0.05, 1, initial.top_p, step=0.05, label="Top-p", min_width=120),
+            gradio.Slider(
+                1, _MAX_FRAMES, initial.num_new_images, step=1, label="New frames", min_width=120, visible=with_frames
+            ),
+        )
+        with gradio.Column(min_width=120):
+            seed = gradio.Number(initial.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            random = gradio.Button("Random seed", size="sm", elem_id=f"random_{tab}")
+    random.click(lambda: secrets.randbelow(2**31), None, seed, api_visibility="private")
+    button = gradio.Button("Draw", variant="primary", elem_id=f"draw_{tab}")
+    return [candidates, temperature, top_p, seed, frames], button
+
+
+def outputs(tab: str, history: History) -> list:
+    """Returns the components that `handlers.generate` updates, in the order of `handlers.Update`."""
+    import gradio
+
+    status = gradio.Markdown("", elem_id=f"status_{tab}")
+    answers = _gallery("The model's answers", 5, f"answers_{tab}")
+    download = gradio.DownloadButton(
+        "Download prompt and answers as PNG", interactive=False, size="sm", elem_id=f"download_{tab}"
+    )
+    reconstructions = _gallery(
+        "What the tokenizer keeps of your images: each image and its reconstruction", 4, f"reconstructions_{tab}"
+    )
+    return list(Update(status, answers, reconstructions, download, history.state, history.gallery))
+
+
+def history() -> History:
+    """Returns the history. Its gallery is shown where its `render` is called."""
+    import gradio
+
+    gallery = _gallery("History of this visit, the latest first", 3, "history", render=False)
+    return History(gradio.State([]), gallery)
+
+
+def _gallery(label: str, columns: int, elem_id: str, render: bool = True) -> "gradio.Gallery":
+    import gradio
+
+    return gradio.Gallery(
+        label=label,
+        format="png",
+        columns=columns,
+        rows=1,
+        height="auto",
+        object_fit="contain",
+        fit_columns=False,
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id=elem_id,
+        render=render,
+    )
+
+
+def example_gallery(sheets: list[tuple[str, str]], tab: str) -> "gradio.Gallery":
+    """Returns the gallery in which a visitor selects an example."""
+    import gradio
+
+    return gradio.Gallery(
+        sheets,
+        label="Examples: click one",
+        columns=6,
+        rows=1,
+        height="auto",
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id=f"examples_{tab}",
+    )

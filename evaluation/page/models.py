@@ -1,0 +1,124 @@
+"""The models of the page. One is in memory at a time: another one takes its place when a visitor draws with it."""
+
+import contextlib
+import dataclasses
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from EasyLM.errors import UserError
+from evaluation.prompting import PrompterSettings
+from evaluation.serving.batch_worker import Turns
+from evaluation.serving.engine import Engine
+
+# A model that is replaced may finish its answers for so long. Then they are cancelled.
+_FINISH_SECONDS, _CLOSE_SECONDS = 600.0, 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What the page says of a model.
+
+    Attributes:
+      name: what visitors choose.
+      resolution: side of a prompt's images in pixels.
+      max_prompt_images: images of the longest prompt.
+      limits: what it knows and what not, in a sentence of its card; empty: not stated.
+    """
+
+    name: str
+    resolution: int
+    max_prompt_images: int
+    limits: str = ""
+
+    @property
+    def text(self) -> str:
+        """The description for visitors, in Markdown."""
+        limits = self.limits or "Its card (README.md) states no limits: what it knows is unknown."
+        images = f"{self.max_prompt_images} image{'s' if self.max_prompt_images > 1 else ''}"
+        size = f"{self.resolution}x{self.resolution} pixels"
+        return f"`{self.name}`: prompts of up to {images} of {size}. **Limits:** {limits}"
+
+
+class Models:
+    """The models of the page, by name, and the engine of the one that is loaded."""
+
+    def __init__(self, infos: Sequence[ModelInfo], load: Callable[[str], Engine], first: Engine):
+        """`load` loads the engine of a name; `first` is that of the first one."""
+        self.infos = {info.name: info for info in infos}
+        self._load, self._loaded = load, infos[0].name
+        self._engine: Engine | None = first  # None: the last load failed
+        self._turns, self._changed, self._num_users = Turns(), threading.Condition(), 0
+
+    def is_loaded(self, name: str) -> bool:
+        return self._loaded == name
+
+    @contextlib.contextmanager
+    def engine(self, name: str) -> Iterator[Engine]:
+        """Provides the engine of a model for one answer. It stays loaded until the context ends.
+
+        If another model is loaded, waits for its answers, frees its memory and loads this one. Those who ask
+        meanwhile wait for their turn.
+
+        Raises:
+          UserError: if the model is unknown or cannot be loaded.
+        """
+        if name not in self.infos:
+            raise UserError(f"there is no model {name!r}: choose one of {', '.join(self.infos)}")
+        with self._turns:
+            if not self.is_loaded(name):
+                self._replace(name)
+            with self._changed:
+                self._num_users += 1
+        try:
+            assert self._engine is not None
+            yield self._engine  # no variable here keeps it in memory
+        finally:
+            with self._changed:
+                self._num_users -= 1
+                self._changed.notify_all()
+
+    def _replace(self, name: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_users == 0, _FINISH_SECONDS)
+        self.close(_CLOSE_SECONDS)
+        gc.collect()  # frees the device's memory before the next model needs it
+        self._engine, self._loaded = self._load(name), name
+
+    def close(self, timeout: float) -> None:
+        """Closes the engine, and forgets it."""
+        engine, self._engine, self._loaded = self._engine, None, ""
+        if engine is not None:
+            engine.close(timeout)
+
+
+def split_settings(settings: PrompterSettings) -> dict[str, PrompterSettings]:
+    """Returns the settings of each model by its name, from settings whose values are comma lists.
+
+    A tokenizer or a configuration that is given once is that of all models. The names are as much of the ends of the
+    checkpoints' paths as makes them different.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    given = settings.checkpoint
+    specs = [given] if os.path.exists(given) else [part.strip() for part in given.split(",") if part.strip()]
+    if len(set(specs)) < len(specs) or not specs:
+        raise UserError(f"--checkpoint={given}: must be different checkpoints, separated by commas")
+    vqgans = _one_each("vqgan", settings.vqgan, len(specs))
+    configs = _one_each("load_llama_config", settings.load_llama_config, len(specs))
+    parts = [spec.rstrip("/").split("/") for spec in specs]
+    names = [["/".join(part[-count:]) for part in parts] for count in range(1, max(map(len, parts)) + 1)]
+    short = next(candidates for candidates in [*names, specs] if len(set(candidates)) == len(specs))
+    return {
+        name: dataclasses.replace(settings, checkpoint=spec, vqgan=vqgan, load_llama_config=config)
+        for name, spec, vqgan, config in zip(short, specs, vqgans, configs, strict=True)
+    }
+
+
+def _one_each(flag: str, value: str, count: int) -> list[str]:
+    values = [value] if os.path.exists(value) else [part.strip() for part in value.split(",")]
+    if len(values) not in (1, count):
+        raise UserError(f"--{flag}={value}: {len(values)} values for {count} checkpoints: give one, or one for each")
+    return values * count if len(values) == 1 else values
