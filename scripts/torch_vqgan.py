@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DEFAULTS = {"norm_groups": 32, "pixel_range": (0, 1), "normalize_codes": False, "skip_single_attention": True}
+DEFAULTS |= {"quantizer": "vq", "fsq_levels": ()}
 
 
 class TorchVQGAN:
@@ -34,8 +35,7 @@ class TorchVQGAN:
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
         """Returns the codes of pixels in the network's range, [B,N]: the nearest of the table to each vector."""
-        vectors_MZ, table_KZ = self.vectors(pixels_B3HW).flatten(0, 2), self.table()
-        vectors_MZ = F.normalize(vectors_MZ, dim=1) if self.config["normalize_codes"] else vectors_MZ
+        vectors_MZ, table_KZ = self._projected(self.vectors(pixels_B3HW).flatten(0, 2)), self.table()
         distance_MK = torch.addmm((table_KZ**2).sum(1), vectors_MZ, table_KZ.T, alpha=-2)
         return distance_MK.argmin(1).reshape(len(pixels_B3HW), -1)
 
@@ -70,6 +70,15 @@ class TorchVQGAN:
         """Returns the vectors of the codes, [K,Z]."""
         table_KZ = self.tensors["quantize.embedding.weight"]
         return F.normalize(table_KZ, dim=1) if self.config["normalize_codes"] else table_KZ
+
+    def _projected(self, vectors_MZ: Tensor) -> Tensor:
+        """Returns vectors in the space of the codes."""
+        if self.config["quantizer"] == "fsq":  # arXiv 2309.15505, appendix A.1
+            levels_Z = torch.tensor(self.config["fsq_levels"], device=vectors_MZ.device)
+            half_Z, offset_Z = (levels_Z - 1) * 0.999 / 2, (levels_Z % 2 == 0) / 2
+            bounded_MZ = torch.tanh(vectors_MZ + torch.tan(offset_Z / half_Z)) * half_Z - offset_Z
+            return bounded_MZ / (levels_Z // 2)
+        return F.normalize(vectors_MZ, dim=1) if self.config["normalize_codes"] else vectors_MZ
 
     def _level(self, name: str, level: int, x: Tensor) -> Tensor:
         """Applies the residual blocks of a resolution, each followed by attention if the settings say so."""

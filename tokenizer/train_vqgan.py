@@ -44,9 +44,11 @@ from EasyLM.training import (
 from tokenizer.image_quality import lpips
 from tokenizer.media import grids, images
 from tokenizer.training import (
+    CODEBOOK_UPDATES,
     DISCRIMINATOR_FLAGS,
     MODEL_FLAGS,
     AdversarialLoss,
+    CodeLoss,
     ImageRows,
     Objective,
     config_from_flags,
@@ -75,12 +77,29 @@ FLAGS = {
         "Peak learning rate; decays to a hundredth at total_steps (cosine). A good value for small models is 2e-3.",
         above=0,
     ),
-    "lr_warmup_steps": Flag(1000, "Steps of linear warm-up, in which vectors are not quantized yet.", least=1),
+    "lr_warmup_steps": Flag(
+        1000, "Steps of linear warm-up; with --codebook_update=ema, vectors are not quantized yet.", least=1
+    ),
     "weight_decay": Flag(1e-4, "Decoupled weight decay.", least=0),
     "clip_gradient": Flag(
         1.0,
         "Maximum norm of the network's gradient, its adversarial part included. The discriminator's is not clipped.",
         above=0,
+    ),
+    "codebook_update": Flag(
+        "ema",
+        "How the codes of --vqgan.quantizer=vq are learned: ema, as running means of their vectors, with unused codes "
+        "replaced; gradient, by the codebook loss, as in VQGAN and LlamaGen.",
+        choices=CODEBOOK_UPDATES,
+    ),
+    "entropy_weight": Flag(
+        None,
+        "Weight of the entropy loss, by which all codes are used (vq, lfq); unset: 0.1 with lfq, otherwise 0.",
+        type=float,
+        least=0,
+    ),
+    "entropy_temperature": Flag(
+        0.01, "Temperature of the entropy loss: how far from the border between two codes it moves vectors.", above=0
     ),
     "average_decay": Flag(0.999, "Decay per step of the running mean of the network.", least=0, below=1),
     "gradient_weight": Flag(
@@ -100,6 +119,7 @@ FLAGS = {
     "vqgan": MODEL_FLAGS,
 }
 
+_LFQ_ENTROPY_WEIGHT = 0.1  # if none is given; that of MaskGIT
 _LEAST_VARIANCE = 0.2  # of reconstructions, relative to that of the images; a tokenizer that learns has over 0.7
 
 
@@ -113,13 +133,15 @@ def main(config: Any) -> int:
     # Model
     _check_flags(config)
     model = config_from_flags(config.vqgan)
+    _check_quantizer(config)
     objective = _objective(config, model)
     mesh = make_mesh(config.mesh_dim)
     check_whole_sequences(mesh)
     check_batch_size("--batch_size", config.batch_size, mesh)
 
     # Start
-    model_settings = ModelSettings("vqgan_config", dataclasses.asdict(model), resumable=frozenset({"commitment_cost"}))
+    settings = {**dataclasses.asdict(model), "codebook_update": config.codebook_update}
+    model_settings = ModelSettings("vqgan_config", settings, resumable=frozenset({"commitment_cost"}))
     formats = {"trainstate": checkpoints.CHECKPOINT_FORMATS["trainstate"]}
     with open_run(RunSettings.from_flags(config), model_settings, formats) as run:
         _check_layout(run)
@@ -160,6 +182,15 @@ def _check_flags(config: Any) -> None:
         )
 
 
+def _check_quantizer(config: Any) -> None:
+    """Raises UserError for a setting of another quantizer."""
+    quantizer = config.vqgan.quantizer
+    if quantizer != "vq" and config.codebook_update != "ema":
+        raise UserError(f"--codebook_update={config.codebook_update}: {quantizer} has constant codes; choose vq")
+    if quantizer == "fsq" and config.entropy_weight:
+        raise UserError(f"--entropy_weight={config.entropy_weight}: fsq has no entropy loss; choose vq or lfq")
+
+
 def _objective(config: Any, model: VQGANConfig) -> Objective:
     dtype = COMPUTE_DTYPES[config.dtype]
     vgg_weights, vgg, adversarial = config.perceptual.vgg_weights, None, None
@@ -171,9 +202,13 @@ def _objective(config: Any, model: VQGANConfig) -> Objective:
             adversarial = AdversarialLoss(**config.adversary, resolution=model.resolution, dtype=dtype)
         except UserError as error:
             raise UserError(f"--adversary.{error}") from None
+    entropy_weight = config.entropy_weight
+    if entropy_weight is None:
+        entropy_weight = _LFQ_ENTROPY_WEIGHT if model.quantizer == "lfq" else 0.0
     return Objective(
         model,
         dtype,
+        CodeLoss(config.codebook_update, entropy_weight, config.entropy_temperature),
         gradient_weight=config.gradient_weight,
         perceptual_weight=config.perceptual.weight,
         locality_weight=config.locality_weight,
@@ -207,7 +242,7 @@ def export(run_dir: str, model: VQGANConfig) -> None:
     latest = checkpoints.latest_checkpoint(run_dir)
     assert latest is not None
     extra = checkpoints.load(latest.spec)["extra"]
-    averaged = make_model(model, extra["average"], extra["codebook"])
+    averaged = make_model(model, extra["average"], extra.get("codebook"))
     weights.save(averaged, os.path.join(run_dir, "vqgan"), np.float16)
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from PIL import Image
 
 from EasyLM import flags
-from tokenizer.vqgan import VQGAN, VQGANConfig, weights
+from tokenizer.vqgan import VQGAN, VQGANConfig, grid_vectors, weights
 
 TINY = VQGANConfig(
     resolution=16,
@@ -39,13 +39,18 @@ def _tiny_model() -> VQGAN:
 
 
 def random_vqgan(config: VQGANConfig) -> VQGAN:
-    """Returns a model of random parameters without its initializers, whose compilation takes longer than a test."""
+    """Returns a model of random parameters, except for the codes of a grid.
+
+    It does not use the model's initializers, whose compilation takes longer than a test.
+    """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     flat = []
     for path, leaf in nnx.to_flat_state(state):
         shape = leaf.get_value().shape
         array = np.ones(shape) if path[-1] == "scale" else rng.standard_normal(shape) * np.prod(shape[:-1]) ** -0.5
+        if path == ("quantize", "embedding") and config.quantizer != "vq":
+            array = grid_vectors(config)
         flat.append((path, leaf.replace(jnp.asarray(array, jnp.float32))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 

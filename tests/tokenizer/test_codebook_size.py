@@ -1,4 +1,4 @@
-"""A codebook is a setting of the tokenizer: one of 16384 codes goes from images to generated images."""
+"""A codebook is a setting of the tokenizer: large ones and grids go from images to generated images."""
 
 import dataclasses
 import json
@@ -16,27 +16,32 @@ from evaluation.prompting import GenerationSettings, Prompter, PrompterSettings
 from tokenizer import build, detokenize, inspect
 from tokenizer.vqgan import weights
 
+FSQ = {"quantizer": "fsq", "fsq_levels": (8, 5, 5, 5)}
 
-def _write_vqgan(directory, num_codes) -> str:
+
+def _write_vqgan(directory, num_codes, **settings) -> str:
     """Writes a random tokenizer whose codes are spread like the vectors of its encoder."""
-    model = random_vqgan(dataclasses.replace(TINY, num_embeddings=num_codes))
-    codes_KZ = np.random.default_rng(0).normal(size=(num_codes, TINY.quantized_embed_dim))
-    model.quantize.embedding[...] = jnp.asarray(codes_KZ, jnp.float32)
+    model = random_vqgan(dataclasses.replace(TINY, num_embeddings=num_codes, **settings))
+    if model.config.quantizer == "vq":
+        codes_KZ = np.random.default_rng(0).normal(size=(num_codes, TINY.quantized_embed_dim))
+        model.quantize.embedding[...] = jnp.asarray(codes_KZ, jnp.float32)
     weights.save(model, directory)
     return str(directory)
 
 
 @pytest.mark.slow
-def test_a_codebook_of_16384_codes_from_images_to_images(tmp_path):
-    vqgan, sentences = _write_vqgan(tmp_path / "vqgan", 16384), tmp_path / "sentences.jsonl"
+@pytest.mark.parametrize(("size", "quantizer", "smaller"), [(16384, {}, 8192), (1000, FSQ, 256)])
+def test_a_codebook_of_another_size_from_images_to_images(tmp_path, size, quantizer, smaller):
+    """`smaller`: a smaller size, with which the ids of this one are not valid."""
+    vqgan, sentences = _write_vqgan(tmp_path / "vqgan", size, **quantizer), tmp_path / "sentences.jsonl"
     for number in range(6):
         write_image(tmp_path / "images" / f"{number}.png", number)
     images = str(tmp_path / "images")
     run_main(build, input_dir=images, output_file=str(sentences), vqgan=vqgan, workers=1, batch_size=8)
-    ids = np.concatenate([tokens for tokens, _ in records.read_records(str(sentences), 16384)])
-    assert len(ids) == 6 * TINY.tokens_per_image and ids.max() >= 8192
+    ids = np.concatenate([tokens for tokens, _ in records.read_records(str(sentences), size)])
+    assert len(ids) == 6 * TINY.tokens_per_image and ids.max() >= smaller
     inspected = tmp_path / "inspect.json"
-    run_main(inspect, input_files=str(sentences), codebook_size=16384, tokens_per_image=64, output_json=str(inspected))
+    run_main(inspect, input_files=str(sentences), codebook_size=size, tokens_per_image=64, output_json=str(inspected))
     assert json.loads(inspected.read_text())["bad_lines"] == 0
     run_main(detokenize, input_file=str(sentences), output_dir=str(tmp_path / "decoded"), vqgan=vqgan, limit=1)
 
@@ -44,7 +49,7 @@ def test_a_codebook_of_16384_codes_from_images_to_images(tmp_path):
     run = train(
         tmp_path,
         **settings,
-        llama__codebook_size=16384,
+        llama__codebook_size=size,
         mesh_dim="1,-1,1",
         total_steps=2,
         save_model_freq=2,
@@ -58,12 +63,12 @@ def test_a_codebook_of_16384_codes_from_images_to_images(tmp_path):
     run_main(convert_easylm_to_hf, load_checkpoint=f"params::{run}/streaming_params", output_dir=model)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     names = ("codebook_size", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    assert [config[name] for name in names] == [16384, 16484, 16384, 16385, 16384]
+    assert [config[name] for name in names] == [size, size + 100, size, size + 1, size]
 
     prompter = Prompter.load(PrompterSettings(checkpoint=model, vqgan=vqgan))
     tokens_BCFN = prompter.generate(ids.reshape(6, 1, 64)[:2], GenerationSettings(num_new_images=1, seed=1))
-    assert tokens_BCFN.max() < 16384 and tokens_BCFN.max() >= 8192
+    assert tokens_BCFN.max() < size and tokens_BCFN.max() >= smaller
     assert prompter.decode(tokens_BCFN[:, 0, 0]).shape == (2, 16, 16, 3)
-    small = _write_vqgan(tmp_path / "small", 8192)
+    small = _write_vqgan(tmp_path / "small", smaller)
     with pytest.raises(UserError, match=f"^--vqgan={small}: wrong tokenizer"):
         Prompter.load(PrompterSettings(checkpoint=model, vqgan=small))

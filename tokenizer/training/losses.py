@@ -1,27 +1,8 @@
-"""Loss terms without a network of their own."""
+"""Loss terms of images without a network of their own, and changes of images for the locality loss."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-
-def commitment_error(hidden_BhwZ: jax.Array, chosen_BhwZ: jax.Array, mask_Bhw: jax.Array | None = None) -> jax.Array:
-    """Returns the mean squared distance of vectors from their codes. The codes get no gradient.
-
-    The distance is relative to the variance of the vectors, so its weight does not depend on their scale. The variance
-    of the codes would not do: it vanishes when all vectors have one code, and the loss then outweighs all others.
-
-    Args:
-      chosen_BhwZ: the code of each vector.
-      mask_Bhw: the vectors to include; None: all.
-    """
-    chosen_BhwZ = jax.lax.stop_gradient(chosen_BhwZ)
-    variance = jnp.mean(jnp.var(jax.lax.stop_gradient(hidden_BhwZ), axis=(0, 1, 2)))
-    scale = jnp.maximum(variance, 1e-6)
-    error_Bhw = jnp.mean((hidden_BhwZ - chosen_BhwZ) ** 2, axis=-1)
-    if mask_Bhw is None:
-        return jnp.mean(error_Bhw) / scale
-    return jnp.sum(jnp.where(mask_Bhw, error_Bhw, 0.0)) / jnp.maximum(jnp.sum(mask_Bhw), 1) / scale
 
 
 def gradient_error(error_BHWC: jax.Array) -> jax.Array:

@@ -1,10 +1,10 @@
 """The training objective of a VQGAN: initial state, loss and gradients, evaluation and optimizer.
 
 Trained parameters, by group:
-    model           the network, by dotted path, without its codebook
+    model           the network, by dotted path; its codebook only if that is trained
     discriminator   the discriminator, with adversarial training only
 Extra state, which has no gradient:
-    codebook        running means that define the codes (see `codebook`)
+    codebook        running means that define the codes (see `codebook`), unless they are trained or constant
     average         the running mean of `model`, which is evaluated and exported
     perceptual      the constant weights of LPIPS, if given
 """
@@ -21,10 +21,11 @@ import optax
 from flax import nnx
 
 from tokenizer.image_quality import code_usage, lpips
+from tokenizer.training.code_losses import CodeLoss, commitment, straight_through
 from tokenizer.training.codebook import Codebook, code_vectors, empty_codebook, update_codebook
 from tokenizer.training.discriminator import AdversarialLoss, adaptive_weight
-from tokenizer.training.losses import commitment_error, gradient_error, paste_rectangles, roll_cells
-from tokenizer.vqgan import VQGAN, VQGANConfig, weights
+from tokenizer.training.losses import gradient_error, paste_rectangles, roll_cells
+from tokenizer.vqgan import VQGAN, VQGANConfig, grid_vectors, weights
 
 _EMBEDDING = "quantize.embedding"
 
@@ -34,7 +35,7 @@ Metrics = dict[str, jax.Array]
 class _Forward(NamedTuple):
     """The arrays of one forward pass."""
 
-    hidden: jax.Array  # [B,h,w,Z]
+    hidden: jax.Array  # [B,h,w,Z], in the space of the codes
     chosen: jax.Array  # [B,h,w,Z]
     codes: jax.Array  # [B,N]
     features: jax.Array  # [B,H,W,C], the input of the decoder's last layer
@@ -47,8 +48,8 @@ class Objective:
 
     Reconstruction: mean absolute and squared error of pixels, and a perceptual term. The latter is LPIPS if `vgg`
     (`lpips.load`) is given; otherwise the gradient error (`losses.gradient_error`), which keeps edges sharp.
-    Commitment: pulls the encoder's vectors towards their codes with the weight `commitment_cost` (VQ-VAE, arXiv
-    1711.00937, equation 3). Gradients pass straight through the quantization, from the decoder to the encoder.
+    Codes: `CodeLoss`, among others the commitment to them. Gradients pass straight through the quantization, from the
+    decoder to the encoder.
     Locality (with a `locality_weight`): each image is rolled by whole cells, and a rectangle of another image is pasted
     into it. Vectors of unchanged cells are pulled towards their codes in the original image, so a code depends neither
     on its place nor on the rest of the image. Without this term the codes of a uniform wall change with its place and
@@ -62,11 +63,12 @@ class Objective:
         at the start would outweigh the reconstruction.
       unquantized_steps: steps at the start in which vectors pass unquantized. The codes are then placed on vectors that
         differ. From the start, all vectors would have the same few codes, the decoder would learn to ignore its input,
-        and nothing would teach the encoder to spread its vectors.
+        and nothing would teach the encoder to spread its vectors. Codes that are not running means have no such steps.
     """
 
     config: VQGANConfig
     dtype: Any = jnp.float32
+    code_loss: CodeLoss = dataclasses.field(default_factory=CodeLoss)
     gradient_weight: float = 1.0
     perceptual_weight: float = 1.0
     locality_weight: float = 0.0
@@ -79,11 +81,15 @@ class Objective:
     def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns fresh parameters and extra state."""
         network = weights.parameters(VQGAN(self.config, rngs=nnx.Rngs(params=key)))
-        codebook = empty_codebook(*network.pop(_EMBEDDING).shape)
+        extra: dict[str, Any] = {}
+        if self.config.quantizer != "vq":
+            del network[_EMBEDDING]
+        elif self.code_loss.codebook_update == "ema":
+            extra["codebook"] = empty_codebook(*network.pop(_EMBEDDING).shape)
         params: dict[str, Any] = {"model": network}
         if self.adversarial is not None:
             params["discriminator"] = self.adversarial.init_params(jax.random.fold_in(key, 1))
-        extra: dict[str, Any] = {"codebook": codebook, "average": jax.tree.map(jnp.copy, network)}
+        extra["average"] = jax.tree.map(jnp.copy, network)
         if self.vgg is not None:
             extra["perceptual"] = jax.tree.map(jnp.asarray, dict(self.vgg))
         return params, extra
@@ -100,7 +106,7 @@ class Objective:
 
         # The network's image and code loss. `backward` maps the gradients of these two to the gradient of the network.
         def reconstruct(network: dict[str, jax.Array]) -> Any:
-            return self._reconstruct(network, extra["codebook"], pixels_BHWC, step, key)
+            return self._reconstruct(network, extra.get("codebook"), pixels_BHWC, step, key)
 
         (reconstructed_BHWC, code_loss), backward, (forward, metrics) = jax.vjp(reconstruct, network, has_aux=True)
 
@@ -117,47 +123,48 @@ class Objective:
             metrics |= adversarial_metrics
         (gradients["model"],) = backward((gradient_BHWC, jnp.ones(())))
 
-        hidden_MZ = forward.hidden.reshape(-1, forward.hidden.shape[-1])
-        codebook = update_codebook(extra["codebook"], hidden_MZ, forward.codes.reshape(-1), key)
-        extra = extra | {
-            "codebook": jax.tree.map(partial(jnp.where, step >= self.unquantized_steps), codebook, extra["codebook"]),
-            "average": optax.incremental_update(network, extra["average"], 1 - self.average_decay),
-        }
-        return loss + code_loss, gradients, metrics, extra
+        updated = {"average": optax.incremental_update(network, extra["average"], 1 - self.average_decay)}
+        if "codebook" in extra:
+            hidden_MZ = forward.hidden.reshape(-1, forward.hidden.shape[-1])
+            codebook = update_codebook(extra["codebook"], hidden_MZ, forward.codes.reshape(-1), key)
+            is_quantized = step >= self.unquantized_steps
+            updated["codebook"] = jax.tree.map(partial(jnp.where, is_quantized), codebook, extra["codebook"])
+        return loss + code_loss, gradients, metrics, extra | updated
 
     def evaluate(self, params: dict[str, Any], extra: dict[str, Any], batch: dict) -> Metrics:
-        """Returns the metrics of the averaged network: reconstruction and commitment."""
-        model = make_model(self.config, extra["average"], extra["codebook"], self.dtype)
-        forward = self._forward(model, extra["codebook"], batch["pixels"])
+        """Returns the metrics of the averaged network: reconstruction and codes."""
+        model = make_model(self.config, extra["average"], extra.get("codebook"), self.dtype)
+        forward = self._forward(model, extra.get("codebook"), batch["pixels"])
         loss, metrics = self._image_loss(forward.reconstructed, batch["pixels"], extra)
-        commitment, commitment_metrics = self._commitment(forward)
-        return {"loss": loss + commitment, **metrics, **commitment_metrics}
+        code_loss, code_metrics = self._code_loss(model, forward)
+        return {"loss": loss + code_loss, **metrics, **code_metrics}
 
     def _reconstruct(
         self,
         network: dict[str, jax.Array],
-        codebook: Codebook,
+        codebook: Codebook | None,
         pixels_BHWC: jax.Array,
         step: jax.Array,
         key: jax.Array,
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[_Forward, Metrics]]:
-        """Returns the reconstructed image and the loss of the codes (commitment and locality), then arrays, metrics."""
+        """Returns the reconstructed image and the loss of the codes (with locality), then arrays, metrics."""
         model = make_model(self.config, network, codebook, self.dtype)
         forward = self._forward(model, codebook, pixels_BHWC)
-        loss, metrics = self._commitment(forward)
+        loss, metrics = self._code_loss(model, forward)
         if self.locality_weight:
             locality, kept = self._locality(model, forward, pixels_BHWC, jax.random.fold_in(key, 1))
             loss += self.locality_weight * jnp.minimum(step / self.locality_steps, 1.0) * locality
             metrics |= {"locality": locality, "codes_kept": kept}
         return (forward.reconstructed, loss), (forward, metrics)
 
-    def _forward(self, model: VQGAN, codebook: Codebook, pixels_BHWC: jax.Array) -> _Forward:
+    def _forward(self, model: VQGAN, codebook: Codebook | None, pixels_BHWC: jax.Array) -> _Forward:
         hidden_BhwZ, codes_BN = model.encode(pixels_BHWC)
-        hidden_BhwZ = hidden_BhwZ.astype(jnp.float32)
-        used = jnp.sum(codebook["share"]) > 0
-        chosen_BhwZ = jnp.where(used, model.quantize(codes_BN).reshape(hidden_BhwZ.shape), hidden_BhwZ)
-        straight_through_BhwZ = hidden_BhwZ + jax.lax.stop_gradient(chosen_BhwZ - hidden_BhwZ)
-        features_BHWC = model.decoder.features(model.post_quant_conv(straight_through_BhwZ))
+        hidden_BhwZ = model.quantize.project(hidden_BhwZ)
+        chosen_BhwZ = model.quantize(codes_BN).reshape(hidden_BhwZ.shape)
+        if codebook is not None:
+            chosen_BhwZ = jnp.where(jnp.sum(codebook["share"]) > 0, chosen_BhwZ, hidden_BhwZ)
+        vectors_BhwZ = straight_through(hidden_BhwZ, chosen_BhwZ)
+        features_BHWC = model.decoder.features(model.post_quant_conv(vectors_BhwZ))
         reconstructed_BHWC = model.decoder.conv_out(features_BHWC).astype(jnp.float32)
         return _Forward(hidden_BhwZ, chosen_BhwZ, codes_BN, features_BHWC, reconstructed_BHWC)
 
@@ -174,11 +181,11 @@ class Objective:
             terms["perceptual"] = self.perceptual_weight * jnp.mean(distance_B)
         return sum(terms.values(), jnp.zeros(())), terms | {"psnr": -10 * jnp.log10(terms["squared"])}
 
-    def _commitment(self, forward: _Forward) -> tuple[jax.Array, Metrics]:
-        """Returns the weighted commitment loss, and metrics of the codes."""
-        commitment = self.config.commitment_cost * commitment_error(forward.hidden, forward.chosen)
+    def _code_loss(self, model: VQGAN, forward: _Forward) -> tuple[jax.Array, Metrics]:
+        """Returns the loss of the codes, its terms, and metrics of the codes."""
+        terms = self.code_loss.terms(model, forward.hidden, forward.chosen)
         counts_K = jnp.bincount(forward.codes.reshape(-1), length=self.config.num_embeddings)
-        return commitment, {"commitment": commitment, **code_usage(counts_K)}
+        return sum(terms.values(), jnp.zeros(())), terms | code_usage(counts_K)
 
     def _locality(
         self, model: VQGAN, forward: _Forward, pixels_BHWC: jax.Array, key: jax.Array
@@ -193,7 +200,7 @@ class Objective:
         hidden_BhwZ, changed_codes_BN = model.encode(changed_BHWC)
         keeps_Bhw = unchanged_Bhw & (changed_codes_BN.reshape(codes_Bhw.shape) == codes_Bhw)
         kept = jnp.sum(keeps_Bhw) / jnp.maximum(jnp.sum(unchanged_Bhw), 1)
-        return commitment_error(hidden_BhwZ.astype(jnp.float32), chosen_BhwZ, unchanged_Bhw), kept
+        return commitment(model, model.quantize.project(hidden_BhwZ), chosen_BhwZ, unchanged_Bhw), kept
 
     def _adversarial_gradients(
         self,
@@ -212,7 +219,7 @@ class Objective:
         (discriminator_loss, logits), discriminator_gradient = discriminator(
             params["discriminator"], pixels_BHWC, forward.reconstructed
         )
-        last_layer = make_model(self.config, params["model"], extra["codebook"], self.dtype).decoder.conv_out
+        last_layer = make_model(self.config, params["model"], extra.get("codebook"), self.dtype).decoder.conv_out
         adaptive = adaptive_weight(last_layer, forward.features, reconstruction_gradient_BHWC, gradient_BHWC)
         losses = {"generator": generator_loss, "discriminator": discriminator_loss}
         started = adversarial.started(step)
@@ -247,8 +254,16 @@ def learning_rate(rate: optax.Schedule, opt_state: optax.OptState) -> jax.Array:
 
 
 def make_model(
-    config: VQGANConfig, network: Mapping[str, jax.Array], codebook: Codebook, dtype: Any = jnp.float32
+    config: VQGANConfig, network: Mapping[str, jax.Array], codebook: Codebook | None, dtype: Any = jnp.float32
 ) -> VQGAN:
-    """Returns the VQGAN of a network's parameters (`model` or `average`) and a codebook."""
-    arrays = {**network, _EMBEDDING: code_vectors(codebook)}
+    """Returns the VQGAN of a network's parameters (`model` or `average`) and a codebook.
+
+    Args:
+      codebook: None: the codes are parameters, or constants.
+    """
+    arrays = dict(network)
+    if codebook is not None:
+        arrays[_EMBEDDING] = code_vectors(codebook)
+    elif config.quantizer != "vq":
+        arrays[_EMBEDDING] = jnp.asarray(grid_vectors(config))
     return weights.with_parameters(lambda: VQGAN(config, dtype=dtype, rngs=nnx.Rngs(0)), arrays)

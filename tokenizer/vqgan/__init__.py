@@ -3,7 +3,8 @@
 May import: EasyLM.storage, EasyLM.checkpoints, tokenizer.formats. Requires JAX.
 
     config          VQGANConfig: architecture and its validation
-    model           the network: Encoder, Decoder, Codebook
+    model           the network: Encoder and Decoder
+    quantizers      Codebook: vectors <-> codes; VQ, FSQ, LFQ
     layers          its layers: convolution, normalization, residual block, attention, change of size
     fast_ops        operations rewritten for CPUs, each beside its plain version
     weights         loads the files of any format; writes config.json and weights under open-muse's names
@@ -20,9 +21,21 @@ codes in the codebook, G groups of a normalization, D channels of a group.
 """
 
 from tokenizer.vqgan.codec import CODEC_FLAGS, COMPUTE_DTYPES, PRETRAINED, Codec
-from tokenizer.vqgan.config import VQGANConfig
+from tokenizer.vqgan.config import QUANTIZERS, VQGANConfig
 from tokenizer.vqgan.device_batches import DeviceBatches
 from tokenizer.vqgan.layers import GroupNorm
 from tokenizer.vqgan.model import VQGAN
+from tokenizer.vqgan.quantizers import grid_vectors
 
-__all__ = ["CODEC_FLAGS", "COMPUTE_DTYPES", "PRETRAINED", "VQGAN", "Codec", "DeviceBatches", "GroupNorm", "VQGANConfig"]
+__all__ = [
+    "CODEC_FLAGS",
+    "COMPUTE_DTYPES",
+    "PRETRAINED",
+    "QUANTIZERS",
+    "VQGAN",
+    "Codec",
+    "DeviceBatches",
+    "GroupNorm",
+    "VQGANConfig",
+    "grid_vectors",
+]

@@ -12,6 +12,7 @@ from flax import nnx
 from tokenizer.vqgan import fast_ops
 from tokenizer.vqgan.config import VQGANConfig
 from tokenizer.vqgan.layers import AttnBlock, Downsample, LayerFactory, ResnetBlock, Upsample
+from tokenizer.vqgan.quantizers import Codebook
 
 
 class VQGAN(nnx.Module):
@@ -47,35 +48,6 @@ class VQGAN(nnx.Module):
         pixels_BHWC = self.decoder(self.post_quant_conv(vectors_BhwZ)).astype(jnp.float32)
         low, high = self.config.pixel_range
         return pixels_BHWC if (low, high) == (0, 1) else (pixels_BHWC - low) / (high - low)
-
-
-class Codebook(nnx.Module):
-    """The table of code vectors, [K,Z] float32. With `normalize_codes`, codes and vectors have length 1 (LlamaGen)."""
-
-    def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
-        bound = 1.0 / config.num_embeddings
-        shape = (config.num_embeddings, config.quantized_embed_dim)
-        init_KZ = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        self.embedding = nnx.Param(init_KZ)
-        self.normalizes = config.normalize_codes
-
-    def __call__(self, codes: jax.Array) -> jax.Array:
-        """Returns the vectors of codes: [..., Z]."""
-        return self._table()[codes]
-
-    def nearest(self, hidden_BhwZ: jax.Array) -> jax.Array:
-        """Returns the nearest codes, [B,N] int32. Computes distances in float32 for every dtype of the model."""
-        vectors_MZ = rearrange(hidden_BhwZ, "B h w Z -> (B h w) Z").astype(jnp.float32)
-        vectors_MZ = _unit(vectors_MZ) if self.normalizes else vectors_MZ
-        return rearrange(fast_ops.nearest_code(vectors_MZ, self._table()), "(B N) -> B N", B=len(hidden_BhwZ))
-
-    def _table(self) -> jax.Array:
-        return _unit(self.embedding[...]) if self.normalizes else self.embedding[...]
-
-
-def _unit(vectors_MZ: jax.Array) -> jax.Array:
-    """Scales vectors to length 1."""
-    return vectors_MZ / jnp.maximum(jnp.linalg.norm(vectors_MZ, axis=-1, keepdims=True), 1e-12)
 
 
 class Encoder(nnx.Module):

@@ -17,14 +17,27 @@ from flax import nnx
 from numpy.typing import DTypeLike
 
 from EasyLM.checkpoints.safetensors_file import tensor_entry, write_safetensors
+from EasyLM.errors import UserError
 from EasyLM.storage import atomic_file, json_digest, write_json
 from tokenizer import formats
+from tokenizer.formats.architecture import Translated
 from tokenizer.vqgan.config import VQGANConfig
 from tokenizer.vqgan.model import VQGAN
+from tokenizer.vqgan.quantizers import grid_vectors
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight", "bias": "bias"}
-_OWN_SETTINGS = ("norm_groups", "pixel_range", "normalize_codes", "skip_single_attention")  # open-muse has none of them
+# open-muse has none of them.
+_OWN_SETTINGS = (
+    "norm_groups",
+    "pixel_range",
+    "normalize_codes",
+    "skip_single_attention",
+    "quantizer",
+    "fsq_levels",
+)
 _TRAINING_ONLY = ("dropout", "commitment_cost")  # settings
+_TABLE = "quantize.embedding.weight"
+_GRID_ERROR = 1e-3  # of values in -1..1; float16 has errors of half as much
 _DECODING = ("decoder.", "post_quant_conv.")  # beginnings of names of parameters
 
 
@@ -36,7 +49,8 @@ def load(path: str | os.PathLike, dtype: jnp.dtype = jnp.float32, resolution: in
       resolution: side of an image in pixels; 0: as the files say, or 256.
 
     Raises:
-      UserError: naming the folder or file, and the tensors that are missing, unexpected or of another shape.
+      UserError: naming the folder or file, and the tensors that are missing, unexpected or of another shape, or the
+        setting to which they do not belong.
     """
     files = formats.read(path, resolution)
     config = VQGANConfig.from_dict(files.settings, files.config)
@@ -45,10 +59,18 @@ def load(path: str | os.PathLike, dtype: jnp.dtype = jnp.float32, resolution: in
     leaves = {file_name(key): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
     shapes = {name: file_shape(leaf) for name, (_, leaf) in leaves.items()}
     formats.check_tensors(files.weights, files.tensors, shapes, "the architecture")
+    _check_grid(files, config)
     flat = []
     for name, (key, leaf) in leaves.items():
         flat.append((key, leaf.replace(jnp.asarray(from_file(files.tensors[name].astype(np.float32))))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _check_grid(files: Translated, config: VQGANConfig) -> None:
+    """Raises UserError if the quantizer has a grid of codes, and the file has another table."""
+    table = files.tensors[_TABLE]
+    if config.quantizer != "vq" and not np.allclose(table, grid_vectors(config), rtol=0, atol=_GRID_ERROR):
+        raise UserError(f"{files.weights}: {_TABLE} is not the table of quantizer={config.quantizer} in {files.config}")
 
 
 def save(model: VQGAN, directory: str | os.PathLike, dtype: DTypeLike = np.float32) -> list[str]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tokenizer.training import Objective
-from tokenizer.training.losses import commitment_error, gradient_error, paste_rectangles, roll_cells
+from tokenizer.training.code_losses import commitment_error
+from tokenizer.training.losses import gradient_error, paste_rectangles, roll_cells
 from tokenizer.vqgan import VQGANConfig
 
 CONFIG = VQGANConfig(resolution=8, hidden_channels=4, channel_mult=(1,), norm_groups=2, num_embeddings=16)

@@ -19,6 +19,7 @@ from EasyLM.errors import UserError
 from EasyLM.training import run
 from tokenizer import train_vqgan
 from tokenizer.image_quality import lpips
+from tokenizer.media import images
 from tokenizer.vqgan import Codec, weights
 
 SMALLEST = {
@@ -34,6 +35,12 @@ SMALLEST = {
 }
 
 ADVERSARY = {"adversary__weight": 0.5, "adversary__start_step": 4, "adversary__channels": 4, "adversary__layers": 1}
+
+
+# Their codebook follows from the levels, or from the number of codes alone.
+FSQ = {"vqgan__quantizer": "fsq", "vqgan__fsq_levels": "4,4", "vqgan__num_embeddings": 0}
+FSQ["vqgan__quantized_embed_dim"] = 0
+LFQ = {"vqgan__quantizer": "lfq", "vqgan__quantized_embed_dim": 0}
 
 
 def train(folder, name, **settings):
@@ -138,6 +145,21 @@ def test_a_signal_saves_and_the_same_command_resumes(folder):
     assert weights.load(folder / "run" / "vqgan").config.resolution == 8
 
 
+@pytest.mark.slow
+def test_fsq_learns_uses_most_codes_and_is_exported(folder):
+    """tests/tokenizer/training/test_code_losses.py trains the other quantizers."""
+    rows = train(folder, "run", total_steps=150, save_model_freq=150, average_decay=0.8, lr=1e-2, **FSQ)
+    assert rows[149]["psnr"] > rows[0]["psnr"] + 3 and rows[149]["codes_used"] > 0.5
+    codec = Codec(str(folder / "run" / "vqgan"))
+    assert codec.num_codes == 16
+    pixels = np.stack([images.load(path, 8) for path in sorted((folder / "pictures").iterdir())])
+    codes = codec.encode(pixels)
+    assert len(np.unique(codes)) > 8
+    assert np.mean((codec.decode(codes) - pixels) ** 2) < 0.5 * np.var(pixels)
+    with pytest.raises(UserError, match=r"model has other settings: .*quantizer='lfq' .saved: 'fsq'."):
+        train(folder, "run", **LFQ)
+
+
 def test_constant_reconstructions_are_reported(caplog):
     images = np.random.default_rng(0).random((2, 3, 8, 8, 3))
     train_vqgan._warn_if_constant(images, 0.6 * images + 0.2)
@@ -181,6 +203,14 @@ def test_a_checkpoint_of_the_old_layout_is_refused(folder):
         ({"average_decay": 1.0}, "--average_decay=1.0: must be at least 0 and below 1"),
         ({"save_model_freq": 0}, "--save_model_freq=0"),
         ({"batch_size": 3}, "--batch_size=3: must be a positive multiple of 8"),
+        ({"vqgan__quantizer": "rq"}, "--vqgan.quantizer='rq': choose one of 'vq', 'fsq', 'lfq'"),
+        ({"vqgan__fsq_levels": "4,4"}, r"--vqgan.fsq_levels=\(4, 4\): is for quantizer=fsq"),
+        ({"vqgan__quantizer": "fsq"}, r"--vqgan.fsq_levels=\(\): quantizer=fsq needs levels"),
+        ({**FSQ, "vqgan__num_embeddings": 20}, "--vqgan.num_embeddings=20: must be 16, the product of fsq_levels"),
+        ({**FSQ, "vqgan__normalize_codes": True}, "--vqgan.normalize_codes=True: is for quantizer=vq"),
+        ({**FSQ, "entropy_weight": 0.1}, "--entropy_weight=0.1: fsq has no entropy loss; choose vq or lfq"),
+        ({**LFQ, "codebook_update": "gradient"}, "--codebook_update=gradient: lfq has constant codes; choose vq"),
+        ({**LFQ, "vqgan__num_embeddings": 12}, "--vqgan.num_embeddings=12: must be 8, two to the power"),
     ],
 )
 def test_invalid_settings_are_named(folder, settings, message):

@@ -71,6 +71,8 @@ def test_default_config_has_the_released_shapes(golden):
             normalize_codes=True,
             skip_single_attention=False,
         ),
+        dataclasses.replace(TINY, quantizer="fsq", fsq_levels=(8, 5, 5), num_embeddings=200, quantized_embed_dim=3),
+        dataclasses.replace(TINY, quantizer="lfq", num_embeddings=1024, quantized_embed_dim=10),
     ],
 )
 def test_torch_gives_equal_results_from_our_files(tmp_path, config):
