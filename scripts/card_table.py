@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from plan_table import made_plan
 
+from EasyLM.errors import choose
 from EasyLM.flags import Flag, run
 from EasyLM.models import generate
 from EasyLM.models.llama import inference_model, llama_config
@@ -56,7 +57,9 @@ def main(config: ConfigDict) -> None:
     if os.path.exists(config.results):
         with open(config.results) as file:
             plans = json.load(file)
-    chosen = config.plan.split(",")
+    chosen = [part for part in config.plan.split(",") if part]
+    for part in chosen:
+        choose("--plan", part, ("inference", "training"))
     if "training" in chosen:
         for name, (rows, flags) in TRAINING.items():
             plans[name] = made_plan(config.preset, config.topology, rows, flags, config.time_limit)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from EasyLM.errors import choose
 from EasyLM.flags import Flag, run
 from EasyLM.storage import write_json
 
@@ -31,6 +32,7 @@ _LONG_ROWS = (
     f"--llama.max_sequence_length={_LONG}",
     "--mesh_dim=dp:1,fsdp:1,mp:1,sp:8",
 )
+_WHOLE_CARD = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "1"}  # the table compares plans with the memory of the cards
 # (preset, topology, rows of a batch, further flags)
 CASES: list[tuple[str, str, int, tuple[str, ...]]] = [
     ("vqlm_100m", "h100:1", 16, ()),
@@ -55,13 +57,17 @@ CASES: list[tuple[str, str, int, tuple[str, ...]]] = [
 
 def main(config: ConfigDict) -> None:
     """Plans the chosen cases, and prints the table of all plans."""
-    kinds, presets = config.kinds.split(","), config.presets.split(",")
+    kinds, presets = ([part for part in text.split(",") if part] for text in (config.kinds, config.presets))
+    for kind in kinds:
+        choose("--kinds", kind, sorted({topology.partition(":")[0] for _, topology, _, _ in CASES}))
+    for preset in presets:
+        choose("--presets", preset, sorted({preset for preset, _, _, _ in CASES}))
     plans: dict[str, dict] = {}
     if os.path.exists(config.results):
         with open(config.results) as file:
             plans = json.load(file)
     for preset, topology, rows, flags in CASES:
-        if topology.partition(":")[0] in kinds and (presets == [""] or preset in presets):
+        if topology.partition(":")[0] in kinds and (not presets or preset in presets):
             plans[key_of(preset, topology, flags)] = made_plan(preset, topology, rows, flags, config.time_limit)
             write_json(config.results, plans)
     print(table(plans))
@@ -80,7 +86,9 @@ def made_plan(preset: str, topology: str, rows: int, flags: Sequence[str], time_
     with tempfile.TemporaryDirectory() as directory:
         file_name = os.path.join(directory, "plan.json")
         try:
-            process = subprocess.run([*command, f"--output_json={file_name}"], timeout=time_limit, check=False)
+            process = subprocess.run(
+                [*command, f"--output_json={file_name}"], timeout=time_limit, check=False, env=os.environ | _WHOLE_CARD
+            )
         except subprocess.TimeoutExpired:
             return {"error": f"not compiled in {time_limit:.0f} s"}
         if not os.path.exists(file_name):

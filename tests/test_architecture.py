@@ -16,7 +16,7 @@ ALLOWED = {
     "EasyLM.checkpoints": "EasyLM.storage EasyLM.parallel",  # processes write one file together
     "EasyLM.parallel": "",
     "EasyLM.training": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel",
-    "EasyLM.planning": "EasyLM.checkpoints EasyLM.training",
+    "EasyLM.planning": "EasyLM.checkpoints EasyLM.parallel EasyLM.training",
     "EasyLM.models": "",
     "EasyLM.models.attention": "EasyLM.models EasyLM.parallel",  # a kernel runs on each device of the mesh
     "EasyLM.models.llama": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training "

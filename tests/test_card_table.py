@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
 
+from EasyLM.errors import UserError
 from EasyLM.models.llama import costs, inference_model, llama_config
 from EasyLM.models.llama.inference_memory import Batch, inference_memory
 from EasyLM.parallel import make_mesh
@@ -25,6 +27,13 @@ def test_the_readme_has_the_table():
     keys = {card_table.key_of(*case) for case in card_table.INFERENCE} | {card_table.TOKENIZER}
     assert set(PLANS) == keys | set(card_table.TRAINING)
     assert {PLANS[key]["topology"] for key in keys} == {"NVIDIA H100 80GB HBM3"}
+
+
+def test_a_misspelt_plan_is_refused(tmp_path):
+    flags = {"plan": "inference,trainings", "results": str(tmp_path / "plans.json")}
+    with pytest.raises(UserError, match="--plan='trainings': choose one of 'inference', 'training'"):
+        card_table.main(ConfigDict(flags))
+    assert not (tmp_path / "plans.json").exists()
 
 
 @pytest.mark.parametrize(("weights", "candidates"), card_table.INFERENCE)

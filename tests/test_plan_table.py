@@ -5,7 +5,9 @@ import pathlib
 
 import plan_table
 import pytest
+from ml_collections import ConfigDict
 
+from EasyLM.errors import UserError
 from EasyLM.models.llama import costs, llama_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,6 +26,14 @@ def test_a_plan_is_of_the_current_preset(key):
     assert state <= plan["checkpoint_bytes"] < state + 64
     assert plan["fits"] and plan["attention_weights"] == ""
     assert key in {plan_table.key_of(preset, topology, flags) for preset, topology, _, flags in plan_table.CASES}
+
+
+@pytest.mark.parametrize("flags", [{"kinds": "v5p,h10"}, {"presets": "vqlm_7"}])
+def test_misspelt_kinds_and_presets_are_refused(tmp_path, flags):
+    ((name, value),) = flags.items()
+    config = {"kinds": "", "presets": "", "results": str(tmp_path / "plans.json"), "time_limit": 1.0} | flags
+    with pytest.raises(UserError, match=f"^--{name}='{value.split(',')[-1]}': choose one of "):
+        plan_table.main(ConfigDict(config))
 
 
 @pytest.mark.slow

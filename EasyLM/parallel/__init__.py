@@ -4,7 +4,7 @@ May import EasyLM's own modules only.
 
     mesh          the axes dp, fsdp, mp and sp; `--mesh_dim`; the sharding of a batch
     partition     partition rules: the path of an array -> its sharding
-    device_memory bytes that JAX may use on each device
+    memory        bytes that JAX may use on each device, and those of this machine
     distributed   the start of jax.distributed
     compiler      options of XLA by platform
     coordination  host work in the order of processes; values that must be equal on all of them; messages
@@ -21,8 +21,8 @@ Vocabulary:
 
 from EasyLM.parallel.compiler import compiler_options
 from EasyLM.parallel.coordination import Channel, PeerError, check_same, on_first_process_first
-from EasyLM.parallel.device_memory import device_memory
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
+from EasyLM.parallel.memory import device_memory, host_memory, step_memory
 from EasyLM.parallel.mesh import (
     BATCH_AXES,
     HEAD_AXES,
@@ -56,9 +56,11 @@ __all__ = [
     "device_memory",
     "end_together",
     "fail_together",
+    "host_memory",
     "initialize_distributed",
     "make_mesh",
     "on_first_process_first",
     "own_part",
     "shardings",
+    "step_memory",
 ]

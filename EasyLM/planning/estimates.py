@@ -4,7 +4,9 @@ import dataclasses
 import os
 from typing import Any
 
+from EasyLM.errors import UserError
 from EasyLM.flags import Flag
+from EasyLM.parallel import host_memory
 from EasyLM.planning.collectives import Communication
 from EasyLM.planning.hardware import Hardware, hardware_of
 from EasyLM.planning.topologies import Topology
@@ -13,7 +15,10 @@ from EasyLM.training import peak_flops
 _DEFAULT = "0: the data sheet's"
 ASSUMPTION_FLAGS = {
     "hbm_gb": Flag(
-        0.0, f"Memory of a device in GB (1e9 bytes); {_DEFAULT}, for CPUs a share of this machine's.", least=0
+        0.0,
+        f"Memory of a device that JAX may use, in GB (1e9 bytes); {_DEFAULT}, for GPUs the share "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION of it (0.75, as in JAX), for CPUs a share of this machine's.",
+        least=0,
     ),
     "hbm_gb_per_second": Flag(0.0, f"GB/s between a device and its memory; {_DEFAULT}.", least=0),
     "link_gb_per_second": Flag(0.0, f"GB/s of a device to its slice or node, in one direction; {_DEFAULT}.", least=0),
@@ -25,6 +30,7 @@ ASSUMPTION_FLAGS = {
     "disk_gb_per_second": Flag(1.0, "GB/s at which all processes together write a checkpoint.", above=0),
 }
 _GB = 1e9
+_SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Nominal values of a virtual CPU device, so that plans can be compared. Give the flags for a real estimate.
 _CPU_TFLOPS, _CPU_MEMORY_RATE, _CPU_LINK_RATE = 0.1, 10.0, 5.0
 
@@ -53,7 +59,7 @@ class Assumptions:
         sheet = hardware_of(topology.device_kind) or _cpu(len(topology.devices))
         peak = peak_flops(config.peak_tflops, topology.device_kind) or _CPU_TFLOPS * 1e12
         defaults = {
-            "hbm_gb": sheet.memory_gb,
+            "hbm_gb": sheet.memory_gb * _usable_share(topology.platform),
             "hbm_gb_per_second": sheet.memory_rate,
             "link_gb_per_second": sheet.link_rate,
             "network_gb_per_second": sheet.network_rate,
@@ -87,7 +93,24 @@ class Assumptions:
         return host_bytes / (self.host_gb_per_second * _GB) + file_bytes / (self.disk_gb_per_second * _GB)
 
 
+def _usable_share(platform: str) -> float:
+    """Returns the share of a device's memory that JAX uses.
+
+    Raises:
+      UserError: if the variable of the environment is not a share.
+    """
+    if platform != "cuda":
+        return 1.0
+    text = os.environ.get(_SHARE_VARIABLE) or "0.75"
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"{_SHARE_VARIABLE}={text}: must be above 0 and at most 1")
+    return share
+
+
 def _cpu(devices: int) -> Hardware:
     """Returns the values of one of several virtual CPU devices, which share the memory of this machine."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GB
-    return Hardware(memory / devices, _CPU_MEMORY_RATE, _CPU_LINK_RATE, _CPU_LINK_RATE)
+    return Hardware(host_memory() / _GB / devices, _CPU_MEMORY_RATE, _CPU_LINK_RATE, _CPU_LINK_RATE)

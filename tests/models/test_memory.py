@@ -8,11 +8,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny_run
 from llama_kit import changed
 
 from EasyLM import flags
+from EasyLM.errors import UserError
 from EasyLM.models.llama import costs, llama_config, llama_model, training_task
-from EasyLM.models.llama.memory import StepShape, choose_remat, step_bytes
+from EasyLM.models.llama.memory import StepShape, check_memory, choose_remat, step_bytes
 from EasyLM.models.llama.remat_policies import AUTOMATIC_POLICIES
 from EasyLM.parallel import make_mesh
 from EasyLM.planning.matmuls import matmul_flops
@@ -89,7 +91,7 @@ def test_the_formula_agrees_with_the_compilers(key):
         ("vqlm_7b", 8, 4, 10.0, NOTHING),  # does not fit; the compiler will say so
         ("vqlm_13b", 8, 4, 85.0, "attention_up_value_key_saveable"),
         ("vqlm_30b", 64, 1, 102.8, ALL),
-        ("vqlm_13b", 8, 4, None, ALL),
+        ("vqlm_13b", 8, 4, None, NOTHING),  # unknown
     ],
 )
 def test_the_choice(preset, devices, rows, memory, policy):
@@ -131,4 +133,39 @@ def test_the_flags_give_the_shape(mesh_dim):
         memory = round(step_bytes(llama, policy, shape) / 0.95) + 1
         resolved, choice = training_task.with_remat(config, llama, mesh, memory)
         assert resolved.remat_block == choice.policy == policy
-    assert training_task.with_remat(config, llama, mesh, None)[0].remat_block == ALL
+    assert training_task.with_remat(config, llama, mesh, None)[0].remat_block == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "message"),
+    [
+        (1, 10_000 + 2 * 400, "the train state has 1e-05 GB and the gradients 8e-07 GB, but JAX may use 1.08e-05 GB$"),
+        (50, 10_000 + 50 * 2 * 64 * 2, "and the inputs of the blocks for the 50 tokens of a batch 1.28e-05 GB"),
+    ],
+)
+def test_what_fits_under_no_rematerialisation_is_refused(tokens, limit, message):
+    shape = StepShape(tokens, 1, jnp.bfloat16, 10_000, 400)  # 2 layers of width 64
+    check_memory(GROUPED, shape, limit)
+    with pytest.raises(UserError, match=f"^the train step does not fit: .*{message}"):
+        check_memory(GROUPED, shape, limit - 1)
+    assert step_bytes(GROUPED, NOTHING, shape) > limit, "the formula counts more"
+
+
+def test_the_trainer_refuses_before_it_reads_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_task, "device_memory", lambda mesh: 10**5)
+    dataset = tmp_path / "empty.jsonl"  # would be refused next
+    dataset.touch()
+    with pytest.raises(UserError, match=r"does not fit: .* try more devices along fsdp in --mesh_dim, --lora"):
+        tiny_run.train(tmp_path, train_dataset__json_dataset__path=str(dataset))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuning_chooses_for_its_own_devices(tmp_path):
+    """Checkpoints of older versions record the policy of their presets; others, what their devices needed."""
+    recorded = dataclasses.asdict(GROUPED) | {"remat_block": "nothing_saveable"}
+    (tmp_path / "metadata.json").write_text(json.dumps({"llama_config": recorded}))
+    flag = f"--load_checkpoint=params::{tmp_path}/params"
+    config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", flag])
+    assert training_task.read_model(config) == dataclasses.replace(GROUPED, remat_block="auto")
+    config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", flag, "--llama.remat_block=dots_saveable"])
+    assert training_task.read_model(config).remat_block == "dots_saveable"

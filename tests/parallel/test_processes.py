@@ -1,17 +1,20 @@
 """Coordination of processes: waits without a time limit, shared errors, and stopping after the same step."""
 
 import json
+import os
 import re
 import signal
+import socket
 import types
 
 import jax
+import numpy as np
 import pytest
 from tiny_run import GOLDEN, await_metrics, finish, metrics, start_two, train
 
 from EasyLM.checkpoints import streaming
 from EasyLM.errors import UserError
-from EasyLM.parallel import coordination, device_memory, make_mesh
+from EasyLM.parallel import coordination, device_memory, host_memory, make_mesh, step_memory
 from EasyLM.training import run
 
 
@@ -106,8 +109,33 @@ def test_all_processes_plan_with_the_least_memory(second_of_two, other, least):
     assert device_memory(types.SimpleNamespace(local_devices=devices)) == least
 
 
-def test_cpus_have_no_limit_of_memory():
-    assert device_memory(make_mesh("1,-1,1")) is None
+def test_cpus_have_no_limit_but_shares_of_their_machine():
+    mesh = make_mesh("1,-1,1")
+    assert device_memory(mesh) is None
+    assert step_memory(mesh) == host_memory() // len(mesh.local_devices) > 10**6
+
+
+@pytest.mark.parametrize("reports, share", [(["other", 500, 2], 500 // 2), ([None, 1000, 4], 1000 // (2 + 4))])
+def test_processes_of_one_machine_share_its_memory(second_of_two, monkeypatch, reports, share):
+    """The first process has 2 devices on another machine of 500 bytes, or 4 devices on this one of 1000 bytes."""
+    service = second_of_two({})
+    service.values["EasyLM/from_all_processes/0/0"] = "null"  # no limit
+    service.values["EasyLM/from_all_processes/1/0"] = json.dumps([reports[0] or socket.gethostname(), *reports[1:]])
+    monkeypatch.setattr("EasyLM.parallel.memory.host_memory", lambda: 1000)
+    devices = [types.SimpleNamespace(memory_stats=lambda: None, platform="cpu") for _ in range(2)]
+    assert step_memory(types.SimpleNamespace(local_devices=devices, devices=np.array(devices))) == share
+
+
+def test_the_memory_of_other_devices_without_statistics_is_unknown():
+    device = types.SimpleNamespace(memory_stats=lambda: None, platform="gpu")
+    assert step_memory(types.SimpleNamespace(local_devices=[device], devices=np.array([device]))) is None
+
+
+@pytest.mark.parametrize("text, limit", [("max\n", None), ("1048576\n", 2**20), ("9223372036854771712", None)])
+def test_a_container_has_its_own_limit(tmp_path, monkeypatch, text, limit):
+    monkeypatch.setattr("EasyLM.parallel.memory._GROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "max")))
+    (tmp_path / "max").write_text(text)
+    assert host_memory() == (limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def test_messages_arrive_in_order(second_of_two):

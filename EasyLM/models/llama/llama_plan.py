@@ -17,6 +17,7 @@ from EasyLM.flags import Flag, to_dataclass
 from EasyLM.models.llama import training_task
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LoRAConfig
+from EasyLM.models.llama.remat_policies import AUTO
 from EasyLM.parallel import BATCH_AXES, make_mesh
 from EasyLM.planning import estimates, report, topologies
 from EasyLM.planning.estimates import Assumptions
@@ -34,8 +35,9 @@ FLAGS = {
     **estimates.ASSUMPTION_FLAGS,
     **training_task.TRAIN_FLAGS,
 }
-# The policies that --suggest tries, those that recompute the least first.
-_POLICIES = ("", "projections_and_attention_saveable", "attention_saveable", "nothing_saveable")
+# The policies that --suggest tries. The automatic one recomputes the least that fits, by a formula that can be too
+# careful by a quarter; without it, everything is saved.
+_POLICIES = ("", AUTO)
 
 
 def main(config: Any) -> int:
@@ -78,8 +80,7 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
     settings = dataset.settings(config.train_dataset)
     lora = LoRAConfig.from_flags(config.lora)
     assumptions = Assumptions.of(config, topology)
-    limited = topology.platform != "cpu" or config.hbm_gb  # as in training: CPU devices have no limit
-    llama, remat = training_task.with_remat(config, llama, mesh, round(assumptions.hbm_gb * 1e9) if limited else None)
+    llama, remat = training_task.with_remat(config, llama, mesh, round(assumptions.hbm_gb * 1e9))
     task = PlannedTask(
         model=training_task.make_model(llama, config.dtype, mesh, lora, config.gradient_reduce_dtype),
         optimizer=make_optimizer(config.optimizer),

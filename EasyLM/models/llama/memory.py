@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from EasyLM.errors import UserError
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.llama_model import LOGITS_TOKENS
 from EasyLM.models.llama.remat_policies import AUTO, AUTOMATIC_POLICIES
@@ -62,13 +63,13 @@ def choose_remat(config: LLaMAConfig, shape: StepShape | None, memory: int | Non
     """Returns the policy of a block: for "auto", the one of AUTOMATIC_POLICIES that recomputes the least and fits.
 
     Args:
-      shape: None if the memory is not limited.
-      memory: bytes of a device that JAX may use; None: not limited.
+      shape: only needed if both the choice is automatic and the memory is known.
+      memory: bytes of a device that the step may use; None: unknown, so that the least is saved.
     """
     if config.remat_block != AUTO:
         return RematChoice(config.remat_block, "given by llama.remat_block")
     if memory is None or shape is None:
-        return RematChoice(next(iter(AUTOMATIC_POLICIES)), "the devices have no memory limit")
+        return RematChoice(list(AUTOMATIC_POLICIES)[-1], "the memory of the devices is unknown")
     limit, refused = _USABLE * memory, ""
     for policy in AUTOMATIC_POLICIES:
         needed = step_bytes(config, policy, shape)
@@ -77,6 +78,29 @@ def choose_remat(config: LLaMAConfig, shape: StepShape | None, memory: int | Non
             return RematChoice(policy, text + refused)
         refused = f"; {policy} would need {needed / 1e9:.1f} GB"
     return RematChoice(policy, f"{text}, which is more than {_USABLE:.0%}")
+
+
+def check_memory(config: LLaMAConfig, shape: StepShape, memory: int) -> None:
+    """Checks that a step can fit under every rematerialisation, before it is compiled.
+
+    At the end of its backward pass a step holds the state and all gradients; at the beginning, the state and the input
+    of each block. What else it holds depends on the compiler.
+
+    Args:
+      memory: bytes of a device that JAX may use.
+
+    Raises:
+      UserError: with the bytes, if it cannot fit.
+    """
+    itemsize = jnp.dtype(shape.dtype).itemsize
+    gradients = shape.trained_count * itemsize
+    inputs = config.num_hidden_layers * shape.tokens * config.hidden_size * itemsize
+    if shape.state_bytes + max(gradients, inputs) > memory:
+        what = "gradients" if gradients >= inputs else f"inputs of the blocks for the {shape.tokens} tokens of a batch"
+        raise UserError(
+            f"the train step does not fit: on each device, the train state has {shape.state_bytes / 1e9:.3g} GB and "
+            f"the {what} {max(gradients, inputs) / 1e9:.3g} GB, but JAX may use {memory / 1e9:.3g} GB"
+        )
 
 
 def step_bytes(config: LLaMAConfig, policy: str, shape: StepShape) -> int:

@@ -14,10 +14,10 @@ from EasyLM.flags import Flag
 from EasyLM.models.llama import adapters, costs, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
-from EasyLM.models.llama.memory import RematChoice, StepShape, choose_remat
+from EasyLM.models.llama.memory import RematChoice, StepShape, check_memory, choose_remat
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.models.llama.remat_policies import AUTO
-from EasyLM.parallel import check_batch_size
+from EasyLM.parallel import check_batch_size, device_memory
 from EasyLM.storage import local_path
 from EasyLM.training import (
     OPTIMIZER_FLAGS,
@@ -75,9 +75,9 @@ def read_model(config: Any) -> LLaMAConfig:
             "range of fp32"
         )
     recorded = recorded_config(config.load_checkpoint) if config.load_checkpoint else None
-    return llama_config.build_config(
-        config.load_llama_config, config.llama, config.update_llama_config, recorded or LLaMAConfig()
-    )
+    # What the step recomputes depends on the devices of this run, not on those of the checkpoint's.
+    default = dataclasses.replace(recorded or LLaMAConfig(), remat_block=AUTO)
+    return llama_config.build_config(config.load_llama_config, config.llama, config.update_llama_config, default)
 
 
 def recorded_config(spec: str) -> LLaMAConfig | None:
@@ -108,20 +108,46 @@ def make_model(
     return model_without_extra(partial(llama_model.init_params, llama), loss_fn, PARTITION_RULES)
 
 
+def step_shape(config: Any, llama: LLaMAConfig, mesh: Mesh) -> StepShape:
+    """Returns what the memory of the flags' step depends on. `config` has the values of TRAIN_FLAGS."""
+    model = make_model(llama, config.dtype, mesh, LoRAConfig.from_flags(config.lora))
+    state = abstract_state(model, make_optimizer(config.optimizer), mesh)
+    settings = dataset.settings(config.train_dataset)
+    return StepShape.of(state, mesh, COMPUTE_DTYPES[config.dtype], settings.batch_size, settings.seq_length)
+
+
+def check_step(config: Any, llama: LLaMAConfig, mesh: Mesh) -> None:
+    """Checks that the flags' step can fit into the memory that JAX may use, where JAX knows it.
+
+    Args:
+      config: values of TRAIN_FLAGS.
+
+    Raises:
+      UserError: with the bytes, and the flags that reduce them.
+    """
+    memory = device_memory(mesh)
+    if memory is None:
+        return
+    remedies = ["more devices along fsdp in --mesh_dim"]
+    if not config.lora.rank:
+        remedies.append("--lora.rank=16")
+    if mesh.devices.flat[0].platform == "gpu":
+        remedies.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes 75% of a GPU by default)")
+    try:
+        check_memory(llama, step_shape(config, llama, mesh), memory)
+    except UserError as error:
+        raise UserError(f"{error}: try {', '.join(remedies)}") from None
+
+
 def with_remat(config: Any, llama: LLaMAConfig, mesh: Mesh, memory: int | None) -> tuple[LLaMAConfig, RematChoice]:
     """Returns the settings with the policy of `remat_block` that the step of the flags uses, and why.
 
     Args:
       config: values of TRAIN_FLAGS.
-      memory: bytes of a device that JAX may use; None: not limited.
+      memory: bytes of a device that the step may use; None: unknown.
     """
-    shape = None
-    if llama.remat_block == AUTO and memory is not None:
-        model = make_model(llama, config.dtype, mesh, LoRAConfig.from_flags(config.lora))
-        state = abstract_state(model, make_optimizer(config.optimizer), mesh)
-        settings = dataset.settings(config.train_dataset)
-        shape = StepShape.of(state, mesh, COMPUTE_DTYPES[config.dtype], settings.batch_size, settings.seq_length)
-    choice = choose_remat(llama, shape, memory)
+    is_needed = llama.remat_block == AUTO and memory is not None
+    choice = choose_remat(llama, step_shape(config, llama, mesh) if is_needed else None, memory)
     return dataclasses.replace(llama, remat_block=choice.policy), choice
 
 
