@@ -79,10 +79,10 @@ class HeartbeatLock:
         self.release()
 
     def check(self) -> None:
-        """Raises UserError if another process has taken over the lock, because this one was suspended for long."""
+        """Raises LockedError if another process has taken over the lock, because this one was suspended for long."""
         self._notice_loss(self._store.read())
         if self._lost_to is not None:
-            raise UserError(
+            raise LockedError(
                 f"{self._store.path}: this process was suspended, and {self._lost_to} took over the "
                 f"{self._store.kind}; nothing more is written"
             )

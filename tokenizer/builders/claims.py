@@ -53,7 +53,7 @@ def build_parts(
                 else:
                     try:
                         build(part)
-                    except LockedError:  # another process was faster
+                    except LockedError:  # another process was faster, or has taken over
                         left.append(part)
                         in_progress = True
                     except UserError as error:

@@ -134,7 +134,7 @@ class ResumableFile:
         """Saves the progress: all bytes written so far are valid, and `state` (JSON values) is the resume point.
 
         Raises:
-          UserError: if this process was suspended, and another one has taken over the file.
+          LockedError: if this process was suspended, and another one has taken over the file.
         """
         size = self._sync()
         write_json(self._progress, {"identity": self._fingerprint, "bytes": size, "state": state})

@@ -1,19 +1,28 @@
 """A file on an object store that a long build writes.
 
-It grows in an unnamed file of $TMPDIR, which disappears with its process, and is uploaded when it is complete. Stores
-show an object when its last part has arrived. Then `FILE.report.json` is uploaded: without it, the file does not count.
-An interrupted file is written again from its start, so a large build should have many parts.
+It grows in a folder of $TMPDIR and is uploaded when it is complete. Stores show an object when its last part has arrived.
+Then `FILE.report.json` is uploaded: without it, the file does not count. An interrupted file is written again from its
+start, so a large build should have many parts.
 """
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
 from EasyLM.errors import UserError, error_line
-from EasyLM.storage import HeartbeatLock, file_version, names_full_disk, read_json, remote_file_system
+from EasyLM.storage import (
+    HeartbeatLock,
+    file_version,
+    names_full_disk,
+    read_json,
+    remote_file_system,
+    remove_leftovers,
+    scratch_folder,
+)
 
 _REPORT = {"identity?": dict, "bytes?": int}
 
@@ -43,13 +52,19 @@ class UploadedFile:
         self._system, self._name = remote_file_system(path)
         self.state: dict[str, Any] | None = None
         self.finished_report = self._read_report()
-        self._file: Any = None  # of tempfile
+        self._scratch = contextlib.ExitStack()
+        self._file: BinaryIO | None = None
         self._lock: HeartbeatLock | None = None
 
     @property
     def scratch_folder(self) -> str:
         """The local folder for temporary files."""
         return tempfile.gettempdir()
+
+    @property
+    def _local_path(self) -> str:
+        """The path that names the folder of the growing file."""
+        return os.path.join(self.scratch_folder, os.path.basename(self.path))
 
     def _read_report(self) -> dict[str, Any] | None:
         """Returns the report of a finished file with the same fingerprint."""
@@ -74,13 +89,15 @@ class UploadedFile:
         if self._lock is None:
             with _names(self.path):
                 self._lock = HeartbeatLock(self.path, is_output=True)
+            remove_leftovers(self._local_path)
             self.finished_report = self._read_report()
 
     def write(self, data: bytes) -> None:
         """Appends data."""
         self.claim()
         if self._file is None:
-            self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+            folder = self._scratch.enter_context(scratch_folder(self._local_path))
+            self._file = self._scratch.enter_context(open(os.path.join(folder, "content"), "wb"))  # noqa: SIM115
         with names_full_disk(self.scratch_folder):
             self._file.write(data)
 
@@ -95,10 +112,11 @@ class UploadedFile:
         """Uploads the file, then the report (JSON values).
 
         Raises:
-          UserError: naming the URL, if the upload fails, or another process has taken over the file.
+          LockedError: if another process has taken over the file.
+          UserError: naming the URL, if the upload fails.
         """
         self.write(b"")
-        assert self._lock is not None
+        assert self._file is not None and self._lock is not None
         self._file.flush()
         self._lock.check()
         size = self._file.tell()
@@ -112,8 +130,7 @@ class UploadedFile:
 
     def close(self) -> None:
         """Unlocks the file. What has not been uploaded is gone."""
-        if self._file is not None:
-            self._file.close()
+        self._scratch.close()
         if self._lock is not None:
             self._lock.release()
 

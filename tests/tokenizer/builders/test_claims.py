@@ -174,18 +174,18 @@ def test_processes_that_are_killed_leave_the_bytes_of_one_process(tiny, tmp_path
     flags = [f"--{name}={value}" for name, value in settings.items()]
     sentences = [*np.random.default_rng(0).integers(2, 8, 3).tolist(), 0]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", PROCESS]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(count), *flags], env=environment, stderr=subprocess.DEVNULL
-        )
+        subprocess.Popen([*command, str(count), *flags], env=environment, stderr=subprocess.PIPE, text=True)
         for count in sentences
     ]
     try:
-        codes = [process.wait(240) for process in processes]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert codes[3] == 0 and {*codes} <= {0, -signal.SIGKILL}
+    codes = [process.returncode for process in processes]
+    assert codes[3] == 0 and {*codes} <= {0, -signal.SIGKILL}, (codes, errors)
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("p*.jsonl.report.json")}
     # If a process was killed after the last one had ended, what it left is finished now.
     tokenizer_kit.run_main(build, **settings)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 
 import fsspec
 import pytest
@@ -10,7 +11,7 @@ from build_kit import build_records
 from fsspec.implementations.memory import MemoryFileSystem
 
 from EasyLM.errors import UserError
-from EasyLM.storage import HeartbeatLock, LockedError, heartbeat_lock
+from EasyLM.storage import HeartbeatLock, LockedError, heartbeat_lock, processes
 from tokenizer import build, mix
 from tokenizer.builders.uploaded_file import UploadedFile
 
@@ -100,10 +101,23 @@ def test_one_process_writes_a_file(store):
     file.write(b"b\n")
     lock = heartbeat_lock.LockFile(path, is_output=True)
     lock.write(lock.read() | {"token": "other"})
-    with pytest.raises(UserError, match=r"was suspended, .* took over the output"):
+    with pytest.raises(LockedError, match=r"was suspended, .* took over the output"):
         file.finish({})
     file.close()
     assert contents(store)["out.jsonl"] == b"a\n"
+
+
+def test_the_growing_file_is_deleted_also_that_of_a_killed_process(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tag = processes.owner_tag()
+    gone = f"{tag.rpartition('-')[0]}-17"  # this process has another start
+    for name in (gone, tag):
+        (tmp_path / f".out.jsonl.{name}.ab.partial").mkdir()
+    file = UploadedFile(f"{store}/out.jsonl", {}, False)
+    file.write(b"a\n")
+    assert len(list(tmp_path.iterdir())) == 2
+    file.finish({})
+    assert [path.name for path in tmp_path.iterdir()] == [f".out.jsonl.{tag}.ab.partial"]  # another process's
 
 
 def test_a_store_that_cannot_be_reached_is_named(tree, tiny):
