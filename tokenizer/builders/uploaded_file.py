@@ -1,8 +1,8 @@
 """A file on an object store that a long build writes.
 
-It grows in a folder of $TMPDIR and is uploaded when it is complete. Stores show an object when its last part has arrived.
-Then `FILE.report.json` is uploaded: without it, the file does not count. An interrupted file is written again from its
-start, so a large build should have many parts.
+It grows in a folder of $TMPDIR and is uploaded when it is complete. Stores show an object when its last part has
+arrived. Then `FILE.report.json` is uploaded: without it, the file does not count. An interrupted file is written again
+from its start, so a large build should have many parts.
 """
 
 import contextlib
