@@ -55,7 +55,8 @@ def card_text(
     lines = ["---", *front, "---", f"# {title}", "", summary]
     for heading, text in {"Licence": texts.license, **sections, "Limits": texts.limits}.items():
         lines += ["", f"## {heading}", text.strip() or f"{NOT_STATED.capitalize()}."]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return text.encode(errors="backslashreplace").decode()  # names of files that are not UTF-8
 
 
 def card_table(rows: Mapping[str, Any]) -> str:

@@ -64,6 +64,7 @@ def test_the_card_says_what_the_records_say(run, tmp_path):
 def test_what_nothing_says_is_not_stated(golden, tmp_path):
     text = (tmp_path / "hf" / "README.md").read_text() if export(tiny_state(golden), tmp_path / "hf") else ""
     assert "license" not in card_metadata(text) and "## Licence\nNot stated." in text
+    assert "| started from | not stated |" in text, "the release does not record it"
     assert "| image tokenizer | not stated |" in text and "## Figures\nNot stated." in text
 
 

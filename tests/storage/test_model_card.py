@@ -48,6 +48,11 @@ def test_cells_are_one_line():
     ]
 
 
+def test_names_that_are_not_utf8_can_be_written():
+    text = card_text("a\udce9", "A model.", CardTexts(), {}, {"Data": card_table({"files": "b\ud800"})})
+    assert b"# a\\udce9\n" in text.encode() and b"| b\\ud800 |" in text.encode()
+
+
 def test_a_licence_is_a_name():
     with pytest.raises(UserError, match=r"^license=Apache License 2: must be a name of the Hub, such as apache"):
         CardTexts(license="Apache License 2")

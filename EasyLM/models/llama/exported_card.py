@@ -97,15 +97,15 @@ def _training(record: Mapping[str, Any]) -> str:
     optimizer = _section(flags, "optimizer")
     if not optimizer:  # an imported model, or one without metadata
         return ""
-    kind = optimizer.get("type", "")
+    kind, origins = optimizer.get("type", ""), record.get("started_from")
+    started_from = None if origins is None else ", ".join(public_name(spec) for spec in origins if spec)
     rows = {
         "steps": record.get("step"),
         "steps of an update": optimizer.get("accumulate_gradient_steps"),
         "optimizer": kind,
         "peak learning rate": _section(optimizer, f"{kind}_optimizer").get("lr"),
         "computed in": flags.get("dtype"),
-        "started from": ", ".join(public_name(spec) for spec in record.get("started_from", ()) if spec)
-        or "random parameters",
+        "started from": "random parameters" if started_from == "" else started_from,
         "revision of EasyLM-LVM": record.get("git_revision"),
         "exported by": f"EasyLM-LVM {EasyLM.__version__}",
     }

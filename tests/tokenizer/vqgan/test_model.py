@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -95,6 +96,20 @@ def test_torch_gives_equal_results_from_our_files(tmp_path, config):
     pixels = nnx.jit(lambda model, codes: model.decode(codes))(model, np.asarray(codes, np.int32))
     np.testing.assert_allclose(np.clip(pixels, 0, 1), decoded, rtol=0, atol=1e-5)
     assert len(np.unique(codes)) > 2 and decoded.std() > 0
+
+
+@pytest.mark.slow
+def test_the_program_of_the_document_runs(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    document = (pathlib.Path(__file__).parents[3] / "docs/serve_elsewhere.md").read_text()
+    program = next(part for part in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "TorchVQGAN" in part)
+    tiny_vqgan(tmp_path / "DIR")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(program, names)
+    pixels = names["pixels"]
+    assert pixels.shape == (2, 3, TINY.resolution, TINY.resolution) and pixels.std() > 0
+    assert pixels.min() >= 0 and pixels.max() <= 1
 
 
 def test_the_torch_program_needs_torch_and_safetensors_alone():
