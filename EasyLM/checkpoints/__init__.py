@@ -23,8 +23,11 @@ Modules:
   row_split: the rows of an array, split over all devices, so that each process saves and loads its share.
   host_copy: a copy of a state, or of this process's share, in host memory.
   state_file: the layout of a state file, which several processes write together.
+  saved_part: settings of a run's checkpoints; the part of a state that they hold.
+  streaming_save, orbax_save: write the state of a save in one of the two formats.
+  conversion: writes a checkpoint in another format or type.
   saving: saves the checkpoints of a run in the background.
-  layout: the names of files in a run directory.
+  layout: the names of files in a run directory; directories: what lies in a directory.
   listing: every checkpoint in a run directory, in any form; the newest whole one.
   run_directory, remote_run_directory: atomic saves, links, milestones; saves: numbers and pruning.
   displaced: checkpoints that lie where a save makes its links.
@@ -33,10 +36,11 @@ Modules:
 """
 
 from EasyLM.checkpoints.checksums import DamagedArrayError
+from EasyLM.checkpoints.conversion import Conversion
 from EasyLM.checkpoints.displaced import check_replaceable
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.formats import CHECKPOINT_FORMATS, open_checkpoint, parse_spec
-from EasyLM.checkpoints.layout import sidecar_path
+from EasyLM.checkpoints.layout import PREFIX_OF, sidecar_path
 from EasyLM.checkpoints.listing import (
     OpenCheckpoint,
     SavedCheckpoint,
@@ -47,13 +51,27 @@ from EasyLM.checkpoints.listing import (
 )
 from EasyLM.checkpoints.loading import check_entries, load, load_entries
 from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata, make_metadata
-from EasyLM.checkpoints.saving import CHECKPOINTER_FLAGS, FLOAT_DTYPES, Checkpointer, SavedPart
+from EasyLM.checkpoints.orbax_directory import is_orbax_state, read_orbax
+from EasyLM.checkpoints.saved_part import (
+    CHECKPOINTER_FLAGS,
+    DISK_GB_PER_SECOND,
+    FLOAT_DTYPES,
+    HOST_GB_PER_SECOND,
+    SavedPart,
+    save_seconds,
+    uses_orbax,
+)
+from EasyLM.checkpoints.saving import Checkpointer
 
 __all__ = [
     "CHECKPOINTER_FLAGS",
     "CHECKPOINT_FORMATS",
+    "DISK_GB_PER_SECOND",
     "FLOAT_DTYPES",
+    "HOST_GB_PER_SECOND",
+    "PREFIX_OF",
     "Checkpointer",
+    "Conversion",
     "DamagedArrayError",
     "Entry",
     "OpenCheckpoint",
@@ -62,6 +80,7 @@ __all__ = [
     "check_entries",
     "check_replaceable",
     "has_interrupted_save",
+    "is_orbax_state",
     "latest_checkpoint",
     "list_checkpoints",
     "load",
@@ -72,5 +91,8 @@ __all__ = [
     "newest_whole",
     "open_checkpoint",
     "parse_spec",
+    "read_orbax",
+    "save_seconds",
     "sidecar_path",
+    "uses_orbax",
 ]

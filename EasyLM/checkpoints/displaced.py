@@ -6,8 +6,9 @@ rsync, a download). A file with its sidecars moves into a step directory. A file
 
 import os
 
+from EasyLM.checkpoints.directories import is_own_link
 from EasyLM.checkpoints.layout import LATEST, LINKS
-from EasyLM.checkpoints.listing import is_own_link, read_latest_file
+from EasyLM.checkpoints.listing import read_latest_file
 from EasyLM.checkpoints.metadata import load_metadata
 from EasyLM.errors import UserError
 

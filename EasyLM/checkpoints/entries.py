@@ -55,6 +55,21 @@ class PartReader:
             self.check([(zlib.crc32(bytes_of(array)), array.nbytes)])
 
 
+@dataclasses.dataclass(frozen=True)
+class SliceReader:
+    """The `read_into` of an entry of which any slice can be read.
+
+    Attributes:
+      read: (array, index) -> None; fills an array with a slice of the entry, and converts its type.
+    """
+
+    read: Callable[[np.ndarray, tuple[slice, ...]], None]
+
+    def __call__(self, array: np.ndarray) -> None:
+        """Reads the whole array."""
+        self.read(array, (slice(None),) * array.ndim)
+
+
 def host_memory(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
     """Returns a zeroed, page-aligned array, which a CPU device adopts without a copy.
 

@@ -12,6 +12,10 @@ Reader = Callable[[str], list[Entry]]
 AVERAGE = "ema_params"  # in the keys of a train state: the moving average of the parameters is below this name
 
 
+def _train_state(path: str) -> list[Entry]:
+    return orbax_directory.read_orbax(path) if orbax_directory.is_orbax_state(path) else _streaming(path)
+
+
 def _streaming(path: str) -> list[Entry]:
     return _verified(path, streaming.read_streaming)
 
@@ -23,7 +27,7 @@ def _verified(path: str, read: Reader) -> list[Entry]:
 
 
 def _train_state_params(path: str) -> list[Entry]:
-    entries = [entry.renamed(entry.key[1:]) for entry in _streaming(path) if entry.key[0] == "params"]
+    entries = [entry.renamed(entry.key[1:]) for entry in _train_state(path) if entry.key[0] == "params"]
     if not any(entry.key[0] == "params" for entry in entries):
         raise UserError(f"{path}: not a train state; load a file of parameters alone as params::{path}")
     return entries
@@ -31,7 +35,7 @@ def _train_state_params(path: str) -> list[Entry]:
 
 def _train_state_average(path: str) -> list[Entry]:
     """Returns the moving average of the parameters, from the state of the optimizer."""
-    entries = [entry for entry in _streaming(path) if AVERAGE in entry.key]
+    entries = [entry for entry in _train_state(path) if AVERAGE in entry.key]
     if not entries:
         raise UserError(f"{path}: holds no average of the parameters; train with --optimizer.ema_decay")
     return [entry.renamed(entry.key[entry.key.index(AVERAGE) + 1 :]) for entry in entries]
@@ -53,14 +57,15 @@ def _below_params(path: str, entries: list[Entry]) -> list[Entry]:
 
 # Prefix -> reader, which returns entries of a train state or of parameters. Parameters have their train state keys.
 CHECKPOINT_FORMATS: dict[str, Reader] = {
-    "trainstate": _streaming,
+    "trainstate": _train_state,
     "trainstate_params": _train_state_params,
     "params": _params,
     "flax_params": _flax_params,
-    "orbax": orbax_directory.read_orbax,
+    "orbax": orbax_directory.read_orbax_params,
     "trainstate_ema": _train_state_average,
 }
 _DIRECTORY_FORMATS = ("orbax", "huggingface")
+_TRAIN_STATES = ("trainstate", "trainstate_params", "trainstate_ema")  # a file, or a directory of Orbax
 
 
 def open_checkpoint(spec: str, formats: Mapping[str, Reader] = CHECKPOINT_FORMATS) -> list[Entry]:
@@ -93,8 +98,9 @@ def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str
         with prefix_errors(name):
             path = local_path(path)
         kind, is_kind = ("directory", os.path.isdir) if prefix in _DIRECTORY_FORMATS else ("file", os.path.isfile)
+        has_orbax_state = prefix in _TRAIN_STATES and orbax_directory.is_orbax_state(path)
         if not os.path.exists(path):
             raise UserError(f"{name}: there is no {path}")
-        if not is_kind(path):
+        if not (is_kind(path) or has_orbax_state):
             raise UserError(f"{name}: {path} is not a {kind}, as {prefix}:: needs")
     return prefix, path

@@ -8,7 +8,14 @@ from EasyLM.storage import is_remote, remote_file_system
 CHECKPOINTS, LATEST, TEMPORARY = "checkpoints", "latest", ".tmp-"
 DATASET, METADATA, CHECKSUMS = "dataset.json", "metadata.json", "checksums.json"
 WRITING = "writing.json"  # on an object store: marks a step directory until the save is complete
-PREFIX_OF = {"streaming_train_state": "trainstate", "streaming_params": "params"}  # file name -> checkpoint prefix
+# Name of a state -> its checkpoint prefix. The states of Orbax are directories.
+PREFIX_OF = {
+    "streaming_train_state": "trainstate",
+    "streaming_params": "params",
+    "orbax_train_state": "trainstate",
+    "orbax_params": "orbax",
+}
+ORBAX_STATES = ("orbax_train_state", "orbax_params")
 LINKS = (*PREFIX_OF, CHECKSUMS, DATASET, METADATA)  # the links to the files of the newest checkpoint
 SAVE = "save"  # section of the metadata: the run directory, the number of the save, and whether it is a milestone
 # A directory of one checkpoint. A save writes `step_`; `kept_` holds files that lay where a save puts its links.
@@ -17,17 +24,20 @@ MILESTONE = re.compile(rf"({'|'.join(PREFIX_OF)})_(\d+)")  # the name of a miles
 
 
 def sidecar_path(checkpoint_path: str, name: str) -> str | None:
-    """Returns the path of the `metadata`, `dataset` or `checksums` file beside a checkpoint file, or None.
+    """Returns the path of the `metadata`, `dataset` or `checksums` file of a checkpoint, or None.
 
-    The file is JSON or a pickle of the LVM release.
+    It lies beside the state, or in the directory that the checkpoint is. It is JSON or a pickle of the LVM release.
     """
     if is_remote(checkpoint_path):
+        checkpoint_path = checkpoint_path.rstrip("/")
         directory, base = checkpoint_path.rsplit("/", 1)
         exists = remote_file_system(checkpoint_path)[0].exists
     else:
-        directory, base = os.path.split(os.path.realpath(checkpoint_path))  # resolved to one save
+        checkpoint_path = os.path.realpath(checkpoint_path)  # resolved to one save
+        directory, base = os.path.split(checkpoint_path)
         exists = os.path.exists
     milestone = MILESTONE.fullmatch(base)  # LVM release: metadata_20.pkl
     suffix = f"_{milestone[2]}" if milestone else ""
-    candidates = [f"{directory}/{name}{suffix}{ending}" for ending in (".json", ".pkl")]
+    stems = (f"{checkpoint_path}/{name}", f"{directory}/{name}{suffix}")
+    candidates = [f"{stem}{ending}" for stem in stems for ending in (".json", ".pkl")]
     return next((path for path in candidates if exists(path)), None)

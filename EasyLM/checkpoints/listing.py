@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from EasyLM.checkpoints.directories import file_sizes, list_directory
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.formats import CHECKPOINT_FORMATS, Reader, open_checkpoint
 from EasyLM.checkpoints.layout import (
@@ -114,7 +115,7 @@ def list_checkpoints(run_dir: str) -> list[SavedCheckpoint]:
         milestone = MILESTONE.fullmatch(name)
         if name not in PREFIX_OF and not milestone:
             continue
-        if kind == "file":
+        if kind in ("file", "directory"):
             suffix = f"_{milestone[2]}" if milestone else ""
             found.append(_group(run_dir, "", files, name, suffix, is_latest=False))
         elif kind == "dangling" and milestone:  # the others dangle with `latest`
@@ -164,45 +165,24 @@ def open_saved(saved: SavedCheckpoint, formats: Mapping[str, Reader]) -> OpenChe
     if saved.problem:
         raise UserError(saved.problem)
     dataset_state = load_dataset_state(saved.dataset_state)
+    _check_files(saved)
     return OpenCheckpoint(saved, open_checkpoint(saved.spec, formats), dataset_state)
 
 
-def list_directory(path: str) -> dict[str, str]:
-    """Returns the kinds of a directory's entries by name.
+def _check_files(saved: SavedCheckpoint) -> None:
+    """Checks that the files of a state of Orbax have the sizes that the save recorded.
 
-    The kinds: "file", "directory", "link" to a file or directory inside a run directory, or "dangling" for a link whose
-    target is gone. A link that leads elsewhere counts as its target. A missing directory is empty.
+    Raises:
+      UserError: naming a file that is missing or has another size.
     """
-    if is_remote(path):
-        system, inner = remote_file_system(path)
-        system.invalidate_cache()
-        try:
-            details = system.ls(inner, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {os.path.basename(entry["name"].rstrip("/")): entry["type"] for entry in details}
-    try:
-        with os.scandir(path) as entries:
-            return {entry.name: _kind(entry) for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-
-
-def is_own_link(path: str) -> bool:
-    """Whether a path in a run directory is a link as a save makes it: to `latest`, or into the step directories."""
-    if not os.path.islink(path):
-        return False
-    directory = os.path.dirname(os.path.abspath(path))
-    target = os.path.relpath(os.path.join(directory, os.readlink(path)), directory)
-    return target.split(os.sep)[0] in (LATEST, CHECKPOINTS)
-
-
-def _kind(entry: os.DirEntry) -> str:
-    if entry.is_symlink() and not os.path.exists(entry.path):
-        return "dangling"
-    if is_own_link(entry.path):
-        return "link"
-    return "directory" if entry.is_dir() else "file"
+    directory = saved.spec.partition("::")[2]
+    saved_sizes = saved.save.get("files", {})
+    sizes = file_sizes(directory) if saved_sizes else {}
+    for name, size in saved_sizes.items():
+        if name not in sizes:
+            raise UserError(f"{directory}/{name} is missing")
+        if sizes[name] != size:
+            raise UserError(f"{directory}/{name}: has {sizes[name]} bytes, but {size} were saved")
 
 
 def _latest_name(run_dir: str, files: Mapping[str, str]) -> str:
@@ -253,7 +233,7 @@ def _group(
         if not names:
             problems.append(f"{kind}{suffix}.json is missing")
     if not state:
-        problems.append(f"{' and '.join(PREFIX_OF)} are missing")
+        problems.append(f"the state is missing: none of {', '.join(PREFIX_OF)}")
     try:
         contents = load_metadata(sidecars["metadata"]) if sidecars["metadata"] else {}
         if sidecars["metadata"] and not (isinstance(contents, dict) and isinstance(contents.get("step"), int)):

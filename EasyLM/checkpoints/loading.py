@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from EasyLM.checkpoints import stacking
-from EasyLM.checkpoints.entries import Entry, PartReader, host_memory
+from EasyLM.checkpoints.entries import Entry, PartReader, SliceReader, host_memory
 from EasyLM.checkpoints.formats import CHECKPOINT_FORMATS, Reader, open_checkpoint
 from EasyLM.checkpoints.shared_reads import SharedReads
 from EasyLM.checkpoints.stacking import Key, StackedArray
@@ -27,12 +27,12 @@ def load(spec: str, target: Any = None, formats: Mapping[str, Reader] = CHECKPOI
     """Loads the checkpoint `PREFIX::PATH`.
 
     Prefixes:
-      trainstate: all of a streaming train state.
-      trainstate_params: the parameters of a streaming train state.
-      trainstate_ema: the moving average of the parameters in a streaming train state.
+      trainstate: all of a train state, which is a streaming file or a directory of Orbax.
+      trainstate_params: the parameters of a train state.
+      trainstate_ema: the moving average of the parameters in a train state.
       params: a streaming file of parameters.
       flax_params: a plain flax msgpack file of parameters.
-      orbax: the parameters in an Orbax directory, which holds parameters or a train state.
+      orbax: the parameters in a directory of Orbax, which holds parameters or a train state.
 
     `formats` may define more prefixes.
 
@@ -173,7 +173,10 @@ def _read_parts(entries: Mapping[Key, Entry], stacked: StackedArray) -> dict[Bou
                 slices.append((part, bounds))
             elif bounds[0][0] <= layer < bounds[0][1]:
                 slices.append((part[layer - bounds[0][0], ...], bounds[1:]))
-        if len(slices) == 1 and slices[0][0].shape == entry.shape and entry.dtype == dtype:
+        if isinstance(entry.read_into, SliceReader):
+            for out, bounds in slices:
+                entry.read_into.read(out, tuple(slice(*bound) for bound in bounds))
+        elif len(slices) == 1 and slices[0][0].shape == entry.shape and entry.dtype == dtype:
             entry.read_into(slices[0][0])
         elif slices:
             array = entry.read()

@@ -26,7 +26,7 @@ _METADATA = {
     "llama_config?": dict,
     "vqgan_config?": dict,
     "started_from?": [str],
-    "save?": {"run_directory?": str, "number?": int, "milestone?": bool},
+    "save?": {"run_directory?": str, "number?": int, "milestone?": bool, "files?": {str: int}},
 }
 _DATASET_STATE = {"rows_consumed?": int, "source?": dict, "total_tokens?": int, "config?": dict}
 

@@ -1,25 +1,55 @@
-"""Reads the parameters of an Orbax checkpoint, saved on any devices."""
+"""Reads Orbax checkpoints, saved on any devices. Arrays are read on demand, in slices."""
 
+import collections
+import dataclasses
+import functools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from EasyLM.checkpoints import stacking
-from EasyLM.checkpoints.entries import Entry
-from EasyLM.errors import UserError
-from EasyLM.storage import is_remote
+from EasyLM.checkpoints.entries import Entry, SliceReader
+from EasyLM.checkpoints.layout import ORBAX_STATES
+from EasyLM.checkpoints.stacking import Key
+from EasyLM.errors import UserError, error_line
+from EasyLM.storage import is_remote, read_json, remote_file_system
 
 _ITEM = "_METADATA"  # Orbax writes this file into a directory that holds a pytree
-_ITEM_NAMES = ("default", "state", "train_state", "params")  # of a checkpoint with several items, the one to read
+# Of a checkpoint with several items, the one to read.
+_ITEM_NAMES = (*ORBAX_STATES, "default", "state", "train_state", "params")
 _STEP = re.compile(r"(?:.*_)?(\d+)")  # CheckpointManager names its directories STEP or PREFIX_STEP
+_CACHE_BYTES = 1 << 30  # for chunks that hold several layers, which are read one by one
+
+
+def import_orbax() -> Any:
+    """Returns the module `orbax.checkpoint`, whose import takes a second. Orbax logs dozens of lines for each save."""
+    import orbax.checkpoint
+
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    return orbax.checkpoint
+
+
+def is_orbax_state(path: str) -> bool:
+    """Whether a local or remote path is a directory of Orbax that holds a pytree."""
+    exists = remote_file_system(path)[0].exists if is_remote(path) else os.path.exists
+    return exists(f"{path}/{_ITEM}")
+
+
+def read_orbax_params(path: str) -> list[Entry]:
+    """Returns the entries of the parameters in an Orbax checkpoint, which may hold a train state; see `read_orbax`."""
+    entries = read_orbax(path)
+    if not any(entry.key[0] in ("step", "opt_state") for entry in entries):
+        return entries
+    return [entry.renamed(entry.key[1:]) for entry in entries if entry.key[0] == "params"]
 
 
 def read_orbax(path: str) -> list[Entry]:
-    """Returns the entries of an Orbax checkpoint of parameters or of a train state. All of it is read into memory.
+    """Returns the entries of an Orbax checkpoint. Reads only the names, shapes and types of its arrays.
 
     Args:
       path: local or remote: the directory of a pytree, that of a step with several items, or that of a
@@ -28,29 +58,98 @@ def read_orbax(path: str) -> list[Entry]:
     Raises:
       UserError: if the directory holds no pytree, or Orbax cannot read it.
     """
-    import jax
-    import orbax.checkpoint as ocp  # imported here because the import takes a second
+    import tensorstore
     from etils import epath
 
-    directory = epath.Path(path if is_remote(path) else os.path.abspath(path))
+    ocp = import_orbax()
+    directory = epath.Path(path if is_remote(path) else os.path.realpath(path))  # a running job may change its links
     try:
         item = _find_item(directory)
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(item)
             tree = getattr(metadata, "item_metadata", metadata)
-            # NumPy arrays have no devices. By default Orbax needs the devices that saved the checkpoint.
-            to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), getattr(tree, "tree", tree))
-            tree = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=to_numpy))
+            if tree is None:
+                raise UserError(f"orbax::{path}: Orbax cannot read it: {_ITEM} or the index of the arrays is damaged")
+            driver = "zarr3" if tree.use_zarr3 else "zarr"
+            order = {key: i for i, key in enumerate(_saved_keys(str(item)))}
+            leaves = sorted(_leaves(tree.tree), key=lambda leaf: order[leaf[0]])
+            is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(item)
     except UserError:
         raise
     except Exception as error:  # Orbax, and the client of each object store, have their own exceptions
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"orbax::{path}: Orbax cannot read it ({type(error).__name__}: {reason})") from error
-    tree = tree["params"] if "opt_state" in tree else tree
+        raise UserError(f"orbax::{path}: Orbax cannot read it ({error_line(error)})") from error
+    # Empty nodes and texts have no shape. OrderedDict: JAX sorts the keys of other dicts.
+    shapes = [(key, jax.ShapeDtypeStruct(x.shape, x.dtype)) for key, x in leaves if hasattr(x, "shape")]
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    stored = {key: _StoredArray(str(item), key, driver, is_ocdbt, context) for key, _ in shapes}
     return [
-        Entry(key, stacked.file_shape, np.dtype(stacked.array.dtype), _copier(stacked.array, layer))
-        for key, stacked, layer in stacking.file_order(tree)
+        Entry(key, stacked.file_shape, np.dtype(stacked.array.dtype), stored[stacked.key].reader(layer))
+        for key, stacked, layer in stacking.file_order(stacking.nested(shapes, collections.OrderedDict))
     ]
+
+
+def _saved_keys(item: str) -> list[Key]:
+    """Returns the keys of a pytree in the order in which they were saved."""
+    saved = read_json(f"{item}/{_ITEM}", {"tree_metadata": dict})["tree_metadata"]
+    return [tuple(str(part["key"]) for part in leaf["key_metadata"]) for leaf in saved.values()]
+
+
+def _leaves(node: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """Yields the leaves of nested dicts and sequences."""
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield from _leaves(child, (*key, str(name)))
+    elif isinstance(node, list | tuple):
+        for i, child in enumerate(node):
+            yield from _leaves(child, (*key, str(i)))
+    else:
+        yield key, node
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredArray:
+    """An array that Orbax has written with TensorStore.
+
+    Attributes:
+      item: the directory of the pytree.
+      driver: TensorStore's name of the array format.
+      is_ocdbt: whether all arrays are in one database, else each has a directory.
+      context: TensorStore's, with the cache that the arrays of a checkpoint share.
+    """
+
+    item: str
+    key: Key
+    driver: str
+    is_ocdbt: bool
+    context: Any
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        import tensorstore
+
+        name = ".".join(self.key)
+        # A URL of a local file would need escapes.
+        base: Any = f"{self.item}/" if is_remote(self.item) else {"driver": "file", "path": f"{self.item}/"}
+        location: Any = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        if not self.is_ocdbt:
+            location = f"{base}{name}/" if is_remote(self.item) else {**base, "path": f"{self.item}/{name}/"}
+        # By default TensorStore reads missing chunks as zeros.
+        spec = {"driver": self.driver, "kvstore": location, "fill_missing_data_reads": False}
+        return tensorstore.open(spec, read=True, context=self.context).result()
+
+    def reader(self, layer: int | None) -> SliceReader:
+        """Returns the reader of the array, or of one layer of it."""
+        first = () if layer is None else (layer,)
+
+        def read(out: np.ndarray, index: tuple[slice, ...]) -> None:
+            try:
+                out[...] = self._store[(*first, *index)].read().result()
+            except Exception as error:  # TensorStore's errors have no common type
+                raise UserError(
+                    f"{self.item}: the array {'/'.join(self.key)} cannot be read ({error_line(error)})"
+                ) from error
+
+        return SliceReader(read)
 
 
 def _find_item(directory: Any) -> Any:
@@ -73,7 +172,3 @@ def _find_item(directory: Any) -> Any:
             return _find_item(nested)
         logging.warning("orbax::%s: step %d is passed over: it is incomplete", directory, step)
     raise UserError(f"orbax::{directory}: no Orbax checkpoint: neither it nor its subdirectories have {_ITEM}")
-
-
-def _copier(array: np.ndarray, layer: int | None) -> Callable[[np.ndarray], None]:
-    return lambda out: np.copyto(out, array if layer is None else array[layer])

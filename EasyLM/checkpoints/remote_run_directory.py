@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from EasyLM.checkpoints.directories import list_directory
 from EasyLM.checkpoints.layout import LATEST, METADATA, SAVE, TEMPORARY, WRITING
-from EasyLM.checkpoints.listing import list_directory
 from EasyLM.checkpoints.saves import Saves, Writers, json_writer
 from EasyLM.errors import UserError
 from EasyLM.storage import read_json, remote_file_system
@@ -14,8 +14,8 @@ from EasyLM.storage import read_json, remote_file_system
 class RemoteRunDirectory(Saves):
     """A run directory on an object store, which has no links and no atomic renames."""
 
-    def __init__(self, path: str):
-        super().__init__(path)
+    def __init__(self, path: str, keep_latest: int):
+        super().__init__(path, keep_latest)
         self._files, _ = remote_file_system(self.path)
 
     def prepare(self) -> None:
@@ -52,23 +52,35 @@ class RemoteRunDirectory(Saves):
         """Returns False: see `visible_file`."""
         return False
 
-    def write(self, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
-        """Writes a checkpoint, with its metadata last. Then deletes superseded checkpoints of this run."""
-        name, save = self._free_name(step), self._record(milestone)
-        directory = f"{self._steps}/{name}"
+    def begin(self, step: int) -> str:
+        """Returns the directory of a new checkpoint, with a marker until it is complete."""
+        directory = f"{self._steps}/{self._free_name(step)}"
         self._files.makedirs(directory, exist_ok=True)
-        files = {WRITING: json_writer(save), **writers, METADATA: json_writer({**metadata, SAVE: save})}
+        self._write(directory, {WRITING: json_writer({"run_directory": self.path})})
+        return directory
+
+    def discard(self, directory: str) -> None:
+        """Deletes the directory of a failed save."""
+        with contextlib.suppress(Exception):  # each store has its own; the next start deletes what remains
+            self._files.rm(directory, recursive=True)
+
+    def commit(self, directory: str, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
+        """Adds files to the directory of `begin`, the metadata last. Then deletes superseded checkpoints."""
         try:
-            for file_name, write in files.items():
-                with self._files.open(f"{directory}/{file_name}", "wb") as file:
-                    write(file)
+            save = self._record(directory, milestone)
+            self._write(directory, {**writers, METADATA: json_writer({**metadata, SAVE: save})})
         except BaseException:
-            with contextlib.suppress(Exception):  # each store has its own; the next start deletes what remains
-                self._files.rm(directory, recursive=True)
+            self.discard(directory)
             raise
+        name = directory.rpartition("/")[2]
         self._saves[name] = save
         self._files.rm_file(f"{directory}/{WRITING}")
         self._files.pipe_file(f"{self.path}/{LATEST}", name.encode())
         for doomed in self._superseded(name):
             self._files.rm(f"{self._steps}/{doomed}", recursive=True)
             del self._saves[doomed]
+
+    def _write(self, directory: str, writers: Writers) -> None:
+        for name, write in writers.items():
+            with self._files.open(f"{directory}/{name}", "wb") as file:
+                write(file)

@@ -5,6 +5,8 @@
     RUN/streaming_train_state     -> latest/streaming_train_state     (the other files likewise)
     RUN/streaming_train_state_20  -> checkpoints/step_00000020/...    (a milestone; dataset_20.json, metadata_20.json)
 
+A checkpoint of Orbax has the directory `orbax_train_state` in place of the state file, and no checksums.json.
+
 A save has three stages. It writes the files to a temporary directory, calls fsync, and renames the directory. It then
 replaces the link `latest` by one rename, which switches all files of the checkpoint atomically. Last, it deletes older
 step directories. If the process is killed at any moment, the last complete checkpoint remains.
@@ -27,24 +29,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from EasyLM.checkpoints import displaced
-from EasyLM.checkpoints.layout import CHECKPOINTS, LATEST, LINKS, METADATA, PREFIX_OF, SAVE, TEMPORARY
-from EasyLM.checkpoints.listing import is_own_link
+from EasyLM.checkpoints.directories import is_own_link
+from EasyLM.checkpoints.layout import CHECKPOINTS, LATEST, LINKS, METADATA, ORBAX_STATES, PREFIX_OF, SAVE, TEMPORARY
 from EasyLM.checkpoints.remote_run_directory import RemoteRunDirectory
 from EasyLM.checkpoints.saves import Saves, Writers, json_writer
 from EasyLM.errors import UserError
 from EasyLM.storage import atomic_file, flush_to_disk, is_remote
 
 
-def open_run_directory(path: str) -> "LocalRunDirectory | RemoteRunDirectory":
-    """Returns the run directory at `path`, which need not exist."""
-    return RemoteRunDirectory(path) if is_remote(path) else LocalRunDirectory(path)
+def open_run_directory(path: str, keep_latest: int = 1) -> "RunDirectory":
+    """Returns the run directory at `path`, which need not exist.
+
+    Args:
+      keep_latest: see `Saves`.
+    """
+    return (RemoteRunDirectory if is_remote(path) else LocalRunDirectory)(path, keep_latest)
 
 
 class LocalRunDirectory(Saves):
     """A run directory on a local file system, with symbolic links where the file system supports them."""
 
-    def __init__(self, path: str):
-        super().__init__(path)
+    def __init__(self, path: str, keep_latest: int):
+        super().__init__(path, keep_latest)
         self._has_links = True
 
     def prepare(self) -> None:
@@ -93,12 +99,24 @@ class LocalRunDirectory(Saves):
             os.makedirs(self._steps, exist_ok=True)
         return os.path.exists(os.path.join(self.path, path))
 
-    def write(self, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
-        """Writes a checkpoint and points `latest` to it. A failed write leaves no files and changes no links."""
+    def begin(self, step: int) -> str:
+        """Returns a new temporary directory for the files of a checkpoint."""
         temporary = os.path.join(self._steps, f"{TEMPORARY}{step}-{secrets.token_hex(4)}")
         os.mkdir(temporary)
-        save = self._record(milestone)
+        return temporary
+
+    def discard(self, temporary: str) -> None:
+        """Deletes the directory of a failed save."""
+        _remove(temporary)
+
+    def commit(self, temporary: str, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
+        """Adds files to the directory of `begin`, makes it a checkpoint, and points `latest` to it.
+
+        If this fails, no files remain, and no links have changed.
+        """
         try:
+            states = [name for name in os.listdir(temporary) if name in ORBAX_STATES]
+            save = self._record(temporary, milestone)
             for name, write in {**writers, METADATA: json_writer({**metadata, SAVE: save})}.items():
                 with open(os.path.join(temporary, name), "wb", buffering=1 << 16) as file:
                     write(file)
@@ -113,7 +131,7 @@ class LocalRunDirectory(Saves):
         flush_to_disk(self._steps)
         self._saves[directory_name] = save
         try:
-            self._publish(directory_name, step, [*writers, METADATA], milestone)
+            self._publish(directory_name, step, [*states, *writers, METADATA], milestone)
             self._prune(directory_name)
         except OSError as error:  # the checkpoint is complete, and a resume finds it without links
             logging.warning("%s/%s is saved; its links are not up to date: %s", self._steps, directory_name, error)
@@ -171,6 +189,9 @@ class LocalRunDirectory(Saves):
             os.rename(os.path.join(self._steps, name), doomed)  # a step directory is always complete
             _remove(doomed)
             del self._saves[name]
+
+
+RunDirectory = LocalRunDirectory | RemoteRunDirectory
 
 
 def _can_link(path: str) -> bool:

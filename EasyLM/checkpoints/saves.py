@@ -5,18 +5,28 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
+from EasyLM.checkpoints.directories import list_directory, orbax_record
 from EasyLM.checkpoints.layout import CHECKPOINTS
-from EasyLM.checkpoints.listing import list_checkpoints, list_directory
+from EasyLM.checkpoints.listing import list_checkpoints
 from EasyLM.checkpoints.metadata import with_digest
 from EasyLM.storage import is_remote
 
 Writers = Mapping[str, Callable[[BinaryIO], Any]]  # file name -> function that writes to the open file, in this order
+# The steps of a save. Process 0 calls `Begin` and `Commit`; every process calls `Finish` in the background.
+Begin = Callable[[], str]  # () -> the directory of a new checkpoint, until it is complete
+Commit = Callable[[str, Writers], None]  # (that directory, files to add) -> None; completes the checkpoint
+Finish = Callable[[Commit], None]  # writes what has been copied
 
 
 class Saves:
-    """The step directories of a run. Subclasses write to one kind of storage."""
+    """The step directories of a run. Subclasses write to one kind of storage.
 
-    def __init__(self, path: str):
+    Args:
+      keep_latest: how many of the latest checkpoints are kept, besides the milestones.
+    """
+
+    def __init__(self, path: str, keep_latest: int):
+        self._keep_latest = keep_latest
         self.path = path.rstrip("/") if is_remote(path) else os.path.realpath(path)
         self._steps = f"{self.path}/{CHECKPOINTS}"
         self._saves: dict[str, Mapping[str, Any]] = {}  # step directory -> what the save recorded about itself
@@ -30,10 +40,15 @@ class Saves:
         }
         self._last_number = max((saved.number for saved in listed), default=0)
 
-    def _record(self, milestone: bool) -> dict[str, Any]:
-        """Returns what a new save records about itself."""
+    def _record(self, directory: str, milestone: bool) -> dict[str, Any]:
+        """Returns what a new save records about itself.
+
+        Args:
+          directory: of the checkpoint.
+        """
         self._last_number += 1
-        return {"run_directory": self.path, "number": self._last_number, "milestone": milestone}
+        record = {"run_directory": self.path, "number": self._last_number, "milestone": milestone}
+        return record | orbax_record(directory)
 
     def _free_name(self, step: int, kind: str = "step") -> str:
         """Returns an unused directory name. The step may already exist if the run resumed from a milestone."""
@@ -50,13 +65,17 @@ class Saves:
         A milestone is superseded only by a milestone of the same step.
         """
         newest, step = self._saves[name], name.split("_")[1]
-        return [
-            other
-            for other, save in self._saves.items()
-            if other != name
-            and save.get("run_directory") == self.path
-            and (save.get("milestone") is False or (newest["milestone"] and other.split("_")[1] == step))
-        ]
+        own = {other: save for other, save in self._saves.items() if save.get("run_directory") == self.path}
+        others = [other for other in own if other == name or other.split("_")[1] != step]
+        latest = sorted(others, key=lambda other: own[other].get("number", 0))[-self._keep_latest :]
+
+        def is_superseded(other: str) -> bool:
+            same_step = other.split("_")[1] == step
+            if own[other].get("milestone") is False:
+                return same_step or other not in latest
+            return same_step and newest["milestone"]
+
+        return [other for other in own if other != name and is_superseded(other)]
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

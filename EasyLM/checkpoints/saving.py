@@ -1,98 +1,42 @@
 """Saves the checkpoints of a run in the background."""
 
 import collections
-import dataclasses
 import functools
 import itertools
 import logging
-import os
 import threading
+import time
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
-import numpy as np
 
-from EasyLM.checkpoints import layout, listing, run_directory, saves, stacking
-from EasyLM.checkpoints.host_copy import HostCopy
-from EasyLM.checkpoints.stacking import Key
-from EasyLM.checkpoints.state_file import StateFile
-from EasyLM.errors import UserError, choose, error_line
-from EasyLM.flags import DTYPE_ALIASES, Flag
+from EasyLM.checkpoints import layout, listing, run_directory, saves
+from EasyLM.checkpoints.orbax_save import OrbaxSave
+from EasyLM.checkpoints.saved_part import SavedPart, save_seconds, uses_orbax
+from EasyLM.checkpoints.streaming_save import StreamingSave
+from EasyLM.errors import UserError, error_line
 from EasyLM.parallel import Channel, PeerError
+from EasyLM.storage import is_remote
 
 _checkpointers = itertools.count()  # all processes create them in the same order
-
-# Flag value -> type of saved parameters, for `--checkpointer.float_dtype` and `--float_dtype`.
-FLOAT_DTYPES = {
-    name: np.dtype(dtype)
-    for dtype, names in {
-        "float32": ("fp32", "float32"),
-        "bfloat16": ("bf16", "bfloat16"),
-        "float16": ("fp16", "float16"),
-    }.items()
-    for name in names
-}
-
-CHECKPOINTER_FLAGS = {
-    "float_dtype": Flag(
-        "",
-        "Type of the saved parameters (the optimizer's state keeps its types). Empty: in a train state unchanged, for "
-        "an exact resume; bf16 for parameters alone.",
-        choices=("", *FLOAT_DTYPES),
-        aliases=DTYPE_ALIASES,
-    ),
-    "save_optimizer_state": Flag(False, "Save the whole train state, for resuming; else the parameters alone."),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedPart:
-    """Which part of a train state a checkpoint holds, and in which types.
-
-    Attributes:
-      float_dtype, save_optimizer_state: see CHECKPOINTER_FLAGS.
-    """
-
-    float_dtype: str = ""
-    save_optimizer_state: bool = False
-
-    def __post_init__(self) -> None:
-        choose("float_dtype", self.float_dtype, ("", *FLOAT_DTYPES))
-
-    def of(self, state: Any) -> Any:
-        """Returns the part of a train state: all of it, or the parameters."""
-        return state if self.save_optimizer_state else state.params.get("params", state.params)
-
-    def dtype_of(self, key: Key, array: Any) -> np.dtype:
-        """Returns the type in which an array of the part, or a `jax.ShapeDtypeStruct`, is saved."""
-        is_parameter = not self.save_optimizer_state or key[0] == "params"
-        name = self.float_dtype or ("" if self.save_optimizer_state else "bf16")
-        converted = name and is_parameter and jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
-        return FLOAT_DTYPES[name] if converted else np.dtype(array.dtype)
-
-    def sizes(self, state: Any) -> tuple[int, int]:
-        """Returns the bytes of the arrays in the file, and of their copies in host memory, over all processes."""
-        arrays = [(stacked.key, stacked.array) for stacked in stacking.stacked_arrays(self.of(state))]
-        file = sum(array.size * self.dtype_of(key, array).itemsize for key, array in arrays)
-        return file, sum(array.size * array.dtype.itemsize for _, array in arrays)
 
 
 class Checkpointer:
     """Saves a run's states asynchronously. `save` copies the state to host memory; a thread writes the copy.
 
-    In a run of several processes, each copies a share of the rows of each array and writes them at their places in the
-    one file. Process 0 then adds the other files. If the run directory is on an object store, or not on a disk that all
-    processes share, process 0 gathers and writes all rows. The host memory for the copy is reused for every save;
-    `prepare` allocates it in advance. Every process must call the methods at the same steps, except `close`.
+    In a run of several processes, each copies and writes its share of the state, into one streaming file or into a
+    directory of Orbax. Process 0 then adds the other files. If streaming files go to an object store, or to a disk that
+    not all processes share, process 0 gathers and writes the whole state. Every process must call the methods at the
+    same steps, except `close`.
 
     Args:
       run_dir: a local path, or a remote path that fsspec supports; see `run_directory`.
-      float_dtype, save_optimizer_state: see CHECKPOINTER_FLAGS.
+      float_dtype, save_optimizer_state, format, keep_latest, keep_every: see CHECKPOINTER_FLAGS.
       guard: called on process 0 before each save writes; raises UserError if another run has taken the directory.
 
     Raises:
-      UserError: if the type is unknown or the run directory is not writable.
+      UserError: if the type or the format is unknown, the run directory is not writable, or Orbax cannot save in it.
     """
 
     def __init__(
@@ -101,55 +45,87 @@ class Checkpointer:
         *,
         float_dtype: str = "",
         save_optimizer_state: bool = False,
+        format: str = "auto",
+        keep_latest: int = 1,
+        keep_every: int = 0,
         guard: Callable[[], None] = lambda: None,
     ):
-        self._part = SavedPart(float_dtype, save_optimizer_state)
-        self._guard = guard
-        self._directory = run_directory.open_run_directory(run_dir)
+        part = SavedPart(float_dtype, save_optimizer_state)
+        with_orbax = uses_orbax(format, run_dir)
+        self._keep_every, self._guard = keep_every, guard
+        self._directory = run_directory.open_run_directory(run_dir, keep_latest)
         self._name, self._channels = f"checkpointer/{next(_checkpointers)}", collections.deque[Channel]()
         self._number = 0
         self._others = range(1, jax.process_count())
-        self._is_shared = self._prepare_directory(self._next_channel())
-        self._copy = HostCopy(split=self._is_shared)
+        is_shared = self._prepare_directory(self._next_channel())
+        if with_orbax and self._others and not (is_shared or is_remote(run_dir)):
+            raise UserError(
+                f"Orbax needs a directory on a disk that all processes share: not all see {run_dir}; choose the format "
+                "streaming, or another directory"
+            )
+        self._writer = (
+            OrbaxSave(self._directory, part) if with_orbax else StreamingSave(self._directory, part, is_shared)
+        )
+        self._part, self._save_begin, self._save_seconds = part, 0.0, 0.0
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def prepare(self, state: Any) -> None:
         """Allocates host memory for a state of these shapes, in a background thread."""
-        self._start(functools.partial(self._copy.allocate, stacking.stacked_arrays(self._part.of(state))))
+        self._start(functools.partial(self._writer.prepare, state))
 
     def save(self, state: Any, step: int, dataset_state: Mapping, metadata: Mapping, milestone: bool = False) -> None:
         """Saves a state (`step`, `params`, `opt_state`). The caller may donate its arrays afterwards.
 
         Waits for a save that is still in progress.
 
+        Args:
+          milestone: whether the checkpoint is kept for good.
+
         Raises:
           UserError: if the previous save failed. Earlier checkpoints remain intact.
         """
         self.wait()
-        tree = self._part.of(state)
-        self._copy.update(stacking.stacked_arrays(tree))
-        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
-        name = "streaming_train_state" if self._part.save_optimizer_state else "streaming_params"
+        self._save_begin = time.monotonic()
+        milestone = milestone or (self._keep_every > 0 and step % self._keep_every == 0)
         channel = self._next_channel()
+
+        def begin() -> str:
+            self._guard()
+            return self._directory.begin(step)
+
+        def commit(directory: str, writers: saves.Writers) -> None:
+            writers = {**writers, layout.DATASET: saves.json_writer(dataset_state)}
+            self._directory.commit(directory, step, writers, metadata, milestone)
 
         def write() -> None:
             with channel.failing_together():
-                state_file = StateFile(name, shapes, self._part.dtype_of, self._copy)
-                if jax.process_index() != 0:
-                    self._write_share(state_file, channel)
-                    return
-                table: dict = {}
-                writers: saves.Writers = {
-                    name: lambda file: table.update(self._write_state(state_file, file, channel)),
-                    layout.CHECKSUMS: lambda file: file.write(saves.json_bytes(table)),
-                    layout.DATASET: saves.json_writer(dataset_state),
-                }
-                self._guard()
-                self._directory.write(step, writers, metadata, milestone)
-                channel.send("saved")
+                finish(commit)
+                if jax.process_index() == 0:
+                    channel.send("saved")
+                else:
+                    channel.receive(0)
+            self._save_seconds = time.monotonic() - self._save_begin
 
+        try:
+            with channel.failing_together():
+                finish = self._writer.start(state, begin, channel)
+        except (OSError, UserError) as failure:  # as those of the background thread
+            self._fail(failure)
+            return
         self._start(write)
+
+    def seconds_to_save(self, state: Any) -> float:
+        """Returns how long a save of a state would take from now on until it is on disk.
+
+        That is the time of the last save, or before the first one an estimate from the bytes. If a save is in progress,
+        its rest is included.
+        """
+        file_bytes, host_bytes = self._part.sizes(state)
+        seconds = self._save_seconds or save_seconds(file_bytes, host_bytes // jax.process_count())
+        if self._thread is not None and self._thread.is_alive():
+            return seconds + max(0.0, self._save_begin + seconds - time.monotonic())
+        return seconds
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.
@@ -181,12 +157,16 @@ class Checkpointer:
         def run() -> None:
             try:
                 work()
-            except BaseException as failure:  # `wait` raises the error
-                self._failure = failure
-                logging.error("saving a checkpoint failed: %s", failure)
+            except BaseException as failure:
+                self._fail(failure)
 
         self._thread = threading.Thread(target=run, name="checkpoint writer")
         self._thread.start()
+
+    def _fail(self, failure: BaseException) -> None:
+        """Records an error, which `wait` raises."""
+        self._failure = failure
+        logging.error("saving a checkpoint failed: %s", failure)
 
     def _next_channel(self) -> Channel:
         """Returns a channel for the messages of one save. Deletes those of the save before the last one."""
@@ -217,38 +197,3 @@ class Checkpointer:
                     self._directory.path,
                 )
             return is_shared
-
-    def _write_state(self, state_file: StateFile, file: BinaryIO, channel: Channel) -> dict:
-        """On process 0, writes the state file with the other processes. Returns the table of checksums."""
-        path = None
-        if self._others and self._is_shared:
-            # The others open a file of the final size. A client of NFS writes zeros into the rest of a page beyond the
-            # end that it knows, even where another client has written.
-            file.truncate(state_file.num_bytes)
-            path = os.path.relpath(file.name, self._directory.path)
-        channel.send(path)
-        shares = [functools.partial(channel.receive, process) for process in self._others]
-        parts, failures = [], []
-        for share in (functools.partial(state_file.write_local_rows, file), *shares):
-            try:
-                parts += share()
-            except Exception as failure:
-                # The others finish first. A process whose file is deleted would report that instead of the cause.
-                failures.append(failure)
-        if failures:
-            raise failures[0]
-        return state_file.checksums(parts)
-
-    def _write_share(self, state_file: StateFile, channel: Channel) -> None:
-        """On the other processes, writes their rows into the file of process 0, and waits for the end of the save."""
-        path, parts = channel.receive(0), []
-        if path is not None:
-            # Write-only: a client of NFS that may also read a file writes whole pages, with the rows of other clients
-            # in them as it has read them.
-            descriptor = os.open(os.path.join(self._directory.path, path), os.O_WRONLY)
-            with os.fdopen(descriptor, "wb", buffering=1 << 16) as file:
-                parts = state_file.write_local_rows(file)
-                file.flush()
-                os.fsync(file.fileno())
-        channel.send(parts)
-        channel.receive(0)

@@ -74,21 +74,27 @@ def file_order(tree: Any) -> list[tuple[Key, StackedArray, int | None]]:
     return entries
 
 
-def shapes_in_memory(entries: Iterable[Entry]) -> dict:
+def shapes_in_memory(entries: Iterable[Entry], kind: type[dict] = dict) -> dict:
     """Returns nested dicts of `jax.ShapeDtypeStruct`: the stacked arrays into which the entries of a file load."""
-    tree: dict = {}
-    counts: dict[Key, int] = {}
+    shapes: dict[Key, jax.ShapeDtypeStruct] = {}
     for entry in entries:
         key, at = entry.key, _layer_position(entry.key)
         shape = entry.shape
         if at is not None and key[at].isdigit():
             key = (*key[:at], *key[at + 1 :])
-            counts[key] = counts.get(key, 0) + 1
-            shape = (counts[key], *shape)
+            shape = (shapes[key].shape[0] + 1 if key in shapes else 1, *shape)
+        shapes[key] = jax.ShapeDtypeStruct(shape, entry.dtype)
+    return nested(shapes.items(), kind)
+
+
+def nested(leaves: Iterable[tuple[Key, Any]], kind: type[dict] = dict) -> dict:
+    """Returns nested dicts of a kind with the given leaves."""
+    tree = kind()
+    for key, leaf in leaves:
         node = tree
         for name in key[:-1]:
-            node = node.setdefault(name, {})
-        node[key[-1]] = jax.ShapeDtypeStruct(shape, entry.dtype)
+            node = node.setdefault(name, kind())
+        node[key[-1]] = leaf
     return tree
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from EasyLM.checkpoints.entries import Entry, bytes_of
 from EasyLM.checkpoints.msgpack_arrays import CHUNKED, HeaderReader, bin_header, value_parts, value_segments
+from EasyLM.checkpoints.stacking import nested
 from EasyLM.errors import UserError
 
 _MOST_DEPTH = 100  # of the nested map of a flax file
@@ -162,12 +163,6 @@ def write_entry(file: BinaryIO, key: tuple[str, ...], array: np.ndarray) -> None
 
 def write_flax(file: BinaryIO, entries: Iterable[Entry]) -> None:
     """Writes a plain flax msgpack file: one nested map with sorted keys."""
-    tree: dict = {}
-    for entry in entries:
-        node = tree
-        for name in entry.key[:-1]:
-            node = node.setdefault(name, {})
-        node[entry.key[-1]] = entry
 
     def write(node):
         if isinstance(node, Entry):
@@ -179,4 +174,4 @@ def write_flax(file: BinaryIO, entries: Iterable[Entry]) -> None:
             file.write(msgpack.packb(name))
             write(node[name])
 
-    write(tree)
+    write(nested((entry.key, entry) for entry in entries))

@@ -213,7 +213,7 @@ def _trained_state(start: StartPoint, model: Model, optimizer: Optimizer, seed: 
     is_train_state = spec.startswith("trainstate::")
     assert is_train_state or not jax.tree.leaves(target.extra), "only trainstate:: checkpoints hold extra state"
     loaded = read_arrays(start, target if is_train_state else target.params)
-    start.entries.clear()  # frees memory: entries of orbax:: hold their arrays
+    start.entries.clear()
     if is_train_state:
         return loaded
     if start.step:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import msgpack_arrays, stacking
+from EasyLM.checkpoints.entries import SliceReader
 from EasyLM.errors import UserError
 from EasyLM.parallel import make_mesh
 from EasyLM.training.step import TrainState
@@ -155,3 +156,22 @@ def test_invalid_loads_fail_before_reading_arrays(golden, tmp_path, monkeypatch)
         with pytest.raises(UserError, match=message) as caught:
             checkpoints.load(spec, target)
         assert "\n" not in str(caught.value) and spec.partition("::")[2] in str(caught.value)
+
+
+def test_each_device_s_part_is_read_alone():
+    """Of entries that can be read in slices, one layer at a time, and converted to the target's type."""
+    values, sizes = np.arange(2 * 8 * 4, dtype=np.float32).reshape(2, 8, 4), []
+
+    def entry(layer):
+        def read(out, index):
+            sizes.append(out.size)
+            out[...] = values[(layer, *index)]
+
+        return checkpoints.Entry(("h", str(layer), "w"), (8, 4), np.dtype(np.float32), SliceReader(read))
+
+    sharding = NamedSharding(make_mesh("1,4,2"), P(None, "fsdp", "mp"))
+    target = {"h": {"w": jax.ShapeDtypeStruct(values.shape, jnp.bfloat16, sharding=sharding)}}
+    loaded = checkpoints.load_entries("orbax::x", [entry(0), entry(1)], target)["h"]["w"]
+    assert loaded.sharding == sharding and loaded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(loaded, np.float32), values)
+    assert sizes == [4] * 16  # 2 layers of 8 devices

@@ -163,3 +163,23 @@ def test_metrics_of_a_remote_run(monkeypatch):
         figures.close()
     with fsspec.open("memory://bucket/figures/metrics.jsonl") as file:
         assert file.read() == b'{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("run_dir", ["memory://bucket/kept", None])
+def test_the_latest_and_every_fourth_are_kept(tmp_path, run_dir):
+    """Also across starts, and after the run goes back to a milestone and saves lower steps again."""
+    run_dir = run_dir or str(tmp_path)
+
+    def steps():
+        names = [os.path.basename(saved.name) for saved in checkpoints.list_checkpoints(run_dir)]
+        return sorted({int(name.split("_")[1]) for name in names if name.startswith("step_")})
+
+    for first in (1, 6):
+        saver = make_checkpointer(run_dir, keep_latest=2, keep_every=4)
+        for step in range(first, first + 5):
+            save(saver, step)
+    assert steps() == [4, 8, 9, 10]
+    back = make_checkpointer(run_dir, keep_latest=2)
+    for _ in range(2):  # the second one replaces the first
+        save(back, 5)
+        assert steps() == [4, 5, 8, 10] and checkpoints.latest_checkpoint(run_dir).step == 5

@@ -13,8 +13,9 @@ from EasyLM.training.step import TrainState
 METADATA = {"flags": {}}
 
 
-def make_checkpointer(run_dir, float_dtype="", save_optimizer_state=True) -> checkpoints.Checkpointer:
-    return checkpoints.Checkpointer(str(run_dir), float_dtype=float_dtype, save_optimizer_state=save_optimizer_state)
+def make_checkpointer(run_dir, float_dtype="", save_optimizer_state=True, **options) -> checkpoints.Checkpointer:
+    options |= {"float_dtype": float_dtype, "save_optimizer_state": save_optimizer_state}
+    return checkpoints.Checkpointer(str(run_dir), **options)
 
 
 def golden_state(golden, run="final") -> TrainState:

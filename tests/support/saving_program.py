@@ -25,6 +25,7 @@ FLAGS = {
     "output": Flag("", "File of the results, a line each. Native libraries write to stdout, in the middle of lines."),
     "mesh_dim": Flag("1,-1,1", "The mesh."),
     "load": Flag(False, "Load the newest checkpoint, which must be that of the first step, instead of saving it."),
+    "format": Flag("streaming", "See CHECKPOINTER_FLAGS."),
     "full": Flag(-1, "The process whose disk is full at the second save."),
     "killed": Flag(-1, "The process that is killed while it writes the third save."),
     "jax_distributed": JAX_DISTRIBUTED_FLAGS,
@@ -39,33 +40,39 @@ SPECS = {
 }
 
 
-def values(step: int) -> TrainState:
-    """Returns a state of NumPy arrays, among them arrays whose rows no number of processes divides."""
+def values(step: int, kind: str = "streaming") -> TrainState:
+    """Returns a state of NumPy arrays, among them arrays whose rows no number of processes divides.
+
+    Args:
+      kind: the format; Orbax does not save arrays without elements.
+    """
     rng = np.random.default_rng(step)
     shapes = {"wq": (4, 256, 512), "wo": (4, 512, 256), "norm": (4, 256)}
     layers = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     shapes = {"wte": (1003, 96), "few": (5,), "none": (0, 2)}
+    if kind == "orbax":
+        del shapes["none"]
     other = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     params = {"params": {"h": layers, **other}}
     halves = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
     return TrainState(np.full((), step, np.int32), params, {"count": np.int32(step), "mu": halves, "nu": params})
 
 
-def shapes_on(mesh: jax.sharding.Mesh) -> TrainState:
+def shapes_on(mesh: jax.sharding.Mesh, kind: str) -> TrainState:
     """Returns the state's shapes, types and shardings."""
 
     def on_mesh(path, x):
         name = path[-1].key if len(path) > 2 else None
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, SPECS.get(name, P())))
 
-    return jax.tree_util.tree_map_with_path(on_mesh, values(0))
+    return jax.tree_util.tree_map_with_path(on_mesh, values(0, kind))
 
 
-def on_mesh(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+def on_mesh(state: TrainState, shapes: TrainState) -> TrainState:
     def put(x, shape):
         return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: np.asarray(x[index]))
 
-    return jax.tree.map(put, state, shapes_on(mesh))
+    return jax.tree.map(put, state, shapes)
 
 
 def assert_same(left: TrainState, right: TrainState) -> None:
@@ -126,26 +133,27 @@ def kill() -> None:
 @fail_together()
 def main(config):
     initialize_distributed(config.jax_distributed)
-    process, mesh = jax.process_index(), make_mesh(config.mesh_dim)
-    first = on_mesh(values(1), mesh)
-    saver = checkpoints.Checkpointer(config.run_dir, save_optimizer_state=True)
+    process, shapes = jax.process_index(), shapes_on(make_mesh(config.mesh_dim), config.format)
+    first = on_mesh(values(1, config.format), shapes)
+    saver = checkpoints.Checkpointer(config.run_dir, save_optimizer_state=True, format=config.format)
 
     def write_result(line):
         with open(config.output, "a") as file:
             file.write(f"{line}\n")
 
     def save(step):
-        saver.save(on_mesh(values(step), mesh), step, {"step": step}, {"step": step, "flags": {}})
+        saver.save(on_mesh(values(step, config.format), shapes), step, {"step": step}, {"step": step, "flags": {}})
         saver.wait()
 
     if not config.load:
         saver.prepare(first)
         written = count_written()
         save(1)
-        blocks = [block.values.nbytes for blocks in saver._copy._blocks.values() for block in blocks]
+        copied = saver._writer._copy._blocks.values() if config.format == "streaming" else []
+        blocks = [block.values.nbytes for blocks in copied for block in blocks]
         write_result(json.dumps({"written": sum(written), "memory": sum(blocks)}))
     read = count_read()
-    loaded = checkpoints.load(checkpoints.latest_checkpoint(config.run_dir).spec, shapes_on(mesh))
+    loaded = checkpoints.load(checkpoints.latest_checkpoint(config.run_dir).spec, shapes)
     messages = [] if config.load else jax_client().key_value_dir_get("EasyLM/channel/load/")
     write_result(json.dumps({"read": sum(read), "messages": len(messages)}))
     assert_same(loaded, first)

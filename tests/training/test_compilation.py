@@ -5,20 +5,11 @@ import os
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import MODEL_METRICS, TINY, metrics, train
 
 from EasyLM.errors import UserError
 from EasyLM.training import run
 from EasyLM.training.compilation import use_compilation_cache
-
-
-@pytest.fixture
-def forgets_the_cache():
-    """The cache is a setting of the process."""
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

@@ -297,3 +297,14 @@ def test_a_mixture_resumes_with_a_packed_part(tmp_path):
         (epochs,) = metrics(runs["whole"], f"dataset_epoch_{part}")[STEPS - 1]
         tokens = sum(len(ids) for ids, _ in records.read_records(str(tmp_path / f"{'ab'[part]}.jsonl"), 512))
         assert abs(epochs * tokens / 128 - rows * share) <= 2
+
+
+@pytest.mark.slow
+def test_a_run_that_saves_with_orbax_resumes_bit_for_bit(tmp_path, forgets_the_cache):
+    """Stopped, resumed, stopped, and resumed by a run that saves streaming files."""
+    settings = {"save_model_freq": 100, "compilation_cache_dir": str(tmp_path / "cache")}
+    settings |= {"optimizer__accumulate_gradient_steps": 3}
+    whole = train(tmp_path, total_steps=8, logger__experiment_id="whole", **settings)
+    for steps, name in ((4, "orbax"), (5, "orbax"), (8, "streaming")):
+        run_dir = train(tmp_path, total_steps=steps, checkpointer__format=name, **settings)
+    assert_same_run(run_dir, whole)

@@ -27,7 +27,7 @@ def save_step(run_dir, step, start, milestone=False):
     writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}
     directory = open_run_directory(str(run_dir))
     directory.prepare()
-    directory.write(step, writers, metadata, milestone)
+    directory.commit(directory.begin(step), step, writers, metadata, milestone)
     return str(run_dir / "checkpoints" / f"step_{step:08d}")
 
 

@@ -26,5 +26,5 @@ Modules:
   exported_card: the model card of an exported model.
   lora, adapters, lora_checkpoint: low-rank adapters: settings, training, checkpoints.
   training_task: what `llama_train` trains, from its flags.
-  llama_train, llama_plan, llama_serve, convert_easylm_to_hf, convert_hf_to_easylm: commands.
+  llama_train, llama_plan, llama_serve, convert_easylm_to_hf, convert_hf_to_easylm, convert_checkpoint: commands.
 """
