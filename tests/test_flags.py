@@ -70,6 +70,7 @@ SCHEDULED_OPTIMIZER = {
     "weight_decay_mask": False,
     "bf16_momentum": False,
 }
+RETENTION = {"keep_latest": 1, "keep_every": 0}
 CONTRACT = {
     "seed": 42,
     "mesh_dim": "1,-1,1",
@@ -88,6 +89,7 @@ CONTRACT = {
     "log_all_worker": False,
     "max_nonfinite_steps": 10,
     "watchdog_minutes": 30.0,
+    "preemption_notice_seconds": 0.0,
     "compilation_cache_dir": "",
     "profile_steps": "",
     "peak_tflops": 0.0,
@@ -111,7 +113,7 @@ CONTRACT = {
         },
         "muon_optimizer": {**SCHEDULED_OPTIMIZER, "momentum": 0.95},
     },
-    "checkpointer": {"float_dtype": "", "save_optimizer_state": False},
+    "checkpointer": {"float_dtype": "", "save_optimizer_state": False, **RETENTION, "format": "auto"},
     "llama": dict.fromkeys(llama_config.FLAG_OF_FIELD),
     "lora": {
         "rank": 0,

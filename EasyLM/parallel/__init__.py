@@ -20,7 +20,13 @@ Vocabulary:
 """
 
 from EasyLM.parallel.compiler import compiler_options
-from EasyLM.parallel.coordination import Channel, PeerError, check_same, on_first_process_first
+from EasyLM.parallel.coordination import (
+    Channel,
+    PeerError,
+    check_same,
+    from_all_processes,
+    on_first_process_first,
+)
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
 from EasyLM.parallel.memory import device_memory, host_memory, step_memory
 from EasyLM.parallel.mesh import (
@@ -56,6 +62,7 @@ __all__ = [
     "device_memory",
     "end_together",
     "fail_together",
+    "from_all_processes",
     "host_memory",
     "initialize_distributed",
     "make_mesh",

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
+from EasyLM.checkpoints import DISK_GB_PER_SECOND, HOST_GB_PER_SECOND, save_seconds
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.parallel import host_memory
@@ -25,9 +26,11 @@ ASSUMPTION_FLAGS = {
     "network_gb_per_second": Flag(0.0, f"GB/s of a device to other slices or nodes; {_DEFAULT}.", least=0),
     "matmul_efficiency": Flag(0.7, "Share of the peak FLOP/s that matrix products reach.", above=0, most=1),
     "host_gb_per_second": Flag(
-        5.0, "GB/s at which a process copies its share of a checkpoint to host memory.", above=0
+        HOST_GB_PER_SECOND,
+        "GB/s at which a process copies its share of a checkpoint to host memory.",
+        above=0,
     ),
-    "disk_gb_per_second": Flag(1.0, "GB/s at which all processes together write a checkpoint.", above=0),
+    "disk_gb_per_second": Flag(DISK_GB_PER_SECOND, "GB/s at which all processes together write a checkpoint.", above=0),
 }
 _GB = 1e9
 _SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -84,13 +87,8 @@ class Assumptions:
         return max(compute + update, sum(seconds))
 
     def save_seconds(self, file_bytes: int, host_bytes: int) -> float:
-        """Estimates the seconds until a checkpoint is on disk. Training waits for the first part, the copy.
-
-        Args:
-          file_bytes: of the checkpoint.
-          host_bytes: that a process copies.
-        """
-        return host_bytes / (self.host_gb_per_second * _GB) + file_bytes / (self.disk_gb_per_second * _GB)
+        """Estimates the seconds until a checkpoint is on disk; see `checkpoints.save_seconds`."""
+        return save_seconds(file_bytes, host_bytes, self.host_gb_per_second, self.disk_gb_per_second)
 
 
 def _usable_share(platform: str) -> float:

@@ -22,6 +22,7 @@ from EasyLM.training.compilation import compile_evaluation, compile_step, use_co
 from EasyLM.training.goodput import Goodput
 from EasyLM.training.loop import NonFiniteLossError, Report, fit
 from EasyLM.training.metrics_log import Logger
+from EasyLM.training.preemption import PreemptionNotice
 from EasyLM.training.profiler import Profiler
 from EasyLM.training.settings import RunSettings
 from EasyLM.training.start import CheckpointFormats, StartPoint, check_settings, find_start, first_state
@@ -66,6 +67,8 @@ def open_run(
     with prefix_errors(f"--compilation_cache_dir={settings.compilation_cache_dir}"):
         use_compilation_cache(settings.compilation_cache_dir)
     directory = run_directory(settings.logger)
+    with prefix_errors(f"--checkpointer.format={settings.checkpointer.format}"):
+        checkpoints.uses_orbax(settings.checkpointer.format, directory)
     with ExitStack() as stack:
         check_lock = on_first_process_first(lambda: _lock(directory, stack))
         start = find_start(settings.start, directory, formats)
@@ -185,7 +188,7 @@ def _throughput(batches: Batches, task: TrainingTask, peak_tflops: float) -> Thr
 def _make_save(
     run: Run, task: TrainingTask, mesh: Mesh, checkpointer: checkpoints.Checkpointer
 ) -> Callable[[TrainState, int, int, bool], None]:
-    """Returns the function that saves a state, its data state and its metadata."""
+    """Returns the function that saves a state, its data state and its metadata, if the time of a notice allows."""
     run_metadata = {
         **task.metadata,
         run.model_settings.name: dict(run.model_settings.values),
@@ -193,12 +196,17 @@ def _make_save(
         "started_from": run.start.files.history,
     }
 
+    notice = PreemptionNotice(run.settings.preemption_notice_seconds, checkpointer)
+
     def save(state: TrainState, step: int, position: int, milestone: bool) -> None:
+        saved = task.model.saved_part(state)
+        if not notice.leaves_time_to_save(saved):
+            return
         updates = updates_done(state.opt_state)
         counts = {} if updates is None else {"updates": updates}
         metadata = checkpoints.make_metadata(step, run.settings.flags, **counts, **run_metadata)
         data_state = dataset_state(task.data.train, position)
-        checkpointer.save(task.model.saved_part(state), step, data_state, metadata, milestone=milestone)
+        checkpointer.save(saved, step, data_state, metadata, milestone=milestone)
 
     return save
 
@@ -248,6 +256,11 @@ def _print_end(run: Run, step: int, finished: bool) -> None:
     print(f"{outcome} after step {step} of {settings.loop.total_steps}: {run.directory}")
     if finished:
         return
+    newest = checkpoints.latest_checkpoint(run.directory)
+    if newest is None or newest.step != step:
+        print(
+            f"the state after step {step} is not saved; the newest is {newest.name if newest else 'that of the start'}"
+        )
     print(
         f"to resume, run the same command with --logger.output_dir={settings.logger.output_dir} "
         f"--logger.experiment_id={metrics_log.given_id(settings.logger, run.directory)}"

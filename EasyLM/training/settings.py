@@ -29,6 +29,12 @@ RUN_FLAGS = {
         0, "Steps between checkpoints, of which the latest is kept; 0: only after a signal or an error.", least=0
     ),
     "save_milestone_freq": Flag(0, "Steps between checkpoints that are all kept; 0: none.", least=0),
+    "preemption_notice_seconds": Flag(
+        0.0,
+        "Seconds from a stop signal, such as SIGTERM, to the end of the process. A save that takes longer is not "
+        "started: the newest checkpoint stands. 0: unknown, the state is always saved.",
+        least=0,
+    ),
     "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation.", least=0),
     "log_all_worker": Flag(False, "Every process writes its metrics, not only process 0."),
     "max_nonfinite_steps": Flag(10, "Stop after this many steps in a row with a non-finite loss.", least=1),
@@ -63,6 +69,7 @@ class RunSettings:
     eval_steps: int
     log_all_worker: bool
     watchdog_minutes: float
+    preemption_notice_seconds: float
     compilation_cache_dir: str
     profile_steps: range
     peak_tflops: float
@@ -85,6 +92,7 @@ class RunSettings:
                     "eval_steps",
                     "log_all_worker",
                     "watchdog_minutes",
+                    "preemption_notice_seconds",
                     "compilation_cache_dir",
                     "peak_tflops",
                     "checkpointer",

@@ -5,8 +5,9 @@ import os
 import signal
 import socket
 import threading
+import time
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ class StopSignals(contextlib.ContextDecorator):
     def __enter__(self) -> "StopSignals":
         if StopSignals._outermost is not None:
             return StopSignals._outermost
-        self.received, self._handlers = False, {}
+        self.received_at: float | None = None  # time.monotonic() of the first signal
+        self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             StopSignals._outermost = self
             self._handlers = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
@@ -56,12 +58,12 @@ class StopSignals(contextlib.ContextDecorator):
             StopSignals._outermost = None
             signal.set_wakeup_fd(self._wakeup_fd)
             self._sender.close()  # ends the thread
-            if not self.received:
+            if self.received_at is None:
                 for number, handler in self._handlers.items():
                     signal.signal(number, handler)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received_at = time.monotonic()
         self._handled.set()
         for each in self._handlers:
             signal.signal(each, self._interrupt if each == signal.SIGINT else signal.SIG_IGN)
@@ -86,6 +88,14 @@ class StopSignals(contextlib.ContextDecorator):
                 stopping = stopping or number[0] in STOP_SIGNALS
                 if not self._handled.wait(_STUCK_SECONDS):
                     _write("\nstopping after the compilation in progress; Ctrl-C exits at once\n")
+
+
+def seconds_since_signal() -> float | None:
+    """Returns the time since this process has received a stop signal, or None if it has not."""
+    signals = StopSignals._outermost
+    if signals is None or signals.received_at is None:
+        return None
+    return time.monotonic() - signals.received_at
 
 
 def _write(message: str) -> None:
@@ -119,10 +129,10 @@ class StopVote:
           metrics: what the train step returned; empty before the first step.
         """
         if jax.process_count() == 1:
-            return self._signals.received
+            return self._signals.received_at is not None
         if jax.default_backend() == "cpu":  # on CPUs (gloo) two concurrent multi-process programs deadlock
             jax.block_until_ready(metrics)
-        votes = np.full(jax.local_device_count(), self._signals.received, np.int32)
+        votes = np.full(jax.local_device_count(), self._signals.received_at is not None, np.int32)
         vote = self._maximum(multihost_utils.host_local_array_to_global_array(votes, self._mesh, P("device")))
         decided, self._previous_vote = self._previous_vote, vote
         if jax.default_backend() == "cpu":
