@@ -32,7 +32,7 @@ ALLOWED = {
     "tokenizer.sentence_files": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.image_quality",
     "tokenizer.builders": "EasyLM.storage EasyLM.data EasyLM.parallel tokenizer.media tokenizer.sources "
     "tokenizer.formats",
-    "tokenizer.filter": "EasyLM.storage tokenizer.media tokenizer.sources tokenizer.builders tokenizer.sentence_files",
+    "tokenizer.filter": "EasyLM.storage tokenizer.media tokenizer.sources tokenizer.builders",
     "tokenizer.mappings": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.formats tokenizer.synthetic "
     "tokenizer.vqgan tokenizer.builders",
     "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training tokenizer.media "

@@ -196,8 +196,6 @@ def _by_files(inputs: list[Inputs], config: ConfigDict) -> ByFiles:
     with prefix_errors(f"--parts={config.parts}"):
         if config.inputs:
             raise UserError(f"--inputs={config.inputs} mixes data sets: give the number of parts")
-        if config.keep:
-            raise UserError(f"--keep={config.keep} is a list of all files together: give the number of parts")
         return ByFiles(inputs[0], config.n_epochs, config.max_errors)
 
 

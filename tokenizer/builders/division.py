@@ -23,7 +23,7 @@ from tokenizer.builders.settings import SentenceSettings
 from tokenizer.builders.writing import BuildPlan
 from tokenizer.sources import container_files
 from tokenizer.sources.items import Source
-from tokenizer.sources.keep_list import KeepList
+from tokenizer.sources.keep_list import KeepList, KeptItems, OtherSourceError
 
 
 class Inputs(NamedTuple):
@@ -86,7 +86,7 @@ class ByExamples:
           skipped: takes the unusable inputs.
         """
         self.count, self._skipped = count, skipped
-        indexed = [_listed(one, skipped) for one in inputs]
+        indexed = [_listed(one, skipped, is_whole=True) for one in inputs]
         self._data_sets = [data_set for data_set, _ in indexed]
         self._not_kept = sum(index.not_kept for _, index in indexed)
         self._ignored = dict(sum((Counter(index.ignored) for _, index in indexed), Counter()))
@@ -141,7 +141,9 @@ class ByFiles:
         for paths in self._paths:
             with contextlib.suppress(UserError):  # a file that is missing is reported when it is listed
                 versions.append(file_version(paths[part]))
-        return {"inputs": self._digest, "part_inputs": versions, "shard": f"{part}/{self.count}"}
+        keep_list = self._inputs.keep_list
+        kept = {"kept": keep_list.digest()} if keep_list else {}
+        return {"inputs": self._digest, "part_inputs": versions, **kept, "shard": f"{part}/{self.count}"}
 
     def work(self, part: int) -> Work:
         """Lists the files of a part. Files that make no sentence are skipped."""
@@ -151,15 +153,16 @@ class ByFiles:
         # Otherwise the shuffles of parts of one size are the same.
         settings = dataclasses.replace(self._inputs.settings, seed=self._inputs.settings.seed + part)
         try:
-            data_set, index = _listed(self._inputs._replace(settings=settings, sources=sources), skipped)
-        except TooManySkippedError:
+            inputs = self._inputs._replace(settings=settings, sources=sources)
+            data_set, index = _listed(inputs, skipped, is_whole=False)
+        except (TooManySkippedError, OtherSourceError):
             raise
         except UserError as error:
             skipped.add(files[0], f"{files[0]}: {error}")
             return Work(BuildPlan([], in_order, range(0)), skipped, {}, 0, False)
         plan = BuildPlan([data_set], in_order, range(self._n_epochs * data_set.sampler.num_examples))
         repeats_images = self._n_epochs > 1 or KINDS[data_set.kind].repeats_images
-        return Work(plan, skipped, index.ignored, 0, repeats_images)
+        return Work(plan, skipped, index.ignored, index.not_kept, repeats_images)
 
 
 def naming(entry: Entry) -> contextlib.AbstractContextManager[None]:
@@ -167,13 +170,14 @@ def naming(entry: Entry) -> contextlib.AbstractContextManager[None]:
     return prefix_errors(entry.place) if entry.place else contextlib.nullcontext()
 
 
-def _listed(inputs: Inputs, skipped: SkippedInputs) -> tuple[DataSet, FileIndex]:
-    """Lists the sources of a data set."""
+def _listed(inputs: Inputs, skipped: SkippedInputs, is_whole: bool) -> tuple[DataSet, FileIndex]:
+    """Lists the sources of a data set; `is_whole`: these are all of their files."""
     kind = inputs.entry.config.kind
     with naming(inputs.entry):
-        index = FileIndex(KINDS[kind].layout, inputs.sources, skipped, inputs.keep_list)
+        kept_items = KeptItems(inputs.keep_list, is_whole) if inputs.keep_list else None
+        index = FileIndex(KINDS[kind].layout, inputs.sources, skipped, kept_items)
         if inputs.keep_list:
-            print(f"--keep={inputs.keep_list.path}: leaves out {index.not_kept} of {inputs.keep_list.images} inputs")
+            print(f"--keep={inputs.keep_list.path}: leaves out {index.not_kept} inputs")
         with prefix_errors("--", separator=""):
             return DataSet(kind, KINDS[kind].sampler(index, inputs.settings), inputs.settings), index
 

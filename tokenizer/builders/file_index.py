@@ -19,7 +19,7 @@ from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import folders
 from tokenizer.sources.items import Source, column_label
-from tokenizer.sources.keep_list import KeepList, KeptItems
+from tokenizer.sources.keep_list import KeptItems
 
 # Folders of a CO3D sequence: CATEGORY/SEQUENCE/images/frame000001.jpg.
 CO3D_SUBFOLDERS = ("images", "masks", "depths", "depth_masks")
@@ -98,7 +98,7 @@ class FileIndex:
         layout: Layout,
         sources: Sequence[Source],
         skipped: SkippedInputs,
-        keep_list: KeepList | None = None,
+        kept_items: KeptItems | None = None,
     ):
         """Lists the sources.
 
@@ -106,7 +106,7 @@ class FileIndex:
         row, and what the sources report as unusable.
 
         Args:
-          keep_list: of the files of the first column; the index has their rows only.
+          kept_items: which files of the first column to keep; the index has their rows only.
 
         Raises:
           UserError: naming the flag, if a source does not exist or is empty, or the keep list is of another source; if
@@ -114,10 +114,10 @@ class FileIndex:
         """
         self.not_kept = 0
         with reports_full_index():
-            self.digest, self._length = self._build(layout, sources, skipped, keep_list)
+            self.digest, self._length = self._build(layout, sources, skipped, kept_items)
 
     def _build(
-        self, layout: Layout, sources: Sequence[Source], skipped: SkippedInputs, keep_list: KeepList | None
+        self, layout: Layout, sources: Sequence[Source], skipped: SkippedInputs, kept_items: KeptItems | None
     ) -> tuple[str, int]:
         """Fills the database; returns the digest and the number of items."""
         self._database = sqlite3.connect("")
@@ -125,7 +125,6 @@ class FileIndex:
         total = 0
         ignored: collections.Counter = collections.Counter()
         labels: list[str] = []  # of the columns of all sources
-        kept_items = KeptItems(keep_list) if keep_list else None
         for source in sources:
             for item in source.items(ignored, skipped.add):
                 column = len(labels) + item.column

@@ -1,7 +1,7 @@
 """Which images of a source to train on: `python -m tokenizer.filter`.
 
-May import: EasyLM.storage, tokenizer.media, tokenizer.sources, tokenizer.builders, tokenizer.sentence_files. Only the
-command imports JAX, because worker processes import `measuring` and have to start fast. Import the modules.
+May import: EasyLM.storage, tokenizer.media, tokenizer.sources, tokenizer.builders. Only the command imports JAX,
+because worker processes import `measuring` and have to start fast. Import the modules.
 
 In the order of the data flow:
     listing       the images of a source, each with the file of its scores

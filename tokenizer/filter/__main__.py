@@ -18,7 +18,7 @@ from tokenizer.builders.shards import name_part, parse_shard
 from tokenizer.filter import report
 from tokenizer.filter.decision import Decision, Duplicates
 from tokenizer.filter.listing import Listing
-from tokenizer.filter.measurements import Measurements, MeasuringPlan, write_measurements
+from tokenizer.filter.measurements import Measurements, write_measurements
 from tokenizer.filter.rules import Blocklist, Limits, make_rules, read_blocklist
 from tokenizer.filter.scores import field_of, parse_limits
 from tokenizer.media import folders, images
@@ -101,12 +101,12 @@ def main(config: ConfigDict) -> None:
     scores = tuple(sorted({*minimum, *maximum}))
     paths = [name_part(config.measurements or f"{config.output_file}.measurements.jsonl.zst", part, parts)]
     if config.input_dir:
-        skipped, plan = SkippedInputs(config.max_errors), MeasuringPlan(scores, part, parts)
+        skipped = SkippedInputs(config.max_errors)
         source, sidecars = _sources(config, scores)
         check_output(paths[0], "measurements")
-        listing = Listing(source, sidecars, skipped)
+        listing = Listing(source, sidecars, skipped, part, parts)
         folders.report_ignored(listing.ignored, source.flag)
-        write_measurements(paths[0], listing, plan, skipped, config.workers, config.fresh)
+        write_measurements(paths[0], listing, scores, f"{part}/{parts}", skipped, config.workers, config.fresh)
     else:
         paths = expand_paths("measurements", config.measurements)
     if not config.output_file:

@@ -4,6 +4,7 @@ The listing is a temporary SQLite database on disk (in $TMPDIR), as that of a bu
 """
 
 import collections
+import dataclasses
 import hashlib
 import os
 import sqlite3
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from EasyLM.skipped_inputs import SkippedInputs
+from EasyLM.storage import json_digest
 from tokenizer.builders.file_index import reports_full_index
-from tokenizer.sources.items import Source
-from tokenizer.sources.keep_list import NamesDigest
+from tokenizer.sources.items import Item, Source
+from tokenizer.sources.keep_list import NamesDigest, name_in_list
+from tokenizer.sources.tars import EmptySourceError, Tars
 
 _SCHEMA = """
 PRAGMA cache_size = -65536; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
@@ -26,7 +29,7 @@ class Entry(NamedTuple):
     """A listed image.
 
     Attributes:
-      name: see `Item`.
+      name: as keep lists have it.
       address: see `Item`.
       location: see `Item`.
       sidecar: the address of the JSON file with its scores; empty: there is none.
@@ -41,50 +44,62 @@ class Entry(NamedTuple):
 
 
 class Listing:
-    """The images of a source: members of containers in their order there, files of a folder by name.
+    """The images of a part of a source: members of containers in their order there, files of a folder by name.
+
+    A part of tars has some of the tars, and lists no others. A part of any other source has a range of its images.
 
     Attributes:
-      digest: changes when an image or a sidecar is added, removed or written.
-      names: the digest of the names of the images.
+      source: digest of what all parts of the source share.
+      digest: changes when an image or a sidecar that was listed is added, removed or written.
+      names: the digest of the names of the images that were listed.
+      by_files: whether other images than those of the part are not listed.
       ignored: number of files with other extensions, by extension.
+      numbers: of the images of the part.
     """
 
-    def __init__(self, source: Source, sidecars: Source | None, skipped: SkippedInputs):
+    def __init__(self, source: Source, sidecars: Source | None, skipped: SkippedInputs, part: int, parts: int):
         """Lists the source. Adds to `skipped` what it reports as unusable.
 
         Args:
           sidecars: the JSON files of the same place.
+          part: the number of the part, from 0.
+          parts: their number.
 
         Raises:
           UserError: naming the flag, if there is no image, or no sidecar; if the listing does not fit on the disk.
         """
-        self.names = NamesDigest()
+        self.names, self.by_files = NamesDigest(), isinstance(source, Tars)
+        if isinstance(source, Tars):
+            self.source = json_digest([source.keys, [os.path.basename(path) for path in source.paths]])
+        sources = [_part(one, part, parts) for one in (source, sidecars)]
         ignored: collections.Counter = collections.Counter()
         self._sum, self._order = 0, "number"
         with reports_full_index():
             self._database = sqlite3.connect("")
             self._database.executescript(_SCHEMA)
-            for item in source.items(ignored, skipped.add):
-                self.names.add(item.name)
-                row = (item.name, item.address, item.location, _sample(item.name, item.location))
+            for item in _items(sources[0], ignored, skipped, parts):
+                file, name = name_in_list(item)
+                self.names.add(file, name)
+                row = (name, item.address, item.location, _sample(item))
                 self._database.execute("INSERT INTO image VALUES (NULL, ?, ?, ?, ?)", row)
-                self._add_version(f"{item.version} {item.name}")
+                self._add_version(f"{item.version} {name}")
                 self._order = "number" if item.location else "name"
-            for item in sidecars.items(collections.Counter(), skipped.add) if sidecars else ():
-                sidecar = (_sample(item.name, item.location), item.address, item.location)
+            for item in _items(sources[1], collections.Counter(), skipped, parts):
+                sidecar = (_sample(item), item.address, item.location)
                 self._database.execute("INSERT OR REPLACE INTO sidecar VALUES (?, ?, ?)", sidecar)
                 self._add_version(f"{item.version} {item.name}")
         if sidecars:
             del ignored[".json"]
         self.ignored = dict(ignored)
         self.digest = f"{self._sum % 2**128:032x}"
+        self.numbers = range(len(self.names))
+        if not self.by_files:
+            self.source = json_digest(self.names.files())
+            self.numbers = self.numbers[len(self.names) * part // parts : len(self.names) * (part + 1) // parts]
 
     def _add_version(self, line: str) -> None:
         # A sum does not depend on the order in which a file system lists the files of a folder.
         self._sum += int.from_bytes(hashlib.blake2b(line.encode(), digest_size=16).digest())
-
-    def __len__(self) -> int:
-        return self.names.count
 
     def entries(self, numbers: range) -> Iterator[Entry]:
         """Yields the images of a range of numbers (step 1)."""
@@ -96,7 +111,25 @@ class Listing:
             yield from map(Entry._make, self._database.execute(query, (len(numbers), numbers.start)))
 
 
-def _sample(name: str, location: str) -> str:
-    """Returns what the names of an image and its sidecar share. In a tar it ends at the first dot of the file."""
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + (file.partition(".")[0] if location else os.path.splitext(file)[0])
+def _part(source: Source | None, part: int, parts: int) -> Source | None:
+    """Returns the tars of a part; None: it has none. Any other source is not divided."""
+    if not isinstance(source, Tars):
+        return source
+    paths = source.paths[len(source.paths) * part // parts : len(source.paths) * (part + 1) // parts]
+    return dataclasses.replace(source, paths=paths) if paths else None
+
+
+def _items(source: Source | None, ignored: collections.Counter, skipped: SkippedInputs, parts: int) -> Iterator[Item]:
+    try:
+        yield from source.items(ignored, skipped.add) if source else ()
+    except EmptySourceError:
+        if parts == 1:
+            raise  # in a part, each of the tars has been reported
+
+
+def _sample(item: Item) -> str:
+    """Returns what an image and its sidecar share. In a tar it ends at the first dot of the file's name."""
+    folder, slash, file = item.name.rpartition("/")
+    if item.location:
+        return f"{name_in_list(item)[0]}!{folder}{slash}{file.partition('.')[0]}"
+    return folder + slash + os.path.splitext(file)[0]

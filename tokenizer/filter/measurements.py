@@ -5,7 +5,6 @@ A sharded source has a file for each part.
 
 import collections
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,62 +20,62 @@ from EasyLM.storage import check_schema, file_version, read_json, read_lines
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.filter import measuring
 from tokenizer.filter.listing import Entry, Listing
-from tokenizer.sentence_files.parts import check_parts
+from tokenizer.sources.keep_list import merged_files
 
 _VERSION = 1  # increases when the same images give other measurements
 _GROUP = 64  # images that a worker measures at a time
 _FRAME_LINES = 4096  # lines that are compressed together
 _STATE = {"number": int, "measured": int, "seconds": float, "skipped": {str: str}}
-_IDENTITY = {"version": int, "inputs": str, "names": str, "images": int, "scores": [str], "shard": str}
-_REPORT = {"identity": _IDENTITY, "bytes": int, "measured": int, "skipped": [{"input": str, "reason": str}]}
-
-
-@dataclasses.dataclass(frozen=True)
-class MeasuringPlan:
-    """What to measure.
-
-    Attributes:
-      scores: of each image.
-      part: the number of the part of the listing, from 0.
-      parts: number of parts.
-    """
-
-    scores: tuple[str, ...]
-    part: int
-    parts: int
+_IDENTITY = {"version": int, "source": str, "inputs": str, "by_files": bool, "scores": [str], "shard": str}
+_REPORT = {
+    "identity": _IDENTITY,
+    "bytes": int,
+    "measured": int,
+    "files": {str: list},
+    "skipped": [{"input": str, "reason": str}],
+}
+_MOST_NAMED = 10  # missing parts
 
 
 def write_measurements(
-    path: str, listing: Listing, plan: MeasuringPlan, skipped: SkippedInputs, processes: int, fresh: bool
-) -> Mapping[str, Any]:
-    """Measures the images of a part that the file does not contain yet; returns the report of the file."""
+    path: str, listing: Listing, scores: Sequence[str], shard: str, skipped: SkippedInputs, processes: int, fresh: bool
+) -> None:
+    """Measures the images of a part that the file does not contain yet.
+
+    Args:
+      path: the file.
+      listing: the part.
+      scores: of each image.
+      shard: i/n, the number of the part.
+      skipped: takes the images that cannot be read.
+      processes: number of workers.
+      fresh: discard what the file contains.
+    """
     identity = {
         "version": _VERSION,
+        "source": listing.source,
         "inputs": listing.digest,
-        "names": listing.names.hexdigest(),
-        "images": len(listing),
-        "scores": list(plan.scores),
-        "shard": f"{plan.part}/{plan.parts}",
+        "by_files": listing.by_files,
+        "scores": list(scores),
+        "shard": shard,
     }
-    numbers = range(len(listing) * plan.part // plan.parts, len(listing) * (plan.part + 1) // plan.parts)
     with contextlib.closing(ResumableFile(path, identity, fresh)) as file:
         if file.finished_report is not None:
             print(f"{path} is already complete: {summary(file.finished_report)}")
-            return file.finished_report
-        report = _write(file, listing, numbers, plan.scores, skipped, processes)
-        file.finish(report)
+            return
+        report = _write(file, listing, scores, skipped, processes)
+        file.finish({**report, "files": listing.names.files()})
     print(f"{path}: {summary(report)}")
-    return report
 
 
 def _write(
     file: ResumableFile,
     listing: Listing,
-    numbers: range,
     scores: Sequence[str],
     skipped: SkippedInputs,
     processes: int,
 ) -> dict[str, Any]:
+    numbers = listing.numbers
     state = file.state or {"number": numbers.start, "measured": 0, "seconds": 0.0, "skipped": {}}
     with prefix_errors(f"{file.path}.progress.json"):
         check_schema(state, _STATE, "state")
@@ -160,8 +159,7 @@ class Measurements:
     """Complete files of measurements, of all parts of a source.
 
     Attributes:
-      images: number of images of the source, with those that could not be read.
-      names: the digest of their names.
+      files: the images of the source, with those that could not be read.
       measured: number of measurements.
       skipped: what could not be read: {"input", "reason"} of each.
       scores: names of the scores of each measurement.
@@ -174,18 +172,19 @@ class Measurements:
           UserError: naming the file, if it is incomplete or another part is missing; if the files are of several
             sources.
         """
-        reports = [(_report(path), path) for path in paths]
-        check_parts(paths)
-        first = {**reports[0][0]["identity"], "shard": ""}
-        for report, path in reports[1:]:
-            if {**report["identity"], "shard": ""} != first or report["identity"]["shard"] == "0/1":
-                raise UserError(f"{path} and {paths[0]} are no parts of one source with the same scores")
-        reports.sort(key=lambda found: int(found[0]["identity"]["shard"].partition("/")[0]))
-        self._paths = [path for _, path in reports]
-        self.images, self.names, self.scores = first["images"], first["names"], tuple(first["scores"])
-        self.measured = sum(report["measured"] for report, _ in reports)
-        # Each part lists the whole source, and reports what it cannot list.
-        self.skipped = list({entry["input"]: entry for report, _ in reports for entry in report["skipped"]}.values())
+        parts = _parts({path: _report(path) for path in paths})
+        self._paths = [path for path, _ in parts]
+        reports = [report for _, report in parts]
+        self.scores = tuple(reports[0]["identity"]["scores"])
+        by_files = reports[0]["identity"]["by_files"]
+        self.files = merged_files(report["files"] for report in (reports if by_files else reports[:1]))
+        self.measured = sum(report["measured"] for report in reports)
+        # Each part of a source other than tars lists the whole source, and reports what it cannot list.
+        self.skipped = list({entry["input"]: entry for report in reports for entry in report["skipped"]}.values())
+
+    def images(self) -> int:
+        """Returns the number of images of the source."""
+        return sum(count for count, _ in self.files.values())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields the measurements of all parts in order.
@@ -203,6 +202,32 @@ class Measurements:
                 count += 1
         if count != self.measured:
             raise UserError(f"{', '.join(self._paths)}: have {count} lines, but the reports say {self.measured}")
+
+
+def _parts(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns (path, report) of the parts in their order. Checks that each part of one source is there once."""
+    parts: dict[int, str] = {}
+    first, *_ = reports
+    common = _common(reports[first])
+    for path, report in reports.items():
+        if _common(report) != common:
+            raise UserError(f"{path} and {first} are no parts of one source with the same scores")
+        part = int(report["identity"]["shard"].partition("/")[0])
+        if part in parts:
+            raise UserError(f"{path}: is part {part} of a source, and so is {parts[part]}")
+        parts[part] = path
+    count = int(common[-1])
+    if missing := [str(part) for part in range(count) if part not in parts]:
+        names = ", ".join(missing[:_MOST_NAMED]) + ", ..." * (len(missing) > _MOST_NAMED)
+        raise UserError(f"{first}: is one of {count} parts of a source, of which {len(missing)} are missing: {names}")
+    return [(parts[part], reports[parts[part]]) for part in range(count)]
+
+
+def _common(report: Mapping[str, Any]) -> tuple:
+    """Returns what the reports of all parts share; the last item is the number of the parts."""
+    identity = report["identity"]
+    inputs = "" if identity["by_files"] else identity["inputs"]
+    return identity["source"], inputs, tuple(identity["scores"]), identity["shard"].partition("/")[2]
 
 
 def _report(path: str) -> dict[str, Any]:

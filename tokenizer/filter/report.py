@@ -40,9 +40,9 @@ def write_list(path: str, measurements: Measurements, decision: Decision) -> dic
                 samples[measurement["name"]] = measurement["sha256"]
             if place in wanted:
                 wanted[place] = measurement
-        writer.finish(measurements.images, measurements.names, samples)
+        writer.finish(measurements.files, samples)
     report = {
-        "images": measurements.images,
+        "images": measurements.images(),
         "unreadable": len(measurements.skipped),
         "counts": decision.counts(),
         "examples": {

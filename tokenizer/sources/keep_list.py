@@ -1,8 +1,10 @@
 """Keep lists: the names of the images of a source that passed `tokenizer.filter`.
 
 A keep list has a JSON text on each line, and is compressed if its name ends in .gz or .zst: first the names, then an
-object that identifies the source by the number and the digest of its names, and by the contents of a few kept images.
-Names do not depend on where the source lies, so that a list holds on every machine that has the same source.
+object that identifies the source, by the number and the digest of the names in each of its tars or tables, and by the
+contents of a few kept images. Names do not depend on where the source lies, so that a list holds on every machine that
+has the same source. They are `cats/1.png` for a file in a folder, `000.tar!cats/1.png` and `a.parquet!17.image` for
+members of tars and cells of tables.
 """
 
 import array
@@ -10,7 +12,8 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,31 +23,53 @@ import zstandard
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import atomic_path, check_schema, read_lines
 from tokenizer.sources.items import Item
-from tokenizer.sources.reading import read_bytes
+from tokenizer.sources.reading import container_of, read_bytes
 
 _VERSION = 1
-_FOOTER = {"keep_list": int, "images": int, "names": str, "kept": int, "samples": {str: str}}
+_FOOTER = {"keep_list": int, "files": {str: list}, "kept": int, "samples": {str: str}}
+
+Files = Mapping[str, list]  # tar or table -> [number of its images, digest of their names]; "" for files of a folder
+
+
+def name_in_list(item: Item) -> tuple[str, str]:
+    """Returns the tar or table of an item (empty: it is in none), and the name that a keep list has for the item."""
+    if not item.location:
+        return "", item.name
+    container = container_of(item.address)
+    file = os.path.basename(container)
+    return file, file + item.address[len(container) :]
 
 
 class NamesDigest:
-    """The number of names and their digest, which does not depend on their order.
-
-    Attributes:
-      count: the names that were added.
-    """
+    """The number of the images of a source and the digest of their names, which does not depend on their order."""
 
     def __init__(self) -> None:
-        self.count, self._sum = 0, 0
+        self._files: dict[str, list[int]] = {}  # [count, sum of the hashes]
 
-    def add(self, name: str) -> int:
-        """Adds a name; returns its hash of 64 bits."""
+    def __len__(self) -> int:
+        return sum(count for count, _ in self._files.values())
+
+    def add(self, file: str, name: str) -> int:
+        """Adds an image by its `name_in_list`; returns the hash of its name, of 64 bits."""
         number = _hash(name)
-        self.count, self._sum = self.count + 1, self._sum + number
+        found = self._files.setdefault(file, [0, 0])
+        found[0] += 1
+        found[1] += number
         return number % 2**64
 
-    def hexdigest(self) -> str:
-        """Returns the digest of the names so far."""
-        return f"{self._sum % 2**128:032x}"
+    def files(self) -> dict[str, list]:
+        """Returns the images so far, as JSON values."""
+        return {file: [count, f"{total % 2**128:032x}"] for file, (count, total) in sorted(self._files.items())}
+
+
+def merged_files(parts: Iterable[Files]) -> dict[str, list]:
+    """Returns the files of several parts of a source. Images of tars of the same name are counted together."""
+    merged: dict[str, list] = {}
+    for part in parts:
+        for file, (count, digest) in part.items():
+            total, number = merged.get(file, [0, "0"])
+            merged[file] = [total + count, f"{(int(number, 16) + int(digest, 16)) % 2**128:032x}"]
+    return dict(sorted(merged.items()))
 
 
 def _hash(name: str) -> int:
@@ -57,34 +82,43 @@ class KeepList:
 
     Attributes:
       path: its file.
-      images: number of images of the source.
-      names: their `NamesDigest`.
+      files: the images of the source.
       samples: name -> SHA-256 of a few of the kept images.
       hashes_n: hashes of the kept names, sorted, uint64 [n].
     """
 
     path: str
-    images: int
-    names: str
+    files: Files
     samples: Mapping[str, str]
     hashes_n: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.hashes_n)
+    def digest(self) -> str:
+        """Returns a digest of the kept names."""
+        return hashlib.blake2b(self.hashes_n.data, digest_size=16).hexdigest()
+
+
+class OtherSourceError(UserError):
+    """A keep list was made from other images."""
 
 
 class KeptItems:
-    """Tells which listed items a keep list has, and checks that it is a list of their source."""
+    """Tells which listed items a keep list has, and checks that it is a list of their source.
 
-    def __init__(self, keep_list: KeepList):
-        self._list, self._names = keep_list, NamesDigest()
+    Args:
+      keep_list: the list.
+      is_whole: whether all tars and tables of the source are listed, or only some of them.
+    """
+
+    def __init__(self, keep_list: KeepList, is_whole: bool):
+        self._list, self._is_whole, self._names = keep_list, is_whole, NamesDigest()
         self._samples: dict[str, Item] = {}
 
     def takes(self, item: Item) -> bool:
-        """Whether the list has an item. Call it once for each item of the source."""
-        if item.name in self._list.samples:
-            self._samples[item.name] = item
-        number, hashes_n = np.uint64(self._names.add(item.name)), self._list.hashes_n
+        """Whether the list has an item. Call it once for each item."""
+        file, name = name_in_list(item)
+        if name in self._list.samples:
+            self._samples[name] = item
+        number, hashes_n = np.uint64(self._names.add(file, name)), self._list.hashes_n
         place = int(np.searchsorted(hashes_n, number))
         return place < len(hashes_n) and bool(hashes_n[place] == number)
 
@@ -92,21 +126,23 @@ class KeptItems:
         """Returns a digest of the kept names, of 128 bits. Call it after the last item.
 
         Raises:
-          UserError: naming the list, if it was made from other images.
+          OtherSourceError: naming the list, if it was made from other images.
         """
         subject = f"--keep={self._list.path}: is the list of another source"
-        if self._names.count != self._list.images:
-            raise UserError(f"{subject}: of {self._list.images} images, but the inputs are {self._names.count}")
-        if self._names.hexdigest() != self._list.names:
-            raise UserError(f"{subject}: its images have other names than the {self._list.images} inputs")
-        for name, digest in self._list.samples.items():
-            item = self._samples[name]
+        listed, of_list = self._names.files(), self._list.files
+        if self._is_whole and len(self._names) != (count := sum(count for count, _ in of_list.values())):
+            raise OtherSourceError(f"{subject}: of {count} images, but the inputs are {len(self._names)}")
+        for file in {**of_list, **listed} if self._is_whole else listed:
+            if listed.get(file) != of_list.get(file):
+                raise OtherSourceError(f"{subject}: the images in {file or 'the folder'} have other names")
+        for name, item in self._samples.items():
             with contextlib.suppress(UserError):  # one that cannot be read is reported when it is used
-                if hashlib.sha256(read_bytes(item.address, item.location)).hexdigest() != digest:
+                data = read_bytes(item.address, item.location)
+                if hashlib.sha256(data).hexdigest() != self._list.samples[name]:
                     break
         else:
-            return int.from_bytes(hashlib.blake2b(self._list.hashes_n.data, digest_size=16).digest())
-        raise UserError(f"{subject}, or its images have changed: {item.address} has other contents")
+            return int(self._list.digest(), 16)
+        raise OtherSourceError(f"{subject}, or its images have changed: {item.address} has other contents")
 
 
 def read_keep_list(path: str) -> KeepList:
@@ -133,8 +169,7 @@ def read_keep_list(path: str) -> KeepList:
         raise UserError(f"--keep={path}: is truncated, or no list of tokenizer.filter: its last line is missing")
     if footer["keep_list"] != _VERSION:
         raise UserError(f"--keep={path}: is of version {footer['keep_list']}, not {_VERSION}: filter again")
-    hashes_n = np.sort(np.frombuffer(hashes, np.uint64))
-    return KeepList(path, footer["images"], footer["names"], footer["samples"], hashes_n)
+    return KeepList(path, footer["files"], footer["samples"], np.sort(np.frombuffer(hashes, np.uint64)))
 
 
 def _parse(line: bytes) -> Any:
@@ -159,9 +194,9 @@ class KeepListWriter:
         self._write(orjson.dumps(name) + b"\n")
         self.kept += 1
 
-    def finish(self, images: int, names: str, samples: Mapping[str, str]) -> None:
+    def finish(self, files: Files, samples: Mapping[str, str]) -> None:
         """Writes the last line; the arguments are attributes of a KeepList."""
-        footer = {"keep_list": _VERSION, "images": images, "names": names, "kept": self.kept, "samples": dict(samples)}
+        footer = {"keep_list": _VERSION, "files": dict(files), "kept": self.kept, "samples": dict(samples)}
         self._write(orjson.dumps(footer) + b"\n")
 
 

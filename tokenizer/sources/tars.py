@@ -43,6 +43,10 @@ class Member(NamedTuple):
     defect: str
 
 
+class EmptySourceError(UserError):
+    """No tar of a source has a member that can be used."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tars:
     """The members of tars: those with the keys, or without keys those with the extensions.
@@ -75,7 +79,7 @@ class Tars:
         """Yields the members. Reports a tar that is missing or damaged, or lacks a key; its whole members count.
 
         Raises:
-          UserError: naming the flag, if there is no such member in any tar.
+          EmptySourceError: naming the flag, if there is no such member in any tar.
         """
         is_empty = True
         for path in self.paths:
@@ -102,7 +106,7 @@ class Tars:
             if is_whole and missing:
                 report(path, f"{path}: {self._missing(missing, keys)}")
         if is_empty:
-            raise UserError(f"{self.flag}: has no member that can be used")
+            raise EmptySourceError(f"{self.flag}: has no member that can be used")
 
     def _place(self, name: str, keys: collections.Counter) -> tuple[str, int | None]:
         """Returns a member's name as a file, and its column; None: it is none of the inputs. Counts its key."""

@@ -8,8 +8,11 @@ import pytest
 from build_kit import build_records, report_of
 from filter_kit import run_filter
 from source_kit import files_of, write_parquet, write_tars
+from tokenizer_kit import run_main
 
+from EasyLM.data import records
 from EasyLM.errors import UserError
+from tokenizer import build
 
 RULES = {"min_side": 0, "max_aspect_ratio": 0.0, "min": "", "near_duplicates": -1}
 
@@ -78,11 +81,31 @@ def test_rows_of_a_table_are_kept_by_their_numbers(images, tiny, tmp_path):
     assert rows == [f"{row}.image" for row in range(5)]
 
 
+def test_each_tar_can_be_a_part(images, tiny, tmp_path):
+    """Members of different tars may have the same name."""
+    for number, copies in enumerate(("0123", "4719")):
+        files = {f"{i}.png": (images / "image" / f"{copy}.png").read_bytes() for i, copy in enumerate(copies)}
+        write_tars(tmp_path / "in" / str(number), files, 1)
+        (tmp_path / "in" / str(number) / "000.tar").rename(tmp_path / "in" / f"{number}.tar")
+    source = f"{tmp_path}/in/{{0..1}}.tar"
+    run_filter(tmp_path / "keep.jsonl", input_dir=source, **RULES)
+    settings = {"input_dir": source, "keep": f"{tmp_path}/keep.jsonl", "shard": "auto", "parts": "files"}
+    run_main(build, kind="images", vqgan=tiny, output_file=f"{tmp_path}/{{i}}.jsonl", workers=1, **settings)
+    sources = [r["sources"][0] for i in range(2) for _, r in records.read_records(f"{tmp_path}/{i}.jsonl", 32)]
+    # 0.tar has all four, in reverse order; of 1.tar, 4 is new, and 7, 1 and 9 are copies.
+    assert sources == [f"{tmp_path}/in/0.tar!{i}.png" for i in range(4)] + [f"{tmp_path}/in/1.tar!0.png"]
+    assert [report_of(tmp_path / f"{i}.jsonl")["not_kept"] for i in range(2)] == [0, 3]
+    shutil.copy(tmp_path / "in" / "0.tar", tmp_path / "in" / "1.tar")
+    settings["max_errors"] = 9
+    with pytest.raises(UserError, match=r"another source.*1\.tar"):
+        run_main(build, kind="images", vqgan=tiny, output_file=f"{tmp_path}/b{{i}}.jsonl", workers=1, **settings)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("added", "is the list of another source: of 7 images, but the inputs are 8"),
-        ("renamed", "is the list of another source: its images have other names than the 7 inputs"),
+        ("renamed", "is the list of another source: the images in the folder have other names"),
         ("written", r"is the list of another source, or its images have changed: .*0\.png has other contents"),
         ("cut", "is truncated, or no list of tokenizer.filter"),
         ("text", r"keep.jsonl:1: no line of a list of tokenizer.filter: not JSON"),

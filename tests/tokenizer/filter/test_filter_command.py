@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import shutil
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -49,6 +50,12 @@ def _remote(directory):
     return write_remote(f"memory:/{directory}", {**FILES, **sidecars(FILES)})
 
 
+def _file_name(name: str) -> str:
+    """Returns the name in FILES of a name in a list."""
+    container, _, member = name.rpartition("!")
+    return list(FILES)[int(member.partition(".")[0])] if container.endswith(".parquet") else member
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A folder of FILES with their scores. Tests must not change it."""
@@ -60,16 +67,19 @@ def test_each_image_is_dropped_for_its_reason_from_every_source(tmp_path, capsys
     input_dir = source(tmp_path / "in")
     blocklist = write_blocklist(tmp_path / "blocklist.txt", FILES)
     report = run_filter(tmp_path / "keep.jsonl.gz", input_dir=input_dir, blocklist=blocklist)
-    assert kept_names(tmp_path / "keep.jsonl.gz") == KEPT
-    reasons = {example["name"]: reason for reason, found in report["examples"].items() for example in found}
-    assert reasons == REASONS
+    assert [_file_name(name) for name in kept_names(tmp_path / "keep.jsonl.gz")] == KEPT
+    examples = [(reason, example) for reason, found in report["examples"].items() for example in found]
+    assert {_file_name(example["name"]): reason for reason, example in examples} == REASONS
     assert report["images"] == len(FILES) and report["counts"]["kept"] == len(KEPT)
     assert sum(report["counts"].values()) == len(FILES) and report["counts"]["--blocklist"] == 2
-    originals = {e["name"]: e.get("duplicate_of") for found in report["examples"].values() for e in found}
-    assert (originals["twin/0.png"], originals["good/1.png"]) == ("good/0.png", "large/1.jpg")
+    pairs = {(e["name"], e["duplicate_of"]) for _, e in examples if "duplicate_of" in e}
+    assert {tuple(map(_file_name, pair)) for pair in pairs} == {
+        ("twin/0.png", "good/0.png"),
+        ("good/1.png", "large/1.jpg"),
+    }
     printed, messages = capsys.readouterr()
     assert "ignored files" not in messages  # the scores are used
-    assert "--near_duplicates=2" in printed and "such as twin/0.png, as good/0.png" in printed
+    assert "--near_duplicates=2" in printed and "twin/0.png, as" in printed.replace("a.parquet!8.image", "twin/0.png")
 
 
 def test_without_rules_exact_copies_and_uniform_images_are_dropped(folder, tmp_path):
@@ -90,20 +100,42 @@ def test_other_rules_read_no_image_again(folder, tmp_path, monkeypatch):
         run_filter(tmp_path / "again.jsonl", measurements=measured, min="beauty:1")
 
 
+@pytest.mark.parametrize("source", [_folder, _tars])
 @pytest.mark.parametrize("parts", [2, 12])
-def test_the_parts_of_a_sharded_run_give_the_list_of_a_whole_one(folder, tmp_path, parts):
-    """There are more parts than images: some are empty. Near duplicates are in different parts."""
-    run_filter(tmp_path / "whole.jsonl", input_dir=folder)
+def test_the_parts_of_a_sharded_run_give_the_list_of_a_whole_one(tmp_path, source, parts):
+    """There are more parts than images or tars: some are empty. Near duplicates are in different parts."""
+    input_dir = source(tmp_path / "in")
+    run_filter(tmp_path / "whole.jsonl", input_dir=input_dir)
     pattern = f"{tmp_path}/parts/{{i}}.jsonl.zst"
     for part in range(parts):
-        settings = {**SETTINGS, "input_dir": folder, "measurements": pattern, "shard": f"{part}/{parts}"}
+        settings = {**SETTINGS, "input_dir": input_dir, "measurements": pattern, "shard": f"{part}/{parts}"}
         run_main(command, **settings)
     run_filter(tmp_path / "merged.jsonl", measurements=f"{tmp_path}/parts/*.zst")
     assert (tmp_path / "merged.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    first = sorted((tmp_path / "parts").glob("*.zst"))[0]
-    first.rename(tmp_path / "gone")
-    with pytest.raises(UserError, match=f"part 1 of {parts} of a build .* 1 are missing: 0"):
-        run_filter(tmp_path / "merged.jsonl", measurements=f"{tmp_path}/parts/*.zst")
+    first, second, *_ = sorted(str(path) for path in (tmp_path / "parts").glob("*.zst"))
+    for suffix in ("", ".report.json"):
+        shutil.copy(f"{first}{suffix}", f"{tmp_path}/copy.zst{suffix}")
+    for others, message in {
+        f"{tmp_path}/copy.zst": r"copy\.zst: is part 0 of a source, and so is",
+        f"{tmp_path}/whole.jsonl.measurements.jsonl.zst": "are no parts of one source",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run_filter(tmp_path / "merged.jsonl", measurements=f"{first},{others}")
+    with pytest.raises(UserError, match=rf"{second}: is one of {parts} parts of a source, of which .*missing: 0"):
+        run_filter(tmp_path / "merged.jsonl", measurements=f"{second},{tmp_path}/parts/*[1-9].jsonl.zst")
+
+
+def test_a_process_lists_only_the_tars_of_its_part(tmp_path):
+    """A tar without an image does not keep the other parts from being complete."""
+    input_dir = _tars(tmp_path / "in")
+    (tmp_path / "in" / "1.tar").write_bytes(b"text")
+    settings = {**SETTINGS, "input_dir": input_dir, "measurements": f"{tmp_path}/{{i}}.zst"}
+    run_main(command, **settings, shard="0/2")
+    with pytest.raises(UserError, match=r"1\.tar: not a whole tar"):
+        run_main(command, **settings, shard="1/2")
+    run_main(command, **settings, shard="1/2", max_errors=1)
+    report = run_filter(tmp_path / "keep.jsonl", measurements=f"{tmp_path}/?.zst")
+    assert report["images"] == 4 and "1.tar" in report["skipped"][0]["input"]
 
 
 def test_an_interrupted_run_resumes_and_measures_no_image_twice(folder, tmp_path, monkeypatch):
