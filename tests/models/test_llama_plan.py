@@ -14,6 +14,7 @@ from EasyLM.data import dataset
 from EasyLM.models.llama import costs, llama_config, llama_plan, training_task
 from EasyLM.parallel import make_mesh
 from EasyLM.planning.collectives import OPERATIONS
+from EasyLM.planning.plan import Plan
 from EasyLM.training import abstract_batch, abstract_state, make_optimizer, trace_step
 
 FIELDS = {
@@ -162,6 +163,39 @@ def test_suggest_finds_the_fastest_that_fits(tmp_path, capsys):
     again, code, _ = plan(tmp_path, capsys, "--topology=cpu:8", "--hbm_gb=0.05", *made["flags"])
     assert code == 0 and again["tokens_per_second_estimate"] == made["tokens_per_second_estimate"]
     assert f"flags         {' '.join(made['flags'])}" in text
+
+
+def test_suggest_splits_rows_that_fit_no_device(tmp_path, capsys, monkeypatch):
+    """Over the fewest devices that suffice, here 4."""
+
+    def planned(blank, config, llama, topology):
+        fits = make_mesh(config.mesh_dim, list(topology.devices)).shape["sp"] >= 4
+        error = None if fits else "does not fit"
+        return blank.with_values(fits=fits, tokens_per_second_estimate=1.0 if fits else None, error=error)
+
+    monkeypatch.setattr(llama_plan, "_plan", planned)
+    long = ["--topology=cpu:8", "--suggest=True", "--llama.num_attention_heads=8"]
+    made, code, _ = plan(tmp_path, capsys, *long)
+    assert code == 0 and made["flags"][0] == "--mesh_dim=dp:1,fsdp:2,mp:1,sp:4"
+    meshes = list(dict.fromkeys(tried["mesh_dim"] for tried in made["tried"]))
+    assert meshes == ["1,8,1", "1,4,2", "dp:1,fsdp:4,mp:1,sp:2", "dp:1,fsdp:2,mp:1,sp:4"]
+    made, code, _ = plan(tmp_path, capsys, *long, "--train_dataset.json_dataset.seq_length=6")
+    assert code == 1 and made["flags"] == []
+    assert [tried["mesh_dim"] for tried in made["tried"]][-1] == "dp:1,fsdp:4,mp:1,sp:2", "4 does not divide 6 tokens"
+
+
+def test_one_row_a_device_that_does_not_fit_can_be_split():
+    config = flags.defaults(llama_plan.FLAGS)
+    llama = llama_config.PRESETS["vqlm_debug"]  # 4 heads
+    one_row = Plan("cpu:8", 1, "", 8, 256).with_values(mesh={"dp": 1, "fsdp": 8, "mp": 1, "sp": 1})
+    split = "half the batch with --mesh_dim=dp:1,fsdp:4,mp:1,sp:2, which splits each row over 2 devices"
+    assert llama_plan._remedy(config, llama, one_row).endswith(split)
+    for several in (
+        one_row.with_values(batch_size=16),
+        one_row.with_values(seq_length=255),
+        one_row.with_values(batch_size=2, mesh={"dp": 1, "fsdp": 2, "mp": 1, "sp": 4}),
+    ):
+        assert "splits" not in llama_plan._remedy(config, llama, several)
 
 
 @pytest.mark.slow
