@@ -13,7 +13,7 @@ from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import available_cores
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import check_output, expand_paths, lock_output
+from EasyLM.storage import check_output, expand_paths, is_remote, lock_output
 from tokenizer.builders.shards import name_part, parse_shard
 from tokenizer.filter import report
 from tokenizer.filter.decision import Decision, Duplicates
@@ -137,6 +137,8 @@ def _check(config: ConfigDict, parts: int) -> None:
             f"--shard={config.shard}: measures a part of --input_dir: give --measurements, not --output_file. Then "
             "run it once without --shard and --input_dir, with --measurements of all parts and --output_file"
         )
+    if config.input_dir and is_remote(config.measurements):
+        raise UserError(f"--measurements={config.measurements}: must be a local path")
     if config.output_picture:
         if not config.output_file:
             raise UserError(f"--output_picture={config.output_picture}: needs --output_file")

@@ -95,6 +95,9 @@ def test_each_tar_can_be_a_part(images, tiny, tmp_path):
     # 0.tar has all four, in reverse order; of 1.tar, 4 is new, and 7, 1 and 9 are copies.
     assert sources == [f"{tmp_path}/in/0.tar!{i}.png" for i in range(4)] + [f"{tmp_path}/in/1.tar!0.png"]
     assert [report_of(tmp_path / f"{i}.jsonl")["not_kept"] for i in range(2)] == [0, 3]
+    run_filter(tmp_path / "keep.jsonl", input_dir=source, **{**RULES, "exact_duplicates": False})
+    run_main(build, kind="images", vqgan=tiny, output_file=f"{tmp_path}/{{i}}.jsonl", workers=1, **settings)
+    assert [report_of(tmp_path / f"{i}.jsonl")["sentences"] for i in range(2)] == [4, 4]  # another list, other parts
     shutil.copy(tmp_path / "in" / "0.tar", tmp_path / "in" / "1.tar")
     settings["max_errors"] = 9
     with pytest.raises(UserError, match=r"another source.*1\.tar"):

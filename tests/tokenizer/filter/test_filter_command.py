@@ -210,6 +210,7 @@ def test_the_picture_has_a_row_for_each_reason(folder, tmp_path):
         ({"measurements": "x", "output_file": ""}, "--output_file is missing"),
         ({"input_dir": "IN", "shard": "0/2"}, "--shard=0/2: measures a part .*give --measurements, not --output_file"),
         ({"input_dir": "IN", "shard": "2/2"}, "--shard=2/2: must be i/n"),
+        ({"input_dir": "IN", "measurements": "s3://x/y.zst"}, "--measurements=s3://x/y.zst: must be a local path"),
         ({"input_dir": "IN", "keys": "a,b"}, "--keys=a,b: give one"),
         ({"input_dir": "IN", "keys": "png"}, "--keys need tars"),
         ({"input_dir": "IN", "near_duplicates": 9}, r"--near_duplicates=9: must be -1\.\.8"),
