@@ -163,7 +163,8 @@ def _build(path: str, division: Division, part: int, codec: Codec, workers: Work
         report = write_sentences(work.plan, codec, file, work.skipped, resources)
         if not report["sentences"] and division.count == 1:
             name = f"--inputs={config.inputs}" if config.inputs else f"--input_dir={config.input_dir}"
-            raise UserError(f"{name}: no sentence was built, {len(work.skipped)} inputs skipped")
+            not_kept = f", {work.not_kept} not kept" if work.not_kept else ""
+            raise UserError(f"{name}: no sentence was built, {len(work.skipped)} inputs skipped{not_kept}")
         file.finish({**report, "files_passed_over": work.ignored, "not_kept": work.not_kept})
     print(f"{path}: {_summary(report)}")
 

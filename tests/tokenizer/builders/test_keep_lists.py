@@ -67,6 +67,9 @@ def test_other_kept_images_are_other_inputs(images, tiny, tmp_path):
     run_filter(tmp_path / "keep.jsonl", input_dir=settings["input_dir"], **{**RULES, "exact_duplicates": False})
     assert len(build_records("", tiny, tmp_path / "a.jsonl", "images", **settings)) == 7
     assert report_of(tmp_path / "a.jsonl")["identity"]["inputs"] != first
+    run_filter(tmp_path / "keep.jsonl", input_dir=settings["input_dir"], **{**RULES, "min_side": 1000})
+    with pytest.raises(UserError, match="no sentence was built, 0 inputs skipped, 7 not kept"):
+        build_records("", tiny, tmp_path / "a.jsonl", "images", **settings)
 
 
 def test_rows_of_a_table_are_kept_by_their_numbers(images, tiny, tmp_path):
