@@ -4,12 +4,14 @@ Shapes: see `evaluation.prompting`.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
 from EasyLM.errors import UserError
 from tokenizer.builders import views
-from tokenizer.synthetic import photos, scenes
+from tokenizer.synthetic import layouts, photos, scenes
 from tokenizer.synthetic.seed_ranges import page_example_seed
 
 NUM_SHOTS, NUM_FRAMES = 3, 7  # both kinds of prompts have seven images: one length to compile
@@ -18,15 +20,24 @@ NUM_TRUE_FRAMES = 8  # that follow a sequence
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """An example prompt: its name, its images uint8 [P,S,S,3], and the images that follow, uint8 [F,S,S,3].
+    """An example prompt.
 
-    is_analogy: whether the images are pairs and a query, not frames.
+    Attributes:
+      name: its name.
+      images: uint8 [P,S,S,3].
+      make_truth: returns `truth`, when it is needed first: rendering large frames takes seconds.
+      is_analogy: whether the images are pairs and a query, not frames.
     """
 
     name: str
     images: np.ndarray
-    truth: np.ndarray
+    make_truth: Callable[[], np.ndarray]
     is_analogy: bool
+
+    @functools.cached_property
+    def truth(self) -> np.ndarray:
+        """The images that follow, uint8 [F,S,S,3]."""
+        return self.make_truth()
 
     def truth_after(self, prompt: np.ndarray) -> np.ndarray | None:
         """Returns the images that follow a prompt, uint8 [P,S,S,3], which a visitor may have made from this example.
@@ -40,10 +51,9 @@ class Example:
             own = len(prompt) % 2 and np.array_equal(prompt[-1], self.images[-1])
             is_known = own and all(any(np.array_equal(pair, other) for other in pairs) for pair in given)
             return self.truth if is_known else None
-        clip = np.concatenate([self.images, self.truth])
         for end in range(len(prompt), len(self.images) + 1):
-            if np.array_equal(clip[end - len(prompt) : end], prompt):
-                return clip[end:]
+            if np.array_equal(self.images[end - len(prompt) : end], prompt):
+                return np.concatenate([self.images[end:], self.truth])
         return None
 
 
@@ -73,14 +83,19 @@ def _scenes(number: int, size: int) -> list[dict[str, np.ndarray]]:
 
 def _analogy(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Example:
     images = np.stack([image for pair in pairs for image in pair])
-    return Example(name, images[:-1], images[-1:], is_analogy=True)
+    return Example(name, images[:-1], lambda: images[-1:], is_analogy=True)
 
 
 def sequences(size: int, count: int = 4) -> list[Example]:
     """Returns prompts of frames of moving scenes."""
-    examples = []
-    for i in range(count):
-        clip = scenes.clip(page_example_seed(1000 + i), size, NUM_FRAMES + NUM_TRUE_FRAMES)
-        frames = np.stack([frame["image"] for frame in clip])
-        examples.append(Example(f"scene {i + 1}", frames[:NUM_FRAMES], frames[NUM_FRAMES:], is_analogy=False))
-    return examples
+    return [_sequence(f"scene {i + 1}", page_example_seed(1000 + i), size) for i in range(count)]
+
+
+def _sequence(name: str, seed: int, size: int) -> Example:
+    layout = layouts.seeded_layout(seed)
+
+    def frames(begin: int, end: int) -> np.ndarray:
+        return np.stack([scenes.render(layout, frame, size)["image"] for frame in range(begin, end)])
+
+    all_frames = NUM_FRAMES + NUM_TRUE_FRAMES
+    return Example(name, frames(0, NUM_FRAMES), lambda: frames(NUM_FRAMES, all_frames), is_analogy=False)

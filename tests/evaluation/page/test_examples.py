@@ -9,6 +9,8 @@ from evaluation.page.files import LIMITS, ExampleFiles
 from evaluation.page.handlers import PromptFiles
 from evaluation.page.pictures import enlarged
 from tokenizer.media import images
+from tokenizer.synthetic import scenes
+from tokenizer.synthetic.seed_ranges import page_example_seed
 
 SIZE = 12
 
@@ -54,7 +56,7 @@ def test_the_truth_of_an_analogy_is_known_for_its_query_after_its_own_pairs(anal
 
 
 def test_the_truth_of_a_sequence_is_the_rest_of_its_clip(sequence):
-    clip = np.concatenate([sequence.images, sequence.truth])
+    clip = np.stack([frame["image"] for frame in scenes.clip(page_example_seed(1000), SIZE, 15)])
     np.testing.assert_array_equal(sequence.truth_after(clip[:7]), clip[7:])
     np.testing.assert_array_equal(sequence.truth_after(clip[2:5]), clip[5:])
     assert sequence.truth_after(clip[[0, 2]]) is None and sequence.truth_after(clip[[1, 0]]) is None
