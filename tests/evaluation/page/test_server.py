@@ -40,6 +40,7 @@ def page(tmp_path: pathlib.Path, port: int):
         finally:
             server.kill()
     assert "Traceback" not in output, output
+    (tmp_path / "private.png").unlink()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # uploads are removed at the end
 
 
@@ -58,6 +59,7 @@ def test_the_page_checks_hosts_origins_and_uploads(page):
         assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "body_too_large")
         large_body = client.post(f"{url}/gradio_api/queue/join", content=b"[" * (2**20 + 1))
         assert (large_body.status_code, large_body.json()["error"]["code"]) == (413, "body_too_large")
+        assert "no longer stored" in answer_to_frame(client, url, write_private_image(folder))
         statuses = []
         for number in range(30):  # 300 MB
             response = client.post(upload, files={"files": number.to_bytes() + bytes(10 * 2**20)})
@@ -76,3 +78,29 @@ def assert_ends_connection(port: int) -> None:
         connection.sendall(request)
         answer = b"".join(iter(lambda: connection.recv(2**16), b""))
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"400"], answer
+
+
+def write_private_image(folder: pathlib.Path) -> str:
+    """Writes an image beside the page's folder."""
+    (page_folder,) = folder.glob("lvm_demo_*")
+    path = page_folder.with_name("private.png")
+    path.write_bytes(png(2))
+    return str(path)
+
+
+def answer_to_frame(client: httpx.Client, url: str, path: str) -> str:
+    """Draws after one frame, and returns the answer. The request does not mark the path as one of gradio's files."""
+    config = client.get(f"{url}/config").json()
+    components = {component["id"]: component["props"] for component in config["components"]}
+    draws = [
+        dependency
+        for dependency in config["dependencies"]
+        if any(components[target].get("elem_id") == "draw_sequence" for target, _ in dependency["targets"])
+    ]
+    values = [components[i].get("value") for i in draws[0]["inputs"]]
+    frames = next(k for k, i in enumerate(draws[0]["inputs"]) if components[i].get("elem_id") == "frames")
+    values[frames] = [{"image": {"path": path}, "caption": None}]
+    request = {"data": values, "fn_index": draws[0]["id"], "session_hash": "a"}
+    client.post(f"{url}/gradio_api/queue/join", json=request).raise_for_status()
+    with client.stream("GET", f"{url}/gradio_api/queue/data?session_hash=a") as events:
+        return next(line for line in events.iter_lines() if "process_completed" in line)
