@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import queue
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -30,6 +31,7 @@ from tokenizer.media import images
 
 _MAX_HISTORY = 12  # strips of one visitor
 _GAP = 8  # white pixels between an image and its reconstruction
+_NUMBERED = re.compile(r"pictures\[(\d+)\]")  # what `uploads` calls an image
 Captioned = list[tuple[Any, str]]  # (image or path, caption) for a gallery
 
 
@@ -60,10 +62,18 @@ class PromptFiles:
 
     @classmethod
     def read(cls, paths: Sequence[str], size: int, examples: ExampleFiles) -> "PromptFiles":
-        """Reads files, which visitors uploaded or the page wrote. Raises: see `read_files` and `decode`."""
+        """Reads files, which visitors uploaded or the page wrote.
+
+        Raises:
+          UserError: naming the slot; see `read_files` and `decode`.
+        """
         contents = read_files(paths, examples.folder)
-        pixels = decode(contents, size)
-        return cls(pixels, decode(contents, enlarged_side(size)), examples.truth_after(pixels))
+        labels = strip.prompt_labels(len(paths), examples.is_analogy)
+        try:
+            pixels, shown = decode(contents, size), decode(contents, enlarged_side(size))
+        except (UserError, RequestError) as error:
+            raise UserError(_NUMBERED.sub(lambda number: labels[int(number[1])], str(error))) from None
+        return cls(pixels, shown, examples.truth_after(pixels))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,6 +118,7 @@ def test_a_strip_of_frames_has_a_line_for_each_candidate_and_breaks_long_rows():
     frames = strip.prompt_rows(coloured(*range(10)), is_analogy=False)
     picture = strip.labelled_strip([*frames, *rows], "t" * 1000)
     (first, _), (last, _), (truth, _) = (corner(picture, value) for value in (7, 8, 40))
+    assert (picture[:40, -12:] == 255).all() and picture[:40].min() < 120  # the title is shortened
     assert first < last < truth and picture.shape[1] < 9 * 280
 
 
@@ -137,6 +138,10 @@ def test_only_files_of_the_page_are_read(tmp_path, analogies):
     ):
         with pytest.raises(UserError, match="no longer stored"):
             PromptFiles.read([str(path)], SIZE, files)
+    (folder / "text.png").write_text("no image")
+    for other, label in ((files.save(0)[0], "Answer 1"), (str(folder / "text.png"), "Example 1")):
+        with pytest.raises(UserError, match=f"^{label}: not a readable image"):
+            PromptFiles.read([other, str(folder / "text.png"), files.save(0)[2]], SIZE, files)
     (folder / "large.png").write_bytes(bytes(LIMITS.body_bytes + 1))
     with pytest.raises(UserError, match="at most 16 MB"):
         PromptFiles.read([str(folder / "large.png")], SIZE, files)

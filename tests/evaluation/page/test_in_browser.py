@@ -215,7 +215,7 @@ def try_analogy(page: PageDriver) -> None:
     # A file that is not an image gives an error; an uploaded image replaces the query, and its answer is not known.
     page.replace_image("query", "text.png")
     page.click("#draw_analogy")
-    page.wait_for(".toast-body", "not a readable image")
+    page.wait_for(".toast-body", "Query: not a readable image")
     page.replace_image("query", "0.png")
     page.wait_for("#query img")
     assert len(set(page.generate("analogy", before=reseeded))) == 4
