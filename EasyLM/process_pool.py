@@ -1,6 +1,7 @@
 """A pool of worker processes that recovers when a worker dies."""
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import multiprocessing
@@ -15,6 +16,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from EasyLM.errors import UserError
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 
 
 class Workers:
@@ -128,7 +131,24 @@ def exit_with_parent() -> None:
 
 def _make_pool(processes: int) -> ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
-    return ProcessPoolExecutor(processes, spawn, exit_with_parent)
+    return ProcessPoolExecutor(processes, spawn, _start_worker)
+
+
+def _start_worker() -> None:
+    exit_with_parent()
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Makes the C library keep up to 128 MB of freed memory for the next results.
+
+    glibc gives back and asks again for memory of some megabytes, and the kernel clears each page anew. For workers that
+    return the frames of a video, this takes as long as a fifth of reading them (`scripts/bench_videos.py`).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_TRIM_THRESHOLD, 128 << 20)
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable, arguments: tuple) -> Future:

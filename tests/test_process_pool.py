@@ -2,13 +2,14 @@
 
 import os
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from worker_functions import die_once
+from worker_functions import die_once, kept_megabytes
 
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers, available_cores, result
@@ -82,6 +83,12 @@ def test_functions_lost_with_a_worker_run_again(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide themselves")
+def test_workers_keep_freed_memory_for_the_next_results():
+    with Workers(2) as workers:
+        assert workers.submit(kept_megabytes, 25).result() > 90
+
+
 def test_workers_do_not_import_the_main_module(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

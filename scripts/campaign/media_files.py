@@ -184,5 +184,5 @@ def _frames(path: pathlib.Path, times: np.ndarray) -> dict[float, np.ndarray]:
         for number, frame in enumerate(container.decode(stream)):
             time = times[min(number, len(times) - 1)] if by_index else (frame.pts or 0) * float(stream.time_base)
             if not frame.is_corrupt:
-                frames[time] = video_frames.to_pixels(frame, None)
+                frames[time] = images.to_float32(video_frames.to_bytes(frame, None))
     return frames

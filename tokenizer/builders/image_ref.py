@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenizer.builders.views import VIEWS
-from tokenizer.media import images, videos
+from tokenizer.media import videos
 from tokenizer.sources import reading
 
 
@@ -76,7 +76,7 @@ def read(group: list[ImageRef], size: int) -> np.ndarray:
     first = group[0]
     if first.seconds is not None:
         video = reading.video_file(first.path, first.location)
-        return images.to_uint8(videos.read(video, [ref.seconds for ref in group if ref.seconds is not None], size))
+        return videos.read_bytes(video, [ref.seconds for ref in group if ref.seconds is not None], size)
     return np.stack([VIEWS[ref.view](reading.open_item(ref.path, ref.location), size, ref.argument) for ref in group])
 
 

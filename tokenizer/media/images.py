@@ -191,10 +191,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its values are floating point, whose range is unknown: save it with 8 or 16 bits")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return over_white(image)
     return sample_values.cmyk_to_srgb(image) if image.mode == "CMYK" else image.convert("RGB")
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Composites an image with transparency over white. Returns RGB."""
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def png_bytes(pixels: np.ndarray | Image.Image) -> bytes:

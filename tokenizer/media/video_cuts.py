@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tokenizer.media.video_file import to_array
+
 MIN_CHANGE = 0.2
 _NEIGHBOURS, _RATIO = 3, 2.0
 _SIDE, _LEVELS = 32, 8
@@ -24,7 +26,7 @@ def find_cuts(numbered_frames: Iterable[tuple[int, Any]]) -> list[int]:
     """
     numbers, changes, before = [], [], None
     for number, frame in numbered_frames:
-        histogram = colour_histogram(frame.to_ndarray(format="rgb24", width=_SIDE, height=_SIDE))
+        histogram = colour_histogram(to_array(frame, format="rgb24", width=_SIDE, height=_SIDE))
         if before is not None:
             numbers.append(number)
             changes.append(0.5 * float(np.abs(histogram - before).sum(axis=-1).mean()))

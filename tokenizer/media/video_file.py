@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from EasyLM.errors import UserError, check_installed
@@ -97,7 +98,17 @@ def open_container(video: VideoFile) -> Iterator[tuple[Any, Any]]:
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > MAX_PIXELS:
             raise UserError(f"{video.name}: frames of {width}x{height} pixels, more than {MAX_PIXELS}")
+        stream.codec_context.thread_count = 1  # a build reads videos in as many processes as there are cores
         if stream.codec_context.name == "mjpeg":
             # Otherwise the decoder fills the damaged part of a frame with anything, and does not say so.
             stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
+
+
+def to_array(frame: Any, **arguments: Any) -> np.ndarray:
+    """Converts a frame by `to_ndarray` of PyAV, in this thread alone.
+
+    From version 17 on, PyAV otherwise starts a thread for each core and frame, which takes longer than small frames.
+    """
+    has_threads = int(import_av().__version__.partition(".")[0]) >= 17
+    return frame.to_ndarray(**arguments, **({"threads": 1} if has_threads else {}))

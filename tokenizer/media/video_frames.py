@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tokenizer.media import colours, images
-from tokenizer.media.video_file import MAX_PIXELS, import_av
+from tokenizer.media.video_file import MAX_PIXELS, import_av, to_array
 
 _BT709, _BT601 = 1, 6  # matrices
 _MATRICES = (0, _BT709, *colours.UNKNOWN, 4, 5, _BT601, 7, colours.BT2020)  # those that swscale converts to RGB
@@ -18,8 +18,8 @@ _WHITE_NITS = 203  # HDR white of ITU-R BT.2408, which becomes the white of sRGB
 _HLG_PEAK_NITS, _HLG_GAMMA = 1000, 1.2  # the reference display of ITU-R BT.2100
 
 
-def to_pixels(frame: Any, size: int | None, pixel_aspect: fractions.Fraction = fractions.Fraction(1)) -> np.ndarray:
-    """Converts a frame of PyAV to upright sRGB, resized as `images.read` does: float32 [height,width,3] in [0, 1].
+def to_bytes(frame: Any, size: int | None, pixel_aspect: fractions.Fraction = fractions.Fraction(1)) -> np.ndarray:
+    """Converts a frame of PyAV to upright sRGB, resized as `images.read` does: uint8 [height,width,3].
 
     Untagged YUV has the matrix of BT.2020 if it is HDR, of BT.709 if it has HD size, otherwise of BT.601. HDR white
     becomes white. Frames with an alpha channel are composited over white. An interlaced frame is its first field.
@@ -49,13 +49,15 @@ def to_pixels(frame: Any, size: int | None, pixel_aspect: fractions.Fraction = f
     primaries = colours.BT2020 if is_hdr and primaries in colours.UNKNOWN else primaries
     to_srgb_33 = colours.wide_to_srgb(primaries)
     if is_hdr or to_srgb_33 is not None:
-        pixels_HW3 = _resize(frame.to_ndarray(format="gbrp16le").astype(np.float32) / 65535, width_height)
-        return upright(_to_srgb(pixels_HW3, frame.color_trc, to_srgb_33), matrix)
+        pixels_HW3 = _resize(to_array(frame, format="gbrp16le").astype(np.float32) / 65535, width_height)
+        return upright(images.to_uint8(_to_srgb(pixels_HW3, frame.color_trc, to_srgb_33)), matrix)
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
-    if size is None and image.size != width_height:
+    image = Image.fromarray(to_array(frame, format="rgba" if has_alpha else "rgb24"))
+    if has_alpha:
+        image = images.over_white(image)
+    if image.size != width_height:
         image = image.resize(width_height, Image.Resampling.BICUBIC)
-    return upright(images.to_pixels(image, size), matrix)
+    return upright(np.asarray(image), matrix)
 
 
 def first_field(frame: Any) -> Any:

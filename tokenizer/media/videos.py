@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from EasyLM.errors import UserError
-from tokenizer.media import video_cuts, video_frames
+from tokenizer.media import images, video_cuts, video_frames
 from tokenizer.media.video_clock import read_clock
 from tokenizer.media.video_decoder import open_decoder
 from tokenizer.media.video_file import VideoFile, local_file
@@ -46,10 +46,17 @@ def scenes(video: str | os.PathLike | VideoFile) -> list[np.ndarray]:
 def read(
     video: str | os.PathLike | VideoFile, seconds: Sequence[float] | np.ndarray, size: int | None = None
 ) -> np.ndarray:
-    """Reads the frames shown at times in any order: float32 [k,size,size,3]. With size None they have the size shown.
+    """Reads frames as `read_bytes`, scaled to float32 in [0, 1]."""
+    return images.to_float32(read_bytes(video, seconds, size))
+
+
+def read_bytes(
+    video: str | os.PathLike | VideoFile, seconds: Sequence[float] | np.ndarray, size: int | None = None
+) -> np.ndarray:
+    """Reads the frames shown at times in any order: uint8 [k,size,size,3]. With size None they have the size shown.
 
     The frame shown at a time is the last one whose own time is not later. Applies the orientation in the metadata,
-    converts the colours to sRGB, and resizes as `images.load`. Seeks over unneeded frames where the format allows it.
+    converts the colours to sRGB, and resizes as `images.read`. Seeks over unneeded frames where the format allows it.
     Otherwise decoding goes on where the last call for this file ended, if its times were earlier.
 
     Raises:
@@ -65,7 +72,7 @@ def read(
             if is_damaged:
                 time = clock.seconds[number]
                 raise UserError(f"{video.name}: the frame at {time:g} s, or one that it depends on, is damaged")
-            decoded[number] = video_frames.to_pixels(frame, size, decoder.pixel_aspect)
+            decoded[number] = video_frames.to_bytes(frame, size, decoder.pixel_aspect)
     missing = [number for number in numbers.tolist() if number not in decoded]
     if missing:
         raise UserError(f"{video.name}: the frame at {clock.seconds[missing[0]]:g} s cannot be decoded")

@@ -68,7 +68,7 @@ def test_few_files_stay_open_and_none_after_an_error(tmp_path, monkeypatch):
         raise ValueError("of the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(videos.video_frames, "to_pixels", fail)
+        patch.setattr(videos.video_frames, "to_bytes", fail)
         with pytest.raises(UserError, match=r"d\.mp4: not a readable video \(of the test\)"):
             videos.read(tmp_path / "d.mp4", [0.1])
     assert [video.name for video in video_decoder._idle] == [f"{tmp_path}/c.mp4"]

@@ -46,7 +46,7 @@ def test_interlaced_frames_keep_their_colour_tags(tmp_path, tags):
     write_planes(tmp_path / "progressive.mkv", "ffv1", "yuv420p10le", planes, **tags)
     write_planes(tmp_path / "interlaced.mkv", "ffv1", "yuv420p10le", planes, is_interlaced=True, **tags)
     expected = videos.read(tmp_path / "progressive.mkv", [0.0], 8)
-    np.testing.assert_allclose(videos.read(tmp_path / "interlaced.mkv", [0.0], 8), expected, atol=2e-3)
+    np.testing.assert_allclose(videos.read(tmp_path / "interlaced.mkv", [0.0], 8), expected, atol=5e-3)
     assert np.ptp(expected.mean((0, 1, 2))) > 0.1
 
 
