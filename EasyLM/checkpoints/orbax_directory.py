@@ -133,8 +133,13 @@ class _StoredArray:
         location: Any = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         if not self.is_ocdbt:
             location = f"{base}{name}/" if is_remote(self.item) else {**base, "path": f"{self.item}/{name}/"}
-        # By default TensorStore reads missing chunks as zeros.
-        spec = {"driver": self.driver, "kvstore": location, "fill_missing_data_reads": False}
+        spec = {
+            "driver": self.driver,
+            "kvstore": location,
+            "fill_missing_data_reads": False,  # by default missing chunks are zeros
+            "recheck_cached_data": False,  # a checkpoint does not change
+            "recheck_cached_metadata": False,
+        }
         return tensorstore.open(spec, read=True, context=self.context).result()
 
     def reader(self, layer: int | None) -> SliceReader:
