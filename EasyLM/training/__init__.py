@@ -28,7 +28,7 @@ Vocabulary:
     item          what throughput counts: a token, or an image
     extra         state that the loss function updates and no gradient reaches, such as running means
     data state    rows consumed, and the fingerprint of the data that they came from
-    milestone     a checkpoint that is kept for good; of the other checkpoints only the latest is kept
+    milestone     a checkpoint that is kept for good; of the other checkpoints only the latest are kept
 """
 
 from EasyLM.training.abstract_step import abstract_batch, abstract_state, bytes_per_device, trace_step

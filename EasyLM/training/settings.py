@@ -26,7 +26,7 @@ RUN_FLAGS = {
     "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl): check the model settings, set the step."),
     "log_freq": Flag(50, "Steps between logged steps.", least=1),
     "save_model_freq": Flag(
-        0, "Steps between checkpoints, of which the latest is kept; 0: only after a signal or an error.", least=0
+        0, "Steps between checkpoints, of which the latest are kept; 0: only after a signal or an error.", least=0
     ),
     "save_milestone_freq": Flag(0, "Steps between checkpoints that are all kept; 0: none.", least=0),
     "preemption_notice_seconds": Flag(
