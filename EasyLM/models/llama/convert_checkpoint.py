@@ -1,7 +1,8 @@
-"""Converts checkpoints: `python -m EasyLM.models.llama.convert_checkpoint --load_checkpoint=PREFIX::PATH --output=DIR`.
+"""Turns a streaming checkpoint into a directory of Orbax, or such a directory into a streaming file, and casts it.
 
-A streaming file becomes a directory of Orbax, and such a directory a streaming file. The parameters may be cast. The
-output is a directory with the state, `metadata.json`, `dataset.json`, and for a streaming file `checksums.json`. The
+    python -m EasyLM.models.llama.convert_checkpoint --load_checkpoint=PREFIX::PATH --output=DIR
+
+The output is a directory with the state, `metadata.json`, `dataset.json`, and for a streaming file `checksums.json`. The
 command holds one array in memory at a time while it writes a streaming file, and all of them for Orbax.
 """
 
