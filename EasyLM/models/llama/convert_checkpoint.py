@@ -2,8 +2,8 @@
 
     python -m EasyLM.models.llama.convert_checkpoint --load_checkpoint=PREFIX::PATH --output=DIR
 
-The output is a directory with the state, `metadata.json`, `dataset.json`, and for a streaming file `checksums.json`. The
-command holds one array in memory at a time while it writes a streaming file, and all of them for Orbax.
+The output is a directory with the state, `metadata.json`, `dataset.json`, and for a streaming file `checksums.json`.
+The command holds one array in memory at a time while it writes a streaming file, and all of them for Orbax.
 """
 
 import os
