@@ -1,5 +1,6 @@
 """Frames of a video that a visitor uploads, read in a process of its own."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 from EasyLM.errors import UserError, check_installed
 
 _SECONDS = 60.0
+# On a machine of many cores, the stacks of numpy's threads alone could exceed the limit of memory.
+_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _PROGRAM = "evaluation.page.video_frames"
 
 
@@ -22,7 +25,9 @@ def evenly_spaced_frames(video: str, count: int, size: int, folder: pathlib.Path
     check_installed("a video", "video", "av")
     command = [sys.executable, "-m", _PROGRAM, video, str(count), str(size), str(folder)]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        child = subprocess.run(
+            command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"the video takes longer than {_SECONDS:g} seconds to read: give a shorter one") from None
     if child.returncode == 2:
