@@ -10,7 +10,7 @@ import pytest
 
 from EasyLM.errors import UserError
 from EasyLM.models.attention import AttentionMask, attention
-from EasyLM.models.attention.splash import splash_attention
+from EasyLM.models.attention.splash import causal_mask_class, splash_attention
 from EasyLM.parallel import make_mesh
 from EasyLM.planning.matmuls import attention_weights
 
@@ -205,7 +205,7 @@ def test_auto_on_a_tpu_never_forms_the_matrix(mask):
     (130, 100, 2, False, ""),
     (130, 100, 2, True, "2,2,2"),
     (130, 64, 1, True, "4,1,2"),  # a group of two heads is not split
-    (130, 128, 4, True, "1,2,4"),
+    (130, 128, 4, True, "dp:1,fsdp:2,mp:2,sp:2"),
     (1024, 64, 2, False, "2,2,2"),  # several blocks
     (1024, 64, 2, True, ""),
 ])  # fmt: skip
@@ -228,3 +228,20 @@ def test_splash_equals_xla(length, head_dim, groups, masked, mesh_dim):
     expected = jax.jit(lambda *x: with_gradients(*x, mask, implementation="xla"))(*arrays)
     for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_mask_of_splash_is_that_of_its_library():
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def kernel_of(mask_class):
+        masks = splash.MultiHeadMask([mask_class((1024, 1024))] * 2)
+        blocks = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), 128)
+        how = {"block_sizes": splash.BlockSizes(**blocks), "head_shards": 1, "q_seq_shards": 1}
+        return jax.tree.leaves(splash.make_splash_mha(masks, **how))
+
+    for actual, expected in zip(kernel_of(causal_mask_class()), kernel_of(splash.CausalMask), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    mask, block = causal_mask_class()((1024, 1024)), slice(128, 256)
+    assert mask[block, slice(256, 384)].size == mask[block, slice(0, 128)].size == 1, "later and earlier keys"
+    np.testing.assert_array_equal(mask[block, block], np.tri(128, dtype=bool))
