@@ -83,11 +83,16 @@ SENTENCE_FLAGS = {
         "i/n: build only part i (from 0) of n; the concatenated parts equal the whole file. auto: the part of this "
         "task of a SLURM array or of srun, or of this host of a pod, then parts whose tasks have died; see --parts.",
     ),
+    "fast_decode": Flag(
+        False,
+        "Decode JPEG files at 1/2, 1/4 or 1/8 of their sides, not below that of the tokenizer's images: faster, but "
+        "other pixels; DATASET.md has both figures.",
+    ),
     "vqgan": CODEC_FLAGS["vqgan"],
     "dtype": CODEC_FLAGS["dtype"],
 }
 # Builds of versions without these flags stay complete.
-_LATER_FLAGS = ("keys", "columns", "keep", "frame_seconds", "split_at_cuts")
+_LATER_FLAGS = ("keys", "columns", "keep", "frame_seconds", "split_at_cuts", "fast_decode")
 FLAGS = {
     "inputs": Flag(
         "",
@@ -160,7 +165,7 @@ def _build(path: str, division: Division, part: int, codec: Codec, workers: Work
         work = division.work(part)
         folders.report_ignored(work.ignored, "inputs")
         resources = Resources(config.batch_size, workers, config.cache_pictures if work.repeats_images else 0)
-        report = write_sentences(work.plan, codec, file, work.skipped, resources)
+        report = write_sentences(work.plan, codec, file, work.skipped, resources, config.fast_decode)
         if not report["sentences"] and division.count == 1:
             name = f"--inputs={config.inputs}" if config.inputs else f"--input_dir={config.input_dir}"
             not_kept = f", {work.not_kept} not kept" if work.not_kept else ""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenizer.builders.views import VIEWS
+from tokenizer.builders import views
 from tokenizer.media import videos
 from tokenizer.sources import reading
 
@@ -19,7 +19,7 @@ class ImageRef(NamedTuple):
     Attributes:
       path: the address of an image, or of a video if `seconds` is given.
       seconds: the time in the video.
-      view: one of VIEWS.
+      view: see `views.read`.
       argument: of the view: the seed of a random mask, or the range of a depth map; empty: none.
       location: where the image is in its container; empty: it is a file, or is found by its address.
     """
@@ -49,10 +49,10 @@ def from_record(record: Mapping[str, Any]) -> list[ImageRef]:
     """Returns the images of a record: the inverse of `to_record`, but for the locations, which only save time."""
     count = len(record["sources"])
     seconds = record.get("seconds", [None] * count)
-    views = [view.partition(":") for view in record.get("views", ["plain"] * count)]
+    named = [view.partition(":") for view in record.get("views", ["plain"] * count)]
     return [
         ImageRef(path, second, view, argument)
-        for path, second, (view, _, argument) in zip(record["sources"], seconds, views)
+        for path, second, (view, _, argument) in zip(record["sources"], seconds, named)
     ]
 
 
@@ -67,8 +67,13 @@ def group_by_file(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
     yield from frames.values()
 
 
-def read(group: list[ImageRef], size: int) -> np.ndarray:
+def read(group: list[ImageRef], size: int, fast_decode: bool = False) -> np.ndarray:
     """Reads the pixels of one group of `group_by_file`: uint8 [len(group),size,size,3].
+
+    Args:
+      group: the images.
+      size: the side.
+      fast_decode: see `images.read`. It does not apply to videos.
 
     Raises:
       UserError: naming the path, if it cannot be read.
@@ -77,7 +82,10 @@ def read(group: list[ImageRef], size: int) -> np.ndarray:
     if first.seconds is not None:
         video = reading.video_file(first.path, first.location)
         return videos.read_bytes(video, [ref.seconds for ref in group if ref.seconds is not None], size)
-    return np.stack([VIEWS[ref.view](reading.open_item(ref.path, ref.location), size, ref.argument) for ref in group])
+    files = (reading.open_item(ref.path, ref.location) for ref in group)
+    return np.stack(
+        [views.read(ref.view, file, size, ref.argument, fast_decode) for ref, file in zip(group, files, strict=True)]
+    )
 
 
 def scenes(ref: ImageRef, split_at_cuts: bool) -> list[np.ndarray]:

@@ -130,28 +130,45 @@ def with_hole(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels
 
 
-def _read_with_hole(path: ImageFile, size: int, key: str) -> np.ndarray:
-    return with_hole(images.read(path, size), np.random.default_rng(int(key)))
-
-
-def _read_with_patches(path: ImageFile, size: int, key: str) -> np.ndarray:
-    """Reads an image and blackens a random share of its 8x8 patches, at least one and not all."""
-    rng = np.random.default_rng(int(key))
+def _with_patches(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Blackens a random share of the 8x8 patches of pixels [size,size,3], at least one and not all."""
     count = PATCHES * PATCHES
     is_dropped = rng.permutation(count) < rng.integers(1, count)
-    patch = np.arange(size) * PATCHES // size  # index of the patch of each row or column of pixels
+    patch = np.arange(len(pixels)) * PATCHES // len(pixels)  # index of the patch of each row or column of pixels
     is_black = is_dropped.reshape(PATCHES, PATCHES)[patch[:, None], patch]
-    return np.where(is_black[..., None], np.uint8(0), images.read(path, size))
+    return np.where(is_black[..., None], np.uint8(0), pixels)
 
 
-# Each reads a file: (path, size, argument) -> uint8 [size,size,3]. The argument of a mask is the seed of its position,
-# that of a depth map of CO3D the address of its mask.
-VIEWS: dict[str, Callable[[ImageFile, int, str], np.ndarray]] = {
-    "plain": lambda path, size, _: images.read(path, size),
-    "gray": lambda path, size, _: gray(images.read(path, size)),
-    "hole": _read_with_hole,
-    "patches": _read_with_patches,
+# Of the pixels of an image: (uint8 [size,size,3], argument) -> uint8 [size,size,3]. The argument of a mask is the seed
+# of its position.
+_PIXEL_VIEWS: dict[str, Callable[[np.ndarray, str], np.ndarray]] = {
+    "plain": lambda pixels, _: pixels,
+    "gray": lambda pixels, _: gray(pixels),
+    "hole": lambda pixels, key: with_hole(pixels, np.random.default_rng(int(key))),
+    "patches": lambda pixels, key: _with_patches(pixels, np.random.default_rng(int(key))),
+}
+# Of a file whose values are not colours: (path, size, argument) -> uint8 [size,size,3]. The argument of a depth map of
+# CO3D is the address of its mask.
+_FILE_VIEWS: dict[str, Callable[[ImageFile, int, str], np.ndarray]] = {
     "palette": lambda path, size, _: label_colours(label_ids(path, size)),
     "depth": lambda path, size, depth_range: depth(path, size, *parse_depth_range(depth_range)),
     "co3d_depth": co3d_depth,
 }
+
+
+def read(view: str, path: ImageFile, size: int, argument: str, fast_decode: bool) -> np.ndarray:
+    """Reads a view of an image file: uint8 [size,size,3].
+
+    Args:
+      view: a key of one of the tables above.
+      path: the file.
+      size: the side.
+      argument: of the view.
+      fast_decode: see `images.read`. Values that are not colours are decoded as ever.
+
+    Raises:
+      UserError: naming the path, if it cannot be read.
+    """
+    if view in _PIXEL_VIEWS:
+        return _PIXEL_VIEWS[view](images.read(path, size, fast_decode), argument)
+    return _FILE_VIEWS[view](path, size, argument)

@@ -67,6 +67,7 @@ def write_sentences(
     file: OutputFile,
     skipped: SkippedInputs,
     resources: Resources,
+    fast_decode: bool = False,
 ) -> dict[str, Any]:
     """Writes the sentences that the file does not contain yet, and returns the report.
 
@@ -76,6 +77,7 @@ def write_sentences(
       file: the output.
       skipped: takes the inputs that cannot be used.
       resources: of the build.
+      fast_decode: see `images.read`.
     """
     state = file.state or {**_INITIAL_STATE, "example": plan.examples.start}
     with prefix_errors(f"{file.path}.progress.json"):
@@ -88,7 +90,8 @@ def write_sentences(
         contextlib.closing(Encoder(codec)) as encoder,
         progress_bar(os.path.basename(file.path), state["example"] - plan.examples.start, len(plan.examples)) as bar,
     ):
-        read = functools.partial(workers.submit, functools.partial(image_ref.read, size=codec.resolution))
+        reader = functools.partial(image_ref.read, size=codec.resolution, fast_decode=fast_decode)
+        read = functools.partial(workers.submit, reader)
         max_pending = _PENDING_BATCHES * resources.batch_size + 2 * workers.processes
         if any(KINDS[data_set.kind].is_video for data_set in plan.data_sets):
             max_pending += workers.processes * FRAMES_PER_READ

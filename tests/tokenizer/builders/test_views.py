@@ -105,12 +105,12 @@ def test_masks_have_the_documented_sizes(tmp_path):
     Image.new("RGB", (size, size), "white").save(tmp_path / "white.png")
     sides, ratios, positions = set(), [], set()
     for key in range(200):
-        masked = ~views.VIEWS["hole"](tmp_path / "white.png", size, str(key)).any(-1)
+        masked = ~views.read("hole", tmp_path / "white.png", size, str(key), False).any(-1)
         rows, columns = np.flatnonzero(masked.any(1)), np.flatnonzero(masked.any(0))
         assert masked.sum() == len(rows) * len(columns) and len(rows) == len(columns) == np.ptp(rows) + 1
         sides.add(len(rows))
         positions.add((rows[0], columns[0]))
-        dropped = ~views.VIEWS["patches"](tmp_path / "white.png", size, str(key)).any(-1)
+        dropped = ~views.read("patches", tmp_path / "white.png", size, str(key), False).any(-1)
         cells = dropped.reshape(8, 8, 8, 8).mean((1, 3))  # patches of 32 of 256 pixels: an eighth of the side
         assert np.isin(cells, (0, 1)).all() and 0 < cells.sum() < 64
         ratios.append(cells.mean())
