@@ -130,6 +130,7 @@ def exit_with_parent() -> None:
 
 
 def _make_pool(processes: int) -> ProcessPoolExecutor:
+    _keep_freed_memory()  # this process receives the results
     spawn = multiprocessing.get_context("spawn")  # forking would copy JAX's threads and locks
     return ProcessPoolExecutor(processes, spawn, _start_worker)
 
