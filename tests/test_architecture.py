@@ -17,10 +17,11 @@ ALLOWED = {
     "EasyLM.parallel": "",
     "EasyLM.training": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel",
     "EasyLM.planning": "EasyLM.checkpoints EasyLM.parallel EasyLM.training",
+    "EasyLM.publishing": "EasyLM.storage",  # not a part of it: workers import storage, and need no flags
     "EasyLM.models": "",
     "EasyLM.models.attention": "EasyLM.models EasyLM.parallel",  # a kernel runs on each device of the mesh
     "EasyLM.models.llama": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training "
-    "EasyLM.planning EasyLM.models EasyLM.models.attention",
+    "EasyLM.planning EasyLM.publishing EasyLM.models EasyLM.models.attention",
     # Images and videos to visual sentences. Only the trainer's command uses EasyLM's upper rooms.
     "tokenizer.media": "EasyLM.storage",
     "tokenizer.formats": "EasyLM.storage EasyLM.checkpoints",
@@ -35,12 +36,12 @@ ALLOWED = {
     "tokenizer.filter": "EasyLM.storage tokenizer.media tokenizer.sources tokenizer.builders",
     "tokenizer.mappings": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.formats tokenizer.synthetic "
     "tokenizer.vqgan tokenizer.builders",
-    "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training tokenizer.media "
-    "tokenizer.formats tokenizer.synthetic tokenizer.vqgan tokenizer.image_quality tokenizer.training "
+    "tokenizer": "EasyLM.storage EasyLM.data EasyLM.checkpoints EasyLM.parallel EasyLM.training EasyLM.publishing "
+    "tokenizer.media tokenizer.formats tokenizer.synthetic tokenizer.vqgan tokenizer.image_quality tokenizer.training "
     "tokenizer.sentence_files tokenizer.sources tokenizer.builders",
     # Prompts and answers.
-    "evaluation.prompting": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel EasyLM.models EasyLM.models.llama "
-    "tokenizer.formats tokenizer.vqgan",
+    "evaluation.prompting": "EasyLM.storage EasyLM.checkpoints EasyLM.parallel EasyLM.publishing EasyLM.models "
+    "EasyLM.models.llama tokenizer.formats tokenizer.vqgan",
     "evaluation.tasks": "EasyLM.storage tokenizer.media tokenizer.builders tokenizer.image_quality tokenizer.synthetic "
     "tokenizer.mappings evaluation.prompting",
     "evaluation.runs": "EasyLM.storage tokenizer.media evaluation.prompting evaluation.tasks",

@@ -14,20 +14,19 @@ from ml_collections import ConfigDict
 from EasyLM.checkpoints import load_metadata
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run, to_dataclass
-from EasyLM.storage import (
+from EasyLM.publishing import (
     CARD_FILE,
     CARD_FLAGS,
     PUSH_FLAG,
     CardTexts,
-    atomic_file,
     card_table,
     card_text,
     last_metrics,
-    lock_output_folder,
     prepare_repository,
     public_name,
     upload_files,
 )
+from EasyLM.storage import atomic_file, lock_output_folder
 from tokenizer.vqgan import CODEC_FLAGS, VQGAN, weights
 
 FLAGS = {

@@ -16,8 +16,6 @@ Modules:
   lock_file  the file of a lock
   processes  which process has written a file, and whether it still exists
   hub      names on the Hugging Face Hub in place of local paths
-  hub_upload  uploads a directory to the Hugging Face Hub
-  model_card  the README.md beside exported weights
   json_files  JSON files, bounded and checked with a schema
   columns  memory-mapped column files, cached or standalone
   pickles  what makes reading a pickle safe
@@ -37,18 +35,7 @@ from EasyLM.storage.columns import VERIFIED_ONCE_BYTES, Columns, cached_columns,
 from EasyLM.storage.digests import content_digest, json_digest, same_contents
 from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, LockWatch, lock_output, lock_output_folder
 from EasyLM.storage.hub import local_path
-from EasyLM.storage.hub_upload import PUSH_FLAG, prepare_repository, upload_files
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
-from EasyLM.storage.model_card import (
-    CARD_FILE,
-    CARD_FLAGS,
-    NOT_STATED,
-    CardTexts,
-    card_table,
-    card_text,
-    last_metrics,
-    public_name,
-)
 from EasyLM.storage.paths import (
     check_output,
     expand_path_groups,
@@ -65,13 +52,8 @@ from EasyLM.storage.reading import check_line_start, open_binary, read_lines, re
 from EasyLM.storage.torch_file import TorchTensor, read_torch_file
 
 __all__ = [
-    "CARD_FILE",
-    "CARD_FLAGS",
     "MOST_BYTES",
-    "NOT_STATED",
-    "PUSH_FLAG",
     "VERIFIED_ONCE_BYTES",
-    "CardTexts",
     "Columns",
     "HeartbeatLock",
     "LockWatch",
@@ -81,8 +63,6 @@ __all__ = [
     "atomic_file",
     "atomic_path",
     "cached_columns",
-    "card_table",
-    "card_text",
     "check_line_start",
     "check_memo",
     "check_output",
@@ -95,7 +75,6 @@ __all__ = [
     "is_compressed",
     "is_remote",
     "json_digest",
-    "last_metrics",
     "local_path",
     "lock_output",
     "lock_output_folder",
@@ -105,8 +84,6 @@ __all__ = [
     "open_columns",
     "parse_json",
     "path_exists",
-    "prepare_repository",
-    "public_name",
     "read_json",
     "read_lines",
     "read_text_lines",
@@ -115,7 +92,6 @@ __all__ = [
     "remove_leftovers",
     "same_contents",
     "scratch_folder",
-    "upload_files",
     "write_columns",
     "write_json",
 ]

@@ -3,7 +3,8 @@
 import os
 import re
 
-from EasyLM.storage import CARD_FILE, NOT_STATED, is_remote
+from EasyLM.publishing import CARD_FILE, NOT_STATED
+from EasyLM.storage import is_remote
 from evaluation.prompting.checkpoint import parse_spec
 
 _HEADING = re.compile(r"#+\s.*\blimit(s|ations)\b", re.IGNORECASE)

@@ -23,16 +23,8 @@ from EasyLM.models.llama.exported_card import exported_card
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, check_recorded, recorded_config
 from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora, write_peft
 from EasyLM.progress import progress
-from EasyLM.storage import (
-    CARD_FILE,
-    CARD_FLAGS,
-    PUSH_FLAG,
-    CardTexts,
-    lock_output_folder,
-    prepare_repository,
-    scratch_folder,
-    upload_files,
-)
+from EasyLM.publishing import CARD_FILE, CARD_FLAGS, PUSH_FLAG, CardTexts, prepare_repository, upload_files
+from EasyLM.storage import lock_output_folder, scratch_folder
 
 FLAGS = {
     "load_checkpoint": Flag(

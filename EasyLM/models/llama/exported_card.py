@@ -13,7 +13,7 @@ from EasyLM.models.llama import costs, hf_layout
 from EasyLM.models.llama.checkpoint_record import record_path
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora_checkpoint import RecordedLoRA
-from EasyLM.storage import CardTexts, card_table, card_text, last_metrics, public_name
+from EasyLM.publishing import CardTexts, card_table, card_text, last_metrics, public_name
 from EasyLM.vocab import CODEBOOK_SIZE
 
 _TAGS = ["large-vision-model", "easylm-lvm"]

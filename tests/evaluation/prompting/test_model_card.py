@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from EasyLM.storage import CardTexts, card_text
+from EasyLM.publishing import CardTexts, card_text
 from evaluation.prompting import stated_limits
 
 CARD = """---

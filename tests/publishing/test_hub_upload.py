@@ -5,7 +5,7 @@ from hub_kit import LICENSES, connected_hub
 from huggingface_hub import constants
 
 from EasyLM.errors import UserError
-from EasyLM.storage import CardTexts, card_text, prepare_repository, upload_files
+from EasyLM.publishing import CardTexts, card_text, prepare_repository, upload_files
 
 
 @pytest.fixture

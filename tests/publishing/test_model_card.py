@@ -6,7 +6,7 @@ import pytest
 from hub_kit import card_metadata
 
 from EasyLM.errors import UserError
-from EasyLM.storage import CARD_FILE, CardTexts, card_table, card_text
+from EasyLM.publishing import CARD_FILE, CardTexts, card_table, card_text
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("tokenizer", "model")
