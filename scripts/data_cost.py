@@ -17,6 +17,8 @@ DECIDED_PER_SECOND = 290_000 / 2
 SECONDS_PER_HASH, SECONDS_PER_COMPARISON = 237e-9, 62e-9
 # Measured on an H100 in bf16 by scripts/gpu_day.sh, with the released tokenizer.
 ENCODED_PER_SECOND = 1998
+FASTER_PER_SECOND = 2500  # of a card with a smaller tokenizer, for comparison
+CORES_OF_A_CARD = (1, 2, 4, 8, 12, 16)
 # Of an image: while near duplicates are searched; with two scores, compressed; 256 tokens in base64 and 115 bytes of
 # other fields; 256 tokens and the end of the sentence.
 MEMORY_BYTES, MEASUREMENT_BYTES, JSONL_BYTES, PACKED_BYTES = 80, 101, 1368 + 115, 2 * 256 + 8
@@ -37,7 +39,7 @@ def main(config: ConfigDict) -> None:
 
 
 def tables(config: ConfigDict) -> str:
-    """Returns both tables, and the cores that keep a card busy."""
+    """Returns the tables: time, space, and how long a card waits for images."""
     kept = round(config.images * config.kept)
     search_rate = config.images / search_seconds(config.images, config.distance)
     rows = [
@@ -63,12 +65,17 @@ def tables(config: ConfigDict) -> str:
         "the same, packed with `--keep_others=False`": PACKED_BYTES * kept,
     }
     lines += ["", "| | size |", "|---|---|", *(f"| {name} | {size / 1e9:,.0f} GB |" for name, size in space.items())]
-    return "\n".join([*lines, "", f"{cores_of_a_card():.1f} cores read as many images as one card encodes."])
+    lines += ["", f"| cores that read for a card | {' | '.join(map(str, CORES_OF_A_CARD))} |"]
+    lines.append("|---" * (len(CORES_OF_A_CARD) + 1) + "|")
+    for rate in (ENCODED_PER_SECOND, FASTER_PER_SECOND):
+        shares = " | ".join(f"{waiting_share(cores, rate):.0%}" for cores in CORES_OF_A_CARD)
+        lines.append(f"| a card of {rate:,} images/s waits | {shares} |")
+    return "\n".join(lines)
 
 
-def cores_of_a_card() -> float:
-    """Returns the cores that read as many images as a card encodes."""
-    return ENCODED_PER_SECOND / READ_PER_SECOND
+def waiting_share(cores: int, images_per_second: float) -> float:
+    """Returns the share of the time that a card waits for images, if cores read for it without a pause."""
+    return max(0.0, 1 - cores * READ_PER_SECOND / images_per_second)
 
 
 def search_seconds(hashes: int, distance: int) -> float:

@@ -42,3 +42,8 @@ def test_the_search_compares_the_hashes_that_are_equal_in_two_blocks():
     compared = 6 * many**2 / 2**32  # distance 2: four blocks of 16 bits
     expected = 6 * many * data_cost.SECONDS_PER_HASH + compared * data_cost.SECONDS_PER_COMPARISON
     assert data_cost.search_seconds(many, 2) == pytest.approx(expected)
+
+
+def test_a_card_waits_while_fewer_images_are_read_than_it_encodes():
+    assert data_cost.waiting_share(1, 2 * data_cost.READ_PER_SECOND) == 0.5
+    assert data_cost.waiting_share(4, 2 * data_cost.READ_PER_SECOND) == 0
