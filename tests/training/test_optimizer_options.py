@@ -13,6 +13,7 @@ from EasyLM import checkpoints, flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_layout, llama_config
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
+from EasyLM.parallel import SHARD_AXES
 from EasyLM.parallel.partition import match_partition_rules
 from EasyLM.training import OPTIMIZER_FLAGS, TrainState, make_optimizer
 
@@ -80,7 +81,7 @@ def test_the_state_of_muon_is_sharded_like_its_parameters():
     flat = {jax.tree_util.keystr(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
     assert [spec for name, spec in flat.items() if "ns_coeffs" in name] == [P()]
     matrices = [spec for name, spec in flat.items() if "['wq']" in name]
-    assert matrices == [P(None, "fsdp", "mp")] * 2  # the momentum and the average; no second moment
+    assert matrices == [P(None, SHARD_AXES, "mp")] * 2  # the momentum and the average; no second moment
     assert len([name for name in flat if "['embedding']" in name]) == 3
 
 
