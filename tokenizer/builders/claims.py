@@ -7,7 +7,7 @@ A part whose process has died is resumed by another one, from its last saved pro
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from EasyLM.errors import UserError
 from EasyLM.storage import HeartbeatLock, LockedError, LockWatch, path_exists
@@ -70,14 +70,32 @@ def build_parts(
                     print(f"waiting for {len(left)} parts that other processes build", flush=True)
                 time.sleep(_POLL_SECONDS)
             parts = left
+        if not parts and not is_waiting:
+            _remove_dead_lock(meeting_place, watch)
     if failed:
-        part, first_error = next(iter(failed.items()))
-        others = f" ({len(failed)} parts could not be built)" if len(failed) > 1 else ""
-        raise UserError(f"{paths[part]}: {first_error}{others}") from first_error
+        raise _joined_error(paths, failed)
     return parts
+
+
+def _joined_error(paths: Sequence[str], failed: Mapping[int, UserError]) -> UserError:
+    """Returns the error of the first part that cannot be built, with the number of such parts."""
+    part, first_error = next(iter(failed.items()))
+    others = f" ({len(failed)} parts could not be built)" if len(failed) > 1 else ""
+    return UserError(f"{paths[part]}: {first_error}{others}")
 
 
 def _is_begun(path: str) -> bool:
     """Whether a process has begun a part: it is finished, or it has left its lock or a part of the file."""
+    return any(map(path_exists, (path, f"{path}.partial", _lock_path(path))))
+
+
+def _remove_dead_lock(path: str, watch: LockWatch) -> None:
+    """Removes the lock of a process that was killed while it waited, or while it built what it had taken over."""
+    if path_exists(_lock_path(path)) and not watch.is_held(path):
+        with contextlib.suppress(LockedError):
+            HeartbeatLock(path, is_output=True).release()
+
+
+def _lock_path(path: str) -> str:
     folder, name = os.path.split(path)
-    return any(map(path_exists, (path, f"{path}.partial", os.path.join(folder, f".{name}.lock"))))
+    return os.path.join(folder, f".{name}.lock")

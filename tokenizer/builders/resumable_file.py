@@ -5,10 +5,11 @@
 """
 
 import contextlib
+import io
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
@@ -47,7 +48,7 @@ class ResumableFile:
         )
         self.finished_report: dict[str, Any] | None = None
         self.state: dict[str, Any] | None = None
-        self._file: BinaryIO | None = None
+        self._file: io.BufferedWriter | None = None
         self._lock: HeartbeatLock | None = None
         self._saved_at = time.monotonic()
         if os.path.isdir(path):
@@ -111,7 +112,8 @@ class ResumableFile:
     def _open(self, size: int) -> None:
         """Locks the file, opens the partial file and truncates it to `size`. Another run can write an unlocked file."""
         self._acquire()
-        self._file = open(self._partial, "ab")  # noqa: SIM115
+        # Not in append mode: late writes of a process that has lost the lock must not follow those of the new owner.
+        self._file = io.BufferedWriter(io.FileIO(self._partial, "r+" if size else "w"))
         if not size:
             _remove(self._progress)  # must not outlive the bytes that it describes
         self._file.truncate(size)
@@ -151,7 +153,7 @@ class ResumableFile:
     def close(self) -> None:
         """Closes and unlocks the file. Bytes written since the last save are discarded on resume."""
         if self._file is not None:
-            self._file.close()
+            self._file.raw.close()  # without a flush: another process may own the file by now
         if self._lock is not None:
             self._lock.release()
 

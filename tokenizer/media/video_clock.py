@@ -44,12 +44,15 @@ class VideoClock:
       seek_points: ticks of the frames from which decoding can begin, int64, ascending; contains the first frame.
       by_index: whether time stamps do not identify frames; if so, the i-th decoded frame is shown at ticks[i].
       tick_seconds: duration of a tick.
+      decoded_ticks: int64 [n]: the largest tick of the frames that are decoded up to each frame, itself included. A
+        frame may depend on frames that are shown after it.
     """
 
     ticks: np.ndarray
     seek_points: np.ndarray
     by_index: bool
     tick_seconds: fractions.Fraction
+    decoded_ticks: np.ndarray
 
     @property
     def seconds(self) -> np.ndarray:
@@ -88,8 +91,11 @@ def read_clock(video: VideoFile) -> VideoClock:
     _check_is_one_file(video, container_format, end)
     if not ticks:
         raise UserError(f"{video.name}: its video stream has no frame")
-    ticks_n = np.unique(np.array(ticks, np.int64))
-    return VideoClock(ticks_n, np.union1d(ticks_n[:1], np.array(seek_points, np.int64)), by_index, tick_seconds)
+    ticks_n, places_n = np.unique(np.array(ticks, np.int64), return_index=True)
+    # Packets are in the order of decoding, decoded frames in the order in which they are shown.
+    decoded_n = np.maximum.accumulate(np.array(ticks, np.int64))[places_n]
+    seek_points_k = np.union1d(ticks_n[:1], np.array(seek_points, np.int64))
+    return VideoClock(ticks_n, seek_points_k, by_index, tick_seconds, decoded_n)
 
 
 def _check_is_one_movie(video: VideoFile) -> None:

@@ -4,8 +4,10 @@ Without that, the frames of a long file with few key frames, or without an index
 again and again. Memory does not grow with the length of the file.
 """
 
+import collections
 import contextlib
 import fractions
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -107,13 +109,31 @@ def _decode_from(
 ) -> Iterator[tuple[int, Any, bool]]:
     """Yields (tick, frame, whether it is damaged) from a seek point on. None: from the current position in the file.
 
-    A decoder marks only the damaged frame itself. Those after it, up to the next key frame, are predicted from it.
+    A decoder marks only the damaged frame itself. Those after it, up to the next key frame, are predicted from it. So
+    are those that are shown before it and decoded later.
     """
     if seek_point is not None:
         container.seek(int(seek_point), stream=stream)
     is_damaged = False
-    for i, frame in enumerate(container.decode(stream)):
+    source = _ticks_and_frames(container, stream, clock)
+    ahead: collections.deque[tuple[int, Any]] = collections.deque()
+    while ahead or (ahead := collections.deque(itertools.islice(source, 1))):
+        tick, frame = ahead.popleft()
+        last = _last_decoded(clock, tick)
+        while (ahead[-1][0] if ahead else tick) < last and (decoded := next(source, None)):
+            ahead.append(decoded)
         is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
+        yield tick, frame, is_damaged or any(later.is_corrupt for later_tick, later in ahead if later_tick <= last)
+
+
+def _ticks_and_frames(container: Any, stream: Any, clock: VideoClock) -> Iterator[tuple[int, Any]]:
+    for i, frame in enumerate(container.decode(stream)):
         tick = int(clock.ticks[min(i, len(clock.ticks) - 1)]) if clock.by_index else frame.pts
         if tick is not None:
-            yield tick, frame, is_damaged
+            yield tick, frame
+
+
+def _last_decoded(clock: VideoClock, tick: int) -> int:
+    """Returns the largest tick of the frames that are decoded up to a frame."""
+    number = int(np.searchsorted(clock.ticks, tick))
+    return int(clock.decoded_ticks[number]) if number < len(clock.ticks) else tick

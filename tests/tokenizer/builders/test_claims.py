@@ -1,5 +1,6 @@
 """Processes share the parts of a build: each part is built once, those of dead processes are taken over."""
 
+import json
 import os
 import pathlib
 import signal
@@ -50,6 +51,17 @@ def test_parts_in_progress_are_left_or_awaited(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: held.release())
     assert parts() == [] and parts.built[3:] == [0, 2, 3, 1]
     assert not list(tmp_path.glob(".*"))  # no lock remains
+
+
+def test_no_lock_remains_of_a_process_that_was_killed_while_it_waited(parts, tmp_path):
+    """The processes that finish the parts need not wait, and so do not take over this lock."""
+    lock = tmp_path / ".{i}.jsonl.lock"
+    with HeartbeatLock(str(tmp_path / "{i}.jsonl"), is_output=True):
+        content = json.loads(lock.read_bytes())
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    lock.write_text(json.dumps(content | {"process": killed.pid}))
+    assert parts() == [] and not list(tmp_path.glob(".*"))
 
 
 def test_without_a_number_of_parts_only_begun_ones_are_taken_over(parts, tmp_path):

@@ -39,6 +39,19 @@ def test_after_a_kill_before_the_rename_an_older_file_does_not_pass_as_finished(
     assert path.read_bytes() == b"seed 1\n" and set(os.listdir(tmp_path)) == {"out.jsonl", "out.jsonl.report.json"}
 
 
+def test_a_process_that_has_lost_its_lock_writes_nothing_when_it_closes(tmp_path):
+    """A suspended process wakes up after another one has taken over the file."""
+    path = tmp_path / "out.jsonl"
+    suspended = resumable_file.ResumableFile(str(path), {}, fresh=False)
+    suspended.write(b"saved\n")
+    suspended.save({})
+    suspended.write(b"late\n")
+    with open(f"{path}.partial", "ab") as of_the_new_owner:
+        of_the_new_owner.write(b"new\n")
+    suspended.close()
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == b"saved\nnew\n"
+
+
 def test_the_file_is_renamed_before_the_lock_is_released(tmp_path, monkeypatch):
     path, os_replace, refused = str(tmp_path / "out.jsonl"), os.replace, []
     first = resumable_file.ResumableFile(path, {}, fresh=False)

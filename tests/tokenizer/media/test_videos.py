@@ -249,6 +249,27 @@ class TestErrors:
             elif name == "motion.avi" or number < 10 or number > 24:  # B-frames before a key frame depend on it
                 assert numbers(videos.read(path, times[[number]])) == [number]
 
+    def test_frames_before_a_damaged_one_that_depend_on_it_are_refused(self, folder, tmp_path):
+        """B-frames are decoded after the frame that they precede. Their decoder marks none of them."""
+        with av.open(str(folder / "b_frames.mp4")) as container:
+            packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
+        shown = sorted(packet.pts for packet in packets)
+        place, reference = next(
+            (place, packet)
+            for place, packet in enumerate(packets[20:], 20)
+            if not packet.is_keyframe and packet.pts > packets[place + 1].pts
+        )
+        earlier = [shown.index(packet.pts) for packet in packets[place + 1 :] if packet.pts < reference.pts]
+        path, data = tmp_path / "video.mp4", bytearray((folder / "b_frames.mp4").read_bytes())
+        start, count = reference.pos + reference.size * 3 // 4, reference.size // 5  # elsewhere FFmpeg reports an error
+        data[start : start + count] = np.random.default_rng(0).bytes(count)
+        path.write_bytes(data)
+        times = videos.timestamps(path)
+        for number in (*earlier, shown.index(reference.pts)):
+            with pytest.raises(UserError, match=f"^{path}: "):
+                videos.read(path, times[[number]])
+        assert earlier and numbers(videos.read(path, times[[min(earlier) - 1]])) == [min(earlier) - 1]
+
 
 class TestWrite:
     def test_mp4_round_trip(self, tmp_path):
