@@ -31,6 +31,7 @@ _NEXT_FILE = {
     "asf": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c",
 }
 _MOST_HEADER_BYTES, _BLOCK_BYTES = 15, 1 << 20
+_AVI_CHUNK_HEADER_BYTES = 8
 _DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end; less is rounding
 _CACHED_CLOCKS = 16  # a build reads the times of a video, then its frames, possibly several times
 
@@ -79,6 +80,9 @@ def read_clock(video: VideoFile) -> VideoClock:
         has_one_clock = _are_ascending([packet.decode_tick for packet in packets if packet.decode_tick is not None])
         is_unique = None not in ticks and len(set(ticks)) == len(ticks)
         is_exact = stream.codec_context.name in _ONE_FRAME_PER_PACKET and has_one_clock and is_unique
+        can_seek = container_format in _INDEXED_FORMATS
+        if container_format == "avi":
+            can_seek = _has_true_index(stream, packets)
     if by_index or not is_exact:
         with open_video(video) as (container, stream):
             ticks = [frame.pts for frame in container.decode(stream)]
@@ -86,7 +90,7 @@ def read_clock(video: VideoFile) -> VideoClock:
             ticks, tick_seconds = [*range(len(ticks))], 1 / rate
         elif not _are_ascending(ticks):
             ticks, by_index = [*_continuous(ticks)], True
-    if by_index or container_format not in _INDEXED_FORMATS:
+    if by_index or not can_seek:
         seek_points = []
     _check_is_one_file(video, container_format, end)
     if not ticks:
@@ -157,11 +161,21 @@ def _continuous(ticks: Sequence[int | None]) -> list[int]:
 
 
 class _Packet(NamedTuple):
-    """A shown packet: the ticks of its frame and of its decoding, and whether it is a key frame."""
+    """A shown packet: the ticks of its frame and of its decoding, whether it is a key frame, its first byte."""
 
     tick: int | None
     decode_tick: int | None
     is_key: bool
+    first_byte: int | None
+
+
+def _has_true_index(stream: Any, packets: Sequence[_Packet]) -> bool:
+    """Whether the index of an AVI file has the key frames where reading from its beginning has found them.
+
+    FFmpeg numbers the frames after a seek by the index. With a damaged one they would be other frames.
+    """
+    first_bytes = {entry.timestamp: entry.pos + _AVI_CHUNK_HEADER_BYTES for entry in stream.index_entries}
+    return all(first_bytes.get(packet.decode_tick) == packet.first_byte for packet in packets if packet.is_key)
 
 
 def _read_packets(name: str, container: Any, stream: Any) -> tuple[list[_Packet], int]:
@@ -180,7 +194,7 @@ def _read_packets(name: str, container: Any, stream: Any) -> tuple[list[_Packet]
         if packet.stream.index == stream.index:
             count += 1
             if packet.size and not packet.is_discard:
-                shown.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
+                shown.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.pos))
     if count < stream.frames:
         raise UserError(f"{name}: is truncated: it has {count} of {stream.frames} frames")
     duration = (container.duration or 0) / 1e6 if container.format.name == "matroska,webm" else 0.0

@@ -227,6 +227,16 @@ class TestErrors:
                     outcomes.add("reported")
         assert outcomes == {"read", "reported"}
 
+    @pytest.mark.parametrize("name", ["motion.avi", "steady.avi"])
+    def test_a_damaged_index_does_not_lead_to_other_frames(self, folder, tmp_path, name):
+        data = bytearray((folder / name).read_bytes())
+        first = data.index(b"idx1") + 8  # of entries of 16 bytes: kind, flags, position, size
+        data[first + 40 * 16 : first + 40 * 16 + 4] = b"09dc"  # of another stream
+        (tmp_path / name).write_bytes(data)
+        times = videos.timestamps(tmp_path / name)
+        for number in (50, 60, 10):
+            assert numbers(videos.read(tmp_path / name, times[[number]])) == [number]
+
     @pytest.mark.parametrize(("name", "damaged"), [("b_frames.mp4", range(12, 24)), ("motion.avi", [12])])
     def test_damaged_frames_and_those_that_depend_on_them_are_refused(self, folder, tmp_path, name, damaged):
         """A decoder marks the damaged frame alone, and MJPEG's none. Predicted frames after it look whole."""
