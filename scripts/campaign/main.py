@@ -1,7 +1,7 @@
 """Kills, fills disks and mutates for a number of minutes: `python scripts/campaign.py --minutes=3 --seed=0`.
 
 Each try is right, refused with a clear error, or a fault. The command prints a table, keeps the input of each fault in
-a folder, and says how to make it again. The exit code is 1 if there are faults. CONTRIBUTING describes the kinds.
+a folder, and prints the command that repeats it. The exit code is 1 if there are faults.
 """
 
 import itertools
