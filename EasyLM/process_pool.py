@@ -143,8 +143,9 @@ def _start_worker() -> None:
 def _keep_freed_memory() -> None:
     """Makes the C library keep up to 128 MB of freed memory for the next results.
 
-    glibc gives back and asks again for memory of some megabytes, and the kernel clears each page anew. For workers that
-    return the frames of a video, this takes as long as a fifth of reading them (`scripts/bench_videos.py`).
+    By default, glibc returns freed blocks of a few megabytes to the kernel, which must clear their pages when they are
+    allocated again. For workers that return the frames of a video, this takes a fifth of the time of reading them
+    (`scripts/bench_videos.py`).
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt

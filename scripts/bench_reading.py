@@ -108,9 +108,9 @@ def write_images(folder: str, size: tuple[int, int]) -> list[str]:
     paths = []
     for number in range(DISTINCT):
         image = Image.new("RGB", size)
-        places = [(x, y) for y in range(0, size[1], TILE) for x in range(0, size[0], TILE)]
-        for i, place in enumerate(places):
-            image.paste(Image.fromarray(photos.crop(number * len(places) + i, TILE)), place)
+        corners = [(x, y) for y in range(0, size[1], TILE) for x in range(0, size[0], TILE)]
+        for i, corner in enumerate(corners):
+            image.paste(Image.fromarray(photos.crop(number * len(corners) + i, TILE)), corner)
         paths.append(os.path.join(folder, f"{number}.jpg"))
         image.save(paths[-1], quality=QUALITY)
     return paths

@@ -142,7 +142,7 @@ def main(config: ConfigDict) -> None:
         if not share.takes_over:
             build(share.first)
             return
-        left = build_parts(paths, share.first, build, begun_only=not config.parts, meeting_place=config.output_file)
+        left = build_parts(paths, share.first, build, begun_only=not config.parts, waiting_lock=config.output_file)
     finished = f"{share.parts - len(left)} of {share.parts} parts are finished"
     print(f"{finished}, the others are left to other processes" if left else f"{finished}: {config.output_file}")
 

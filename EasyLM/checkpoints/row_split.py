@@ -92,9 +92,9 @@ class RowSplit:
         for device, index in self.sharding.addressable_devices_indices_map(self.split_shape).items():
             assert index is not None
             block = (index[self.axis].start or 0) // self.block_rows
-            group, place = divmod(block, self.ways)
+            group, member = divmod(block, self.ways)
             first = group * self.home_rows
-            start, stop = (first + min((place + i) * self.block_rows, self.home_rows) for i in range(2))
+            start, stop = (first + min((member + i) * self.block_rows, self.home_rows) for i in range(2))
             rows[device] = start, stop
         return rows
 

@@ -112,13 +112,13 @@ def _entries(path: str) -> list[Entry]:
 
 def _check_no_gaps(ranges: list[list[int]], size: int) -> None:
     """Raises ValueError unless the ranges cover `size` bytes, each byte once. A file joined to itself does not pass."""
-    place = 0
+    position = 0
     for begin, end in ranges:
-        if begin != place:
-            raise ValueError(f"the tensors do not follow each other at byte {place}")
-        place = end
-    if place != size:
-        raise ValueError(f"{size} bytes of tensors instead of {place}")
+        if begin != position:
+            raise ValueError(f"the tensors do not follow each other at byte {position}")
+        position = end
+    if position != size:
+        raise ValueError(f"{size} bytes of tensors instead of {position}")
 
 
 def _verified(path: str, tensors: list[Entry], metadata: Mapping[str, str]) -> list[Entry]:

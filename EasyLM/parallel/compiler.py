@@ -3,9 +3,9 @@
 They are options of one compilation. In the environment variable XLA_FLAGS, an option that XLA does not know would abort
 the process; here it is an error that names the option.
 
-TPUs need none. MaxText's options that fuse all-gathers with computation are on by default: libtpu 0.0.42 compiles the
-same step for a v5e with and without them, and another one if they are off. Its options for all-reduces between slices
-do not change the step either. Source: CF_FOR_ALL_GATHER and DATA_PARALLEL_OVERLAP in
+TPUs need none. MaxText sets options that fuse all-gathers with computation. They are on by default: libtpu 0.0.42
+compiles the same step for a v5e with and without them, and a different step if they are off. MaxText's options for
+all-reduces between slices do not change the step either. Source: CF_FOR_ALL_GATHER and DATA_PARALLEL_OVERLAP in
 https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py
 """
 

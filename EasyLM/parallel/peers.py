@@ -1,10 +1,10 @@
 """The processes of a run end together.
 
-Without this, the other processes wait for a failed one in their next collective operation: on GPUs without an end, on
-CPUs until a native error that does not name the cause. Each process has a TCP connection with process 0, which the
-kernel closes when a process ends in any way. A process says how it ends. If it fails, or its connection closes without
-a word, all others print one line that names it, and exit. If process 0 is killed, JAX aborts the others, sometimes
-before they print the line.
+Without this, the other processes wait for a failed one in their next collective operation: on GPUs forever, on CPUs
+until a native error that does not name the cause. Each process has a TCP connection with process 0, which the kernel
+closes when a process ends in any way. Before it exits, a process sends a message with its result. If it fails, or its
+connection closes without a message, all others print one line that names it, and exit. If process 0 is killed, JAX
+aborts the others, sometimes before they print the line.
 """
 
 import atexit
@@ -134,7 +134,7 @@ class _Connection:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> dict[str, Any] | None:
-        """Returns the other process's last words, or None if it ends without them. Sets `closed` if it has ended."""
+        """Returns the last message of the other process, or None if it sends none. Sets `closed` if it has ended."""
         with contextlib.suppress(OSError, ValueError):
             if line := self._file.readline(_LONGEST_MESSAGE):
                 threading.Thread(target=self._await_end, daemon=True).start()

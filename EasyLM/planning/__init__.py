@@ -1,7 +1,7 @@
-"""Plans a train step for machines that are not here: memory, FLOPs, communication, checkpoints. Knows no model.
+"""Plans a train step without its hardware: memory, FLOPs, communication, checkpoints. Independent of the model.
 
-XLA compiles for a topology without its hardware. The sizes and counts are those of the compiled step. Times are
-estimates, which follow from the rates in `hardware` and from flags.
+XLA compiles for a topology whose devices need not exist. The sizes and counts are those of the compiled step. Times
+are estimates from the rates in `hardware` and from flags.
 
 May import EasyLM.training and EasyLM.checkpoints.
 

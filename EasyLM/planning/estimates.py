@@ -110,5 +110,5 @@ def _usable_share(platform: str) -> float:
 
 
 def _cpu(devices: int) -> Hardware:
-    """Returns the values of one of several virtual CPU devices, which share the memory of this machine."""
+    """Returns nominal values of one of several virtual CPU devices, which share the memory of this machine."""
     return Hardware(host_memory() / _GB / devices, _CPU_MEMORY_RATE, _CPU_LINK_RATE, _CPU_LINK_RATE)

@@ -162,10 +162,10 @@ class HeartbeatLock:
 
 
 class LockWatch:
-    """Sees, without waiting, which outputs living processes hold.
+    """Tells, without waiting, which outputs are locked by processes that may be alive.
 
-    One object looks at all of them, again and again: only that a heartbeat advances tells that a holder on another
-    machine is alive.
+    Use one object for all outputs and all checks: it remembers the heartbeats that it has read. A holder on another
+    machine is alive if its heartbeat advances.
     """
 
     def __init__(self) -> None:

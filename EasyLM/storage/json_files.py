@@ -22,8 +22,8 @@ def read_json(path: str | os.PathLike, schema: Schema = dict) -> Any:
     """Returns the content of a JSON file, local or remote.
 
     Raises:
-      UserError: naming the file and the place in it, if it is not JSON, is too large or too deep, repeats a key, or
-        does not follow the schema.
+      UserError: naming the file and the path of the value in it, if it is not JSON, is too large or too deep, repeats a
+        key, or does not follow the schema.
       OSError: if it cannot be read.
     """
     with contextlib.closing(open_binary(os.fspath(path))) as file:
@@ -45,9 +45,9 @@ def parse_json(data: bytes | str, schema: Schema = dict) -> Any:
     return value
 
 
-def check_schema(value: Any, schema: Schema, place: str = "") -> None:
-    """Raises UserError, naming the place, unless the value follows the schema."""
-    subject = f"{place} " if place else ""
+def check_schema(value: Any, schema: Schema, path: str = "") -> None:
+    """Raises UserError, naming the path of the value (`a.b[2]`), unless it follows the schema."""
+    subject = f"{path} " if path else ""
     if isinstance(schema, type | tuple):
         kinds = schema if isinstance(schema, tuple) else (schema,)
         if type(value) not in kinds and not (float in kinds and type(value) is int):
@@ -55,18 +55,18 @@ def check_schema(value: Any, schema: Schema, place: str = "") -> None:
             raise UserError(f"{subject}must be {names}, not {_NAMES.get(type(value), type(value).__name__)}")
     elif isinstance(schema, list):
         if not isinstance(value, tuple):  # in Python's own settings
-            check_schema(value, list, place)
+            check_schema(value, list, path)
         for number, item in enumerate(value):
-            check_schema(item, schema[0], f"{place}[{number}]")
+            check_schema(item, schema[0], f"{path}[{number}]")
     else:
-        check_schema(value, dict, place)
+        check_schema(value, dict, path)
         if str in schema:
             wanted = dict.fromkeys(value, schema[str])
         else:
             wanted = {key.removesuffix("?"): inner for key, inner in schema.items()}
         for key, inner in wanted.items():
             if key in value:
-                check_schema(value[key], inner, f"{place}.{key}" if place else key)
+                check_schema(value[key], inner, f"{path}.{key}" if path else key)
             elif f"{key}?" not in schema:
                 raise UserError(f"{subject}lacks the key {key!r}")
 

@@ -1,6 +1,6 @@
 """Goodput: how much of a run's time goes into steps that count, over all its starts.
 
-`metrics.jsonl` holds what is needed: the earlier starts of a run have left their times in it. The terms are those of
+The seconds of earlier starts are read from the rows that they have written to `metrics.jsonl`. The terms are those of
 Google's ML Goodput Measurement, https://github.com/AI-Hypercomputer/ml-goodput-measurement
 """
 
@@ -14,16 +14,16 @@ import orjson
 from EasyLM.storage import open_binary
 from EasyLM.training.step import Metrics
 
-# Activities that are no progress.
+# Activities that make no progress.
 #   start: loading, indexing, and waiting for other processes.
-#   repeated: steps that a later start ran again, because it resumed from an older checkpoint.
-#   down: the time from the last logged step of one start to the begin of the next start.
+#   repeated: steps that ran twice, because a later start resumed from an older checkpoint.
+#   down: no process ran. The time between the last logged step of one start and the beginning of the next start.
 BADPUT = ("data", "save", "eval", "compile", "start", "repeated", "down")
 _KEYS = ("step", "time", "run_seconds", "goodput", *(f"badput_{name}" for name in BADPUT))
 
 
 class Goodput:
-    """Adds up the seconds of a run by activity, from its first start on.
+    """Adds up the seconds of a run by activity, over all its starts.
 
     Args:
       path: the run's `metrics.jsonl`, local or remote, with the rows of earlier starts. It may be missing.
@@ -65,8 +65,8 @@ class Goodput:
 def _earlier_seconds(rows: Iterable[Mapping[str, Any]], first_step: int) -> tuple[dict[str, float], float | None]:
     """Returns the seconds of earlier starts by activity, and the time of their last row.
 
-    Steps from `first_step` on are run again, so their time is `repeated`. The seconds of a step between two logged ones
-    are interpolated.
+    This start runs `first_step` and later steps again, so their earlier time is `repeated`. If `first_step` lies
+    between two logged steps, its time is interpolated.
     """
     before = after = last = None
     for row in rows:
@@ -92,7 +92,7 @@ def _step_seconds(row: Mapping[str, Any]) -> float:
 
 
 def _logged_rows(path: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a metrics file that have all numbers; those of older versions, and a truncated one, do not."""
+    """Yields the rows of a metrics file that have all numbers. Skips rows of older versions and a truncated row."""
     try:
         file = open_binary(path)
     except FileNotFoundError:

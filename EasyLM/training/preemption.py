@@ -9,7 +9,7 @@ from EasyLM.training.stop_signal import seconds_since_signal
 
 
 class PreemptionNotice:
-    """Decides after a stop signal whether a save can be on disk before the process is killed.
+    """Decides after a stop signal whether there is time to save before the process is killed.
 
     Args:
       seconds: from the signal to the end of the process; 0: unknown, so every save is tried.
@@ -21,7 +21,7 @@ class PreemptionNotice:
     def leaves_time_to_save(self, state: Any) -> bool:
         """Returns whether to save a state now, the same on all processes. Every process must call it.
 
-        A log message says why not. Before a signal, and without a limit, the answer is yes.
+        Returns True before a signal, and if the time is unknown. Otherwise a message logs why the state is not saved.
         """
         if not self._seconds:
             return True

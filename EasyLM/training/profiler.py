@@ -70,7 +70,7 @@ class Profiler:
         return step
 
     def close(self) -> None:
-        """Writes the trace, if one has begun. A run that ends within the range has a trace of the steps until then."""
+        """Writes the trace, if one has begun. If the run ends within the range, the trace ends there."""
         if not self._tracing:
             return
         self._tracing, self._steps = False, range(0)

@@ -31,8 +31,8 @@ RUN_FLAGS = {
     "save_milestone_freq": Flag(0, "Steps between checkpoints that are all kept; 0: none.", least=0),
     "preemption_notice_seconds": Flag(
         0.0,
-        "Seconds from a stop signal, such as SIGTERM, to the end of the process. A save that takes longer is not "
-        "started: the newest checkpoint stands. 0: unknown, the state is always saved.",
+        "Seconds from a stop signal, such as SIGTERM, to the end of the process. A save that would take longer is not "
+        "started; the newest checkpoint remains. 0: unknown, the state is always saved.",
         least=0,
     ),
     "eval_steps": Flag(0, "Batches of eval_dataset to evaluate at each logged step; 0: no evaluation.", least=0),

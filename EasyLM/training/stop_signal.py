@@ -74,7 +74,7 @@ class StopSignals(contextlib.ContextDecorator):
         raise KeyboardInterrupt
 
     def _exit_if_stuck(self, receiver: socket.socket) -> None:
-        """Answers for the main thread, which does not call handlers of signals while it compiles.
+        """Prints a message, and exits at a second Ctrl-C, while the main thread compiles and runs no signal handlers.
 
         Args:
           receiver: receives the number of each signal at once.

@@ -83,7 +83,7 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
             mask = gradio.Button("Use as mask", min_width=120, elem_id="use_mask")
 
     def load_image(name: str, *paths: str | None) -> tuple:
-        path = paths[_place(names, name)]
+        path = paths[_slot_number(names, name)]
         if path is None:
             raise visitor_error(f"{name}: add an image to this slot first.")
         with errors_for_visitors():
@@ -98,8 +98,8 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
         with errors_for_visitors():
             (image,) = decode(read_files([path], folder), size_of(model))
             strokes = read_strokes(layers, len(image), folder)
-        place, updates = _place(names, name), [gradio.skip()] * len(slots)
-        painted = {place: with_hole(image, strokes), place + 1: image} if is_hole else {place + 1: mask_of(strokes)}
+        slot, updates = _slot_number(names, name), [gradio.skip()] * len(slots)
+        painted = {slot: with_hole(image, strokes), slot + 1: image} if is_hole else {slot + 1: mask_of(strokes)}
         for i, pixels in painted.items():
             if i < len(slots):  # the query has no answer
                 updates[i] = save_enlarged(pixels, folder, "painted")
@@ -111,7 +111,7 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
     mask.click(lambda *values: use(False, *values), inputs, list(slots), api_visibility="private")
 
 
-def _place(names: list[str], name: str) -> int:
+def _slot_number(names: list[str], name: str) -> int:
     """Returns the number of the slot of an image: the query is the last one."""
     number = names.index(name)
     return 2 * (number - 1) if number else 2 * (len(names) - 1)

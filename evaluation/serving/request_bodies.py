@@ -157,10 +157,10 @@ def _request_error(error: ValidationError) -> RequestError:
 
 
 def _reason(detail: Any) -> str:
-    place = ".".join(map(str, detail["loc"]))
+    field = ".".join(map(str, detail["loc"]))
     message = detail["msg"]
     if detail["type"] == "too_long":
         count, most = detail["ctx"]["actual_length"], detail["ctx"]["max_length"]
         unit = "images" if len(detail["loc"]) == 1 else "tokens"
         message = f"{count or 'too many'} {unit}: at most {most}"
-    return f"{place[:_MAX_ERROR_TEXT]}: {message[:_MAX_ERROR_TEXT]}" if place else message[:_MAX_ERROR_TEXT]
+    return f"{field[:_MAX_ERROR_TEXT]}: {message[:_MAX_ERROR_TEXT]}" if field else message[:_MAX_ERROR_TEXT]

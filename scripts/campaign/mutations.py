@@ -41,10 +41,10 @@ def mutated_json(rng: np.random.Generator, value: Any) -> bytes:
     """Returns the JSON text of a value of which one part, or a few, are changed. The text may be no JSON."""
     value, raw = json.loads(json.dumps(value)), {}
     for number in range(1 if rng.random() < 0.8 else 3):
-        places = list(_places(value))
-        if not places:
+        entries = list(_entries(value))
+        if not entries:
             break
-        container, key = places[int(rng.integers(len(places)))]
+        container, key = entries[int(rng.integers(len(entries)))]
         choice = rng.random()
         if choice < 0.6:
             placeholder = f"{_RAW}{number}"
@@ -53,7 +53,7 @@ def mutated_json(rng: np.random.Generator, value: Any) -> bytes:
         elif choice < 0.75:
             del container[key]
         elif choice < 0.85:  # another part of the same value
-            other, other_key = places[int(rng.integers(len(places)))]
+            other, other_key = entries[int(rng.integers(len(entries)))]
             container[key] = json.loads(json.dumps(other[other_key]))
         elif isinstance(container, list):
             container.insert(key, container[key])
@@ -67,39 +67,39 @@ def mutated_json(rng: np.random.Generator, value: Any) -> bytes:
     return text.encode()
 
 
-def _places(value: Any) -> Any:
+def _entries(value: Any) -> Any:
     """Yields (container, key) of every value inside a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield value, key
-        yield from _places(inner)
+        yield from _entries(inner)
 
 
-def _place(rng: np.random.Generator, data: bytearray) -> int:
+def _position(rng: np.random.Generator, data: bytearray) -> int:
     most = len(data) if rng.random() < 2 / 3 else min(len(data), _HEADER_BYTES)
     return int(rng.integers(most))
 
 
 def _range(rng: np.random.Generator, data: bytearray) -> slice:
-    start = _place(rng, data)
+    start = _position(rng, data)
     return slice(start, start + int(2 ** rng.uniform(0, np.log2(_MOST_RANGE))))
 
 
 def _flip_bits(rng: np.random.Generator, data: bytearray) -> bytearray:
     for _ in range(int(rng.integers(1, 5))):
-        data[_place(rng, data)] ^= 1 << int(rng.integers(8))
+        data[_position(rng, data)] ^= 1 << int(rng.integers(8))
     return data
 
 
 def _replace_bytes(rng: np.random.Generator, data: bytearray) -> bytearray:
     for _ in range(int(rng.integers(1, 5))):
-        data[_place(rng, data)] = int(rng.integers(256))
+        data[_position(rng, data)] = int(rng.integers(256))
     return data
 
 
 def _write_number(rng: np.random.Generator, data: bytearray) -> bytearray:
     """Overwrites 1, 2, 4 or 8 bytes, which may be a length, with a hostile number."""
-    width, start = int(rng.choice([1, 2, 4, 8])), _place(rng, data)
+    width, start = int(rng.choice([1, 2, 4, 8])), _position(rng, data)
     largest = 256**width - 1
     numbers = [0, 1, largest, largest - 1, largest // 2, largest // 2 + 1, len(data), len(data) + 1, 10**9]
     number = numbers[int(rng.integers(len(numbers)))] & largest
@@ -108,7 +108,7 @@ def _write_number(rng: np.random.Generator, data: bytearray) -> bytearray:
 
 
 def _truncate(rng: np.random.Generator, data: bytearray) -> bytearray:
-    return data[: _place(rng, data)]
+    return data[: _position(rng, data)]
 
 
 def _remove(rng: np.random.Generator, data: bytearray) -> bytearray:
@@ -124,7 +124,7 @@ def _repeat(rng: np.random.Generator, data: bytearray) -> bytearray:
 
 def _move(rng: np.random.Generator, data: bytearray) -> bytearray:
     part = data[_range(rng, data)]
-    target = _place(rng, data)
+    target = _position(rng, data)
     data[target : target + len(part)] = part
     return data
 
@@ -136,7 +136,7 @@ def _zero(rng: np.random.Generator, data: bytearray) -> bytearray:
 
 
 def _insert(rng: np.random.Generator, data: bytearray) -> bytearray:
-    target = _place(rng, data)
+    target = _position(rng, data)
     data[target:target] = rng.bytes(int(2 ** rng.uniform(0, 8)))
     return data
 

@@ -16,7 +16,7 @@ _POLL_SECONDS = 5.0  # between looks at the parts of other processes
 
 
 def build_parts(
-    paths: Sequence[str], first: int, build: Callable[[int], None], begun_only: bool, meeting_place: str
+    paths: Sequence[str], first: int, build: Callable[[int], None], begun_only: bool, waiting_lock: str
 ) -> list[int]:
     """Builds parts until each is finished, or in progress in another process.
 
@@ -29,7 +29,7 @@ def build_parts(
       first: the part to begin with. The following ones come next, then those before it.
       build: builds a part, or returns at once if it is finished. Raises LockedError if another process builds it.
       begun_only: build only `first`, and what other processes have begun and left.
-      meeting_place: a path beside the files. The process that waits holds its lock.
+      waiting_lock: a path beside the files. The process that waits holds the lock of this path.
 
     Returns:
       The parts that are not finished.
@@ -63,7 +63,7 @@ def build_parts(
                     break
                 if not is_waiting:
                     try:
-                        stack.enter_context(HeartbeatLock(meeting_place, is_output=True))
+                        stack.enter_context(HeartbeatLock(waiting_lock, is_output=True))
                     except LockedError:
                         break
                     is_waiting = True
@@ -71,7 +71,7 @@ def build_parts(
                 time.sleep(_POLL_SECONDS)
             parts = left
         if not parts and not is_waiting:
-            _remove_dead_lock(meeting_place, watch)
+            _remove_dead_lock(waiting_lock, watch)
     if failed:
         raise _joined_error(paths, failed)
     return parts

@@ -95,7 +95,7 @@ class ByExamples:
         counts = _counts(entries, sizes, n_epochs)
         self._total = sum(counts)
         self._schedule: Callable[[range], Iterator[Slot]] = in_order
-        if entries[0].place:
+        if entries[0].source_line:
             self._schedule = functools.partial(interleaved, counts, sizes, seed)
             self._digest: Any = [
                 [index.digest, dict(entry.own), entry.weight] for entry, (_, index) in zip(entries, indexed)
@@ -166,8 +166,8 @@ class ByFiles:
 
 
 def naming(entry: Entry) -> contextlib.AbstractContextManager[None]:
-    """Puts the place of a data set before the message of a UserError raised inside."""
-    return prefix_errors(entry.place) if entry.place else contextlib.nullcontext()
+    """Puts FILE:LINE of a data set before the message of a UserError raised inside."""
+    return prefix_errors(entry.source_line) if entry.source_line else contextlib.nullcontext()
 
 
 def _listed(inputs: Inputs, skipped: SkippedInputs, is_whole: bool) -> tuple[DataSet, FileIndex]:
@@ -192,15 +192,15 @@ def _counts(entries: Sequence[Entry], sizes: Sequence[int], n_epochs: int) -> li
     """
     weights = [entry.weight for entry in entries if entry.weight is not None]
     for entry, size in zip(entries, sizes):
-        if entry.place and not size:
-            raise UserError(f"{entry.place}: has no input that can be used")
+        if entry.source_line and not size:
+            raise UserError(f"{entry.source_line}: has no input that can be used")
     counts = [n_epochs * size for size in sizes]
     if weights:
         exact = [Fraction(str(weight)) for weight in weights]
         passes = min(size * sum(exact) / weight for size, weight in zip(sizes, exact))
         counts = proportional(int(n_epochs * passes), weights)
     for entry, count, size in zip(entries, counts, sizes):
-        if entry.place:
+        if entry.source_line:
             times = f"{count / size:.2f} times"
-            print(f"{entry.place}: {entry.config.kind}, {count} examples out of {size} ({times})")
+            print(f"{entry.source_line}: {entry.config.kind}, {count} examples out of {size} ({times})")
     return counts

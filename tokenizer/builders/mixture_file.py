@@ -40,13 +40,13 @@ class Entry:
     """A data set of the file.
 
     Attributes:
-      place: FILE:LINE, for messages.
+      source_line: FILE:LINE, for messages.
       config: the command's settings with those of the data set.
       own: the fields of the data set, without its weight.
       weight: its share of the examples, in proportion to the others; None: none has one.
     """
 
-    place: str
+    source_line: str
     config: ConfigDict
     own: Mapping[str, Any]
     weight: float | None
@@ -82,19 +82,21 @@ def read_entries(path: str, definitions: Mapping[str, Flag], config: ConfigDict)
     assert root is not None
     entries = []
     for node, fields in zip(root.value, values):
-        place = f"{path}:{node.start_mark.line + 1}"
-        with prefix_errors(place):
+        source_line = f"{path}:{node.start_mark.line + 1}"
+        with prefix_errors(source_line):
             names = [key.value for key, _ in node.value] if isinstance(fields, dict) else []
-            entries.append(_entry(place, fields, names, definitions, config))
+            entries.append(_entry(source_line, fields, names, definitions, config))
     weighted = [entry for entry in entries if entry.weight is not None]
     if len(weighted) not in (0, len(entries)):
-        place = next(entry.place for entry in entries if entry.weight is None)
-        other = weighted[0].place
-        raise UserError(f"{place}: has no weight, but {other} has one: give all data sets a weight, or none")
+        source_line = next(entry.source_line for entry in entries if entry.weight is None)
+        other = weighted[0].source_line
+        raise UserError(f"{source_line}: has no weight, but {other} has one: give all data sets a weight, or none")
     return entries
 
 
-def _entry(place: str, fields: Any, names: list[Any], definitions: Mapping[str, Flag], config: ConfigDict) -> Entry:
+def _entry(
+    source_line: str, fields: Any, names: list[Any], definitions: Mapping[str, Flag], config: ConfigDict
+) -> Entry:
     if not isinstance(fields, dict):
         raise UserError("must be a mapping such as {kind: images, input_dir: DIR}")
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -111,7 +113,7 @@ def _entry(place: str, fields: Any, names: list[Any], definitions: Mapping[str, 
     own = {name: _value(name, definitions[name], value) for name, value in fields.items() if name != "weight"}
     changed = ConfigDict({**config, **own})
     flags.validate(definitions, changed)
-    return Entry(place, changed, own, weight)
+    return Entry(source_line, changed, own, weight)
 
 
 def _weight(value: Any) -> float:

@@ -64,7 +64,7 @@ def find(path: pathlib.Path) -> list[pathlib.Path] | None:
         raise UserError(f"{path}: has several checkpoints: name one of {names}")
     folders = [folder, folder / "configs", *([folder.parent / "configs"] if folder.name == "checkpoints" else [])]
     for pattern in ("model.yaml", "*project.yaml", "*.yaml"):
-        settings = [file for place in folders for file in sorted(place.glob(pattern))]
+        settings = [file for directory in folders for file in sorted(directory.glob(pattern))]
         if len(settings) == 1:
             return [settings[0], checkpoints[0]]
     raise UserError(f"{path}: a checkpoint of taming-transformers needs its model.yaml beside it, or in configs/")

@@ -133,15 +133,15 @@ class _Parquet:
 
     def cell(self, row: int, column: str) -> Any:
         """Returns a cell as a scalar of pyarrow."""
-        group, row = self._place(row)
+        group, row = self._row_group_of(row)
         return _read_chunk(*self._key, group, (column,))[column][row]
 
     def values(self, row: int, columns: tuple[str, ...]) -> dict[str, Any]:
         """Returns the values of a row."""
-        group, row = self._place(row)
+        group, row = self._row_group_of(row)
         return _read_chunk(*self._key, group, columns).slice(row, 1).to_pylist()[0] if columns else {}
 
-    def _place(self, row: int) -> tuple[int, int]:
+    def _row_group_of(self, row: int) -> tuple[int, int]:
         """Returns the row group of a row, and its number there."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         return group, row - int(self._starts[group])

@@ -19,7 +19,7 @@ from EasyLM.vocab import CODEBOOK_SIZE
 _TAGS = ["large-vision-model", "easylm-lvm"]
 _SUMMARY = (
     "A large vision model: a LLaMA that continues visual sentences, sequences of images that an image tokenizer has "
-    "encoded. A task is prompted by examples; the answer is an image. It knows no text."
+    "encoded. A prompt shows a task by examples, and the model answers with an image. It does not process text."
 )
 # Names in metrics.jsonl -> names in the card.
 _FIGURES = {

@@ -1,8 +1,9 @@
 """Matrix products of activations and kernels that are split over a mesh; on large TPU slices with gathers in two steps.
 
-Over the three dimensions of a large torus, XLA gathers by summing arrays that are zero outside of a device's own part,
-which sends an array twice. Here devices gather along one dimension, then along the other two; gradients are scattered
-in the reverse order. Everywhere else XLA gathers by itself: on GPUs, over two dimensions, and in small slices.
+Over the three dimensions of a large torus, XLA implements a gather as a sum of arrays that are zero outside of a
+device's own part, which sends each array twice. Here devices gather along one dimension, then along the other two;
+gradients are scattered in the reverse order. In all other cases (GPUs, two dimensions, small slices) XLA gathers by
+itself.
 Source: programs that libtpu 0.0.42 compiled for v5p slices of 8 to 128 chips and v5e slices of 16 and 64.
 
 A kernel may be float32 beside activations of another type. It is converted before devices gather it. Its gradient is
@@ -43,7 +44,8 @@ def gathered_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None, a
 def split_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Returns `x_BTI @ kernel_IO`. XLA chooses the communication.
 
-    B and T are merged only if sp does not split T: a merged axis cannot have several rows and a part of each.
+    B and T are merged only if sp does not split T. Otherwise, the tokens of a device are not consecutive in a merged
+    axis.
     """
     if kernel_IO.dtype != x_BTI.dtype:
         return _wide_matmul(lambda kernel_IO: kernel_IO)(x_BTI, kernel_IO)

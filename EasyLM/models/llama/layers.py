@@ -117,7 +117,8 @@ class Embedding(nnx.Module):
         """Returns the embeddings [B, T, D]. With an axis sp of the mesh, B and T are split."""
         table_VD = self.embedding[...]
         if mesh is not None and mesh.shape["sp"] > 1:
-            # From a table with split D, XLA takes embeddings with split D, and gathers them to split B and T instead.
+            # Without this constraint, XLA splits D of the embeddings as it is split in the table, and then exchanges
+            # them to split B and T.
             table_VD, tokens_BT = constrain(table_VD, mesh, "mp", None), constrain(tokens_BT, mesh, BATCH_AXES, "sp")
         return jnp.take(table_VD, tokens_BT, axis=0)
 
@@ -248,7 +249,7 @@ def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
 def remat(function: Callable, policy: str, scanned: bool = False) -> Callable:
     """Applies `jax.checkpoint` with a policy of REMAT_POLICIES. Policy "" returns the function unchanged.
 
-    The policy "auto" that nothing has resolved (see `memory`) is the one that recomputes the least.
+    An unresolved policy "auto" (see `memory`) means the policy that recomputes the least.
     """
     if not policy:
         return function

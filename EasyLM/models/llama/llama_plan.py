@@ -35,8 +35,8 @@ FLAGS = {
     **estimates.ASSUMPTION_FLAGS,
     **training_task.TRAIN_FLAGS,
 }
-# The policies that --suggest tries. The automatic one recomputes the least that fits, by a formula that can be too
-# careful by a quarter; without it, everything is saved.
+# The policies that --suggest tries. "auto" recomputes the least that fits according to a formula, which can
+# overestimate the memory by a quarter. Therefore the policy that saves everything is tried, too.
 _POLICIES = ("", AUTO)
 
 
