@@ -81,13 +81,13 @@ def check_own_package(name: str) -> None:
     """
     own = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name, "__init__.py")
     spec = importlib.util.find_spec(name)
-    found = (spec and spec.origin) or own
-    is_hidden = os.path.realpath(found) != os.path.realpath(own)
+    path = (spec and spec.origin) or own
+    is_hidden = os.path.realpath(path) != os.path.realpath(own)
     if not is_hidden and os.path.isfile(own):
         with open(own, encoding="utf-8", errors="replace") as file:
             is_hidden = OWN_MARK not in file.read(2000)
     if is_hidden:
         raise UserError(
-            f"{found}: the package {name} of another project takes the place of this project's: pip uninstall {name}, "
+            f"{path}: the package {name} of another project takes the place of this project's: pip uninstall {name}, "
             "then install this project again"
         )

@@ -41,8 +41,8 @@ def file_sizes(directory: str) -> dict[str, int]:
     if is_remote(directory):
         system, inner = remote_file_system(directory)
         system.invalidate_cache()
-        found = system.find(inner, detail=True)
-        return {path[len(inner.rstrip("/")) + 1 :]: entry["size"] for path, entry in found.items()}
+        files = system.find(inner, detail=True)
+        return {path[len(inner.rstrip("/")) + 1 :]: entry["size"] for path, entry in files.items()}
     return {
         os.path.relpath(path, directory): os.path.getsize(path)
         for folder, _, names in os.walk(directory)

@@ -103,24 +103,24 @@ def list_checkpoints(run_dir: str) -> list[SavedCheckpoint]:
     files = list_directory(run_dir)
     steps = list_directory(f"{run_dir}/{CHECKPOINTS}") if CHECKPOINTS in files else {}
     latest = _latest_name(run_dir, files)
-    found = []
+    checkpoints = []
     for name, kind in steps.items():
         if STEP_DIRECTORY.fullmatch(name) and kind == "directory":
-            found += _in_directory(run_dir, f"{CHECKPOINTS}/{name}", is_latest=name == latest)
+            checkpoints += _in_directory(run_dir, f"{CHECKPOINTS}/{name}", is_latest=name == latest)
     if files.get(LATEST) == "directory":
-        found += _in_directory(run_dir, LATEST, is_latest=True)
+        checkpoints += _in_directory(run_dir, LATEST, is_latest=True)
     elif latest and steps.get(latest) != "directory":
-        found.append(SavedCheckpoint(LATEST, problem=f"{CHECKPOINTS}/{latest} is gone", is_latest=True))
+        checkpoints.append(SavedCheckpoint(LATEST, problem=f"{CHECKPOINTS}/{latest} is gone", is_latest=True))
     for name, kind in files.items():
         milestone = MILESTONE.fullmatch(name)
         if name not in PREFIX_OF and not milestone:
             continue
         if kind in ("file", "directory"):
             suffix = f"_{milestone[2]}" if milestone else ""
-            found.append(_group(run_dir, "", files, name, suffix, is_latest=False))
+            checkpoints.append(_group(run_dir, "", files, name, suffix, is_latest=False))
         elif kind == "dangling" and milestone:  # the others dangle with `latest`
-            found.append(SavedCheckpoint(name, problem=f"{os.readlink(os.path.join(run_dir, name))} is gone"))
-    return sorted(found, key=lambda saved: saved.order, reverse=True)
+            checkpoints.append(SavedCheckpoint(name, problem=f"{os.readlink(os.path.join(run_dir, name))} is gone"))
+    return sorted(checkpoints, key=lambda saved: saved.order, reverse=True)
 
 
 def newest_whole(run_dir: str, formats: Mapping[str, Reader]) -> tuple[OpenCheckpoint | None, list[str]]:

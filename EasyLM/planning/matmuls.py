@@ -52,10 +52,10 @@ def attention_weights(closed: core.ClosedJaxpr, length: int) -> str:
       For example "float32[8,32,4096,4096]", over all devices; empty if there is none.
     """
     scores = [eqn for eqn in _equations(_without_dead_code(closed.jaxpr)) if _is_scores(eqn, length)]
-    found = [_aval(eqn.outvars[0]) for eqn in scores]
-    if not found:
+    weights = [_aval(eqn.outvars[0]) for eqn in scores]
+    if not weights:
         return ""
-    largest = max(found, key=lambda aval: aval.size * aval.dtype.itemsize)
+    largest = max(weights, key=lambda aval: aval.size * aval.dtype.itemsize)
     return f"{largest.dtype.name}[{','.join(map(str, largest.shape))}]"
 
 

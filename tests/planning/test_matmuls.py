@@ -97,15 +97,15 @@ def test_blockwise_attention_skips_later_chunks(query_chunk, key_chunk, share):
     assert flops(gradient, q, q, q) == (2 + 5) * product
 
 
-@pytest.mark.parametrize("groups, found", [(3, "float32[2,3,16,16]"), (1, "float32[2,1,48,16]")])
-def test_attention_weights_are_found(groups, found):
+@pytest.mark.parametrize("groups, expected", [(3, "float32[2,3,16,16]"), (1, "float32[2,1,48,16]")])
+def test_attention_weights_are_found(groups, expected):
     q, k = (jax.ShapeDtypeStruct((2, 16, heads, 8), jnp.float32) for heads in (3, groups))
 
     def weights(implementation):
         attend = partial(attention, mask=AttentionMask(), implementation=implementation, query_chunk=4, key_chunk=4)
         return attention_weights(jax.make_jaxpr(attend)(q, k, k), 16)
 
-    assert weights("xla") == found and weights("blockwise") == ""
+    assert weights("xla") == expected and weights("blockwise") == ""
 
 
 def test_activations_as_wide_as_the_row_are_not_attention_weights():

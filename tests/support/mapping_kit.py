@@ -8,8 +8,8 @@ from tokenizer.synthetic import palette
 
 def colour_index(colour: np.ndarray) -> int:
     """The index of a palette colour; -1 for other colours."""
-    (found,) = np.nonzero((colour == palette.COLOURS).all(-1))
-    return int(found[0]) if len(found) else -1
+    (indices,) = np.nonzero((colour == palette.COLOURS).all(-1))
+    return int(indices[0]) if len(indices) else -1
 
 
 def entries(step: steps.Step) -> list[bool]:

@@ -51,8 +51,8 @@ def test_the_trace_names_the_steps_of_the_range_alone(tmp_path):
 )
 def test_a_part_of_the_range(tmp_path, first, end, expected):
     run(tmp_path, range(2, 4), first, end)
-    found = [named_steps(trace) for trace in traces(tmp_path / "profile")]
-    assert found == ([] if expected is None else [expected])
+    steps = [named_steps(trace) for trace in traces(tmp_path / "profile")]
+    assert steps == ([] if expected is None else [expected])
 
 
 def test_a_remote_run_directory(tmp_path):

@@ -108,7 +108,7 @@ def near_earlier(hashes_n: np.ndarray, distance: int) -> np.ndarray:
     pairs = []
     for one_p, other_p in near_pairs(unique_u, unique_u, distance):
         is_new = one_p < other_p
-        one_p, other_p = (firsts_u[np.searchsorted(unique_u, found[is_new])] for found in (one_p, other_p))
+        one_p, other_p = (firsts_u[np.searchsorted(unique_u, hashes_p[is_new])] for hashes_p in (one_p, other_p))
         pairs.append(np.stack([np.minimum(one_p, other_p), np.maximum(one_p, other_p)]))
     left_out_n = np.ones(len(hashes_n), bool)
     left_out_n[firsts_u] = False

@@ -140,8 +140,8 @@ def _check_avif(image: Image.Image) -> None:
     file.seek(0)
     head = file.read(_BLOCK_BYTES)
     file.seek(position)
-    _, found, numbers = head.partition(b"colrnclx")
-    if found:  # 16-bit numbers of the primaries and the transfer function
+    _, box, numbers = head.partition(b"colrnclx")
+    if box:  # 16-bit numbers of the primaries and the transfer function
         _set_colours(image, numbers[1:2], numbers[3:4])
         if "icc_profile" in image.info:  # which describes more, and is preferred in AVIF
             image.info.pop("cicp", None)

@@ -32,19 +32,19 @@ def check_parts(paths: Sequence[str]) -> None:
         if size != report["bytes"]:
             raise UserError(f"{path}: has {size} bytes, but {path}.report.json says {report['bytes']}: copy it again")
         identity = {name: value for name, value in report["identity"].items() if name not in _OF_ONE_PART}
-        found = builds[json.dumps(identity, sort_keys=True), parts]
-        if part in found:
-            raise UserError(f"{path}: is part {part} of {parts} of a build, and so is {found[part]}")
-        found[part] = path
-    for (_, parts), found in builds.items():
-        missing = [part for part in range(parts) if part not in found]
+        by_part = builds[json.dumps(identity, sort_keys=True), parts]
+        if part in by_part:
+            raise UserError(f"{path}: is part {part} of {parts} of a build, and so is {by_part[part]}")
+        by_part[part] = path
+    for (_, parts), by_part in builds.items():
+        missing = [part for part in range(parts) if part not in by_part]
         if missing:
             names = ", ".join(map(str, missing[:_MOST_NAMED])) + ", ..." * (len(missing) > _MOST_NAMED)
-            example = found[min(found)]
+            example = by_part[min(by_part)]
             unfinished = sorted(name for name in _beside(example) if name.endswith(".partial"))
             started = f"; unfinished are {', '.join(unfinished[:_MOST_NAMED])}" if unfinished else ""
             raise UserError(
-                f"{example} is part {min(found)} of {parts} of a build with the same settings and inputs, of which "
+                f"{example} is part {min(by_part)} of {parts} of a build with the same settings and inputs, of which "
                 f"{len(missing)} are missing: {names}{started}. Finish the build, or move its reports away to take "
                 "what is there"
             )

@@ -100,15 +100,15 @@ def _in_folder(
     if not is_remote(value) and os.path.isfile(f"{value}/state.json") and os.path.isfile(f"{value}/dataset_info.json"):
         files = read_json(f"{value}/state.json", _DATA_FILES)["_data_files"]
         return True, [f"{value}/{file['filename']}" for file in files]
-    found: dict[str, list[str]] = {ending: [] for ending in _CONTAINERS}
+    by_ending: dict[str, list[str]] = {ending: [] for ending in _CONTAINERS}
     for name in _names(value, flag, (*extensions, *_CONTAINERS)):
         ending = os.path.splitext(name)[1].lower()
-        if ending in found:
-            found[ending].append(f"{value.rstrip('/')}/{name}")
+        if ending in by_ending:
+            by_ending[ending].append(f"{value.rstrip('/')}/{name}")
         elif not (wants_tars or wants_table):
             return False, []
-    is_table = wants_table or not (found[".tar"] or wants_tars)
-    return is_table, sorted(found[".parquet" if is_table else ".tar"], key=folders.natural_key)
+    is_table = wants_table or not (by_ending[".tar"] or wants_tars)
+    return is_table, sorted(by_ending[".parquet" if is_table else ".tar"], key=folders.natural_key)
 
 
 def _names(value: str, flag: str, extensions: Sequence[str]) -> Iterator[str]:

@@ -123,10 +123,10 @@ class Tars:
         return f"{sample}.{key.rpartition('.')[2]}", self.keys.index(key)
 
     def _missing(self, labels: list[str], keys: collections.Counter) -> str:
-        found = ", ".join(key or "(none)" for key, _ in keys.most_common()) or "none: it is empty"
+        named = ", ".join(key or "(none)" for key, _ in keys.most_common()) or "none: it is empty"
         if self.keys:
-            return f"has no member with the key {' or '.join(labels)}; its keys are {found}"
-        return f"has no member with an extension of {', '.join(self.extensions)}; its members have {found}"
+            return f"has no member with the key {' or '.join(labels)}; its keys are {named}"
+        return f"has no member with an extension of {', '.join(self.extensions)}; its members have {named}"
 
 
 def _members_and_error(path: str) -> Iterator[Member | UserError]:

@@ -139,14 +139,14 @@ def _suggest(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) ->
         outcome = tried.error or f"{tried.tokens_per_second_estimate:,.0f} tokens/s"
         print(f"{candidate}: {outcome}", file=sys.stderr, flush=True)
 
-    found = search(make, _mesh_dims(topology, llama), _POLICIES, tell)
+    result = search(make, _mesh_dims(topology, llama), _POLICIES, tell)
     for mesh_dim in _split_mesh_dims(topology, llama, plan.seq_length):
-        if found.fastest is None:  # no device has the memory for a row
-            found = Search(found.tried + search(make, [mesh_dim], _POLICIES, tell).tried)
-    tried = [dataclasses.asdict(candidate) | dataclasses.asdict(outcome) for candidate, outcome in found.tried]
-    if found.fastest is None:
-        return found.tried[-1][1], {"flags": [], "reason": found.reason, "tried": tried}
-    candidate, best = found.fastest
+        if result.fastest is None:  # no device has the memory for a row
+            result = Search(result.tried + search(make, [mesh_dim], _POLICIES, tell).tried)
+    tried = [dataclasses.asdict(candidate) | dataclasses.asdict(outcome) for candidate, outcome in result.tried]
+    if result.fastest is None:
+        return result.tried[-1][1], {"flags": [], "reason": result.reason, "tried": tried}
+    candidate, best = result.fastest
     group = f"train_dataset.{config.train_dataset.type}_dataset"
     chosen = {
         "mesh_dim": candidate.mesh_dim,
@@ -155,7 +155,7 @@ def _suggest(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) ->
     }
     return best, {
         "flags": [f"--{name}={value}" for name, value in chosen.items()],
-        "reason": found.reason,
+        "reason": result.reason,
         "tried": tried,
     }
 

@@ -53,10 +53,10 @@ def test_previews_come_before_the_answer(folder):
         captions = [f"Candidate {c}, frame {f}" for c in (1, 2) for f in (1, 2)]
         assert [caption for _, caption in update.answers] == captions
         assert (update.answers[1][0][-1] == 128).all()  # the last rows of the second frame are not generated yet
-    told = re.fullmatch(r"Done: (\d+) tokens a candidate in ([\d.]+) s, (\d+) tokens/s in all", last.status)
-    assert int(told[1]) == 2 * TINY.tokens_per_image
+    done = re.fullmatch(r"Done: (\d+) tokens a candidate in ([\d.]+) s, (\d+) tokens/s in all", last.status)
+    assert int(done[1]) == 2 * TINY.tokens_per_image
     num_tokens = 2 * 2 * TINY.tokens_per_image  # of two candidates
-    assert num_tokens / (float(told[2]) + 0.06) - 1 < int(told[3]) < num_tokens / max(float(told[2]) - 0.06, 1e-3) + 1
+    assert num_tokens / (float(done[2]) + 0.06) - 1 < int(done[3]) < num_tokens / max(float(done[2]) - 0.06, 1e-3) + 1
     assert [image.shape for image, _ in last.answers] == [(256, 256, 3)] * 4
     engine.close(SECONDS)
 

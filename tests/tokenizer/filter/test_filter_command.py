@@ -68,7 +68,7 @@ def test_each_image_is_dropped_for_its_reason_from_every_source(tmp_path, capsys
     blocklist = write_blocklist(tmp_path / "blocklist.txt", FILES)
     report = run_filter(tmp_path / "keep.jsonl.gz", input_dir=input_dir, blocklist=blocklist)
     assert [_file_name(name) for name in kept_names(tmp_path / "keep.jsonl.gz")] == KEPT
-    examples = [(reason, example) for reason, found in report["examples"].items() for example in found]
+    examples = [(reason, example) for reason, of_reason in report["examples"].items() for example in of_reason]
     assert {_file_name(example["name"]): reason for reason, example in examples} == REASONS
     assert report["images"] == len(FILES) and report["counts"]["kept"] == len(KEPT)
     assert sum(report["counts"].values()) == len(FILES) and report["counts"]["--blocklist"] == 2

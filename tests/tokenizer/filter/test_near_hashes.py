@@ -24,10 +24,10 @@ def test_near_pairs_are_all_pairs_within_the_distance_each_once(monkeypatch, dis
     ours_n, theirs_m = np.unique(_crowded(500, 0)), np.unique(_crowded(300, 1))
     ours_n = np.union1d(ours_n, theirs_m[::3])
     for left, right in ((ours_n, ours_n), (ours_n, theirs_m)):
-        found = [pair for pairs in near_hashes.near_pairs(left, right, distance) for pair in zip(*pairs)]
+        near = [pair for pairs in near_hashes.near_pairs(left, right, distance) for pair in zip(*pairs)]
         is_near_nm = np.bitwise_count(left[:, None] ^ right) <= distance
         expected = {(left[i], right[j]) for i, j in zip(*np.nonzero(is_near_nm))}
-        assert len(found) == len(expected) and set(found) == expected
+        assert len(near) == len(expected) and set(near) == expected
         assert len(expected) > 50
 
 

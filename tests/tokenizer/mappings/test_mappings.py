@@ -110,7 +110,7 @@ def test_marks_change_one_class(rendered):
 def test_geometries_move_every_pixel_to_the_same_place_in_all_pairs(rendered):
     """A marker with a different value in each pixel tells where the pixels go."""
     marker = np.stack(np.unravel_index(np.arange(SIZE * SIZE), (SIZE, SIZE)), -1).reshape(SIZE, SIZE, 2)
-    found = set()
+    symmetries = set()
     for mapping in draws("geometry", 60):
         (step,) = mapping.steps
         origin = step.apply(marker, {})
@@ -118,8 +118,8 @@ def test_geometries_move_every_pixel_to_the_same_place_in_all_pairs(rendered):
         for image, answer in make_pairs(mapping, rendered):
             assert np.array_equal(answer, image[origin[..., 0], origin[..., 1]])
         assert np.all((np.diff(origin, axis=1) != 0).any(-1))
-        found.add(step.symmetry)
-    assert found == {0, 2, 3, 4, 5, 6, 7}
+        symmetries.add(step.symmetry)
+    assert symmetries == {0, 2, 3, 4, 5, 6, 7}
     image = rendered[0]["image"]
     assert np.array_equal(steps.Geometry(1, 0, 0).apply(image, {}), np.rot90(image))
     assert np.array_equal(steps.Geometry(4, 0, 0).apply(image, {}), image.swapaxes(0, 1))

@@ -149,14 +149,14 @@ def test_families_occur_in_their_shares():
 
 def test_families_of_few_mappings_have_the_same_ones_for_all_seeds(small_pool):
     few = Mixture(("recolour", "marks"), (1.0, 1.0), num_mappings=3)
-    found: dict[str, set[str]] = {"recolour": set(), "marks": set()}
+    mappings: dict[str, set[str]] = {"recolour": set(), "marks": set()}
     by_seeds = []
     for first_seed in (0, 10**6):
         for seed in range(first_seed, first_seed + 60):
             _, _, keys = sentences.compose(small_pool, few, seed)
-            found[keys["kind"]].add(json.dumps(keys["mapping"]))
-        by_seeds.append({kind: set(texts) for kind, texts in found.items()})
-    assert by_seeds[0] == by_seeds[1] and [len(texts) for texts in found.values()] == [3, 3]
+            mappings[keys["kind"]].add(json.dumps(keys["mapping"]))
+        by_seeds.append({kind: set(texts) for kind, texts in mappings.items()})
+    assert by_seeds[0] == by_seeds[1] and [len(texts) for texts in mappings.values()] == [3, 3]
 
 
 @pytest.mark.parametrize(

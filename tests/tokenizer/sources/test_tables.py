@@ -72,10 +72,10 @@ def test_the_names_of_rows_take_9_bytes_each(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "_NAMES_AT_A_TIME", 100)
     count, path = 20_000, tmp_path / "a.parquet"
     write_parquet(path, {"image": [{"bytes": b"x", "path": f"{row}.png"} for row in range(count)]}, 1000)
-    found = list(Tables("x", "input_dir", [str(path)], ())._tables(folders.refuse))
+    usable = list(Tables("x", "input_dir", [str(path)], ())._tables(folders.refuse))
     tracemalloc.start()
     try:
-        assert tables._check_names(found, folders.refuse)[1]
+        assert tables._check_names(usable, folders.refuse)[1]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -64,9 +64,9 @@ def test_the_frames_are_those_of_the_file(contents, tmp_path, monkeypatch, kind)
         raise AssertionError("a temporary file")
 
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", no_copies)
-    found = in_source(kind, contents, tmp_path)
-    assert len(found) == len(NAMES)
-    for first, (name, video) in enumerate(zip(NAMES, found)):
+    files = in_source(kind, contents, tmp_path)
+    assert len(files) == len(NAMES)
+    for first, (name, video) in enumerate(zip(NAMES, files)):
         (tmp_path / name).write_bytes(contents[name])
         times = videos.timestamps(video)
         np.testing.assert_array_equal(times, videos.timestamps(tmp_path / name))
