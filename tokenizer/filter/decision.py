@@ -68,7 +68,7 @@ class Decision:
             self.numbers_n[kept_k[near_hashes.repeats(self._contents_n[kept_k])]] = exact
         if duplicates.distance is not None:
             self._drop_near(near, duplicates.distance)
-        self._exact, self._near, self._distance = exact, near, duplicates.distance
+        self._exact, self._near = exact, near
 
     def _kept(self) -> np.ndarray:
         """Returns the places of the images that are kept so far, int64 [k]."""
@@ -80,8 +80,8 @@ class Decision:
     def _drop_blocked(self, blocked: frozenset[int], distance: int) -> None:
         """Drops what is near a hash of the blocklist; its reason is the first one."""
         pairs = near_hashes.near_pairs(np.unique(self._hashes_n), np.array(sorted(blocked), np.uint64), distance)
-        found = np.concatenate([np.empty(0, np.uint64), *(hashes_p for hashes_p, _ in pairs)])
-        self.numbers_n[np.isin(self._hashes_n, found) & (self._pixels_n > 0)] = 1
+        near_p = np.concatenate([np.empty(0, np.uint64), *(hashes_p for hashes_p, _ in pairs)])
+        self.numbers_n[np.isin(self._hashes_n, near_p) & (self._pixels_n > 0)] = 1
 
     def _drop_near(self, number: int, distance: int) -> None:
         """Drops near duplicates. Of two images, that with more pixels is kept, or else the first one."""
@@ -97,24 +97,24 @@ class Decision:
     def examples(self, most: int) -> dict[str, list[tuple[int, int | None]]]:
         """Returns, by reason, the places of a few images that are dropped, drawn at random.
 
-        A duplicate has the place of the image that it duplicates.
+        A duplicate has the place of the image that is kept in its place.
         """
         rng = np.random.default_rng(0)
-        found = {}
+        examples = {}
         for number, reason in enumerate(self.reasons):
             places = np.flatnonzero(self.numbers_n == number)
             if number != KEPT and len(places):
                 drawn = np.sort(rng.choice(places, min(most, len(places)), replace=False)).tolist()
-                found[reason] = [(place, self._original(place)) for place in drawn]
-        return found
+                examples[reason] = [(place, self._original(place)) for place in drawn]
+        return examples
 
     def _original(self, place: int) -> int | None:
-        """Returns the place of the first copy, or of the nearest kept image; None: the image is no duplicate."""
-        if self.numbers_n[place] == self._exact:
-            originals = np.flatnonzero((self._contents_n == self._contents_n[place]) & (self.numbers_n != self._exact))
-            return int(originals[0])
-        if self.numbers_n[place] == self._near:
-            kept_k = self._kept_with_hash()
-            distances_k = np.bitwise_count(self._hashes_n[kept_k] ^ self._hashes_n[place])
-            return int(kept_k[np.argmin(distances_k)])
-        return None
+        """Returns the place of the kept copy, or of the nearest kept image; None: the image is no duplicate."""
+        if self.numbers_n[place] not in (self._exact, self._near):
+            return None
+        copies = np.flatnonzero((self._contents_n == self._contents_n[place]) & (self.numbers_n == KEPT))
+        if len(copies):
+            return int(copies[0])
+        kept_k = self._kept_with_hash()  # the copy of an exact duplicate can be a near duplicate of another image
+        distances_k = np.bitwise_count(self._hashes_n[kept_k] ^ self._hashes_n[place])
+        return int(kept_k[np.argmin(distances_k)])
