@@ -59,20 +59,38 @@ def frames(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings
 
 
 def video(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> Iterator[Images]:
-    """Yields consecutive windows of `n_frames` of a video at each of the steps for which it is long enough.
+    """Yields consecutive windows of `n_frames` of a video at each of the steps that suit it.
 
-    The steps are `frame_seconds` or, without them, the `strides`.
+    The steps are `frame_seconds` or, without them, the `strides`. A video is too short for some of them, and its frames
+    may be further apart than some of the `frame_seconds`.
     """
     if settings.frame_seconds:
-        clips = [(_every(step, rows, rng), 1) for step in settings.frame_seconds]
-        longest = max((clip for clip, _ in clips), key=len)
-        _check_length(longest, settings.n_frames, 1, f", {min(settings.frame_seconds):g} s apart")
+        clips = [(clip, 1) for clip in _clips_by_time(rows, rng, settings)]
     else:
         clips = [(rows, stride) for stride in settings.strides]
         _check_length(rows, settings.n_frames, min(settings.strides))
     for clip, stride in clips:
         for window in _windows(clip, rng, settings.n_frames, stride):
             yield [image for row in window for image in row]
+
+
+def _clips_by_time(rows: list[Row], rng: np.random.Generator, settings: SentenceSettings) -> list[list[Row]]:
+    """Returns the clip of each of the `frame_seconds`, without those that are below the distance of the frames.
+
+    Raises:
+      UnsuitableClipError: if no clip has a window.
+    """
+    clips, errors = [], []
+    for step in settings.frame_seconds:
+        try:
+            clips.append((step, _every(step, rows, rng)))
+        except UnsuitableClipError as error:
+            errors.append(error)
+    if not clips:
+        raise errors[0]
+    step, longest = min(clips, key=lambda clip: clip[0])
+    _check_length(longest, settings.n_frames, 1, f", {step:g} s apart")
+    return [clip for _, clip in clips]
 
 
 def _every(step: float, rows: list[Row], rng: np.random.Generator) -> list[Row]:

@@ -34,9 +34,9 @@ def test_frames_are_those_shown_at_times_a_step_apart(name, step):
     times = CLIPS[name]
     following = dict(zip(times, [*times[1:], np.inf]))
     for seed in range(20):
-        found = windows(times, seed, frame_seconds=(step,))
-        assert len(found) == (int((times[-1] - times[0]) / step) + 1) // 4
-        flat = np.concatenate(found)
+        sentences = windows(times, seed, frame_seconds=(step,))
+        assert len(sentences) == (int((times[-1] - times[0]) / step) + 1) // 4
+        flat = np.concatenate(sentences)
         # Each frame is shown at a time: the first one and a multiple of the step. These are the limits of the first.
         latest = min(following[time] - i * step for i, time in enumerate(flat))
         earliest = max(time - i * step for i, time in enumerate(flat))
@@ -50,8 +50,8 @@ def test_a_step_of_whole_frames_never_repeats_or_skips_one(rate, ticks):
     exact = np.arange(900) / rate
     times = exact if ticks is None else np.round(exact * ticks) / ticks
     for step in (1, 2, 5):
-        found = windows(times, frame_seconds=(step / rate,))
-        numbers = np.searchsorted(times, np.concatenate(found) - 1e-9)
+        sentences = windows(times, frame_seconds=(step / rate,))
+        numbers = np.searchsorted(times, np.concatenate(sentences) - 1e-9)
         assert set(np.diff(numbers)) == {step}
 
 
@@ -59,15 +59,23 @@ def test_the_first_frame_is_random_and_each_step_makes_its_own_sentences():
     times = np.arange(90) / 10
     starts = {windows(times, seed, frame_seconds=(1.0,))[0][0] for seed in range(200)}
     assert starts == set(times[:20])  # nine frames are 1 s apart, eight are in a window
-    found = windows(times, frame_seconds=(1.0, 0.2, 3.0))
-    assert sorted({round(b - a, 3) for a, b, *_ in found}) == [0.2, 1.0]  # of 3 s there are no four
+    sentences = windows(times, frame_seconds=(1.0, 0.2, 3.0))
+    assert sorted({round(b - a, 3) for a, b, *_ in sentences}) == [0.2, 1.0]  # of 3 s there are no four
+
+
+def test_a_step_below_the_distance_of_the_frames_leaves_the_other_steps():
+    times = np.arange(100) / 10
+    for steps in ((0.05, 0.5), (0.5, 0.05)):
+        assert windows(times, frame_seconds=steps) == windows(times, frame_seconds=(0.5,)) != []
 
 
 def test_unsuitable_clips_are_named():
     with pytest.raises(arrangements.UnsuitableClipError, match=r"too short: 3 frames, 0\.5 s apart, 4 needed"):
         windows(np.arange(0, 1.4, 0.1), frame_seconds=(0.5, 0.7))
     with pytest.raises(arrangements.UnsuitableClipError, match=r"0\.1 s apart, more than frame_seconds=0\.05"):
-        windows(np.arange(100) / 10, frame_seconds=(0.05,))
+        windows(np.arange(100) / 10, frame_seconds=(0.05, 0.02))
+    with pytest.raises(arrangements.UnsuitableClipError, match=r"too short: 2 frames, 5 s apart, 4 needed"):
+        windows(np.arange(100) / 10, frame_seconds=(0.05, 9, 5))
     assert windows(np.arange(100) / 10, frame_seconds=(0.0995,))
 
 
@@ -114,9 +122,9 @@ def test_sentences_do_not_cross_cuts(tiny, tmp_path):
         write_frames(tmp_path / "in" / name, frames)
     settings = {"input_dir": "in", "strides": "1", "n_frames": 5, "max_errors": 1}
     sentences = build_records(tmp_path, tiny, tmp_path / "out.jsonl", "video", split_at_cuts=True, **settings)
-    found = [(record["sources"][0][-9:], round(25 * record["seconds"][0])) for _, record in sentences]
-    of_cuts = [start for name, start in found if name == "/cuts.mp4"]
-    assert len(of_cuts) == 4 and len(found) == 6
+    starts = [(record["sources"][0][-9:], round(25 * record["seconds"][0])) for _, record in sentences]
+    of_cuts = [start for name, start in starts if name == "/cuts.mp4"]
+    assert len(of_cuts) == 4 and len(starts) == 6
     for start in of_cuts:
         assert not any(start < cut < start + 5 for cut in (7, 19, 23))
     reasons = skipped_names(tmp_path / "out.jsonl")
