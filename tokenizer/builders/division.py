@@ -86,7 +86,7 @@ class ByExamples:
           skipped: takes the unusable inputs.
         """
         self.count, self._skipped = count, skipped
-        indexed = [_listed(one, skipped, is_whole=True) for one in inputs]
+        indexed = [_listed(one, skipped, container_files.names_of(one.sources[0]), is_whole=True) for one in inputs]
         self._data_sets = [data_set for data_set, _ in indexed]
         self._not_kept = sum(index.not_kept for _, index in indexed)
         self._ignored = dict(sum((Counter(index.ignored) for _, index in indexed), Counter()))
@@ -134,6 +134,7 @@ class ByFiles:
                 raise UserError(f"{source.flag}: has {len(paths)} files, but the inputs have {len(self._paths[0])}")
         self.count = len(self._paths[0])
         self._digest = json_digest(self._paths)
+        self._container_names = container_files.names_of(inputs.sources[0])
 
     def fingerprint(self, part: int) -> dict[str, Any]:
         """Returns the digest of all paths, the versions of the part's own files, and its number."""
@@ -154,7 +155,7 @@ class ByFiles:
         settings = dataclasses.replace(self._inputs.settings, seed=self._inputs.settings.seed + part)
         try:
             inputs = self._inputs._replace(settings=settings, sources=sources)
-            data_set, index = _listed(inputs, skipped, is_whole=False)
+            data_set, index = _listed(inputs, skipped, self._container_names, is_whole=False)
         except (TooManySkippedError, OtherSourceError):
             raise
         except UserError as error:
@@ -170,11 +171,20 @@ def naming(entry: Entry) -> contextlib.AbstractContextManager[None]:
     return prefix_errors(entry.source_line) if entry.source_line else contextlib.nullcontext()
 
 
-def _listed(inputs: Inputs, skipped: SkippedInputs, is_whole: bool) -> tuple[DataSet, FileIndex]:
-    """Lists the sources of a data set; `is_whole`: these are all of their files."""
+def _listed(
+    inputs: Inputs, skipped: SkippedInputs, container_names: Mapping[str, str], is_whole: bool
+) -> tuple[DataSet, FileIndex]:
+    """Lists the sources of a data set.
+
+    Args:
+      inputs: the data set.
+      skipped: takes the unusable inputs.
+      container_names: of the files of the whole source of the inputs, as keep lists have them.
+      is_whole: whether the sources are all of their files.
+    """
     kind = inputs.entry.config.kind
     with naming(inputs.entry):
-        kept_items = KeptItems(inputs.keep_list, is_whole) if inputs.keep_list else None
+        kept_items = KeptItems(inputs.keep_list, container_names, is_whole) if inputs.keep_list else None
         index = FileIndex(KINDS[kind].layout, inputs.sources, skipped, kept_items)
         if inputs.keep_list:
             print(f"--keep={inputs.keep_list.path}: leaves out {index.not_kept} inputs")

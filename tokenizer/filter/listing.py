@@ -14,8 +14,10 @@ from typing import NamedTuple
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import json_digest
 from tokenizer.builders.file_index import reports_full_index
+from tokenizer.sources import container_files
 from tokenizer.sources.items import Item, Source
 from tokenizer.sources.keep_list import NamesDigest, name_in_list
+from tokenizer.sources.reading import container_of
 from tokenizer.sources.tars import EmptySourceError, Tars
 
 _SCHEMA = """
@@ -69,8 +71,9 @@ class Listing:
           UserError: naming the flag, if there is no image, or no sidecar; if the listing does not fit on the disk.
         """
         self.names, self.by_files = NamesDigest(), isinstance(source, Tars)
+        container_names = container_files.names_of(source)
         if isinstance(source, Tars):
-            self.source = json_digest([source.keys, [os.path.basename(path) for path in source.paths]])
+            self.source = json_digest([source.keys, list(container_names.values())])
         sources = [_part(one, part, parts) for one in (source, sidecars)]
         ignored: collections.Counter = collections.Counter()
         self._sum, self._order = 0, "number"
@@ -78,7 +81,7 @@ class Listing:
             self._database = sqlite3.connect("")
             self._database.executescript(_SCHEMA)
             for item in _items(sources[0], ignored, skipped, parts):
-                file, name = name_in_list(item)
+                file, name = name_in_list(item, container_names)
                 self.names.add(file, name)
                 row = (name, item.address, item.location, _sample(item))
                 self._database.execute("INSERT INTO image VALUES (NULL, ?, ?, ?, ?)", row)
@@ -131,5 +134,5 @@ def _sample(item: Item) -> str:
     """Returns what an image and its sidecar share. In a tar it ends at the first dot of the file's name."""
     folder, slash, file = item.name.rpartition("/")
     if item.location:
-        return f"{name_in_list(item)[0]}!{folder}{slash}{file.partition('.')[0]}"
+        return f"{container_of(item.address)}!{folder}{slash}{file.partition('.')[0]}"
     return folder + slash + os.path.splitext(file)[0]

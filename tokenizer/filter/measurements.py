@@ -20,7 +20,6 @@ from EasyLM.storage import check_schema, file_version, read_json, read_lines
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.filter import measuring
 from tokenizer.filter.listing import Entry, Listing
-from tokenizer.sources.keep_list import merged_files
 
 _VERSION = 1  # increases when the same images give other measurements
 _GROUP = 64  # images that a worker measures at a time
@@ -177,7 +176,11 @@ class Measurements:
         reports = [report for _, report in parts]
         self.scores = tuple(reports[0]["identity"]["scores"])
         by_files = reports[0]["identity"]["by_files"]
-        self.files = merged_files(report["files"] for report in (reports if by_files else reports[:1]))
+        # A part of tars has tars of its own. Each part of another source lists all images.
+        by_name = {
+            name: file for report in (reports if by_files else reports[:1]) for name, file in report["files"].items()
+        }
+        self.files = dict(sorted(by_name.items()))
         self.measured = sum(report["measured"] for report in reports)
         # Each part of a source other than tars lists the whole source, and reports what it cannot list.
         self.skipped = list({entry["input"]: entry for report in reports for entry in report["skipped"]}.values())

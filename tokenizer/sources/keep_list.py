@@ -4,7 +4,7 @@ A keep list has a JSON text on each line, and is compressed if its name ends in 
 object that identifies the source, by the number and the digest of the names in each of its tars or tables, and by the
 contents of a few kept images. Names do not depend on where the source lies, so that a list holds on every machine that
 has the same source. They are `cats/1.png` for a file in a folder, `000.tar!cats/1.png` and `a.parquet!17.image` for
-members of tars and cells of tables.
+members of tars and cells of tables; `en/000.tar!cats/1.png` if the source has several files named 000.tar.
 """
 
 import array
@@ -13,7 +13,7 @@ import dataclasses
 import gzip
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,17 @@ _FOOTER = {"keep_list": int, "files": {str: list}, "kept": int, "samples": {str:
 Files = Mapping[str, list]  # tar or table -> [number of its images, digest of their names]; "" for files of a folder
 
 
-def name_in_list(item: Item) -> tuple[str, str]:
-    """Returns the tar or table of an item (empty: it is in none), and the name that a keep list has for the item."""
+def name_in_list(item: Item, container_names: Mapping[str, str]) -> tuple[str, str]:
+    """Returns the names of an item's tar or table (empty: it is in none) and of the item, as a keep list has them.
+
+    Args:
+      item: an item of a source.
+      container_names: `container_files.names_of` of the whole source.
+    """
     if not item.location:
         return "", item.name
     container = container_of(item.address)
-    file = os.path.basename(container)
+    file = container_names[container]
     return file, file + item.address[len(container) :]
 
 
@@ -52,24 +57,14 @@ class NamesDigest:
     def add(self, file: str, name: str) -> int:
         """Adds an image by its `name_in_list`; returns the hash of its name, of 64 bits."""
         number = _hash(name)
-        found = self._files.setdefault(file, [0, 0])
-        found[0] += 1
-        found[1] += number
+        count_and_sum = self._files.setdefault(file, [0, 0])
+        count_and_sum[0] += 1
+        count_and_sum[1] += number
         return number % 2**64
 
     def files(self) -> dict[str, list]:
         """Returns the images so far, as JSON values."""
         return {file: [count, f"{total % 2**128:032x}"] for file, (count, total) in sorted(self._files.items())}
-
-
-def merged_files(parts: Iterable[Files]) -> dict[str, list]:
-    """Returns the files of several parts of a source. Images of tars of the same name are counted together."""
-    merged: dict[str, list] = {}
-    for part in parts:
-        for file, (count, digest) in part.items():
-            total, number = merged.get(file, [0, "0"])
-            merged[file] = [total + count, f"{(int(number, 16) + int(digest, 16)) % 2**128:032x}"]
-    return dict(sorted(merged.items()))
 
 
 def _hash(name: str) -> int:
@@ -106,16 +101,18 @@ class KeptItems:
 
     Args:
       keep_list: the list.
+      container_names: `container_files.names_of` of the whole source.
       is_whole: whether all tars and tables of the source are listed, or only some of them.
     """
 
-    def __init__(self, keep_list: KeepList, is_whole: bool):
+    def __init__(self, keep_list: KeepList, container_names: Mapping[str, str], is_whole: bool):
         self._list, self._is_whole, self._names = keep_list, is_whole, NamesDigest()
+        self._container_names = container_names
         self._samples: dict[str, Item] = {}
 
     def takes(self, item: Item) -> bool:
         """Whether the list has an item. Call it once for each item."""
-        file, name = name_in_list(item)
+        file, name = name_in_list(item, self._container_names)
         if name in self._list.samples:
             self._samples[name] = item
         number, hashes_n = np.uint64(self._names.add(file, name)), self._list.hashes_n
@@ -130,6 +127,10 @@ class KeptItems:
         """
         subject = f"--keep={self._list.path}: is the list of another source"
         listed, of_list = self._names.files(), self._list.files
+        for name in sorted(listed.keys() - of_list.keys()):
+            if (file := os.path.basename(name)) in of_list:  # of a version that left out the folders
+                same = [other for other in self._container_names.values() if os.path.basename(other) == file]
+                raise OtherSourceError(f"{subject}: it has one {file}, but the inputs are {' and '.join(same)}")
         if self._is_whole and len(self._names) != (count := sum(count for count, _ in of_list.values())):
             raise OtherSourceError(f"{subject}: of {count} images, but the inputs are {len(self._names)}")
         for file in {**of_list, **listed} if self._is_whole else listed:
