@@ -77,7 +77,10 @@ def _find(
         return Tables(value, flag, paths, columns)
     if columns:
         raise UserError(f"--columns={','.join(columns)}: {name} are tars: use --keys")
-    return Tars(value, flag, paths, extensions, tuple(map(str.lower, keys)))
+    lower = tuple(map(str.lower, keys))
+    if repeated := {key for key in lower if lower.count(key) > 1}:
+        raise UserError(f"--keys={','.join(keys)}: has {repeated.pop()} twice: a member is in one column")
+    return Tars(value, flag, paths, extensions, lower)
 
 
 def _hint(path: str) -> str:

@@ -159,6 +159,7 @@ def test_unreadable_members_are_named_counted_and_skipped(tree, tiny, tmp_path):
         ("images", {"keys": "png,bmp"}, "--keys=png,bmp: --kind=images takes 1"),
         ("images", {"keys": "jpg"}, r"000\.tar: has no member with the key jpg; its keys are .*seg.bmp"),
         ("paired", {"keys": "png,depth.png"}, r"no member with the key depth.png; its keys are .*seg.bmp"),
+        ("paired", {"keys": "png,PNG"}, "^--keys=png,PNG: has png twice"),
         ("images", {"input_dir": "TMP/in/000.tar", "columns": "png"}, "--columns=png: --input_.*are tars: use --keys"),
         ("images", {"keys": "png", "columns": "image"}, "give one"),
         ("co3d", {"keys": "png"}, "--keys=png: --kind=co3d finds"),
