@@ -270,10 +270,10 @@ def _groups(definitions: Definitions, prefix: str) -> list[str]:
 
 def _rules(flag: Flag) -> list[str]:
     """Returns the rules of a flag's value in words: required or the default, then choices and range."""
-    default = {"": "empty", None: "none"}.get(flag.default, flag.default)
+    default = {"": "empty", " ": "' '", None: "none"}.get(flag.default, flag.default)
     rules = ["required" if flag.required else f"default: {default}"]
     if flag.choices:
-        rules.append(f"one of: {', '.join(choice or 'empty' for choice in flag.choices)}")
+        rules.append(f"one of: {', '.join(name or 'empty' for name in flag.choices if name not in flag.aliases)}")
     rules += [f"{alias} means {choice}" for alias, choice in flag.aliases.items()]
     return rules + [flag.range] * bool(flag.range)
 

@@ -12,7 +12,7 @@ import pytest
 
 import EasyLM
 from EasyLM import flags
-from EasyLM.errors import MOST_CHARACTERS, UserError, choose
+from EasyLM.errors import UserError
 from EasyLM.flags import Flag
 from EasyLM.models.llama import llama_config, llama_train
 
@@ -246,6 +246,16 @@ group flags:
     )
 
 
+def test_help_shows_a_space_and_lists_an_alias_once():
+    definitions = {
+        "separator": Flag(" ", "A separator."),
+        "dtype": Flag("", "A type.", choices=("", "fp32", "float32"), aliases={"float32": "fp32"}),
+    }
+    text = flags.help_text(test_help_shows_a_space_and_lists_an_alias_once, definitions)
+    assert "--separator=TEXT  (default: ' ')" in text
+    assert "--dtype=TEXT  (default: empty; one of: empty, fp32; float32 means fp32)" in text
+
+
 @pytest.mark.parametrize("name, nearest", [
     ("total_stepz", ["total_steps"]),
     ("json_dataset.path", ["train_dataset.json_dataset.path", "eval_dataset.json_dataset.path"]),
@@ -324,19 +334,6 @@ def test_environment_variables_expand(monkeypatch):
     assert flags.expand_variables("notes", "~ 3 runs, ~/ and a~b") == "~ 3 runs, ~/ and a~b"
     with pytest.raises(UserError, match=r"--mesh_dim=\$LVM_UNSET: the environment variable LVM_UNSET is not set"):
         flags.expand_variables("mesh_dim", "$LVM_UNSET")
-
-
-def test_choose_lists_the_choices():
-    with pytest.raises(UserError, match=r"--kind='vidoe': choose one of 'paired', 'video'"):
-        choose("--kind", "vidoe", ("paired", "video"))
-
-
-def test_a_message_is_one_line_of_limited_length():
-    assert str(UserError("a\nb")) == "a\\nb"
-    assert str(UserError("x" * MOST_CHARACTERS)) == "x" * MOST_CHARACTERS
-    message = str(UserError(f"--a: {'y' * 10**6}: too long"))
-    assert message.startswith("--a: yyy") and message.endswith("yyy: too long") and " [...] " in message
-    assert len(message) < MOST_CHARACTERS + 10
 
 
 PROGRAM = """

@@ -44,15 +44,15 @@ DATA_SET_FLAGS = {
     "target_dir": Flag("", "The annotations or further clips, like --input_dir; for multi_* a comma list."),
     "keys": Flag(
         "",
-        "Of tars: what follows the first dot in the names of the inputs, such as jpg; jpg,seg.png takes the "
+        "For tars: the part after the first dot in the names of the inputs, such as jpg. jpg,seg.png takes the "
         "annotations from the same tars, without --target_dir. Empty: every image.",
     ),
     "columns": Flag(
         "",
-        "Of parquet files and save_to_disk: the column of the inputs; image,label takes the annotations from the same "
+        "For parquet files and save_to_disk: the column of the inputs. image,label takes the annotations from the same "
         "rows. Empty: the only image column.",
     ),
-    "keep": Flag("", "A list of tokenizer.filter: of --input_dir, build from its images only, and their annotations."),
+    "keep": Flag("", "A list of tokenizer.filter: build only from the images in it, and from their annotations."),
     "n_shots": Flag(8, "Pairs, images or classes in a sentence.", least=1),
     "images_per_shot": Flag(1, "category: images of each class in a sentence.", least=1),
     "n_frames": Flag(16, "Frames in a sentence.", least=1),
@@ -60,8 +60,8 @@ DATA_SET_FLAGS = {
     "strides": Flag("1", "video: steps between frames, a comma list; each makes its own sentences."),
     "frame_seconds": Flag(
         "",
-        "video: instead of --strides, steps in seconds, such as 0.5,2. At each time the frame is taken that is shown "
-        "then, so that videos of all frame rates are sampled alike.",
+        "video: instead of --strides, steps in seconds, such as 0.5,2. The frame that is shown at each time is taken, "
+        "whatever the frame rate of the video.",
     ),
     "split_at_cuts": Flag(False, "video: no sentence crosses a hard cut. Decodes every video once more."),
     "hole_mask_ratio": Flag(0.5, "inpainting: probability that a mask is one hole, not patches.", least=0, most=1),
@@ -75,18 +75,19 @@ DATA_SET_FLAGS = {
 SENTENCE_FLAGS = {
     **DATA_SET_FLAGS,
     "n_epochs": Flag(
-        1, "Passes over all inputs, each shuffled differently; with weights, over the data set used up first.", least=1
+        1, "Passes over all inputs, each in another order; with weights, over the data set that ends first.", least=1
     ),
     "seed": Flag(0, "Seed of every random choice.", least=0),
     "shard": Flag(
         "0/1",
-        "i/n: build only part i (from 0) of n; the concatenated parts equal the whole file. auto: the part of this "
-        "task of a SLURM array or of srun, or of this host of a pod, then parts whose tasks have died; see --parts.",
+        "i/n: build only part i (from 0) of n; the concatenated parts equal the whole file. auto: build the part of "
+        "this task (of a SLURM array or of srun) or of this host of a pod, then parts whose tasks have died; see "
+        "--parts.",
     ),
     "fast_decode": Flag(
         False,
-        "Decode JPEG files at 1/2, 1/4 or 1/8 of their sides, not below that of the tokenizer's images: faster, but "
-        "other pixels; DATASET.md has both figures.",
+        "Decode JPEG files at 1/2, 1/4 or 1/8 of their sides, but not below that of the tokenizer's images. This is "
+        "faster, and changes some pixels; DATASET.md states how much.",
     ),
     "vqgan": CODEC_FLAGS["vqgan"],
     "dtype": CODEC_FLAGS["dtype"],
@@ -96,21 +97,21 @@ _LATER_FLAGS = ("keys", "columns", "keep", "frame_seconds", "split_at_cuts", "fa
 FLAGS = {
     "inputs": Flag(
         "",
-        "Instead of --input_dir: a YAML file with a list of data sets, each with kind, input_dir, weight (its share of "
-        "the examples) and other flags that differ from those of the command.",
+        "Instead of --input_dir: a YAML file with a list of data sets. Each has kind, input_dir, weight (its share of "
+        "the examples), and the flags in which it differs from the command.",
     ),
     **SENTENCE_FLAGS,
     "parts": Flag(
         "",
-        "With --shard=auto: the number of parts, for any number of processes. Each builds parts that no other one "
-        f"builds, until all are finished. {BY_FILES}: each tar or table is a part. Empty: as many parts as tasks.",
+        "With --shard=auto: the number of parts, for any number of processes. Each process builds parts that no other "
+        f"process builds, until all are finished. {BY_FILES}: each tar or table is a part. Empty: one part a task.",
     ),
     "resolution": CODEC_FLAGS["resolution"],
     "batch_size": CODEC_FLAGS["batch_size"],
     "output_file": Flag(
         "",
-        "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it; also on s3://, gs://, ... {i} and "
-        "{n} are the number of the part and of all parts.",
+        "The JSONL file, written atomically, with OUTPUT_FILE.report.json beside it; also on s3://, gs://, ... {i} is "
+        "replaced by the number of the part, {n} by the number of parts.",
         required=True,
         may_be_remote=True,
     ),

@@ -16,19 +16,19 @@ RUN_FLAGS = {
     "seed": Flag(42, "Seed of the initial parameters and of dropout.", least=-(2**31), most=2**32 - 1),
     "mesh_dim": Flag(
         "1,-1,1",
-        "Mesh sizes dp,fsdp,mp; -1: all remaining devices; or with names, as dp:1,fsdp:-1,mp:2; with sp, as "
-        "dp:1,fsdp:-1,mp:1,sp:2, llama_train also splits the tokens of each row; a leading ! allows splitting physical "
-        "axes.",
+        "Sizes of the mesh axes dp,fsdp,mp, of which one may be -1: all remaining devices. Also with names: "
+        "dp:1,fsdp:-1,mp:2. In llama_train a further axis sp splits the tokens of each row: dp:1,fsdp:-1,mp:1,sp:2. A "
+        "leading ! allows a physical axis of a TPU network to be split.",
     ),
     "total_steps": Flag(10000, "Micro-steps to train in total, including those before a resume.", least=0),
     "load_checkpoint": Flag("", "PREFIX::PATH to start from: trainstate, trainstate_params, params, flax_params, ..."),
-    "load_dataset_state": Flag("", "dataset.json (or a release's dataset.pkl): continue the data after its rows."),
-    "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl): check the model settings, set the step."),
+    "load_dataset_state": Flag("", "dataset.json (or a release's dataset.pkl) with the position to start the data at."),
+    "load_metadata": Flag("", "metadata.json (or a release's metadata.pkl) with the step and the model settings."),
     "log_freq": Flag(50, "Steps between logged steps.", least=1),
     "save_model_freq": Flag(
-        0, "Steps between checkpoints, of which the latest are kept; 0: only after a signal or an error.", least=0
+        0, "Steps between checkpoints; only the latest are kept. 0: save only after a signal or an error.", least=0
     ),
-    "save_milestone_freq": Flag(0, "Steps between checkpoints that are all kept; 0: none.", least=0),
+    "save_milestone_freq": Flag(0, "Steps between milestones, checkpoints that are all kept; 0: none.", least=0),
     "preemption_notice_seconds": Flag(
         0.0,
         "Seconds from a stop signal, such as SIGTERM, to the end of the process. A save that would take longer is not "
@@ -40,12 +40,12 @@ RUN_FLAGS = {
     "max_nonfinite_steps": Flag(10, "Stop after this many steps in a row with a non-finite loss.", least=1),
     "watchdog_minutes": Flag(
         30.0,
-        "End a run whose step, checkpoint or evaluation takes longer, with the stacks of all threads; 0: never.",
+        "End a run if a step, checkpoint or evaluation takes longer, and print the stacks of all threads; 0: never.",
         least=0,
         most=10**6,
     ),
     "compilation_cache_dir": Flag(
-        "", "Where compiled functions are kept for the next start, a folder that all hosts share; empty: nowhere."
+        "", "Folder that keeps compiled functions for later starts; all hosts should share it. Empty: none."
     ),
     "profile_steps": Flag("", "Steps to trace for TensorBoard and xprof, FIRST:END; 10:13 traces 10, 11 and 12."),
     "peak_tflops": Flag(0.0, "Peak TFLOP/s of one device, for MFU; 0: looked up by the device's kind.", least=0),

@@ -25,7 +25,8 @@ MODEL_FLAGS = {
         "", "The model: PREFIX::PATH, as for training, or a Hugging Face directory or name.", required=True
     ),
     "load_llama_config": Flag(
-        "", "Preset or json::PATH, if there is no metadata beside the checkpoint; it must agree."
+        "",
+        "Preset or json::PATH, for a checkpoint without metadata. Metadata, if any, must have the same settings.",
     ),
 }
 

@@ -41,8 +41,8 @@ PROMPTER_FLAGS = {
     ),
     "weights": Flag(
         "dtype",
-        "Type of the model's weights in memory: as they compute, or int8 with a scale for each output: half the memory "
-        "of bf16.",
+        "Type of the model's weights in memory. dtype: the compute type. int8: int8 with a scale for each output, half "
+        "the memory of bf16.",
         choices=("dtype", "int8"),
     ),
     "mesh_dim": Flag("1,-1,1", "Mesh of devices, as for training."),

@@ -44,8 +44,9 @@ ENGINE_FLAGS = {
     "max_new_pictures": Flag(64, "Largest n_candidates times n_new_frames of a request.", least=1),
     "max_client_pictures": Flag(
         128,
-        "Largest number of new images in the open requests of one client (an IP address): more get status 429. Of "
-        "each open request, no more images count than the new request asks for, so that small requests pass.",
+        "Largest number of new images in the open requests of one client (an IP address); more requests get status "
+        "429. An open request counts at most as many images as the new request, so that small requests are accepted "
+        "beside a large one.",
         least=1,
     ),
     "warm_up": Flag(
@@ -56,7 +57,7 @@ ENGINE_FLAGS = {
         "device. All values of temperature, top_k, top_p and seed share a program.",
     ),
 }
-# Requests for at most so many images do not wait for larger ones. The page asks for 4 at first.
+# Requests for at most this many images do not wait for larger ones. The page asks for 4 at first.
 _SHORT_COST = 4
 
 

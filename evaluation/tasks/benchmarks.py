@@ -24,7 +24,7 @@ from tokenizer.synthetic import SPLITS
 BENCHMARK_FLAGS = {
     "data_dir": Flag("", "Folder of the benchmark's data; not needed for rendered and mappings."),
     "fold": Flag(
-        0, "For pascal_*: the tasks use classes 5 fold + 1 to 5 fold + 5.", least=0, most=pascal.NUM_FOLDS - 1
+        0, "For pascal_*: the tasks use the classes 5 * fold + 1 to 5 * fold + 5.", least=0, most=pascal.NUM_FOLDS - 1
     ),
     "tasks": Flag(
         "",

@@ -16,7 +16,9 @@ TASK_FLAGS = {
     "target_dirs": Flag(
         "", "Comma list of folders of annotations, one for each task. A task has the name of its folder."
     ),
-    "figures": Flag("", f"Comma list, a metric or nothing for each task: {', '.join(metrics.TASK_METRICS)}."),
+    "figures": Flag(
+        "", f"Comma list, a metric or nothing for each task: {', '.join(metrics.TASK_METRICS)}, palette_iou."
+    ),
     "palette": Flag("", "Colour file of the metric palette_iou: one R G B per line, the background first."),
     "depth_range": Flag(
         "",

@@ -40,25 +40,25 @@ RULE_FLAGS = {
     "exact_duplicates": Flag(True, "Drop an image whose file has the same bytes as an earlier one."),
     "near_duplicates": Flag(
         -1,
-        "Drop an image whose perceptual hash differs from that of a kept one in at most so many of 64 bits, such as 2; "
-        "-1: keep near duplicates.",
+        "Drop an image whose perceptual hash differs from that of a kept image in at most this many of 64 bits, such "
+        "as 2; -1: keep near duplicates.",
         least=-1,
         most=MOST_DISTANCE,
     ),
     "blocklist": Flag(
         "",
-        "A text file of images that must not be used, with a hash on each line: MD5, SHA-256, or a perceptual hash "
-        "as phash:0123456789abcdef.",
+        "A text file with the hashes of images that must not be used, one on each line: MD5, SHA-256, or a perceptual "
+        "hash such as phash:0123456789abcdef.",
     ),
     "blocklist_distance": Flag(
-        4, "The most bits in which a perceptual hash differs from one of the blocklist.", least=0, most=MOST_DISTANCE
+        4, "Bits in which a perceptual hash may differ from one in the blocklist.", least=0, most=MOST_DISTANCE
     ),
     "min": Flag(
         "",
-        "Least scores, a comma list such as aesthetic:5,length(caption):10: fields of the JSON file of the same sample "
-        "in a tar, or of the same stem in a folder; columns of a table. An image without the score is dropped.",
+        "Smallest scores, a comma list such as aesthetic:5,length(caption):10. A score is a field of the JSON file of "
+        "the same sample (in a tar) or stem (in a folder), or a column of a table. Drops images without the score.",
     ),
-    "max": Flag("", "Greatest scores, likewise, such as pwatermark:0.8."),
+    "max": Flag("", "Largest scores, in the same form, such as pwatermark:0.8."),
 }
 FLAGS = {
     "input_dir": Flag(
@@ -66,15 +66,15 @@ FLAGS = {
         "The images: a folder with its subfolders; tars or parquet files, as a folder of them, a glob or a range such "
         "as 'DIR/{000..019}.tar'; or a folder of Dataset.save_to_disk. Also s3://, gs://, hf://datasets/OWNER/NAME/...",
     ),
-    "keys": Flag("", "Of tars: what follows the first dot in the names of the images; empty: every image."),
-    "columns": Flag("", "Of parquet files and save_to_disk: the column of the images; empty: the only image column."),
+    "keys": Flag("", "For tars: the part after the first dot in the names of the images; empty: every image."),
+    "columns": Flag("", "For parquet files and save_to_disk: the column of the images; empty: the only image column."),
     **RULE_FLAGS,
     "output_file": Flag("", "The keep list, .jsonl, .jsonl.gz or .jsonl.zst, with OUTPUT_FILE.report.json beside it."),
-    "output_picture": Flag("", "Image file for examples of what is dropped, by reason."),
+    "output_picture": Flag("", "Image file with examples of dropped images for each rule."),
     "measurements": Flag(
         "",
-        "The file of the measurements; empty: OUTPUT_FILE.measurements.jsonl.zst. Without --input_dir: a complete one, "
-        "or the parts of a sharded one, as a comma list or a glob.",
+        "File of the measurements; empty: OUTPUT_FILE.measurements.jsonl.zst. Without --input_dir: a complete file, or "
+        "the files of all parts, as a comma list or a glob.",
     ),
     "shard": Flag(
         "0/1",

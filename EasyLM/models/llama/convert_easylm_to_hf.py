@@ -30,7 +30,7 @@ FLAGS = {
     "load_checkpoint": Flag(
         "", "PREFIX::PATH of the parameters: trainstate_params, params, flax_params, ...", required=True
     ),
-    "model_size": Flag("", "Preset of the model, if there is no metadata beside the checkpoint; it must agree."),
+    "model_size": Flag("", "Preset, for a checkpoint without metadata. Metadata, if any, must have the same settings."),
     "output_dir": Flag(
         "", "Directory for config.json, generation_config.json and the safetensors shards.", required=True
     ),

@@ -3,21 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from tokenizer_kit import TINY, smooth_image, tiny_vqgan
+from tokenizer_kit import TINY
 
 from tokenizer.synthetic import scenes
 from tokenizer.vqgan import Codec, device_batches
 from tokenizer.vqgan import codec as codec_module
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    return np.stack([smooth_image(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
 
 
 @pytest.mark.slow

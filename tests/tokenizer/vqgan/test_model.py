@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from tokenizer_kit import TINY, random_vqgan, smooth_image, tiny_vqgan
+from tokenizer_kit import TINY, random_vqgan, tiny_vqgan
 
 from EasyLM.errors import UserError
 from tokenizer.vqgan import VQGAN, VQGANConfig, weights
@@ -26,16 +26,6 @@ class UsedNames(dict):
     def __getitem__(self, name):
         self.used.add(name)
         return super().__getitem__(name)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    return np.stack([smooth_image(100 + seed, TINY.resolution) for seed in range(11)]) / np.float32(255)
 
 
 @pytest.mark.slow

@@ -8,17 +8,12 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizer_kit import TINY, tiny_vqgan
+from tokenizer_kit import TINY
 
 from EasyLM.errors import UserError
 from tokenizer import formats
 from tokenizer.formats.architecture import Translated
 from tokenizer.vqgan import Codec, VQGANConfig, weights
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_vqgan(tmp_path_factory.mktemp("vqgan"))
 
 
 @pytest.mark.slow
