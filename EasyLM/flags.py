@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 import EasyLM
 from EasyLM.errors import UserError, check_own_package, choose, one_line
+from EasyLM.progress import print_if_possible
 
 Settings = TypeVar("Settings")  # a frozen dataclass
 DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # the release accepts both
@@ -166,10 +167,7 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
 
 
 def _print_and_exit(text: str) -> NoReturn:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # in `--help | head`; Python flushes again at exit, and must not fail then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print_if_possible(text)
     sys.exit(0)
 
 

@@ -1,11 +1,15 @@
-"""Progress of long work: a bar on a terminal, one line per minute in the log of a job."""
+"""What commands print: the progress of long work, as a bar or as one line per minute in a log; and their results."""
 
 import contextlib
+import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from EasyLM.errors import error_line
 
 LOG_SECONDS = 60.0
 
@@ -29,3 +33,21 @@ def progress(*arguments: Any, **options: Any) -> tqdm:
     if sys.stderr.isatty():
         return tqdm(*arguments, **options)
     return _LogLines(*arguments, **{"mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, **options})
+
+
+def print_if_possible(text: str) -> None:
+    """Prints to standard output. If that fails, the command goes on, and its exit code does not change."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as in `--help | head`
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        logging.warning("standard output cannot be written (%s)", error_line(error))
+    except ValueError as error:  # it is closed, or its encoding lacks a character
+        logging.warning("standard output cannot be written (%s)", error_line(error))
+
+
+def _discard_output() -> None:
+    """Python flushes standard output again at the exit, which must not fail then."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

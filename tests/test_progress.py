@@ -1,6 +1,7 @@
-"""Progress is a bar on a terminal and lines in a log."""
+"""Progress is a bar on a terminal and lines in a log. Output that cannot be printed does not end a command."""
 
 import io
+import os
 import sys
 import time
 
@@ -42,3 +43,38 @@ def test_a_log_on_a_full_disk_does_not_end_the_work(monkeypatch):
     monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))  # noqa: SIM115
     assert list(progress.progress(range(3), file=sys.stderr)) == [0, 1, 2]
     monkeypatch.undo()
+
+
+def full_disk():
+    return open("/dev/full", "w")
+
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("stream", "reason"),
+    [
+        (full_disk, "No space left on device"),
+        (broken_pipe, ""),
+        (closed, "closed file"),
+        (lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), "'ascii' codec can't encode"),
+    ],
+    ids=["full disk", "broken pipe", "closed", "ascii"],
+)
+def test_output_that_cannot_be_printed_is_at_most_a_warning(monkeypatch, caplog, stream, reason):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream())
+        progress.print_if_possible("stopped after step 3: /données")
+        if not sys.stdout.closed:
+            sys.stdout.flush()  # Python does it at the exit
+    assert reason in caplog.text and bool(reason) == bool(caplog.text)

@@ -49,7 +49,7 @@ def fit(
     settings: LoopSettings,
     report: "Report",
     *,
-    save: Callable[[Any, int, int, bool], None],
+    save: Callable[[Any, int, int, bool], bool],
     evaluate: Callable[[Any], Metrics] | None = None,
     expect: Callable[[str], None] = lambda what: None,
 ) -> tuple[Any, bool]:
@@ -60,7 +60,7 @@ def fit(
     Args:
       state: has `step`; its buffers are donated.
       train_step: (state, batch) -> (state, metrics), with the metric `finite`.
-      save: (state, steps done, position, milestone) -> None; after it returns, `state` may be donated.
+      save: (state, steps done, position, milestone) -> whether it saves; after it returns, `state` may be donated.
       evaluate: state -> metrics, called at every logged step.
       expect: told what the loop waits for next (see `Watchdog`).
 
@@ -135,13 +135,13 @@ def _save_after_error(
                 report(*in_progress, True)
         save_once(state, done, False)
     elif jax.process_count() == 1:
-        logging.error("an error ends the run after step %d; saving the state", done)
+        logging.error("an error ends the run after step %d", done)
         with contextlib.suppress(Exception):  # the caller raises the first error
             save_once(state, done, False)
 
 
 def _save_once(
-    save: Callable[[Any, int, int, bool], None],
+    save: Callable[[Any, int, int, bool], bool],
     batches: BatchIterator,
     throughput: Throughput,
     expect: Callable[[str], None],
@@ -154,9 +154,10 @@ def _save_once(
         if saved is None or saved[0] != done or (milestone and not saved[1]):
             expect(f"the checkpoint after {done} steps")
             with throughput.timed("save"):
-                save(state, done, batches.position, milestone)  # before next(batches), so the position is this step's
+                # Before next(batches), so the position is this step's.
+                if save(state, done, batches.position, milestone):
+                    saved = (done, milestone)
             expect(f"step {done - 1}")
-            saved = (done, milestone)
 
     return save_once
 

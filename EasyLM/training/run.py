@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from EasyLM import checkpoints
-from EasyLM.errors import UserError, prefix_errors
+from EasyLM.errors import UserError, error_line, prefix_errors
 from EasyLM.parallel import batch_sharding, check_same, fail_together, on_first_process_first
+from EasyLM.progress import print_if_possible
 from EasyLM.storage import HeartbeatLock, LockedError, json_digest, make_directory
 from EasyLM.training import metrics_log
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
@@ -31,8 +32,8 @@ from EasyLM.training.task import ModelSettings, TrainingTask
 from EasyLM.training.throughput import Throughput
 from EasyLM.training.watchdog import Watchdog, reported
 
-# The exit code of a run that a signal stopped and that has saved its state. The same command resumes the run. The
-# number is EX_TEMPFAIL of sysexits.h.
+# The exit code of a run that a signal stopped and that has saved its state, if there was time. The same command resumes
+# the run. The number is EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
 
 
@@ -151,7 +152,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
             )
     on_first_process_first(lambda: None)  # no process exits while another one still writes
     if jax.process_index() == 0:
-        _print_end(run, int(state.step), finished)
+        print_if_possible("\n".join(_end_lines(run, int(state.step), finished)))
     return 0 if finished else STOPPED
 
 
@@ -187,8 +188,11 @@ def _throughput(batches: Batches, task: TrainingTask, peak_tflops: float) -> Thr
 
 def _make_save(
     run: Run, task: TrainingTask, mesh: Mesh, checkpointer: checkpoints.Checkpointer
-) -> Callable[[TrainState, int, int, bool], None]:
-    """Returns the function that saves a state, its data state and its metadata, if the time of a notice allows."""
+) -> Callable[[TrainState, int, int, bool], bool]:
+    """Returns the function that saves a state, its data state and its metadata, if the time of a notice allows.
+
+    The function returns whether it saves.
+    """
     run_metadata = {
         **task.metadata,
         run.model_settings.name: dict(run.model_settings.values),
@@ -198,15 +202,16 @@ def _make_save(
 
     notice = PreemptionNotice(run.settings.preemption_notice_seconds, checkpointer)
 
-    def save(state: TrainState, step: int, position: int, milestone: bool) -> None:
+    def save(state: TrainState, step: int, position: int, milestone: bool) -> bool:
         saved = task.model.saved_part(state)
         if not notice.leaves_time_to_save(saved):
-            return
+            return False
         updates = updates_done(state.opt_state)
         counts = {} if updates is None else {"updates": updates}
         metadata = checkpoints.make_metadata(step, run.settings.flags, **counts, **run_metadata)
         data_state = dataset_state(task.data.train, position)
         checkpointer.save(saved, step, data_state, metadata, milestone=milestone)
+        return True
 
     return save
 
@@ -250,20 +255,23 @@ def _make_evaluate(
     return evaluate
 
 
-def _print_end(run: Run, step: int, finished: bool) -> None:
+def _end_lines(run: Run, step: int, finished: bool) -> Iterator[str]:
+    """Yields what a run prints at its end: what is saved, and how to resume."""
     settings = run.settings
     outcome = "finished" if finished else "stopped"
-    print(f"{outcome} after step {step} of {settings.loop.total_steps}: {run.directory}")
+    yield f"{outcome} after step {step} of {settings.loop.total_steps}: {run.directory}"
     if finished:
         return
-    newest = checkpoints.latest_checkpoint(run.directory)
-    if newest is None or newest.step != step:
-        print(
-            f"the state after step {step} is not saved; the newest is {newest.name if newest else 'that of the start'}"
-        )
-    print(
+    try:
+        newest = checkpoints.latest_checkpoint(run.directory)
+        if newest is None or newest.step != step:
+            name = newest.name if newest else "that of the start"
+            yield f"the state after step {step} is not saved; the newest is {name}"
+    except Exception as error:  # each store has its own; the run has ended, and keeps its exit code
+        yield f"the newest checkpoint cannot be read ({error_line(error)})"
+    yield (
         f"to resume, run the same command with --logger.output_dir={settings.logger.output_dir} "
         f"--logger.experiment_id={metrics_log.given_id(settings.logger, run.directory)}"
     )
     if not settings.checkpointer.save_optimizer_state:
-        print("only the parameters were saved (--checkpointer.save_optimizer_state): the moments will start from zero")
+        yield "only the parameters were saved (--checkpointer.save_optimizer_state): the moments will start from zero"

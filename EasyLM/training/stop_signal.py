@@ -67,7 +67,7 @@ class StopSignals(contextlib.ContextDecorator):
         self._handled.set()
         for each in self._handlers:
             signal.signal(each, self._interrupt if each == signal.SIGINT else signal.SIG_IGN)
-        _write(f"\n{signal.Signals(number).name}: finishing the step, then saving\n")
+        _write(f"\n{signal.Signals(number).name}: stopping after the step in progress\n")
 
     def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
         self._interrupted.set()

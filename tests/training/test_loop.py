@@ -61,7 +61,7 @@ def fit(monkeypatch, unit="tokens", peak_tflops=0.002, evaluates=True) -> dict:
         batches,
         SETTINGS,
         make_report(batches, unit=unit, peak_tflops=peak_tflops, log=rows.append),
-        save=takes(SAVE),
+        save=takes(SAVE, True),
         evaluate=takes(EVAL, {"eval_loss": 2.0}) if evaluates else None,
     )
     return {row["step"]: row for row in rows}
@@ -154,6 +154,7 @@ def test_an_error_ends_the_run_after_the_last_complete_step_is_saved(failing):
     def save(state, done, position, milestone):
         count("first save", 1)
         saved.append((state.step, done, position))
+        return True
 
     def evaluate(state):
         count("evaluation", 4)
@@ -192,7 +193,7 @@ def test_the_step_in_progress_when_training_stops_is_reported_and_saved(tmp_path
             batches,
             settings,
             make_report(batches, settings, log=rows.append, run_dir=str(tmp_path)),
-            save=lambda state, done, position, milestone: saved.append((state.step, done, position)),
+            save=lambda state, done, position, milestone: saved.append((state.step, done, position)) is None,
         )
     assert [(row["step"], row["skipped_update"]) for row in rows] == [(n, n == 3) for n in range(5)]
     assert saved == [(5, 5, 40)]
@@ -235,8 +236,47 @@ def test_a_milestone_is_not_saved_again_as_an_ordinary_checkpoint(start, total_s
     batches, state = Batches(), types.SimpleNamespace(step=start)
     report = make_report(batches, settings, log=lambda row: None)
     with pytest.raises(OSError) if fails else contextlib.nullcontext():
-        loop.fit(state, step, batches, settings, report, save=lambda state, done, _, kept: saved.append((done, kept)))
+        loop.fit(
+            state, step, batches, settings, report, save=lambda state, done, _, kept: saved.append((done, kept)) is None
+        )
     assert saved == expected
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_a_save_that_was_skipped_is_tried_again(skipped):
+    """For lack of time, before the last step ends the run."""
+    tried = []
+    batches = type("Batches", (), {"position": 0, "wait_seconds": 0.0, "__next__": lambda self: None})()
+
+    def save(state, done, *_):
+        tried.append(done)
+        return not (skipped and len(tried) == 1)
+
+    settings = dataclasses.replace(SETTINGS, total_steps=3, save_model_freq=3)
+    report = make_report(batches, settings, log=lambda row: None)
+    step = lambda state, batch: (types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True})  # noqa: E731
+    loop.fit(types.SimpleNamespace(step=0), step, batches, settings, report, save=save)
+    assert tried == ([3, 3] if skipped else [3])
+
+
+def test_the_last_lines_of_a_run_whose_checkpoints_cannot_be_read(monkeypatch):
+    """They raise no error: the exit code says that the run is to be started again."""
+
+    def fail(directory):
+        raise RuntimeError("SlowDown")
+
+    monkeypatch.setattr(run.checkpoints, "latest_checkpoint", fail)
+    values = types.SimpleNamespace(
+        loop=SETTINGS,
+        logger=types.SimpleNamespace(output_dir="gs://b", experiment_id="run", prefix="", prefix_to_id=False),
+        checkpointer=types.SimpleNamespace(save_optimizer_state=True),
+    )
+    lines = list(run._end_lines(types.SimpleNamespace(settings=values, directory="gs://b/run"), 3, False))
+    assert lines[:2] == [
+        "stopped after step 3 of 9: gs://b/run",
+        "the newest checkpoint cannot be read (RuntimeError: SlowDown)",
+    ]
+    assert lines[2].endswith("--logger.experiment_id=run") and len(lines) == 3
 
 
 def test_a_step_is_logged_before_the_state_after_it_is_saved():
@@ -250,7 +290,8 @@ def test_a_step_is_logged_before_the_state_after_it_is_saved():
 
     settings = dataclasses.replace(SETTINGS, total_steps=4, log_freq=1, save_model_freq=2, save_milestone_freq=0)
     report = make_report(batches, settings, log=lambda row: events.append(("logged", row["step"])))
-    loop.fit(state, step, batches, settings, report, save=lambda state, done, *_: events.append(("saved", done)))
+    save = lambda state, done, *_: events.append(("saved", done)) is None  # noqa: E731
+    loop.fit(state, step, batches, settings, report, save=save)
     assert events == [("logged", 0), ("logged", 1), ("saved", 2), ("logged", 2), ("logged", 3), ("saved", 4)]
 
 
@@ -298,4 +339,4 @@ def test_a_signal_during_a_print_stops_the_run(monkeypatch, capfd, restored_sign
         assert not vote.stop({})
         print("step 1", file=sys.stderr, flush=True)
         assert vote.stop({})
-    assert capfd.readouterr().err == "\nSIGTERM: finishing the step, then saving\n"
+    assert capfd.readouterr().err == "\nSIGTERM: stopping after the step in progress\n"

@@ -39,7 +39,8 @@ def main(config: Any) -> int:
     Flags and initial files are validated before the data is indexed and the train step is compiled.
 
     Returns:
-      The exit code: 0, or 75 if a signal stopped the run. The state is saved before exit code 75.
+      The exit code: 0, or 75 if a signal stopped the run. The state is saved before exit code 75, unless
+      `--preemption_notice_seconds` leaves no time.
     """
     logging.getLogger().setLevel(logging.INFO)
     initialize_distributed(config.jax_distributed)
