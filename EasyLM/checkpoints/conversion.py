@@ -16,6 +16,7 @@ from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata, with_
 from EasyLM.checkpoints.orbax_directory import import_orbax
 from EasyLM.checkpoints.orbax_save import orbax_arguments
 from EasyLM.checkpoints.stacking import Key
+from EasyLM.errors import as_os_errors
 from EasyLM.storage import write_json
 
 
@@ -57,11 +58,15 @@ class Conversion:
         return name
 
     def write_orbax(self, directory: str) -> str:
-        """Writes a directory of Orbax. Holds all arrays in memory. Returns the directory's name."""
+        """Writes a directory of Orbax. Holds all arrays in memory. Returns the directory's name.
+
+        Raises:
+          OSError: if Orbax cannot write it.
+        """
         name = layout.ORBAX_STATES[0 if self.is_train_state else 1]
         target = stacking.shapes_in_memory(self.entries, collections.OrderedDict)
         tree = load_entries(self.spec, self.entries, target)
-        with import_orbax().PyTreeCheckpointer() as checkpointer:
+        with as_os_errors("Orbax"), import_orbax().PyTreeCheckpointer() as checkpointer:
             checkpointer.save(os.path.join(os.path.abspath(directory), name), args=orbax_arguments(tree, self.dtype_of))
         return name
 

@@ -22,7 +22,7 @@ from EasyLM.checkpoints.run_directory import RunDirectory
 from EasyLM.checkpoints.saved_part import SavedPart
 from EasyLM.checkpoints.saves import Begin, Commit, Finish
 from EasyLM.checkpoints.stacking import Key
-from EasyLM.errors import error_line
+from EasyLM.errors import as_os_errors
 from EasyLM.parallel import Channel
 
 
@@ -96,10 +96,9 @@ class OrbaxSave:
     def _writing(self, directory: str) -> Iterator[None]:
         """Deletes the directory if the body fails. The errors of Orbax and TensorStore become an OSError."""
         try:
-            yield
-        except Exception as error:
+            with as_os_errors("Orbax"):
+                yield
+        except Exception:
             if jax.process_index() == 0:
                 self._directory.discard(directory)
-            if isinstance(error, OSError):
-                raise
-            raise OSError(f"Orbax: {error_line(error)}") from error
+            raise

@@ -115,3 +115,11 @@ def flush_to_disk(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_tree_to_disk(directory: str) -> None:
+    """Flushes a directory and all files and directories below it to the disk."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            flush_to_disk(os.path.join(folder, name))
+        flush_to_disk(folder)

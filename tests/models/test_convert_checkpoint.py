@@ -10,7 +10,7 @@ import pytest
 from checkpoint_kit import file_content
 
 from EasyLM import checkpoints, flags
-from EasyLM.checkpoints import sidecar_path
+from EasyLM.checkpoints import conversion, sidecar_path
 from EasyLM.errors import UserError
 from EasyLM.models.llama import convert_checkpoint
 
@@ -71,6 +71,37 @@ def test_parameters_alone(run, tmp_path, capsys):
     assert all(np.array_equal(content[key], array) for key, array in expected.items())
     table = checkpoints.sidecar_path(f"{tmp_path}/back/streaming_params", "checksums")
     assert os.path.dirname(table) == f"{tmp_path}/back"
+
+
+def test_the_output_is_on_disk_before_it_has_its_name(run, tmp_path, monkeypatch):
+    """The user may delete the original then."""
+    flushed, fsync, rename = set(), os.fsync, os.rename
+
+    def record(descriptor):
+        flushed.add(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def rename_last(source, target):
+        assert {STATE, "checksums.json", "metadata.json", "dataset.json", os.path.basename(source)} <= flushed
+        flushed.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", rename_last)
+    convert(f"trainstate::{run}/{STATE}", tmp_path / "out" / "cast", format="streaming")
+    assert flushed == {"out"}
+
+
+def test_an_error_of_orbax_is_one_line(run, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("NOT_FOUND: Error writing\nat d/0a")
+
+    monkeypatch.setattr(conversion, "orbax_arguments", fail)
+    with pytest.raises(UserError) as caught:
+        convert(f"trainstate::{run}/{STATE}", tmp_path / "new")
+    reason = "Orbax: ValueError: NOT_FOUND: Error writing"
+    assert str(caught.value) == f"--output={tmp_path}/new: cannot be written ({reason})"
+    assert os.listdir(tmp_path) == ["run"]
 
 
 def test_bad_requests_are_one_line(run, tmp_path):

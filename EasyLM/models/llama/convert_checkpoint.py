@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import Conversion, Entry, is_orbax_state, read_orbax
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, error_line
 from EasyLM.flags import Flag
-from EasyLM.storage import lock_output_folder, scratch_folder
+from EasyLM.storage import flush_to_disk, flush_tree_to_disk, lock_output_folder, scratch_folder
 
 _FORMATS = {**checkpoints.CHECKPOINT_FORMATS, "orbax": read_orbax}  # orbax:: stands for all that is in the directory
 
@@ -60,9 +60,11 @@ def _convert(config: ConfigDict) -> None:
         with scratch_folder(config.output) as temporary:
             state = (conversion.write_orbax if to_orbax else conversion.write_streaming)(temporary)
             conversion.write_sidecars(temporary)
+            flush_tree_to_disk(temporary)
             os.rename(temporary, config.output.rstrip("/"))
+            flush_to_disk(os.path.dirname(os.path.abspath(config.output)))  # now the user may delete the original
     except OSError as error:
-        raise UserError(f"--output={config.output}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--output={config.output}: cannot be written ({error_line(error)})") from error
     print(f"converted; load it as {checkpoints.PREFIX_OF[state]}::{config.output.rstrip('/')}/{state}")
 
 
