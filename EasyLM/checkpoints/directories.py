@@ -3,6 +3,7 @@
 import os
 
 from EasyLM.checkpoints.layout import CHECKPOINTS, LATEST, ORBAX_STATES
+from EasyLM.errors import as_os_errors
 from EasyLM.storage import is_remote, remote_file_system
 
 
@@ -11,12 +12,16 @@ def list_directory(path: str) -> dict[str, str]:
 
     The kinds: "file", "directory", "link" to a file or directory inside a run directory, or "dangling" for a link whose
     target is gone. A link that leads elsewhere counts as its target. A missing directory is empty.
+
+    Raises:
+      OSError: if it cannot be read, or an object store fails.
     """
     if is_remote(path):
         system, inner = remote_file_system(path)
         system.invalidate_cache()
         try:
-            details = system.ls(inner, detail=True)
+            with as_os_errors(path):
+                details = system.ls(inner, detail=True)
         except FileNotFoundError:
             return {}
         return {os.path.basename(entry["name"].rstrip("/")): entry["type"] for entry in details}
@@ -41,7 +46,8 @@ def file_sizes(directory: str) -> dict[str, int]:
     if is_remote(directory):
         system, inner = remote_file_system(directory)
         system.invalidate_cache()
-        files = system.find(inner, detail=True)
+        with as_os_errors(directory):
+            files = system.find(inner, detail=True)
         return {path[len(inner.rstrip("/")) + 1 :]: entry["size"] for path, entry in files.items()}
     return {
         os.path.relpath(path, directory): os.path.getsize(path)

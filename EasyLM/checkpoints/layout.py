@@ -19,8 +19,10 @@ ORBAX_STATES = ("orbax_train_state", "orbax_params")
 LINKS = (*PREFIX_OF, CHECKSUMS, DATASET, METADATA)  # the links to the files of the newest checkpoint
 SAVE = "save"  # section of the metadata: the run directory, the number of the save, and whether it is a milestone
 # A directory of one checkpoint. A save writes `step_`; `kept_` holds files that lay where a save puts its links.
-STEP_DIRECTORY = re.compile(r"(step|kept)_(\d{8,})(_\d+)?")
-MILESTONE = re.compile(rf"({'|'.join(PREFIX_OF)})_(\d+)")  # the name of a milestone's state, beside the newest state
+# Its groups: the kind, the step, and for a step that the run has saved before a number, which grows.
+STEP_DIRECTORY = re.compile(r"(step|kept)_(\d{8,})(?:_(\d+))?")
+# The name of a milestone's state, beside the newest state. Its groups: the name of the state, and the step.
+MILESTONE = re.compile(rf"({'|'.join(PREFIX_OF)})_(\d+)")
 
 
 def sidecar_path(checkpoint_path: str, name: str) -> str | None:

@@ -8,7 +8,6 @@ whose file is gone counts as a checkpoint that cannot be used.
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from EasyLM.checkpoints.layout import (
     WRITING,
 )
 from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, as_os_errors
 from EasyLM.storage import is_remote, remote_file_system
 
 
@@ -58,8 +57,9 @@ class SavedCheckpoint:
         step = self.contents.get("step")
         if isinstance(step, int):
             return step
-        in_name = re.search(r"_(\d+)", self.name)
-        return int(in_name[1]) if in_name else None
+        name = os.path.basename(self.name)
+        in_name = STEP_DIRECTORY.fullmatch(name) or MILESTONE.fullmatch(name)
+        return int(in_name[2]) if in_name else None
 
     @property
     def save(self) -> Mapping[str, Any]:
@@ -98,7 +98,7 @@ def list_checkpoints(run_dir: str) -> list[SavedCheckpoint]:
     """Returns every checkpoint in a run directory, whole or not, the newest first.
 
     Raises:
-      OSError: if a directory or a sidecar exists and cannot be read.
+      OSError: if a directory or a sidecar exists and cannot be read, or an object store fails.
     """
     files = list_directory(run_dir)
     steps = list_directory(f"{run_dir}/{CHECKPOINTS}") if CHECKPOINTS in files else {}
@@ -199,7 +199,8 @@ def read_latest_file(path: str) -> str:
     """Returns the name of the step directory in a file `latest`; or an empty string, if it holds something else."""
     if is_remote(path):
         system, inner = remote_file_system(path)
-        name = system.cat_file(inner, 0, 100)
+        with as_os_errors(path):
+            name = system.cat_file(inner, 0, 100)
     else:
         with open(path, "rb") as file:
             name = file.read(100)

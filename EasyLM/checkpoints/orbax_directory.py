@@ -14,7 +14,7 @@ import numpy as np
 
 from EasyLM.checkpoints import stacking
 from EasyLM.checkpoints.entries import Entry, SliceReader
-from EasyLM.checkpoints.layout import ORBAX_STATES
+from EasyLM.checkpoints.layout import ORBAX_STATES, STEP_DIRECTORY
 from EasyLM.checkpoints.stacking import Key
 from EasyLM.errors import UserError, error_line
 from EasyLM.storage import is_remote, read_json, remote_file_system
@@ -22,7 +22,7 @@ from EasyLM.storage import is_remote, read_json, remote_file_system
 _ITEM = "_METADATA"  # Orbax writes this file into a directory that holds a pytree
 # Of a checkpoint with several items, the one to read.
 _ITEM_NAMES = (*ORBAX_STATES, "default", "state", "train_state", "params")
-_STEP = re.compile(r"(?:.*_)?(\d+)")  # CheckpointManager names its directories STEP or PREFIX_STEP
+_MANAGER_STEP = re.compile(r"(?:.*_)?(\d+)")  # CheckpointManager names its directories STEP or PREFIX_STEP
 _CACHE_BYTES = 1 << 30  # for chunks that hold several layers, which are read one by one
 
 
@@ -52,8 +52,8 @@ def read_orbax(path: str) -> list[Entry]:
     """Returns the entries of an Orbax checkpoint. Reads only the names, shapes and types of its arrays.
 
     Args:
-      path: local or remote: the directory of a pytree, that of a step with several items, or that of a
-        CheckpointManager, of which the newest step is read.
+      path: local or remote: the directory of a pytree, that of a step with several items, or that of the steps of a
+        CheckpointManager or of a run, of which the highest step is read.
 
     Raises:
       UserError: if the directory holds no pytree, or Orbax cannot read it.
@@ -169,11 +169,20 @@ def _find_item(directory: Any) -> Any:
     if items:
         examples = ", ".join(f"orbax::{directory}/{name}" for name in sorted(items))
         raise UserError(f"orbax::{directory}: holds several items; name one: {examples}")
-    steps = {int(match[1]): name for name in children if (match := _STEP.fullmatch(name))}
-    for step in sorted(steps, reverse=True):
-        nested = children[steps[step]]
+    steps = sorted((order, name) for name in children if (order := _step_order(name)))
+    for (step, _), name in reversed(steps):
+        nested = children[name]
         if (nested / _ITEM).exists() or any((child / _ITEM).exists() for child in nested.iterdir()):
-            logging.info("orbax::%s: reading step %d, the newest of %s", directory, step, sorted(steps))
+            names = ", ".join(other for _, other in steps)
+            logging.info("orbax::%s: reading step %d, in %s, the newest of %s", directory, step, name, names)
             return _find_item(nested)
-        logging.warning("orbax::%s: step %d is passed over: it is incomplete", directory, step)
+        logging.warning("orbax::%s: step %d is passed over: %s is incomplete", directory, step, name)
     raise UserError(f"orbax::{directory}: no Orbax checkpoint: neither it nor its subdirectories have {_ITEM}")
+
+
+def _step_order(name: str) -> tuple[int, int] | None:
+    """Returns the step of a directory, and a number that grows if a run saves the step again; None if it is no step."""
+    if match := STEP_DIRECTORY.fullmatch(name):
+        return int(match[2]), int(match[3] or 0)
+    match = _MANAGER_STEP.fullmatch(name)
+    return (int(match[1]), 0) if match else None

@@ -1,18 +1,23 @@
 """A run directory on an object store."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from EasyLM.checkpoints.directories import list_directory
 from EasyLM.checkpoints.layout import LATEST, METADATA, SAVE, TEMPORARY, WRITING
 from EasyLM.checkpoints.saves import Saves, Writers, json_writer
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, as_os_errors, error_line
 from EasyLM.storage import read_json, remote_file_system
 
 
 class RemoteRunDirectory(Saves):
-    """A run directory on an object store, which has no links and no atomic renames."""
+    """A run directory on an object store, which has no links and no atomic renames.
+
+    A step directory is a checkpoint from the moment when its metadata is written to the moment when it is deleted. What
+    lies in it before and after is marked by the file WRITING, and deleted at the next start.
+    """
 
     def __init__(self, path: str, keep_latest: int):
         super().__init__(path, keep_latest)
@@ -41,7 +46,7 @@ class RemoteRunDirectory(Saves):
             return
         with contextlib.suppress(UserError):  # an unreadable marker may belong to another run
             if read_json(f"{directory}/{WRITING}").get("run_directory") == self.path:
-                self._files.rm(directory, recursive=True)
+                self._delete_directory(directory)
 
     @contextlib.contextmanager
     def visible_file(self) -> Iterator[None]:
@@ -55,30 +60,53 @@ class RemoteRunDirectory(Saves):
     def begin(self, step: int) -> str:
         """Returns the directory of a new checkpoint, with a marker until it is complete."""
         directory = f"{self._steps}/{self._free_name(step)}"
-        self._files.makedirs(directory, exist_ok=True)
-        self._write(directory, {WRITING: json_writer({"run_directory": self.path})})
+        with as_os_errors("object store"):
+            self._files.makedirs(directory, exist_ok=True)
+            self._mark(directory)
         return directory
 
     def discard(self, directory: str) -> None:
         """Deletes the directory of a failed save."""
         with contextlib.suppress(Exception):  # each store has its own; the next start deletes what remains
-            self._files.rm(directory, recursive=True)
+            self._delete_directory(directory)
 
     def commit(self, directory: str, step: int, writers: Writers, metadata: Mapping[str, Any], milestone: bool) -> None:
         """Adds files to the directory of `begin`, the metadata last. Then deletes superseded checkpoints."""
         try:
             save = self._record(directory, milestone)
-            self._write(directory, {**writers, METADATA: json_writer({**metadata, SAVE: save})})
+            with as_os_errors("object store"):
+                self._write(directory, {**writers, METADATA: json_writer({**metadata, SAVE: save})})
         except BaseException:
             self.discard(directory)
             raise
         name = directory.rpartition("/")[2]
         self._saves[name] = save
-        self._files.rm_file(f"{directory}/{WRITING}")
-        self._files.pipe_file(f"{self.path}/{LATEST}", name.encode())
-        for doomed in self._superseded(name):
-            self._files.rm(f"{self._steps}/{doomed}", recursive=True)
-            del self._saves[doomed]
+        try:
+            with as_os_errors("object store"):
+                self._files.rm_file(f"{directory}/{WRITING}")
+                self._files.pipe_file(f"{self.path}/{LATEST}", name.encode())
+        except OSError as error:  # the checkpoint is complete, and a resume finds it
+            logging.warning("%s is saved; the file `latest` may not name it (%s)", directory, error_line(error))
+        else:
+            self._prune(name)
+
+    def _delete(self, name: str) -> None:
+        directory = f"{self._steps}/{name}"
+        with as_os_errors("object store"):
+            self._delete_directory(directory)
+
+    def _delete_directory(self, directory: str) -> None:
+        """Deletes the metadata first, and the mark last: no moment leaves a part that looks like a checkpoint."""
+        self._mark(directory)
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(f"{directory}/{METADATA}")
+        self._files.invalidate_cache()
+        if rest := [path for path in self._files.find(directory) if not path.endswith(f"/{WRITING}")]:
+            self._files.rm(rest)
+        self._files.rm(directory, recursive=True)
+
+    def _mark(self, directory: str) -> None:
+        self._write(directory, {WRITING: json_writer({"run_directory": self.path})})
 
     def _write(self, directory: str, writers: Writers) -> None:
         for name, write in writers.items():

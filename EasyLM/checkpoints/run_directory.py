@@ -34,7 +34,7 @@ from EasyLM.checkpoints.layout import CHECKPOINTS, LATEST, LINKS, METADATA, ORBA
 from EasyLM.checkpoints.remote_run_directory import RemoteRunDirectory
 from EasyLM.checkpoints.saves import Saves, Writers, json_writer
 from EasyLM.errors import UserError
-from EasyLM.storage import atomic_file, flush_to_disk, is_remote
+from EasyLM.storage import atomic_file, flush_to_disk, flush_tree_to_disk, is_remote
 
 
 def open_run_directory(path: str, keep_latest: int = 1) -> "RunDirectory":
@@ -116,6 +116,8 @@ class LocalRunDirectory(Saves):
         """
         try:
             states = [name for name in os.listdir(temporary) if name in ORBAX_STATES]
+            for name in states:  # Orbax does not flush all that it writes
+                flush_tree_to_disk(os.path.join(temporary, name))
             save = self._record(temporary, milestone)
             for name, write in {**writers, METADATA: json_writer({**metadata, SAVE: save})}.items():
                 with open(os.path.join(temporary, name), "wb", buffering=1 << 16) as file:
@@ -132,7 +134,7 @@ class LocalRunDirectory(Saves):
         self._saves[directory_name] = save
         try:
             self._publish(directory_name, step, [*states, *writers, METADATA], milestone)
-            self._prune(directory_name)
+            self._prune(directory_name, kept=self._linked())
         except OSError as error:  # the checkpoint is complete, and a resume finds it without links
             logging.warning("%s/%s is saved; its links are not up to date: %s", self._steps, directory_name, error)
 
@@ -180,15 +182,16 @@ class LocalRunDirectory(Saves):
                 "%s: %s%s was a file, not a link: its checkpoint is now in %s", self.path, name, suffix, kept
             )
 
-    def _prune(self, newest: str) -> None:
-        """Deletes superseded step directories that no link points to."""
+    def _linked(self) -> set[str]:
+        """Returns the step directories that links in the run directory point to."""
         links = [entry.path for entry in os.scandir(self.path) if entry.is_symlink()]
-        linked = {os.path.relpath(os.path.realpath(link), self._steps).split(os.sep)[0] for link in links}
-        for name in set(self._superseded(newest)) - linked:
-            doomed = os.path.join(self._steps, f"{TEMPORARY}{name}")
+        return {os.path.relpath(os.path.realpath(link), self._steps).split(os.sep)[0] for link in links}
+
+    def _delete(self, name: str) -> None:
+        doomed = os.path.join(self._steps, f"{TEMPORARY}{name}-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileNotFoundError):
             os.rename(os.path.join(self._steps, name), doomed)  # a step directory is always complete
-            _remove(doomed)
-            del self._saves[name]
+        _remove(doomed)
 
 
 RunDirectory = LocalRunDirectory | RemoteRunDirectory

@@ -41,7 +41,11 @@ CHECKPOINTER_FLAGS = {
         "shared disk or gs://. auto: orbax on gs://, else streaming.",
         choices=("auto", "streaming", "orbax"),
     ),
-    "keep_latest": Flag(1, "How many of the latest checkpoints are kept, besides the milestones.", least=1),
+    "keep_latest": Flag(
+        1,
+        "How many of the latest checkpoints are kept; milestones among them count. Older milestones are kept as well.",
+        least=1,
+    ),
     "keep_every": Flag(
         0, "Checkpoints whose step is a multiple of this become milestones, which are all kept; 0: none.", least=0
     ),

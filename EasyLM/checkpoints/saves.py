@@ -1,14 +1,17 @@
 """The saves of a run: their directories, numbers, and which of them are superseded. Common to all kinds of storage."""
 
+import abc
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, BinaryIO
 
 from EasyLM.checkpoints.directories import list_directory, orbax_record
-from EasyLM.checkpoints.layout import CHECKPOINTS
+from EasyLM.checkpoints.layout import CHECKPOINTS, STEP_DIRECTORY
 from EasyLM.checkpoints.listing import list_checkpoints
 from EasyLM.checkpoints.metadata import with_digest
+from EasyLM.errors import error_line
 from EasyLM.storage import is_remote
 
 Writers = Mapping[str, Callable[[BinaryIO], Any]]  # file name -> function that writes to the open file, in this order
@@ -18,11 +21,12 @@ Commit = Callable[[str, Writers], None]  # (that directory, files to add) -> Non
 Finish = Callable[[Commit], None]  # writes what has been copied
 
 
-class Saves:
+class Saves(abc.ABC):
     """The step directories of a run. Subclasses write to one kind of storage.
 
     Args:
-      keep_latest: how many of the latest checkpoints are kept, besides the milestones.
+      keep_latest: how many of the latest checkpoints are kept, milestones among them included. Older milestones are
+        kept as well.
     """
 
     def __init__(self, path: str, keep_latest: int):
@@ -51,31 +55,60 @@ class Saves:
         return record | orbax_record(directory)
 
     def _free_name(self, step: int, kind: str = "step") -> str:
-        """Returns an unused directory name. The step may already exist if the run resumed from a milestone."""
-        used = list_directory(self._steps)
-        name, count = f"{kind}_{step:08d}", 0
-        while name in used:
-            count += 1
-            name = f"{kind}_{step:08d}_{count}"
-        return name
+        """Returns an unused directory name. The step may already exist if the run resumed from a milestone.
+
+        Its number is then higher than those in use, so that the names of one step show their order.
+        """
+        used = [match for name in list_directory(self._steps) if (match := STEP_DIRECTORY.fullmatch(name))]
+        numbers = [int(match[3] or 0) for match in used if match[1] == kind and int(match[2]) == step]
+        return f"{kind}_{step:08d}" + (f"_{max(numbers) + 1}" if numbers else "")
 
     def _superseded(self, name: str) -> list[str]:
         """Returns the step directories that the save `name` makes superfluous.
 
         A milestone is superseded only by a milestone of the same step.
         """
-        newest, step = self._saves[name], name.split("_")[1]
+        newest, step = self._saves[name], _step_of(name)
         own = {other: save for other, save in self._saves.items() if save.get("run_directory") == self.path}
-        others = [other for other in own if other == name or other.split("_")[1] != step]
+        others = [other for other in own if other == name or _step_of(other) != step]
         latest = sorted(others, key=lambda other: own[other].get("number", 0))[-self._keep_latest :]
 
         def is_superseded(other: str) -> bool:
-            same_step = other.split("_")[1] == step
+            same_step = _step_of(other) == step
             if own[other].get("milestone") is False:
                 return same_step or other not in latest
             return same_step and newest["milestone"]
 
         return [other for other in own if other != name and is_superseded(other)]
+
+    def _prune(self, newest: str, kept: Collection[str] = ()) -> None:
+        """Deletes the step directories that the save `newest` supersedes, except those in `kept`.
+
+        If one cannot be deleted, a warning is logged; the next save tries again.
+        """
+        for name in self._superseded(newest):
+            if name in kept:
+                continue
+            try:
+                self._delete(name)
+            except OSError as error:
+                logging.warning("%s/%s: cannot be deleted (%s)", self._steps, name, error_line(error))
+            else:
+                del self._saves[name]
+
+    @abc.abstractmethod
+    def _delete(self, name: str) -> None:
+        """Deletes a step directory, which may be gone. If the process is killed, the rest is not a checkpoint.
+
+        Raises:
+          OSError: if it cannot be deleted.
+        """
+
+
+def _step_of(name: str) -> int:
+    match = STEP_DIRECTORY.fullmatch(name)
+    assert match is not None, name
+    return int(match[2])
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -137,13 +137,19 @@ class Checkpointer:
             self._thread.join()
         failure, self._thread, self._failure = self._failure, None, None
         if isinstance(failure, OSError | PeerError):
-            newest = listing.latest_checkpoint(self._directory.path)
-            remains = f"{newest.name} is intact" if newest else "there is no earlier one"
             raise UserError(
-                f"{self._directory.path}: the checkpoint was not saved ({error_line(failure)}); {remains}"
+                f"{self._directory.path}: the checkpoint was not saved ({error_line(failure)}); {self._remaining()}"
             ) from failure
         if failure is not None:
             raise failure
+
+    def _remaining(self) -> str:
+        """Says which checkpoint remains after a failed save."""
+        try:
+            newest = listing.latest_checkpoint(self._directory.path)
+        except Exception as error:  # the disk or store may fail again; each store has its own exceptions
+            return f"the earlier ones cannot be listed ({error_line(error)})"
+        return f"{newest.name} is intact" if newest else "there is no earlier one"
 
     def close(self) -> None:
         """Blocks until the last save is written. Raises no error.

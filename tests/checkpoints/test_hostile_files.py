@@ -69,6 +69,11 @@ def test_a_deeply_nested_flax_file_is_refused(tmp_path):
         ('{"started_from": ""}', "started_from must be a list, not a text"),
         ('{"started_from": [3]}', r"started_from\[0\] must be a text"),
         ("{", "not JSON"),
+        ('{"step": 3, "save": []}', "save must be an object, not a list"),
+        ('{"step": 3, "save": {"number": "9"}}', r"save\.number must be an integer, not a text"),
+        ('{"step": 3, "save": {"milestone": 1}}', r"save\.milestone must be true or false, not an integer"),
+        ('{"step": 3, "save": {"files": ["d/0a"]}}', r"save\.files must be an object, not a list"),
+        ('{"step": 3, "save": {"files": {"d/0a": "7"}}}', r"save\.files\.d/0a must be an integer, not a text"),
     ],
 )
 def test_damaged_metadata_is_named(tmp_path, content, message):

@@ -78,6 +78,17 @@ def test_an_incomplete_step_is_passed_over(tmp_path, state, caplog):
     assert "step 12 is passed over" in caplog.text
 
 
+def test_the_highest_step_of_a_run_is_found(tmp_path):
+    """A step that the run has saved again has a number behind the step."""
+    names = ["step_00000009", "step_00000040", "step_00000040_9", "step_00000040_10", "kept_00000030"]
+    for name in names:
+        (tmp_path / name / "orbax_train_state").mkdir(parents=True)
+        (tmp_path / name / "orbax_train_state" / "_METADATA").touch()
+    for name in ("step_00000040_10", "step_00000040_9", "step_00000040", "kept_00000030", "step_00000009"):
+        assert orbax_directory._find_item(tmp_path) == tmp_path / name / "orbax_train_state"
+        (tmp_path / name / "orbax_train_state" / "_METADATA").unlink()
+
+
 def test_the_item_with_the_state_is_chosen(tmp_path, state):
     def arguments(step):
         return ocp.args.Composite(state=ocp.args.StandardSave(state), averages=ocp.args.StandardSave({"a": np.ones(2)}))

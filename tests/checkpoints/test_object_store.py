@@ -1,0 +1,117 @@
+"""A run directory on an object store that fails, or whose process is killed."""
+
+import re
+
+import pytest
+from checkpoint_kit import contents, make_checkpointer, save
+from fsspec.implementations.memory import MemoryFileSystem
+
+from EasyLM import checkpoints
+from EasyLM.checkpoints.listing import open_saved
+from EasyLM.errors import UserError
+
+RUN = "memory://bucket/run"
+
+
+class StoreError(Exception):
+    """Clients of stores have errors of their own types: botocore.exceptions.ClientError, gcsfs.retry.HttpError."""
+
+
+class Killed(BaseException):
+    pass
+
+
+class Objects(dict):
+    """The objects of a store. From a given change on, the process counts as killed, and changes nothing."""
+
+    left = 10**9
+
+    def _change(self):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+    def __setitem__(self, path, value):
+        self._change()
+        super().__setitem__(path, value)
+
+    def __delitem__(self, path):
+        self._change()
+        super().__delitem__(path)
+
+
+@pytest.fixture(autouse=True)
+def objects(monkeypatch) -> Objects:
+    objects = Objects()
+    monkeypatch.setattr(MemoryFileSystem, "store", objects)
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    monkeypatch.setattr(MemoryFileSystem, "makedirs", lambda *arguments, **options: None)  # a store has no directories
+    return objects
+
+
+def fail(*arguments, **options):
+    raise StoreError("SlowDown:\nreduce the rate")
+
+
+def step_directories() -> set[str]:
+    return {saved.name for saved in checkpoints.list_checkpoints(RUN)}
+
+
+def test_a_kill_at_any_change_leaves_whole_checkpoints_alone(objects):
+    """No rest of a save or of a deletion is listed, and the next start deletes it."""
+    outcomes = []
+    for changes in range(100):
+        objects.clear()
+        save(make_checkpointer(RUN), 1)
+        saver = make_checkpointer(RUN)
+        objects.left = changes
+        try:
+            save(saver, 2)
+        except Killed:
+            outcomes.append("killed")
+        objects.left = 10**9
+        listed = checkpoints.list_checkpoints(RUN)
+        assert [saved.problem for saved in listed if saved.name != "latest"] == [""] * len(listed), (changes, listed)
+        for saved in listed:
+            for entry in open_saved(saved, checkpoints.CHECKPOINT_FORMATS).entries:
+                entry.read()
+        step, *others = contents(RUN)
+        assert step in (1, 2) and others == [step, step]
+        outcomes.append(step)
+        make_checkpointer(RUN)
+        kept = {path.split("/checkpoints/")[1].split("/")[0] for path in objects if "/checkpoints/" in path}
+        assert {f"checkpoints/{name}" for name in kept} == step_directories()
+        if outcomes[-2:] != ["killed", step]:
+            break
+    assert outcomes.count(1) >= 5 and outcomes.count(2) >= 5 and kept == {"step_00000002"}
+
+
+@pytest.mark.parametrize("failing", ["rm", "pipe_file", "rm_file"])
+def test_an_error_after_a_complete_save_is_a_warning(monkeypatch, caplog, failing):
+    """What was not done then is done after the next save."""
+    saver = make_checkpointer(RUN)
+    save(saver, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, failing, fail)
+        save(saver, 2)
+        assert contents(RUN) == (2, 2, 2)
+    assert re.search(r"step_0000000[12].*\(object store: StoreError: SlowDown:\)", caplog.text)
+    save(saver, 3)
+    assert step_directories() == {"checkpoints/step_00000003"} and contents(RUN) == (3, 3, 3)
+
+
+def test_a_save_that_fails_is_one_line(monkeypatch, caplog):
+    saver = make_checkpointer(RUN)
+    save(saver, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "open", fail)
+        reason = "the checkpoint was not saved (object store: StoreError: SlowDown:)"
+        with pytest.raises(UserError, match=re.escape(f"{RUN}: {reason}; ")):
+            save(saver, 2)
+        patch.setattr(MemoryFileSystem, "ls", fail)
+        directory = f"{RUN}: StoreError: SlowDown:"
+        with pytest.raises(UserError, match=re.escape(f"; the earlier ones cannot be listed ({directory})")):
+            save(saver, 2)
+        with pytest.raises(OSError, match=f"^{re.escape(directory)}$"):
+            checkpoints.list_checkpoints(RUN)
+    assert contents(RUN) == (1, 1, 1)
