@@ -85,7 +85,7 @@ def crowded_search() -> tuple[int, float]:
 
 
 class Lines:
-    """The measurements of an image, so many times, as JSON lines in memory."""
+    """The measurements of an image, repeated, as JSON lines in memory."""
 
     def __init__(self, count: int):
         self.measured = count

@@ -2,7 +2,7 @@
 
 All variants see the same images in the same order for the same number of steps. The images are rendered as in
 make_tokenizer.sh, but with 64x64 pixels. All have the same network, about 1,024 codes, and no discriminator. The
-metrics are those of held-out images. The results are kept in --results; an interrupted run goes on.
+metrics are those of held-out images. The results are kept in --results; the same command resumes an interrupted run.
 
 rFID needs the weights of InceptionV3, which are not part of this repository. `rFD` takes its place: the Frechet
 distance between the vectors of the shipped tokenizer's encoder at all positions of originals and of reconstructions.

@@ -1,7 +1,7 @@
 """The tokenizer in torch. It needs torch and safetensors alone, and nothing of this project: copy this file.
 
     tokenizer = TorchVQGAN("VQGAN_DIR")  # a folder of this project, as tokenizer.convert writes it
-    codes_BN = tokenizer.encode(pixels_B3HW)  # as preprocessor_config.json says: low + (high - low) * pixels in [0, 1]
+    codes_BN = tokenizer.encode(pixels_B3HW)  # low + (high - low) * pixels in [0, 1], as in preprocessor_config.json
     pixels_B3HW = tokenizer.decode(codes_BN)  # in [0, 1]
 
 The tests compare it with the model in JAX, and `bench_vqgan.py` their speeds.

@@ -1,4 +1,4 @@
-"""Asks a vLLM server for the image that follows a prompt of images (docs/serve_elsewhere.md).
+"""Requests the image that follows a prompt of images from a vLLM server (docs/serve_elsewhere.md).
 
     python scripts/vllm_client.py --images=a.png,a_depth.png,b.png --vqgan=VQGAN_DIR --output=answer.png
 

@@ -92,7 +92,7 @@ SENTENCE_FLAGS = {
     "vqgan": CODEC_FLAGS["vqgan"],
     "dtype": CODEC_FLAGS["dtype"],
 }
-# Builds of versions without these flags stay complete.
+# Flags that earlier versions lack. With their defaults, the files of those versions count as complete.
 _LATER_FLAGS = ("keys", "columns", "keep", "frame_seconds", "split_at_cuts", "fast_decode")
 FLAGS = {
     "inputs": Flag(

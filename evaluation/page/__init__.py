@@ -24,7 +24,7 @@ Modules:
   guard          limits of the page's requests and of its files
 
 Vocabulary, besides that of `evaluation.prompting` and `evaluation.serving`:
-  visitor         who uses the page
+  visitor         a person who uses the page
   slot            a field for one image
   truth           the images that follow an example prompt in its scene or clip
   reconstruction  an image encoded and decoded by the tokenizer, without the model

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 SIDE = 384  # pixels of the canvas
 _OPAQUE = 128  # least alpha of a painted pixel
 HELP = """Load an image of the prompt, paint on it, and choose what the painting is:
-* *Hole*: the painted pixels of the image become black. Of an example, the answer becomes the whole image.
-* *Mask*: the answer of an example becomes what you painted, in its colours, on the background of the segmentations."""
+* *Hole*: the painted pixels of the image become black. If it is an example, its answer becomes the original image.
+* *Mask*: the painting becomes the answer of an example, in its colours and on the background of the segmentations."""
 
 
 def with_hole(image: np.ndarray, strokes: np.ndarray) -> np.ndarray:

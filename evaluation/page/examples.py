@@ -25,7 +25,7 @@ class Example:
     Attributes:
       name: its name.
       images: uint8 [P,S,S,3].
-      make_truth: returns `truth`, when it is needed first: rendering large frames takes seconds.
+      make_truth: returns `truth`. It is called at the first use, because rendering large frames takes seconds.
       is_analogy: whether the images are pairs and a query, not frames.
     """
 
@@ -40,10 +40,10 @@ class Example:
         return self.make_truth()
 
     def truth_after(self, prompt: np.ndarray) -> np.ndarray | None:
-        """Returns the images that follow a prompt, uint8 [P,S,S,3], which a visitor may have made from this example.
+        """Returns the images that follow a prompt, uint8 [P,S,S,3], if the prompt is this example or a part of it.
 
-        These are prompts with the example's query after any of its pairs, or with frames of the example in a row.
-        None: the truth is not known.
+        A part has the example's query after any of its pairs, or consecutive frames of the example. None for other
+        prompts.
         """
         if self.is_analogy:
             pairs = [self.images[i : i + 2] for i in range(0, len(self.images) - 1, 2)]

@@ -36,8 +36,8 @@ def image_slot(label: str) -> "gradio.Image":
         buttons=[],
         elem_id=label.lower().replace(" ", "_"),
     )
-    # `uploads.decode_images` needs the file itself: gradio's `preprocess` decodes files of any size, and loses
-    # transparency and 16-bit gray. A subclass would make gradio write a .pyi file beside this one.
+    # `uploads.decode_images` needs the file itself, because gradio's `preprocess` decodes files of any size, and loses
+    # transparency and 16-bit gray. For a subclass, gradio would write a .pyi file beside this one.
     slot.preprocess = lambda payload: payload and payload.path
     return slot
 

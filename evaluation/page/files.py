@@ -53,7 +53,7 @@ class ExampleFiles:
 def check_stored(path: str, folder: pathlib.Path) -> None:
     """Checks that a file is one of the page's folder, where uploads are stored.
 
-    gradio checks this only if the request marks the path as that of a file, which a malicious one need not do.
+    gradio checks this only if the request marks the path as that of a file, which a malicious request can omit.
 
     Raises:
       UserError: if the file has been removed or lies elsewhere.

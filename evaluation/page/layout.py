@@ -32,7 +32,7 @@ def build_page(models: Models, folder: pathlib.Path) -> "gradio.Blocks":
             names,
             value=names[0],
             label="Model",
-            info="One model is in memory at a time. The first drawing after a change waits until the other is loaded.",
+            info="One model is in memory at a time. The first drawing after a change waits for the new model to load.",
             visible=len(names) > 1,
             elem_id="model",
         )

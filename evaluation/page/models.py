@@ -12,7 +12,7 @@ from evaluation.prompting import PrompterSettings
 from evaluation.serving.batch_worker import Turns
 from evaluation.serving.engine import Engine
 
-# A model that is replaced may finish its answers for so long. Then they are cancelled.
+# When a model is replaced, its answers have this time to finish. Then they are cancelled.
 _FINISH_SECONDS, _CLOSE_SECONDS = 600.0, 60.0
 
 
@@ -58,8 +58,8 @@ class Models:
     def engine(self, name: str) -> Iterator[Engine]:
         """Provides the engine of a model for one answer. It stays loaded until the context ends.
 
-        If another model is loaded, waits for its answers, frees its memory and loads this one. Those who ask
-        meanwhile wait for their turn.
+        If another model is loaded, waits for its answers, frees its memory and loads this one. Other calls wait
+        meanwhile.
 
         Raises:
           UserError: if the model is unknown or cannot be loaded.
@@ -96,8 +96,8 @@ class Models:
 def split_settings(settings: PrompterSettings) -> dict[str, PrompterSettings]:
     """Returns the settings of each model by its name, from settings whose values are comma lists.
 
-    A tokenizer or a configuration that is given once is that of all models. The names are as much of the ends of the
-    checkpoints' paths as makes them different.
+    A tokenizer or a configuration that is given once applies to all models. The name of a model is the end of its
+    checkpoint's path, with as many parts as the names need to differ.
 
     Raises:
       UserError: naming the flag.

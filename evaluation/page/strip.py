@@ -32,7 +32,7 @@ def truth_label(frame: int, num_frames: int) -> str:
 
 
 def prompt_rows(prompt: np.ndarray, is_analogy: bool) -> list[Row]:
-    """Returns rows of (label, image) of a prompt, uint8 [P,S,S,3]: of an analogy, each answer below its example."""
+    """Returns rows of (label, image) of a prompt, uint8 [P,S,S,3]. In an analogy, each answer is below its example."""
     labelled = list(zip(prompt_labels(len(prompt), is_analogy), prompt, strict=True))
     return [labelled[0::2], labelled[1::2]] if is_analogy else [labelled]
 

@@ -102,7 +102,7 @@ def sequence_tab(page: Page) -> None:
         elem_id="frames",
     )
     video = gradio.UploadButton(
-        f"Take {examples.NUM_FRAMES} frames of a video, evenly from begin to end",
+        f"Take {examples.NUM_FRAMES} frames of a video, evenly from beginning to end",
         file_types=["video"],
         size="sm",
         elem_id="video",

@@ -7,7 +7,7 @@ Modules:
   settings     how images are sampled, with checks of these values; the largest batch of a program
   checkpoint   loads a model from any checkpoint format onto a mesh
   prompter     `Prompter`: encode, generate, decode, log-likelihoods
-  model_card   what a model's card says of its limits
+  model_card   the limits of a model, as stated in its card
 
 Vocabulary:
   prompt       images in order. Analogy prompt: shots, then a query. Sequential prompt: frames.

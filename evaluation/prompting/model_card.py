@@ -1,4 +1,4 @@
-"""What the card of a model, the README.md beside its files, says of its limits."""
+"""The limits of a model, as stated in its card: the README.md beside its files."""
 
 import os
 import re

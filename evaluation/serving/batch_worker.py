@@ -119,7 +119,7 @@ Item = GenerateItem | LikelihoodItem | TokenizeItem | ReconstructItem
 
 
 class Turns:
-    """A lock that threads get in the order in which they ask for it."""
+    """A lock that threads acquire in the order of their requests."""
 
     def __init__(self) -> None:
         self._changed, self._num_asked, self._num_served = threading.Condition(), 0, 0

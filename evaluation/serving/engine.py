@@ -268,7 +268,7 @@ class Engine:
             yield
 
     def check_length(self, num_images: int) -> None:
-        """Raises UserError if a prompt with so many images is too long. Cheap: call it before decoding them."""
+        """Raises UserError if a prompt with this many images is too long. Cheap: call it before decoding them."""
         if num_images > self.max_prompt_images:
             raise UserError(f"{num_images} images: a prompt has at most {self.max_prompt_images} for this model")
 

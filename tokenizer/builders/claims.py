@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from EasyLM.errors import UserError
 from EasyLM.storage import HeartbeatLock, LockedError, LockWatch, path_exists
 
-_POLL_SECONDS = 5.0  # between looks at the parts of other processes
+_POLL_SECONDS = 5.0  # between checks of the parts of other processes
 
 
 def build_parts(
@@ -20,15 +20,15 @@ def build_parts(
 ) -> list[int]:
     """Builds parts until each is finished, or in progress in another process.
 
-    Of the processes that have nothing left to do, one stays and waits for the parts in progress. If their processes
-    die, it takes them over. The others end, so that their devices are free. Therefore all parts get finished, unless
-    all processes die that are still at work.
+    When no part is left to begin, one idle process waits for the parts in progress, and takes them over if their
+    processes die. The other idle processes end, so that their devices are free. Therefore all parts get finished,
+    unless all remaining processes die.
 
     Args:
       paths: the files of the parts.
       first: the part to begin with. The following ones come next, then those before it.
       build: builds a part, or returns at once if it is finished. Raises LockedError if another process builds it.
-      begun_only: build only `first`, and what other processes have begun and left.
+      begun_only: build only `first`, and parts that other processes have begun and left unfinished.
       waiting_lock: a path beside the files. The process that waits holds the lock of this path.
 
     Returns:

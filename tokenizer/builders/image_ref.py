@@ -21,7 +21,7 @@ class ImageRef(NamedTuple):
       seconds: the time in the video.
       view: see `views.read`.
       argument: of the view: the seed of a random mask, or the range of a depth map; empty: none.
-      location: where the image is in its container; empty: it is a file, or is found by its address.
+      location: where the image is in its container; empty: the image is a file, or the container is searched for it.
     """
 
     path: str
@@ -46,7 +46,7 @@ def to_record(refs: Iterable[ImageRef]) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> list[ImageRef]:
-    """Returns the images of a record: the inverse of `to_record`, but for the locations, which only save time."""
+    """Returns the images of a record: the inverse of `to_record`, without the locations, which only save time."""
     count = len(record["sources"])
     seconds = record.get("seconds", [None] * count)
     named = [view.partition(":") for view in record.get("views", ["plain"] * count)]

@@ -29,7 +29,7 @@ _REQUIRED = ("kind", "input_dir")
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Leaves values as they are typed. YAML 1.1 takes 0123 for 83, 1:30 for 90, `no` for False, and knows dates."""
+    """Loads every value as a text. YAML 1.1 converts 0123 to 83, 1:30 to 90, `no` to False, and dates."""
 
 
 _TextLoader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # `<<`, which merges mappings

@@ -36,7 +36,7 @@ class OutputFile(Protocol):
         ...
 
     def save_is_due(self) -> bool:
-        """Returns whether `save` is to be called."""
+        """Returns whether it is time to call `save`."""
         ...
 
     def save(self, state: Mapping[str, Any]) -> None:

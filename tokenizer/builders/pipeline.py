@@ -22,8 +22,8 @@ from tokenizer.formats import ImageTokenizer
 from tokenizer.media import images
 
 _BATCHES_ON_DEVICE = 2  # one is transferred while the other is computed
-# Frames of a video that one worker reads in a row. If each worker read single sentences, most of them would decode the
-# frames of the others again, from the key frame on.
+# Frames of a video that one worker reads in a row. If each worker read single sentences, they would all decode the same
+# frames, from the key frame on.
 FRAMES_PER_READ = 128
 
 

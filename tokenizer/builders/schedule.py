@@ -30,8 +30,8 @@ def in_order(numbers: range) -> Iterator[Slot]:
 def interleaved(counts: Sequence[int], sizes: Sequence[int], seed: int, numbers: range) -> Iterator[Slot]:
     """Yields examples of several data sets, each spread evenly over the build, in a random order of its own.
 
-    The k-th of n examples of a data set has the time (k + 1/2) / n; the build has the order of the times. Therefore any
-    run of consecutive examples has the data sets in their proportions, within a few examples.
+    Example k of the n examples of a data set has the time (k + 1/2) / n, and the build sorts all examples by time.
+    Therefore consecutive examples contain the data sets in their proportions, up to a few examples.
 
     Args:
       counts: examples of each data set in the build.

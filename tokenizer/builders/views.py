@@ -164,7 +164,7 @@ def read(view: str, path: ImageFile, size: int, argument: str, fast_decode: bool
       path: the file.
       size: the side.
       argument: of the view.
-      fast_decode: see `images.read`. Values that are not colours are decoded as ever.
+      fast_decode: see `images.read`. It does not apply to values that are not colours.
 
     Raises:
       UserError: naming the path, if it cannot be read.

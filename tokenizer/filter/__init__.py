@@ -18,7 +18,7 @@ Vocabulary:
     measurement      a JSON object: the name and the properties of an image
     perceptual hash  64 bits that change little when an image is resized or compressed again
     distance         the number of bits in which two perceptual hashes differ
-    reason           what drops an image, as a user would type it: `--min_side=64`
+    reason           the flag that drops an image, as a user would type it: `--min_side=64`
     keep list        the names of the images that no rule drops (`tokenizer.sources.keep_list`)
 Shapes: n images, numbered in the order of the measurements.
 """

@@ -55,12 +55,12 @@ class Decision:
         self._contents_n, self._hashes_n = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
         self._pixels_n = np.zeros(count, np.uint32)  # 0: the image has no perceptual hash
         tests = [blocklist.has_contents, *rules.values()]
-        for place, measurement in enumerate(measurements):
-            self.numbers_n[place] = next((n for n, test in enumerate(tests, 1) if test(measurement)), KEPT)
-            self._contents_n[place] = int(measurement["sha256"][:16], 16)
+        for index, measurement in enumerate(measurements):
+            self.numbers_n[index] = next((n for n, test in enumerate(tests, 1) if test(measurement)), KEPT)
+            self._contents_n[index] = int(measurement["sha256"][:16], 16)
             if measurement["phash"]:
-                self._hashes_n[place] = int(measurement["phash"], 16)
-                self._pixels_n[place] = min(measurement["width"] * measurement["height"], 2**32 - 1)
+                self._hashes_n[index] = int(measurement["phash"], 16)
+                self._pixels_n[index] = min(measurement["width"] * measurement["height"], 2**32 - 1)
         if blocklist.perceptual:
             self._drop_blocked(blocklist.perceptual, blocked_distance)
         if duplicates.exact:
@@ -71,50 +71,50 @@ class Decision:
         self._exact, self._near = exact, near
 
     def _kept(self) -> np.ndarray:
-        """Returns the places of the images that are kept so far, int64 [k]."""
+        """Returns the indices of the images that are kept so far, int64 [k]."""
         return np.flatnonzero(self.numbers_n == KEPT)
 
     def _kept_with_hash(self) -> np.ndarray:
         return np.flatnonzero((self.numbers_n == KEPT) & (self._pixels_n > 0))
 
     def _drop_blocked(self, blocked: frozenset[int], distance: int) -> None:
-        """Drops what is near a hash of the blocklist; its reason is the first one."""
+        """Drops images whose hash is near one of the blocklist; their reason is number 1."""
         pairs = near_hashes.near_pairs(np.unique(self._hashes_n), np.array(sorted(blocked), np.uint64), distance)
         near_p = np.concatenate([np.empty(0, np.uint64), *(hashes_p for hashes_p, _ in pairs)])
         self.numbers_n[np.isin(self._hashes_n, near_p) & (self._pixels_n > 0)] = 1
 
     def _drop_near(self, number: int, distance: int) -> None:
-        """Drops near duplicates. Of two images, that with more pixels is kept, or else the first one."""
+        """Drops near duplicates. Keeps the image with the most pixels, or the first one of equal size."""
         kept_k = self._kept_with_hash()
         kept_k = kept_k[np.argsort(-self._pixels_n[kept_k].astype(np.int64), kind="stable")]
         self.numbers_n[kept_k[near_hashes.near_earlier(self._hashes_n[kept_k], distance)]] = number
 
     def counts(self) -> dict[str, int]:
-        """Returns the number of images by reason; reasons without images are left out, but for `kept`."""
+        """Returns the number of images by reason. Leaves out reasons without images, except `kept`."""
         counts = np.bincount(self.numbers_n, minlength=len(self.reasons)).tolist()
         return {reason: count for n, (reason, count) in enumerate(zip(self.reasons, counts)) if count or n == KEPT}
 
     def examples(self, most: int) -> dict[str, list[tuple[int, int | None]]]:
-        """Returns, by reason, the places of a few images that are dropped, drawn at random.
+        """Returns, by reason, the indices of a few images that are dropped, drawn at random.
 
-        A duplicate has the place of the image that is kept in its place.
+        A duplicate has the index of the image that is kept instead of it.
         """
         rng = np.random.default_rng(0)
         examples = {}
         for number, reason in enumerate(self.reasons):
-            places = np.flatnonzero(self.numbers_n == number)
-            if number != KEPT and len(places):
-                drawn = np.sort(rng.choice(places, min(most, len(places)), replace=False)).tolist()
-                examples[reason] = [(place, self._original(place)) for place in drawn]
+            indices = np.flatnonzero(self.numbers_n == number)
+            if number != KEPT and len(indices):
+                drawn = np.sort(rng.choice(indices, min(most, len(indices)), replace=False)).tolist()
+                examples[reason] = [(index, self._original(index)) for index in drawn]
         return examples
 
-    def _original(self, place: int) -> int | None:
-        """Returns the place of the kept copy, or of the nearest kept image; None: the image is no duplicate."""
-        if self.numbers_n[place] not in (self._exact, self._near):
+    def _original(self, index: int) -> int | None:
+        """Returns the index of the kept copy, or of the nearest kept image; None: the image is no duplicate."""
+        if self.numbers_n[index] not in (self._exact, self._near):
             return None
-        copies = np.flatnonzero((self._contents_n == self._contents_n[place]) & (self.numbers_n == KEPT))
+        copies = np.flatnonzero((self._contents_n == self._contents_n[index]) & (self.numbers_n == KEPT))
         if len(copies):
             return int(copies[0])
         kept_k = self._kept_with_hash()  # the copy of an exact duplicate can be a near duplicate of another image
-        distances_k = np.bitwise_count(self._hashes_n[kept_k] ^ self._hashes_n[place])
+        distances_k = np.bitwise_count(self._hashes_n[kept_k] ^ self._hashes_n[index])
         return int(kept_k[np.argmin(distances_k)])

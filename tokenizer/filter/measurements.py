@@ -182,7 +182,7 @@ class Measurements:
         }
         self.files = dict(sorted(by_name.items()))
         self.measured = sum(report["measured"] for report in reports)
-        # Each part of a source other than tars lists the whole source, and reports what it cannot list.
+        # Each part of a source other than tars lists the whole source, and reports the same inputs as unusable.
         self.skipped = list({entry["input"]: entry for report in reports for entry in report["skipped"]}.values())
 
     def images(self) -> int:

@@ -103,7 +103,7 @@ def near_earlier(hashes_n: np.ndarray, distance: int) -> np.ndarray:
     sorted_n = hashes_n[order_n]
     is_first_n = np.ones(len(hashes_n), bool)
     is_first_n[1:] = sorted_n[1:] != sorted_n[:-1]
-    firsts_u, unique_u = order_n[is_first_n], sorted_n[is_first_n]  # the place of each hash in hashes_n
+    firsts_u, unique_u = order_n[is_first_n], sorted_n[is_first_n]  # the index of each hash in hashes_n
     del order_n, sorted_n, is_first_n
     pairs = []
     for one_p, other_p in near_pairs(unique_u, unique_u, distance):
@@ -118,9 +118,9 @@ def near_earlier(hashes_n: np.ndarray, distance: int) -> np.ndarray:
 
 
 def _left_out(earlier_p: np.ndarray, later_p: np.ndarray) -> np.ndarray:
-    """Returns the numbers to leave out: each that is the later one in a pair whose earlier one is not left out."""
-    numbers_i, places_2p = np.unique(np.concatenate([earlier_p, later_p]), return_inverse=True)
-    earlier_p, later_p = np.split(places_2p, 2)
+    """Returns the numbers to leave out: the later one of each pair whose earlier one is not left out."""
+    numbers_i, indices_2p = np.unique(np.concatenate([earlier_p, later_p]), return_inverse=True)
+    earlier_p, later_p = np.split(indices_2p, 2)
     left_out_i = np.zeros(len(numbers_i), bool)
     while len(earlier_p):
         is_open_i = np.zeros(len(numbers_i), bool)

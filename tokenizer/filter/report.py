@@ -1,4 +1,4 @@
-"""Writes what a decision means: the keep list, the counts by reason, examples, and a picture of them."""
+"""Writes the results of a decision: the keep list, the counts by reason, examples, and a picture of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,19 +27,19 @@ def write_list(path: str, measurements: Measurements, decision: Decision) -> dic
     """
     examples = decision.examples(_EXAMPLES)
     wanted: dict[int, Any] = {
-        place: None for pairs in examples.values() for pair in pairs for place in pair if place is not None
+        index: None for pairs in examples.values() for pair in pairs for index in pair if index is not None
     }
     kept = np.flatnonzero(decision.numbers_n == KEPT)
     sampled = set(np.random.default_rng(0).choice(kept, min(_SAMPLES, len(kept)), replace=False).tolist())
     samples = {}
     with keep_list_writer(path) as writer:
-        for place, measurement in enumerate(measurements):
-            if decision.numbers_n[place] == KEPT:
+        for index, measurement in enumerate(measurements):
+            if decision.numbers_n[index] == KEPT:
                 writer.add(measurement["name"])
-            if place in sampled:
+            if index in sampled:
                 samples[measurement["name"]] = measurement["sha256"]
-            if place in wanted:
-                wanted[place] = measurement
+            if index in wanted:
+                wanted[index] = measurement
         writer.finish(measurements.files, samples)
     report = {
         "images": measurements.images(),
@@ -47,7 +47,7 @@ def write_list(path: str, measurements: Measurements, decision: Decision) -> dic
         "counts": decision.counts(),
         "examples": {
             reason: [
-                _example(wanted[place], None if original is None else wanted[original]) for place, original in pairs
+                _example(wanted[index], None if original is None else wanted[original]) for index, original in pairs
             ]
             for reason, pairs in examples.items()
         },
@@ -78,7 +78,7 @@ def table(report: Mapping[str, Any], path: str) -> str:
 
 
 def draw(report: Mapping[str, Any]) -> np.ndarray:
-    """Draws a row of examples for each reason, uint8 [H,W,3]. To the right of a duplicate is what it duplicates."""
+    """Draws a row of examples for each reason, uint8 [H,W,3]. To the right of a duplicate is the kept image."""
     rows = []
     for reason, examples in report["examples"].items():
         addresses = [

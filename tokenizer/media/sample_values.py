@@ -156,7 +156,7 @@ def _by_profile(rgb: Image.Image, image: Image.Image) -> Image.Image | None:
 def _gamma_light(gamma: float) -> Callable[[np.ndarray], np.ndarray]:
     """Returns the function from signals of a PNG file to light. Its gamma is the exponent from light to signals.
 
-    1/2.2 stands for sRGB. As in libpng, so do values that make a difference of less than 5 percent to it.
+    A gamma of 1/2.2 means the curve of sRGB. As in libpng, so does a gamma that differs from it by less than 5 percent.
     """
     if gamma <= 0 or abs(2.2 * gamma - 1) < 0.05:
         return colours.srgb_light
@@ -166,7 +166,7 @@ def _gamma_light(gamma: float) -> Callable[[np.ndarray], np.ndarray]:
 def _png_primaries(image: Image.Image) -> np.ndarray | None:
     """Returns the matrix to linear sRGB of a PNG file's primaries. None: there are none, or almost those of sRGB.
 
-    Primaries without a gamma are not used: the light is not known.
+    Primaries without a gamma are ignored, because the linear light is unknown.
     """
     values = image.info.get("chromaticity", ())
     if len(values) != 8 or "gamma" not in image.info:

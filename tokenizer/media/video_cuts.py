@@ -2,8 +2,8 @@
 
 The change between two frames is the distance of their colour histograms, from 0 to 1. A cut is a change of at least
 MIN_CHANGE that is at least twice as large as every other change within 3 frames. In a fade or a dissolve, and while
-the camera moves fast, neighbouring changes are alike. A flash has two large changes, its beginning and its end.
-Therefore none of them is a cut, nor is one of two cuts within 3 frames.
+the camera moves fast, neighbouring changes are similar. A flash has two large changes, its beginning and its end.
+Therefore none of these is a cut. Two cuts within 3 frames are both missed, for the same reason.
 """
 
 from collections.abc import Iterable
@@ -37,7 +37,8 @@ def find_cuts(numbered_frames: Iterable[tuple[int, Any]]) -> list[int]:
 def colour_histogram(pixels_SS3: np.ndarray) -> np.ndarray:
     """Returns the shares of 8 levels of each channel in each quarter of an image, float [2,2,3,8].
 
-    A value between two levels counts for both, by its distance. So a slow change of light changes them slowly.
+    A value between two levels counts for both, in proportion to its distance from them. Thus a slow change of light
+    changes the shares slowly.
     """
     levels = pixels_SS3[..., None] * np.float32((_LEVELS - 1) / 255)
     shares = np.maximum(0, 1 - np.abs(levels - np.arange(_LEVELS, dtype=np.float32)))

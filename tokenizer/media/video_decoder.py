@@ -1,7 +1,7 @@
 """Decodes selected frames of a video file in order, and keeps the file open for the next ones.
 
-Without that, the frames of a long file with few key frames, or without an index, would be decoded from its beginning
-again and again. Memory does not grow with the length of the file.
+Otherwise a long file with few key frames, or without an index, would be decoded from its beginning for each call.
+Memory does not grow with the length of the file.
 """
 
 import collections

@@ -100,7 +100,7 @@ def open_container(video: VideoFile) -> Iterator[tuple[Any, Any]]:
             raise UserError(f"{video.name}: frames of {width}x{height} pixels, more than {MAX_PIXELS}")
         stream.codec_context.thread_count = 1  # a build reads videos in as many processes as there are cores
         if stream.codec_context.name == "mjpeg":
-            # Otherwise the decoder fills the damaged part of a frame with anything, and does not say so.
+            # Otherwise the decoder fills the damaged part of a frame with other pixels, without an error.
             stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
 

@@ -116,8 +116,8 @@ class KeptItems:
         if name in self._list.samples:
             self._samples[name] = item
         number, hashes_n = np.uint64(self._names.add(file, name)), self._list.hashes_n
-        place = int(np.searchsorted(hashes_n, number))
-        return place < len(hashes_n) and bool(hashes_n[place] == number)
+        index = int(np.searchsorted(hashes_n, number))
+        return index < len(hashes_n) and bool(hashes_n[index] == number)
 
     def checked_digest(self) -> int:
         """Returns a digest of the kept names, of 128 bits. Call it after the last item.

@@ -68,7 +68,7 @@ def commitment_error(
     """Returns the mean squared distance of vectors from their codes. The codes get no gradient.
 
     The distance is relative to the variance of the vectors, so its weight does not depend on their scale. The variance
-    of the codes would not do: it vanishes when all vectors have one code, and the loss then outweighs all others.
+    of the codes is unsuitable: it vanishes when all vectors have one code, and the loss then outweighs all others.
 
     Args:
       chosen_BhwZ: the code of each vector.

@@ -61,9 +61,10 @@ class Objective:
       average_decay: decay per step of the running mean of the network.
       locality_steps: steps in which the weight of the locality loss grows from 0 to `locality_weight`. The whole weight
         at the start would outweigh the reconstruction.
-      unquantized_steps: steps at the start in which vectors pass unquantized. The codes are then placed on vectors that
-        differ. From the start, all vectors would have the same few codes, the decoder would learn to ignore its input,
-        and nothing would teach the encoder to spread its vectors. Codes that are not running means have no such steps.
+      unquantized_steps: steps at the start in which vectors pass unquantized. After them, the codes are placed on
+        vectors that differ. With quantization from the first step, all vectors would have the same few codes, the
+        decoder would learn to ignore its input, and no gradient would spread the encoder's vectors. This applies only
+        to codes that are running means.
     """
 
     config: VQGANConfig

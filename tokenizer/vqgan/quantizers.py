@@ -10,9 +10,9 @@ nearest row of the table to its projection.
     lfq         all combinations of -1 and 1        none
                 (arXiv 2310.05737)
 
-The tables of fsq and lfq are grids: constants, of which the code follows by rounding, without a search. Files hold
-them like a learned table. Thus every reader of open-muse's layout decodes them, and encodes with lfq; to encode with
-fsq it also needs `bounded`.
+The tables of fsq and lfq are constant grids: the nearest row follows by rounding, without a search. Files store them
+like a learned table. Thus every reader of open-muse's layout can decode both, and encode with lfq. To encode with fsq
+it also needs `bounded`.
 
 Shapes: see `tokenizer.vqgan`; ... are any axes.
 """
