@@ -3,9 +3,11 @@
 Rooms, from the lowest to the highest; tests/test_architecture.py holds the allowed imports:
     storage       paths, atomic writes, digests, memory-mapped columns
     data          JSONL and packed files, or text, to rows of tokens
-    checkpoints   formats, loading, saving, run directories
     parallel      mesh, partition rules, several processes
+    checkpoints   formats, loading, saving, run directories
+    publishing    model cards, and uploads to the Hugging Face Hub
     training      the training loop of any model
+    planning      plans of a train step, without its devices
     models        attention, losses, generation, and the LLaMA with its commands
 
 Modules that all rooms may import:

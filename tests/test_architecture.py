@@ -147,6 +147,15 @@ def test_every_folder_of_modules_is_a_documented_package():
         assert ast.get_docstring(ast.parse(init.read_text())), f"{init}: no docstring"
 
 
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_names_what_it_may_import_and_what_it_contains(room):
+    text = ast.get_docstring(ast.parse(MODULES[room].read_text()))
+    rooms = [name.rpartition(".")[2] for name in ALLOWED if name.rpartition(".")[0] == room]
+    imported = ALLOWED[room].split() if "." in room and "May import every" not in text else []
+    missing = [name for name in (*rooms, *imported) if name not in text]
+    assert not missing, f"the docstring of {room} does not name {missing}"
+
+
 def _files(*folders: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py"))
 

@@ -2,7 +2,9 @@
 
 Sub-packages (tests/test_architecture.py lists the imports that each may have):
     media           image and video files, folders, grids, charts
+    formats         the interface of tokenizers, and the files of several projects
     sources         inputs in folders, tars and tables, local or remote
+    filter          which images to train on; a command too
     synthetic       rendered scenes and crops of photographs
     mappings        sentences of random mappings, which only their examples define; a command too
     vqgan           network, weight files and codec of the tokenizer

@@ -176,7 +176,7 @@ def _verify(path: str, columns: Columns, append: Callable[..., None] | None = No
 
 
 def _raise_outside(path: str, columns: Columns, largest_id: int, vocab_size: int) -> NoReturn:
-    """Raises UserError, naming the place of the largest id, which is outside the vocabulary."""
+    """Raises UserError, naming the sentence and token of the largest id, which is outside the vocabulary."""
     place, ends = 0, columns.arrays["ends"]
     for block in checksums.blocks(columns.arrays["ids"]):
         is_largest = block == largest_id

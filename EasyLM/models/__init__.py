@@ -1,8 +1,7 @@
 """Models, and the parts that they share: attention, losses and generation.
 
-May import only the modules directly in EasyLM. `attention` may also import `EasyLM.models` and `parallel`. `llama` may
-import both, and also `storage`, `data`, `checkpoints`, `parallel`, `training` and `planning`. Import the modules: this
-file imports nothing.
+May import only the modules directly in EasyLM; `attention` and `llama` state what they may import. Import the modules:
+this file imports nothing.
 
 The suffix of an array's name gives its shape, with one letter per axis (`q_BTHK`):
   B batch: rows, or prompts          D hidden size             P tokens of a prompt, padded on the left

@@ -3,7 +3,7 @@
 XLA compiles for a topology whose devices need not exist. The sizes and counts are those of the compiled step. Times
 are estimates from the rates in `hardware` and from flags.
 
-May import EasyLM.training and EasyLM.checkpoints.
+May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.training.
 
     topologies   the text of --topology -> devices that need not exist
     hardware     data sheet values of devices

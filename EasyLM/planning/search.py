@@ -40,7 +40,7 @@ class Search:
 
     @property
     def reason(self) -> str:
-        """Why the fastest candidate is the fastest, by comparison with its neighbours."""
+        """Compares the fastest candidate with those that differ from it in one setting."""
         if self.fastest is None:
             return "none of the candidates fits"
         best, best_plan = self.fastest

@@ -112,7 +112,7 @@ def _cpus(flag: str, shape: list[int]) -> Topology:
 
 def _tpus(flag: str, kind: str, sizes: str, num_slices: int) -> Topology:
     check_installed(flag, "tpu", "libtpu")
-    # No chip is asked for, so another process may use libtpu too. The other variables replace questions to a TPU host.
+    # No chip is requested, so another process may use libtpu too. The other variables replace queries to a TPU host.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.update(TPU_ACCELERATOR_TYPE=f"{kind}-8", TPU_WORKER_HOSTNAMES="localhost")
     options = {"num_slices": num_slices} if num_slices > 1 else {}

@@ -218,7 +218,7 @@ def _why_full(path: str, dtypes: Dtypes, produce: Produce, expected: dict[str, A
 
 
 def _cache_paths(source: str, name: str) -> list[str]:
-    """Returns the places for a cache: beside a local source, the user's cache directory, and that of temporary files.
+    """Returns the paths for a cache: beside a local source, in the user's cache directory, in that of temporary files.
 
     The last one is for jobs on machines where the other two are read-only or full.
     """

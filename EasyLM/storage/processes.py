@@ -8,9 +8,9 @@ import socket
 
 
 def process_start(process: int) -> str | None:
-    """Returns the start time of a process in the kernel's units; None if the system does not tell it.
+    """Returns the start time of a process in the kernel's units; None if the system does not provide it.
 
-    A zombie, which has ended but whose parent has not asked for its exit code, has the start time "ended".
+    A zombie, which has ended but whose parent has not read its exit code, has the start time "ended".
     """
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8") as file:
@@ -31,7 +31,7 @@ def process_namespace() -> str:
 
 
 def is_alive(process: int, start: str | None) -> bool:
-    """Whether a process of this namespace exists. Its start time tells it from a later one of the same id."""
+    """Whether a process of this namespace exists. Its start time distinguishes it from a later one of the same id."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -47,7 +47,7 @@ def owner_tag() -> str:
 
 
 def is_gone(tag: str) -> bool:
-    """Whether the process of an `owner_tag` is known to have ended. Of other hosts and containers nothing is known."""
+    """Whether the process of an `owner_tag` is known to have ended. False for those of other hosts and containers."""
     namespace, _, rest = tag.partition("-")
     process, _, start = rest.partition("-")
     if namespace != _namespace_digest() or not process.isdecimal():

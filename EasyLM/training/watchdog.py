@@ -1,4 +1,4 @@
-"""A watchdog: says what a run waits for, and ends a run that no longer makes progress."""
+"""A watchdog: logs what a run waits for, and ends a run that no longer makes progress."""
 
 import contextlib
 import faulthandler
@@ -30,7 +30,7 @@ def reported(what: str) -> Iterator[None]:
 
 
 class Watchdog:
-    """A context in which the training loop says what it waits for, with `expect`.
+    """A context in which the training loop states what it waits for, with `expect`.
 
     A wait of a minute is logged. A wait longer than the limit ends all processes of the run: each prints what it waits
     for and the Python stacks of all its threads, and exits with code HANGS. Compilation is outside of the context.

@@ -1,7 +1,7 @@
 """Prompting: a model and its tokenizer generate the images that follow a prompt of images.
 
-May import: EasyLM.storage, EasyLM.checkpoints, EasyLM.parallel, EasyLM.models, tokenizer.formats, tokenizer.vqgan.
-Independent of image files and HTTP.
+May import: EasyLM.storage, EasyLM.checkpoints, EasyLM.parallel, EasyLM.publishing, EasyLM.models, EasyLM.models.llama,
+tokenizer.formats, tokenizer.vqgan. Independent of image files and HTTP.
 
 Modules:
   settings     how images are sampled, with checks of these values; the largest batch of a program

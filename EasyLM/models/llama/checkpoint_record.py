@@ -15,6 +15,6 @@ def record_path(prefix: str, path: str) -> str | None:
 
 
 def recorded_tokenizer(prefix: str, path: str) -> str | None:
-    """Returns the image tokenizer that the checkpoint `prefix::path` was trained with, if it names one."""
+    """Returns the name of the image tokenizer that a checkpoint `prefix::path` was trained with; None: not recorded."""
     source = record_path(prefix, path)
     return None if source is None else tokenizer_of(load_metadata(source))

@@ -25,7 +25,7 @@ _NAMES = {
 }
 _NULLABLE = ("num_key_value_heads", "max_position_embeddings", "rope_theta")  # null means the default
 _MODEL_TYPES = {"llama": False, "qwen3": True}  # -> qk_norm
-# Fields of config.json with which the function differs, and the values with which it does not. Null is always valid.
+# Fields of config.json that can describe another architecture, and their values for a LLaMA. Null is always valid.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),

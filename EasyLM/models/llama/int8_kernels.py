@@ -1,8 +1,8 @@
 """int8 kernels for inference: symmetric, with one scale for each output.
 
 A kernel W [I, O] becomes round(W / scale) in int8, with scale[o] = max over i of |W[i, o]| / 127, float32. The layer
-multiplies with the integers, which bf16 represents exactly, and then with the scales. Embedding, norms and head keep
-their type: together they are 1% of a 7B model.
+multiplies by the integers, which bf16 represents exactly, and then by the scales. Embedding, norms and head keep their
+type: together they are 1% of a 7B model.
 """
 
 import threading

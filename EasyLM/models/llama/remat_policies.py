@@ -25,8 +25,8 @@ def _save(*names: str) -> Callable[..., bool]:
 
 
 # The policies among which "auto" chooses, and the values that each saves. Those that recompute the least come first.
-# The first one saves all matrix products: it recomputes only elementwise operations, which takes less time than to
-# write and read their results (on a CPU, a step takes 10% less).
+# The first one saves all matrix products, and recomputes only elementwise operations. This takes less time than writing
+# and reading their results (on a CPU, a step takes 10% less).
 AUTOMATIC_POLICIES: dict[str, tuple[str, ...]] = {
     "projections_and_attention_saveable": SAVED_VALUES,
     **{
