@@ -68,7 +68,7 @@ class Flag:
 
     @property
     def range(self) -> str:
-        """The valid numbers in words, as "at least 0 and below 1"; empty if all are valid."""
+        """The valid numbers in words, such as "at least 0 and below 1"; empty if all are valid."""
         if self.least is not None and self.most is not None:
             return f"{self.least}..{self.most}"
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}

@@ -19,7 +19,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.storage import write_json
 
 FLAGS = {
-    "kinds": Flag("", "Comma list of kinds of devices to plan for, as v5e,h100; empty: only print the table."),
+    "kinds": Flag("", "Comma list of kinds of devices to plan for, such as v5e,h100; empty: only print the table."),
     "presets": Flag("", "Comma list of presets to plan; empty: all of the table."),
     "results": Flag("scripts/plan_table.json", "File of the plans, which is read and updated."),
     "time_limit": Flag(1200.0, "Seconds for one plan.", above=0),

@@ -26,7 +26,7 @@ def parse_numbers(text: str, count: int, number_type: Callable[[str], Any] = flo
     """Returns the numbers of a comma list, one for each of `count` sources.
 
     Raises:
-      UserError: if an element is no number, there are not `count` elements, a number is negative, or all are 0.
+      UserError: if an element is not a number, there are not `count` elements, a number is negative, or all are 0.
     """
     try:
         numbers = [number_type(element) for element in text.split(",")]

@@ -93,7 +93,7 @@ def _parse_name(name: str, fields: str, special: dict[str, int]) -> Part:
     if name.startswith("<|") and name.endswith("|>"):
         literal = name[2:-2]
         if literal not in special and not literal.isdecimal():
-            raise RecordError(f"cannot read {name!r} in {fields!r}: choose <|bos|>, <|eos|> or an id, as <|8192|>")
+            raise RecordError(f"cannot read {name!r} in {fields!r}: choose <|bos|>, <|eos|> or an id such as <|8192|>")
         return Part("literal", literal=special[literal] if literal in special else int(literal), mask=mask)
     if name.startswith("{") and name.endswith("}") and len(name) > 2:
         return Part("ids", keys=(name[1:-1],), mask=mask)

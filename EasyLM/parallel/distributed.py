@@ -79,7 +79,7 @@ def _local_device_ids(text: str | None) -> list[int] | None:
             return [int(i) for i in text.split(",")]
         except ValueError:
             raise UserError(
-                f"--jax_distributed.local_device_ids={text}: must be a comma list of integers, as 0,1,2"
+                f"--jax_distributed.local_device_ids={text}: must be a comma list of integers, such as 0,1,2"
             ) from None
     # Under SLURM JAX takes one GPU per task, even if a node has a single task. SLURM_STEP_TASKS_PER_NODE is, for
     # example, 1(x4): one task on each of four nodes.

@@ -24,7 +24,7 @@ HEAD_AXES = ("mp", "sp")  # heads, while the devices along sp have whole sequenc
 
 
 def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
-    """Parses `--mesh_dim` to mesh axes and sizes: `1,-1,1` (dp,fsdp,mp), or with names, as `dp:1,fsdp:-1,mp:1,sp:2`.
+    """Parses `--mesh_dim` to mesh axes and sizes: `1,-1,1` (dp,fsdp,mp), or with names, `dp:1,fsdp:-1,mp:1,sp:2`.
 
     One size may be -1: all remaining devices. A leading `!` (see `make_mesh`) is ignored here. If sp is not named, it
     is the last axis and has the size 1.
@@ -43,7 +43,7 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
         if not set(AXES) <= set(names) or len(set(names)) != len(names):
             raise fail(f"a named mesh has each of the axes {', '.join(AXES)} once (sp and further axes may be added)")
     elif len(texts) != len(AXES):
-        raise fail(f"give {len(AXES)} sizes, for {', '.join(AXES)}; or named ones, as dp:1,fsdp:-1,mp:1")
+        raise fail(f"give {len(AXES)} sizes, for {', '.join(AXES)}; or named ones, such as dp:1,fsdp:-1,mp:1")
     if not all(re.fullmatch(r"-1|[1-9]\d*", size) for size in texts):
         raise fail("each size is a positive integer, or -1 for all remaining devices")
     sizes = [int(size) for size in texts]

@@ -34,7 +34,7 @@ def own_part(environ: Mapping[str, str]) -> tuple[int, int]:
         return slice_id * hosts + int(environ["TPU_WORKER_ID"]), slices * hosts
     if jax.process_count() > 1:
         return jax.process_index(), jax.process_count()
-    raise UserError("this process is no task of a SLURM array, of srun or of a pod: give i/n, or --parts")
+    raise UserError("this process is not a task of a SLURM array or of srun, or a host of a pod: give i/n, or --parts")
 
 
 def _array_task(environ: Mapping[str, str]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.training.
     report       plans as text
 
 Vocabulary:
-    topology     the kind, number and arrangement of devices, as v5p:2x2x2
+    topology     the kind, number and arrangement of devices, such as v5p:2x2x2
     slice        TPU devices with their own fast network; several slices communicate over a slower network
     node         GPUs of one host, with their own fast network
     trips        how often a loop executes its body

@@ -18,8 +18,8 @@ class Instruction:
     """An instruction of HLO.
 
     Attributes:
-      type: the type of its result, as `f32[8,4]{1,0}`; in parentheses if there are several.
-      operation: as `all-gather`, `fusion`, `while`.
+      type: the type of its result, such as `f32[8,4]{1,0}`; in parentheses if there are several.
+      operation: such as `all-gather`, `fusion`, `while`.
       rest: the text after `operation(`: operands, then attributes.
       inputs: the types of the operands, one after another.
       fused: the computation of another instruction, such as a fusion, that it is a part of; empty if it is executed by

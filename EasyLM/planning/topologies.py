@@ -78,7 +78,7 @@ def make_topology(text: str, num_slices: int = 1) -> Topology:
     """Returns the devices of `--topology`. Call it before any other use of JAX; it selects the CPU backend.
 
     Args:
-      text: KIND:SIZES, as `v5p:2x2x2` (chips along the axes), `h100:8x8` (nodes x GPUs) or `cpu:8`.
+      text: KIND:SIZES, such as `v5p:2x2x2` (chips along the axes), `h100:8x8` (nodes x GPUs) or `cpu:8`.
       num_slices: number of such slices, for TPUs.
 
     Raises:
@@ -89,7 +89,9 @@ def make_topology(text: str, num_slices: int = 1) -> Topology:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or kind not in (*_TPU_OPTIONS, "h100", "cpu"):
         raise UserError(f"{flag}: must be KIND:SIZES, for example {FORMS}")
     if num_slices > 1 and kind not in _TPU_OPTIONS:
-        raise UserError(f"--num_slices={num_slices}: only TPUs have slices; for GPUs, give nodes x GPUs, as h100:8x8")
+        raise UserError(
+            f"--num_slices={num_slices}: only TPUs have slices; for GPUs, give nodes x GPUs, such as h100:8x8"
+        )
     jax.config.update("jax_platforms", "cpu")  # a GPU or TPU of this machine is not used
     shape = [int(size) for size in sizes.split("x")]
     if kind == "cpu":

@@ -15,7 +15,7 @@ def check_memo(pickle: bytes | BinaryIO) -> None:
     """Reads a stream up to the end of a pickle. Refuses a memo with gaps: Python allocates it up to the largest index.
 
     Raises:
-      ValueError: for a gap, or if the bytes are no pickle.
+      ValueError: for a gap, or if the bytes are not a pickle.
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:

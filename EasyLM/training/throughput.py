@@ -51,7 +51,7 @@ class Throughput:
 
     Args:
       batches: the source of batches.
-      unit: the name of an item, as "tokens".
+      unit: the name of an item, such as "tokens".
       items_per_step: items of one global batch.
       flops_per_step: model FLOPs of one step over all devices.
       peak_tflops: see `peak_flops`.

@@ -27,7 +27,7 @@ def parse_shard(value: str) -> tuple[int, int]:
     """Returns (part i from 0, number of parts n) of `--shard`: i/n, or `auto` for the part of this process.
 
     Raises:
-      UserError: naming the flag, if the value has another form, or this process is no part of divided work.
+      UserError: naming the flag, if the value has another form, or this process is not part of a batch job.
     """
     if value == "auto":
         with prefix_errors("--shard=auto"):

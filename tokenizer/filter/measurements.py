@@ -193,7 +193,7 @@ class Measurements:
         """Yields the measurements of all parts in order.
 
         Raises:
-          UserError: naming FILE:LINE, if a line is no measurement.
+          UserError: naming FILE:LINE, if a line is not a measurement.
         """
         count = 0
         for path in self._paths:
@@ -214,7 +214,7 @@ def _parts(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[
     common = _common(reports[first])
     for path, report in reports.items():
         if _common(report) != common:
-            raise UserError(f"{path} and {first} are no parts of one source with the same scores")
+            raise UserError(f"{path} and {first} are not parts of one source with the same scores")
         part = int(report["identity"]["shard"].partition("/")[0])
         if part in parts:
             raise UserError(f"{path}: is part {part} of a source, and so is {parts[part]}")

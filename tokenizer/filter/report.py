@@ -70,7 +70,7 @@ def table(report: Mapping[str, Any], path: str) -> str:
     lines += [(report["unreadable"], "cannot be read", report["skipped"][0]["input"])] if report["unreadable"] else []
     for reason, count in counts.items():
         example = report["examples"][reason][0]
-        of = f", as {example['duplicate_of']}" if "duplicate_of" in example else ""
+        of = f", a duplicate of {example['duplicate_of']}" if "duplicate_of" in example else ""
         lines.append((count, reason, f"such as {example['name']}{of}"))
     lines.append((report["counts"]["kept"], "kept", path))
     width = max(len(reason) for _, reason, _ in lines)

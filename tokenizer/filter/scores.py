@@ -22,7 +22,7 @@ def parse_limits(flag: str, text: str) -> dict[str, float]:
     """Parses `aesthetic:5,length(caption):10` to the limit of each score.
 
     Raises:
-      UserError: naming the flag, if an element is no NAME:NUMBER, or a name is repeated.
+      UserError: naming the flag, if an element is not NAME:NUMBER, or a name is repeated.
     """
     limits: dict[str, float] = {}
     for element in filter(None, (element.strip() for element in text.split(","))):
@@ -43,7 +43,7 @@ def field_of(score: str) -> str:
 
 
 def read_scores(entry: Entry, scores: Sequence[str]) -> dict[str, float | None]:
-    """Returns the scores of an image; None: it has no such field, or the field is no number.
+    """Returns the scores of an image; None: it has no such field, or the field is not a number.
 
     Raises:
       UserError: naming the file, if it cannot be read.

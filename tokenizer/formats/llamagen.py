@@ -36,7 +36,7 @@ def read(files: list[pathlib.Path], resolution: int) -> Translated:
     """Reads the file of `find`.
 
     Raises:
-      UserError: naming the file, if it is no tokenizer of LlamaGen.
+      UserError: naming the file, if it is not a tokenizer of LlamaGen.
     """
     source = str(files[0])
     tensors = read_tensors(files[0], _IGNORED)

@@ -41,7 +41,7 @@ def local_file(path: str | os.PathLike) -> VideoFile:
     """Returns the video in a local file.
 
     Raises:
-      UserError: naming the path, if it is no file.
+      UserError: naming the path, if it is not a file.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):  # a pipe could wait for ever

@@ -36,7 +36,9 @@ class LLaMAConfig:
     rms_norm_eps: float = size(1e-6, "Added to the mean square in RMSNorm.")
     rope_theta: float = size(10000.0, "Base of the rotary embedding's wavelengths.")
     rope_scaling: RopeScaling | None = setting(  # noqa: RUF009
-        None, "Scaling of the wavelengths, a dict as {'rope_type': 'llama3', 'factor': 8.0}; see RopeScaling.", type=str
+        None,
+        "Scaling of the wavelengths, a dict such as {'rope_type': 'llama3', 'factor': 8.0}; see RopeScaling.",
+        type=str,
     )
     initializer_range: float = size(0.02, "Standard deviation of the initial weights.")
     tie_word_embeddings: bool = setting(False, "The head is the transposed embedding.")

@@ -28,7 +28,7 @@ from EasyLM.storage import write_json
 from EasyLM.training import make_optimizer
 
 FLAGS = {
-    "topology": Flag("", f"Devices to plan for, as {topologies.FORMS}.", required=True),
+    "topology": Flag("", f"Devices to plan for: {topologies.FORMS}.", required=True),
     "num_slices": Flag(1, "TPU slices of that topology, connected by the data center's network.", least=1),
     "suggest": Flag(False, "Try batch sizes, remat policies and meshes; print the fastest that fits."),
     "output_json": Flag("", "File of the plan."),

@@ -50,7 +50,7 @@ TRAIN_FLAGS = {
         "A preset, json::PATH, or pickle::PATH (metadata of a run of the LVM release); empty: the settings that "
         "--load_checkpoint records.",
     ),
-    "update_llama_config": Flag("", "A Python dict literal of settings to change, as {'num_hidden_layers': 4}."),
+    "update_llama_config": Flag("", "A Python dict literal of settings to change, such as {'num_hidden_layers': 4}."),
     "llama": llama_config.LLAMA_FLAGS,
     "lora": LORA_FLAGS,
     "tokenizer": text_tokenizer.TOKENIZER_FLAGS,

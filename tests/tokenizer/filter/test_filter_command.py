@@ -117,7 +117,7 @@ def test_the_parts_of_a_sharded_run_give_the_list_of_a_whole_one(tmp_path, sourc
         shutil.copy(f"{first}{suffix}", f"{tmp_path}/copy.zst{suffix}")
     for others, message in {
         f"{tmp_path}/copy.zst": r"copy\.zst: is part 0 of a source, and so is",
-        f"{tmp_path}/whole.jsonl.measurements.jsonl.zst": "are no parts of one source",
+        f"{tmp_path}/whole.jsonl.measurements.jsonl.zst": "are not parts of one source",
     }.items():
         with pytest.raises(UserError, match=message):
             run_filter(tmp_path / "merged.jsonl", measurements=f"{first},{others}")

@@ -64,7 +64,7 @@ def test_a_blocklist_has_three_kinds_of_hashes(tmp_path):
     assert blocklist.perceptual == {int(phash, 16)}
     for line in ("0a0a", "phash:" + md5, phash, "x" * 32, "phash:"):
         path.write_text(f"{md5}\n{line}\n")
-        with pytest.raises(UserError, match=rf"list\.txt:2: '{line}' is no MD5"):
+        with pytest.raises(UserError, match=rf"list\.txt:2: '{line}': must be an MD5"):
             rules.read_blocklist(str(path))
     path.write_text("# nothing\n")
     with pytest.raises(UserError, match="has no hash"):
