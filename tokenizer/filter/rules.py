@@ -99,8 +99,8 @@ def read_blocklist(path: str) -> Blocklist:
             continue
         if not _HEX.fullmatch(digits) or (len(digits) != 16 if text != digits else len(digits) not in _KINDS):
             raise UserError(
-                f"{path}:{number}: {line.strip()!r}: must be an MD5 (32 hexadecimal digits), a SHA-256 (64 digits), or a "
-                "perceptual hash (phash: and 16 digits)"
+                f"{path}:{number}: {line.strip()!r}: must be an MD5 (32 hexadecimal digits), a SHA-256 (64), or a "
+                "perceptual hash (phash: and 16)"
             )
         if text != digits:
             perceptual.add(int(digits, 16))

@@ -79,7 +79,8 @@ def test_each_image_is_dropped_for_its_reason_from_every_source(tmp_path, capsys
     }
     printed, messages = capsys.readouterr()
     assert "ignored files" not in messages  # the scores are used
-    assert "--near_duplicates=2" in printed and "twin/0.png, as" in printed.replace("a.parquet!8.image", "twin/0.png")
+    names = printed.replace("a.parquet!8.image", "twin/0.png")
+    assert "--near_duplicates=2" in printed and "twin/0.png, a duplicate of" in names
 
 
 def test_without_rules_exact_copies_and_uniform_images_are_dropped(folder, tmp_path):
