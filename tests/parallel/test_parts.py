@@ -40,8 +40,8 @@ def test_processes_have_all_parts_once(processes):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({}, "no task of a SLURM array, of srun or of a pod: give i/n"),
-        (_BATCH, "no task of"),  # srun was forgotten: every process would be part 0
+        ({}, "not a task of a SLURM array or of srun, or a host of a pod: give i/n"),
+        (_BATCH, "not a task of"),  # srun was forgotten: every process would be part 0
         (_array(3, 3, 3, 1), r"the 1 tasks of the SLURM array are 3 to 3, .* --shard=\$SLURM_ARRAY_TASK_ID/n"),
         (_array(4, 0, 4, 3), "the 3 tasks of the SLURM array are 0 to 4"),
     ],
