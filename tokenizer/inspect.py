@@ -27,8 +27,8 @@ FLAGS = {
     "codebook_size": Flag(CODEBOOK_SIZE, "Codes of the tokenizer; higher ids are special.", least=1),
     "tokens_per_image": Flag(
         None,
-        f"Codes of an image, the unit of the listed lengths; none: what most records say, or {TOKENS_PER_IMAGE} if no "
-        "record says it.",
+        f"Codes of an image, the unit of the listed lengths; none: the number in most records, or {TOKENS_PER_IMAGE} "
+        "if no record states it.",
         least=1,
         type=int,
     ),

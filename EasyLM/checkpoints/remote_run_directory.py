@@ -53,7 +53,7 @@ class RemoteRunDirectory(Saves):
         """Yields None: several processes cannot write parts of one object."""
         yield None
 
-    def sees(self, path: str) -> bool:
+    def is_visible(self, path: str) -> bool:
         """Returns False: see `visible_file`."""
         return False
 

@@ -89,11 +89,11 @@ class LocalRunDirectory(Saves):
         finally:
             _remove(os.path.join(self.path, path))
 
-    def sees(self, path: str) -> bool:
-        """Returns whether this process sees the `visible_file` of another process.
+    def is_visible(self, path: str) -> bool:
+        """Whether this process can see the `visible_file` of another process.
 
-        A client of NFS remembers for up to a minute that a directory was missing, and answers from memory. It asks the
-        server if it is to create the directory.
+        An NFS client caches for up to a minute that a directory is missing. Creating the directory makes it ask the
+        server.
         """
         with contextlib.suppress(OSError):  # the disk is another one, and read-only
             os.makedirs(self._steps, exist_ok=True)

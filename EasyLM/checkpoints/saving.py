@@ -119,7 +119,7 @@ class Checkpointer:
         """Returns how long a save of a state would take from now on until it is on disk.
 
         That is the time of the last save, or before the first one an estimate from the bytes. If a save is in progress,
-        its rest is included.
+        its remaining time is included.
         """
         file_bytes, host_bytes = self._part.sizes(state)
         seconds = self._save_seconds or save_seconds(file_bytes, host_bytes // jax.process_count())
@@ -189,7 +189,7 @@ class Checkpointer:
         with channel.failing_together():
             if jax.process_index() != 0:
                 path = channel.receive(0)
-                channel.send(path is not None and self._directory.sees(path))
+                channel.send(path is not None and self._directory.is_visible(path))
                 return channel.receive(0)
             self._directory.prepare()
             with self._directory.visible_file() as path:

@@ -88,7 +88,7 @@ def shapes_in_memory(entries: Iterable[Entry], kind: type[dict] = dict) -> dict:
 
 
 def nested(leaves: Iterable[tuple[Key, Any]], kind: type[dict] = dict) -> dict:
-    """Returns nested dicts of a kind with the given leaves."""
+    """Returns the given leaves as nested dicts of the given class."""
     tree = kind()
     for key, leaf in leaves:
         node = tree

@@ -58,8 +58,8 @@ class StreamingSave:
         """On process 0, writes the state file with the other processes. Returns the table of checksums."""
         path = None
         if self._others and self._is_shared:
-            # The others open a file of the final size. A client of NFS writes zeros into the rest of a page beyond the
-            # end that it knows, even where another client has written.
+            # The others open a file of the final size. Otherwise an NFS client fills the last page with zeros beyond
+            # the end of the file that it has cached, and overwrites the rows of another client.
             file.truncate(state_file.num_bytes)
             path = os.path.relpath(file.name, self._directory.path)
         channel.send(path)
@@ -79,8 +79,8 @@ class StreamingSave:
         """On the other processes, writes their rows into the file of process 0."""
         path, parts = channel.receive(0), []
         if path is not None:
-            # Write-only: a client of NFS that may also read a file writes whole pages, with the rows of other clients
-            # in them as it has read them.
+            # Write-only: with read access, an NFS client reads whole pages and writes them back, with old rows of
+            # other clients in them.
             descriptor = os.open(os.path.join(self._directory.path, path), os.O_WRONLY)
             with os.fdopen(descriptor, "wb", buffering=1 << 16) as file:
                 parts = state_file.write_local_rows(file)

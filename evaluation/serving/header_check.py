@@ -1,7 +1,7 @@
-"""Checks the headers of each request: for which host it is, from which page it comes, how its body is delimited.
+"""Checks the headers of each request: its host, the origin of its page, and how its body is delimited.
 
-Without the first check, a page of any web site could drive a server on the visitor's own machine: its domain resolves
-to 127.0.0.1 (DNS rebinding), so that the browser takes the server for a part of that site.
+Without the first check, a page of any web site could send requests to a server on the visitor's own machine: its domain
+resolves to 127.0.0.1 (DNS rebinding), so that the browser treats the server as a part of that site.
 """
 
 import re
@@ -68,7 +68,7 @@ class HeaderCheck:
     def _error(self, headers: list[tuple[bytes, bytes]]) -> RequestError | None:
         names = {name.lower() for name, _ in headers}
         if {b"content-length", b"transfer-encoding"} <= names:
-            # Servers and proxies disagree where such a body ends: what one takes for its end is a request to another.
+            # Servers and proxies disagree where such a body ends: the rest of it for one is a new request for another.
             return RequestError(400, "bad_request", "content-length and transfer-encoding together are not accepted")
         if ANY_HOST in self._allowed:
             return None

@@ -22,8 +22,8 @@ class Workload:
     def admitted(self, client: str, cost: int) -> Iterator[None]:
         """Counts a request of a client until the context ends. The response is sent inside the context.
 
-        Of each other request, no more than the cost of this one counts: a client with expensive requests, or those
-        who share an address with it, can still send cheap ones. A client without requests is always admitted.
+        Each other request counts at most as much as this one: a client with expensive requests, or others with the
+        same address, can still send cheap ones. A client without requests is always admitted.
 
         Raises:
           TooMuchWorkError: if the client has too much work outstanding.

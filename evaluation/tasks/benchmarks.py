@@ -1,7 +1,7 @@
 """Benchmarks: tasks of public data sets, in their original layout, and of synthetic images.
 
 rendered                 scenes of tokenizer.synthetic with exact annotations
-mappings                 mappings of tokenizer.synthetic, another one for each query
+mappings                 mappings of tokenizer.mappings, another one for each query
 pascal_segmentation      Pascal-5i (Shaban et al. 2017): the mask of one of a fold's five classes, white on black
 pascal_detection         the bounding box of such a class, if it has one object, smaller than half the image
 imagenet_colorization    the validation images of ImageNet, gray to colour

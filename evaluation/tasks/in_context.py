@@ -1,6 +1,6 @@
 """Measures what a model learns from the examples of its prompt, on tasks of mappings.
 
-All figures of a task have the same queries: at every number of shots, and after right and after wrong examples.
+All metrics of a task have the same queries: at every number of shots, and after right and after wrong examples.
 Differences are computed for each query, so that their standard errors do not contain the variation of the queries.
 
 Shapes: Q queries, n queries whose answers are generated, N tokens of an image, P images of a prompt, S the side.
@@ -37,7 +37,7 @@ class InContextMeasurement:
       generation: how answers are sampled. `context_images` is replaced by the length of prompt and answer.
       batch_size: prompts per batch.
       image_metrics: computed for every answer.
-      num_answers: n: answers are generated for the first so many queries.
+      num_answers: n: answers are generated for the first n queries.
     """
 
     prompter: Prompter
@@ -133,7 +133,7 @@ def summary(task: MappingTask, curve: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def differences(curve: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns what the examples are worth: paired differences with standard errors. Positive: the examples help.
+    """Returns the gain from the examples: paired differences with standard errors. Positive: the examples help.
 
     `shots_1_to_3` and `shots_3_to_7` compare numbers of shots, `wrong_at_3` and `wrong_at_7` right with wrong examples,
     `copy_at_7` the answers with a copy of the query. Those whose numbers of shots are not in the curve are left out.
@@ -144,7 +144,7 @@ def differences(curve: Sequence[Mapping[str, Any]], metric: str) -> dict[str, di
     """
     values = {point["shots"]: point["per_query"] for point in curve}
     names = (*_TOKEN_METRICS, metric or "mse")
-    # name -> (shots, source) that is to be better, and to be worse
+    # name -> (shots, source) that should be better, and that should be worse
     comparisons = {
         "shots_1_to_3": ((3, "model"), (1, "model")),
         "shots_3_to_7": ((7, "model"), (3, "model")),

@@ -125,7 +125,7 @@ def draw_mappings(family: str, split: str, seed: int) -> tuple[Mapping, Mapping]
 def _prompt(mapping: Mapping, other: Mapping, scene_split: str, first_seed: int, pairs: int, side: int) -> Prompt:
     """Makes the pairs of a prompt. Shots are made last to first, so that more shots do not change fewer shots."""
     numbers = list(range(first_seed, first_seed + pairs))
-    if mapping.label:  # scenes that show the class, if there are so many
+    if mapping.label:  # scenes that show the class, if there are enough
         candidates = range(first_seed, first_seed + _CANDIDATES_PER_PAIR * pairs)
         labels = [_scene(number, side, scene_split)["labels"] for number in candidates]
         numbers = sorted(candidates, key=lambda number: not (labels[number - first_seed] == mapping.label).any())[

@@ -38,7 +38,7 @@ def mutated(rng: np.random.Generator, data: bytes) -> bytes:
 
 
 def mutated_json(rng: np.random.Generator, value: Any) -> bytes:
-    """Returns the JSON text of a value of which one part, or a few, are changed. The text may be no JSON."""
+    """Returns the JSON text of a value of which one part, or a few, are changed. The text may be invalid JSON."""
     value, raw = json.loads(json.dumps(value)), {}
     for number in range(1 if rng.random() < 0.8 else 3):
         entries = list(_entries(value))

@@ -100,8 +100,8 @@ def test_a_directory_that_another_host_remembers_as_missing_is_seen(tmp_path, mo
 
         monkeypatch.setattr(os, "mkdir", create)
         monkeypatch.setattr(os.path, "exists", lambda path: os.path.dirname(path) not in missing and exists(path))
-        assert second.sees(path)
-        assert not run_directory.open_run_directory(str(tmp_path / "another")).sees(path)
+        assert second.is_visible(path)
+        assert not run_directory.open_run_directory(str(tmp_path / "another")).is_visible(path)
 
 
 def test_unwritable_run_directory_is_rejected(tmp_path):

@@ -128,7 +128,7 @@ class FileIndex:
         for source in sources:
             for item in source.items(ignored, skipped.add):
                 column = len(labels) + item.column
-                is_kept = column > 0 or kept_items is None or kept_items.takes(item)
+                is_kept = column > 0 or kept_items is None or kept_items.contains(item)
                 line = f"{column} {item.version} {item.name}".encode()
                 # A sum does not depend on the order in which the file system lists the files.
                 total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest())

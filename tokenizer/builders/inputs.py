@@ -1,4 +1,4 @@
-"""The sources of a kind's columns, from what the user gave."""
+"""The sources of a kind's columns, from the values of the flags."""
 
 from EasyLM.errors import UserError
 from tokenizer.builders.kinds import KINDS

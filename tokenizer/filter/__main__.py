@@ -121,7 +121,7 @@ def main(config: ConfigDict) -> None:
         written = report.write_list(config.output_file, measurements, decision)
     print(report.table(written, config.output_file))
     if config.output_picture and written["examples"]:
-        images.save(config.output_picture, report.draw(written))
+        images.save(config.output_picture, report.example_sheet(written))
     elif config.output_picture:
         print(f"--output_picture={config.output_picture}: not drawn, as no image is dropped")
 

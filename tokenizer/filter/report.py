@@ -77,7 +77,7 @@ def table(report: Mapping[str, Any], path: str) -> str:
     return "\n".join(f"{count:12,}  {reason:{width}}  {example}".rstrip() for count, reason, example in lines)
 
 
-def draw(report: Mapping[str, Any]) -> np.ndarray:
+def example_sheet(report: Mapping[str, Any]) -> np.ndarray:
     """Draws a row of examples for each reason, uint8 [H,W,3]. To the right of a duplicate is the kept image."""
     rows = []
     for reason, examples in report["examples"].items():

@@ -154,7 +154,7 @@ def _sheet(rendered: Pool, families: Sequence[str], seed: int, codec: ImageToken
     """Draws the first sentence of each family as composed, and below it as decoded from its codes."""
     rows = []
     for family in families:
-        pixels_nSS3 = sentences.draw(rendered, family, seed)
+        pixels_nSS3 = sentences.sentence_images(rendered, family, seed)
         decoded_nSS3 = codec.decode(codec.encode(images.to_float32(pixels_nSS3)))
         rows += [(family, pixels_nSS3), (f"{family}, decoded", images.to_uint8(decoded_nSS3))]
     return grids.labelled_rows(rows, _SHEET_SIDE, _SHEET_LABEL_WIDTH)

@@ -1,4 +1,4 @@
-"""What no training sentence contains, so that a benchmark can test it. This module names all of it.
+"""Everything that no training sentence contains, so that a benchmark can test it.
 
     scenes, shapes, colours, rooms   the splits of `layouts.SPLITS`; `TRAINING_STYLES` avoids their values
     photographs                      `photos.HELD_OUT`
@@ -22,7 +22,7 @@ NUM_SYMMETRIES = 8  # of the square: s % 4 quarter turns counterclockwise, for s
 NUM_CHANNEL_ORDERS, NUM_SIGNS = 6, 8  # permutations of the channels; sets of inverted channels
 IDENTITY, ROTATION = 0, 1  # symmetries
 
-_SHARE = 4  # one of so many entries is held out
+_SHARE = 4  # one of this many entries is held out
 
 
 def _quarter(rng: np.random.Generator, candidates: np.ndarray, count: int) -> np.ndarray:

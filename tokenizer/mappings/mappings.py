@@ -86,8 +86,8 @@ def draw(rng: np.random.Generator, family: str, split: str = TRAIN) -> Mapping:
 def draw_other(rng: np.random.Generator, mapping: Mapping, split: str) -> Mapping:
     """Draws another mapping with the same source and the same types of steps, for wrong examples.
 
-    A mosaic of few colours has no other held-out exchange. So the other exchange can have any pairs of colours, but no
-    pair of the given one.
+    A mosaic of few colours may have no other held-out exchange. Therefore the other exchange can have any pairs of
+    colours except those of the given one.
 
     Args:
       split: that of the given mapping, "seen" or "held_out". Mappings for training can be copies, which have no other.

@@ -30,7 +30,7 @@ class Mixture:
 
     Attributes:
       weights: shares of the families. They need not add up to 1.
-      num_mappings: each family has so many mappings, the same ones for all seeds; 0: a new one for each sentence.
+      num_mappings: mappings of each family, the same ones for all seeds; 0: a new one for each sentence.
     """
 
     families: tuple[str, ...]
@@ -100,7 +100,7 @@ def compose(pool: Pool, mixture: Mixture, seed: int) -> tuple[list[int], list[np
     return numbers, pixels, {"kind": family, "mapping": mapping.describe()}
 
 
-def draw(pool: Pool, family: str, seed: int) -> np.ndarray:
+def sentence_images(pool: Pool, family: str, seed: int) -> np.ndarray:
     """Returns the images of a sentence of a family, uint8 [16,S,S,3]."""
     numbers, new_images, _ = compose(pool, Mixture((family,), (1.0,)), seed)
     pixels = pool.pixels(np.maximum(numbers, 0))

@@ -157,7 +157,7 @@ class HueTurn:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """A symmetry of the square (see `held_out`), then a cyclic shift by so many tiles."""
+    """A symmetry of the square (see `held_out`), then a cyclic shift by whole tiles."""
 
     symmetry: int
     down: int

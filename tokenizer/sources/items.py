@@ -29,7 +29,7 @@ class Source(Protocol):
     """A listing of items. It reads names and sizes, no images.
 
     Attributes:
-      flag: `--input_dir=DIR`: what the user gave, for messages.
+      flag: the flag and its value, for messages: `--input_dir=DIR`.
       columns: the label of each column; an empty label for a source of one column without a name.
     """
 

@@ -110,7 +110,7 @@ class KeptItems:
         self._container_names = container_names
         self._samples: dict[str, Item] = {}
 
-    def takes(self, item: Item) -> bool:
+    def contains(self, item: Item) -> bool:
         """Whether the list has an item. Call it once for each item."""
         file, name = name_in_list(item, self._container_names)
         if name in self._list.samples:

@@ -135,14 +135,14 @@ def _suggest(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) ->
         except UserError as error:
             return blank.with_values(error=str(error))
 
-    def tell(candidate: Candidate, tried: Plan) -> None:
+    def print_outcome(candidate: Candidate, tried: Plan) -> None:
         outcome = tried.error or f"{tried.tokens_per_second_estimate:,.0f} tokens/s"
         print(f"{candidate}: {outcome}", file=sys.stderr, flush=True)
 
-    result = search(make, _mesh_dims(topology, llama), _POLICIES, tell)
+    result = search(make, _mesh_dims(topology, llama), _POLICIES, print_outcome)
     for mesh_dim in _split_mesh_dims(topology, llama, plan.seq_length):
         if result.fastest is None:  # no device has the memory for a row
-            result = Search(result.tried + search(make, [mesh_dim], _POLICIES, tell).tried)
+            result = Search(result.tried + search(make, [mesh_dim], _POLICIES, print_outcome).tried)
     tried = [dataclasses.asdict(candidate) | dataclasses.asdict(outcome) for candidate, outcome in result.tried]
     if result.fastest is None:
         return result.tried[-1][1], {"flags": [], "reason": result.reason, "tried": tried}

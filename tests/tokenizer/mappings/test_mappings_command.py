@@ -109,7 +109,7 @@ def test_picture_shows_each_family_as_composed_and_as_decoded(tmp_path, write, s
     sheet = np.asarray(Image.open(path))
     assert sheet.shape[0] == 4 * 64 + 3 * 4
     composed, decoded = (sheet[top : top + 64, 176 : 176 + 64][::4, ::4] for top in (0, 68))
-    assert np.array_equal(composed, sentences.draw(small_pool, "segmentation", 0)[0])
+    assert np.array_equal(composed, sentences.sentence_images(small_pool, "segmentation", 0)[0])
     codec = Codec(vqgan)
     expected = codec.decode(codec.encode(images.to_float32(composed[None])))[0]
     assert np.abs(images.to_float32(decoded) - expected).max() < 0.01
