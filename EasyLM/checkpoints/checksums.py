@@ -52,7 +52,7 @@ def verified(path: str, entries: list[Entry], size: int) -> list[Entry]:
     """Returns the entries of a streaming file so that each read verifies its array.
 
     Args:
-      path: the file. Its checksums are beside it, or it has none.
+      path: the file, `layout.resolved`. Its checksums are beside it, or it has none.
       size: its bytes.
 
     Raises:
@@ -79,7 +79,7 @@ def verified(path: str, entries: list[Entry], size: int) -> list[Entry]:
 
 def _saved_name(path: str) -> str:
     """Returns the name under which the file was saved: links to a milestone, and copies of it, end in its step."""
-    name = os.path.basename(path if "://" in path else os.path.realpath(path))
+    name = os.path.basename(path)
     milestone = MILESTONE.fullmatch(name)
     return milestone[1] if milestone else name
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from EasyLM.checkpoints import checksums, orbax_directory, streaming
 from EasyLM.checkpoints.entries import Entry
+from EasyLM.checkpoints.layout import resolved
 from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.storage import file_version, is_remote, local_path, remote_file_system
 
@@ -22,7 +23,7 @@ def _streaming(path: str) -> list[Entry]:
 
 def _verified(path: str, read: Reader) -> list[Entry]:
     """Returns the entries of a file. Their reads verify the checksums, if there are any beside the file."""
-    path = path if is_remote(path) else os.path.realpath(path)  # a running job may change its links
+    path = resolved(path)
     return checksums.verified(path, read(path), file_version(path)["size"])
 
 
@@ -91,12 +92,11 @@ def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str
     if not separator:
         raise UserError(f"{name}: must be PREFIX::PATH, with one of the prefixes {', '.join(formats)}")
     choose(f"{name}: prefix", prefix, formats)
-    if is_remote(path):
-        with prefix_errors(name):
+    with prefix_errors(name):
+        path = local_path(path)
+        if is_remote(path):
             remote_file_system(path)
-    else:
-        with prefix_errors(name):
-            path = local_path(path)
+    if not is_remote(path):
         kind, is_kind = ("directory", os.path.isdir) if prefix in _DIRECTORY_FORMATS else ("file", os.path.isfile)
         has_orbax_state = prefix in _TRAIN_STATES and orbax_directory.is_orbax_state(path)
         if not os.path.exists(path):

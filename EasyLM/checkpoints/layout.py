@@ -25,6 +25,18 @@ STEP_DIRECTORY = re.compile(r"(step|kept)_(\d{8,})(?:_(\d+))?")
 MILESTONE = re.compile(rf"({'|'.join(PREFIX_OF)})_(\d+)")
 
 
+def resolved(path: str) -> str:
+    """Returns the path of one save, to which a link of a run directory leads now: a running job may change its links.
+
+    Remote paths are returned as they are, and so are files in the cache of the Hugging Face Hub: they are links that do
+    not change, to files of other names, which have nothing beside them.
+    """
+    if is_remote(path):
+        return path
+    target = os.path.realpath(path)
+    return os.path.abspath(path) if os.path.basename(os.path.dirname(target)) == "blobs" else target
+
+
 def sidecar_path(checkpoint_path: str, name: str) -> str | None:
     """Returns the path of the `metadata`, `dataset` or `checksums` file of a checkpoint, or None.
 
@@ -35,7 +47,7 @@ def sidecar_path(checkpoint_path: str, name: str) -> str | None:
         directory, base = checkpoint_path.rsplit("/", 1)
         exists = remote_file_system(checkpoint_path)[0].exists
     else:
-        checkpoint_path = os.path.realpath(checkpoint_path)  # resolved to one save
+        checkpoint_path = resolved(checkpoint_path)
         directory, base = os.path.split(checkpoint_path)
         exists = os.path.exists
     milestone = MILESTONE.fullmatch(base)  # LVM release: metadata_20.pkl

@@ -84,6 +84,8 @@ def read_safetensors(path: str | os.PathLike) -> list[Entry]:
     path = os.fspath(path)
     try:
         return _entries(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({type(error).__name__}: {error})") from None
 

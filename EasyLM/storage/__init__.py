@@ -35,7 +35,7 @@ from EasyLM.storage.atomic import (
 from EasyLM.storage.columns import VERIFIED_ONCE_BYTES, Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest, same_contents
 from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, LockWatch, lock_output, lock_output_folder
-from EasyLM.storage.hub import local_path
+from EasyLM.storage.hub import is_hub_name, local_path
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
 from EasyLM.storage.paths import (
     check_output,
@@ -75,6 +75,7 @@ __all__ = [
     "flush_to_disk",
     "flush_tree_to_disk",
     "is_compressed",
+    "is_hub_name",
     "is_remote",
     "json_digest",
     "local_path",

@@ -8,9 +8,19 @@ import re
 
 from EasyLM.errors import UserError
 
-_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>[^@]+))?")
+_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>[^@]*))?")
+_PAGE = re.compile(  # of a repository, or of a folder or a file in it
+    r"(?:https?://)?(?:huggingface|hf)\.co/(?P<repository>[^/]+/[^/?#]+)"
+    r"(?:/(?:tree|blob)/(?P<revision>[^/?#]+)(?P<inside>/[^?#]+)?)?/?"
+)
 _SETTINGS = ("*.json", "*.yaml", "*.yml", "README.md")  # README.md: the card
+_PLACE = "on the Hugging Face Hub (without a network: in its cache, where a download may be incomplete)"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.ckpt")  # in order of preference: a repository may hold several forms
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path has the form of a name on the Hub. A relative local path can have it too."""
+    return _NAME.fullmatch(path) is not None
 
 
 def local_path(path: str) -> str:
@@ -20,10 +30,17 @@ def local_path(path: str) -> str:
     the card and weights are downloaded: of a repository, of a folder in it, or one file.
 
     Raises:
-      UserError: if the name is neither a local path nor available on the Hub or in the cache.
+      UserError: if the name is neither a local path nor available on the Hub or in the cache, or is the address of a
+        page of the Hub.
     """
+    if os.path.exists(path):
+        return path
+    if page := _PAGE.fullmatch(path):
+        revision = f"@{page['revision']}" if page["revision"] else ""
+        name = f"{page['repository']}{revision}{page['inside'] or ''}".rstrip("/")
+        raise UserError(f"{path}: the address of a page of the Hugging Face Hub: give the name, {name}")
     match = _NAME.fullmatch(path)
-    if os.path.exists(path) or match is None:
+    if match is None:
         return path
     repository, revision, inside = match["repository"], match["revision"], (match["inside"] or "").strip("/")
     file_name = os.path.basename(inside)
@@ -31,16 +48,15 @@ def local_path(path: str) -> str:
         patterns = [inside, *(os.path.join(os.path.dirname(inside), name) for name in _SETTINGS)]
         file = os.path.join(_download(path, repository, revision, patterns), inside)
         if not os.path.exists(file):
-            raise UserError(f"{path}: neither a local path, nor a file of {repository} on the Hugging Face Hub")
+            raise UserError(f"{path}: neither a local path, nor a file of {repository} {_PLACE}")
         return file
     for weights in _WEIGHTS:
         patterns = [os.path.join(inside, name) for name in (*_SETTINGS, weights)]
         directory = os.path.normpath(os.path.join(_download(path, repository, revision, patterns), inside))
         if _holds(directory, weights):
             return directory
-    raise UserError(
-        f"{path}: neither a local path, nor a directory with weights ({', '.join(_WEIGHTS)}) on the Hugging Face Hub"
-    )
+    weights = ", ".join(_WEIGHTS)
+    raise UserError(f"{path}: neither a local path, nor a directory of {repository} with weights ({weights}) {_PLACE}")
 
 
 def _holds(directory: str, pattern: str) -> bool:
@@ -55,6 +71,8 @@ def _download(path: str, repository: str, revision: str | None, patterns: list[s
         return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except Exception as error:  # its own errors, those of the HTTP client, of disks
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        if huggingface_hub.constants.HF_HUB_OFFLINE and type(error).__name__ == "LocalEntryNotFoundError":
+            reason = "HF_HUB_OFFLINE is set, and its cache has nothing of this name"
         option = f" --revision {revision}" if revision else ""
         raise UserError(
             f"{path}: there is no such local path, and the Hugging Face Hub cannot provide it ({reason}); download it "

@@ -100,6 +100,19 @@ def test_tensors_of_two_models_are_refused(golden, tmp_path):
         import_(directory, tmp_path / "out" / "params")
 
 
+@pytest.mark.parametrize("has_index", [True, False])
+@pytest.mark.parametrize("left_out", [0, 2, -1])
+def test_a_missing_shard_is_named(golden, tmp_path, has_index, left_out):
+    """Of a copy or a download that was interrupted."""
+    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf", max_shard_mb=0.1))
+    shard = sorted(directory.glob("*.safetensors"))[left_out]
+    shard.unlink()
+    if not has_index:
+        (directory / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=f"^{shard}: missing, so the model is incomplete: copy or download it again$"):
+        import_(directory, tmp_path / "out" / "params")
+
+
 def test_a_flipped_bit_of_an_export_is_named(golden, tmp_path):
     weights = pathlib.Path(export(tiny_state(golden), tmp_path / "hf")) / "model.safetensors"
     data = bytearray(weights.read_bytes())

@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch) -> pathlib.Path:
 
 def test_a_name_is_its_snapshot_in_the_cache(cache):
     snapshot = cache_repository(cache, "Owner/model", {"config.json": "{}", "model.safetensors": "a"})
-    assert local_path("Owner/model") == str(snapshot)
+    assert local_path("Owner/model") == local_path("Owner/model/") == str(snapshot)
 
 
 def test_a_name_takes_a_revision_and_a_folder_and_a_file(cache):
@@ -74,6 +74,34 @@ def test_what_the_cache_lacks_is_one_line_that_says_what_to_do(cache, name):
     assert "\n" not in str(error.value) and "Hugging Face Hub" in str(error.value)
     if "none" not in name:
         assert "hf download Owner/" in str(error.value)
+
+
+def test_an_interrupted_download_is_not_taken_for_a_repository_without_weights(cache):
+    cache_repository(cache, "Owner/model", {"config.json": "{}"})
+    with pytest.raises(
+        UserError, match=r"with weights .* \(without a network: in its cache, where a download may be inc"
+    ):
+        local_path("Owner/model")
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("https://huggingface.co/Owner/model", "Owner/model"),
+        ("huggingface.co/Owner/model/", "Owner/model"),
+        ("https://hf.co/Owner/model/tree/v2", "Owner/model@v2"),
+        ("https://huggingface.co/Owner/model/tree/main/small/", "Owner/model@main/small"),
+        ("https://huggingface.co/Owner/model/blob/main/run/streaming_params", "Owner/model@main/run/streaming_params"),
+    ],
+)
+def test_the_address_of_a_page_is_answered_with_the_name(cache, address, name):
+    with pytest.raises(UserError, match=f"^{address}: the address of a page of the Hugging Face Hub: .*, {name}$"):
+        local_path(address)
+
+
+def test_the_address_of_a_file_is_a_remote_path():
+    address = "https://huggingface.co/Owner/model/resolve/main/streaming_params"
+    assert local_path(address) == address
 
 
 @contextlib.contextmanager

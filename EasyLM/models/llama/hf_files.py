@@ -17,6 +17,7 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import TorchTensor, read_json, read_torch_file
 
 MAX_SHARD_MB = 5000.0
+_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)", re.DOTALL)
 
 
 def write_shards(directory: str, tensors: list[Entry], max_shard_mb: float = MAX_SHARD_MB) -> None:
@@ -64,9 +65,18 @@ def read_weights(directory: str) -> list[Entry]:
             paths = [os.path.join(directory, name) for name in sorted(names)]
         else:
             paths = sorted(glob.glob(os.path.join(glob.escape(directory), f"{stem}*.{ending}")))
+            paths = sorted({*paths, *(shard for path in paths for shard in _shards(path))})
+        if missing := [path for path in paths if not os.path.exists(path)]:
+            raise UserError(f"{missing[0]}: missing, so the model is incomplete: copy or download it again")
         if paths:
             return _unique({path: read(path) for path in paths})
     raise UserError(f"{directory}: no weights: neither model*.safetensors nor pytorch_model*.bin")
+
+
+def _shards(path: str) -> list[str]:
+    """Returns the paths of all shards to which a file belongs, by its name; an empty list if it is no shard."""
+    match = _SHARD.fullmatch(path)
+    return [f"{match[1]}{i:05d}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1)] if match else []
 
 
 def _unique(tensors_of: Mapping[str, list[Entry]]) -> list[Entry]:
