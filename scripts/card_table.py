@@ -41,7 +41,7 @@ _IMAGE, _IMAGES = 256, 16  # tokens of an image; images of the longest sequence,
 _CODEC_BATCH = 32  # images of a batch of the tokenizer
 TOKENIZER = f"tokenizer, {_CODEC_BATCH} images"
 CARDS = (24, 40, 80, 141)  # GB
-_SHARE = 0.95  # of a card's memory for JAX, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
+_SHARE = 0.95  # of a card's memory for JAX, with XLA_CLIENT_MEM_FRACTION=0.95
 INFERENCE = [(weights, candidates) for weights in ("bf16", "int8") for candidates in (1, 4)]
 _FULL_REMAT = "--llama.remat_block=nothing_saveable"
 # What is trained -> rows of a batch and flags of llama_plan

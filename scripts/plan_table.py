@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import choose
 from EasyLM.flags import Flag, run
+from EasyLM.parallel import SHARE_VARIABLES
 from EasyLM.storage import write_json
 
 FLAGS = {
@@ -32,7 +33,7 @@ _LONG_ROWS = (
     f"--llama.max_sequence_length={_LONG}",
     "--mesh_dim=dp:1,fsdp:1,mp:1,sp:8",
 )
-_WHOLE_CARD = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "1"}  # the table compares plans with the memory of the cards
+_WHOLE_CARD = dict(zip(SHARE_VARIABLES, ("1", ""), strict=True))  # plans are compared with the memory of the cards
 # (preset, topology, rows of a batch, further flags)
 CASES: list[tuple[str, str, int, tuple[str, ...]]] = [
     ("vqlm_100m", "h100:1", 16, ()),

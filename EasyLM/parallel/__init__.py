@@ -28,7 +28,7 @@ from EasyLM.parallel.coordination import (
     on_first_process_first,
 )
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
-from EasyLM.parallel.memory import device_memory, host_memory, step_memory
+from EasyLM.parallel.memory import SHARE_VARIABLES, device_memory, host_memory, more_device_memory, step_memory
 from EasyLM.parallel.mesh import (
     BATCH_AXES,
     HEAD_AXES,
@@ -49,6 +49,7 @@ __all__ = [
     "HEAD_AXES",
     "JAX_DISTRIBUTED_FLAGS",
     "SHARD_AXES",
+    "SHARE_VARIABLES",
     "TOKEN_AXES",
     "Channel",
     "PeerError",
@@ -66,6 +67,7 @@ __all__ = [
     "host_memory",
     "initialize_distributed",
     "make_mesh",
+    "more_device_memory",
     "on_first_process_first",
     "own_part",
     "shardings",

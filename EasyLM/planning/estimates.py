@@ -7,7 +7,7 @@ from typing import Any
 from EasyLM.checkpoints import DISK_GB_PER_SECOND, HOST_GB_PER_SECOND, save_seconds
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.parallel import host_memory
+from EasyLM.parallel import SHARE_VARIABLES, host_memory
 from EasyLM.planning.collectives import Communication
 from EasyLM.planning.hardware import Hardware, hardware_of
 from EasyLM.planning.topologies import Topology
@@ -18,7 +18,7 @@ ASSUMPTION_FLAGS = {
     "hbm_gb": Flag(
         0.0,
         f"Memory of a device that JAX may use, in GB (1e9 bytes); {_DEFAULT}, for GPUs the share "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION of it (0.75, as in JAX), for CPUs a share of this machine's.",
+        f"{SHARE_VARIABLES[0]} of it (0.75, as in JAX), for CPUs a share of this machine's.",
         least=0,
     ),
     "hbm_gb_per_second": Flag(0.0, f"GB/s between a device and its memory; {_DEFAULT}.", least=0),
@@ -33,7 +33,6 @@ ASSUMPTION_FLAGS = {
     "disk_gb_per_second": Flag(DISK_GB_PER_SECOND, "GB/s at which all processes together write a checkpoint.", above=0),
 }
 _GB = 1e9
-_SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Nominal values of a virtual CPU device, so that plans can be compared. Give the flags for a real estimate.
 _CPU_TFLOPS, _CPU_MEMORY_RATE, _CPU_LINK_RATE = 0.1, 10.0, 5.0
 
@@ -95,17 +94,23 @@ def _usable_share(platform: str) -> float:
     """Returns the share of a device's memory that JAX uses.
 
     Raises:
-      UserError: if the variable of the environment is not a share.
+      UserError: if the variable of the environment is not a share, or is set under both names.
     """
     if platform != "cuda":
         return 1.0
-    text = os.environ.get(_SHARE_VARIABLE) or "0.75"
+    given = {name: os.environ[name] for name in SHARE_VARIABLES if os.environ.get(name)}
+    if len(given) > 1:
+        texts = " ".join(f"{name}={text}" for name, text in given.items())
+        raise UserError(
+            f"{texts}: two names of one setting, which JAX refuses: unset {SHARE_VARIABLES[1]}, the older one"
+        )
+    name, text = next(iter(given.items()), (SHARE_VARIABLES[0], "0.75"))
     try:
         share = float(text)
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise UserError(f"{_SHARE_VARIABLE}={text}: must be above 0 and at most 1")
+        raise UserError(f"{name}={text}: must be above 0 and at most 1")
     return share
 
 

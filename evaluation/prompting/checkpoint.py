@@ -16,7 +16,7 @@ from EasyLM.models.llama.inference_memory import Batch, InferenceMemory, inferen
 from EasyLM.models.llama.int8_kernels import quantized_entries
 from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.parallel import device_memory, shardings
+from EasyLM.parallel import device_memory, more_device_memory, shardings
 from tokenizer.formats import ImageTokenizer
 from tokenizer.vqgan import PRETRAINED, Codec
 
@@ -93,7 +93,7 @@ def _check_memory(spec: str, need: InferenceMemory, batch: Batch, mesh: jax.shar
     remedies += ["a smaller batch"] if batch.prompts > 1 else []
     remedies += ["shorter prompts", "more devices along the axis mp of --mesh_dim"]
     if mesh.devices.flat[0].platform == "gpu":
-        remedies.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes 75% of a GPU by default)")
+        remedies.append(more_device_memory())
     raise UserError(f"--checkpoint={spec}: needs {need}, but {available}: try {', '.join(remedies)}")
 
 

@@ -139,15 +139,24 @@ def test_the_flags_give_the_shape(mesh_dim):
 @pytest.mark.parametrize(
     ("tokens", "limit", "message"),
     [
-        (1, 10_000 + 2 * 400, "the train state has 1e-05 GB and the gradients 8e-07 GB, but JAX may use 1.08e-05 GB$"),
-        (50, 10_000 + 50 * 2 * 64 * 2, "and the inputs of the blocks for the 50 tokens of a batch 1.28e-05 GB"),
+        (
+            1,
+            10_000 + 2 * 400,
+            "the train state has 1e-05 GB and the gradients 8e-07 GB, but JAX may use 1.08e-05 GB: try more devices$",
+        ),
+        (
+            50,
+            10_000 + 50 * 2 * 64 * 2,
+            "inputs of the blocks for the 50 tokens of a batch 1.28e-05 GB.*: try less$",
+        ),
     ],
 )
 def test_what_fits_under_no_rematerialisation_is_refused(tokens, limit, message):
     shape = StepShape(tokens, 1, jnp.bfloat16, 10_000, 400)  # 2 layers of width 64
-    check_memory(GROUPED, shape, limit)
+    remedies = ["more devices"], ["less"]
+    check_memory(GROUPED, shape, limit, *remedies)
     with pytest.raises(UserError, match=f"^the train step does not fit: .*{message}"):
-        check_memory(GROUPED, shape, limit - 1)
+        check_memory(GROUPED, shape, limit - 1, *remedies)
     assert step_bytes(GROUPED, NOTHING, shape) > limit, "the formula counts more"
 
 
@@ -155,9 +164,39 @@ def test_the_trainer_refuses_before_it_reads_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(training_task, "device_memory", lambda mesh: 10**5)
     dataset = tmp_path / "empty.jsonl"  # would be refused next
     dataset.touch()
-    with pytest.raises(UserError, match=r"does not fit: .* try more devices along fsdp in --mesh_dim, --lora"):
+    with pytest.raises(UserError, match=r"does not fit: .* try more devices along fsdp in --mesh_dim$"):
         tiny_run.train(tmp_path, train_dataset__json_dataset__path=str(dataset))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedies"),
+    [
+        ({"hidden_size": 1024}, "more devices along fsdp in --mesh_dim"),
+        ({"hidden_size": 1024, "load": "params::x"}, "more devices along fsdp in --mesh_dim, --lora.rank=16"),
+        ({"hidden_size": 1024, "load": "params::x", "rank": 2}, "more devices along fsdp in --mesh_dim"),
+        ({"rows": 1024}, "a smaller GROUP.batch_size, a smaller GROUP.seq_length, more devices along fsdp"),
+        (
+            {"length": 2**20},
+            "half the batch with --mesh_dim=dp:1,fsdp:4,mp:1,sp:2, which splits each row over 2 devices, "
+            "a smaller GROUP.seq_length, more devices along fsdp in --mesh_dim",
+        ),
+        ({"length": 2**20 + 1}, "a smaller GROUP.seq_length, more devices along fsdp in --mesh_dim"),
+    ],
+)
+def test_the_remedies_are_those_of_what_does_not_fit(monkeypatch, settings, remedies):
+    """The state, whatever the batch; or the tokens: of many rows, or of long ones, which the heads can be split for."""
+    monkeypatch.setattr(training_task, "device_memory", lambda mesh: 2**20)
+    given = {"hidden_size": 64, "rows": 8, "length": 16, "load": "", "rank": 0} | settings
+    group = "--train_dataset.json_dataset"
+    arguments = [f"{group}.batch_size={given['rows']}", f"{group}.seq_length={given['length']}", "--mesh_dim=1,8,1"]
+    arguments += [f"--load_checkpoint={given['load']}", f"--lora.rank={given['rank']}"]
+    config, mesh = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", *arguments]), make_mesh("1,8,1")
+    llama = dataclasses.replace(GROUPED, hidden_size=given["hidden_size"])
+    with pytest.raises(UserError) as error:
+        training_task.check_step(config, llama, mesh)
+    assert str(error.value).partition(": try ")[2].startswith(remedies.replace("GROUP", group))
+    assert ("--lora" in str(error.value)) == ("--lora" in remedies)
 
 
 def test_a_fine_tuning_chooses_for_its_own_devices(tmp_path):
@@ -167,5 +206,24 @@ def test_a_fine_tuning_chooses_for_its_own_devices(tmp_path):
     flag = f"--load_checkpoint=params::{tmp_path}/params"
     config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", flag])
     assert training_task.read_model(config) == dataclasses.replace(GROUPED, remat_block="auto")
+    config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", flag, "--llama.remat_block=dots_saveable"])
+    assert training_task.read_model(config).remat_block == "dots_saveable"
+
+
+def test_a_hugging_face_directory_without_settings_does_not_stand_for_a_7b_model(tmp_path):
+    config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", f"--load_checkpoint=huggingface::{tmp_path}"])
+    with pytest.raises(UserError, match=f"{tmp_path}: no Hugging Face model: config.json is missing$"):
+        training_task.read_model(config)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_settings_of_another_run_choose_for_these_devices(tmp_path, recorded):
+    """A plain dict of settings is no record of devices: its policy is the choice of its author."""
+    values = dataclasses.asdict(GROUPED) | {"remat_block": "nothing_saveable"}
+    (tmp_path / "metadata.json").write_text(json.dumps({"llama_config": values} if recorded else values))
+    flag = f"--load_llama_config=json::{tmp_path}/metadata.json"
+    config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", flag])
+    policy = "auto" if recorded else "nothing_saveable"
+    assert training_task.read_model(config) == dataclasses.replace(GROUPED, remat_block=policy)
     config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", flag, "--llama.remat_block=dots_saveable"])
     assert training_task.read_model(config).remat_block == "dots_saveable"

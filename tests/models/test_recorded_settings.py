@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import jax
@@ -12,8 +13,9 @@ from huggingface_hub import constants
 from prompting_kit import CONFIG, tiny_checkpoint
 from tiny_run import GOLDEN, train
 
+from EasyLM import flags
 from EasyLM.errors import UserError
-from EasyLM.models.llama import convert_easylm_to_hf, llama_config, llama_train
+from EasyLM.models.llama import convert_easylm_to_hf, llama_config, llama_train, training_task
 from EasyLM.models.llama.llama_config import PRESETS
 from EasyLM.parallel import make_mesh
 from evaluation.prompting import load_model
@@ -24,10 +26,10 @@ OTHER = {"num_attention_heads": 8, "rope_theta": 500000.0}  # of the same shapes
 @pytest.fixture
 def recorded(tmp_path):
     """A checkpoint that records OTHER settings, and the flags that name it without them."""
-    flags = tiny_checkpoint(tmp_path)
+    values = tiny_checkpoint(tmp_path)
     settings = dataclasses.asdict(CONFIG) | OTHER
     (tmp_path / "metadata.json").write_text(json.dumps({"step": 1, "llama_config": settings}))
-    return flags
+    return values
 
 
 def differences(given=CONFIG) -> str:
@@ -44,9 +46,9 @@ def test_export_refuses_another_preset(recorded, tmp_path, monkeypatch):
 def test_export_takes_what_the_preset_leaves_open_from_the_record(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "vqlm_debug", dataclasses.replace(CONFIG, max_sequence_length=4096))
     monkeypatch.setattr(convert_easylm_to_hf, "PRESETS", PRESETS)
-    flags = tiny_checkpoint(tmp_path)
+    checkpoint = tiny_checkpoint(tmp_path)["checkpoint"]
     (tmp_path / "metadata.json").write_text(json.dumps({"llama_config": dataclasses.asdict(CONFIG)}))
-    export(flags["checkpoint"], tmp_path / "hf", model_size="vqlm_debug")
+    export(checkpoint, tmp_path / "hf", model_size="vqlm_debug")
     exported = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert exported["max_position_embeddings"] == CONFIG.max_sequence_length != 4096
 
@@ -104,6 +106,31 @@ def test_a_model_on_the_hub_is_loaded_by_its_name(recorded, tmp_path, monkeypatc
     assert config.num_attention_heads == OTHER["num_attention_heads"]
     expected = load_model(recorded["checkpoint"], "", make_mesh("1,1,1", jax.devices()[:1]))[1]
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_streaming_file_on_the_hub_has_its_settings_and_checksums_beside_it(recorded, tmp_path, monkeypatch):
+    """The cache holds links to files of other names."""
+    source = pathlib.Path(recorded["checkpoint"].partition("::")[2])
+    commit = tmp_path / "models--Owner--model" / "snapshots" / ("0" * 40)
+    for folder in (commit / "run", commit.parent.parent / "blobs", commit.parent.parent / "refs"):
+        folder.mkdir(parents=True)
+    (commit.parent.parent / "refs" / "main").write_text("0" * 40)
+    table = {"algorithm": "crc32", "file": "streaming_params", "bytes": source.stat().st_size, "arrays": {}}
+    metadata, checksums = (source.parent / "metadata.json").read_bytes(), json.dumps(table).encode()
+    files = {"streaming_params": source.read_bytes(), "metadata.json": metadata, "checksums.json": checksums}
+    for number, (name, data) in enumerate(files.items()):
+        blob = commit.parent.parent / "blobs" / f"{number}"
+        blob.write_bytes(data)
+        (commit / "run" / name).symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    spec = "params::Owner/model/run/streaming_params"
+    config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", f"--load_checkpoint={spec}"])
+    assert training_task.read_model(config).num_attention_heads == OTHER["num_attention_heads"]
+    with pytest.raises(UserError, match=r"the array \S+ is unexpected: the file is damaged \(.*run/checksums.json"):
+        load_model(spec, "", make_mesh("1,1,1", jax.devices()[:1]))
+    (commit / "run" / "checksums.json").unlink()
+    assert load_model(spec, "", make_mesh("1,1,1", jax.devices()[:1]))[0].rope_theta == OTHER["rope_theta"]
 
 
 @pytest.mark.parametrize(

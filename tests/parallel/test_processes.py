@@ -14,7 +14,15 @@ from tiny_run import GOLDEN, await_metrics, finish, metrics, start_two, train
 
 from EasyLM.checkpoints import streaming
 from EasyLM.errors import UserError
-from EasyLM.parallel import coordination, device_memory, host_memory, make_mesh, step_memory
+from EasyLM.parallel import (
+    SHARE_VARIABLES,
+    coordination,
+    device_memory,
+    host_memory,
+    make_mesh,
+    more_device_memory,
+    step_memory,
+)
 from EasyLM.training import run
 
 
@@ -131,11 +139,43 @@ def test_the_memory_of_other_devices_without_statistics_is_unknown():
     assert step_memory(types.SimpleNamespace(local_devices=[device], devices=np.array([device]))) is None
 
 
-@pytest.mark.parametrize("text, limit", [("max\n", None), ("1048576\n", 2**20), ("9223372036854771712", None)])
-def test_a_container_has_its_own_limit(tmp_path, monkeypatch, text, limit):
-    monkeypatch.setattr("EasyLM.parallel.memory._GROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "max")))
-    (tmp_path / "max").write_text(text)
-    assert host_memory() == (limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def test_the_advice_names_the_variable_that_is_set(monkeypatch):
+    """JAX refuses to start with both of its names."""
+    for name in SHARE_VARIABLES:
+        monkeypatch.setenv(name, "")
+    assert more_device_memory().startswith("XLA_CLIENT_MEM_FRACTION=0.95 in the environment")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert more_device_memory().startswith("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment")
+
+
+_JOB = "slurm/uid_7/job_12/step_0"
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "least"),
+    [
+        (None, {}, None),
+        (None, {"memory.max": "max\n"}, None),
+        (None, {"memory.max": "1048576\n"}, 2**20),  # a container
+        (None, {"memory/memory.limit_in_bytes": "1048576\n"}, 2**20),
+        ("4:memory:/docker/7a\n", {"memory/memory.limit_in_bytes": "1048576\n"}, 2**20),  # its path on the host
+        ("0::/\n", {"memory.max": "9223372036854771712\n"}, None),
+        (f"0::/{_JOB}\n", {f"{_JOB}/memory.max": "2097152\n", "memory.max": "max\n"}, 2**21),
+        (f"0::/{_JOB}/task_0\n", {f"{_JOB}/task_0/memory.max": "max", f"{_JOB}/memory.max": "1048576"}, 2**20),
+        (f"0::/{_JOB}\n", {f"{_JOB}/memory.max": "2097152", "slurm/memory.max": "1048576"}, 2**20),
+        (f"3:cpu,memory:/{_JOB}\n0::/\n", {f"memory/{_JOB}/memory.limit_in_bytes": "1048576"}, 2**20),
+        (f"3:cpuset:/{_JOB}\n", {f"memory/{_JOB}/memory.limit_in_bytes": "1048576"}, None),  # of another process
+    ],
+)
+def test_a_container_or_batch_job_has_its_own_limit(tmp_path, monkeypatch, groups, limits, least):
+    monkeypatch.setattr("EasyLM.parallel.memory._GROUPS", tmp_path / "fs")
+    monkeypatch.setattr("EasyLM.parallel.memory._OWN_GROUPS", tmp_path / "cgroup")
+    if groups:
+        (tmp_path / "cgroup").write_text(groups)
+    for name, text in limits.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    assert host_memory() == (least or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def test_messages_arrive_in_order(second_of_two):

@@ -98,7 +98,7 @@ def test_attention_on_tpus_holds_no_matrix(head_dim):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology, processes", [("h100:8", 1), ("h100:2x4", 2)])
 def test_gpus(tmp_path, monkeypatch, topology, processes):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.8")
     made = plan(tmp_path, f"--topology={topology}", "--mesh_dim=2,-1,1")
     assert made["error"] is None and made["fits"]
     assert (made["devices"], made["processes"], made["hbm_bytes_per_device"]) == (8, processes, 68e9)

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError
 from EasyLM.flags import defaults
+from EasyLM.parallel import SHARE_VARIABLES
 from EasyLM.planning import report
 from EasyLM.planning.collectives import OPERATIONS, Communication
 from EasyLM.planning.estimates import ASSUMPTION_FLAGS, Assumptions
@@ -65,22 +66,39 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 @pytest.mark.parametrize("kind, memory", [("TPU v5 lite", 16.9), ("TPU v5p", 102.8), (H100, 0.75 * 85.0)])
 def test_rates_are_those_of_the_device_unless_a_flag_gives_them(monkeypatch, kind, memory):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for name in SHARE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     sheet = assumptions(kind)
     assert sheet.hbm_gb == memory and sheet.peak_tflops == next(v for k, v in PEAK_TFLOPS.items() if k in kind)
     given = assumptions(kind, hbm_gb=7.0, peak_tflops=3.0)
     assert (given.hbm_gb, given.peak_tflops, given.link_gb_per_second) == (7.0, 3.0, sheet.link_gb_per_second)
 
 
-def test_gpus_have_the_share_of_memory_that_jax_uses(monkeypatch):
+@pytest.mark.parametrize("name", SHARE_VARIABLES)
+def test_gpus_have_the_share_of_memory_that_jax_uses(monkeypatch, name):
+    for other in SHARE_VARIABLES:
+        monkeypatch.setenv(other, "")
     for text, share in {"0.95": 0.95, ".5": 0.5, "": 0.75, "1": 1.0}.items():
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
+        monkeypatch.setenv(name, text)
         assert assumptions(H100).hbm_gb == pytest.approx(share * 85.0)
     assert assumptions("TPU v5p").hbm_gb == 102.8 and assumptions(H100, hbm_gb=80.0).hbm_gb == 80.0
     for text in ("all", "0", "1.5", "nan"):
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
-        with pytest.raises(UserError, match=f"^XLA_PYTHON_CLIENT_MEM_FRACTION={text}: must be above 0 and at most 1"):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(UserError, match=f"^{name}={text}: must be above 0 and at most 1"):
             assumptions(H100)
+
+
+def test_one_setting_with_two_names_is_refused_as_jax_refuses_it(monkeypatch):
+    jax_options = pytest.importorskip("jaxlib.xla_client").generate_pjrt_gpu_plugin_options
+    for name in SHARE_VARIABLES:
+        monkeypatch.setenv(name, "0.9")
+    with pytest.raises(ValueError, match="Remove the latter one"):
+        jax_options()
+    monkeypatch.setenv(SHARE_VARIABLES[1], "")
+    assert jax_options()["memory_fraction"] == 0.9
+    monkeypatch.setenv(SHARE_VARIABLES[1], "0.9")
+    with pytest.raises(UserError, match=r"MEM_FRACTION=0.9: two names .* unset XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        assumptions(H100)
 
 
 def test_a_step_takes_the_longer_of_computation_and_communication():

@@ -11,6 +11,7 @@ from EasyLM.models.attention import IMPLEMENTATIONS
 from EasyLM.models.llama.checkpoint_record import record_path
 from EasyLM.models.llama.dict_literal import parse_dict
 from EasyLM.models.llama.hf_settings import check_head_dim, from_hugging_face
+from EasyLM.models.llama.remat_policies import AUTO
 from EasyLM.models.llama.rope_scaling import RopeScaling, as_rope_scaling
 from EasyLM.models.llama.setting_fields import automatic_remat, rate, remat, setting, size
 from EasyLM.storage import check_schema
@@ -236,6 +237,8 @@ def check_recorded(given: LLaMAConfig, recorded: LLaMAConfig, flag: str, checkpo
 def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
     """Returns the config in a run's metadata, a Hugging Face config, or a plain dict of settings.
 
+    What the steps of a recorded run recompute follows from its devices. It is not returned: `remat_block` is "auto".
+
     Args:
       source: the name of the values in error messages.
 
@@ -244,6 +247,7 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
     """
     with prefix_errors(source):
         check_schema(values, {"llama_config?": dict})
+        is_record = "llama_config" in values
         values = dict(values.get("llama_config", values))
     settings = from_hugging_face(values, source) if "model_type" in values else values
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -251,7 +255,7 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> LLaMAConfig:
             raise UserError(f"{source}: holds no model settings: {name} is missing")
     config = _replaced(LLaMAConfig(), settings, source)
     check_head_dim(values, config.head_dim, source)
-    return config
+    return dataclasses.replace(config, remat_block=AUTO) if is_record else config
 
 
 def updated(config: LLaMAConfig, text: str) -> LLaMAConfig:

@@ -100,19 +100,11 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
 def _remedy(config: Any, llama: LLaMAConfig, plan: Plan) -> str:
     """Returns what to change if the step needs too much memory."""
     mesh, group = dict(plan.mesh or {}), f"--train_dataset.{config.train_dataset.type}_dataset"
-    remedies = []
-    rows = math.prod(mesh[axis] for axis in BATCH_AXES)
-    if plan.batch_size > rows:
-        remedies.append(f"a smaller {group}.batch_size")
+    remedies = training_task.fewer_tokens(group, plan.batch_size, plan.seq_length, llama, mesh)
     if llama.remat_block != "nothing_saveable":
         remedies.append("--llama.remat_block=nothing_saveable")
     if mesh["dp"] > 1:
         remedies.append("a smaller dp and a larger fsdp in --mesh_dim")
-    sp = 2 * mesh["sp"]
-    splits_rows = mesh["fsdp"] % 2 == plan.seq_length % sp == llama.num_attention_heads % (mesh["mp"] * sp) == 0
-    if plan.batch_size == rows and splits_rows:
-        axes = ",".join(f"{axis}:{size}" for axis, size in (mesh | {"fsdp": mesh["fsdp"] // 2, "sp": sp}).items())
-        remedies.append(f"half the batch with --mesh_dim={axes}, which splits each row over {sp} devices")
     return f"try {', '.join(remedies)}" if remedies else "use more devices"
 
 

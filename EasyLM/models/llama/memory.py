@@ -80,7 +80,9 @@ def choose_remat(config: LLaMAConfig, shape: StepShape | None, memory: int | Non
     return RematChoice(policy, f"{text}, which is more than {_USABLE:.0%}")
 
 
-def check_memory(config: LLaMAConfig, shape: StepShape, memory: int) -> None:
+def check_memory(
+    config: LLaMAConfig, shape: StepShape, memory: int, state_remedies: Sequence[str], token_remedies: Sequence[str]
+) -> None:
     """Checks that a step can fit under every rematerialisation, before it is compiled.
 
     At the end of its backward pass a step holds the state and all gradients; at the beginning, the state and the input
@@ -88,19 +90,24 @@ def check_memory(config: LLaMAConfig, shape: StepShape, memory: int) -> None:
 
     Args:
       memory: bytes of a device that JAX may use.
+      state_remedies: what to change if the state and the gradients do not fit, whatever the tokens of a batch.
+      token_remedies: what to change if they do, and the tokens of a batch do not.
 
     Raises:
-      UserError: with the bytes, if it cannot fit.
+      UserError: with the bytes and the remedies, if it cannot fit.
     """
     itemsize = jnp.dtype(shape.dtype).itemsize
     gradients = shape.trained_count * itemsize
     inputs = config.num_hidden_layers * shape.tokens * config.hidden_size * itemsize
-    if shape.state_bytes + max(gradients, inputs) > memory:
-        what = "gradients" if gradients >= inputs else f"inputs of the blocks for the {shape.tokens} tokens of a batch"
-        raise UserError(
-            f"the train step does not fit: on each device, the train state has {shape.state_bytes / 1e9:.3g} GB and "
-            f"the {what} {max(gradients, inputs) / 1e9:.3g} GB, but JAX may use {memory / 1e9:.3g} GB"
-        )
+    for what, size, remedies in (
+        ("gradients", gradients, state_remedies),
+        (f"inputs of the blocks for the {shape.tokens} tokens of a batch", inputs, token_remedies),
+    ):
+        if shape.state_bytes + size > memory:
+            raise UserError(
+                f"the train step does not fit: on each device, the train state has {shape.state_bytes / 1e9:.3g} GB "
+                f"and the {what} {size / 1e9:.3g} GB, but JAX may use {memory / 1e9:.3g} GB: try {', '.join(remedies)}"
+            )
 
 
 def step_bytes(config: LLaMAConfig, policy: str, shape: StepShape) -> int:

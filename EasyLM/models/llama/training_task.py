@@ -1,6 +1,9 @@
 """What `llama_train` trains, from its flags. `llama_plan` plans the same task."""
 
 import dataclasses
+import math
+import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +20,7 @@ from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
 from EasyLM.models.llama.memory import RematChoice, StepShape, check_memory, choose_remat
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.models.llama.remat_policies import AUTO
-from EasyLM.parallel import check_batch_size, device_memory
+from EasyLM.parallel import BATCH_AXES, check_batch_size, device_memory, more_device_memory
 from EasyLM.storage import local_path
 from EasyLM.training import (
     OPTIMIZER_FLAGS,
@@ -75,16 +78,23 @@ def read_model(config: Any) -> LLaMAConfig:
             "range of fp32"
         )
     recorded = recorded_config(config.load_checkpoint) if config.load_checkpoint else None
-    # What the step recomputes depends on the devices of this run, not on those of the checkpoint's.
-    default = dataclasses.replace(recorded or LLaMAConfig(), remat_block=AUTO)
-    return llama_config.build_config(config.load_llama_config, config.llama, config.update_llama_config, default)
+    settings = config.load_llama_config, config.llama, config.update_llama_config
+    return llama_config.build_config(*settings, recorded or LLaMAConfig())
 
 
 def recorded_config(spec: str) -> LLaMAConfig | None:
-    """Returns the settings that the checkpoint `PREFIX::PATH` records, or None."""
+    """Returns the settings that the checkpoint `PREFIX::PATH` records, or None.
+
+    Raises:
+      UserError: if they are broken, or missing from a Hugging Face directory.
+    """
     prefix, _, path = spec.partition("::")
     with prefix_errors(f"checkpoint {spec!r}"):
-        return llama_config.recorded_config(prefix, local_path(path))
+        path = local_path(path)
+        recorded = llama_config.recorded_config(prefix, path)
+        if recorded is None and prefix == "huggingface" and os.path.isdir(path):
+            raise UserError(f"{path}: no Hugging Face model: config.json is missing")
+    return recorded
 
 
 def make_model(
@@ -128,15 +138,33 @@ def check_step(config: Any, llama: LLaMAConfig, mesh: Mesh) -> None:
     memory = device_memory(mesh)
     if memory is None:
         return
-    remedies = ["more devices along fsdp in --mesh_dim"]
-    if not config.lora.rank:
-        remedies.append("--lora.rank=16")
+    settings, group = dataset.settings(config.train_dataset), f"--train_dataset.{config.train_dataset.type}_dataset"
+    both = ["more devices along fsdp in --mesh_dim"]
     if mesh.devices.flat[0].platform == "gpu":
-        remedies.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes 75% of a GPU by default)")
-    try:
-        check_memory(llama, step_shape(config, llama, mesh), memory)
-    except UserError as error:
-        raise UserError(f"{error}: try {', '.join(remedies)}") from None
+        both.append(more_device_memory())
+    adapters = ["--lora.rank=16"] if config.load_checkpoint and not config.lora.rank else []  # of loaded parameters
+    tokens = fewer_tokens(group, settings.batch_size, settings.seq_length, llama, mesh.shape)
+    tokens.append(f"a smaller {group}.seq_length")
+    check_memory(llama, step_shape(config, llama, mesh), memory, [*both, *adapters], [*tokens, *both])
+
+
+def fewer_tokens(
+    group: str, batch_size: int, seq_length: int, llama: LLaMAConfig, mesh: Mapping[str, int]
+) -> list[str]:
+    """Returns what gives each device fewer tokens of a batch: a smaller batch, or for one row a device, split rows.
+
+    Args:
+      group: the dataset's flags, with two hyphens.
+      mesh: the size of each mesh axis.
+    """
+    rows = math.prod(mesh[axis] for axis in BATCH_AXES)
+    if batch_size > rows:
+        return [f"a smaller {group}.batch_size"]
+    sp = 2 * mesh["sp"]
+    if mesh["fsdp"] % 2 == seq_length % sp == llama.num_attention_heads % (mesh["mp"] * sp) == 0:
+        axes = ",".join(f"{axis}:{size}" for axis, size in ({**mesh, "fsdp": mesh["fsdp"] // 2, "sp": sp}).items())
+        return [f"half the batch with --mesh_dim={axes}, which splits each row over {sp} devices"]
+    return []
 
 
 def with_remat(config: Any, llama: LLaMAConfig, mesh: Mesh, memory: int | None) -> tuple[LLaMAConfig, RematChoice]:
