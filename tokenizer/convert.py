@@ -21,7 +21,9 @@ from EasyLM.publishing import (
     CardTexts,
     card_table,
     card_text,
+    keeps_card,
     last_metrics,
+    last_part,
     prepare_repository,
     public_name,
     upload_files,
@@ -55,23 +57,26 @@ def _convert(config: ConfigDict) -> None:
         raise UserError(f"--output_dir={config.output_dir}: already holds a model; name another folder")
     with prefix_errors("--card", "."):
         texts = to_dataclass(CardTexts, config.card)
+        keeps = keeps_card(config.output_dir, texts)
     with prefix_errors(f"--vqgan={config.vqgan}"):
         model = weights.load(config.vqgan, resolution=config.resolution)
     with prefix_errors(f"--push_to_hub={config.push_to_hub}"):
-        if config.push_to_hub:
-            prepare_repository(config.push_to_hub)
-    files = [*weights.save(model, config.output_dir), CARD_FILE]
+        parent = prepare_repository(config.push_to_hub) if config.push_to_hub else None
     title = os.path.basename((config.push_to_hub or os.path.abspath(config.output_dir)).rstrip("/"))
-    if not os.path.exists(os.path.join(config.output_dir, CARD_FILE)):
+    card = "" if keeps else _card(title, texts, model, config.vqgan)
+    # config.json makes the folder a tokenizer, and is written last: after a kill, the command can run again.
+    os.makedirs(config.output_dir, exist_ok=True)
+    if card:
         with atomic_file(os.path.join(config.output_dir, CARD_FILE)) as file:
-            file.write(_card(title, texts, model, config.vqgan).encode())
+            file.write(card.encode())
+    files = [*weights.save(model, config.output_dir), CARD_FILE]
     print(
         f"{config.output_dir}: {model.config.num_embeddings} codes; images of {model.config.resolution} pixels a side, "
         f"{model.config.tokens_per_image} tokens each"
     )
     with prefix_errors(f"--push_to_hub={config.push_to_hub}"):
         if config.push_to_hub:
-            print(f"uploaded to {upload_files(config.push_to_hub, config.output_dir, files)}")
+            print(f"uploaded to {upload_files(config.push_to_hub, config.output_dir, files, parent)}")
 
 
 def _card(title: str, texts: CardTexts, model: VQGAN, source: str) -> str:
@@ -90,7 +95,7 @@ def _card(title: str, texts: CardTexts, model: VQGAN, source: str) -> str:
         "converted from": public_name(source),
     }
     input_dirs = str(record.get("flags", {}).get("input_dirs", ""))
-    folders = ", ".join(public_name(folder) for folder in input_dirs.split(",") if folder)
+    folders = ", ".join(last_part(folder) for folder in input_dirs.split(",") if folder)
     figures = {name: metrics[name] for name in ("step", "psnr", "codes_used") if metrics.get(name) is not None}
     sections = {
         "Tokenizer": card_table(settings),

@@ -1,9 +1,10 @@
 """Publishes exported weights: the card of a model, and its upload to the Hugging Face Hub.
 
-May import `EasyLM.storage`. Only the commands that export weights use this room.
+May import `EasyLM.storage`. The commands that export weights write cards; `evaluation.prompting` reads them.
 
 Vocabulary:
-  card  the README.md beside the weights, with the metadata that the Hub reads
+  card         the README.md beside the weights, with the metadata that the Hub reads
+  public name  what a card shows of a path: a name on the Hub, else its last part
 
 Modules:
   model_card  writes cards
@@ -18,7 +19,9 @@ from EasyLM.publishing.model_card import (
     CardTexts,
     card_table,
     card_text,
+    keeps_card,
     last_metrics,
+    last_part,
     public_name,
 )
 
@@ -30,7 +33,9 @@ __all__ = [
     "CardTexts",
     "card_table",
     "card_text",
+    "keeps_card",
     "last_metrics",
+    "last_part",
     "prepare_repository",
     "public_name",
     "upload_files",

@@ -1,6 +1,7 @@
 """Model cards: the README.md beside exported weights, with the metadata that the Hugging Face Hub reads.
 
-A card states what its model's files and settings say. What they do not say is `NOT_STATED`.
+A card states what its model's files and settings say. What they do not say is `NOT_STATED`. A line that the Hub does
+not show marks the cards that an export wrote and nobody has edited. Others are of the model's author.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any
 
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
-from EasyLM.storage.json_files import parse_json
+from EasyLM.storage import is_hub_name, json_digest, parse_json
 
 CARD_FILE = "README.md"
 NOT_STATED = "not stated"
@@ -22,6 +23,7 @@ CARD_FLAGS = {
     "limits": Flag("", "What the model cannot do, in words; empty: not stated."),
 }
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_MARK = re.compile(r"<!-- Written by EasyLM-LVM [^\n]*-->\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,44 @@ def card_text(
       sections: heading -> Markdown, between the licence and the limits; an empty text is not stated.
     """
     license = {"license": texts.license} if texts.license else {}
-    front = [f"{name}: {json.dumps(value)}" for name, value in {**license, **metadata}.items()]
-    lines = ["---", *front, "---", f"# {title}", "", summary]
+    settings = [f"{name}: {json.dumps(value)}" for name, value in {**license, **metadata}.items()]
+    front = "\n".join(["---", *settings, "---", ""])
+    lines = [f"# {title}", "", summary]
     for heading, text in {"Licence": texts.license, **sections, "Limits": texts.limits}.items():
         lines += ["", f"## {heading}", text.strip() or f"{NOT_STATED.capitalize()}."]
-    text = "\n".join(lines) + "\n"
-    return text.encode(errors="backslashreplace").decode()  # names of files that are not UTF-8
+    body = "\n".join(lines) + "\n"
+    body = body.encode(errors="backslashreplace").decode()  # names of files that are not UTF-8
+    return f"{front}{_mark(front + body)}{body}"
+
+
+def _mark(text: str) -> str:
+    """Returns the line that marks a card as written by an export. The digest is that of the other lines."""
+    return f"<!-- Written by EasyLM-LVM ({json_digest(text)}). The next export replaces it, unless it is edited. -->\n"
+
+
+def keeps_card(directory: str, texts: CardTexts) -> bool:
+    """Returns whether a directory has a card that its author wrote or edited. Such a card is kept, and a line says so.
+
+    Any other card was written by an export, perhaps of other weights. It is to be replaced.
+
+    Raises:
+      UserError: if the author's card is there and `texts` states anything, which it would not show.
+    """
+    path = os.path.join(directory, CARD_FILE)
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    mark = _MARK.search(text)
+    if mark and mark[0] == _mark(text.replace(mark[0], "", 1)):
+        return False
+    for name, value in dataclasses.asdict(texts).items():
+        if value:
+            raise UserError(
+                f"{name}={value}: {path} is a card of your own, which is kept: state it there, or delete the file"
+            )
+    print(f"{path} is a card of your own and is kept: check that it describes these weights")
+    return True
 
 
 def card_table(rows: Mapping[str, Any]) -> str:
@@ -87,8 +121,16 @@ def last_metrics(run_directory: str, steps: int) -> Mapping[str, Any]:
     return {}
 
 
-def public_name(path: str) -> str:
-    """Returns the last part of a local path or PREFIX::PATH, as folders can be private, and other names as they are."""
-    path = (path.partition("::")[2] or path).strip()
-    is_local = os.path.isabs(path) or path.startswith((".", "~")) or os.path.exists(path)
-    return os.path.basename(path.rstrip("/")) if is_local else path
+def public_name(spec: str) -> str:
+    """Returns what a card shows of PREFIX::PATH, or of a tokenizer: a name on the Hub as it is, else the last part.
+
+    Only `huggingface::NAME`, and a name without a prefix, can be on the Hub. A path that exists wins.
+    """
+    prefix, _, path = spec.strip().rpartition("::")
+    is_public = prefix in ("", "huggingface") and is_hub_name(path) and not os.path.exists(path)
+    return path if is_public else last_part(path)
+
+
+def last_part(path: str) -> str:
+    """Returns the name of a file or folder, local or remote, without its folders: they can be private."""
+    return os.path.basename(path.strip().rstrip("/"))

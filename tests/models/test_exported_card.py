@@ -17,7 +17,11 @@ FLAGS = {
     "optimizer": {"type": "adamw", "accumulate_gradient_steps": 2, "adamw_optimizer": {"lr": 3e-4}},
     "train_dataset": {
         "type": "json",
-        "json_dataset": {"path": "/home/me/pairs.jsonl,gs://lab/videos.jsonl", "seq_length": 512, "batch_size": 8},
+        "json_dataset": {
+            "path": "/home/me/pairs.jsonl,gs://lab/secret/videos.jsonl,secret/a.jsonl",
+            "seq_length": 512,
+            "batch_size": 8,
+        },
     },
 }
 
@@ -28,7 +32,7 @@ def run(tmp_path):
     random_params(tmp_path / "run", MODEL)
     path = tmp_path / "run" / "metadata.json"
     record = {name: value for name, value in json.loads(path.read_text()).items() if name != "digest"}
-    record |= {"step": 30, "flags": FLAGS, "started_from": ["", "params::/home/me/base"]}
+    record |= {"step": 30, "flags": FLAGS, "started_from": ["", "params::secret/base", "huggingface::Owner/lvm@v1"]}
     record["tokenizer"] = "7f061d445e58df20"
     path.write_text(json.dumps(record))
     rows = [{"step": step, "loss": 4 - step / 10, "accuracy": None, "eval_loss": 3.5} for step in (10, 20, 29, 30)]
@@ -48,17 +52,17 @@ def test_the_card_says_what_the_records_say(run, tmp_path):
         "| image tokenizer | 7f061d445e58df20 |",
         "| type of the weights | float32 |",
         "Pairs of our lab.",
-        "| files | pairs.jsonl, gs://lab/videos.jsonl |",
+        "| files | pairs.jsonl, videos.jsonl, a.jsonl |",
         "| tokens of a row | 512 |",
         "| steps | 30 |",
         "| peak learning rate | 0.0003 |",
-        "| started from | base |",
+        "| started from | base, Owner/lvm@v1 |",
         "| step | 29 |",  # of the saved state: 30 comes after it
         "| loss of the training data, nats a token | 1.1 |",
         "## Limits\nNo faces.",
     ):
         assert line in text, line
-    assert "/home" not in text and "Not stated." not in text and "| accuracy" not in text
+    assert "/home" not in text and "secret" not in text and "Not stated." not in text and "| accuracy" not in text
 
 
 def test_what_nothing_says_is_not_stated(golden, tmp_path):
@@ -71,8 +75,20 @@ def test_what_nothing_says_is_not_stated(golden, tmp_path):
 def test_a_card_that_is_there_is_kept(run, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=f"^--card.license=mit: {tmp_path}/hf/README.md is a card of your own"):
+        export(run, tmp_path / "hf", card={"license": "mit"})
     export(run, tmp_path / "hf")
     assert (tmp_path / "hf" / "README.md").read_text() == "mine"
+
+
+def test_a_card_of_an_earlier_export_is_written_again(run, tmp_path):
+    export(run, tmp_path / "hf", float_dtype="bf16", card={"data": "Pairs."})
+    for path in (tmp_path / "hf").glob("*[!d]"):  # its user deletes all but the card
+        path.unlink()
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["README.md"]
+    export(run, tmp_path / "hf")
+    text = (tmp_path / "hf" / "README.md").read_text()
+    assert "| type of the weights | float32 |" in text and "Pairs." not in text
 
 
 def test_an_export_is_uploaded_without_other_files_of_its_directory(run, tmp_path, monkeypatch):

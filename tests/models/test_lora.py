@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_kit import export, torch_logits
+from hub_kit import connected_hub
 from llama_kit import stacked
 from tiny_run import GOLDEN, MODEL_METRICS, assert_close, metrics, train
 
@@ -200,6 +201,24 @@ def test_the_peft_library_loads_the_exported_adapters(trained, tmp_path):
         actual = model(torch.tensor(tokens_BT)).logits.numpy()
     np.testing.assert_allclose(actual, torch_logits(merged_directory, tokens_BT), atol=2e-5)
     assert np.abs(actual - torch_logits(base, tokens_BT)).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_uploaded_adapters_do_not_name_the_folder_of_their_base(trained, tmp_path, monkeypatch):
+    """Those on a disk do: PEFT finds the base by its path."""
+    spec, card = f"trainstate_params::{trained}/streaming_train_state", "---\nlicense: mit\n---\nmine"
+    for directory, push_to_hub, base in (
+        ("local", "", ORIGIN.partition("::")[2]),
+        ("uploaded", "Owner/adapters", "streaming_train_state"),
+    ):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "README.md").write_text(card)
+        with connected_hub(monkeypatch, tmp_path) as hub:
+            export(spec, tmp_path / directory, push_to_hub=push_to_hub)
+        settings = json.loads((tmp_path / directory / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == base
+        assert (tmp_path / directory / "README.md").read_text() == card
+    assert set(hub.repositories["Owner/adapters"]) >= {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_adapters_need_frozen_parameters(tmp_path):

@@ -1,5 +1,7 @@
 """Uploads to an imitation of the Hub: the files arrive in one commit, and what fails is one line."""
 
+import shlex
+
 import pytest
 from hub_kit import LICENSES, connected_hub
 from huggingface_hub import constants
@@ -26,9 +28,10 @@ def folder(tmp_path):
 
 
 def test_named_files_are_uploaded_in_one_commit(hub, folder):
-    prepare_repository("Owner/model")
+    parent = prepare_repository("Owner/model")
     assert hub.repositories == {"Owner/model": {".gitattributes": b"*.safetensors filter=lfs"}}
-    assert upload_files("Owner/model", str(folder), ["README.md", "model.safetensors"]).endswith("/Owner/model")
+    address = upload_files("Owner/model", str(folder), ["README.md", "model.safetensors"], parent)
+    assert address.endswith("/Owner/model")
     files = hub.repositories["Owner/model"]
     assert set(files) == {".gitattributes", "README.md", "model.safetensors"} and hub.commits == 1
     assert files["model.safetensors"] == b"weights" * 100
@@ -37,8 +40,15 @@ def test_named_files_are_uploaded_in_one_commit(hub, folder):
 
 
 def test_an_empty_repository_is_used(hub):
-    prepare_repository("Owner/model")
-    prepare_repository("Owner/model")
+    assert prepare_repository("Owner/model") == prepare_repository("Owner/model") == hub.head("Owner/model")
+
+
+def test_what_somebody_else_uploads_meanwhile_is_not_replaced(hub, folder):
+    parent = prepare_repository("Owner/model")
+    hub.repositories["Owner/model"]["README.md"] = b"other"
+    with pytest.raises(UserError, match=r"^someone else has written to the repository since this command began"):
+        upload_files("Owner/model", str(folder), ["README.md"], parent)
+    assert hub.repositories["Owner/model"]["README.md"] == b"other" and not hub.commits
 
 
 @pytest.mark.parametrize("name", ["model", "Owner/model/folder", "Owner/model@main", "/Owner/model", "./model"])
@@ -60,14 +70,17 @@ def test_tokens_that_may_not_write(hub, folder, monkeypatch):
 
 
 def test_an_upload_that_fails_names_what_is_complete(hub, folder):
-    prepare_repository("Owner/model")
+    parent = prepare_repository("Owner/model")
     hub.fails = 403
-    with pytest.raises(UserError, match=rf"may not write .*; {folder} is complete: `hf upload Owner/model {folder}`"):
-        upload_files("Owner/model", str(folder), ["README.md"])
+    with pytest.raises(UserError, match=rf"may not write .*; {folder} is complete: `hf upload Owner/model ") as error:
+        upload_files("Owner/model", str(folder), ["model.safetensors", "README.md"], parent)
+    _, command, _ = str(error.value).split("`")
+    # The command uploads the same files, and none of the others in the folder.
+    assert shlex.split(command)[4:] == [".", "--include=README.md", "--include=model.safetensors"]
     hub.fails = 0
     (folder / "README.md").write_text("---\nlicense: unknown\n---\n")
     with pytest.raises(UserError, match=f"Invalid metadata.*must be one of \\('{LICENSES[0]}'.*hf upload") as error:
-        upload_files("Owner/model", str(folder), ["README.md"])
+        upload_files("Owner/model", str(folder), ["README.md"], parent)
     assert "\n" not in str(error.value) and set(hub.repositories["Owner/model"]) == {".gitattributes"}
 
 

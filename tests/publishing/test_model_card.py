@@ -6,7 +6,7 @@ import pytest
 from hub_kit import card_metadata
 
 from EasyLM.errors import UserError
-from EasyLM.publishing import CARD_FILE, CardTexts, card_table, card_text
+from EasyLM.publishing import CARD_FILE, CardTexts, card_table, card_text, keeps_card, last_part, public_name
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("tokenizer", "model")
@@ -56,3 +56,46 @@ def test_names_that_are_not_utf8_can_be_written():
 def test_a_licence_is_a_name():
     with pytest.raises(UserError, match=r"^license=Apache License 2: must be a name of the Hub, such as apache"):
         CardTexts(license="Apache License 2")
+
+
+def test_cards_of_exports_are_replaced_and_cards_of_authors_kept(tmp_path, capsys):
+    card, path = card_text("Title", "A model.", CardTexts("mit"), {"tags": ["a"]}, {}), tmp_path / CARD_FILE
+    assert not keeps_card(str(tmp_path), CardTexts("mit")), "there is none"
+    path.write_text(card)
+    assert not keeps_card(str(tmp_path), CardTexts("mit")) and not capsys.readouterr().out
+    edits = {"a sentence": card.replace("A model.", "My model."), "metadata": card.replace("mit", "other", 1)}
+    for text in (*edits.values(), card + "More.\n", "mine", ""):
+        path.write_text(text)
+        assert keeps_card(str(tmp_path), CardTexts())
+        assert capsys.readouterr().out.startswith(f"{path} is a card of your own and is kept")
+        with pytest.raises(UserError, match=f"^limits=No text: {path} is a card of your own, which is kept: state it"):
+            keeps_card(str(tmp_path), CardTexts(limits="No text"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shown"),
+    [
+        ("huggingface::Owner/model@v1/small", "Owner/model@v1/small"),
+        ("Owner/tokenizer", "Owner/tokenizer"),
+        ("c4", "c4"),
+        ("huggingface::/home/me/hf", "hf"),
+        ("huggingface::here/hf", "hf"),
+        ("here/hf", "hf"),
+        ("params::secret/run/streaming_params", "streaming_params"),  # a relative path, of another machine
+        ("trainstate_params::gs://lab/secret/streaming_train_state", "streaming_train_state"),
+        ("../secret/hf/", "hf"),
+        (" ~/secret/hf", "hf"),
+    ],
+)
+def test_cards_show_names_on_the_hub_and_no_folders(tmp_path, monkeypatch, spec, shown):
+    (tmp_path / "here" / "hf").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name(spec) == shown
+
+
+def test_cards_show_files_without_folders():
+    assert [last_part(path) for path in ("secret/run/a.jsonl", "gs://lab/secret/b/", " c.jsonl")] == [
+        "a.jsonl",
+        "b",
+        "c.jsonl",
+    ]

@@ -60,12 +60,19 @@ class Hub:
         ]
         return 200, {"transfer": "basic", "objects": objects}
 
+    def head(self, name: str) -> str:
+        """The id of the newest commit of a repository."""
+        return hashlib.sha1(repr(sorted(self.repositories[name].items())).encode()).hexdigest()
+
     def commit(self, name: str, lines: list[dict]) -> tuple[int, dict]:
         if self.fails:
             return self.fails, {"error": "Forbidden: you need write access"}
         for line in lines:
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "header":
+                if value.get("parentCommit") not in (None, self.head(name)):
+                    return 412, {"error": "A commit has happened since. Please refresh and try again."}
+            elif line["key"] == "file":
                 self.repositories[name][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.repositories[name][value["path"]] = self.large[value["oid"]]
@@ -87,7 +94,7 @@ def hub_server(hub: Hub) -> Iterator[str]:
             else:
                 oids = {path: hashlib.sha1(data).hexdigest() for path, data in files.items()}
                 tree = [{"type": "file", "path": path, "size": len(files[path]), "oid": oids[path]} for path in files]
-                self.reply(200, tree if "/tree/" in self.path else {"id": name, "siblings": []})
+                self.reply(200, tree if "/tree/" in self.path else {"id": name, "sha": hub.head(name), "siblings": []})
 
         def do_PUT(self) -> None:
             data, oid = self.body(), self.path.rpartition("/")[2]

@@ -23,7 +23,16 @@ from EasyLM.models.llama.exported_card import exported_card
 from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig, check_recorded, recorded_config
 from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora, write_peft
 from EasyLM.progress import progress
-from EasyLM.publishing import CARD_FILE, CARD_FLAGS, PUSH_FLAG, CardTexts, prepare_repository, upload_files
+from EasyLM.publishing import (
+    CARD_FILE,
+    CARD_FLAGS,
+    PUSH_FLAG,
+    CardTexts,
+    keeps_card,
+    prepare_repository,
+    public_name,
+    upload_files,
+)
 from EasyLM.storage import lock_output_folder, scratch_folder
 
 FLAGS = {
@@ -47,6 +56,7 @@ FLAGS = {
     "card": CARD_FLAGS,
     "merge_lora": Flag(False, "Export adapters merged into their frozen parameters; False: the adapters, for PEFT."),
 }
+_MODEL_FILES = ("config.json", "adapter_config.json")  # each makes its directory a model, and is moved last
 
 
 def main(config: ConfigDict) -> None:
@@ -70,26 +80,30 @@ def _export(config: ConfigDict) -> None:
         raise UserError(f"--merge_lora=True: {path} holds no adapters")
     with prefix_errors("--card", "."):
         texts = to_dataclass(CardTexts, config.card)
+        keeps = keeps_card(config.output_dir, texts)
     entries = checkpoints.open_checkpoint(config.load_checkpoint)
     model = _model_config(config.model_size, config.load_checkpoint)
     title = os.path.basename((config.push_to_hub or os.path.abspath(config.output_dir)).rstrip("/"))
     make_card = partial(exported_card, title, texts, model, (prefix, path))
+    parent = None
     if config.push_to_hub:
         with prefix_errors(f"--push_to_hub={config.push_to_hub}"):
-            prepare_repository(config.push_to_hub)
+            parent = prepare_repository(config.push_to_hub)
     if lora and not config.merge_lora:
         card = make_card(np.dtype(np.float32), lora)
-        files = _write_directory(config.output_dir, card, lambda directory: write_peft(directory, model, lora, entries))
+        base = public_name(lora.origin) if config.push_to_hub else lora.origin.partition("::")[2]
+        write = partial(write_peft, base=base, config=model, lora=lora, entries=entries)
+        files = _write_directory(config.output_dir, "" if keeps else card, write)
     else:
         entries = open_merged(config.load_checkpoint, lora) if lora else entries
         dtype = checkpoints.FLOAT_DTYPES.get(config.float_dtype)
         tensors = hf_layout.hf_tensors(model, entries, config.load_checkpoint, dtype)
         tokenizer, card = recorded_tokenizer(prefix, path), make_card(tensors[0].dtype, None)
-        files = export(model, tensors, config.output_dir, config.max_shard_mb, tokenizer, card)
+        files = export(model, tensors, config.output_dir, config.max_shard_mb, tokenizer, "" if keeps else card)
     print(f"exported to {config.output_dir}")
     if config.push_to_hub:
         with prefix_errors(f"--push_to_hub={config.push_to_hub}"):
-            print(f"uploaded to {upload_files(config.push_to_hub, config.output_dir, {*files, CARD_FILE})}")
+            print(f"uploaded to {upload_files(config.push_to_hub, config.output_dir, {*files, CARD_FILE}, parent)}")
 
 
 def _model_config(model_size: str, load_checkpoint: str) -> LLaMAConfig:
@@ -119,7 +133,7 @@ def export(
 
     Args:
       tokenizer: the image tokenizer that config.json names.
-      card: the model card; empty: none. A card that is in the directory already is kept.
+      card: the model card, which replaces one that is in the directory; empty: none is written.
 
     Returns:
       The names of the files.
@@ -147,10 +161,10 @@ def _write_directory(output_dir: str, card: str, write: Callable[[str], None]) -
     try:
         with scratch_folder(output_dir) as temporary:
             write(temporary)
-            if card and not os.path.exists(os.path.join(output_dir, CARD_FILE)):
+            if card:
                 with open(os.path.join(temporary, CARD_FILE), "w", encoding="utf-8") as file:
                     file.write(card)
-            names = sorted(os.listdir(temporary), key=lambda name: name.endswith("config.json"))
+            names = sorted(os.listdir(temporary), key=lambda name: name in _MODEL_FILES)
             if not os.path.exists(output_dir):
                 os.rename(temporary, output_dir.rstrip("/"))
                 return names

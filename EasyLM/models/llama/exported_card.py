@@ -13,7 +13,7 @@ from EasyLM.models.llama import costs, hf_layout
 from EasyLM.models.llama.checkpoint_record import record_path
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora_checkpoint import RecordedLoRA
-from EasyLM.publishing import CardTexts, card_table, card_text, last_metrics, public_name
+from EasyLM.publishing import CardTexts, card_table, card_text, last_metrics, last_part, public_name
 from EasyLM.vocab import CODEBOOK_SIZE
 
 _TAGS = ["large-vision-model", "easylm-lvm"]
@@ -83,9 +83,10 @@ def _data(record: Mapping[str, Any]) -> str:
     settings = _section(data, f"{data.get('type')}_dataset")
     if not settings:
         return ""
-    files = ", ".join(public_name(part) for part in str(settings.get("path", "")).split(",") if part.strip())
+    parts = [part for part in str(settings.get("path", "")).split(",") if part.strip()]
+    shown = public_name if data.get("type") == "huggingface" else last_part
     rows = {
-        "files": files,
+        "files": ", ".join(map(shown, parts)),
         "tokens of a row": settings.get("seq_length"),
         "rows of a batch": settings.get("batch_size"),
     }

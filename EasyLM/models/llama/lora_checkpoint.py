@@ -77,8 +77,12 @@ def _merged(kernel: Entry, a: Entry, b: Entry, scale: float) -> Entry:
     return dataclasses.replace(kernel, read_into=read_into)
 
 
-def write_peft(directory: str, config: LLaMAConfig, lora: RecordedLoRA, entries: Sequence[Entry]) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them."""
+def write_peft(directory: str, config: LLaMAConfig, lora: RecordedLoRA, entries: Sequence[Entry], base: str) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them.
+
+    Args:
+      base: the path or name of the frozen parameters, for PEFT.
+    """
     tensors = []
     for entry in entries:
         *path, _, matrix = entry.key  # ..., "wq", "adapter", "lora_a"
@@ -92,14 +96,14 @@ def write_peft(directory: str, config: LLaMAConfig, lora: RecordedLoRA, entries:
     with open(os.path.join(directory, "adapter_model.safetensors"), "wb") as weights:
         write_safetensors(weights, tensors)
     with open(os.path.join(directory, "adapter_config.json"), "w", encoding="utf-8") as file:
-        json.dump(_peft_config(lora), file, indent=2)
+        json.dump(_peft_config(lora, base), file, indent=2)
 
 
-def _peft_config(lora: RecordedLoRA) -> dict[str, Any]:
+def _peft_config(lora: RecordedLoRA, base: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lora.origin.partition("::")[2],
+        "base_model_name_or_path": base,
         "r": lora.settings.rank,
         "lora_alpha": lora.settings.alpha,
         "lora_dropout": lora.settings.dropout,

@@ -57,7 +57,7 @@ def test_the_shipped_folders_say_how_images_are_read(folder):
 def test_the_card_and_the_upload(tmp_path, monkeypatch):
     """Of a tokenizer that a run has trained: the records of the run are beside its folder."""
     source = tiny_vqgan(tmp_path / "run" / "vqgan")
-    record = {"step": 3, "vqgan_config": {}, "flags": {"input_dirs": "/home/me/photos,/data/scenes"}}
+    record = {"step": 3, "vqgan_config": {}, "flags": {"input_dirs": "/home/me/photos,secret/scenes"}}
     (tmp_path / "run" / "metadata.json").write_text(json.dumps(record))
     rows = [{"step": 2, "psnr": 21.5, "codes_used": 0.25}, {"step": 3, "psnr": 22.5}]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "ps')
@@ -74,7 +74,7 @@ def test_the_card_and_the_upload(tmp_path, monkeypatch):
     assert card_metadata(text)["license"] == "mit" and "\n# vq\n" in text
     for line in ("| psnr | 21.5 |", "| codes | 32 |", "Folders: photos, scenes.", f"| {Codec(source).digest} |"):
         assert line in text
-    assert "/home" not in text and "22.5" not in text and "not stated" not in text.lower()
+    assert "/home" not in text and "secret" not in text and "22.5" not in text and "not stated" not in text.lower()
 
 
 def test_a_card_that_is_there_is_kept_and_what_nobody_says_is_not_stated(tmp_path):
@@ -85,6 +85,36 @@ def test_a_card_that_is_there_is_kept_and_what_nobody_says_is_not_stated(tmp_pat
     (tmp_path / "mine" / "README.md").write_text("mine")
     run_main(convert, vqgan=source, output_dir=str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    with pytest.raises(UserError, match=f"^--card.data=Photos.: {tmp_path}/mine/README.md is a card of your own"):
+        (tmp_path / "mine" / "config.json").unlink()
+        run_main(convert, vqgan=source, output_dir=str(tmp_path / "mine"), card__data="Photos.")
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "preprocessor_config.json", "config.json"])
+def test_a_killed_conversion_is_completed_by_the_next(tmp_path, monkeypatch, name):
+    """It is killed before it writes one of its files."""
+    source, out = tiny_vqgan(tmp_path / "vq"), tmp_path / "out"
+    atomic_file = convert.atomic_file
+
+    def killed(path):
+        if str(path) == f"{out}/{name}":
+            raise KeyboardInterrupt
+        return atomic_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "atomic_file", killed)
+        patch.setattr(weights, "atomic_file", killed)
+        patch.setattr("EasyLM.storage.atomic.atomic_file", killed)  # of write_json
+        with pytest.raises(KeyboardInterrupt):
+            run_main(convert, vqgan=source, output_dir=str(out))
+    run_main(convert, vqgan=source, output_dir=str(out), card__license="mit")
+    assert {path.name for path in out.iterdir() if path.name[0] != "."} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert "license" in card_metadata((out / "README.md").read_text())
 
 
 def test_errors_name_the_flag(tmp_path):
