@@ -21,6 +21,13 @@ class UserError(ValueError):
         return one_line(super().__str__())
 
 
+class UnavailableError(UserError):
+    """A store, a package or disk space that a command needs is not there. No input is at fault.
+
+    Commands that skip unusable inputs must not skip an input because of this error: they end, to be run again.
+    """
+
+
 def one_line(text: str) -> str:
     """Returns a message as one readable line.
 
@@ -53,11 +60,11 @@ def choose(name: str, value: str, choices: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def prefix_errors(subject: str, separator: str = ": ") -> Iterator[None]:
-    """Puts a subject, such as `--flag=value`, before the message of a UserError raised inside."""
+    """Puts a subject, such as `--flag=value`, before the message of a UserError raised inside. Keeps its class."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{subject}{separator}{error}") from error
+        raise type(error)(f"{subject}{separator}{error}") from error
 
 
 @contextlib.contextmanager
@@ -78,11 +85,11 @@ def check_installed(feature: str, extra: str, *packages: str) -> None:
     """Checks that optional packages are installed, without importing them, which takes seconds.
 
     Raises:
-      UserError: naming the feature, the missing package, and the extra that installs it.
+      UnavailableError: naming the feature, the missing package, and the extra that installs it.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{feature} needs the package {package}: pip install -e '.[{extra}]'")
+            raise UnavailableError(f"{feature} needs the package {package}: pip install -e '.[{extra}]'")
 
 
 def check_own_package(name: str) -> None:

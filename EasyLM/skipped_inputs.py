@@ -1,4 +1,7 @@
-"""Unusable inputs: reported when they occur, counted, and listed in a build's report."""
+"""Unusable inputs: reported when they occur, counted, and listed in a build's report.
+
+An `UnavailableError` is no fault of an input. Who adds inputs here lets it through.
+"""
 
 import sys
 from collections.abc import Mapping

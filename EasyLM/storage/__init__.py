@@ -45,6 +45,7 @@ from EasyLM.storage.paths import (
     is_compressed,
     is_remote,
     make_directory,
+    names_store_errors,
     path_exists,
     remote_file_system,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "lock_output_folder",
     "make_directory",
     "names_full_disk",
+    "names_store_errors",
     "open_binary",
     "open_columns",
     "parse_json",

@@ -8,7 +8,8 @@ start) and counts heartbeats. A holder counts as dead in three cases:
 - its heartbeat does not advance during STALE_SECONDS of waiting, so the clocks of two hosts need not agree;
 - its last heartbeat is older than FORGOTTEN_SECONDS, which exceeds the error of any clock.
 
-A process that was suspended while another one took over its lock finds out at its next heartbeat; see `check`.
+A process that was suspended while another one took over its lock finds out at its next heartbeat; see `check`. It also
+finds out if the other one has released the lock since: the file is missing, and its own last heartbeat is old.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 FORGOTTEN_SECONDS = 600.0
 _POLL_SECONDS = 0.5  # while waiting for a heartbeat
+_MOST_TRIES = 10  # to create a file that another process deletes
 _SETTLE_SECONDS = 0.5  # after writing over a file: the last of several concurrent writers wins
 
 
@@ -99,14 +101,31 @@ class HeartbeatLock:
 
     def _acquire(self) -> None:
         self._store.remove_leftovers()
-        if self._store.create(self._content):
-            return
+        for _ in range(_MOST_TRIES):
+            if self._store.create(self._content):
+                return
+            holder = self._dead_holder()
+            if holder is not None or not self._store.can_create:
+                self._take_over(holder)
+                return
+            # The lock has been released meanwhile. Only `create` finds out whether another process holds it by now.
+            time.sleep(_POLL_SECONDS)
+        self._refuse({})
+
+    def _dead_holder(self) -> dict[str, Any] | None:
+        """Returns the content of the lock, whose holder is dead; None if there is no lock. Waits to find out."""
         holder = self._store.read()
+        if holder is None:
+            return None
+        self._wait_for_death(holder)
+        current = self._store.read()
+        if current is not None and current != holder:  # another process has been faster
+            self._refuse(current)
+        return current
+
+    def _take_over(self, holder: dict[str, Any] | None) -> None:
+        """Replaces the lock of a dead holder; None: creates it in a store whose `create` cannot."""
         if holder is not None:
-            self._wait_for_death(holder)
-            current = self._store.read()
-            if current is not None and current != holder:  # another process has been faster
-                self._refuse(current)
             logging.warning("%s: taking over the lock of %s, which is gone", self._store.path, _describe(holder))
         self._store.write(self._content)
         time.sleep(_SETTLE_SECONDS)
@@ -156,9 +175,15 @@ class HeartbeatLock:
                 failed = True
 
     def _notice_loss(self, current: dict[str, Any] | None) -> None:
-        """Records that another process has taken over. A missing or unreadable file is written again."""
+        """Records that another process has taken over. A missing or unreadable file is written again.
+
+        But a file is missing also if that process has released the lock, which it can have taken over after
+        STALE_SECONDS without a heartbeat.
+        """
         if current and not _is_same(current, self._content):
             self._lost_to = _describe(current)
+        elif current is None and _age(self._content) > STALE_SECONDS:
+            self._lost_to = "another process"
 
 
 class LockWatch:

@@ -1,11 +1,13 @@
 """Paths of files, local or remote: globs, versions, and checks of outputs."""
 
+import contextlib
 import glob
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from EasyLM.storage.atomic import PARTIAL_SUFFIX
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
@@ -22,23 +24,49 @@ def remote_file_system(path: str) -> tuple[Any, str]:
     """Returns the fsspec file system of a remote path, and the path in it.
 
     Raises:
-      UserError: if the protocol is unknown, its package is not installed, or the system cannot be reached.
+      UnavailableError: if the protocol is unknown, its package is not installed, or the system cannot be reached.
     """
     import fsspec  # here, because local work does not need it: it takes a quarter of a worker's start
 
     protocol = path.partition("://")[0]
     if protocol.rpartition("::")[2] not in fsspec.available_protocols():
-        raise UserError(f"{path}: unknown protocol {protocol}://; known are {', '.join(_PACKAGES)} and those of fsspec")
+        known = f"known are {', '.join(_PACKAGES)} and those of fsspec"
+        raise UnavailableError(f"{path}: unknown protocol {protocol}://; {known}")
     try:
         return fsspec.url_to_fs(path)
     except ImportError as error:
         package = _PACKAGES.get(protocol)
-        raise UserError(
+        raise UnavailableError(
             f"{path}: {protocol}:// needs a package that is not installed: "
             + (f"pip install {package}" if package else f"{error}".partition("\n")[0])
         ) from None
     except Exception as error:  # each package has its own errors of credentials and connections
-        raise UserError(f"{path}: not reachable ({_first_line(error)})") from error
+        raise UnavailableError(f"{path}: not reachable ({_first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def names_store_errors(path: str) -> Iterator[None]:
+    """Converts the errors of a remote file system. Lets FileNotFoundError through.
+
+    Raises:
+      UnavailableError: naming the path, for every error but that of a missing file: connection, permission, time-out.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each package has its own errors of credentials and connections
+        if _is_missing_file(path, error):
+            raise
+        raise UnavailableError(f"{path}: not reachable ({_first_line(error)})") from error
+
+
+def _is_missing_file(path: str, error: Exception) -> bool:
+    if not isinstance(error, FileNotFoundError):
+        return False
+    # The http file system of fsspec calls a file missing after any error, which is the cause.
+    is_http, cause = path.startswith(("http://", "https://")), error.__cause__
+    return not is_http or cause is None or getattr(cause, "status", None) in (404, 410)
 
 
 def _first_line(error: Exception) -> str:
@@ -75,7 +103,7 @@ def expand_path_groups(flag: str, value: str) -> list[tuple[str, list[str]]]:
             groups.append((element, _files_of(element)))
         except UserError as error:
             reason = str(error).removeprefix(f"{element}: ")
-            raise UserError(f"--{flag}={value}: {reason}: {element}") from None
+            raise type(error)(f"--{flag}={value}: {reason}: {element}") from None
     return groups
 
 
@@ -103,14 +131,14 @@ def file_version(path: str) -> dict[str, Any]:
 
     Raises:
       UserError: if the file does not exist, or is a directory.
+      UnavailableError: if the remote file system cannot be reached.
     """
     if is_remote(path):
         system, inner = remote_file_system(path)
-        try:
-            if system.isfile(inner):
-                return {"size": system.size(inner), "mark": str(system.ukey(inner))}
-        except Exception as error:  # each package has its own errors of credentials and connections
-            raise UserError(f"{path}: not reachable ({_first_line(error)})") from error
+        with contextlib.suppress(FileNotFoundError), names_store_errors(path):
+            info = system.info(inner)  # not `isfile`, which takes any error for a missing file
+            if info["type"] == "file":
+                return {"size": info["size"], "mark": str(system.ukey(inner))}
         raise UserError(f"{path}: no such file")
     if os.path.isdir(path):
         raise UserError(f"{path}: is a directory (name files, or a glob such as {os.path.join(path, '*.jsonl')})")
@@ -124,16 +152,16 @@ def path_exists(path: str) -> bool:
     """Whether a local or remote file exists, or a directory.
 
     Raises:
-      UserError: if the remote file system cannot be reached.
+      UnavailableError: if the remote file system cannot be reached.
     """
     if not is_remote(path):
         return os.path.exists(path)
     system, inner = remote_file_system(path)
-    try:
+    with contextlib.suppress(FileNotFoundError), names_store_errors(path):
         system.invalidate_cache()
-        return bool(system.exists(inner))
-    except Exception as error:  # each package has its own errors of credentials and connections
-        raise UserError(f"{path}: not reachable ({_first_line(error)})") from error
+        system.info(inner)  # not `exists`, which takes any error for a missing file
+        return True
+    return False
 
 
 def check_output(path: str, flag: str = "") -> None:

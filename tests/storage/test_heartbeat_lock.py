@@ -11,9 +11,18 @@ import threading
 import time
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from EasyLM.errors import UserError
-from EasyLM.storage import HeartbeatLock, LockWatch, heartbeat_lock, lock_file, lock_output, lock_output_folder
+from EasyLM.errors import UnavailableError, UserError
+from EasyLM.storage import (
+    HeartbeatLock,
+    LockedError,
+    LockWatch,
+    heartbeat_lock,
+    lock_file,
+    lock_output,
+    lock_output_folder,
+)
 from EasyLM.storage.lock_file import LOCK_NAME, LockFile
 
 
@@ -198,6 +207,60 @@ def test_the_last_of_two_concurrent_writers_wins(directory, monkeypatch):
     with pytest.raises(UserError, match=r"in use by process .* on host node8"):
         HeartbeatLock(directory)
     assert LockFile(directory).read()["token"] == "other"
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_lock_that_is_released_during_the_look_at_it_gets_one_holder(tmp_path, monkeypatch, is_taken):
+    """The holder releases it after it was found to exist. Another process takes it after it was found missing."""
+    monkeypatch.setattr(heartbeat_lock, "HEARTBEAT_SECONDS", 60)
+    first, others, read = HeartbeatLock(str(tmp_path)), [], LockFile.read
+
+    def read_when_released(store):
+        monkeypatch.setattr(LockFile, "read", read)
+        first.release()
+        content = read(store)
+        others.extend([HeartbeatLock(str(tmp_path))] if is_taken else [])
+        return content
+
+    monkeypatch.setattr(LockFile, "read", read_when_released)
+    if is_taken:
+        with pytest.raises(LockedError, match="in use by process"):
+            HeartbeatLock(str(tmp_path))
+    else:
+        others.append(HeartbeatLock(str(tmp_path)))
+    (holder,) = others
+    assert LockFile(str(tmp_path)).read()["token"] == holder._content["token"]
+    holder.release()
+
+
+def test_a_lock_that_never_stays_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat_lock, "_POLL_SECONDS", 0)
+    monkeypatch.setattr(LockFile, "create", lambda store, content: False)
+    with pytest.raises(LockedError, match="in use by an unknown process"):
+        HeartbeatLock(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_suspended_holder_finds_out_also_if_the_next_one_has_ended(directory):
+    lock = HeartbeatLock(directory)
+    lock._released.set()  # suspended: no heartbeat
+    lock._thread.join()
+    LockFile(directory).delete()
+    lock._content["heartbeat"] = time.time() + 60  # not so long that another process can have held the lock
+    lock.check()
+    lock._content["heartbeat"] = time.time() - heartbeat_lock.STALE_SECONDS
+    with pytest.raises(LockedError, match="was suspended, and another process took over the directory"):
+        lock.check()
+
+
+@pytest.mark.parametrize("method", ["cat_file", "pipe_file"])
+def test_a_store_that_cannot_be_reached_is_named(tmp_path, monkeypatch, method):
+    def lose_connection(*arguments, **options):
+        raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr(MemoryFileSystem, method, lose_connection)
+    with pytest.raises(UnavailableError, match=rf"^memory:/{tmp_path}/\.a\.lock: not reachable \(ConnectionResetError"):
+        HeartbeatLock(f"memory:/{tmp_path}/a", is_output=True)
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

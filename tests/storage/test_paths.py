@@ -6,9 +6,21 @@ import pathlib
 import fsspec
 import pytest
 import zstandard
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
-from EasyLM.errors import UserError
-from EasyLM.storage import check_line_start, check_output, expand_path_groups, expand_paths, read_lines, read_text_lines
+from EasyLM.errors import UnavailableError, UserError
+from EasyLM.storage import (
+    check_line_start,
+    check_output,
+    expand_path_groups,
+    expand_paths,
+    file_version,
+    names_store_errors,
+    path_exists,
+    read_lines,
+    read_text_lines,
+)
 
 
 @pytest.fixture
@@ -55,6 +67,40 @@ def test_remote_globs():
         with fsspec.open(f"memory://globs/{name}", "wb") as file:
             file.write(b"{}\n")
     assert expand_paths("inputs", "memory://globs/*.jsonl") == ["memory:///globs/1.jsonl", "memory:///globs/2.jsonl"]
+
+
+def test_a_store_that_cannot_be_reached_is_not_a_missing_file(monkeypatch):
+    """fsspec's `isfile` and `exists` do not tell them apart."""
+    with fsspec.open("memory://outage/a.jsonl", "wb") as file:
+        file.write(b"{}\n")
+    assert path_exists("memory://outage/a.jsonl") and not path_exists("memory://outage/b.jsonl")
+    with pytest.raises(UserError, match=r"^memory://outage/b.jsonl: no such file$") as e:
+        file_version("memory://outage/b.jsonl")
+    assert not isinstance(e.value, UnavailableError)
+
+    def info(*arguments, **options):
+        raise PermissionError("access denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    monkeypatch.setattr(MemoryFileSystem, "isfile", AbstractFileSystem.isfile)
+    for look in (path_exists, file_version, lambda path: expand_paths("inputs", path)):
+        with pytest.raises(UnavailableError, match=r"memory://outage/a.jsonl|not reachable \(PermissionError: access"):
+            look("memory://outage/a.jsonl")
+
+
+def test_http_calls_a_file_missing_after_any_error():
+    class StatusError(Exception):
+        def __init__(self, status):
+            self.status = status
+
+    for cause, expected in {
+        None: FileNotFoundError,
+        StatusError(404): FileNotFoundError,
+        StatusError(503): UnavailableError,
+        ConnectionResetError(): UnavailableError,
+    }.items():
+        with pytest.raises(expected), names_store_errors("https://host/a.tar"):
+            raise FileNotFoundError("https://host/a.tar") from cause
 
 
 def test_outputs_are_checked(directory):

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from EasyLM.storage import HeartbeatLock, LockedError, LockWatch, path_exists
 
 _POLL_SECONDS = 5.0  # between checks of the parts of other processes
@@ -36,28 +36,19 @@ def build_parts(
 
     Raises:
       UserError: that of the first part that cannot be built, when nothing else is left to do.
+      UnavailableError: at once, if a store, a package or disk space is not there.
     """
     watch = LockWatch()
     failed: dict[int, UserError] = {}
     parts = [*range(first, len(paths)), *range(first)]
+
+    def may_build(part: int) -> bool:
+        return not begun_only or part == first or _is_begun(paths[part])
+
     with contextlib.ExitStack() as stack:
         is_waiting = False
         while parts:
-            left, in_progress = [], False
-            for part in parts:
-                if watch.is_held(paths[part]):
-                    left.append(part)
-                    in_progress = True
-                elif begun_only and part != first and not _is_begun(paths[part]):
-                    left.append(part)
-                else:
-                    try:
-                        build(part)
-                    except LockedError:  # another process was faster, or has taken over
-                        left.append(part)
-                        in_progress = True
-                    except UserError as error:
-                        failed[part] = error
+            left, in_progress = _build_free_parts(parts, paths, build, may_build, watch, failed)
             if len(left) == len(parts):
                 if not in_progress:
                     break
@@ -75,6 +66,46 @@ def build_parts(
     if failed:
         raise _joined_error(paths, failed)
     return parts
+
+
+def _build_free_parts(
+    parts: Sequence[int],
+    paths: Sequence[str],
+    build: Callable[[int], None],
+    may_build: Callable[[int], bool],
+    watch: LockWatch,
+    failed: dict[int, UserError],
+) -> tuple[list[int], bool]:
+    """Builds the parts that no living process builds.
+
+    Args:
+      parts: their numbers, in the order in which to build them.
+      paths: of all parts.
+      build: see `build_parts`.
+      may_build: whether a part is to be built.
+      watch: of the parts' locks.
+      failed: takes the errors of the parts that cannot be built.
+
+    Returns:
+      The parts that are left, and whether another process builds one of them.
+    """
+    left, in_progress = [], False
+    for part in parts:
+        if watch.is_held(paths[part]):
+            in_progress = True
+        elif may_build(part):
+            try:
+                build(part)
+                continue
+            except LockedError:  # another process was faster, or has taken over
+                in_progress = True
+            except UnavailableError:  # no other part could be built either
+                raise
+            except UserError as error:
+                failed[part] = error
+                continue
+        left.append(part)
+    return left, in_progress
 
 
 def _joined_error(paths: Sequence[str], failed: Mapping[int, UserError]) -> UserError:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 from EasyLM.data import proportional
-from EasyLM.errors import UserError, prefix_errors
+from EasyLM.errors import UnavailableError, UserError, prefix_errors
 from EasyLM.skipped_inputs import SkippedInputs, TooManySkippedError
 from EasyLM.storage import file_version, json_digest
 from tokenizer.builders.file_index import FileIndex
@@ -64,7 +64,11 @@ class Division(Protocol):
     count: int
 
     def fingerprint(self, part: int) -> dict[str, Any]:
-        """Returns what determines the sentences of a part besides the flags, as JSON values. Lists no inputs."""
+        """Returns what determines the sentences of a part besides the flags, as JSON values. Lists no inputs.
+
+        Raises:
+          UnavailableError: if the store of the inputs cannot be reached.
+        """
         ...
 
     def work(self, part: int) -> Work:
@@ -140,8 +144,12 @@ class ByFiles:
         """Returns the digest of all paths, the versions of the part's own files, and its number."""
         versions = []
         for paths in self._paths:
-            with contextlib.suppress(UserError):  # a file that is missing is reported when it is listed
+            try:
                 versions.append(file_version(paths[part]))
+            except UnavailableError:
+                raise
+            except UserError:
+                pass  # the file is missing, and is reported when it is listed
         keep_list = self._inputs.keep_list
         kept = {"kept": keep_list.digest()} if keep_list else {}
         return {"inputs": self._digest, "part_inputs": versions, **kept, "shard": f"{part}/{self.count}"}
@@ -156,7 +164,7 @@ class ByFiles:
         try:
             inputs = self._inputs._replace(settings=settings, sources=sources)
             data_set, index = _listed(inputs, skipped, self._container_names, is_whole=False)
-        except (TooManySkippedError, OtherSourceError):
+        except (TooManySkippedError, OtherSourceError, UnavailableError):
             raise
         except UserError as error:
             skipped.add(files[0], f"{files[0]}: {error}")

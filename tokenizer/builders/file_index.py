@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import orjson
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import folders
@@ -74,12 +74,12 @@ def _stem(name: str) -> str:
 
 @contextlib.contextmanager
 def reports_full_index() -> Iterator[None]:
-    """Raises the errors of a temporary database that fills the disk as a UserError that says where it is."""
+    """Raises the errors of a temporary database that fills the disk as an UnavailableError that says where it is."""
     try:
         yield
     except sqlite3.OperationalError as error:
         folder = next(filter(None, map(os.environ.get, ("SQLITE_TMPDIR", "TMPDIR"))), "/var/tmp")
-        raise UserError(
+        raise UnavailableError(
             f"the index of the files does not fit in {folder} ({error}): set $TMPDIR to a folder with more room"
         ) from error
 
@@ -109,8 +109,8 @@ class FileIndex:
           kept_items: which files of the first column to keep; the index has their rows only.
 
         Raises:
-          UserError: naming the flag, if a source does not exist or is empty, or the keep list is of another source; if
-            the index does not fit on the disk.
+          UserError: naming the flag, if a source does not exist or is empty, or the keep list is of another source.
+          UnavailableError: if a store cannot be reached, or the index does not fit on the disk.
         """
         self.not_kept = 0
         with reports_full_index():

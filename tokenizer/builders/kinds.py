@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from EasyLM.process_pool import Workers, result
 from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders import arrangements, file_index, image_ref, samplers
@@ -116,6 +116,8 @@ def compose(
         except arrangements.UnsuitableClipError as error:
             path = first.path if kind.is_video else reading.folder_of(first.path)
             skipped.add(path, f"{path}: {error}")
+        except UnavailableError:
+            raise
         except UserError as error:
             skipped.add(first.path, str(error))
 

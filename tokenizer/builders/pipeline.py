@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from EasyLM import process_pool
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.image_ref import ImageRef
@@ -192,10 +192,12 @@ class Pipeline:
         return True
 
     def _finish_read(self, groups: list[list[ImageRef]], future: concurrent.futures.Future) -> None:
-        """Waits for the pixels of groups and adds them to the batch."""
+        """Waits for the pixels of groups and adds them to the batch. An UnavailableError ends the build."""
         together = [ref for group in groups for ref in group]
         try:
             pixels_nSS3 = process_pool.result(future, together[0].path)
+        except UnavailableError:
+            raise
         except UserError as error:
             if len(groups) > 1:  # only the sentences with a damaged frame are left out
                 self._reads.extendleft([([group], self._read(group)) for group in groups][::-1])

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from EasyLM.errors import UserError, error_line
+from EasyLM.errors import UnavailableError, UserError, error_line
 from EasyLM.storage import (
     HeartbeatLock,
     file_version,
@@ -45,7 +45,7 @@ class UploadedFile:
           fresh: ignore what an earlier run has finished.
 
         Raises:
-          UserError: naming the URL, if the store cannot be reached.
+          UnavailableError: naming the URL, if the store cannot be reached.
         """
         self.path, self._fingerprint, self._fresh = path, orjson.loads(orjson.dumps(fingerprint)), fresh
         self._report = f"{path}.report.json"
@@ -75,6 +75,8 @@ class UploadedFile:
             try:
                 report = read_json(self._report, _REPORT)
                 size = file_version(self.path)["size"]
+            except UnavailableError:
+                raise
             except (FileNotFoundError, UserError):  # not finished; an unreadable report is replaced
                 return None
         return report if (report.get("identity"), report.get("bytes")) == (self._fingerprint, size) else None
@@ -84,7 +86,7 @@ class UploadedFile:
 
         Raises:
           LockedError: if another process has locked it.
-          UserError: naming the URL, if nothing can be written there.
+          UnavailableError: naming the URL, if nothing can be written there.
         """
         if self._lock is None:
             with _names(self.path):
@@ -113,7 +115,7 @@ class UploadedFile:
 
         Raises:
           LockedError: if another process has taken over the file.
-          UserError: naming the URL, if the upload fails.
+          UnavailableError: naming the URL, if the upload fails.
         """
         self.write(b"")
         assert self._file is not None and self._lock is not None
@@ -137,10 +139,10 @@ class UploadedFile:
 
 @contextlib.contextmanager
 def _names(path: str) -> Iterator[None]:
-    """Makes the errors of a store a UserError that names the path."""
+    """Makes the errors of a store an UnavailableError that names the path."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # each package has its own errors of credentials and connections
-        raise UserError(f"{path}: cannot be read or written ({error_line(error)})") from error
+        raise UnavailableError(f"{path}: cannot be read or written ({error_line(error)})") from error

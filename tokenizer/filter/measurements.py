@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import zstandard
 
-from EasyLM.errors import UserError, prefix_errors
+from EasyLM.errors import UnavailableError, UserError, prefix_errors
 from EasyLM.process_pool import Workers, result
 from EasyLM.progress import progress
 from EasyLM.skipped_inputs import SkippedInputs
@@ -59,6 +59,8 @@ def write_measurements(
         "shard": shard,
     }
     with contextlib.closing(ResumableFile(path, identity, fresh)) as file:
+        if file.finished_report is None:
+            file.claim()
         if file.finished_report is not None:
             print(f"{path} is already complete: {summary(file.finished_report)}")
             return
@@ -142,6 +144,8 @@ def _measure(
 def _measure_alone(entry: Entry, scores: Sequence[str], workers: Workers) -> dict[str, Any] | str:
     try:
         (measured,) = result(workers.submit(measuring.measure, [entry], scores), entry.address)
+    except UnavailableError:
+        raise
     except UserError as error:
         return str(error)
     return measured

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from tokenizer.filter.listing import Entry
 from tokenizer.filter.scores import read_scores
 from tokenizer.media import images
@@ -19,13 +19,19 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 def measure(entries: Sequence[Entry], scores: Sequence[str]) -> list[dict[str, Any] | str]:
-    """Measures images. One that cannot be read, or whose scores cannot be read, gives the reason instead."""
+    """Measures images. One that cannot be read, or whose scores cannot be read, gives the reason instead.
+
+    Raises:
+      UnavailableError: if the store of the images cannot be reached.
+    """
     return [_measured_or_reason(entry, scores) for entry in entries]
 
 
 def _measured_or_reason(entry: Entry, scores: Sequence[str]) -> dict[str, Any] | str:
     try:
         return _measure(entry, scores)
+    except UnavailableError:
+        raise
     except UserError as error:
         return str(error)
 

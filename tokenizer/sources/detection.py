@@ -47,7 +47,7 @@ def find_source(
     except UserError as error:
         if str(error).startswith("--"):
             raise
-        raise UserError(f"{name}: {str(error).removeprefix(f'{value}: ')}") from error
+        raise type(error)(f"{name}: {str(error).removeprefix(f'{value}: ')}") from error
 
 
 def _find(

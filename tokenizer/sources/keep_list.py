@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 import zstandard
 
-from EasyLM.errors import UserError, prefix_errors
+from EasyLM.errors import UnavailableError, UserError, prefix_errors
 from EasyLM.storage import atomic_path, check_schema, read_lines
 from tokenizer.sources.items import Item
 from tokenizer.sources.reading import container_of, read_bytes
@@ -124,6 +124,7 @@ class KeptItems:
 
         Raises:
           OtherSourceError: naming the list, if it was made from other images.
+          UnavailableError: if the store of the images cannot be reached.
         """
         subject = f"--keep={self._list.path}: is the list of another source"
         listed, of_list = self._names.files(), self._list.files
@@ -137,10 +138,14 @@ class KeptItems:
             if listed.get(file) != of_list.get(file):
                 raise OtherSourceError(f"{subject}: the images in {file or 'the folder'} have other names")
         for name, item in self._samples.items():
-            with contextlib.suppress(UserError):  # one that cannot be read is reported when it is used
+            try:
                 data = read_bytes(item.address, item.location)
-                if hashlib.sha256(data).hexdigest() != self._list.samples[name]:
-                    break
+            except UnavailableError:
+                raise
+            except UserError:
+                continue  # it is reported when it is used
+            if hashlib.sha256(data).hexdigest() != self._list.samples[name]:
+                break
         else:
             return int(self._list.digest(), 16)
         raise OtherSourceError(f"{subject}, or its images have changed: {item.address} has other contents")

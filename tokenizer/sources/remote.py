@@ -7,10 +7,10 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
-from EasyLM.errors import UserError
-from EasyLM.storage import is_remote, open_binary, remote_file_system
+from EasyLM.errors import UnavailableError, UserError
+from EasyLM.storage import is_remote, names_store_errors, open_binary, remote_file_system
 from tokenizer.media import folders
 from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
@@ -34,7 +34,8 @@ class RemoteFolder:
         """Yields the files. Hidden ones are ignored.
 
         Raises:
-          UserError: naming the flag, if the folder cannot be listed or has no such file.
+          UserError: naming the flag, if the folder has no such file.
+          UnavailableError: naming the flag, if it cannot be listed.
         """
         is_empty = True
         for name, info in walk(self.url, self.flag_name):
@@ -53,17 +54,22 @@ def walk(url: str, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (name within the folder, information of the file system) of each visible file, folder by folder.
 
     Raises:
-      UserError: naming the flag, if the folder does not exist or cannot be listed.
+      UserError: naming the flag, if the folder does not exist.
+      UnavailableError: naming the flag, if it cannot be listed.
     """
     with _names_flag(f"--{flag}={url}"):
         system, root = remote_file_system(url)
-        if not system.isdir(root):
-            raise UserError("no such folder")
         root = system._strip_protocol(root).rstrip("/")
         waiting = [root]
         while waiting:  # not `system.walk`, which leaves out subfolders that it cannot list
             folder = waiting.pop()
-            for info in system.ls(folder, detail=True):
+            try:  # not `isdir`, which takes any error for a missing folder
+                entries = system.ls(folder, detail=True)
+            except FileNotFoundError:
+                if folder == root:
+                    raise UserError("no such folder") from None
+                raise
+            for info in entries:
                 path = info["name"].rstrip("/")
                 if path == folder or path.rpartition("/")[2].startswith("."):  # some stores list the folder itself
                     continue
@@ -78,9 +84,9 @@ def _names_flag(flag: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{flag}: {str(error).removeprefix(flag.partition('=')[2] + ': ')}") from None
+        raise type(error)(f"{flag}: {str(error).removeprefix(flag.partition('=')[2] + ': ')}") from None
     except Exception as error:  # each package has its own errors of credentials and connections
-        raise UserError(f"{flag}: not reachable ({_first_line(error)})") from error
+        raise UnavailableError(f"{flag}: not reachable ({_first_line(error)})") from error
 
 
 def read_range(path: str, start: int = 0, size: int | None = None) -> bytes:
@@ -88,11 +94,13 @@ def read_range(path: str, start: int = 0, size: int | None = None) -> bytes:
 
     Raises:
       UserError: naming the path, if the file does not exist, cannot be read or is shorter.
+      UnavailableError: if the remote file system cannot be reached.
     """
     try:
         if is_remote(path):
             system, inner = remote_file_system(path)
-            data = system.cat_file(inner, start=start, end=None if size is None else start + size)
+            with names_store_errors(path):
+                data = system.cat_file(inner, start=start, end=None if size is None else start + size)
         else:
             with open(path, "rb") as file:
                 file.seek(start)
@@ -101,7 +109,7 @@ def read_range(path: str, start: int = 0, size: int | None = None) -> bytes:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # each package has its own errors of credentials and connections
+    except Exception as error:
         raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
     if size is not None and len(data) != size:
         raise UserError(f"{path}: ends at byte {start + len(data)}; it was longer when it was listed")
@@ -116,9 +124,9 @@ class RangeFile(io.RawIOBase):
     """
 
     def __init__(self, path: str, start: int, size: int, name: str):
-        """Raises UserError naming the file, if it cannot be opened."""
+        """Raises UserError naming the file, if it cannot be opened; UnavailableError, if that is a store's fault."""
         super().__init__()
-        self.name, self._start, self._size, self._position = name, start, size, 0
+        self.name, self._path, self._start, self._size, self._position = name, path, start, size, 0
         with self._names_errors():
             self._file = open_binary(path)
 
@@ -137,7 +145,10 @@ class RangeFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Reads up to the length of the buffer. Raises UserError naming the file, if it cannot be read."""
+        """Reads up to the length of the buffer. Raises UserError naming the file, if it cannot be read.
+
+        That is an UnavailableError, if the remote file system cannot be reached.
+        """
         count = max(0, min(len(buffer), self._size - self._position))
         with self._names_errors():
             self._file.seek(self._start + self._position)
@@ -155,18 +166,24 @@ class RangeFile(io.RawIOBase):
     @contextlib.contextmanager
     def _names_errors(self) -> Iterator[None]:
         try:
-            yield
+            with names_store_errors(self.name) if is_remote(self._path) else contextlib.nullcontext():
+                yield
         except UserError:
             raise
-        except Exception as error:  # each package has its own errors of credentials and connections
+        except Exception as error:
             raise UserError(f"{self.name}: cannot be read ({_first_line(error)})") from error
+
+
+def open_whole(path: str, size: int) -> BinaryIO:
+    """Opens a file of `size` bytes. The errors of a remote one are those of RangeFile, those of a local one OSError."""
+    return RangeFile(path, 0, size, path) if is_remote(path) else open_binary(path)  # type: ignore[return-value]
 
 
 def is_folder(path: str) -> bool:
     """Whether a local or remote path is a folder.
 
     Raises:
-      UserError: if the remote file system cannot be reached.
+      UnavailableError: if the remote file system cannot be reached.
     """
     if not is_remote(path):
         return os.path.isdir(path)
@@ -174,7 +191,7 @@ def is_folder(path: str) -> bool:
     try:
         return bool(system.isdir(inner))
     except Exception as error:  # each package has its own errors of credentials and connections
-        raise UserError(f"{path}: not reachable ({_first_line(error)})") from error
+        raise UnavailableError(f"{path}: not reachable ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

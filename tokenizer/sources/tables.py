@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from EasyLM.errors import UserError, check_installed
-from EasyLM.storage import file_version, is_remote, open_binary
+from EasyLM.errors import UnavailableError, UserError, check_installed
+from EasyLM.storage import file_version, is_remote
 from tokenizer.media import folders
 from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
+from tokenizer.sources.remote import open_whole
 
 _NAMES_AT_A_TIME = 4096  # rows
 # Columns of row groups that stay in memory, of all files together. A row group can have hundreds of megabytes.
@@ -60,6 +61,7 @@ class Tables:
 
         Raises:
           UserError: naming the flag, if there is no row.
+          UnavailableError: naming a file, if its store cannot be reached; or pyarrow, if it is not installed.
         """
         tables, named = _check_names(list(self._tables(report)), report)
         all_usable = len(tables) == len(self.paths)
@@ -83,6 +85,8 @@ class Tables:
                 columns = self.chosen or _only_image_column(path, table.schema)
                 for column in columns:
                     _check_image_column(path, table.schema, column)
+            except UnavailableError:
+                raise
             except UserError as error:
                 report(path, str(error))
             else:
@@ -126,7 +130,8 @@ class _Parquet:
         import pyarrow.parquet
 
         self._key = path, version
-        self._file = pyarrow.parquet.ParquetFile(open_binary(path) if is_remote(path) else path)
+        file = open_whole(path, file_version(path)["size"]) if is_remote(path) else path
+        self._file = pyarrow.parquet.ParquetFile(file)
         metadata = self._file.metadata
         self.schema, self.num_rows = self._file.schema_arrow, metadata.num_rows
         self._starts = np.cumsum([0] + [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
@@ -283,6 +288,8 @@ def _check_names(tables: list[_Table], report: Report) -> tuple[list[_Table], bo
                     return tables, False
                 stem = os.path.splitext(name)[0]
                 hashes_n[row] = int.from_bytes(hashlib.blake2b(stem.encode(), digest_size=8).digest(), "little")
+        except UnavailableError:
+            raise
         except UserError as error:
             report(path, str(error))
         else:

@@ -13,12 +13,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from EasyLM.errors import UserError
-from EasyLM.storage import file_version, open_binary
+from EasyLM.errors import UnavailableError, UserError
+from EasyLM.storage import file_version
 from tokenizer.media import folders
 from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
-from tokenizer.sources.remote import read_range
+from tokenizer.sources.remote import open_whole, read_range
 
 _MOST_NAMED_KEYS = 20
 _END_BYTES = 64 << 10  # checked after the end mark: writers pad a tar with zeros to 10 KiB
@@ -80,6 +80,7 @@ class Tars:
 
         Raises:
           EmptySourceError: naming the flag, if there is no such member in any tar.
+          UnavailableError: naming a tar, if its store cannot be reached.
         """
         is_empty = True
         for path in self.paths:
@@ -133,6 +134,8 @@ def _members_and_error(path: str) -> Iterator[Member | UserError]:
     """Yields the members, then the error that ends the listing, if there is one."""
     try:
         yield from list_members(path)
+    except UnavailableError:
+        raise
     except UserError as error:
         yield error
 
@@ -142,12 +145,13 @@ def list_members(path: str) -> Iterator[Member]:
 
     Raises:
       UserError: naming the tar, after its last whole member, if it is missing, compressed, truncated or damaged.
+      UnavailableError: naming the tar, if its store cannot be reached.
     """
     if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is not a file")  # reading a pipe could wait forever
     status = file_version(path)
     version = " ".join(map(str, status.values()))
-    with contextlib.closing(open_binary(path)) as file:
+    with contextlib.closing(open_whole(path, status["size"])) as file:
         start = file.read(6)
         for magic, name in _COMPRESSED.items():
             if start.startswith(magic):
@@ -167,6 +171,8 @@ def list_members(path: str) -> Iterator[Member]:
                 _check_end(file.read(_END_BYTES))
                 if status["size"] % tarfile.BLOCKSIZE:
                     raise ValueError("its length is not a whole number of blocks: a part of it is missing")
+        except UnavailableError:
+            raise
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise UserError(f"{path}: not a whole tar file ({error})") from None
 
@@ -202,7 +208,7 @@ def read_member(path: str, name: str, location: str) -> bytes:
     try:
         return read_range(path, offset, size)
     except UserError as error:
-        raise UserError(f"{path}!{name}: {str(error).removeprefix(f'{path}: ')}") from error
+        raise type(error)(f"{path}!{name}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def find_member(path: str, name: str, location: str) -> tuple[int, int]:

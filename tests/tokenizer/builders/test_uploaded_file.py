@@ -10,7 +10,7 @@ import tokenizer_kit
 from build_kit import build_records
 from fsspec.implementations.memory import MemoryFileSystem
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from EasyLM.storage import HeartbeatLock, LockedError, heartbeat_lock, processes
 from tokenizer import build, mix
 from tokenizer.builders.uploaded_file import UploadedFile
@@ -86,6 +86,18 @@ def test_a_file_counts_when_its_report_is_there(store, monkeypatch):
     assert contents(store)["out.jsonl"] == b"a\nb\n"
     assert json.loads(contents(store)["out.jsonl.report.json"])["bytes"] == 4
     assert write(path, [b"e\n"], seed=0, fresh=True) and contents(store)["out.jsonl"] == b"e\n"
+
+
+def test_a_finished_file_is_not_built_again_because_its_report_cannot_be_read(store, monkeypatch):
+    path = f"{store}/out.jsonl"
+    assert write(path, [b"a\n"])
+
+    def lose_connection(*arguments, **options):
+        raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", lose_connection)
+    with pytest.raises(UnavailableError, match=r"out\.jsonl: not reachable \(ConnectionResetError"):
+        UploadedFile(path, {}, False)
 
 
 def test_one_process_writes_a_file(store):
