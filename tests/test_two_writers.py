@@ -31,6 +31,7 @@ def _build(golden, sentences, out):
     def write():
         file = ResumableFile(out, {}, fresh=False)
         try:
+            file.claim()
             file.write(b"a line\n")
             file.finish({})
         finally:

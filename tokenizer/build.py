@@ -116,7 +116,7 @@ FLAGS = {
         may_be_remote=True,
     ),
     "max_errors": Flag(0, "Maximum number of broken, unmatched or short inputs to skip; each is reported.", least=0),
-    "fresh": Flag(False, "Discard an interrupted or finished build of the file."),
+    "fresh": Flag(False, "Discard an interrupted or finished build of the file. Not with --parts."),
     "workers": Flag(available_cores(), "Processes that read images.", least=1),
     "cache_pictures": Flag(
         1 << 21, "Images whose codes are cached on disk for later epochs, 2 bytes per token.", least=1

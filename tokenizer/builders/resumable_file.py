@@ -32,7 +32,7 @@ class ResumableFile:
     """
 
     def __init__(self, path: str, fingerprint: Mapping[str, Any], fresh: bool):
-        """Opens the file at its last saved progress.
+        """Looks whether the file is finished.
 
         Args:
           path: the file.
@@ -40,7 +40,8 @@ class ResumableFile:
           fresh: discard what an earlier run left.
 
         Raises:
-          UserError: naming the differences, if the partial file has another fingerprint; if it is invalid or locked.
+          UserError: naming the file, if it is a folder, or its report is invalid.
+          LockedError: if another process writes the file anew.
         """
         self.path, self._fingerprint, self._fresh = path, orjson.loads(orjson.dumps(fingerprint)), fresh
         self._partial, self._progress, self._report = (
@@ -53,12 +54,10 @@ class ResumableFile:
         self._saved_at = time.monotonic()
         if os.path.isdir(path):
             raise UserError(f"{path}: is a folder, name a file")
-        try:
-            if not fresh:
-                self._read_earlier_run()
-        except BaseException:
-            self.close()
-            raise
+        if not fresh:
+            self.finished_report = self._read_report()
+            if self.finished_report is not None and os.path.exists(self._progress):  # `finish` was interrupted
+                self.claim()
 
     @property
     def scratch_folder(self) -> str:
@@ -66,34 +65,43 @@ class ResumableFile:
         return os.path.dirname(self.path) or "."
 
     def claim(self) -> None:
-        """Locks the file, and reads what another run has done since the construction.
+        """Locks the file, then looks again whether it is finished, and otherwise opens it at its last saved progress.
+
+        Call it before `write`. Without the lock, another process can change the progress after it has been read.
 
         Raises:
           LockedError: if another process has locked it.
+          UserError: naming the differences, if the partial file has another fingerprint; if it is invalid.
         """
-        if self._lock is None:
-            self._acquire()
-            if not self._fresh:
-                self._read_earlier_run()
-
-    def _read_earlier_run(self) -> None:
-        if os.path.exists(self._partial):
-            self._acquire()  # the progress of a running build changes
-        progress = _read(self._progress, _PROGRESS)
-        if progress is not None and os.path.exists(self._partial):
-            self._resume(progress)
-        elif os.path.exists(self.path) and not os.path.exists(self._partial):
-            # The report can describe the partial file instead, if `finish` was interrupted before the rename.
-            report = _read(self._report, _REPORT) or {}
-            if (report.get("identity"), report.get("bytes")) == (self._fingerprint, os.path.getsize(self.path)):
-                self.finished_report = report
-                _remove(self._progress)
-
-    def _acquire(self) -> None:
-        if self._lock is None:
-            self._lock = HeartbeatLock(self.path, is_output=True)
+        if self._lock is not None:
+            return
+        self._lock = HeartbeatLock(self.path, is_output=True)
+        try:
             for path in (self._progress, self._report):
                 remove_leftovers(path)
+            if not self._fresh:
+                self._read_earlier_run()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_earlier_run(self) -> None:
+        self.finished_report = self._read_report()
+        if self.finished_report is not None:
+            _remove(self._progress)
+        elif os.path.exists(self._partial):
+            progress = _read(self._progress, _PROGRESS, self._partial)
+            if progress is not None:
+                self._resume(progress)
+
+    def _read_report(self) -> dict[str, Any] | None:
+        """Returns the report if the file is finished with the same fingerprint."""
+        if not os.path.exists(self.path) or os.path.exists(self._partial):
+            return None
+        # The report can describe the partial file instead, if `finish` was interrupted before the rename.
+        report = _read(self._report, _REPORT, self._report) or {}
+        is_of_file = (report.get("identity"), report.get("bytes")) == (self._fingerprint, os.path.getsize(self.path))
+        return report if is_of_file else None
 
     def _resume(self, progress: dict[str, Any]) -> None:
         saved, current = progress["identity"], self._fingerprint
@@ -102,16 +110,16 @@ class ResumableFile:
             differences = ", ".join(f"{name}={current.get(name)} (then: {saved.get(name)})" for name in names)
             raise UserError(
                 f"{self._partial} was started with other settings or inputs: {differences}. "
-                "Resume it with the same ones, write another file, or discard it with --fresh=True"
+                "Resume it with the same ones, write another file, or delete it to start again"
             )
         if not 0 <= progress["bytes"] <= os.path.getsize(self._partial):
-            raise UserError(f"{self._partial} does not fit its saved progress: discard it with --fresh=True")
+            raise UserError(f"{self._partial} does not fit its saved progress: delete it to start again")
         self.state = progress["state"]
         self._open(progress["bytes"])
 
     def _open(self, size: int) -> None:
-        """Locks the file, opens the partial file and truncates it to `size`. Another run can write an unlocked file."""
-        self._acquire()
+        """Opens the partial file and truncates it to `size`."""
+        assert self._lock is not None, "claim the file first"
         # Not in append mode: late writes of a process that has lost the lock must not follow those of the new owner.
         self._file = io.BufferedWriter(io.FileIO(self._partial, "r+" if size else "w"))
         if not size:
@@ -120,9 +128,8 @@ class ResumableFile:
         self._file.seek(size)
 
     def write(self, data: bytes) -> None:
-        """Appends data."""
+        """Appends data. The file must be claimed."""
         if self._file is None:
-            os.makedirs(self.scratch_folder, exist_ok=True)
             self._open(0)
         assert self._file is not None
         with names_full_disk(self._partial):
@@ -143,12 +150,13 @@ class ResumableFile:
         self._saved_at = time.monotonic()
 
     def finish(self, report: Mapping[str, Any]) -> None:
-        """Writes the report (JSON values) and renames the partial file."""
+        """Writes the report (JSON values), renames the partial file, and unlocks the file."""
         size = self._sync()
         write_json(self._report, {**report, "bytes": size, "identity": self._fingerprint})
-        os.replace(self._partial, self.path)  # while locked: the next owner of the lock would truncate the partial file
-        self.close()
+        # While locked: the next owner of the lock truncates the partial file and saves its own progress.
+        os.replace(self._partial, self.path)
         _remove(self._progress)
+        self.close()
 
     def close(self) -> None:
         """Closes and unlocks the file. Bytes written since the last save are discarded on resume."""
@@ -168,13 +176,14 @@ class ResumableFile:
         return self._file.tell()
 
 
-def _read(path: str, schema: Mapping[str, Any]) -> dict[str, Any] | None:
+def _read(path: str, schema: Mapping[str, Any], obstacle: str) -> dict[str, Any] | None:
+    """Reads a JSON file; None if there is none. Without the file `obstacle`, a build starts from its beginning."""
     try:
         return read_json(path, schema)
     except FileNotFoundError:
         return None
     except UserError as error:
-        raise UserError(f"{error}; discard the earlier build with --fresh=True") from None
+        raise UserError(f"{error}; delete {obstacle} to start again") from None
 
 
 def _remove(path: str) -> None:

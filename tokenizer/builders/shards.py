@@ -63,8 +63,10 @@ def parse_share(shard: str, parts: str, output_file: str, fresh: bool, files: in
     if not has_number:
         raise UserError(f"--parts={parts}: --output_file={output_file} must contain {{i}}, the number of a part")
     if fresh:
+        files_of_parts = output_file.replace("{i}", "*").replace("{n}", "*")
         raise UserError(
-            f"--parts={parts}: --fresh would discard the parts of other processes: delete the files instead"
+            f"--parts={parts}: --fresh would discard the parts of other processes. To start again, end them and delete "
+            f"{files_of_parts}*"
         )
     if files is None and not (parts.isdecimal() and int(parts)):
         raise UserError(f"--parts={parts}: must be a number of at least 1, or {BY_FILES}")

@@ -1,5 +1,7 @@
 """Writes the results of a decision: the keep list, the counts by reason, examples, and a picture of them."""
 
+import contextlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +25,8 @@ def write_list(path: str, measurements: Measurements, decision: Decision) -> dic
     """Writes the keep list and `PATH.report.json`; returns the report.
 
     The report has the counts by reason, and the measurements of a few images of each reason. A duplicate has
-    `duplicate_of`: the name of the image that is kept.
+    `duplicate_of`: the name of the image that is kept. The list appears last: a list has its own report beside it,
+    also after a kill.
     """
     examples = decision.examples(_EXAMPLES)
     wanted: dict[int, Any] = {
@@ -41,19 +44,21 @@ def write_list(path: str, measurements: Measurements, decision: Decision) -> dic
             if index in wanted:
                 wanted[index] = measurement
         writer.finish(measurements.files, samples)
-    report = {
-        "images": measurements.images(),
-        "unreadable": len(measurements.skipped),
-        "counts": decision.counts(),
-        "examples": {
-            reason: [
-                _example(wanted[index], None if original is None else wanted[original]) for index, original in pairs
-            ]
-            for reason, pairs in examples.items()
-        },
-        "skipped": measurements.skipped,
-    }
-    write_json(f"{path}.report.json", report)
+        report = {
+            "images": measurements.images(),
+            "unreadable": len(measurements.skipped),
+            "counts": decision.counts(),
+            "examples": {
+                reason: [
+                    _example(wanted[index], None if original is None else wanted[original]) for index, original in pairs
+                ]
+                for reason, pairs in examples.items()
+            },
+            "skipped": measurements.skipped,
+        }
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)  # an earlier list, whose report is replaced
+        write_json(f"{path}.report.json", report)
     return report
 
 

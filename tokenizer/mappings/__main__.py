@@ -86,10 +86,12 @@ def main(config: ConfigDict) -> None:
         **{name: config[name] for name in SENTENCE_FLAGS},
     }
     with contextlib.closing(ResumableFile(config.output_file, fingerprint, config.fresh)) as file:
+        if file.finished_report is None:
+            check_output(config.output_file, "output_file")
+            file.claim()
         if file.finished_report is not None:
             print(f"{config.output_file} is already complete: {_summary(file.finished_report)}")
             return
-        check_output(config.output_file, "output_file")
         if config.output_picture:
             images.check_output(config.output_picture, "output_picture")
         settings = _pool_settings(config, mixture, first_seed, codec.resolution)

@@ -11,14 +11,14 @@ import time
 import numpy as np
 import pytest
 import tokenizer_kit
-from build_kit import build_records, report_of
+from build_kit import Killed, build_records, kill_at_line, report_of
 from source_kit import files_of, write_tars
 from tokenizer_kit import write_image
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from EasyLM.storage import HeartbeatLock, LockedError
 from tokenizer import build, mix
-from tokenizer.builders import claims
+from tokenizer.builders import claims, resumable_file
 
 
 @pytest.fixture
@@ -86,6 +86,19 @@ def test_a_part_that_fails_or_is_lost_to_another_process_does_not_stop_the_other
     assert parts.built == [2, 3, 0] and tries.count(1) == 1
 
 
+def test_a_store_that_is_not_there_ends_the_build(parts):
+    """Otherwise each of a thousand parts would fail in turn."""
+    tries = []
+
+    def build_part(part):
+        tries.append(part)
+        raise UnavailableError("s3://bucket/2.tar: not reachable")
+
+    with pytest.raises(UnavailableError, match=r"^s3://bucket/2\.tar: not reachable$"):
+        parts(first=2, build_part=build_part)
+    assert tries == [2]
+
+
 SETTINGS = {"kind": "inpainting", "n_shots": 2, "seed": 5, "batch_size": 8, "workers": 1}
 
 
@@ -128,6 +141,21 @@ def test_each_tar_is_a_part_of_its_own_images(tree, tiny, tmp_path):
     assert files[1].exists()
 
 
+def test_after_a_change_of_settings_the_message_says_how_to_start_again(tree, tiny, tmp_path, monkeypatch):
+    """Not by --fresh, which --parts refuses."""
+    settings = {"input_dir": f"{tree}/image", "parts": "2", "n_epochs": 2}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(resumable_file, "SAVE_SECONDS", 0)
+        kill_at_line(patch, 1)
+        run_parts(tiny, tmp_path, **settings)
+    with pytest.raises(UserError, match=r"part_0\.jsonl\.partial was started .* seed=6 .* delete it to start") as e:
+        run_parts(tiny, tmp_path, **settings, seed=6)
+    assert "fresh" not in str(e.value)
+    (tmp_path / "part_0.jsonl.partial").unlink()
+    files = run_parts(tiny, tmp_path, **settings, seed=6)
+    assert len(files) == 2 and not list(tmp_path.glob("*.progress.json"))
+
+
 def test_a_tar_without_a_sentence_is_skipped(tree, tiny, tmp_path):
     images = files_of(tree / "image")
     write_tars(tmp_path / "in", {f"{i}.png": data for i, data in enumerate([*images.values()] * 2)}, 4)
@@ -143,7 +171,7 @@ def test_a_tar_without_a_sentence_is_skipped(tree, tiny, tmp_path):
     [
         ({"shard": "0/1"}, "--parts=2: needs --shard=auto"),
         ({"output_file": "part.jsonl"}, r"--output_file=part.jsonl must contain \{i\}"),
-        ({"fresh": True}, "--fresh would discard the parts of other processes"),
+        ({"fresh": True}, r"--fresh would discard the parts of other processes.* end them and delete .*/\*\.jsonl\*"),
         ({"parts": "0"}, "--parts=0: must be a number of at least 1, or files"),
         ({"parts": "many"}, "--parts=many: must be a number of at least 1, or files"),
         ({"parts": "files"}, "--parts=files: --input_dir=IN: is a folder of files, not of tars or tables: give"),

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import shutil
 from concurrent.futures.process import BrokenProcessPool
 
@@ -13,7 +14,7 @@ from source_kit import tar_bytes, write_parquet, write_remote
 from tokenizer_kit import run_main
 
 from EasyLM.errors import UserError
-from EasyLM.storage import read_lines
+from EasyLM.storage import HeartbeatLock, LockedError, read_lines
 from tokenizer.builders import resumable_file
 from tokenizer.filter import __main__ as command
 from tokenizer.filter import measurements, measuring
@@ -161,6 +162,45 @@ def test_an_interrupted_run_resumes_and_measures_no_image_twice(folder, tmp_path
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     lines = [list(read_lines(f"{tmp_path}/{name}.jsonl.measurements.jsonl.zst")) for name in ("whole", "again")]
     assert lines[0] == lines[1] and len(lines[0]) == len(FILES)
+
+
+@pytest.mark.parametrize("killed_at", range(3))
+def test_after_a_kill_a_list_has_its_own_report(folder, tmp_path, monkeypatch, killed_at):
+    """The second run replaces the list and the report of the first one."""
+    path, report = tmp_path / "keep.jsonl", tmp_path / "keep.jsonl.report.json"
+    whole = []
+    for min_side in (0, 100):
+        run_filter(path, input_dir=folder, min_side=min_side)
+        whole.append((path.read_bytes(), report.read_bytes()))
+    run_filter(path, input_dir=folder, min_side=0)
+    calls = []
+
+    def until_the_kill(change):
+        def changed(*arguments):
+            if str(arguments[-1]).startswith(str(path)) and not str(arguments[-1]).endswith(".lock"):
+                calls.append(arguments[-1])
+                if len(calls) == killed_at + 1:
+                    raise Killed
+            change(*arguments)
+
+        return changed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        for name in ("replace", "remove"):
+            patch.setattr(os, name, until_the_kill(getattr(os, name)))
+        run_filter(path, input_dir=folder, min_side=100)
+    assert not path.exists() or (path.read_bytes(), report.read_bytes()) in whole
+    run_filter(path, input_dir=folder, min_side=100)
+    assert (path.read_bytes(), report.read_bytes()) == whole[1] != whole[0]
+
+
+def test_measurements_that_another_process_writes_are_not_measured_twice(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "measure", None)
+    with (
+        HeartbeatLock(f"{tmp_path}/keep.jsonl.measurements.jsonl.zst", is_output=True),
+        pytest.raises(LockedError, match=r"measurements\.jsonl\.zst: in use by process"),
+    ):
+        run_filter(tmp_path / "keep.jsonl", input_dir=folder)
 
 
 def test_unreadable_images_are_skipped_within_max_errors(tmp_path):
