@@ -200,6 +200,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("its values are floating point, whose range is unknown: save it with 8 or 16 bits")
     if image.has_transparency_data:
         return over_white(image)
+    if image.mode == "RGB":  # `convert` would copy it, which takes 3% of the time to read a JPEG file
+        return image
     return sample_values.cmyk_to_srgb(image) if image.mode == "CMYK" else image.convert("RGB")
 
 
