@@ -20,6 +20,7 @@ from tokenizer.builders.image_ref import ImageRef
 from tokenizer.media import folders
 from tokenizer.sources.items import Source, column_label
 from tokenizer.sources.keep_list import KeptItems
+from tokenizer.sources.reading import container_of
 
 # Folders of a CO3D sequence: CATEGORY/SEQUENCE/images/frame000001.jpg.
 CO3D_SUBFOLDERS = ("images", "masks", "depths", "depth_masks")
@@ -203,18 +204,24 @@ class FileIndex:
 def _defect(by_column: dict[int, list[tuple[str, str]]], labels: Sequence[str]) -> tuple[str, str] | None:
     """Returns the address and the reason if the files of each column, in order, do not make a row."""
     for (address, location), *others in by_column.values():
-        same = [other for other, _ in others if other.partition("!")[2] == address.partition("!")[2]]
-        if same and location:
+        name = _name_in_container(address)
+        same = [other for other, _ in others if location and _name_in_container(other) == name]
+        if same:
             names = " and ".join(same)
             return address, f"{address} and {names} have the same name: the tars of a source are read as one folder"
         if others:  # which of them is meant is unknown
-            names = " and ".join(os.path.basename(other) for other, _ in others)
-            return address, f"{address} and {names} share the stem {os.path.basename(_stem(address))!r}"
+            names = " and ".join(other if location else os.path.basename(other) for other, _ in others)
+            return address, f"{address} and {names} share the stem {os.path.basename(_stem(name))!r}"
     for column, label in enumerate(labels):
         if column not in by_column:
             ((address, _),) = next(iter(by_column.values()))
             return address, f"{address} has no partner in {label}"
     return None
+
+
+def _name_in_container(address: str) -> str:
+    """Returns the path of an item in its tar; for a file its address."""
+    return address.removeprefix(f"{container_of(address)}!")
 
 
 def _to_row(files: bytes) -> tuple[ImageRef, ...]:

@@ -73,6 +73,8 @@ def read_entries(path: str, definitions: Mapping[str, Flag], config: ConfigDict)
             values = yaml.load(text, _TextLoader)
         except FileNotFoundError:
             raise UserError("no such file") from None
+        except OSError as error:
+            raise UserError(f"cannot be read ({error.strerror})") from None
         except UserError:
             raise
         except (yaml.YAMLError, RecursionError, ValueError) as error:  # such as the date 2024-02-30
@@ -102,10 +104,12 @@ def _entry(
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(f"repeats the field {repeated.pop()}")
     choices = [*definitions, "weight"]
-    for name in map(str, fields):
+    for name, value in fields.items():
         if name not in choices:
-            nearest = flags.nearest_names(name, choices)
+            nearest = flags.nearest_names(str(name), choices)
             hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose of {', '.join(choices)}"
+            if not value:  # the rest of {keys: jpg,seg.png}
+                hint = "in braces, a value with commas needs quotes, such as keys: 'jpg,seg.png'"
             raise UserError(f"{name}: no such field; {hint}")
     if missing := [name for name in _REQUIRED if not fields.get(name)]:
         raise UserError(f"{' and '.join(missing)}: missing")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from EasyLM.errors import UserError
 from EasyLM.storage import is_remote, read_json, remote_file_system
 from tokenizer.media import folders
-from tokenizer.sources import remote
+from tokenizer.sources import reading, remote
 from tokenizer.sources.items import Source
 from tokenizer.sources.local import LocalFolder
 from tokenizer.sources.remote import RemoteFolder
@@ -71,6 +71,8 @@ def _find(
         if not is_remote(value) and not any(map(os.path.lexists, paths)):
             raise UserError(f"{name}: no such file")
         is_table = endings != {".tar"}
+    if unclear := next(filter(reading.is_member, paths), ""):
+        raise UserError(f"{name}: {unclear} would be read as a member of a tar or table: rename what has the !")
     if is_table:
         if keys:
             raise UserError(f"--keys={','.join(keys)}: {name} is a table: use --columns")

@@ -30,6 +30,11 @@ class ItemFile(io.BytesIO):
         return repr(self.address)
 
 
+def is_member(address: str) -> bool:
+    """Whether an address has the form of that of a member: `000.tar!cats/1.png`."""
+    return bool(_MEMBER.fullmatch(address))
+
+
 def container_of(address: str) -> str:
     """Returns the file that holds an item: its container, or the item's own path."""
     match = None if os.path.lexists(address) else _MEMBER.fullmatch(address)

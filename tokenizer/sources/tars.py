@@ -124,7 +124,9 @@ class Tars:
         return f"{sample}.{key.rpartition('.')[2]}", self.keys.index(key)
 
     def _missing(self, labels: list[str], keys: collections.Counter) -> str:
-        named = ", ".join(key or "(none)" for key, _ in keys.most_common()) or "none: it is empty"
+        if not keys:
+            return "contains no file"
+        named = ", ".join(key or "(none)" for key, _ in keys.most_common())
         if self.keys:
             return f"has no member with the key {' or '.join(labels)}; its keys are {named}"
         return f"has no member with an extension of {', '.join(self.extensions)}; its members have {named}"
@@ -180,9 +182,12 @@ def list_members(path: str) -> Iterator[Member]:
 def _to_member(info: tarfile.TarInfo, version: str) -> Member | None:
     """Returns a visible file or link of a tar; None for folders and hidden files."""
     name = folders.plain_path(info.name)
-    if info.isdir() or any(part.startswith(".") for part in name.split("/")):
+    parts = name.split("/")
+    if info.isdir() or any(part.startswith(".") and part != ".." for part in parts):
         return None
     defect = folders.name_defect(name)
+    if ".." in parts:
+        defect = "its path leads out of the tar (..): make the tar in the folder of its files"
     if not defect and (not info.isreg() or info.issparse()):
         defect = "is a link, a device or a sparse file in the tar: only plain members can be read"
     return Member(name, info.offset_data, info.size, version, defect)

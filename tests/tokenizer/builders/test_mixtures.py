@@ -143,6 +143,7 @@ def test_values_mean_what_is_typed(tmp_path):
         ("- {kind: video, input_dir: IN, split_at_cuts: on}", "mix.yaml:1: split_at_cuts=on: must be true or false"),
         ("- images", "mix.yaml:1: must be a mapping"),
         ("- {kind: images, input_dir: IN}\n- {kind: images, input_dri: IN}", "mix.yaml:2: input_dri: .*mean input_dir"),
+        ("- {kind: paired, input_dir: IN, keys: jpg,seg.png}", "mix.yaml:1: seg.png: no such field; .*'jpg,seg.png'$"),
         ("- {kind: images, input_dir: IN, seed: 1}", "mix.yaml:1: seed: no such field; choose of kind, input_dir, "),
         ("- {kind: images}", "mix.yaml:1: input_dir: missing"),
         ("- {kind: image, input_dir: IN}", "mix.yaml:1: --kind='image': choose one of 'images', "),
@@ -170,5 +171,7 @@ def test_the_inputs_are_named_once(tiny, tmp_path):
         _build("mix.yaml", tiny, tmp_path / "out.jsonl", input_dir="x", keys="jpg")
     with pytest.raises(UserError, match=r"--inputs=no.yaml: no such file"):
         _build("no.yaml", tiny, tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match=rf"--inputs={tmp_path}: cannot be read .Is a directory"):
+        _build(str(tmp_path), tiny, tmp_path / "out.jsonl")
     with pytest.raises(UserError, match=r"--input_dir is missing: give it, or --inputs"):
         _build("", tiny, tmp_path / "out.jsonl")

@@ -182,13 +182,19 @@ def test_unreadable_members_are_named_counted_and_skipped(tree, tiny, tmp_path):
         ("images", {"input_dir": "TMP/packed.tar"}, r"packed.tar: is compressed \(gzip\)"),
         ("images", {"input_dir": "TMP/joined.tar"}, "joined.tar: not a whole tar file .*`tar -A`"),
         ("images", {"input_dir": "TMP/twice.tar"}, "twice.tar!a.png and .*twice.tar!a.png have the same name"),
+        ("images", {"input_dir": "TMP/x.tar!y/a.tar"}, r"^--input_dir=.*: /.*x.tar!y/a.tar would be read as a member"),
+        ("images", {"input_dir": "TMP/folders.tar"}, "folders.tar: contains no file .--max_errors"),
+        ("images", {"input_dir": "TMP/above.tar"}, r"above.tar!\.\./b.png: its path leads out of the tar"),
+        ("paired", {"input_dir": "TMP/stem.tar", "target_dir": "TMP/stem.tar"},
+         r"stem.tar!x/a.jpg and /.*/stem.tar!x/a.png share the stem 'a' "),
         ("images", {"input_dir": "TMP/link.tar"}, "link.tar!b.png: is a link"),
     ],
 )  # fmt: skip
 def test_unsuitable_sources_are_reported(tiny, tmp_path, kind, settings, message):
     _write_unsuitable(tmp_path)
     settings = {"input_dir": f"{tmp_path}/in", "target_dir": "", "n_shots": 1, **settings}
-    settings["input_dir"] = settings["input_dir"].replace("TMP", str(tmp_path))
+    for flag in ("input_dir", "target_dir"):
+        settings[flag] = settings[flag].replace("TMP", str(tmp_path))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message) as caught:
         build_records("", tiny, tmp_path / "out.jsonl", kind, **settings)
@@ -209,6 +215,11 @@ def _write_unsuitable(directory) -> None:
     (directory / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     whole = tar_bytes({"a.png": image})
     (directory / "link.tar").write_bytes(tar_bytes({"a.png": image, "b.png": b""}))
+    (directory / "x.tar!y").mkdir()
+    (directory / "x.tar!y" / "a.tar").write_bytes(whole)
+    (directory / "folders.tar").write_bytes(tar_bytes({}))
+    (directory / "above.tar").write_bytes(tar_bytes({"a.png": image, "../b.png": image}))
+    (directory / "stem.tar").write_bytes(tar_bytes({"x/a.jpg": image, "x/a.png": image}))
     (directory / "twice.tar").write_bytes(tar_bytes([("a.png", image)] * 2))
     (directory / "packed.tar").write_bytes(b"\x1f\x8b" + whole)
     (directory / "joined.tar").write_bytes(whole + whole)
