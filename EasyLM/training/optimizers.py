@@ -64,12 +64,9 @@ OPTIMIZER_FLAGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamwSettings(ScheduleSettings):
-    """Values of the flags `adamw_optimizer.*`."""
+class SharedSettings:
+    """Values of the flags that all optimizers have."""
 
-    b1: float
-    b2: float
-    multiply_by_parameter_scale: bool
     clip_gradient: float
     weight_decay: float
     weight_decay_mask: bool
@@ -77,30 +74,31 @@ class AdamwSettings(ScheduleSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class PalmSettings:
+class AdamwSettings(SharedSettings, ScheduleSettings):
+    """Values of the flags `adamw_optimizer.*`."""
+
+    b1: float
+    b2: float
+    multiply_by_parameter_scale: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PalmSettings(SharedSettings):
     """Values of the flags `palm_optimizer.*`."""
 
     lr: float
     lr_warmup_steps: int
     b1: float
     b2: float
-    clip_gradient: float
-    weight_decay: float
-    weight_decay_mask: bool
-    bf16_momentum: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class MuonSettings(ScheduleSettings):
+class MuonSettings(SharedSettings, ScheduleSettings):
     """Values of the flags `muon_optimizer.*`."""
 
     momentum: float
     b1: float
     b2: float
-    clip_gradient: float
-    weight_decay: float
-    weight_decay_mask: bool
-    bf16_momentum: bool
 
 
 def make_optimizer(config: Any) -> Optimizer:
@@ -188,7 +186,7 @@ def _adafactor(
     return optax.chain(optax.clip_by_global_norm(c.clip_gradient), adafactor, decay)
 
 
-def _decayed(c: AdamwSettings | PalmSettings | MuonSettings) -> Callable[[Any], Any]:
+def _decayed(c: SharedSettings) -> Callable[[Any], Any]:
     """Returns a function from parameters to a tree of bools: whether each array has weight decay."""
 
     def decayed(params):
@@ -206,7 +204,7 @@ def _matrices(params: Any) -> Any:
     return jax.tree.map(lambda param, stacked: stacked and param.ndim == 3, params, _stacked(params))
 
 
-def _momentum_dtype(c: AdamwSettings | PalmSettings | MuonSettings) -> Any:
+def _momentum_dtype(c: SharedSettings) -> Any:
     return jnp.bfloat16 if c.bf16_momentum else jnp.float32
 
 
