@@ -3,8 +3,8 @@
 #
 #   bash scripts/tpu/create.sh NAME ZONE TYPE      (for example: lvm us-east5-a v5p-128)
 #
-# Set SPOT=1 for spot machines, which are cheaper and can be taken away at any time; REPOSITORY for another URL than this
-# checkout's origin, BRANCH for another branch. Needs gcloud with a project and a zone that has the type.
+# Set SPOT=1 for spot machines, which are cheaper and can be preempted at any time. REPOSITORY and BRANCH replace the URL and
+# the branch of this checkout. Needs gcloud with a project and a zone that has the type.
 # https://cloud.google.com/tpu/docs/jax-pods lists types and versions.
 # Expect a few minutes for the slice, and two for the installation.
 set -euo pipefail

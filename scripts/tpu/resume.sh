@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Keeps a run going on TPU machines that can be taken away: creates the slice, trains, and does both again until
-# --total_steps is reached.
+# Trains on TPU machines that can be preempted: creates the slice, trains, and repeats both until --total_steps is reached.
 #
 #   SPOT=1 bash scripts/tpu/resume.sh NAME ZONE TYPE [flags of llama_train, see scripts/tpu/run.sh]
 #
 # The flags must name --logger.experiment_id and a bucket as --logger.output_dir, so that each start finds the checkpoint.
-# The slice is deleted and created again if it is gone or was preempted; otherwise the run starts again on it (exit codes 75
-# and 70). Any other error ends the script; the slice then remains: look at the error, and delete the slice.
+# A slice that no longer exists or was preempted is deleted and created again; otherwise the run starts again on the slice
+# (exit codes 75 and 70). Any other error ends the script. The slice then remains: delete it when you have read the error.
 set -uo pipefail
 [ $# -ge 4 ] || { echo "usage: bash scripts/tpu/resume.sh NAME ZONE TYPE flags of llama_train" >&2; exit 2; }
 name=$1 zone=$2 type=$3

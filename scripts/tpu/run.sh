@@ -5,8 +5,8 @@
 #       --train_dataset.json_dataset.path=gs://BUCKET/train.packed \
 #       --logger.output_dir=gs://BUCKET/runs --logger.experiment_id=lvm_7b
 #
-# Arguments are flags of llama_train. Write checkpoints to a bucket: the hosts share no disk, and a slice that is taken away
-# loses its disks. The exit code is that of the training: 0 finished, 75 stopped with its state saved, 70 ended by the
+# Arguments are flags of llama_train. Write checkpoints to a bucket: the hosts share no disk, and a preempted slice loses its
+# disks. The exit code is that of the training: 0 finished, 75 stopped with its state saved, 70 ended by the
 # watchdog, otherwise an error (255: no connection). Ctrl-C ends the connection, and with it the training.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: bash scripts/tpu/run.sh NAME ZONE [flags of llama_train]" >&2; exit 2; }

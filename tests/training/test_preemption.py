@@ -1,4 +1,4 @@
-"""A stop signal with a notice: the state is saved if the time suffices, else the newest checkpoint stands."""
+"""A stop signal with a notice: the state is saved if the time suffices, else the newest checkpoint remains."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""What a duplicate duplicates is an image that is kept."""
+"""The original of a duplicate is an image that is kept."""
 
 import numpy as np
 
