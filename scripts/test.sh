@@ -21,29 +21,34 @@ processes=(-n 2 --dist loadfile)
 if [ "${1:-all}" = fast ]; then
     exec python -m pytest -q -m "not slow" "${processes[@]}"
 fi
-python -m pytest -q -m "not slow" "${processes[@]}"
 # The test of the demo page needs a browser, the tests of batch jobs a SLURM, the comparison of image readers libvips. Without
-# them these tests are skipped and print the reason.
-if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+# them these tests are skipped and print the reason. All are slow: the packages are installed while the fast tests run.
+install_packages() {
     packages=(chromium chromium-driver slurm-wlm munge iproute2 libvips-tools)
+    command -v apt-get > /dev/null && [ "$(id -u)" = 0 ] || return 0
     dpkg -s "${packages[@]}" > /dev/null 2>&1 ||
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null; } || true
-fi
+}
+install_packages &
+python -m pytest -q -m "not slow" "${processes[@]}"
+wait $!
 python -m pytest -q -m slow "${processes[@]}"
-# Plans for TPUs need libtpu. In the environment itself, all other commands would look for a TPU.
-libtpu=$(mktemp -d)
-python -m pip install --quiet --disable-pip-version-check --no-deps --target "$libtpu" "$(python -c \
-    'from importlib.metadata import requires; print(*(r.partition(";")[0] for r in requires("jax") if r[:6] == "libtpu"))')"
-PYTHONPATH=$libtpu python -m pytest -q -m slow tests/planning/test_accelerators.py
-rm -rf "$libtpu"
-bash scripts/docs.sh "$(mktemp -d)"
-rm -rf /tmp/lvm # output folder of the documents' commands
-for document in DATASET.md evaluation/EVAL.md; do
-    WANDB_MODE=disabled bash scripts/run_commands.sh "$document"
-done
-bash scripts/run_commands.sh README.md "From my images to my model"
-bash scripts/run_commands.sh docs/finetune.md
-python - /tmp/lvm/finetune <<'EOF'
+
+# What follows runs two at a time, like the tests. No two write the same files.
+tpu_plans() { # need libtpu; in the environment itself, all other commands would look for a TPU
+    libtpu=$(mktemp -d)
+    python -m pip install --quiet --disable-pip-version-check --no-deps --target "$libtpu" "$(python -c \
+        'from importlib.metadata import requires; print(*(r.partition(";")[0] for r in requires("jax") if r[:6] == "libtpu"))')"
+    PYTHONPATH=$libtpu python -m pytest -q -m slow tests/planning/test_accelerators.py
+    rm -rf "$libtpu"
+}
+website() { bash scripts/docs.sh "$(mktemp -d)"; }
+sentences() { WANDB_MODE=disabled bash scripts/run_commands.sh DATASET.md; }
+evaluation() { WANDB_MODE=disabled bash scripts/run_commands.sh evaluation/EVAL.md; }
+own_images() { bash scripts/run_commands.sh README.md "From my images to my model"; }
+finetuning() {
+    bash scripts/run_commands.sh docs/finetune.md
+    python - /tmp/lvm/finetune <<'EOF'
 import json
 import pathlib
 import sys
@@ -63,9 +68,11 @@ for run in ("lora", "full"):
     (before, _), (after, _) = (measured(name, "segmentation", "perplexity") for name in ("before", run))
     assert after < 1.4 * before, f"{run}: segmentation is forgotten: perplexity {after:.3g}, before {before:.3g}"
 EOF
-out=$(mktemp -d)
-QUICKSTART_STEPS=20 bash scripts/quickstart.sh "$out"
-python - "$out/figures.json" <<'EOF'
+}
+quickstart() {
+    out=$(mktemp -d)
+    QUICKSTART_STEPS=20 bash scripts/quickstart.sh "$out"
+    python - "$out/figures.json" <<'EOF'
 import json
 import sys
 
@@ -79,3 +86,15 @@ for task, measured in json.load(open(sys.argv[1]))["tasks"].items():
         least = ours["mean"] - (ours["standard_error"] if name == "mse" else 0)
         assert least < baseline["mean"], "the quickstart's answers must beat their baselines"
 EOF
+}
+rm -rf /tmp/lvm # output folder of the documents' commands
+export -f tpu_plans website sentences evaluation own_images finetuning quickstart
+# The long ones first. The quickstart begins, because it installs the project again; meanwhile `evaluation` runs modules of
+# this folder, which do not need the installed project.
+printf '%s\n' quickstart evaluation finetuning sentences own_images tpu_plans website | xargs -P 2 -I CHECK bash -c '
+    log=$(mktemp)
+    bash -euo pipefail -c CHECK > "$log" 2>&1 && code=0 || code=$?
+    echo "== CHECK"
+    cat "$log"
+    echo "== CHECK: exit code $code"
+    exit "$code"'
