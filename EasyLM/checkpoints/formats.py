@@ -1,12 +1,13 @@
 """Checkpoint formats. `PREFIX::PATH` names a checkpoint; the prefix selects the function that reads the file."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 
 from EasyLM.checkpoints import checksums, orbax_directory, streaming
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.layout import resolved
-from EasyLM.errors import UserError, choose, prefix_errors
+from EasyLM.errors import UserError, as_os_errors, choose, prefix_errors
 from EasyLM.storage import file_version, is_remote, local_path, remote_file_system
 
 Reader = Callable[[str], list[Entry]]
@@ -74,9 +75,11 @@ def open_checkpoint(spec: str, formats: Mapping[str, Reader] = CHECKPOINT_FORMAT
 
     Raises:
       UserError: if the prefix is unknown, the path is missing or of the wrong kind, or the file is broken.
+      OSError: if a disk or an object store fails.
     """
     prefix, path = parse_spec(spec, formats, f"checkpoint {spec!r}")
-    return formats[prefix](path)
+    with as_os_errors(path) if is_remote(path) else contextlib.nullcontext():
+        return formats[prefix](path)
 
 
 def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str, str]:

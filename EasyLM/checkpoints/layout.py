@@ -3,7 +3,7 @@
 import os
 import re
 
-from EasyLM.storage import is_remote, remote_file_system
+from EasyLM.storage import is_remote, path_exists
 
 CHECKPOINTS, LATEST, TEMPORARY = "checkpoints", "latest", ".tmp-"
 DATASET, METADATA, CHECKSUMS = "dataset.json", "metadata.json", "checksums.json"
@@ -45,13 +45,11 @@ def sidecar_path(checkpoint_path: str, name: str) -> str | None:
     if is_remote(checkpoint_path):
         checkpoint_path = checkpoint_path.rstrip("/")
         directory, base = checkpoint_path.rsplit("/", 1)
-        exists = remote_file_system(checkpoint_path)[0].exists
     else:
         checkpoint_path = resolved(checkpoint_path)
         directory, base = os.path.split(checkpoint_path)
-        exists = os.path.exists
     milestone = MILESTONE.fullmatch(base)  # LVM release: metadata_20.pkl
     suffix = f"_{milestone[2]}" if milestone else ""
     stems = (f"{checkpoint_path}/{name}", f"{directory}/{name}{suffix}")
     candidates = [f"{stem}{ending}" for stem in stems for ending in (".json", ".pkl")]
-    return next((path for path in candidates if exists(path)), None)
+    return next((path for path in candidates if path_exists(path)), None)

@@ -26,7 +26,7 @@ from EasyLM.checkpoints.layout import (
     WRITING,
 )
 from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata
-from EasyLM.errors import UserError, as_os_errors
+from EasyLM.errors import UnavailableError, UserError, as_os_errors
 from EasyLM.storage import is_remote, remote_file_system
 
 
@@ -131,11 +131,16 @@ def newest_whole(run_dir: str, formats: Mapping[str, Reader]) -> tuple[OpenCheck
 
     Returns:
       The checkpoint or None, and why each newer one cannot be used.
+
+    Raises:
+      UnavailableError, OSError: if a disk or a store fails, so that a checkpoint can be neither used nor passed over.
     """
     problems: list[str] = []
     for saved in list_checkpoints(run_dir):
         try:
             return open_saved(saved, formats), problems
+        except UnavailableError:  # the checkpoint may be whole
+            raise
         except UserError as error:
             problems.append(f"{saved.name}: {error}")
     return None, problems

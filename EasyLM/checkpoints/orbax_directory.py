@@ -17,7 +17,7 @@ from EasyLM.checkpoints.entries import Entry, SliceReader
 from EasyLM.checkpoints.layout import ORBAX_STATES, STEP_DIRECTORY
 from EasyLM.checkpoints.stacking import Key
 from EasyLM.errors import UserError, error_line
-from EasyLM.storage import is_remote, read_json, remote_file_system
+from EasyLM.storage import is_remote, path_exists, read_json
 
 _ITEM = "_METADATA"  # Orbax writes this file into a directory that holds a pytree
 # Of a checkpoint with several items, the one to read.
@@ -36,8 +36,7 @@ def import_orbax() -> Any:
 
 def is_orbax_state(path: str) -> bool:
     """Whether a local or remote path is a directory of Orbax that holds a pytree."""
-    exists = remote_file_system(path)[0].exists if is_remote(path) else os.path.exists
-    return exists(f"{path}/{_ITEM}")
+    return path_exists(f"{path}/{_ITEM}")
 
 
 def read_orbax_params(path: str) -> list[Entry]:

@@ -37,7 +37,7 @@ class RemoteRunDirectory(Saves):
             for name in list_directory(self._steps):
                 self._remove_interrupted(f"{self._steps}/{name}")
         except Exception as error:  # each store has its own exceptions
-            raise UserError(f"{self.path}: cannot write checkpoints there ({error})") from None
+            raise UserError(f"{self.path}: cannot write checkpoints there ({error_line(error)})") from None
         self._read_saves()
 
     def _remove_interrupted(self, directory: str) -> None:

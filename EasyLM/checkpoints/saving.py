@@ -15,7 +15,7 @@ from EasyLM.checkpoints import layout, listing, run_directory, saves
 from EasyLM.checkpoints.orbax_save import OrbaxSave
 from EasyLM.checkpoints.saved_part import SavedPart, save_seconds, uses_orbax
 from EasyLM.checkpoints.streaming_save import StreamingSave
-from EasyLM.errors import UserError, error_line
+from EasyLM.errors import UnavailableError, UserError, error_line
 from EasyLM.parallel import Channel, PeerError
 from EasyLM.storage import is_remote
 
@@ -136,7 +136,7 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
         failure, self._thread, self._failure = self._failure, None, None
-        if isinstance(failure, OSError | PeerError):
+        if isinstance(failure, OSError | UnavailableError | PeerError):
             raise UserError(
                 f"{self._directory.path}: the checkpoint was not saved ({error_line(failure)}); {self._remaining()}"
             ) from failure

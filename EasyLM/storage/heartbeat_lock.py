@@ -21,7 +21,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from EasyLM.errors import UserError, prefix_errors
+from EasyLM.errors import UserError, error_line, prefix_errors
 from EasyLM.storage.atomic import remove_leftovers
 from EasyLM.storage.lock_file import LockFile
 from EasyLM.storage.paths import check_output
@@ -70,7 +70,7 @@ class HeartbeatLock:
         try:
             self._acquire()
         except OSError as error:
-            raise UserError(f"{self._store.path}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{self._store.path}: cannot be written ({error_line(error)})") from None
         self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
         self._thread.start()
 

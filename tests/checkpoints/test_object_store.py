@@ -1,6 +1,7 @@
 """A run directory on an object store that fails, or whose process is killed."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 from checkpoint_kit import contents, make_checkpointer, save
@@ -9,6 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from EasyLM import checkpoints
 from EasyLM.checkpoints.listing import open_saved
 from EasyLM.errors import UserError
+from EasyLM.storage import HeartbeatLock
 
 RUN = "memory://bucket/run"
 
@@ -51,6 +53,16 @@ def objects(monkeypatch) -> Objects:
 
 def fail(*arguments, **options):
     raise StoreError("SlowDown:\nreduce the rate")
+
+
+def failing_for(function: str, file: str) -> Callable:
+    """Returns the function of the store's client, which fails for paths that end with `file`."""
+    original = getattr(MemoryFileSystem, function)
+
+    def call(self, path, *arguments, **options):
+        return (fail if path.endswith(file) else original)(self, path, *arguments, **options)
+
+    return call
 
 
 def step_directories() -> set[str]:
@@ -115,3 +127,34 @@ def test_a_save_that_fails_is_one_line(monkeypatch, caplog):
         with pytest.raises(OSError, match=f"^{re.escape(directory)}$"):
             checkpoints.list_checkpoints(RUN)
     assert contents(RUN) == (1, 1, 1)
+
+
+def test_a_store_that_fails_at_the_start_leads_to_no_older_checkpoint(monkeypatch):
+    """The newest one may be whole. Each error is one line."""
+    saver = make_checkpointer(RUN, keep_latest=2)
+    for step in (1, 2):
+        save(saver, step)
+    state = f"{RUN}/checkpoints/step_00000002/streaming_train_state"
+    opened = checkpoints.open_checkpoint(f"trainstate::{state}")
+    for function, file, error, message in (
+        ("isfile", "streaming_train_state", UserError, f"{state}: not reachable (StoreError: SlowDown:)"),
+        ("exists", "_METADATA", UserError, f"{state}/_METADATA: not reachable (StoreError: SlowDown:)"),
+        ("open", "streaming_train_state", OSError, f"{state}: StoreError: SlowDown:"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, function, failing_for(function, file))
+            with pytest.raises(error, match=f"^{re.escape(message)}$"):
+                checkpoints.newest_whole(RUN, checkpoints.CHECKPOINT_FORMATS)
+            if function == "open":
+                with pytest.raises(OSError, match=f"^{re.escape(message)}$"):
+                    opened[0].read()
+    assert contents(RUN) == (2, 2, 2)
+
+
+def test_a_store_that_refuses_is_named_before_the_first_save(monkeypatch):
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", fail)
+    with pytest.raises(UserError, match=re.escape(f"{RUN}: cannot write checkpoints there (StoreError: SlowDown:)")):
+        make_checkpointer(RUN)
+    reason = f"{RUN}/run_lock.json: not reachable (StoreError: SlowDown:)"
+    with pytest.raises(UserError, match=re.escape(reason)):
+        HeartbeatLock(RUN)
