@@ -205,7 +205,7 @@ def read_latest_file(path: str) -> str:
     if is_remote(path):
         system, inner = remote_file_system(path)
         with as_os_errors(path):
-            name = system.cat_file(inner, 0, 100)
+            name = system.cat_file(inner, start=0, end=100)  # by name: s3fs has another order
     else:
         with open(path, "rb") as file:
             name = file.read(100)

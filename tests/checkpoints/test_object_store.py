@@ -151,6 +151,19 @@ def test_a_store_that_fails_at_the_start_leads_to_no_older_checkpoint(monkeypatc
     assert contents(RUN) == (2, 2, 2)
 
 
+def test_the_client_of_s3_is_called_as_it_defines(monkeypatch):
+    """Its `cat_file` has another second argument than that of other clients."""
+    cat_file = MemoryFileSystem.cat_file
+
+    def s3_cat_file(self, path, version_id=None, start=None, end=None):
+        assert version_id is None
+        return cat_file(self, path, start, end)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", s3_cat_file)
+    save(make_checkpointer(RUN), 1)
+    assert contents(RUN) == (1, 1, 1) and checkpoints.latest_checkpoint(RUN).is_latest
+
+
 def test_a_store_that_refuses_is_named_before_the_first_save(monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", fail)
     with pytest.raises(UserError, match=re.escape(f"{RUN}: cannot write checkpoints there (StoreError: SlowDown:)")):
