@@ -137,8 +137,8 @@ def test_a_store_that_fails_at_the_start_leads_to_no_older_checkpoint(monkeypatc
     state = f"{RUN}/checkpoints/step_00000002/streaming_train_state"
     opened = checkpoints.open_checkpoint(f"trainstate::{state}")
     for function, file, error, message in (
-        ("isfile", "streaming_train_state", UserError, f"{state}: not reachable (StoreError: SlowDown:)"),
-        ("exists", "_METADATA", UserError, f"{state}/_METADATA: not reachable (StoreError: SlowDown:)"),
+        ("info", "streaming_train_state", UserError, f"{state}: not reachable (StoreError: SlowDown:)"),
+        ("info", "_METADATA", UserError, f"{state}/_METADATA: not reachable (StoreError: SlowDown:)"),
         ("open", "streaming_train_state", OSError, f"{state}: StoreError: SlowDown:"),
     ):
         with monkeypatch.context() as patch:
@@ -171,3 +171,15 @@ def test_a_store_that_refuses_is_named_before_the_first_save(monkeypatch):
     reason = f"{RUN}/run_lock.json: not reachable (StoreError: SlowDown:)"
     with pytest.raises(UserError, match=re.escape(reason)):
         HeartbeatLock(RUN)
+
+
+def test_a_lock_that_cannot_be_checked_fails_the_save(monkeypatch):
+    with HeartbeatLock(RUN) as lock:
+        saver = checkpoints.Checkpointer(RUN, save_optimizer_state=True, guard=lock.check)
+        save(saver, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, "cat_file", failing_for("cat_file", "run_lock.json"))
+            reason = f"{RUN}/run_lock.json: not reachable (StoreError: SlowDown:)"
+            message = f"{RUN}: the checkpoint was not saved ({reason}); checkpoints/step_00000001 is intact"
+            with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+                save(saver, 2)
