@@ -98,7 +98,7 @@ class Endpoints:
         """Returns the tokens of images, in the form that prompts accept."""
         body = await read_request(request, self.tokenize_model, self._sizes, self._threads)
         client = self._admit(request)
-        prompt = await self._prompt(body.pictures, None, "pictures", "tokens")
+        prompt = await self._prompt(body.pictures or [], None, "pictures", "tokens")
         tokens = await _result(self._engine.tokenize(prompt, client), request)
         return _json({"tokens": tokens.tolist()})
 

@@ -162,20 +162,25 @@ def _is_last(message: Message) -> bool:
 
 async def send_error(error: RequestError, send: Send) -> None:
     """Sends an error response, outside of the application's error handlers."""
-    headers = {"content-type": "application/json", **error.headers}
-    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+    headers, body = _header_and_body(error)
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _header_and_body(error: RequestError) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    body = json.dumps(error.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    return [(name.encode(), value.encode()) for name, value in headers.items()], body
 
 
 def with_idle_timeout(limits: Limits) -> type[asyncio.Protocol]:
     """Returns uvicorn's HTTP protocol with a timeout for connections that hold no request.
 
     A connection is closed if no header is completed within `read_seconds`, or if the client does not read the rest of
-    a response for that time. Excess connections are closed at once. This is no ASGI middleware because an application
-    does not see connections before their header is complete.
+    a response for that time. Excess connections are closed at once. What is not HTTP gets an error response like all
+    others. This is no ASGI middleware because an application does not see connections before their header is complete.
     """
-    from h11 import IDLE
+    from h11 import IDLE, SEND_RESPONSE, Data, EndOfMessage, Response
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class IdleTimeoutProtocol(H11Protocol):
@@ -191,6 +196,14 @@ def with_idle_timeout(limits: Limits) -> type[asyncio.Protocol]:
             if self._timer is not None:
                 self._timer.cancel()
             super().connection_lost(error)
+
+        def send_400_response(self, msg):
+            error = RequestError(400, "bad_request", "this is not HTTP/1.1; the service does not speak HTTPS")
+            if self.conn.our_state in (IDLE, SEND_RESPONSE):  # otherwise a response has begun
+                headers, body = _header_and_body(error)
+                for event in (Response(status_code=400, headers=headers), Data(data=body), EndOfMessage()):
+                    self.transport.write(self.conn.send(event))
+            self.transport.close()
 
         def _check_progress(self):
             idle = self.transport.is_closing() or self.conn.their_state is IDLE

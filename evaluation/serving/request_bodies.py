@@ -37,15 +37,22 @@ async def read_request(request: "Request", model: type[Model], sizes: BodySizes,
     """
     from anyio import to_thread
 
+    for name in request.query_params:
+        raise RequestError(422, "invalid", f"query parameter {name!r}: not read; send all fields in the body")
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type not in ("application/json", "multipart/form-data"):
         raise RequestError(
             415, "unsupported_media_type", f"content-type {media_type!r}: send application/json or multipart/form-data"
         )
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise RequestError(415, "unsupported_encoding", f"content-encoding {encoding!r}: send the body uncompressed")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
+    if not body:
+        raise RequestError(422, "invalid", "the body is empty: send the images")
 
     def parse() -> Model:
         try:
@@ -116,7 +123,7 @@ def _parts(body: bytearray, boundary: bytes, max_parts: int) -> Iterator[tuple[s
     while body[begin : begin + 2] != b"--":
         number += 1
         if number > max_parts:
-            raise _invalid_form(f"more than {max_parts} parts")
+            raise _invalid_form(f"more parts than any valid request, which has {max_parts}")
         line_end = body.find(b"\r\n", begin, begin + _MAX_PART_HEADER)  # spaces may follow the delimiter
         header_end = body.find(b"\r\n\r\n", begin, begin + _MAX_PART_HEADER)
         if header_end < 0 or body[begin:line_end].strip(b" \t"):
@@ -159,6 +166,8 @@ def _request_error(error: ValidationError) -> RequestError:
 def _reason(detail: Any) -> str:
     field = ".".join(map(str, detail["loc"]))
     message = detail["msg"]
+    if detail["type"] == "bytes_invalid_encoding":
+        message = f"not base64 ({detail['ctx']['encoding_error']}): no line breaks, and no prefix such as data:"
     if detail["type"] == "too_long":
         count, most = detail["ctx"]["actual_length"], detail["ctx"]["max_length"]
         unit = "images" if len(detail["loc"]) == 1 else "tokens"

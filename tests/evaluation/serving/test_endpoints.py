@@ -52,6 +52,19 @@ def test_files_base64_and_tokens_are_the_same_prompt(app):
     np.testing.assert_array_equal(pixels, images.to_uint8(tiny_prompter().decode(samples_CFN)))
 
 
+def test_extreme_but_valid_settings_have_the_meaning_of_their_limits(app):
+    def tokens(**fields):
+        response = post(app, "/generate", **form(png(1), n_candidates=2, seed=5, **fields))
+        assert response.status_code == 200, response.text
+        return response.json()["tokens"]
+
+    most_likely, default = tokens(temperature=0), tokens()
+    assert tokens(top_k=10**30, context_frames=10**30) == default != most_likely
+    assert tokens(top_p="1e-300") == tokens(top_k=1) == most_likely
+    assert np.max(tokens(temperature="1e300")) < TINY.num_embeddings
+    assert tokens(temperature="1e300", top_p=0.5) != default
+
+
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_batch(app):
     requests = [("POST", "/generate", form(png(i), n_candidates=2, seed=seed)) for i, seed in ((1, 5), (1, 6), (2, 6))]

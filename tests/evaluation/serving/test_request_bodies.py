@@ -154,7 +154,7 @@ def test_a_form_is_whole_or_refused():
 @pytest.mark.parametrize(
     "body, message",
     [
-        (b"", "does not have the boundary"),
+        (b"", "the body is empty"),
         (b"--c\r\n\r\n--c--", "does not have the boundary"),
         (FILE % b"1", "cut off"),
         (FILE % b"1" + b"--b", "cut off"),
