@@ -88,7 +88,13 @@ def _load_models(settings: PrompterSettings, engine_settings: EngineSettings) ->
     engine = load(first)
     sizes = {first: PromptSize(engine.resolution, engine.max_prompt_images + 1), **sizes}
     infos = [
-        ModelInfo(name, size.resolution, size.max_images - 1, stated_limits(by_name[name].checkpoint))
+        ModelInfo(
+            name,
+            size.resolution,
+            size.max_images - 1,
+            engine_settings.max_new_pictures,
+            stated_limits(by_name[name].checkpoint),
+        )
         for name, size in sizes.items()
     ]
     return Models(infos, load, engine)

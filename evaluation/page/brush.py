@@ -3,6 +3,9 @@
 Shapes: see `evaluation.prompting`.
 """
 
+import dataclasses
+import functools
+import hashlib
 import io
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,7 +16,7 @@ from PIL import Image
 
 from EasyLM.errors import UserError
 from evaluation.page.files import LIMITS, decode, read_files
-from evaluation.page.handlers import errors_for_visitors, visitor_error
+from evaluation.page.handlers import errors_for_visitors
 from evaluation.page.pictures import save_enlarged, save_png
 from evaluation.serving import uploads
 from tokenizer.synthetic import scenes
@@ -21,11 +24,14 @@ from tokenizer.synthetic import scenes
 if TYPE_CHECKING:
     import gradio
 
+QUERY = "Query"
 SIDE = 384  # pixels of the canvas
 _OPAQUE = 128  # least alpha of a painted pixel
 HELP = """Load an image of the prompt, paint on it, and choose what the painting is:
 * *Hole*: the painted pixels of the image become black. If it is an example, its answer becomes the original image.
-* *Mask*: the painting becomes the answer of an example, in its colours and on the background of the segmentations."""
+* *Mask*: the painting becomes the answer of an example, in its colours and on the background of the segmentations.
+
+The painting belongs to the image on the canvas: to paint on another one, load that."""
 
 
 def with_hole(image: np.ndarray, strokes: np.ndarray) -> np.ndarray:
@@ -59,6 +65,99 @@ def read_strokes(paths: Sequence[str], size: int, folder: pathlib.Path) -> np.nd
     return strokes
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """The image on the canvas. What a visitor paints belongs to it, whatever is chosen or replaced meanwhile.
+
+    Attributes:
+      name: the image's name in the prompt.
+      path: its file.
+      digest: that of the file in its slot: of `path`, or of the same image with a hole.
+    """
+
+    name: str
+    path: str
+    digest: str
+
+
+class Brush:
+    """Makes new images of an analogy's prompt from what a visitor paints.
+
+    Attributes:
+      names: the images that can be painted on: the query and the examples.
+
+    `slots` are the paths of the prompt's images [example, answer, ..., query]; None: an empty slot.
+    """
+
+    def __init__(self, num_slots: int, folder: pathlib.Path):
+        """`folder`: where the page's files are."""
+        self.names = [QUERY, *(f"Example {i + 1}" for i in range(num_slots // 2))]
+        self._folder = folder
+
+    def load(self, name: str, slots: Sequence[str | None]) -> Loaded:
+        """Returns the image of this name. Raises UserError if its slot is empty, or its file is no longer stored."""
+        path = slots[self._slot(name)]
+        if path is None:
+            raise UserError(f"{name}: add an image to this slot first")
+        return Loaded(name, path, self._digest(path))
+
+    def hole(
+        self, loaded: Loaded | None, slots: Sequence[str | None], layers: Sequence[str], size: int
+    ) -> tuple[Loaded, dict[int, str]]:
+        """Makes a hole in the loaded image; of an example, the answer becomes the whole image.
+
+        Args:
+          loaded: the image on the canvas; None: the canvas is empty.
+          slots: see the class.
+          layers: paths of the painted layers.
+          size: side of the model's images in pixels.
+
+        Returns:
+          The loaded image, and the paths of the new images by the numbers of their slots.
+
+        Raises:
+          UserError: if no image is loaded, or its slot has another one now; see also `read_strokes`.
+        """
+        loaded, slot = self._checked(loaded, slots)
+        (image,) = decode(read_files([loaded.path], self._folder), size)
+        new = {slot: self._save(with_hole(image, read_strokes(layers, size, self._folder)))}
+        if loaded.name != QUERY:  # the query has no answer
+            new[slot + 1] = self._save(image)
+        return dataclasses.replace(loaded, digest=self._digest(new[slot])), new
+
+    def mask(
+        self, loaded: Loaded | None, slots: Sequence[str | None], layers: Sequence[str], size: int
+    ) -> tuple[Loaded, dict[int, str]]:
+        """Makes what is painted the answer of the loaded example. Arguments, results and errors: as `hole`."""
+        loaded, slot = self._checked(loaded, slots)
+        if loaded.name == QUERY:
+            raise UserError("load an example to paint a mask: that of the query is what the model draws")
+        return loaded, {slot + 1: self._save(mask_of(read_strokes(layers, size, self._folder)))}
+
+    def _checked(self, loaded: Loaded | None, slots: Sequence[str | None]) -> tuple[Loaded, int]:
+        """Returns the loaded image and the number of its slot, which has this image still."""
+        if loaded is None:
+            raise UserError("load an image first")
+        slot = self._slot(loaded.name)
+        path = slots[slot]
+        if path is None or self._digest(path) != loaded.digest:
+            raise UserError(f"the canvas shows an earlier image of {loaded.name}: load the image again")
+        return loaded, slot
+
+    def _slot(self, name: str) -> int:
+        """Returns the number of the slot of an image: the query is the last one."""
+        number = self.names.index(name)
+        return 2 * (number - 1) if number else 2 * (len(self.names) - 1)
+
+    def _digest(self, path: str) -> str:
+        """Returns a digest of a file. Paths do not tell: browsers get copies of the files that the page writes."""
+        (content,) = read_files([path], self._folder)
+        return hashlib.sha256(content).hexdigest()
+
+    def _save(self, image: np.ndarray) -> str:
+        return save_enlarged(image, self._folder, "painted")
+
+
 def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], model: Any, folder: pathlib.Path) -> None:
     """Adds the canvas and its buttons below the slots [example, answer, ..., query] of an analogy.
 
@@ -70,51 +169,38 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
     """
     import gradio
 
-    names = ["Query", *(f"Example {i + 1}" for i in range(len(slots) // 2))]
+    brush = Brush(len(slots), folder)
     with gradio.Accordion("Paint a hole or a mask", open=False, elem_id="brush"):
         gradio.Markdown(HELP)
         with gradio.Row():
-            name = gradio.Dropdown(names, value=names[0], label="Image of the prompt", min_width=160, elem_id="painted")
+            name = gradio.Dropdown(
+                brush.names, value=QUERY, label="Image of the prompt", min_width=160, elem_id="painted"
+            )
             load = gradio.Button("Load the image", min_width=120, elem_id="load_painted")
+        shown = gradio.Markdown("No image is loaded.", elem_id="on_canvas")
         canvas = _canvas()
-        source = gradio.State("")  # path of the loaded image
+        state = gradio.State(None)  # the loaded image
         with gradio.Row():
             hole = gradio.Button("Use as hole", min_width=120, elem_id="use_hole")
             mask = gradio.Button("Use as mask", min_width=120, elem_id="use_mask")
 
     def load_image(name: str, *paths: str | None) -> tuple:
-        path = paths[_slot_number(names, name)]
-        if path is None:
-            raise visitor_error(f"{name}: add an image to this slot first.")
         with errors_for_visitors():
-            (pixels,) = decode(read_files([path], folder), SIDE)
-        return {"background": save_png(pixels, folder, "canvas"), "layers": [], "composite": None}, path
+            loaded = brush.load(name, paths)
+            (pixels,) = decode(read_files([loaded.path], folder), SIDE)
+        # A new label of the canvas would make gradio forget its limits: see `_canvas`.
+        background = save_png(pixels, folder, "canvas")
+        return loaded, f"On the canvas: **{name}**", {"background": background, "layers": [], "composite": None}
 
-    def use(is_hole: bool, name: str, path: str, model: str, layers: list[str]) -> list:
-        if not path:
-            raise visitor_error("Load an image first.")
-        if not is_hole and name == names[0]:
-            raise visitor_error("Choose an example: the mask of the query is what the model draws.")
+    def use(make: Callable, loaded: Loaded | None, model: str, layers: list[str], *paths: str | None) -> list:
         with errors_for_visitors():
-            (image,) = decode(read_files([path], folder), size_of(model))
-            strokes = read_strokes(layers, len(image), folder)
-        slot, updates = _slot_number(names, name), [gradio.skip()] * len(slots)
-        painted = {slot: with_hole(image, strokes), slot + 1: image} if is_hole else {slot + 1: mask_of(strokes)}
-        for i, pixels in painted.items():
-            if i < len(slots):  # the query has no answer
-                updates[i] = save_enlarged(pixels, folder, "painted")
-        return updates
+            loaded, new = make(loaded, paths, layers, size_of(model))
+        return [loaded, *(new.get(i, gradio.skip()) for i in range(len(slots)))]
 
-    load.click(load_image, [name, *slots], [canvas, source], api_visibility="private")
-    inputs = [name, source, model, canvas]
-    hole.click(lambda *values: use(True, *values), inputs, list(slots), api_visibility="private")
-    mask.click(lambda *values: use(False, *values), inputs, list(slots), api_visibility="private")
-
-
-def _slot_number(names: list[str], name: str) -> int:
-    """Returns the number of the slot of an image: the query is the last one."""
-    number = names.index(name)
-    return 2 * (number - 1) if number else 2 * (len(names) - 1)
+    load.click(load_image, [name, *slots], [state, shown, canvas], api_visibility="private")
+    for button, make in ((hole, brush.hole), (mask, brush.mask)):
+        inputs, outputs = [state, model, canvas, *slots], [state, *slots]
+        button.click(functools.partial(use, make), inputs, outputs, api_visibility="private")
 
 
 def _canvas() -> "gradio.ImageEditor":

@@ -33,6 +33,7 @@ def image_slot(label: str) -> "gradio.Image":
         format="png",
         sources=["upload", "clipboard"],
         height=150,
+        placeholder="Add an image",
         buttons=[],
         elem_id=label.lower().replace(" ", "_"),
     )
@@ -49,19 +50,32 @@ def settings_row(tab: str, with_frames: bool) -> tuple[list, "gradio.Button"]:
     initial = INITIAL_SETTINGS
     with gradio.Row():
         candidates, temperature, top_p, frames = (
-            gradio.Slider(1, _MAX_CANDIDATES, initial.num_candidates, step=1, label="Candidates", min_width=120),
-            gradio.Slider(0, 2, initial.temperature, step=0.05, label="Temperature", min_width=120),
-            gradio.Slider(0.05, 1, initial.top_p, step=0.05, label="Top-p", min_width=120),
-            gradio.Slider(
-                1, _MAX_FRAMES, initial.num_new_images, step=1, label="New frames", min_width=120, visible=with_frames
-            ),
+            _slider("Candidates", "answers to draw", 1, _MAX_CANDIDATES, initial.num_candidates),
+            _slider("Temperature", "0: the likeliest; higher: varied", 0, 2, initial.temperature, 0.05),
+            _slider("Top-p", "1: all choices; lower: likely ones only", 0.05, 1, initial.top_p, 0.05),
+            _slider("New frames", "of each candidate", 1, _MAX_FRAMES, initial.num_new_images, visible=with_frames),
         )
         with gradio.Column(min_width=120):
-            seed = gradio.Number(initial.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            seed = gradio.Number(
+                initial.seed,
+                label="Seed",
+                info="the same seed draws the same",
+                precision=0,
+                minimum=0,
+                maximum=2**31 - 1,
+            )
             random = gradio.Button("Random seed", size="sm", elem_id=f"random_{tab}")
     random.click(lambda: secrets.randbelow(2**31), None, seed, api_visibility="private")
     button = gradio.Button("Draw", variant="primary", elem_id=f"draw_{tab}")
     return [candidates, temperature, top_p, seed, frames], button
+
+
+def _slider(
+    label: str, info: str, least: float, most: float, value: float, step: float = 1, visible: bool = True
+) -> "gradio.Slider":
+    import gradio
+
+    return gradio.Slider(least, most, value, step=step, label=label, info=info, min_width=120, visible=visible)
 
 
 def outputs(tab: str, history: History) -> list:
@@ -74,7 +88,7 @@ def outputs(tab: str, history: History) -> list:
         "Download prompt and answers as PNG", interactive=False, size="sm", elem_id=f"download_{tab}"
     )
     reconstructions = _gallery(
-        "What the tokenizer keeps of your images: each image and its reconstruction", 4, f"reconstructions_{tab}"
+        "What the model sees of your images: each image, and what its tokens keep of it", 4, f"reconstructions_{tab}"
     )
     return list(Update(status, answers, reconstructions, download, history.state, history.gallery))
 

@@ -112,12 +112,14 @@ def generate(models: Models, examples: ExampleFiles, request: Request) -> Iterat
     previews: queue.SimpleQueue[Preview | None] = queue.SimpleQueue()
     settings, client = request.settings, request.client
     with errors_for_visitors(), contextlib.ExitStack() as request_end:
+        info = models.info(request.model)
+        info.check(len(request.files), settings)
+        prompt = PromptFiles.read(request.files, info.resolution, examples)
+        # From here on, the request is right: only such a request replaces the model of other visitors.
         if not models.is_loaded(request.model):
             yield Update(f"Loading {request.model}, in the place of another model ...", [], [], no_download, skip, skip)
         engine = request_end.enter_context(models.engine(request.model))
         request_end.enter_context(engine.admitted(client, settings))
-        engine.check_length(len(request.files))
-        prompt = PromptFiles.read(request.files, engine.resolution, examples)
         begin = time.monotonic()
         reconstructing = engine.reconstruct(Prompt(images=images.to_float32(prompt.images)), client)
         request_end.callback(reconstructing.cancel)  # the visitor may have closed the page
@@ -151,7 +153,7 @@ def errors_for_visitors() -> Iterator[None]:
     except (UserError, RequestError, QueueFullError, TooMuchWorkError, ClosedError) as error:
         raise visitor_error(str(error)) from None
     except CancelledError:
-        raise visitor_error("the page stops before this answer is finished") from None
+        raise visitor_error("this answer was stopped: the page closes, or another model takes its place") from None
 
 
 def first_status(engine: Engine) -> str:
@@ -162,10 +164,12 @@ def first_status(engine: Engine) -> str:
 
 
 def visitor_error(message: str) -> Exception:
-    """Returns an error that the page shows until the visitor closes it. Gradio does not log it."""
+    """Returns an error that the page shows, as a sentence, until the visitor closes it. Gradio does not log it."""
     import gradio
 
-    return gradio.Error(message, duration=None, print_exception=False)
+    begins_with_word = re.match("[a-z]+ ", message)  # not with the name of a file or a setting
+    sentence = message[0].upper() + message[1:] if begins_with_word else message
+    return gradio.Error(sentence, duration=None, print_exception=False)
 
 
 def generation_settings(initial: GenerationSettings, values: Sequence[Any]) -> GenerationSettings:

@@ -11,10 +11,16 @@ if TYPE_CHECKING:
     import gradio
 
 CSS = """
-.grid-wrap.fixed-height { min-height: 0 !important; } /* galleries are as high as their images */
-[id^="examples_"] .thumbnail-item { aspect-ratio: 3 / 2 !important; }
-#history .thumbnail-item { aspect-ratio: 4 / 3 !important; }
-[id^="reconstructions_"] .thumbnail-item { aspect-ratio: 2 / 1 !important; }
+.gradio-container { --block-info-text-color: var(--neutral-500); } /* gradio's is too light to read */
+/* Galleries are as high as their images. Names stand above and below the images, not on them. */
+.grid-wrap.fixed-height { min-height: 0 !important; overflow-y: auto !important; }
+.block:has(> .gallery-container) > label { position: static !important; }
+.caption-label { position: static !important; max-width: 100% !important; white-space: normal !important; }
+.caption-label { border: none !important; }
+.thumbnail-item { aspect-ratio: auto !important; height: auto !important; }
+.thumbnail-item img { aspect-ratio: 1 / 1; }
+[id^="examples_"] .thumbnail-item img, [id^="reconstructions_"] .thumbnail-item img { aspect-ratio: 2 / 1; }
+#history .thumbnail-item img { aspect-ratio: 4 / 3; }
 @media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)) !important; } }
 """
 _INTRODUCTION = """# Large Vision Model

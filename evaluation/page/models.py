@@ -8,29 +8,38 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from EasyLM.errors import UserError
-from evaluation.prompting import PrompterSettings
+from evaluation.prompting import GenerationSettings, PrompterSettings
 from evaluation.serving.batch_worker import Turns
 from evaluation.serving.engine import Engine
+from evaluation.serving.workload import check_num_new_images, check_prompt_length
 
-# When a model is replaced, its answers have this time to finish. Then they are cancelled.
+# When a model is replaced, its answers have this time to finish. Then they are cancelled, which takes until the program
+# that the device runs, or the compiler, has ended.
 _FINISH_SECONDS, _CLOSE_SECONDS = 600.0, 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What the page says of a model.
+    """What the page knows of a model, whether it is loaded or not.
 
     Attributes:
       name: what visitors choose.
       resolution: side of a prompt's images in pixels.
       max_prompt_images: images of the longest prompt.
+      max_new_images: the most images that a request may ask for, of all candidates together.
       limits: what it knows and what not, in a sentence of its card; empty: not stated.
     """
 
     name: str
     resolution: int
     max_prompt_images: int
+    max_new_images: int
     limits: str = ""
+
+    def check(self, num_images: int, settings: GenerationSettings) -> None:
+        """Raises UserError if the model's engine would refuse such a request. The model need not be loaded."""
+        check_prompt_length(num_images, self.max_prompt_images)
+        check_num_new_images(settings, self.max_new_images)
 
     @property
     def text(self) -> str:
@@ -48,8 +57,14 @@ class Models:
         """`load` loads the engine of a name; `first` is that of the first one."""
         self.infos = {info.name: info for info in infos}
         self._load, self._loaded = load, infos[0].name
-        self._engine: Engine | None = first  # None: the last load failed
+        self._engine: Engine | None = first  # None: the last load failed. Closed, if no model is loaded.
         self._turns, self._changed, self._num_users = Turns(), threading.Condition(), 0
+
+    def info(self, name: str) -> ModelInfo:
+        """Returns what is known of a model. Raises UserError if it is unknown."""
+        if name not in self.infos:
+            raise UserError(f"there is no model {name!r}: choose one of {', '.join(self.infos)}")
+        return self.infos[name]
 
     def is_loaded(self, name: str) -> bool:
         return self._loaded == name
@@ -62,10 +77,9 @@ class Models:
         meanwhile.
 
         Raises:
-          UserError: if the model is unknown or cannot be loaded.
+          UserError: if the model is unknown or cannot be loaded, or the other one does not stop.
         """
-        if name not in self.infos:
-            raise UserError(f"there is no model {name!r}: choose one of {', '.join(self.infos)}")
+        self.info(name)
         with self._turns:
             if not self.is_loaded(name):
                 self._replace(name)
@@ -80,17 +94,24 @@ class Models:
                 self._changed.notify_all()
 
     def _replace(self, name: str) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_users == 0, _FINISH_SECONDS)
-        self.close(_CLOSE_SECONDS)
+        if self._loaded:  # otherwise its answers are cancelled already
+            self._wait_for_users(_FINISH_SECONDS)
+        # A second model beside the first could exceed the device's memory.
+        if not (self.close(_CLOSE_SECONDS) and self._wait_for_users(_CLOSE_SECONDS)):
+            raise UserError("another model is still stopping, and only one is in memory: try again in a minute")
+        self._engine = None
         gc.collect()  # frees the device's memory before the next model needs it
         self._engine, self._loaded = self._load(name), name
 
-    def close(self, timeout: float) -> None:
-        """Closes the engine, and forgets it."""
-        engine, self._engine, self._loaded = self._engine, None, ""
-        if engine is not None:
-            engine.close(timeout)
+    def _wait_for_users(self, timeout: float) -> bool:
+        """Returns whether all answers have ended within so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._num_users == 0, timeout)
+
+    def close(self, timeout: float) -> bool:
+        """Closes the engine. Returns whether it ended its answers in time; otherwise they are cancelled."""
+        self._loaded = ""
+        return self._engine is None or self._engine.close(timeout)
 
 
 def split_settings(settings: PrompterSettings) -> dict[str, PrompterSettings]:

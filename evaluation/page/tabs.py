@@ -80,7 +80,8 @@ def analogy_tab(page: Page) -> None:
     num_shots.change(show_columns, num_shots, columns, api_visibility="private")
     gallery.select(select_example, page.model, [num_shots, *slots], api_visibility="private")
     page.model.change(lambda model: by_model[model].sheets, page.model, gallery, api_visibility="private")
-    button.click(answer, inputs, fields.outputs("analogy", page.history), api_visibility="private")
+    outputs = fields.outputs("analogy", page.history)
+    button.click(answer, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")
 
 
 def sequence_tab(page: Page) -> None:
@@ -134,4 +135,5 @@ def sequence_tab(page: Page) -> None:
     # Reading a video takes a core for up to a minute.
     video.upload(take_frames, [page.model, video], frames, api_visibility="private", concurrency_limit=1)
     page.model.change(lambda model: by_model[model].sheets, page.model, gallery, api_visibility="private")
-    button.click(answer, inputs, fields.outputs("sequence", page.history), api_visibility="private")
+    outputs = fields.outputs("sequence", page.history)
+    button.click(answer, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")

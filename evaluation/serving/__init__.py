@@ -24,7 +24,7 @@ Modules:
   request_errors HTTP error responses
   responses      bodies of responses and streams
   engine         `Engine`: the queue in front of a prompter
-  workload       the outstanding work of each client
+  workload       bounds of a request's work, and of the outstanding work of each client
   batcher        a fair queue that forms batches, in a lane for short, for long, and for uncompiled jobs
   batch_worker   computes batches
   progress       previews while tokens are generated

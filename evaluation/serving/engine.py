@@ -30,7 +30,7 @@ from evaluation.serving.batch_worker import (
 )
 from evaluation.serving.batcher import Batcher, ClosedError
 from evaluation.serving.progress import Preview
-from evaluation.serving.workload import Workload
+from evaluation.serving.workload import Workload, check_num_new_images, check_prompt_length
 from evaluation.tasks import metrics
 
 ENGINE_FLAGS = {
@@ -226,11 +226,7 @@ class Engine:
           QueueFullError, ClosedError: see `Batcher.submit`.
         """
         self._check_prompt(prompt)
-        if settings.num_candidates * settings.num_new_images > self._settings.max_new_pictures:
-            raise UserError(
-                f"n_candidates={settings.num_candidates}, n_new_frames={settings.num_new_images}: at most "
-                f"{self._settings.max_new_pictures} new images per request"
-            )
+        check_num_new_images(settings, self._settings.max_new_pictures)
         return self._submit(GenerateItem(prompt, self._within_the_model(settings)), client, listener)
 
     def log_likelihoods(self, prompt: Prompt, target: Prompt, client: str = "") -> "Future[np.ndarray]":
@@ -269,8 +265,7 @@ class Engine:
 
     def check_length(self, num_images: int) -> None:
         """Raises UserError if a prompt with this many images is too long. Cheap: call it before decoding them."""
-        if num_images > self.max_prompt_images:
-            raise UserError(f"{num_images} images: a prompt has at most {self.max_prompt_images} for this model")
+        check_prompt_length(num_images, self.max_prompt_images)
 
     def _submit(self, item: Item, client: str, listener: Callable[[Preview], None] | None = None) -> Future:
         options = {"program": item.program, "cost": item.cost, "client": client}

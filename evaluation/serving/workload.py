@@ -1,9 +1,27 @@
-"""Bounds the work that each client has outstanding, from its request until its response is sent."""
+"""Bounds the work of a request, and the work that each client has outstanding until its response is sent."""
 
 import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+
+from EasyLM.errors import UserError
+from evaluation.prompting import GenerationSettings
+
+
+def check_prompt_length(num_images: int, most: int) -> None:
+    """Raises UserError if a prompt has more images than the model's longest prompt, `most`."""
+    if num_images > most:
+        raise UserError(f"{num_images} images: a prompt has at most {most} for this model")
+
+
+def check_num_new_images(settings: GenerationSettings, most: int) -> None:
+    """Raises UserError if a request asks for more than `most` images, of all candidates together."""
+    if settings.num_candidates * settings.num_new_images > most:
+        raise UserError(
+            f"n_candidates={settings.num_candidates}, n_new_frames={settings.num_new_images}: at most {most} new "
+            "images per request"
+        )
 
 
 class TooMuchWorkError(Exception):

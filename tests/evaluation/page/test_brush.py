@@ -1,5 +1,7 @@
 """What visitors paint: strokes become holes and masks."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,6 +56,67 @@ def test_wrong_strokes_are_refused(tmp_path):
         (tmp_path / "broken.png").write_bytes(content)
         with pytest.raises(UserError, match="readable"):
             brush.read_strokes([str(tmp_path / "broken.png")], SIZE, tmp_path)
+
+
+RED, EMPTY = {(1, 2): (235, 60, 75, 255)}, None
+
+
+@pytest.fixture
+def slots(tmp_path) -> list[str | None]:
+    """The files of [example, answer, example, answer, query]."""
+    for i in range(5):
+        Image.fromarray(np.full((SIZE, SIZE, 3), 10 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    return [str(tmp_path / f"{i}.png") for i in range(5)]
+
+
+def value_of(path: str) -> int:
+    """Returns the value of the pixels of an image of one colour."""
+    (value,) = np.unique(Image.open(path))
+    return int(value)
+
+
+def hole_in(path: str) -> int:
+    """Returns the value of the pixels of an image, and asserts that only the painted ones are black."""
+    image = np.asarray(Image.open(path).resize((SIZE, SIZE), Image.Resampling.NEAREST))
+    black, value = np.unique(image)
+    assert black == 0 and np.argwhere((image == 0).all(-1)).tolist() == [[1, 2]]
+    return int(value)
+
+
+def test_a_painting_belongs_to_the_image_that_was_loaded(tmp_path, slots):
+    used, layers = brush.Brush(5, tmp_path), [write_strokes(tmp_path / "layer.png", RED)]
+    assert used.names == ["Query", "Example 1", "Example 2"]
+    second = used.load("Example 2", slots)
+    loaded, new = used.mask(second, slots, layers, SIZE)
+    assert loaded == second and set(new) == {3}
+    assert tuple(np.asarray(Image.open(new[3]))[1 * 32, 2 * 32]) == RED[1, 2][:3]
+    with_hole, new = used.hole(second, slots, layers, SIZE)
+    assert (hole_in(new[2]), value_of(new[3]), set(new)) == (20, 20, {2, 3})
+    shown = [slots[0], slots[1], new[2], new[3], slots[4]]
+    assert hole_in(used.hole(with_hole, shown, layers, SIZE)[1][2]) == 20  # painting goes on
+    query, new = used.hole(used.load("Query", slots), slots, layers, SIZE)
+    assert query.name == "Query" and set(new) == {4} and hole_in(new[4]) == 40
+
+
+def test_a_painting_on_an_image_that_was_replaced_is_refused(tmp_path, slots):
+    used, layers = brush.Brush(5, tmp_path), [write_strokes(tmp_path / "layer.png", RED)]
+    loaded = used.load("Example 1", slots)
+    same = shutil.copy(slots[0], tmp_path / "copy.png")  # gradio copies the files that the page writes
+    for use in (used.hole, used.mask):
+        for other in (slots[2], EMPTY):
+            with pytest.raises(UserError, match="an earlier image of Example 1: load the image again"):
+                use(loaded, [other, *slots[1:]], layers, SIZE)
+        assert use(loaded, [same, "any", EMPTY, "other", "slot"], layers, SIZE)
+
+
+def test_what_cannot_be_painted_is_refused(tmp_path, slots):
+    used, layers = brush.Brush(5, tmp_path), [write_strokes(tmp_path / "layer.png", RED)]
+    with pytest.raises(UserError, match="Example 2: add an image to this slot first"):
+        used.load("Example 2", [*slots[:2], EMPTY, EMPTY, slots[4]])
+    with pytest.raises(UserError, match="load an image first"):
+        used.mask(EMPTY, slots, layers, SIZE)
+    with pytest.raises(UserError, match="that of the query is what the model draws"):
+        used.mask(used.load("Query", slots), slots, layers, SIZE)
 
 
 @pytest.mark.slow  # gradio takes seconds to import

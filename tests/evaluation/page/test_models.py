@@ -19,11 +19,14 @@ def no_collection(monkeypatch):
 
 
 class FakeEngine:
-    def __init__(self, name: str):
-        self.name, self.is_closed = name, False
+    """An engine whose `close` ends its work, unless it `hangs`."""
 
-    def close(self, timeout: float) -> None:
-        self.is_closed = True
+    def __init__(self, name: str):
+        self.name, self.is_closed, self.hangs = name, False, False
+
+    def close(self, timeout: float) -> bool:
+        self.is_closed = not self.hangs
+        return self.is_closed
 
 
 class Loader:
@@ -45,7 +48,7 @@ class Loader:
 
 def make_models(*names: str) -> tuple[Models, Loader]:
     loader = Loader()
-    return Models([ModelInfo(name, 8, 7) for name in names], loader, loader(names[0])), loader
+    return Models([ModelInfo(name, 8, 7, 64) for name in names], loader, loader(names[0])), loader
 
 
 def test_one_model_is_in_memory_at_a_time():
@@ -98,6 +101,34 @@ def test_a_model_that_cannot_be_loaded_leaves_the_page_usable():
     assert engine.is_closed
 
 
+def test_no_model_is_loaded_beside_one_that_does_not_stop():
+    models, loader = make_models("a", "b")
+    with models.engine("a") as engine:
+        engine.hangs = True
+    for name in ("b", "a"):  # the first model has been told to stop: it answers nobody
+        with pytest.raises(UserError, match="another model is still stopping"), models.engine(name):
+            pass
+    assert loader.loaded == ["a"]
+    engine.hangs = False
+    del engine
+    with models.engine("b") as engine:
+        assert engine.name == "b"
+    assert loader.loaded == ["a", "b"]
+
+
+def test_no_model_is_loaded_while_an_answer_needs_another(monkeypatch):
+    for name in ("_FINISH_SECONDS", "_CLOSE_SECONDS"):
+        monkeypatch.setattr(f"evaluation.page.models.{name}", 0.0)
+    models, loader = make_models("a", "b")
+    with models.engine("a") as engine:
+        with pytest.raises(UserError, match="another model is still stopping"), models.engine("b"):
+            pass
+        assert engine.is_closed and loader.loaded == ["a"]
+        del engine
+    with models.engine("b"):
+        assert loader.loaded == ["a", "b"]
+
+
 def test_settings_are_split_by_model():
     settings = PrompterSettings("runs/1/params, other/params,x", vqgan="v", load_llama_config="m,,n", dtype="bf16")
     by_name = split_settings(settings)
@@ -129,5 +160,7 @@ def test_wrong_lists_are_refused(settings, message):
 
 
 def test_the_text_of_a_model_says_what_is_not_stated():
-    assert "of up to 7 images of 8x8 pixels. **Limits:** It knows cats." in ModelInfo("a", 8, 7, "It knows cats.").text
-    assert "states no limits" in ModelInfo("a", 8, 1).text and "1 image of" in ModelInfo("a", 8, 1).text
+    text = ModelInfo("a", 8, 7, 64, "It knows cats.").text
+    assert "of up to 7 images of 8x8 pixels. **Limits:** It knows cats." in text
+    text = ModelInfo("a", 8, 1, 64).text
+    assert "states no limits" in text and "1 image of" in text

@@ -26,13 +26,14 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def models_of(engine) -> Models:
-    """Returns the models of a page with one, whose engine is given."""
-    return Models([ModelInfo("tiny", engine.resolution, engine.max_prompt_images)], pytest.fail, engine)
+    """Returns the models of a page with two: the engine of the first is given, the second cannot be loaded."""
+    infos = [ModelInfo(name, engine.resolution, engine.max_prompt_images, 4) for name in ("tiny", "other")]
+    return Models(infos, lambda name: pytest.fail(f"{name} is loaded"), engine)
 
 
-def generate(engine, folder, files, settings=GenerationSettings()):  # noqa: B008
+def generate(engine, folder, files, settings=GenerationSettings(), model="tiny"):  # noqa: B008
     analogies = ExampleFiles(examples.analogies(TINY.resolution), folder, "analogy")
-    request = handlers.Request("tiny", [str(folder / file) for file in files], settings)
+    request = handlers.Request(model, [str(folder / file) for file in files], settings)
     return handlers.generate(models_of(engine), analogies, request)
 
 
@@ -90,10 +91,17 @@ def test_answers_to_examples_have_the_truth_and_go_to_the_history(folder):
 def test_user_errors_are_shown(folder):
     gradio = pytest.importorskip("gradio")
     engine = tiny_engine()
-    with pytest.raises(gradio.Error, match="not a readable image"):
-        list(generate(engine, folder, ["text.png"]))
-    with pytest.raises(gradio.Error, match="no longer stored"):
-        list(generate(engine, folder, ["gone.png"]))
+    for model in ("tiny", "other"):  # before the other model is loaded, in the place of the first
+        with pytest.raises(gradio.Error, match="Query: not a readable image"):
+            list(generate(engine, folder, ["text.png"], model=model))
+        with pytest.raises(gradio.Error, match="no longer stored"):
+            list(generate(engine, folder, ["gone.png"], model=model))
+        with pytest.raises(gradio.Error, match="4 images: a prompt has at most 3"):
+            list(generate(engine, folder, ["0.png"] * 4, model=model))
+        with pytest.raises(gradio.Error, match="at most 4 new images"):
+            list(generate(engine, folder, ["0.png"], GenerationSettings(3, 2), model))
+    with pytest.raises(gradio.Error, match="no model 'gone': choose one of tiny, other"):
+        list(generate(engine, folder, ["0.png"], model="gone"))
     with pytest.raises(gradio.Error, match="temperature=-1"):
         handlers.generation_settings(GenerationSettings(), [1, -1, 1, 0, 1])
     engine.close(SECONDS)
