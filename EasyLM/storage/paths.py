@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from EasyLM.errors import UnavailableError, UserError
+from EasyLM.errors import UnavailableError, UserError, first_line
 from EasyLM.storage.atomic import PARTIAL_SUFFIX
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
@@ -41,7 +41,7 @@ def remote_file_system(path: str) -> tuple[Any, str]:
             + (f"pip install {package}" if package else f"{error}".partition("\n")[0])
         ) from None
     except Exception as error:  # each package has its own errors of credentials and connections
-        raise UnavailableError(f"{path}: not reachable ({_first_line(error)})") from error
+        raise UnavailableError(f"{path}: not reachable ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def names_store_errors(path: str) -> Iterator[None]:
     except Exception as error:  # each package has its own errors of credentials and connections
         if _is_missing_file(path, error):
             raise
-        raise UnavailableError(f"{path}: not reachable ({_first_line(error)})") from error
+        raise UnavailableError(f"{path}: not reachable ({first_line(error)})") from error
 
 
 def _is_missing_file(path: str, error: Exception) -> bool:
@@ -67,10 +67,6 @@ def _is_missing_file(path: str, error: Exception) -> bool:
     # The http file system of fsspec calls a file missing after any error, which is the cause.
     is_http, cause = path.startswith(("http://", "https://")), error.__cause__
     return not is_http or cause is None or getattr(cause, "status", None) in (404, 410)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def is_compressed(path: str) -> bool:

@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Future
 
 import numpy as np
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, first_line
 from EasyLM.flags import Flag
 from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, LargestBatch, Prompter, PrompterSettings
 from evaluation.serving.batch_worker import (
@@ -202,7 +202,7 @@ class Engine:
             return
         if error := future.exception():
             logging.error("warming up failed", exc_info=error)
-            self.warm_up_error = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.warm_up_error = first_line(error)
         else:
             self._warm.set()
 

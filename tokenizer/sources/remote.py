@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from EasyLM.errors import UnavailableError, UserError
+from EasyLM.errors import UnavailableError, UserError, first_line
 from EasyLM.storage import is_remote, names_store_errors, open_binary, remote_file_system
 from tokenizer.media import folders
 from tokenizer.media.folders import Report
@@ -86,7 +86,7 @@ def _names_flag(flag: str) -> Iterator[None]:
     except UserError as error:
         raise type(error)(f"{flag}: {str(error).removeprefix(flag.partition('=')[2] + ': ')}") from None
     except Exception as error:  # each package has its own errors of credentials and connections
-        raise UnavailableError(f"{flag}: not reachable ({_first_line(error)})") from error
+        raise UnavailableError(f"{flag}: not reachable ({first_line(error)})") from error
 
 
 def read_range(path: str, start: int = 0, size: int | None = None) -> bytes:
@@ -110,7 +110,7 @@ def read_range(path: str, start: int = 0, size: int | None = None) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     if size is not None and len(data) != size:
         raise UserError(f"{path}: ends at byte {start + len(data)}; it was longer when it was listed")
     return data
@@ -171,7 +171,7 @@ class RangeFile(io.RawIOBase):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.name}: cannot be read ({_first_line(error)})") from error
+            raise UserError(f"{self.name}: cannot be read ({first_line(error)})") from error
 
 
 def open_whole(path: str, size: int) -> BinaryIO:
@@ -188,11 +188,6 @@ def is_folder(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
     system, inner = remote_file_system(path)
-    try:
+    with contextlib.suppress(FileNotFoundError), names_store_errors(path):
         return bool(system.isdir(inner))
-    except Exception as error:  # each package has its own errors of credentials and connections
-        raise UnavailableError(f"{path}: not reachable ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return False
