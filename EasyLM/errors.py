@@ -114,6 +114,6 @@ def check_own_package(name: str) -> None:
             is_hidden = OWN_MARK not in file.read(2000)
     if is_hidden:
         raise UserError(
-            f"{path}: the package {name} of another project takes the place of this project's: pip uninstall {name}, "
+            f"{path}: the package {name} of another project hides that of this project: pip uninstall {name}, "
             "then install this project again"
         )

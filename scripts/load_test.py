@@ -225,7 +225,7 @@ async def send_valid(port: int, number: int, bodies: list[bytes], report: Report
         status, header, response = await send(port, bodies[number])
         if status != 429:
             break
-        report.counts["told to come again"] += 1
+        report.counts["refused for now"] += 1
         await asyncio.sleep(float(header.partition("retry-after: ")[2].split()[0]))
     assert status == 200, f"{status} {response[:200]!r}"
     body = json.loads(response)

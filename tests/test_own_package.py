@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def test_our_own_package_passes():
     check_own_package("tokenizer")
-    with pytest.raises(UserError, match="the package json of another project takes the place"):
+    with pytest.raises(UserError, match="the package json of another project hides that of this project"):
         check_own_package("json")
 
 

@@ -233,7 +233,7 @@ def _check_layout(run: Run) -> None:
     if any(entry.key[:2] == ("params", "codebook") for entry in run.start.entries):
         raise UserError(
             f"{run.start.files.checkpoint}: written by an older version of this trainer, whose training state cannot "
-            "be resumed; train anew under another --logger.experiment_id, or export the model with that version"
+            "be resumed; start again under another --logger.experiment_id, or export the model with that version"
         )
 
 

@@ -11,7 +11,7 @@ def list_directory(path: str) -> dict[str, str]:
     """Returns the kinds of a directory's entries by name.
 
     The kinds: "file", "directory", "link" to a file or directory inside a run directory, or "dangling" for a link whose
-    target is gone. A link that leads elsewhere counts as its target. A missing directory is empty.
+    target does not exist. A link that leads elsewhere counts as its target. A missing directory is empty.
 
     Raises:
       OSError: if it cannot be read, or an object store fails.

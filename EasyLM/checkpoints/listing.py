@@ -2,7 +2,7 @@
 
 The forms: step directories; the newest state and milestones as links, or as files where a copy (`cp -rL`, rsync, an
 object store) has replaced the links; a directory `latest` of such a copy; the files of a run of the LVM release. A link
-whose file is gone counts as a checkpoint that cannot be used.
+whose file no longer exists counts as a checkpoint that cannot be used.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def list_checkpoints(run_dir: str) -> list[SavedCheckpoint]:
     if files.get(LATEST) == "directory":
         checkpoints += _in_directory(run_dir, LATEST, is_latest=True)
     elif latest and steps.get(latest) != "directory":
-        checkpoints.append(SavedCheckpoint(LATEST, problem=f"{CHECKPOINTS}/{latest} is gone", is_latest=True))
+        checkpoints.append(SavedCheckpoint(LATEST, problem=f"{CHECKPOINTS}/{latest} no longer exists", is_latest=True))
     for name, kind in files.items():
         milestone = MILESTONE.fullmatch(name)
         if name not in PREFIX_OF and not milestone:
@@ -119,7 +119,9 @@ def list_checkpoints(run_dir: str) -> list[SavedCheckpoint]:
             suffix = f"_{milestone[2]}" if milestone else ""
             checkpoints.append(_group(run_dir, "", files, name, suffix, is_latest=False))
         elif kind == "dangling" and milestone:  # the others dangle with `latest`
-            checkpoints.append(SavedCheckpoint(name, problem=f"{os.readlink(os.path.join(run_dir, name))} is gone"))
+            checkpoints.append(
+                SavedCheckpoint(name, problem=f"{os.readlink(os.path.join(run_dir, name))} no longer exists")
+            )
     return sorted(checkpoints, key=lambda saved: saved.order, reverse=True)
 
 

@@ -80,7 +80,7 @@ class SharedReads:
                 channel.receive(0)
                 return
             others = [channel.receive(process) for process in range(1, jax.process_count())]
-            channel.delete()  # nobody else reads these messages
+            channel.delete()  # no other process reads these messages
             self._verify(itertools.chain(self._parts, *others))
             channel.send("verified")
 

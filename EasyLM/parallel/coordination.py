@@ -93,7 +93,7 @@ class Channel:
     """Ordered messages from each process to all others, for host work in background threads.
 
     A process receives the messages of another one in the order in which they were sent. It waits for them without a
-    time limit. In a run of one process nobody receives messages, and they are dropped.
+    time limit. In a run of one process, messages are dropped.
 
     Args:
       name: unique within the run. All processes create the channel.

@@ -102,7 +102,7 @@ class Peers:
                 connection.send(message)
 
     def _wait_for_others(self) -> None:
-        """On process 0, waits until the others have exited: JAX aborts a process whose process 0 is gone."""
+        """On process 0, waits until the others have exited: JAX aborts a process whose process 0 has ended."""
         end = time.monotonic() + EXIT_SECONDS + 1
         for connection in self._connections if self._process == 0 else ():
             connection.closed.wait(max(0.0, end - time.monotonic()))
@@ -130,7 +130,7 @@ class _Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, seconds // interval - 1))
 
     def send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # the other process is gone
+        with contextlib.suppress(OSError):  # the other process has ended
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> dict[str, Any] | None:

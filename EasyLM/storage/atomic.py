@@ -72,7 +72,7 @@ def _temporary_stem(path: str | os.PathLike) -> str:
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Deletes the temporary files and folders of a path whose processes are gone. Lists the directory."""
+    """Deletes the temporary files and folders of a path whose processes have ended. Lists the directory."""
     stem = _temporary_stem(path)
     for left in glob.iglob(f"{glob.escape(stem)}*{PARTIAL_SUFFIX}", include_hidden=True):
         if is_gone(left[len(stem) :].partition(".")[0]):

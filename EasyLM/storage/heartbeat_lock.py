@@ -126,7 +126,7 @@ class HeartbeatLock:
     def _take_over(self, holder: dict[str, Any] | None) -> None:
         """Replaces the lock of a dead holder; None: creates it in a store whose `create` cannot."""
         if holder is not None:
-            logging.warning("%s: taking over the lock of %s, which is gone", self._store.path, _describe(holder))
+            logging.warning("%s: taking over the lock of %s, which has ended", self._store.path, _describe(holder))
         self._store.write(self._content)
         time.sleep(_SETTLE_SECONDS)
         winner = self._store.read() or {}

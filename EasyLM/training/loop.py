@@ -62,7 +62,7 @@ def fit(
       train_step: (state, batch) -> (state, metrics), with the metric `finite`.
       save: (state, steps done, position, milestone) -> whether it saves; after it returns, `state` may be donated.
       evaluate: state -> metrics, called at every logged step.
-      expect: told what the loop waits for next (see `Watchdog`).
+      expect: called with what the loop waits for next (see `Watchdog`).
 
     Returns:
       The last state, and whether `total_steps` was reached; a signal stops the loop earlier.

@@ -200,7 +200,7 @@ def wandb_id(run_dir: str) -> str:
     """Returns the wandb id of a run: the name of its directory and a digest of the whole path.
 
     Two runs of one name in different directories are two runs in wandb. A run that resumes continues its wandb run.
-    wandb accepts the id whatever the name: other characters become dashes.
+    Characters that wandb does not accept become dashes.
     """
     path = run_dir if is_remote(run_dir) else os.path.realpath(run_dir)
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", os.path.basename(os.path.normpath(path)))

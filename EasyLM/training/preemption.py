@@ -30,7 +30,7 @@ class PreemptionNotice:
         if not fits:
             logging.warning(
                 "no checkpoint of this step: a save takes about %.0f s, and %.0f of the %.0f s of "
-                "--preemption_notice_seconds are left; the newest checkpoint stands",
+                "--preemption_notice_seconds are left; the newest checkpoint remains",
                 needed,
                 max(0.0, self._seconds - (since or 0.0)),
                 self._seconds,

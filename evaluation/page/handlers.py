@@ -117,7 +117,7 @@ def generate(models: Models, examples: ExampleFiles, request: Request) -> Iterat
         prompt = PromptFiles.read(request.files, info.resolution, examples)
         # From here on, the request is right: only such a request replaces the model of other visitors.
         if not models.is_loaded(request.model):
-            yield Update(f"Loading {request.model}, in the place of another model ...", [], [], no_download, skip, skip)
+            yield Update(f"Loading {request.model} instead of another model ...", [], [], no_download, skip, skip)
         engine = request_end.enter_context(models.engine(request.model))
         request_end.enter_context(engine.admitted(client, settings))
         begin = time.monotonic()

@@ -200,7 +200,7 @@ class Batcher:
         """
         with self._changed:
             self._running.pop(lane, None)
-            self._changed.notify_all()  # jobs may have moved to other lanes, or the last job may be gone
+            self._changed.notify_all()  # jobs may have moved to other lanes, or the last job may have finished
             while True:
                 self._drop_cancelled()
                 batch, limit = self._first_batch(lane)

@@ -85,7 +85,7 @@ def parse_form(body: bytearray, content_type: str, max_parts: int) -> dict[str, 
     The time is linear in the size of the body, and its memory twice that size.
 
     Raises:
-      RequestError: if the form is malformed, is cut off, or has too many parts.
+      RequestError: if the form is malformed or truncated, or has too many parts.
     """
     files: dict[str, list[bytes]] = {}
     texts: dict[str, str] = {}
@@ -127,10 +127,10 @@ def _parts(body: bytearray, boundary: bytes, max_parts: int) -> Iterator[tuple[s
         line_end = body.find(b"\r\n", begin, begin + _MAX_PART_HEADER)  # spaces may follow the delimiter
         header_end = body.find(b"\r\n\r\n", begin, begin + _MAX_PART_HEADER)
         if header_end < 0 or body[begin:line_end].strip(b" \t"):
-            raise _invalid_form(f"part {number} is cut off, or its header is longer than {_MAX_PART_HEADER} bytes")
+            raise _invalid_form(f"part {number} is truncated, or its header is longer than {_MAX_PART_HEADER} bytes")
         end = body.find(delimiter, header_end + 2)
         if end < 0:
-            raise _invalid_form("the body ends before its closing boundary: it is cut off")
+            raise _invalid_form("the body ends before its closing boundary: it is truncated")
         yield *_part_name(body[line_end:header_end], number), body[header_end + 4 : end]
         begin = end + len(delimiter)
 

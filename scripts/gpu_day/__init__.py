@@ -1,4 +1,4 @@
-"""Checks and measurements for the day that a GPU is at hand: `bash scripts/gpu_day.sh --output_json=FILE`.
+"""Checks and measurements of a GPU: `bash scripts/gpu_day.sh --output_json=FILE`.
 
 `main` runs each section below in processes of their own, with time limits, and writes their records to one JSON file.
 

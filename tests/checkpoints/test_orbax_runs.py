@@ -166,7 +166,7 @@ def all_are_damaged(run):
 TABLE = {
     whole: (40, ""),
     latest_is_missing: (40, ""),
-    newest_is_gone: (20, "latest: checkpoints/step_00000040 is gone"),
+    newest_is_gone: (20, "latest: checkpoints/step_00000040 no longer exists"),
     newest_is_truncated: (20, r"/d/\w+: has \d+ bytes, but \d+ were saved"),
     newest_lacks_a_file: (20, r"/d/\w+ is missing"),
     newest_has_no_state: (20, "step_00000040: the state is missing"),

@@ -27,7 +27,7 @@ NO_MILESTONE = f"there is no .*/{MILESTONE}"
 TABLE = {
     states.whole: (40, 20),
     states.latest_is_missing: (40, 20),
-    states.newest_is_gone: (20, 20, r"latest: checkpoints/step_00000040 is gone"),
+    states.newest_is_gone: (20, 20, r"latest: checkpoints/step_00000040 no longer exists"),
     states.newest_is_truncated: (20, 20, r"checkpoints/step_00000040: .* bytes"),
     states.newest_lacks_its_last_array: (20, 20, r"checkpoints/step_00000040: .* bytes"),
     states.newest_is_joined_to_itself: (20, 20, r"checkpoints/step_00000040: .* occurs twice"),

@@ -131,7 +131,7 @@ class UploadedFile:
         self.close()
 
     def close(self) -> None:
-        """Unlocks the file. What has not been uploaded is gone."""
+        """Unlocks the file, and discards bytes that have not been uploaded."""
         self._scratch.close()
         if self._lock is not None:
             self._lock.release()

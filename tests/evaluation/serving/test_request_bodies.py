@@ -156,8 +156,8 @@ def test_a_form_is_whole_or_refused():
     [
         (b"", "the body is empty"),
         (b"--c\r\n\r\n--c--", "does not have the boundary"),
-        (FILE % b"1", "cut off"),
-        (FILE % b"1" + b"--b", "cut off"),
+        (FILE % b"1", "truncated"),
+        (FILE % b"1" + b"--b", "truncated"),
         (b"--b\r\n\r\n1\r\n--b--", "part 1 has no name"),
         (b"--bb" + FILE % b"1" + b"--b--", "part 1"),
         (PART.replace(b"form-data", b"attachment") % (b"seed", b"1") + b"--b--", "part 1 has no name"),

@@ -185,7 +185,7 @@ def test_a_checkpoint_of_the_old_layout_is_refused(folder):
             key = ("params", *key[1:]) if key[0] == "extra" else key
             streaming.write_entry(file, key, array)
     path.with_name("checksums.json").unlink()  # older versions have none
-    with pytest.raises(UserError, match=r"old/.*: written by an older version .*; train anew under another --logger"):
+    with pytest.raises(UserError, match=r"old/.*: written by an older version .*; start again under another --logger"):
         train(folder, "old", total_steps=5)
 
 
