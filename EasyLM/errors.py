@@ -47,7 +47,7 @@ def error_line(error: BaseException) -> str:
     return one_line(text.partition("\n")[0])
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the type and the first line of an error, for errors of packages whose type says what happened."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
