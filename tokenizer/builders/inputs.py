@@ -27,6 +27,8 @@ def find_sources(kind: str, input_dir: str, target_dir: str, keys: str, columns:
     extensions = videos.VIDEO_EXTENSIONS if KINDS[kind].is_video else images.IMAGE_EXTENSIONS
     if keys and columns:
         raise UserError(f"--keys={keys} and --columns={columns}: keys are for tars, columns for tables: give one")
+    if target_dir and needs == "none":
+        raise UserError(f"--target_dir={target_dir}: --kind={kind} has no targets: leave it out")
     chosen, flag = (keys, "keys") if keys else (columns, "columns")
     names = _split(chosen)
     if KINDS[kind].subfolders:
@@ -36,7 +38,7 @@ def find_sources(kind: str, input_dir: str, target_dir: str, keys: str, columns:
     if needs == "one" and "," in target_dir:
         raise UserError(f"--target_dir={target_dir}: --kind={kind} takes one folder")
     values = [(input_dir, "input_dir")]
-    values += [(target, "target_dir") for target in _split(target_dir)] if needs != "none" else []
+    values += [(target, "target_dir") for target in _split(target_dir)]
     if len(values) == 1:
         names_by_source = [names]
     elif len(names) in (0, 1, len(values)):

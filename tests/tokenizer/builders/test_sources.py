@@ -156,6 +156,8 @@ def test_unreadable_members_are_named_counted_and_skipped(tree, tiny, tmp_path):
     ("kind", "settings", "message"),
     [
         ("paired", {"keys": "png"}, "--target_dir is missing: .*several --keys"),
+        ("images", {"target_dir": "x"}, "^--target_dir=x: --kind=images has no targets"),
+        ("co3d", {"target_dir": "x"}, "^--target_dir=x: --kind=co3d has no targets"),
         ("images", {"keys": "png,bmp"}, "--keys=png,bmp: --kind=images takes 1"),
         ("images", {"keys": "jpg"}, r"000\.tar: has no member with the key jpg; its keys are .*seg.bmp"),
         ("paired", {"keys": "png,depth.png"}, r"no member with the key depth.png; its keys are .*seg.bmp"),
