@@ -131,6 +131,8 @@ def test_a_streaming_file_on_the_hub_has_its_settings_and_checksums_beside_it(re
         load_model(spec, "", make_mesh("1,1,1", jax.devices()[:1]))
     (commit / "run" / "checksums.json").unlink()
     assert load_model(spec, "", make_mesh("1,1,1", jax.devices()[:1]))[0].rope_theta == OTHER["rope_theta"]
+    exported = pathlib.Path(export(spec, tmp_path / "hf"))
+    assert json.loads((exported / "config.json").read_text())["rope_theta"] == OTHER["rope_theta"]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def _export(config: ConfigDict) -> None:
         texts = to_dataclass(CardTexts, config.card)
         keeps = keeps_card(config.output_dir, texts)
     entries = checkpoints.open_checkpoint(config.load_checkpoint)
-    model = _model_config(config.model_size, config.load_checkpoint)
+    model = _model_config(config.model_size, prefix, path)
     title = os.path.basename((config.push_to_hub or os.path.abspath(config.output_dir)).rstrip("/"))
     make_card = partial(exported_card, title, texts, model, (prefix, path))
     parent = None
@@ -106,9 +106,8 @@ def _export(config: ConfigDict) -> None:
             print(f"uploaded to {upload_files(config.push_to_hub, config.output_dir, {*files, CARD_FILE}, parent)}")
 
 
-def _model_config(model_size: str, load_checkpoint: str) -> LLaMAConfig:
-    """Returns the settings that the checkpoint records. Without a record, returns those of the preset."""
-    prefix, _, path = load_checkpoint.partition("::")
+def _model_config(model_size: str, prefix: str, path: str) -> LLaMAConfig:
+    """Returns the settings that the checkpoint `prefix::path` records. Without a record, returns those of the preset."""
     model = recorded_config(prefix, path)
     if model_size:
         preset = PRESETS[choose("--model_size", model_size, PRESETS)]
