@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class UnavailableError(UserError):
-    """A store, a package or disk space that a command needs is not there. No input is at fault.
+    """A store, a package or disk space that a command needs is unavailable. No input is at fault.
 
     Commands that skip unusable inputs must not skip an input because of this error: they end, to be run again.
     """

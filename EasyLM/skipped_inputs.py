@@ -1,6 +1,6 @@
 """Unusable inputs: reported when they occur, counted, and listed in a build's report.
 
-An `UnavailableError` is no fault of an input. Who adds inputs here lets it through.
+An `UnavailableError` is not the fault of an input: callers do not add the input here, and let the error through.
 """
 
 import sys

@@ -96,7 +96,7 @@ class RemoteRunDirectory(Saves):
             self._delete_directory(directory)
 
     def _delete_directory(self, directory: str) -> None:
-        """Deletes the metadata first, and the mark last: no moment leaves a part that looks like a checkpoint."""
+        """Deletes the metadata first and the mark last, so that an interruption leaves nothing like a checkpoint."""
         self._mark(directory)
         with contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{directory}/{METADATA}")

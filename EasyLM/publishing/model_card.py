@@ -1,7 +1,7 @@
 """Model cards: the README.md beside exported weights, with the metadata that the Hugging Face Hub reads.
 
-A card states what its model's files and settings say. What they do not say is `NOT_STATED`. A line that the Hub does
-not show marks the cards that an export wrote and nobody has edited. Others are of the model's author.
+A card contains what follows from the files and settings of its model. Other entries are `NOT_STATED`. A line that the
+Hub does not show marks a card that an export wrote and nobody has edited. Cards without it are the author's.
 """
 
 import dataclasses

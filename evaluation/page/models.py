@@ -104,7 +104,7 @@ class Models:
         self._engine, self._loaded = self._load(name), name
 
     def _wait_for_users(self, timeout: float) -> bool:
-        """Returns whether all answers have ended within so many seconds."""
+        """Returns whether all answers have ended within this time."""
         with self._changed:
             return self._changed.wait_for(lambda: self._num_users == 0, timeout)
 

@@ -41,7 +41,7 @@ class ResumableFile:
 
         Raises:
           UserError: naming the file, if it is a folder, or its report is invalid.
-          LockedError: if another process writes the file anew.
+          LockedError: if another process writes the file again.
         """
         self.path, self._fingerprint, self._fresh = path, orjson.loads(orjson.dumps(fingerprint)), fresh
         self._partial, self._progress, self._report = (
