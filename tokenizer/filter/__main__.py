@@ -115,6 +115,7 @@ def main(config: ConfigDict) -> None:
     if missing := [score for score in scores if score not in measurements.scores]:
         known = ", ".join(measurements.scores) or "none"
         raise UserError(f"{paths[0]}: --min and --max need {', '.join(missing)}; the measured scores are {known}")
+    _check_scores(measurements, scores)
     duplicates = Duplicates(config.exact_duplicates, None if config.near_duplicates < 0 else config.near_duplicates)
     with lock_output(config.output_file, "output_file"):
         decision = Decision(measurements, make_rules(limits), blocklist, config.blocklist_distance, duplicates)
@@ -143,6 +144,17 @@ def _check(config: ConfigDict, parts: int) -> None:
         if not config.output_file:
             raise UserError(f"--output_picture={config.output_picture}: needs --output_file")
         images.check_output(config.output_picture, "output_picture")
+
+
+def _check_scores(measurements: Measurements, scores: tuple[str, ...]) -> None:
+    """Raises UserError naming the scores that no image has: their names are misspelt, or they are no numbers."""
+    missing = set(scores)
+    for measurement in measurements:
+        missing -= {score for score in missing if measurement["scores"][score] is not None}
+        if not missing:
+            return
+    if missing and measurements.measured:
+        raise UserError(f"--min and --max: no image has the score {' or '.join(sorted(missing))}: check its name")
 
 
 def _sources(config: ConfigDict, scores: tuple[str, ...]) -> tuple[Source, Source | None]:

@@ -278,6 +278,14 @@ def test_a_missing_column_of_scores_is_named(tmp_path):
         run_filter(tmp_path / "keep.jsonl", input_dir=_table(tmp_path / "in"), columns="image", min="beauty:1")
 
 
+@pytest.mark.parametrize("source", [_folder, _tars])
+def test_a_score_that_no_image_has_is_named(tmp_path, source):
+    settings = {"input_dir": source(tmp_path / "in"), "max": "beauty:1,length(aesthetic):9"}
+    with pytest.raises(UserError, match=r"^--min and --max: no image has the score beauty or length\(aesthetic\): check its name$"):
+        run_filter(tmp_path / "keep.jsonl", **settings)
+    assert not (tmp_path / "keep.jsonl").exists()
+
+
 def test_damaged_measurements_are_refused(folder, tmp_path):
     run_filter(tmp_path / "keep.jsonl", input_dir=folder)
     path = tmp_path / "keep.jsonl.measurements.jsonl.zst"
