@@ -62,15 +62,15 @@ def parse_share(shard: str, parts: str, output_file: str, fresh: bool, files: in
         raise UserError(f"--parts={parts}: needs --shard=auto")
     if not has_number:
         raise UserError(f"--parts={parts}: --output_file={output_file} must contain {{i}}, the number of a part")
+    if files is None and not (parts.isdecimal() and int(parts)):
+        raise UserError(f"--parts={parts}: must be a number of at least 1, or {BY_FILES}")
+    count = files or int(parts)
     if fresh:
-        files_of_parts = output_file.replace("{i}", "*").replace("{n}", "*")
+        files_of_parts = output_file.replace("{i}", "*").replace("{n}", str(count))
         raise UserError(
             f"--parts={parts}: --fresh would discard the parts of other processes. To start again, end them and delete "
             f"{files_of_parts}*"
         )
-    if files is None and not (parts.isdecimal() and int(parts)):
-        raise UserError(f"--parts={parts}: must be a number of at least 1, or {BY_FILES}")
-    count = files or int(parts)
     try:
         task, tasks = own_part(os.environ)
     except UserError:  # no batch system, or some tasks of an array: it does not matter where a process begins

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from EasyLM.data import records
 from EasyLM.data.tokenizer_names import TOKENIZER_KEY
@@ -83,12 +82,12 @@ def write_sentences(
     with prefix_errors(f"{file.path}.progress.json"):
         check_schema(state, _STATE, "state")
     skipped.restore(state["skipped"])
-    start = time.monotonic() - state["seconds"]
+    start, done = time.monotonic() - state["seconds"], state["example"] - plan.examples.start
     cache = CodeCache(resources.cached_images, codec.tokens_per_image, file.scratch_folder)
     workers = resources.workers
     with (
         contextlib.closing(Encoder(codec)) as encoder,
-        progress_bar(os.path.basename(file.path), state["example"] - plan.examples.start, len(plan.examples)) as bar,
+        progress(desc=os.path.basename(file.path), initial=done, total=len(plan.examples), unit="example") as bar,
     ):
         reader = functools.partial(image_ref.read, size=codec.resolution, fast_decode=fast_decode)
         read = functools.partial(workers.submit, reader)
@@ -128,15 +127,6 @@ def _remaining(
     for sentence in compose(plan.data_sets, plan.schedule(examples), workers, skipped):
         if (sentence.example, sentence.number) >= resume_point:
             yield sentence
-
-
-def progress_bar(description: str, done: int, total: int) -> tqdm:
-    """Returns a bar whose estimate of the remaining time ignores the examples of an earlier run."""
-    bar = progress(unit="example", desc=description)
-    bar.reset(total)
-    bar.initial = bar.n = bar.last_print_n = done
-    bar.refresh()
-    return bar
 
 
 def _record_line(sentence: Sentence, codes: np.ndarray, codec: ImageTokenizer) -> bytes:

@@ -1,6 +1,5 @@
 """Shards, speed settings and interruptions do not change the bytes of a build."""
 
-import io
 import json
 import os
 import pathlib
@@ -15,11 +14,10 @@ import pytest
 import tokenizer_kit
 from build_kit import SETTINGS, Killed, build_records, kill_at_line, report_of, skipped_names
 from tokenizer_kit import write_image
-from tqdm import tqdm
 
 from EasyLM.errors import UserError
 from tokenizer import build, mix
-from tokenizer.builders import resumable_file, writing
+from tokenizer.builders import resumable_file
 
 
 @pytest.mark.parametrize("kind", ["paired", "video", "inpainting"])
@@ -144,14 +142,15 @@ def test_a_stopped_build_does_not_resume_with_other_settings_or_inputs(tree, tin
     assert len(build_records(tree, tiny, output, **settings, fresh=True)) == 5
 
 
-def test_the_estimate_of_remaining_time_ignores_the_resumed_part(monkeypatch):
-    monkeypatch.setattr(writing, "tqdm", lambda **_: tqdm(file=io.StringIO(), mininterval=0))
-    with writing.progress_bar("images", 900, 1000) as bar:
-        now = [bar.start_t]
-        monkeypatch.setattr(bar, "_time", lambda: now[0])
-        now[0] += 10
-        bar.update(5)
-        assert "905/1000" in str(bar) and "00:10<03:10" in str(bar)
+def test_the_log_of_a_resumed_build_begins_where_it_resumes(tree, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resumable_file, "SAVE_SECONDS", 0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_line(patch, 3)
+        build_records(tree, tiny, tmp_path / "out.jsonl", "images")
+    capsys.readouterr()
+    build_records(tree, tiny, tmp_path / "out.jsonl", "images")
+    first, last = (line for line in capsys.readouterr().err.splitlines() if line.startswith("out.jsonl:"))
+    assert " 2/5 " in first and " 5/5 " in last
 
 
 def test_a_finished_file_is_kept_unless_something_changed(tree, tiny, tmp_path, monkeypatch, capsys):
