@@ -281,7 +281,9 @@ def test_a_missing_column_of_scores_is_named(tmp_path):
 @pytest.mark.parametrize("source", [_folder, _tars])
 def test_a_score_that_no_image_has_is_named(tmp_path, source):
     settings = {"input_dir": source(tmp_path / "in"), "max": "beauty:1,length(aesthetic):9"}
-    with pytest.raises(UserError, match=r"^--min and --max: no image has the score beauty or length\(aesthetic\): check its name$"):
+    with pytest.raises(
+        UserError, match=r"^--min and --max: no image has the score beauty or length\(aesthetic\): check its name$"
+    ):
         run_filter(tmp_path / "keep.jsonl", **settings)
     assert not (tmp_path / "keep.jsonl").exists()
 
