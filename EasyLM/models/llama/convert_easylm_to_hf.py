@@ -107,7 +107,7 @@ def _export(config: ConfigDict) -> None:
 
 
 def _model_config(model_size: str, prefix: str, path: str) -> LLaMAConfig:
-    """Returns the settings that the checkpoint `prefix::path` records. Without a record, returns those of the preset."""
+    """Returns the settings that the checkpoint `prefix::path` records, or without a record those of the preset."""
     model = recorded_config(prefix, path)
     if model_size:
         preset = PRESETS[choose("--model_size", model_size, PRESETS)]
