@@ -1,6 +1,7 @@
 """Low-rank adapters: their function and gradients, runs that train them, and their export."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -30,7 +31,7 @@ TOKENS_BT = np.random.default_rng(0).integers(0, 8192, (2, 12))
 
 def drawn(seed: int) -> tuple[dict, dict]:
     """Frozen parameters, and adapters of which no matrix is 0."""
-    params = llama_model.init_params(CONFIG, jax.random.key(seed))
+    params = jax.jit(llama_model.init_params, static_argnums=0)(CONFIG, jax.random.key(seed))
     shapes = adapters.adapter_shapes(CONFIG, LORA)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
@@ -52,6 +53,7 @@ def merged(params: dict, drawn_adapters: dict) -> dict:
     return params
 
 
+@functools.partial(jax.jit, static_argnames="lora")  # one operation at a time, it would take seconds
 def logits(params: dict, lora: LoRAConfig | None = None) -> jax.Array:
     return llama_model.apply(CONFIG, params, TOKENS_BT, lora=lora)
 
