@@ -49,7 +49,8 @@ def test_xla_equals_the_definition():
             for h in range(H):
                 scores = k_BSHK[b, seen, h] @ q_BTHK[b, t, h] / np.sqrt(K)
                 expected_BTHK[b, t, h] = np.exp(scores) / np.exp(scores).sum() @ v_BSHK[b, seen, h]
-    actual_BTHK = attention(*inputs()[:3], AttentionMask(VALID), implementation="xla")
+    attend = jax.jit(lambda *qkv: attention(*qkv, AttentionMask(VALID), implementation="xla"))
+    actual_BTHK = attend(*inputs()[:3])
     np.testing.assert_allclose(actual_BTHK, expected_BTHK, atol=1e-6)
 
 
@@ -113,14 +114,15 @@ def test_blockwise_in_bf16_is_close_to_float32():
 def test_causal(implementation):
     q_BTHK, k_BSHK, v_BSHK, _ = inputs()
     changed = [x.at[:, 8:].add(3.0) for x in (q_BTHK, k_BSHK, v_BSHK)]
-    before, after = (attention(*x, FORGET, implementation=implementation) for x in ((q_BTHK, k_BSHK, v_BSHK), changed))
+    attend = jax.jit(lambda *qkv: attention(*qkv, FORGET, implementation=implementation))
+    before, after = (attend(*x) for x in ((q_BTHK, k_BSHK, v_BSHK), changed))
     np.testing.assert_array_equal(before[:, :8], after[:, :8])
     assert (before[:, 8:] != after[:, 8:]).any()
 
 
 def test_forgetful_mask_keeps_the_first_and_the_own_key():
     t = jnp.arange(400)
-    allowed_BTS = np.asarray(FORGET.allowed(2, t, t))
+    allowed_BTS = np.asarray(jax.jit(lambda t: FORGET.allowed(2, t, t))(t))
     assert allowed_BTS[:, :, 0].all() and allowed_BTS[:, t, t].all()
     assert not np.triu(allowed_BTS, 1).any()
     kept_BT = np.array([[allowed_BTS[b, i, 1:i].mean() for i in range(200, 400)] for b in range(2)])
@@ -132,7 +134,7 @@ def test_forgetful_mask_keeps_the_first_and_the_own_key():
 
 def test_dropout_keeps_the_mean():
     t = jnp.arange(100)
-    factor_BHTS = np.asarray(DROPOUT.dropout_factor(B, H, t, t))
+    factor_BHTS = np.asarray(jax.jit(lambda t: DROPOUT.dropout_factor(B, H, t, t))(t))
     assert set(np.unique(factor_BHTS)) == {np.float32(0), np.float32(1 / 0.7)}
     assert abs(factor_BHTS.mean() - 1) < 0.01
     assert (factor_BHTS[0, 0] != factor_BHTS[0, 1]).any() and (factor_BHTS[0] != factor_BHTS[1]).any()
