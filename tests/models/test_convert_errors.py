@@ -89,6 +89,28 @@ def test_invalid_imports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
             import_(directory, tmp_path / "out" / name)
 
 
+@pytest.mark.parametrize("name", ["metadata.json", "checksums.json", "params"])
+def test_a_killed_import_is_completed_by_the_next(golden, tmp_path, monkeypatch, name):
+    """It is killed before one of its files has its name."""
+    directory, output = export(tiny_state(golden), tmp_path / "hf"), tmp_path / "out" / "params"
+    replace = os.replace
+
+    def killed(source, target):
+        if os.path.basename(target) == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        import_(directory, output)
+    assert not output.exists()
+    if name == "params":
+        with pytest.raises(UserError, match=r"metadata\.json exists; name a file in a directory of its own"):
+            import_(directory, tmp_path / "out" / "others")
+    import_(directory, output)
+    assert {path.name for path in output.parent.iterdir()} == {"params", "metadata.json", "checksums.json"}
+
+
 def test_tensors_of_two_models_are_refused(golden, tmp_path):
     """The shards of two exports in one directory, without an index."""
     directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))

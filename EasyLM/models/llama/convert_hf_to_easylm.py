@@ -41,9 +41,9 @@ def main(config: ConfigDict) -> None:
 def _import(config: ConfigDict, directory: str) -> None:
     metadata_path = os.path.join(directory, "metadata.json")
     checksums_path = os.path.join(directory, "checksums.json")
-    for path in (config.output_file, metadata_path, checksums_path):
-        if os.path.exists(path):
-            raise UserError(f"--output_file={config.output_file}: {path} exists; name a file in a directory of its own")
+    taken = [path for path in (config.output_file, metadata_path, checksums_path) if os.path.exists(path)]
+    if taken and (config.output_file in taken or not _left_by_a_kill(metadata_path, config.output_file)):
+        raise UserError(f"--output_file={config.output_file}: {taken[0]} exists; name a file in a directory of its own")
     source = local_path(config.hf_model)
     model, entries = hf_layout.read_model(source)
     tokenizer = recorded_tokenizer("huggingface", source)
@@ -54,12 +54,19 @@ def _import(config: ConfigDict, directory: str) -> None:
         with atomic_file(config.output_file) as file, tqdm(total=len(entries), desc="importing", unit="tensor") as bar:
             arrays = _write(file, [hf_files.with_progress(entry, bar) for entry in entries], config.streaming)
             table = checksums.make_table(os.path.basename(config.output_file), file.tell(), arrays)
-        write_json(checksums_path, table)
-        write_json(metadata_path, metadata)
+            # Before the output has its name: after a kill, the same command can run again.
+            write_json(metadata_path, metadata)
+            write_json(checksums_path, table)
     except OSError as error:
         raise UserError(f"--output_file={config.output_file}: cannot be written ({error.strerror})") from error
     prefix = "params" if config.streaming else "flax_params"
     print(f"imported; load it as {prefix}::{config.output_file}")
+
+
+def _left_by_a_kill(metadata_path: str, output_file: str) -> bool:
+    """Returns whether an import to the same output has written the metadata."""
+    record = checkpoints.load_metadata(metadata_path) if os.path.exists(metadata_path) else {}
+    return "hf_model" in record.get("flags", {}) and record["flags"].get("output_file") == output_file
 
 
 def _write(file: BinaryIO, entries: list[Entry], as_stream: bool) -> dict[tuple[str, ...], str]:
