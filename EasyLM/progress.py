@@ -36,7 +36,7 @@ def progress(*arguments: Any, **options: Any) -> tqdm:
 
 
 def print_if_possible(text: str) -> None:
-    """Prints to standard output. If that fails, the command goes on, and its exit code does not change."""
+    """Prints to standard output. If that fails, the command continues, and its exit code does not change."""
     try:
         print(text, flush=True)
     except BrokenPipeError:  # as in `--help | head`

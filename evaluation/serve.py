@@ -23,7 +23,7 @@ FLAGS = {
     "host": Flag("127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces of this machine."),
     "port": Flag(8000, "Port to listen on.", least=0, most=2**16 - 1),
     "token": Flag(
-        "", "Bearer token that POST requests must send; '$NAME' reads it from the environment. Empty: no authorisation."
+        "", "Bearer token that POST requests must send; '$NAME' reads it from the environment. Empty: no authorization."
     ),
     "allowed_hosts": ALLOWED_HOSTS_FLAG,
     "max_body_mb": Flag(16, "Largest request body, in MiB.", least=1),

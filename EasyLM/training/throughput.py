@@ -88,7 +88,7 @@ class Throughput:
         """Returns means over the steps of the interval and starts the next one.
 
         MFU is model FLOPs per second over the peak of all devices (PaLM, arXiv 2204.02311, appendix B). It counts the
-        FLOPs of the forward and the backward pass. Causal attention counts half; rematerialisation does not count. The
+        FLOPs of the forward and the backward pass. Causal attention counts half; rematerialization does not count. The
         time of evaluation is excluded from all rates.
         """
         steps, elapsed = max(self._steps, 1), time.perf_counter() - self._begin

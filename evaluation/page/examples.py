@@ -58,9 +58,9 @@ class Example:
 
 
 def analogies(size: int) -> list[Example]:
-    """Returns prompts [image, annotation, ..., query]: annotations of rendered scenes, inpainting and colourisation.
+    """Returns prompts [image, annotation, ..., query]: annotations of rendered scenes, inpainting and colorization.
 
-    Colourisation needs photographs; it is omitted if none are installed.
+    Colorization needs photographs; it is omitted if none are installed.
     """
     examples = []
     for number, annotation in enumerate(scenes.ANNOTATIONS):

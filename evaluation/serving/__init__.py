@@ -6,7 +6,7 @@ file imports none of them.
 The path of a request:
   limits          bounds the body's size and time
   header_check    refuses other hosts and pages of other origins
-  app             authorises
+  app             authorizes
   request_bodies  parses JSON or a form into a model of `protocol`; `GenerationSettings` checks values
   workload        bounds the work of the client; then `uploads` counts and decodes images
   engine          validates the request against the model, and puts it into the queue of `batcher`

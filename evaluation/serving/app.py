@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, authorisation, error responses and the OpenAPI schema."""
+"""The FastAPI application: routes, authorization, error responses and the OpenAPI schema."""
 
 import hmac
 import inspect
@@ -50,7 +50,7 @@ def make_app(engine: Engine, limits: Limits | None = None, token: str = "", allo
     Args:
       engine: answers the requests.
       limits: limits of the requests.
-      token: bearer token that POST requests must send; empty: no authorisation.
+      token: bearer token that POST requests must send; empty: no authorization.
       allowed_hosts: see `HeaderCheck`.
     """
     from fastapi.responses import RedirectResponse
@@ -82,12 +82,12 @@ class _PostRoutes:
 
         bearer = Depends(HTTPBearer(auto_error=False))
 
-        def authorise(credentials: HTTPAuthorizationCredentials | None = bearer) -> None:
+        def authorize(credentials: HTTPAuthorizationCredentials | None = bearer) -> None:
             sent = credentials.credentials if credentials else ""
             if token and not hmac.compare_digest(sent.encode(), token.encode()):
                 raise RequestError(401, "unauthorized", "send the header `Authorization: Bearer TOKEN`")
 
-        self._app, self._authorise = app, Depends(authorise)
+        self._app, self._authorize = app, Depends(authorize)
 
     def add(
         self,
@@ -108,7 +108,7 @@ class _PostRoutes:
             "POST",
             path,
             endpoint,
-            dependencies=[self._authorise],
+            dependencies=[self._authorize],
             openapi_extra={"requestBody": body},
             responses={200: {"model": response_model, "content": media_types or {}}, **errors},
         )

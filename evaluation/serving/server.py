@@ -20,7 +20,7 @@ class ServerSettings:
 
     Attributes:
       host, port: the address to listen on.
-      token: bearer token that POST requests must send; empty: no authorisation.
+      token: bearer token that POST requests must send; empty: no authorization.
       allowed_hosts: see `HeaderCheck`.
       stop_seconds: timeout of accepted requests after a signal.
     """

@@ -1,4 +1,4 @@
-"""Grouped queries, Llama 3's rope scaling and normalised queries and keys: their definitions, decoding, conversion."""
+"""Grouped queries, Llama 3's rope scaling and normalized queries and keys: their definitions, decoding, conversion."""
 
 import dataclasses
 import json

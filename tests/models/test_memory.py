@@ -1,4 +1,4 @@
-"""What the automatic rematerialisation saves: as much as fits, by a formula that agrees with the compilers' plans."""
+"""What the automatic rematerialization saves: as much as fits, by a formula that agrees with the compilers' plans."""
 
 import dataclasses
 import functools

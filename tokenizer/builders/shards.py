@@ -15,7 +15,7 @@ class Share(NamedTuple):
     Attributes:
       first: the part to begin with.
       parts: their number.
-      takes_over: whether it goes on with other parts.
+      takes_over: whether it continues with other parts.
     """
 
     first: int
@@ -53,7 +53,7 @@ def parse_share(shard: str, parts: str, output_file: str, fresh: bool, files: in
       files: the number of parts BY_FILES.
 
     Raises:
-      UserError: as `parse_shard` does, or if the flags do not go together.
+      UserError: as `parse_shard` does, or if the flags contradict each other.
     """
     has_number = "{i}" in output_file
     if not parts:

@@ -52,7 +52,7 @@ SENTENCE_FLAGS = {
     "num_mappings": Flag(
         0,
         "Mappings of each family, the same ones for all seeds; 0: a new one for each sentence. A model of few mappings "
-        "memorises them.",
+        "memorizes them.",
         least=0,
     ),
     "num_scenes": Flag(2048, "Scenes of the pool.", least=PAIRS, most=seed_ranges.SEEDS_PER_BLOCK),

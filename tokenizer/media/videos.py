@@ -57,7 +57,7 @@ def read_bytes(
 
     The frame shown at a time is the last one whose own time is not later. Applies the orientation in the metadata,
     converts the colours to sRGB, and resizes as `images.read`. Seeks over unneeded frames where the format allows it.
-    Otherwise decoding goes on where the last call for this file ended, if its times were earlier.
+    Otherwise decoding continues where the last call for this file ended, if its times were earlier.
 
     Raises:
       UserError: naming the file, if `timestamps` raises, a time is before the first frame or after the end of the

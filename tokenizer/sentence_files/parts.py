@@ -20,7 +20,7 @@ def check_parts(paths: Sequence[str]) -> None:
     The report beside a file says which part it is. Files without a report are no parts.
 
     Raises:
-      UserError: naming the missing parts; if a part is there twice, or has another size than its report says.
+      UserError: naming the missing parts; if a part is given twice, or its size differs from that in its report.
     """
     builds: dict[tuple[str, int], dict[int, str]] = collections.defaultdict(dict)
     for path in paths:

@@ -14,9 +14,9 @@ Vocabulary:
 Modules:
   llama_config: settings, flags, presets. setting_fields, dict_literal: their fields, and their values in flags.
   checkpoint_record: the file in which a checkpoint records its model and its image tokenizer.
-  partition_rules, remat_policies, costs: sharding, rematerialisation and FLOPs.
+  partition_rules, remat_policies, costs: sharding, rematerialization and FLOPs.
   gathered_matmul: products with kernels that large TPU slices gather in two steps.
-  memory: the bytes of a train step by formula, and the rematerialisation that fits.
+  memory: the bytes of a train step by formula, and the rematerialization that fits.
   layers, rotary, rope_scaling: the parts of the model.
   llama_model: the model and its loss.
   inference_model, int8_kernels: the model with separate layers, for generation and scoring; kernels in int8.

@@ -39,14 +39,14 @@ class Context:
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation (arXiv 1910.07467) with a learned scale, computed in float32."""
+    """Root mean square normalization (arXiv 1910.07467) with a learned scale, computed in float32."""
 
     def __init__(self, config: LLaMAConfig, size: int):
         self.config = config
         self.kernel = nnx.Param(jnp.ones(size))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis, which has the given size."""
+        """Normalizes the last axis, which has the given size."""
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.rms_norm_eps)
         return (y * jnp.expand_dims(self.kernel[...], range(x.ndim - 1))).astype(x.dtype)

@@ -32,7 +32,7 @@ class LLaMAConfig:
     num_hidden_layers: int = size(32, "Number of blocks.", most=10_000)
     num_attention_heads: int = size(32, "Number of attention heads; divides hidden_size.")
     num_key_value_heads: int = setting(0, "Number of heads of keys and values; 0: num_attention_heads.", least=0)
-    qk_norm: bool = setting(False, "Normalise each head's queries and keys, with learned scales, as in Qwen3.")
+    qk_norm: bool = setting(False, "Normalize each head's queries and keys, with learned scales, as in Qwen3.")
     max_sequence_length: int = size(4096, "Longest sequence, in tokens.", most=2**31 - 1)
     rms_norm_eps: float = size(1e-6, "Added to the mean square in RMSNorm.")
     rope_theta: float = size(10000.0, "Base of the rotary embedding's wavelengths.")

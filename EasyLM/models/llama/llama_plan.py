@@ -73,7 +73,7 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
     """Plans the step of the flags.
 
     Raises:
-      UserError: if the flags do not fit together.
+      UserError: if the flags contradict each other.
     """
     mesh = make_mesh(config.mesh_dim, list(topology.devices))
     training_task.check_batch("train_dataset", config.train_dataset, llama, mesh)

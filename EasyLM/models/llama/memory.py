@@ -83,7 +83,7 @@ def choose_remat(config: LLaMAConfig, shape: StepShape | None, memory: int | Non
 def check_memory(
     config: LLaMAConfig, shape: StepShape, memory: int, state_remedies: Sequence[str], token_remedies: Sequence[str]
 ) -> None:
-    """Checks that a step can fit under every rematerialisation, before it is compiled.
+    """Checks that a step can fit under every rematerialization, before it is compiled.
 
     At the end of its backward pass a step holds the state and all gradients; at the beginning, the state and the input
     of each block. What else it holds depends on the compiler.

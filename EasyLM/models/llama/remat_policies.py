@@ -36,7 +36,7 @@ AUTOMATIC_POLICIES: dict[str, tuple[str, ...]] = {
     "nothing_saveable": (),
 }
 REMAT_POLICIES = {
-    "": None,  # no rematerialisation
+    "": None,  # no rematerialization
     **{
         name: getattr(jax.checkpoint_policies, name)
         for name in (

@@ -23,13 +23,13 @@ def rate(help: str) -> Any:
 
 
 def remat(part: str) -> Any:
-    """Returns the field of a rematerialisation policy for a part of the model."""
+    """Returns the field of a rematerialization policy for a part of the model."""
     help = f"What {part} saves for its backward pass, which recomputes the rest."
     return setting("", help, choices=tuple(REMAT_POLICIES))
 
 
 def automatic_remat(part: str) -> Any:
-    """Returns the field of a rematerialisation policy that follows from the devices' memory by default."""
+    """Returns the field of a rematerialization policy that follows from the devices' memory by default."""
     help = (
         f"What {part} saves for its backward pass, which recomputes the rest. auto: as much as fits into the memory of "
         "the devices."

@@ -159,8 +159,8 @@ def test_the_token_is_checked_before_the_body_is_read(engine):
         response = post(app, "/generate", content=b"x" * 30_000, headers=headers)
         assert_error(response, 401, "unauthorized")
         assert response.headers["www-authenticate"] == "Bearer"
-    authorised = post(app, "/tokenize", **form(png(1)), headers={"authorization": "Bearer sesame"})
-    assert authorised.status_code == 200
+    authorized = post(app, "/tokenize", **form(png(1)), headers={"authorization": "Bearer sesame"})
+    assert authorized.status_code == 200
     assert ask(app, ("GET", "/ready", {}))[0].json()["resolution"] == TINY.resolution
 
 
