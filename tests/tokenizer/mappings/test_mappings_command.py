@@ -10,6 +10,7 @@ from tokenizer_kit import TINY, run_main, tiny_vqgan
 from EasyLM.data import records
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
+from EasyLM.storage import HeartbeatLock, LockedError
 from tokenizer.builders import resumable_file
 from tokenizer.mappings import __main__ as command
 from tokenizer.mappings import pool, sentences, writing
@@ -70,6 +71,12 @@ def test_tokens_are_the_codes_of_the_composed_images(tmp_path, write, small_pool
     assert len(kinds) > 7
     report = json.loads((tmp_path / "all.jsonl.report.json").read_bytes())
     assert report["sentences"] == 30 and report["sentences_per_second"] > 0
+
+
+def test_a_file_that_another_process_writes_is_refused_before_the_pool_is_rendered(tmp_path, write, monkeypatch):
+    monkeypatch.setattr(pool, "render", None)
+    with HeartbeatLock(f"{tmp_path}/all.jsonl", is_output=True), pytest.raises(LockedError, match="in use by process"):
+        write(tmp_path / "all.jsonl")
 
 
 def test_images_of_the_pool_are_encoded_once(tmp_path, write):
