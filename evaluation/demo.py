@@ -6,6 +6,7 @@ By default the page is reachable from this machine only; see `--host`. It loads 
 
 import os
 import pathlib
+import signal
 import tempfile
 
 from ml_collections import ConfigDict
@@ -39,7 +40,7 @@ FLAGS = {
 
 
 def main(config: ConfigDict) -> None:
-    """Serves the page until Ctrl-C."""
+    """Serves the page until Ctrl-C or SIGTERM."""
     check_installed("the page", "serve", "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -53,6 +54,7 @@ def main(config: ConfigDict) -> None:
         blocks = layout.build_page(models, pathlib.Path(folder))
         files = guard.PageFiles(pathlib.Path(folder))
         files.sweep()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the files of visitors are removed
         middleware = [
             Middleware(HeaderCheck, allowed_hosts=allowed_hosts),
             Middleware(guard.PageGuard, files=files, limits=LIMITS),

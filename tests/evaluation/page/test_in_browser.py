@@ -2,21 +2,20 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
 import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from page_kit import running_page, wait_until
 from PIL import Image
 from serve_kit import png
 
-SECONDS = 240
 WIDTHS = (1280, 390)  # pixels of a desktop and of a phone
 
 
@@ -33,21 +32,9 @@ def test_both_tabs_in_a_browser(tmp_path, port):
         from video_kit import write_video
 
         write_video(tmp_path / "clip.mp4", "libx264", range(0, 300, 100))
-    command = [sys.executable, "-m", "evaluation.demo", f"--port={port}"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    browser = None
-    try:
-        browser = open_browser(webdriver, chromium, driver, tmp_path)
-        try_page(PageDriver(browser, tmp_path), f"http://127.0.0.1:{port}")
-    finally:
-        if browser is not None:
-            browser.quit()
-        server.send_signal(signal.SIGINT)
-        try:
-            output, _ = server.communicate(timeout=SECONDS)
-        finally:
-            server.kill()
-    assert "Traceback" not in output, output
+    with running_page(port, stop=signal.SIGINT) as when_ready:
+        with open_browser(webdriver, chromium, driver, tmp_path) as browser:
+            try_page(PageDriver(browser, tmp_path), when_ready())
 
 
 def open_browser(webdriver, chromium, driver, folder):
@@ -65,19 +52,11 @@ def open_browser(webdriver, chromium, driver, folder):
     return webdriver.Chrome(options=options, service=service)
 
 
-def wait_until(condition, description):
+def wait_for(condition, description):
     """Waits for a condition and returns its value. Ignores elements that the page replaces meanwhile."""
     from selenium.common.exceptions import WebDriverException
 
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if value := condition():
-                return value
-        except WebDriverException:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"timed out: {description}")
+    return wait_until(condition, description, WebDriverException)
 
 
 # Records every text of an element in `texts`. The test cannot read texts that the page replaces at once.
@@ -87,7 +66,18 @@ new MutationObserver(() => texts.push(document.querySelector(selector)?.innerTex
     document.body, {subtree: true, childList: true, characterData: true})"""
 
 
-_EXTENT = "const {scrollWidth, scrollHeight} = document.documentElement; return [scrollWidth, scrollHeight]"
+# Without animations, the page needs no time to settle, and the browser leaves the processor to the model.
+_NO_ANIMATIONS = """addEventListener("DOMContentLoaded", () => {
+    const style = document.createElement("style")
+    style.textContent = "*, *::before, *::after { animation: none !important; transition: none !important }"
+    document.head.append(style)
+})"""
+# Returns the width of the window, and width and height of the page, when it is drawn.
+_EXTENT = """const done = arguments[0]
+requestAnimationFrame(() => requestAnimationFrame(() => {
+    const {scrollWidth, scrollHeight} = document.documentElement
+    done([innerWidth, scrollWidth, scrollHeight])
+}))"""
 
 
 class PageDriver:
@@ -100,7 +90,7 @@ class PageDriver:
         return [element for element in self.browser.find_elements("css selector", selector) if element.is_displayed()]
 
     def wait_for(self, selector: str, text: str = "") -> list:
-        return wait_until(
+        return wait_for(
             lambda: [element for element in self.visible(selector) if text in element.text], f"{selector} {text!r}"
         )
 
@@ -109,7 +99,7 @@ class PageDriver:
             elements = self.visible(selector)
             return elements[index:] and [elements[index].click()]
 
-        wait_until(clicked, selector)
+        wait_for(clicked, selector)
 
     def answers(self, tab: str) -> list[str]:
         return [image.get_attribute("src") for image in self.wait_for(f"#answers_{tab} button.thumbnail-item img")]
@@ -117,9 +107,9 @@ class PageDriver:
     def generate(self, tab: str, before=()) -> list[str]:
         """Clicks the button and waits for answers that differ from those before."""
         self.click(f"#draw_{tab}")
-        wait_until(lambda: not set(self.answers(tab)) & set(before), "other answers")
+        wait_for(lambda: not set(self.answers(tab)) & set(before), "other answers")
         self.wait_for(f"#status_{tab}", "Done: 64 tokens")
-        return wait_until(lambda: self.answers(tab), "answers")
+        return wait_for(lambda: self.answers(tab), "answers")
 
     def replace_image(self, slot: str, file: str) -> None:
         remove = f"#{slot} button[aria-label='Remove Image']"
@@ -129,22 +119,36 @@ class PageDriver:
 
     def upload(self, selector: str, file: str) -> None:
         find = functools.partial(self.browser.find_elements, "css selector", selector)
-        wait_until(find, selector)[0].send_keys(str(self.folder / file))
+        wait_for(find, selector)[0].send_keys(str(self.folder / file))
+
+    def choose(self, dropdown: str, choice: str) -> None:
+        self.click(f"#{dropdown} input")
+        self.click(f"#{dropdown} [role=option][aria-label='{choice}']")
+
+    def with_colours(self, selector: str) -> list:
+        """Returns the element if it shows a picture, else an empty list."""
+        (element,) = self.visible(selector)
+        colours = Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB").getcolors(100)
+        return [element] if colours is None else []  # more than 100
 
     def set_width(self, width: int, height: int = 1400) -> None:
         """Sets the size of the window's inside. Windows of a real size cannot be as narrow as a phone."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
+    def height_at(self, width: int) -> int:
+        """Returns the height of the page; 0 if the window has another width, or the page does not fit into it."""
+        inner_width, page_width, page_height = self.browser.execute_async_script(_EXTENT)
+        return page_height if inner_width == width and page_width <= width else 0
+
     def assert_fits(self, name: str) -> None:
         """Asserts that the page needs no horizontal scrolling, on a desktop and on a phone."""
         for width in WIDTHS:
             self.set_width(width)
-            time.sleep(1)  # animations
-            extent = self.browser.execute_script(_EXTENT)
-            assert extent[0] <= width
+            height = wait_for(functools.partial(self.height_at, width), f"a page that fits into {width} pixels")
             if "LVM_SCREENSHOTS" in os.environ:
-                self.set_width(width, extent[1])
+                self.set_width(width, height)
+                time.sleep(1)  # images are loaded
                 path = pathlib.Path(os.environ["LVM_SCREENSHOTS"]) / f"page_{name}_{width}.png"
                 self.browser.save_screenshot(str(path))
         self.set_width(WIDTHS[0])
@@ -152,7 +156,7 @@ class PageDriver:
     def assert_downloads_strip(self, tab: str, columns: int, rows: int) -> None:
         """Asserts that the download is a PNG file of so many columns and rows of labelled images of 256 pixels."""
         self.wait_for(f"#download_{tab}")[0].click()
-        paths = wait_until(lambda: list(self.folder.glob("answer_*.png")), "a download")
+        paths = wait_for(lambda: list(self.folder.glob("answer_*.png")), "a download")
         assert Image.open(paths[0]).size == (12 + columns * 268, 48 + rows * 304)
         if "LVM_SCREENSHOTS" in os.environ:
             shutil.copy(paths[0], pathlib.Path(os.environ["LVM_SCREENSHOTS"]) / f"strip_{tab}.png")
@@ -160,7 +164,7 @@ class PageDriver:
 
     def assert_number_of(self, selector: str, count: int) -> None:
         """Waits until a gallery has so many pictures."""
-        wait_until(lambda: len(self.visible(f"{selector} button.thumbnail-item img")) == count, f"{count} {selector}")
+        wait_for(lambda: len(self.visible(f"{selector} button.thumbnail-item img")) == count, f"{count} {selector}")
 
     def assert_contacts_only(self, url: str) -> None:
         messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
@@ -177,7 +181,8 @@ class PageDriver:
 def try_page(page: PageDriver, url: str) -> None:
     browser = page.browser
     page.set_width(WIDTHS[0])
-    wait_until(lambda: browser.get(url) or browser.title == "Large Vision Model", "the page")
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _NO_ANIMATIONS})
+    wait_for(lambda: browser.get(url) or browser.title == "Large Vision Model", "the page")
     try_analogy(page)
     try_brush(page)
     # Sequences.
@@ -208,7 +213,7 @@ def try_analogy(page: PageDriver) -> None:
     page.assert_downloads_strip("analogy", columns=5, rows=3)
     seed = page.wait_for("input[aria-label='Seed']")[0]
     page.click("#random_analogy")
-    wait_until(lambda: seed.get_attribute("value") != "0", "a random seed")
+    wait_for(lambda: seed.get_attribute("value") != "0", "a random seed")
     reseeded = page.generate("analogy", before=first[1:])
     assert reseeded[0] == first[0]  # the truth
     page.assert_fits("analogy")
@@ -226,7 +231,7 @@ def try_analogy(page: PageDriver) -> None:
 
 
 def try_brush(page: PageDriver) -> None:
-    """Paints a hole on the query."""
+    """Paints a hole on the query, and chooses another image before it is used."""
     from selenium.webdriver import ActionChains
 
     def query() -> str:
@@ -235,9 +240,10 @@ def try_brush(page: PageDriver) -> None:
     before = query()
     page.click("#brush button")
     page.click("#load_painted")
-    canvas = page.wait_for("#canvas canvas")[0]
-    time.sleep(1)  # the image is drawn on the canvas
+    page.wait_for("#on_canvas", "Query")
+    (canvas,) = wait_for(lambda: page.with_colours("#canvas canvas"), "the image on the canvas")
     ActionChains(page.browser).move_to_element(canvas).click_and_hold().move_by_offset(60, 30).release().perform()
+    page.choose("painted", "Example 1")
     page.assert_fits("brush")
     page.click("#use_hole")
-    wait_until(lambda: query() != before, "a query with a hole")
+    wait_for(lambda: query() != before, "a query with a hole")

@@ -1,45 +1,24 @@
 """The page's own server process: hosts, origins, ambiguous bodies and uploads, over sockets."""
 
-import os
 import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import httpx
 import pytest
+from page_kit import SECONDS, running_page
 from serve_kit import png
 
-SECONDS = 240
 EVIL = {"host": "evil.example"}, {"origin": "http://evil.example"}, {"origin": "null"}
 
 
 @pytest.fixture
 def page(tmp_path: pathlib.Path, port: int):
     """Starts the page without warming up. Yields its URL and the folder of its files."""
-    command = [sys.executable, "-m", "evaluation.demo", f"--port={port}", "--warm_up=", "--allowed_hosts=lab.example"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        deadline = time.monotonic() + SECONDS
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/config", timeout=SECONDS).raise_for_status()
-                break
-            except httpx.TransportError:
-                assert time.monotonic() < deadline and server.poll() is None, server.stdout.read()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", tmp_path
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            output, _ = server.communicate(timeout=SECONDS)
-        finally:
-            server.kill()
-    assert "Traceback" not in output, output
+    flags, options = ("--warm_up=", "--allowed_hosts=lab.example"), {"TMPDIR": str(tmp_path)}
+    with running_page(port, *flags, stop=signal.SIGTERM, **options) as when_ready:
+        yield when_ready(), tmp_path
     (tmp_path / "private.png").unlink()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # uploads are removed at the end
 

@@ -1,0 +1,56 @@
+"""Helpers of the page's tests: the page in a process of its own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+
+SECONDS = 240  # timeout, much longer than any step takes
+
+
+def wait_until(condition: Callable[[], Any], description: str, ignored: type[Exception]) -> Any:
+    """Waits for a condition that another process makes true, and returns its value. Ignores errors of one type."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ignored):
+            if value := condition():
+                return value
+        time.sleep(0.05)
+    raise AssertionError(f"timed out: {description}")
+
+
+@contextlib.contextmanager
+def running_page(port: int, *flags: str, stop: signal.Signals, **environment: str) -> Iterator[Callable[[], str]]:
+    """Runs `python -m evaluation.demo` while the context is open, then sends `stop`. Asserts that it ends cleanly.
+
+    Yields a function that waits until the page answers, and returns its URL: meanwhile, a test can do something else.
+    """
+    command = [sys.executable, "-m", "evaluation.demo", f"--port={port}", *flags]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    server = subprocess.Popen(command, env=os.environ | environment, **options)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert server.poll() is None, "the page has ended"
+        return httpx.get(f"{url}/config", timeout=SECONDS).raise_for_status().is_success
+
+    def when_ready() -> str:
+        wait_until(answers, "the page", httpx.TransportError)
+        return url
+
+    try:
+        yield when_ready
+    finally:
+        server.send_signal(stop)
+        try:
+            output, _ = server.communicate(timeout=SECONDS)
+        finally:
+            server.kill()
+        print(output)  # pytest shows it if the test fails
+    assert server.returncode == 0 and "Traceback" not in output, output
