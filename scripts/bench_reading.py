@@ -167,7 +167,8 @@ def read_all(workers: Workers, refs: Sequence[ImageRef], fast_decode: bool) -> N
     reader = functools.partial(image_ref.read, size=SIDE, fast_decode=fast_decode)
     with contextlib.closing(Encoder(NoTokenizer())) as encoder:  # type: ignore[arg-type]  # it needs no more
         cache = CodeCache(0, 1, ".")
-        pipeline = Pipeline(functools.partial(workers.submit, reader), encoder, cache, BATCH, 6 * BATCH)
+        read = functools.partial(workers.submit, reader)
+        pipeline = Pipeline(read, encoder, cache, BATCH, 6 * BATCH, workers.processes)
         for _, codes in pipeline.run(OneImage([ref]) for ref in refs):
             assert isinstance(codes, np.ndarray), codes
 

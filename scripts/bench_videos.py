@@ -31,7 +31,7 @@ from tokenizer.builders import file_index, image_ref, samplers
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.file_index import FileIndex
 from tokenizer.builders.kinds import DataSet, compose
-from tokenizer.builders.pipeline import FRAMES_PER_READ, Pipeline
+from tokenizer.builders.pipeline import Pipeline
 from tokenizer.builders.schedule import in_order
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.media import videos
@@ -130,9 +130,8 @@ def read_as_build(folder: str, workers: Workers, size: int) -> int:
     index = FileIndex(file_index.by_name, [LocalFolder(folder, "input_dir", videos.VIDEO_EXTENSIONS)], skipped)
     data_set = DataSet("video", samplers.SingleItems(index, settings), settings)
     read = functools.partial(workers.submit, functools.partial(image_ref.read, size=size))
-    max_pending = 6 * BATCH + workers.processes * FRAMES_PER_READ
     cache = CodeCache(0, 1, tempfile.gettempdir())
-    pipeline = Pipeline(read, NoEncoder(), cache, BATCH, max_pending)  # type: ignore[arg-type]  # only `submit` is used
+    pipeline = Pipeline(read, NoEncoder(), cache, BATCH, 6 * BATCH, workers.processes)  # type: ignore[arg-type]  # only `submit` is used
     sentences = compose([data_set], in_order(range(len(index))), workers, skipped)
     return sum(len(codes) for _, codes in pipeline.run(sentences))
 

@@ -67,8 +67,18 @@ def group_by_file(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
     yield from frames.values()
 
 
+def are_near(one: ImageRef, other: ImageRef) -> bool:
+    """Whether one process should read two images: frames of a video, or near rows of a table.
+
+    Another process would decode the same frames, or the same row group, again.
+    """
+    if one.seconds is not None:
+        return one.path == other.path
+    return reading.are_near_rows(one.path, one.location, other.path, other.location)
+
+
 def read(group: list[ImageRef], size: int, fast_decode: bool = False) -> np.ndarray:
-    """Reads the pixels of one group of `group_by_file`: uint8 [len(group),size,size,3].
+    """Reads the pixels of frames of one video, or of other images: uint8 [len(group),size,size,3].
 
     Args:
       group: the images.

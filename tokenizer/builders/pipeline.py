@@ -22,9 +22,9 @@ from tokenizer.formats import ImageTokenizer
 from tokenizer.media import images
 
 _BATCHES_ON_DEVICE = 2  # one is transferred while the other is computed
-# Frames of a video that one worker reads in a row. If each worker read single sentences, they would all decode the same
-# frames, from the key frame on.
-FRAMES_PER_READ = 128
+# Images that one worker reads in a row: frames of a video, or rows of a table. If each worker read single sentences,
+# all would decode the same frames, from the key frame on, and the same row groups.
+_IMAGES_PER_READ = 128
 
 
 class HasImages(Protocol):
@@ -37,7 +37,7 @@ class HasImages(Protocol):
 
 
 SentenceT = TypeVar("SentenceT", bound=HasImages)
-Reader = Callable[[list[ImageRef]], Any]  # starts to read a group of `image_ref.group_by_file`; returns a future
+Reader = Callable[[list[ImageRef]], Any]  # starts `image_ref.read` of a group; returns a future
 
 
 class Encoder:
@@ -107,12 +107,24 @@ class _PendingImage:
 class Pipeline:
     """Reads and encodes the images of pending sentences, each image once."""
 
-    def __init__(self, read: Reader, encoder: Encoder, cache: CodeCache, batch_size: int, max_pending: int):
-        """Creates a pipeline with at most `max_pending` pending images, or as many as the longest sentence has."""
+    def __init__(
+        self, read: Reader, encoder: Encoder, cache: CodeCache, batch_size: int, max_pending: int, processes: int
+    ):
+        """Creates a pipeline.
+
+        Args:
+          read: starts to read images.
+          encoder: encodes them.
+          cache: their codes.
+          batch_size: images that are encoded together.
+          max_pending: the most pending images, besides those of the longest sentence and of a read of each process.
+          processes: the number of processes that read.
+        """
         self._read, self._encoder, self._cache = read, encoder, cache
-        self._batch_size, self._max_pending = batch_size, max_pending
+        self._batch_size, self._max_pending, self._processes = batch_size, max_pending, processes
+        self._largest_read = 1  # images
         self._pending: dict[ImageRef, _PendingImage] = {}
-        self._collected: list[list[ImageRef]] = []  # frames of one video, by sentence, whose reading has not started
+        self._collected: list[list[ImageRef]] = []  # images that are read together, whose reading has not started
         self._reads: collections.deque = collections.deque()  # (groups that are read together, future), in order
         self._batch: list[tuple[ImageRef, np.ndarray]] = []
         self._encodes: collections.deque = collections.deque()  # (refs, future), in order
@@ -123,13 +135,16 @@ class Pipeline:
         for sentence in sentences:
             self._request(sentence.images)
             waiting.append(sentence)
-            while len(self._pending) > self._max_pending and self._advance():
+            while self._is_full() and self._advance():
                 yield from self._pop_finished(waiting)
             yield from self._pop_finished(waiting)
         self._start_read()
         while self._advance():
             yield from self._pop_finished(waiting)
         assert not waiting and not self._pending
+
+    def _is_full(self) -> bool:
+        return len(self._pending) > self._max_pending + self._processes * self._largest_read
 
     def _request(self, refs: Sequence[ImageRef]) -> None:
         """Counts the uses of a sentence's images, and starts to read those that are neither pending nor cached."""
@@ -144,19 +159,21 @@ class Pipeline:
             if not self._is_continued_by(group):
                 self._start_read()
             self._collected.append(group)
-            if group[0].seconds is None:
+            if not image_ref.are_near(group[0], group[0]):  # nothing continues it
                 self._start_read()
 
     def _is_continued_by(self, group: list[ImageRef]) -> bool:
-        """Whether a group can be read together with the collected ones: more frames of the same video."""
+        """Whether a group can be read together with the collected ones."""
         count = sum(map(len, self._collected)) + len(group)
-        return bool(self._collected) and self._collected[0][0].path == group[0].path and count <= FRAMES_PER_READ
+        is_near = bool(self._collected) and image_ref.are_near(self._collected[0][0], group[0])
+        return is_near and count <= _IMAGES_PER_READ
 
     def _start_read(self) -> None:
         """Starts to read what is collected."""
         if self._collected:
             together = [ref for group in self._collected for ref in group]
             self._reads.append((self._collected, self._read(together)))
+            self._largest_read = max(self._largest_read, len(together))
             self._collected = []
 
     def _pop_finished(

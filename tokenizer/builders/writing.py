@@ -19,9 +19,9 @@ from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_schema
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
-from tokenizer.builders.kinds import KINDS, DataSet, Sentence, compose
+from tokenizer.builders.kinds import DataSet, Sentence, compose
 from tokenizer.builders.output import OutputFile
-from tokenizer.builders.pipeline import FRAMES_PER_READ, Encoder, Pipeline
+from tokenizer.builders.pipeline import Encoder, Pipeline
 from tokenizer.builders.schedule import Slot
 from tokenizer.formats import ImageTokenizer
 
@@ -91,10 +91,8 @@ def write_sentences(
     ):
         reader = functools.partial(image_ref.read, size=codec.resolution, fast_decode=fast_decode)
         read = functools.partial(workers.submit, reader)
-        max_pending = _PENDING_BATCHES * resources.batch_size + 2 * workers.processes
-        if any(KINDS[data_set.kind].is_video for data_set in plan.data_sets):
-            max_pending += workers.processes * FRAMES_PER_READ
-        pipeline = Pipeline(read, encoder, cache, resources.batch_size, max_pending)
+        max_pending = _PENDING_BATCHES * resources.batch_size + workers.processes
+        pipeline = Pipeline(read, encoder, cache, resources.batch_size, max_pending, workers.processes)
         for sentence, codes in pipeline.run(_remaining(plan, state, workers, skipped)):
             if isinstance(codes, dict):
                 for path, reason in codes.items():

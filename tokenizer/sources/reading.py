@@ -13,6 +13,7 @@ from tokenizer.media.video_file import VideoFile, local_file
 from tokenizer.sources import tables, tars
 from tokenizer.sources.remote import RangeFile, read_range
 
+_NEAR_ROWS = 32
 _MEMBER = re.compile(r"(.+?\.(?:tar|parquet|arrow))!(.+)", re.DOTALL | re.IGNORECASE)
 
 
@@ -33,6 +34,14 @@ class ItemFile(io.BytesIO):
 def is_member(address: str) -> bool:
     """Whether an address has the form of that of a member: `000.tar!cats/1.png`."""
     return bool(_MEMBER.fullmatch(address))
+
+
+def are_near_rows(address: str, location: str, other_address: str, other_location: str) -> bool:
+    """Whether two items are cells of a table whose rows are at most 32 apart: mostly of one row group."""
+    if not (location.isdecimal() and other_location.isdecimal()):
+        return False
+    is_same_table = address.partition(f"!{location}.")[0] == other_address.partition(f"!{other_location}.")[0]
+    return is_same_table and abs(int(location) - int(other_location)) < _NEAR_ROWS
 
 
 def container_of(address: str) -> str:

@@ -62,7 +62,7 @@ class CountingReader:
 
 def test_an_endless_stream_needs_bounded_memory(tmp_path):
     codec, read, max_pending = FakeCodec(), CountingReader(), 40
-    stream = Pipeline(read, Encoder(codec), CodeCache(16, TOKENS, str(tmp_path)), 8, max_pending)
+    stream = Pipeline(read, Encoder(codec), CodeCache(16, TOKENS, str(tmp_path)), 8, max_pending, processes=0)
     taken = 0
 
     def endless():
@@ -84,7 +84,7 @@ def test_an_endless_stream_needs_bounded_memory(tmp_path):
 
 def test_long_sentences_and_errors_are_yielded_in_order(tmp_path):
     codec, read = FakeCodec(), CountingReader(bad={"3", "30"})
-    stream = Pipeline(read, Encoder(codec), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending=4)
+    stream = Pipeline(read, Encoder(codec), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending=4, processes=0)
     sentences = [Sentence([ImageRef(str(n + i)) for i in range(size)]) for n, size in ((0, 3), (2, 2), (5, 40), (1, 1))]
     results = list(stream.run(sentences))
     assert [sentence for sentence, _ in results] == sentences
@@ -107,13 +107,38 @@ def test_sentences_of_one_video_are_read_together(tmp_path):
 
     sentences = [frames_of("1", 10 * i, 10) for i in range(30)] + [frames_of("2", 0, 10)] + [frames_of("1", 300, 10)]
     sentences[5:5] = [Sentence([ImageRef("7")])]
-    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending=200)
+    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending=200, processes=0)
     results = list(stream.run(sentences))
     assert [sentence for sentence, _ in results] == sentences
     for sentence, codes in results:
         np.testing.assert_array_equal(codes, [[value(ref)] * TOKENS for ref in sentence.images])
     assert [len(group) for group in groups] == [50, 1, 120, 120, 10, 10, 10]
     assert all(len({path for path, _ in group}) == 1 for group in groups)
+
+
+def test_near_rows_of_a_table_are_read_together(tmp_path):
+    """Otherwise each worker would read each row group. Rows of a shuffled build are far apart."""
+    groups = []
+
+    def read(group):
+        groups.append([ref.location for ref in group])
+        future = concurrent.futures.Future()
+        future.set_result(np.zeros((len(group), SIDE, SIDE, 3), np.uint8))
+        return future
+
+    def rows(table: str, numbers) -> list[Sentence]:
+        return [Sentence([ImageRef(f"{table}!{row}.image", location=str(row))]) for row in numbers]
+
+    tar = [Sentence([ImageRef(f"c.tar!{i}.png", location=f"{512 * i}+9")]) for i in range(3)]
+    sentences = [*rows("a.parquet", range(80)), *rows("b.parquet", (80, 81)), *tar, *rows("a.parquet", (500, 100, 300))]
+    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, 20, processes=4)
+    limits = []
+    for sentence, _ in stream.run(sentences):
+        limits.append(len(stream._pending))
+        assert sentence is sentences[len(limits) - 1]
+    assert len(limits) == len(sentences)
+    assert [len(group) for group in groups] == [25, 32, 23, 2, 1, 1, 1, 1, 1, 1]
+    assert max(limits) <= 20 + 4 * 32
 
 
 @pytest.mark.parametrize("max_pending", [5, 200])
@@ -128,7 +153,7 @@ def test_a_damaged_frame_leaves_out_its_sentence_alone(tmp_path, max_pending):
         return counting(group)
 
     sentences = [frames_of("1", 10 * i, 10) for i in range(5)]
-    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending)
+    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending, processes=0)
     results = list(stream.run(sentences))
     assert [sentence for sentence, _ in results] == sentences and not stream._pending
     assert [isinstance(codes, dict) for _, codes in results] == [False, True, False, False, False]
@@ -163,7 +188,9 @@ def test_an_image_that_kills_its_worker_is_reported(tmp_path):
             kills = group[0].path in deadly
             return workers.submit(os._exit, 1) if kills else workers.submit(np.full, size, value(group[0]), np.uint8)
 
-        stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(0, TOKENS, str(tmp_path)), 4, max_pending=8)
+        stream = Pipeline(
+            read, Encoder(FakeCodec()), CodeCache(0, TOKENS, str(tmp_path)), 4, max_pending=8, processes=2
+        )
         results = [codes for _, codes in stream.run(Sentence([ImageRef(str(number))]) for number in range(20))]
         assert workers.submit(abs, -1).result() == 1
     for number, codes in enumerate(results):
