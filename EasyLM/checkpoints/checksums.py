@@ -66,7 +66,9 @@ def verified(path: str, entries: list[Entry], size: int) -> list[Entry]:
     if table["file"] != _saved_name(path):
         return entries  # the checksums of another file in the same directory
     if table["algorithm"] != checksums.ALGORITHM:
-        raise UserError(f"{table_path}: unknown algorithm {table['algorithm']!r}; known is {checksums.ALGORITHM}")
+        raise UserError(
+            f"{table_path}: unknown algorithm {table['algorithm']!r}; only {checksums.ALGORITHM} is supported"
+        )
     if size != table["bytes"]:
         raise UserError(f"{path}: has {size} bytes, but {table['bytes']} were saved: it is damaged ({table_path})")
     arrays = table["arrays"]

@@ -103,7 +103,7 @@ def _entries(path: str) -> list[Entry]:
         begin, end = info["data_offsets"]
         shape, dtype = tuple(info["shape"]), np.dtype(_DTYPES[info["dtype"]])
         if begin < 0 or min(shape, default=0) < 0:
-            raise ValueError(f"{name}: a negative size or place")
+            raise ValueError(f"{name}: a negative size or offset")
         if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
             raise ValueError(f"{name}: {end - begin} bytes of {size} do not make {shape} of {dtype}")
         read = functools.partial(entries.read_pieces, path, ((8 + length + begin, end - begin),))

@@ -112,5 +112,5 @@ def uses_orbax(checkpoint_format: str, run_dir: str) -> bool:
     choose("format", checkpoint_format, CHECKPOINTER_FLAGS["format"].choices or ())
     on_gcs = run_dir.startswith("gs://")
     if checkpoint_format == "orbax" and is_remote(run_dir) and not on_gcs:
-        raise UserError(f"Orbax cannot write to {run_dir}: of object stores it knows gs:// alone; choose streaming")
+        raise UserError(f"Orbax cannot write to {run_dir}: it writes to local paths and gs:// only; choose streaming")
     return checkpoint_format == "orbax" or (checkpoint_format == "auto" and on_gcs)

@@ -35,7 +35,7 @@ def parse_numbers(text: str, count: int, number_type: Callable[[str], Any] = flo
     if len(numbers) != count:
         raise UserError(f"{len(numbers)} numbers for {count} inputs (a glob is one input)")
     if not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
-        raise UserError("each must be 0 or more, one of them more than 0")
+        raise UserError("none may be negative, and not all may be 0")
     return numbers
 
 

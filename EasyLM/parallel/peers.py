@@ -194,7 +194,7 @@ def connect_peers(coordinator_address: str | None, heartbeat_seconds: int) -> No
         connections = _connect(process, offer)
     if len(connections) < (jax.process_count() - 1 if process == 0 else 1):
         logging.warning(
-            "not all processes could connect to process 0; the others notice the end of one only after %d s",
+            "not all processes could connect to process 0; the loss of a process is noticed after %d s",
             heartbeat_seconds,
         )
     for connection in connections:

@@ -100,7 +100,7 @@ def find_start(given: StartFiles, run_dir: str, formats: CheckpointFormats) -> S
     history = _history(newest.saved.contents) if newest else ()
     if newest and given.checkpoint in ("", *history):
         for problem in problems:
-            logging.warning("%s: cannot be used, a save before it is: %s", run_dir, problem)
+            logging.warning("%s: a newer checkpoint cannot be used: %s", run_dir, problem)
         saved = newest.saved
         logging.info("%s: resuming after step %s, from %s", run_dir, saved.step, saved.name)
         files = StartFiles(saved.spec, saved.dataset_state, saved.metadata, history)

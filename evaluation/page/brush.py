@@ -131,7 +131,7 @@ class Brush:
         """Makes what is painted the answer of the loaded example. Arguments, results and errors: as `hole`."""
         loaded, slot = self._checked(loaded, slots)
         if loaded.name == QUERY:
-            raise UserError("load an example to paint a mask: that of the query is what the model draws")
+            raise UserError("load an example to paint a mask: the model draws the mask of the query")
         return loaded, {slot + 1: self._save(mask_of(read_strokes(layers, size, self._folder)))}
 
     def _checked(self, loaded: Loaded | None, slots: Sequence[str | None]) -> tuple[Loaded, int]:

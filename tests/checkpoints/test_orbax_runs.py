@@ -235,7 +235,7 @@ def test_orbax_on_object_stores(tmp_path):
         assert checkpoints.uses_orbax("auto", run_dir) == expected
         assert not checkpoints.uses_orbax("streaming", run_dir)
     assert checkpoints.uses_orbax("orbax", str(tmp_path)) and checkpoints.uses_orbax("orbax", "gs://b/run")
-    with pytest.raises(UserError, match=r"^Orbax cannot write to s3://b/run: of object stores it knows gs:// alone"):
+    with pytest.raises(UserError, match=r"^Orbax cannot write to s3://b/run: it writes to local paths and gs:// only"):
         make_checkpointer("s3://b/run", format="orbax")
     with pytest.raises(UserError, match="format='zip': choose one of 'auto', 'streaming', 'orbax'"):
         make_checkpointer(tmp_path, format="zip")

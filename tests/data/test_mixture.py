@@ -98,7 +98,7 @@ def test_masks_and_metrics(parts):
         ({"weights": "1,2"}, r"--train_dataset.json_dataset.weights=1,2: 2 numbers for 3 inputs \(a glob is one"),
         ({"weights": "1,2,x"}, "weights=1,2,x: not a comma list of numbers"),
         ({"weights": "1,2,1/0"}, "weights=1,2,1/0: not a comma list of numbers"),
-        ({"weights": "0,0,0"}, "each must be 0 or more, one of them more than 0"),
+        ({"weights": "0,0,0"}, "none may be negative, and not all may be 0"),
         ({"weights": "1,1,0.1234567"}, "exact proportions need .* rows; give fewer digits"),
         ({"weights": "1,1,1", "start_seek_loc": 3}, "start_seek_loc=3: has no effect with .*weights"),
     ],

@@ -165,7 +165,7 @@ def _sources(config: ConfigDict, scores: tuple[str, ...]) -> tuple[Source, Sourc
         )
     for flag in ("keys", "columns"):
         if "," in config[flag]:
-            raise UserError(f"--{flag}={config[flag]}: give one: that of the images")
+            raise UserError(f"--{flag}={config[flag]}: give one, for the images")
     keys, columns = (tuple(filter(None, (config[flag],))) for flag in ("keys", "columns"))
     source = detection.find_source(config.input_dir, "input_dir", images.IMAGE_EXTENSIONS, keys, columns)
     fields = [field_of(score) for score in scores]

@@ -45,8 +45,8 @@ def check_parts(paths: Sequence[str]) -> None:
             started = f"; unfinished are {', '.join(unfinished[:_MOST_NAMED])}" if unfinished else ""
             raise UserError(
                 f"{example} is part {min(by_part)} of {parts} of a build with the same settings and inputs, of which "
-                f"{len(missing)} are missing: {names}{started}. Finish the build, or move its reports away to take "
-                "what is there"
+                f"{len(missing)} are missing: {names}{started}. Finish the build, or move its reports away to use "
+                "the parts that exist"
             )
 
 

@@ -72,7 +72,9 @@ def _find(
             raise UserError(f"{name}: no such file")
         is_table = endings != {".tar"}
     if unclear := next(filter(reading.is_member, paths), ""):
-        raise UserError(f"{name}: {unclear} would be read as a member of a tar or table: rename what has the !")
+        raise UserError(
+            f"{name}: {unclear} would be read as a member of a tar or table: rename the file or folder with the !"
+        )
     if is_table:
         if keys:
             raise UserError(f"--keys={','.join(keys)}: {name} is a table: use --columns")

@@ -172,7 +172,7 @@ def read_keep_list(path: str) -> KeepList:
     except UserError as error:
         raise UserError(f"--keep={error}" if str(error).startswith(path) else f"--keep={path}: {error}") from None
     if footer is None or footer["kept"] != len(hashes):
-        raise UserError(f"--keep={path}: is truncated, or no list of tokenizer.filter: its last line is missing")
+        raise UserError(f"--keep={path}: is truncated, or not a list of tokenizer.filter: its last line is missing")
     if footer["keep_list"] != _VERSION:
         raise UserError(f"--keep={path}: is of version {footer['keep_list']}, not {_VERSION}: filter again")
     return KeepList(path, footer["files"], footer["samples"], np.sort(np.frombuffer(hashes, np.uint64)))
@@ -182,7 +182,7 @@ def _parse(line: bytes) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"no line of a list of tokenizer.filter: not JSON ({error})") from None
+        raise UserError(f"not a line of a list of tokenizer.filter: not JSON ({error})") from None
 
 
 class KeepListWriter:

@@ -200,7 +200,7 @@ def _check_end(data: bytes) -> None:
     if any(data[: tarfile.BLOCKSIZE]):
         raise ValueError("a header is damaged")
     if any(data):
-        raise ValueError("there is more after its end mark: join tars with `tar -A`, not with `cat`")
+        raise ValueError("data follows its end mark: join tars with `tar -A`, not with `cat`")
 
 
 def read_member(path: str, name: str, location: str) -> bytes:

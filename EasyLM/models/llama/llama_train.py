@@ -106,7 +106,7 @@ def _tokenizer_metadata(start: StartPoint, names: Mapping[str, str | None]) -> d
         earlier = recorded_tokenizer(prefix, local_path(path))
     if name and earlier and name != earlier:
         logging.warning(
-            "the data has tokens of the tokenizer %s, but %s was trained on those of %s: they mean other images",
+            "the data has tokens of the tokenizer %s, but %s was trained on those of %s: ids mean other images",
             name,
             start.files.checkpoint,
             earlier,

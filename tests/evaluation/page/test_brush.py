@@ -115,7 +115,7 @@ def test_what_cannot_be_painted_is_refused(tmp_path, slots):
         used.load("Example 2", [*slots[:2], EMPTY, EMPTY, slots[4]])
     with pytest.raises(UserError, match="load an image first"):
         used.mask(EMPTY, slots, layers, SIZE)
-    with pytest.raises(UserError, match="that of the query is what the model draws"):
+    with pytest.raises(UserError, match="the model draws the mask of the query"):
         used.mask(used.load("Query", slots), slots, layers, SIZE)
 
 
