@@ -23,6 +23,14 @@ def is_hub_name(path: str) -> bool:
     return _NAME.fullmatch(path) is not None
 
 
+def split_revision(path: str) -> tuple[str, str | None]:
+    """Returns the repository and the revision of `OWNER/NAME@REVISION`; a path that is something else, and None."""
+    match = _NAME.fullmatch(path)
+    if match is None or match["inside"] or os.path.exists(path):
+        return path, None
+    return match["repository"], match["revision"]
+
+
 def local_path(path: str) -> str:
     """Returns the local path of a model or tokenizer that may be on the Hub.
 

@@ -18,6 +18,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import adapters, hf_layout, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LoRAConfig
+from EasyLM.models.llama.lora_checkpoint import RecordedLoRA, write_peft
 from EasyLM.parallel import make_mesh
 from evaluation.prompting import load_model
 
@@ -221,6 +222,24 @@ def test_uploaded_adapters_do_not_name_the_folder_of_their_base(trained, tmp_pat
         assert settings["base_model_name_or_path"] == base
         assert (tmp_path / directory / "README.md").read_text() == card
     assert set(hub.repositories["Owner/adapters"]) >= {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "revision"),
+    [
+        ("Owner/lvm@v2", "Owner/lvm", "v2"),
+        ("Owner/lvm", "Owner/lvm", None),
+        ("here/lvm@v2", "here/lvm@v2", None),
+        ("/home/me/lvm@v2", "/home/me/lvm@v2", None),
+        ("Owner/lvm@v2/small", "Owner/lvm@v2/small", None),  # PEFT knows no folders
+    ],
+)
+def test_peft_is_told_the_revision_of_a_base_on_the_hub(tmp_path, monkeypatch, base, name, revision):
+    (tmp_path / "here" / "lvm@v2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write_peft(str(tmp_path), CONFIG, RecordedLoRA(LORA, f"huggingface::{base}"), [], base)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == (name, revision)
 
 
 def test_adapters_need_frozen_parameters(tmp_path):

@@ -16,6 +16,7 @@ from EasyLM.models.llama import hf_layout
 from EasyLM.models.llama.checkpoint_record import record_path
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LoRAConfig
+from EasyLM.storage import split_revision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,12 @@ def write_peft(directory: str, config: LLaMAConfig, lora: RecordedLoRA, entries:
 
 
 def _peft_config(lora: RecordedLoRA, base: str) -> dict[str, Any]:
+    name, revision = split_revision(base)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": lora.settings.rank,
         "lora_alpha": lora.settings.alpha,
         "lora_dropout": lora.settings.dropout,
