@@ -1,4 +1,4 @@
-"""The loss is what its definition message, and the same however it is computed."""
+"""The loss equals its definition, however it is computed."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a model's card says of its limits."""
+"""The limits of a model, as stated in its card."""
 
 import pathlib
 

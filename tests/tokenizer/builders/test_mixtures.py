@@ -109,7 +109,7 @@ def test_shards_and_resumed_builds_of_a_mixture_have_the_same_bytes(mixture, tin
 
 
 def test_values_mean_what_is_typed(tmp_path):
-    """YAML 1.1 takes 0123 for 83, 1e3 for a text and `no` for False."""
+    """YAML 1.1 reads 0123 as 83, 1e3 as a text and `no` as False."""
     path = tmp_path / "mix.yaml"
     path.write_text(
         "- &first {kind: paired, input_dir: 0123, target_dir: no, n_shots: 0123, hole_mask_ratio: 1e-3, weight: 1e3}\n"
