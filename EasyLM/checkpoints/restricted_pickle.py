@@ -9,6 +9,7 @@ from EasyLM.storage import Unchangeable, check_memo
 
 MOST_BYTES = 4 << 20  # a release's files have some kilobytes
 MOST_VALUES = 10**5  # after the expansion of references to one object
+_PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
 
 
 class _Settings(metaclass=Unchangeable):
@@ -69,7 +70,13 @@ class _Expansion:
             attributes = vars(value)
             return self.plain(attributes["_fields"] if "_fields" in attributes else attributes["_value"])
         if isinstance(value, dict):
-            return {key: self.plain(item) for key, item in value.items()}
+            return {_require_plain(key): self.plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self.plain(item) for item in value)
-        return value
+        return _require_plain(value)
+
+
+def _require_plain(value: Any) -> Any:
+    if type(value) not in _PLAIN_TYPES:
+        raise ValueError(f"a {type(value).__name__} in place of a plain value")
+    return value

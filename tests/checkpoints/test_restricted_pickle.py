@@ -75,6 +75,9 @@ HOSTILE = {
     "memo with a gap": (b"\x80\x02K\x01r\xff\xff\xff\x7f.", "LONG_BINPUT 2147483647 after"),
     "memo with a gap, as text": (b"I1\np2147483647\n.", "PUT 2147483647 after"),
     "a list": (b"(l.", "must be an object, not a list"),
+    "settings as a key": (b"}" + SETTINGS + b")\x81K\x01s.", "a _Settings in place of a plain value"),
+    "a class as a value": (b"}U\x01a" + SETTINGS + b"s.", "in place of a plain value"),
+    "a set": (b"\x80\x04}\x8c\x01a\x8fs.", "a set in place of a plain value"),
     "a cycle": (b"(dp0\nS'a'\ng0\ns.", "RecursionError|more than"),
     "depth": (b"(l" * 5000 + b"a" * 4999 + b".", "RecursionError|more than|must be an object"),
 }
