@@ -2,6 +2,8 @@
 
 from campaign.attempts import Kind
 
+_LARGEST_IMAGE = 800  # A damaged header can ask for as many pixels as Pillow allows, of 4 bytes: 716 MB.
+
 _ALL = (
     Kind("killed_runs", "campaign.kills", "training", seconds=1200, runs_processes=True),
     Kind("killed_builds", "campaign.kills", "builds", seconds=1200, runs_processes=True),
@@ -19,7 +21,7 @@ _ALL = (
     Kind("foreign_safetensors", "campaign.checkpoint_files", "foreign_weights"),
     Kind("json_settings", "campaign.settings_files", "settings"),
     Kind("pickled_settings", "campaign.settings_files", "pickles"),
-    Kind("images", "campaign.media_files", "image_files"),
+    Kind("images", "campaign.media_files", "image_files", megabytes=_LARGEST_IMAGE),
     Kind("tars", "campaign.media_files", "tar_files"),
     Kind("videos", "campaign.media_files", "video_files"),
 )
