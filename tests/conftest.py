@@ -1,18 +1,41 @@
-"""The configuration of JAX for all tests: 8 virtual CPU devices, and no implicit rank promotion."""
+"""The configuration of JAX for all tests: 8 virtual CPU devices, and no implicit rank promotion.
+
+All tests, and the processes that they start, share a cache of compiled functions: many train the same tiny model again.
+"""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["WANDB_MODE"] = "disabled"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the processes of pytest-xdist have the folder of the first one
+    folder = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pathlib
 import socket
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def without_the_cache(monkeypatch):
+    """For tests of the compilation: it takes its time. The test may set a cache of its own."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # of processes that the test starts
+    _use_cache(None)
+    yield
+    _use_cache(os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def _use_cache(directory: str | None) -> None:
+    compilation_cache.set_cache_dir(directory)
+    compilation_cache.reset_cache()  # JAX reads the setting once
 
 
 @pytest.fixture

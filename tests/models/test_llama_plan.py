@@ -37,6 +37,7 @@ FIELDS = {
     "save_seconds_estimate",
     "error",
 }
+pytestmark = pytest.mark.usefixtures("without_the_cache")
 SMALL = ["--load_llama_config=vqlm_debug", "--train_dataset.json_dataset.seq_length=256"]
 
 

@@ -22,6 +22,7 @@ needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reaso
 needs_gpu = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax_cuda13_plugin (extra `gpu`)"
 )
+pytestmark = pytest.mark.usefixtures("without_the_cache")
 FLAGS = ["--load_llama_config=vqlm_debug", "--dtype=bf16", "--train_dataset.json_dataset.seq_length=512"]
 
 

@@ -21,7 +21,7 @@ def counted_events():
 
 
 @pytest.mark.slow
-def test_the_second_run_reads_what_the_first_one_compiled(tmp_path, forgets_the_cache):
+def test_the_second_run_reads_what_the_first_one_compiled(tmp_path, without_the_cache):
     settings = {"total_steps": 3, "compilation_cache_dir": str(tmp_path / "cache")}
     first = metrics(train(tmp_path / "first", **settings), *MODEL_METRICS)
     assert [name for name in os.listdir(tmp_path / "cache") if name.startswith("jit_train_step-")]
@@ -53,7 +53,7 @@ def test_all_processes_wait_for_each_other_between_compilation_and_first_step(tm
     ]
 
 
-def test_a_cache_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path, monkeypatch, without_the_cache):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^cannot be written \(Not a directory\)$"):
         use_compilation_cache(str(tmp_path / "file" / "cache"))
@@ -65,6 +65,6 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_no_cache_by_default():
+def test_no_cache_by_default(without_the_cache):
     use_compilation_cache("")
     assert jax.config.jax_compilation_cache_dir is None
