@@ -3,6 +3,7 @@
 All tests, and the processes that they start, share a cache of compiled functions: many train the same tiny model again.
 """
 
+import gc
 import os
 import tempfile
 
@@ -22,6 +23,16 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keeps garbage collections away from what the modules of the tests hold: it lives as long as the session."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.fixture
