@@ -18,6 +18,7 @@ from evaluation.page.files import LIMITS
 from evaluation.page.models import ModelInfo, Models, split_settings
 from evaluation.prompting import PrompterSettings, PromptSize, prompt_size, stated_limits
 from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings
+from evaluation.serving.engine import PAGE_ITEMS
 from evaluation.serving.header_check import (
     ALLOWED_HOSTS_FLAG,
     HeaderCheck,
@@ -84,7 +85,7 @@ def _load_models(settings: PrompterSettings, engine_settings: EngineSettings) ->
 
     def load(name: str) -> Engine:
         engine = Engine.load(by_name[name], engine_settings)
-        engine.warm_up(fields.INITIAL_SETTINGS)
+        engine.warm_up(fields.INITIAL_SETTINGS, PAGE_ITEMS)
         return engine
 
     engine = load(first)

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 
 import numpy as np
@@ -52,13 +52,15 @@ ENGINE_FLAGS = {
     "warm_up": Flag(
         "7",
         "Comma list of prompt lengths, in images, to compile first: generation with default settings (the page: its "
-        "initial settings) and perplexity of one target, for single requests, then for batches. Other lengths, other "
-        "numbers of candidates or new images are compiled at their first request, which does not delay others on one "
-        "device. All values of temperature, top_k, top_p and seed share a program.",
+        "initial settings) and, by the service, perplexity of one target; single requests, then batches. Other "
+        "lengths, other numbers of candidates or new images are compiled at their first request, which does not delay "
+        "others on one device. All values of temperature, top_k, top_p and seed share a program.",
     ),
 }
 # Requests for at most this many images do not wait for larger ones. The page asks for 4 at first.
 _SHORT_COST = 4
+SERVICE_ITEMS = (GenerateItem, LikelihoodItem, TokenizeItem)
+PAGE_ITEMS = (ReconstructItem, GenerateItem)  # visitors see the reconstruction first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,24 +160,26 @@ class Engine:
             self._warm_up_thread.join(1)  # it ends at once: its job is finished or cancelled
         return is_finished
 
-    def warm_up(self, settings: GenerationSettings) -> Future:
+    def warm_up(self, settings: GenerationSettings, kinds: Sequence[type[Item]] = SERVICE_ITEMS) -> Future:
         """Compiles the programs of common requests, in another thread than those whose program is compiled.
 
-        For each batch size and each prompt length of `--warm_up`, compiles generation with these settings and the
-        perplexity of one target. A program serves all values of temperature, top_k, top_p and seed.
+        For each batch size and each prompt length of `--warm_up`, compiles programs of these kinds in their order:
+        generation with these settings, perplexity of one target. A program serves all values of temperature, top_k,
+        top_p and seed.
         """
         future: Future = Future()
         future.add_done_callback(self._on_warmed_up)
-        self._warm_up_thread = threading.Thread(target=self._compile_all, args=(settings, future), daemon=True)
+        self._warm_up_thread = threading.Thread(target=self._compile_all, args=(settings, kinds, future), daemon=True)
         self._warm_up_thread.start()
         return future
 
-    def _compile_all(self, settings: GenerationSettings, future: Future) -> None:
+    def _compile_all(self, settings: GenerationSettings, kinds: Sequence[type[Item]], future: Future) -> None:
         try:
             for exponent in range(self._settings.max_batch.bit_length()):
                 for length in self._settings.warm_up_lengths:
                     begin = time.monotonic()
-                    for item in self._warm_up_items(min(length, self.max_prompt_images), settings):
+                    items = self._warm_up_items(min(length, self.max_prompt_images), settings)
+                    for item in map(items.__getitem__, kinds):
                         key = "warm up", item.program, exponent
                         options = {"program": item.program, "copies": 2**exponent, "rehearsal": True}
                         self._batcher.submit(key, item, **options).result()
@@ -188,14 +192,12 @@ class Engine:
         else:
             future.set_result(None)
 
-    def _warm_up_items(self, length: int, settings: GenerationSettings) -> Iterator[Item]:
+    def _warm_up_items(self, length: int, settings: GenerationSettings) -> dict[type[Item], Item]:
         prompt, target = (
             Prompt(images=np.zeros((count, self.resolution, self.resolution, 3), np.float32)) for count in (length, 1)
         )
-        yield GenerateItem(prompt, self._within_the_model(settings))
-        yield LikelihoodItem(prompt, target)
-        yield TokenizeItem(prompt)
-        yield ReconstructItem(prompt)
+        generate, likelihood = GenerateItem(prompt, self._within_the_model(settings)), LikelihoodItem(prompt, target)
+        return {type(item): item for item in (generate, likelihood, TokenizeItem(prompt), ReconstructItem(prompt))}
 
     def _on_warmed_up(self, future: Future) -> None:
         if future.cancelled():  # the service stops

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,12 +37,13 @@ def running_page(port: int, *flags: str, stop: signal.Signals, **environment: st
     server = subprocess.Popen(command, env=os.environ | environment, **options)
     url = f"http://127.0.0.1:{port}"
 
-    def answers() -> bool:
+    def listens() -> socket.socket:
         assert server.poll() is None, "the page has ended"
-        return httpx.get(f"{url}/config", timeout=SECONDS).raise_for_status().is_success
+        return socket.create_connection(("127.0.0.1", port))
 
     def when_ready() -> str:
-        wait_until(answers, "the page", httpx.TransportError)
+        wait_until(listens, "the page", ConnectionError).close()
+        httpx.get(f"{url}/config", timeout=SECONDS).raise_for_status()
         return url
 
     try:

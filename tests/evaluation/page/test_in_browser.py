@@ -121,6 +121,9 @@ class PageDriver:
         find = functools.partial(self.browser.find_elements, "css selector", selector)
         wait_for(find, selector)[0].send_keys(str(self.folder / file))
 
+    def open_tab(self, name: str) -> None:
+        self.browser.find_element("xpath", f"//button[@role='tab' and contains(., '{name}')]").click()
+
     def choose(self, dropdown: str, choice: str) -> None:
         self.click(f"#{dropdown} input")
         self.click(f"#{dropdown} [role=option][aria-label='{choice}']")
@@ -184,9 +187,8 @@ def try_page(page: PageDriver, url: str) -> None:
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _NO_ANIMATIONS})
     wait_for(lambda: browser.get(url) or browser.title == "Large Vision Model", "the page")
     try_analogy(page)
-    try_brush(page)
     # Sequences.
-    browser.find_element("xpath", "//button[@role='tab' and contains(., 'Sequence')]").click()
+    page.open_tab("Sequence")
     page.click("#examples_sequence button.thumbnail-item")
     page.assert_number_of("#frames", 7)
     assert len(set(page.generate("sequence"))) == 5
@@ -197,6 +199,8 @@ def try_page(page: PageDriver, url: str) -> None:
     if (page.folder / "clip.mp4").exists():
         page.upload("input[data-testid$='-upload-button']", "clip.mp4")
         page.assert_number_of("#frames", 3)  # the video has no more
+    page.open_tab("Analogy")
+    try_brush(page)  # last: the canvas is drawn all the time
     page.assert_contacts_only(url)
 
 

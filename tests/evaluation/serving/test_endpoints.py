@@ -27,6 +27,7 @@ from serve_kit import (
 from evaluation.prompting import GenerationSettings
 from evaluation.serving import responses
 from evaluation.serving.app import make_app
+from evaluation.serving.engine import PAGE_ITEMS
 from evaluation.tasks import metrics
 from tokenizer.media import images
 
@@ -140,6 +141,15 @@ def test_ready_after_warming_up():
     assert ready.status_code == 200
     assert ready.json()["ready"] is True and ready.json()["max_pictures"] == 3
     engine.close(SECONDS)
+
+
+def test_the_page_compiles_no_program_of_the_service():
+    prompter = HeldPrompter()
+    prompter.release.set()
+    prompter.log_likelihoods = pytest.fail
+    engine = tiny_engine(prompter, warm_up="1", max_batch=1)
+    engine.warm_up(GenerationSettings(), PAGE_ITEMS).result(SECONDS)
+    assert prompter.batches == [1] and engine.close(SECONDS)
 
 
 def test_the_schema_documents_every_field_and_its_page_loads_nothing_from_other_hosts(app):
