@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from EasyLM import flags
 from EasyLM.errors import UserError
+from EasyLM.models import losses
 from EasyLM.models.attention import AttentionMask, attention
-from EasyLM.models.llama import llama_plan
+from EasyLM.models.llama import llama_model, llama_plan
 from EasyLM.parallel import make_mesh
 from EasyLM.planning.topologies import make_topology
 
@@ -60,8 +61,7 @@ def test_tpus(tmp_path, arguments, devices, processes, kind, memory):
     pytest.param("h100:4", "fmha", marks=needs_gpu),
 ])  # fmt: skip
 def test_rows_that_are_split(tmp_path, topology, kernel):
-    # XLA for 4 chips of v5e fails on the gradient of this small head with 8292 outputs, also without sp.
-    made = plan(tmp_path, f"--topology={topology}", "--mesh_dim=dp:1,fsdp:2,mp:1,sp:2", "--llama.vocab_size=8320")
+    made = plan(tmp_path, f"--topology={topology}", "--mesh_dim=dp:1,fsdp:2,mp:1,sp:2")
     assert made["error"] is None and made["attention_weights"] == ""
     assert {kernel in name for name in made["attention_kernels"]} == {True}
     # Of each of 2 layers, 4 arrays forward and their gradients, and the 4 arrays again: 8 x 512 x 128 values of bf16.
@@ -93,6 +93,26 @@ def test_attention_on_tpus_holds_no_matrix(head_dim):
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     assert {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"} <= set(re.findall(r"splash_mha_(?:fwd|dq|dkv)", text))
     assert "1024,1024" not in text
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_gradients_of_a_head_with_8292_outputs_compile_for_tpus():
+    """In bf16, of logits in chunks. The kernel has a copy for each part of dp, and is split over fsdp."""
+    mesh = make_mesh("2,4,1", list(make_topology("v5p:2x2x2").devices))
+    rows = NamedSharding(mesh, P(("dp", "fsdp")))
+    hidden = jax.ShapeDtypeStruct((8, 32, 1024), jnp.bfloat16, sharding=rows)
+    head = jax.ShapeDtypeStruct((1024, 8292), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp", "mp")))
+    targets = jax.ShapeDtypeStruct((8, 32), jnp.int32, sharding=rows)
+
+    def loss(head, hidden, targets):
+        logits = partial(llama_model.logits, mesh=mesh)
+        return losses.chunked_cross_entropy_and_accuracy(logits, hidden, head, targets, None, chunk=16)[0]
+
+    traced = jax.jit(jax.grad(loss), out_shardings=head.sharding).trace(head, hidden, targets)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert "bf16[256,8292]" in text, "a device's part of the gradient"
+    assert "8320" not in text, "a TPU pads arrays in its memory"
 
 
 @needs_gpu

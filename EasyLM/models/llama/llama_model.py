@@ -138,9 +138,12 @@ def hidden_states(
 
 
 def logits(hidden_BTD: jax.Array, head_DV: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """Returns hidden @ head, [B, T, V]. Types other than float32 use a padded vocabulary."""
+    """Returns hidden @ head, [B, T, V]. Types other than float32 use a padded vocabulary, except on TPUs."""
     vocab_size = head_DV.shape[1]
-    if hidden_BTD.dtype != jnp.float32:
+    # TPUs pad arrays in memory by themselves. Their compiler fails on the gradient of the padding with chunks of logits
+    # and a mesh such as 2,4,1: it scatters sums with the padding where it needs sums without it (libtpu 0.0.42).
+    is_padded_in_memory = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+    if hidden_BTD.dtype != jnp.float32 and not is_padded_in_memory:
         head_DV = jnp.pad(head_DV, ((0, 0), (0, -vocab_size % LANES)))
     return constrain(split_matmul(hidden_BTD, head_DV, mesh)[..., :vocab_size], mesh, BATCH_AXES, "sp", "mp")
 
