@@ -5,7 +5,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from evaluation.page.examples import NUM_TRUE_FRAMES
-from evaluation.page.handlers import Update
+from evaluation.page.handlers import Update, visitor_error
 from evaluation.prompting import GenerationSettings
 
 if TYPE_CHECKING:
@@ -56,13 +56,15 @@ def settings_row(tab: str, with_frames: bool) -> tuple[list, "gradio.Button"]:
             _slider("New frames", "of each candidate", 1, _MAX_FRAMES, initial.num_new_images, visible=with_frames),
         )
         with gradio.Column(min_width=120):
-            seed = gradio.Number(
-                initial.seed,
-                label="Seed",
-                info="the same seed draws the same",
-                precision=0,
-                minimum=0,
-                maximum=2**31 - 1,
+            seed = checked(
+                gradio.Number(
+                    initial.seed,
+                    label="Seed",
+                    info="the same seed draws the same",
+                    precision=0,
+                    minimum=0,
+                    maximum=2**31 - 1,
+                )
             )
             random = gradio.Button("Random seed", size="sm", elem_id=f"random_{tab}")
     random.click(lambda: secrets.randbelow(2**31), None, seed, api_visibility="private")
@@ -75,7 +77,22 @@ def _slider(
 ) -> "gradio.Slider":
     import gradio
 
-    return gradio.Slider(least, most, value, step=step, label=label, info=info, min_width=120, visible=visible)
+    return checked(gradio.Slider(least, most, value, step=step, label=label, info=info, min_width=120, visible=visible))
+
+
+def checked(field: Any) -> Any:
+    """Returns a slider or a number whose values are checked. The errors of gradio do not name the field.
+
+    A visitor can empty the field; gradio would then fail without a reason.
+    """
+
+    def preprocess(value: Any) -> float:
+        if not isinstance(value, int | float) or not field.minimum <= value <= field.maximum:
+            raise visitor_error(f"{field.label}: must be a number from {field.minimum:g} to {field.maximum:.10g}")
+        return value
+
+    field.preprocess = preprocess
+    return field
 
 
 def outputs(tab: str, history: History) -> list:

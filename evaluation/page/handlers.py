@@ -184,7 +184,7 @@ def generation_settings(initial: GenerationSettings, values: Sequence[Any]) -> G
             num_candidates=int(num_candidates),
             temperature=float(temperature),
             top_p=float(top_p),
-            seed=int(seed or 0),
+            seed=int(seed),
             num_new_images=int(num_new_images),
             top_k=initial.top_k,
             context_images=initial.context_images,

@@ -56,7 +56,9 @@ def analogy_tab(page: Page) -> None:
         with gradio.Column(min_width=120):
             slots.append(fields.image_slot("Query"))
             # gradio refuses a slider from 1 to 1.
-            num_shots = gradio.Slider(1, max(2, max_shots), initial_shots, step=1, label="Pairs", visible=max_shots > 1)
+            num_shots = fields.checked(
+                gradio.Slider(1, max(2, max_shots), initial_shots, step=1, label="Pairs", visible=max_shots > 1)
+            )
     brush.add_brush(slots, lambda model: infos[model].resolution, page.model, page.folder)
     settings_fields, button = fields.settings_row("analogy", with_frames=False)
 

@@ -109,6 +109,20 @@ def test_user_errors_are_shown(folder):
         list(generate(engine, folder, ["0.png"]))
 
 
+@pytest.mark.slow  # gradio takes seconds to import
+def test_wrong_numbers_name_their_field(tmp_path):
+    gradio = pytest.importorskip("gradio")
+    engine = types.SimpleNamespace(resolution=8, max_prompt_images=7)
+    blocks = layout.build_page(models_of(engine), tmp_path).blocks
+    numbers = [block for block in blocks.values() if isinstance(block, gradio.Slider | gradio.Number)]
+    assert {block.label for block in numbers} == {"Pairs", "Candidates", "Temperature", "Top-p", "New frames", "Seed"}
+    for block in numbers:
+        assert block.preprocess(block.value) == block.value
+        for wrong in (None, "1", float("nan"), block.minimum - 1, block.maximum + 1):  # None: the field is empty
+            with pytest.raises(gradio.Error, match=f"{block.label}: must be a number from"):
+                block.preprocess(wrong)
+
+
 def image_file(mode: str) -> bytes:
     values = np.random.default_rng(0).integers(0, 2 ** (16 if mode == "I;16" else 8), (9, 9, 4))
     file = io.BytesIO()
