@@ -67,7 +67,8 @@ INVALID = {
     ),
     "protocol without its package": (
         {"load_checkpoint": "params::gs://a/b"},
-        "checkpoint 'params::gs://a/b': gs://a/b: gs:// needs a package that is not installed: pip install gcsfs",
+        "checkpoint 'params::gs://a/b': gs://a/b/metadata.json: "
+        "gs:// needs a package that is not installed: pip install gcsfs",
     ),
     "data on a protocol without its package": (
         {f"{JSON}.path": "s3://a/b.jsonl"},
