@@ -166,8 +166,8 @@ class Attention(nnx.Module):
         q_BTHK, k_BTGK, v_BTGK = heads(self.wq, "query"), heads(self.wk, "key"), heads(self.wv, "value")
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        rotated = (rotate(x_BTHK, context.rope, context.platform) for x_BTHK in (q_BTHK, k_BTGK))
-        return *rotated, v_BTGK
+        q_BTHK, k_BTGK = (rotate(x_BTHK, context.rope, context.platform) for x_BTHK in (q_BTHK, k_BTGK))
+        return q_BTHK, k_BTGK, v_BTGK
 
     def _split_like_queries(self, x_BTGK, mesh):
         """Repeats keys or values for each query head if `mp` x `sp` divides the queries' heads, but not the groups.
