@@ -14,7 +14,7 @@ from llama_kit import changed
 from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import costs, llama_config, llama_model, training_task
-from EasyLM.models.llama.memory import StepShape, check_memory, choose_remat, step_bytes
+from EasyLM.models.llama.memory import _USABLE, StepShape, check_memory, choose_remat, step_bytes
 from EasyLM.models.llama.remat_policies import AUTOMATIC_POLICIES
 from EasyLM.parallel import make_mesh
 from EasyLM.planning.matmuls import matmul_flops
@@ -70,7 +70,7 @@ def test_the_formula_agrees_with_the_compilers(key):
     tokens = plan["batch_size"] * plan["seq_length"] // (mesh["dp"] * mesh["fsdp"] * mesh.get("sp", 1))
     shape = StepShape(tokens, mesh["mp"], jnp.bfloat16, state, state // 12)
     needed = step_bytes(llama_config.PRESETS[plan["preset"]], plan["remat"].partition(" ")[0], shape)
-    assert 0.99 < needed / plan["peak_bytes_per_device"] < 1.3
+    assert _USABLE < needed / plan["peak_bytes_per_device"] < 1.3, "what the formula lets in fits the memory"
     assert (
         choose_remat(llama_config.PRESETS[plan["preset"]], shape, plan["hbm_bytes_per_device"]).policy
         == plan["remat"].partition(" ")[0]
