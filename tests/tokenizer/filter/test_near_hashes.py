@@ -60,11 +60,13 @@ def test_memory_is_proportional_to_the_number_of_hashes(monkeypatch):
     count = 20_000
     hashes_n = np.random.default_rng(0).integers(0, 2**64, count, np.uint64)
     hashes_n[1::100] = hashes_n[::100] ^ np.uint64(1 << 40)
-    tracemalloc.start()
-    try:
-        left_out_n = near_hashes.near_earlier(hashes_n, 3)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert np.flatnonzero(left_out_n).tolist() == list(range(1, count, 100))
-    assert 25 * count < peak < 42.5 * count
+    peaks = []
+    for _ in range(3):  # the smallest peak counts, because other threads of the process can allocate meanwhile
+        tracemalloc.start()
+        try:
+            left_out_n = near_hashes.near_earlier(hashes_n, 3)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert np.flatnonzero(left_out_n).tolist() == list(range(1, count, 100))
+    assert 25 * count < min(peaks) < 42.5 * count
