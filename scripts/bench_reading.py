@@ -35,6 +35,7 @@ from PIL import Image
 
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import Workers, available_cores
+from EasyLM.shared_results import SharedResults
 from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders import file_index, image_ref, samplers
 from tokenizer.builders.code_cache import CodeCache
@@ -165,10 +166,12 @@ class OneImage:
 def read_all(workers: Workers, refs: Sequence[ImageRef], fast_decode: bool) -> None:
     """Reads images as a build does, up to its batches of pixels."""
     reader = functools.partial(image_ref.read, size=SIDE, fast_decode=fast_decode)
-    with contextlib.closing(Encoder(NoTokenizer())) as encoder:  # type: ignore[arg-type]  # it needs no more
+    with (
+        contextlib.closing(Encoder(NoTokenizer())) as encoder,  # type: ignore[arg-type]  # it needs no more
+        SharedResults(workers, reader, (SIDE, SIDE, 3), 6 * BATCH + workers.processes) as pixels,
+    ):
         cache = CodeCache(0, 1, ".")
-        read = functools.partial(workers.submit, reader)
-        pipeline = Pipeline(read, encoder, cache, BATCH, 6 * BATCH, workers.processes)
+        pipeline = Pipeline(pixels.submit, encoder, cache, BATCH, 6 * BATCH, workers.processes)
         for _, codes in pipeline.run(OneImage([ref]) for ref in refs):
             assert isinstance(codes, np.ndarray), codes
 

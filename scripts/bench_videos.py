@@ -26,12 +26,13 @@ from PIL import Image
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import Workers, available_cores
+from EasyLM.shared_results import SharedResults
 from EasyLM.skipped_inputs import SkippedInputs
 from tokenizer.builders import file_index, image_ref, samplers
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.file_index import FileIndex
 from tokenizer.builders.kinds import DataSet, compose
-from tokenizer.builders.pipeline import Pipeline
+from tokenizer.builders.pipeline import IMAGES_PER_READ, Pipeline
 from tokenizer.builders.schedule import in_order
 from tokenizer.builders.settings import SentenceSettings
 from tokenizer.media import videos
@@ -129,11 +130,13 @@ def read_as_build(folder: str, workers: Workers, size: int) -> int:
     settings = SentenceSettings(0, 1, 1, N_FRAMES, 1, (1,), 0.5)
     index = FileIndex(file_index.by_name, [LocalFolder(folder, "input_dir", videos.VIDEO_EXTENSIONS)], skipped)
     data_set = DataSet("video", samplers.SingleItems(index, settings), settings)
-    read = functools.partial(workers.submit, functools.partial(image_ref.read, size=size))
+    read = functools.partial(image_ref.read, size=size)
     cache = CodeCache(0, 1, tempfile.gettempdir())
-    pipeline = Pipeline(read, NoEncoder(), cache, BATCH, 6 * BATCH, workers.processes)  # type: ignore[arg-type]  # only `submit` is used
     sentences = compose([data_set], in_order(range(len(index))), workers, skipped)
-    return sum(len(codes) for _, codes in pipeline.run(sentences))
+    places = 6 * BATCH + workers.processes * IMAGES_PER_READ
+    with SharedResults(workers, read, (size, size, 3), places) as pixels:
+        pipeline = Pipeline(pixels.submit, NoEncoder(), cache, BATCH, 6 * BATCH, workers.processes)  # type: ignore[arg-type]
+        return sum(len(codes) for _, codes in pipeline.run(sentences))
 
 
 def cli() -> None:

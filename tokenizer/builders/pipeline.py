@@ -24,7 +24,7 @@ from tokenizer.media import images
 _BATCHES_ON_DEVICE = 2  # one is transferred while the other is computed
 # Images that one worker reads in a row: frames of a video, or rows of a table. If each worker read single sentences,
 # all would decode the same frames, from the key frame on, and the same row groups.
-_IMAGES_PER_READ = 128
+IMAGES_PER_READ = 128
 
 
 class HasImages(Protocol):
@@ -166,7 +166,7 @@ class Pipeline:
         """Whether a group can be read together with the collected ones."""
         count = sum(map(len, self._collected)) + len(group)
         is_near = bool(self._collected) and image_ref.are_near(self._collected[0][0], group[0])
-        return is_near and count <= _IMAGES_PER_READ
+        return is_near and count <= IMAGES_PER_READ
 
     def _start_read(self) -> None:
         """Starts to read what is collected."""

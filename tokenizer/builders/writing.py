@@ -15,13 +15,14 @@ from EasyLM.data.tokenizer_names import TOKENIZER_KEY
 from EasyLM.errors import prefix_errors
 from EasyLM.process_pool import Workers
 from EasyLM.progress import progress
+from EasyLM.shared_results import SharedResults
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_schema
 from tokenizer.builders import image_ref
 from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.kinds import DataSet, Sentence, compose
 from tokenizer.builders.output import OutputFile
-from tokenizer.builders.pipeline import Encoder, Pipeline
+from tokenizer.builders.pipeline import IMAGES_PER_READ, Encoder, Pipeline
 from tokenizer.builders.schedule import Slot
 from tokenizer.formats import ImageTokenizer
 
@@ -85,14 +86,15 @@ def write_sentences(
     start, done = time.monotonic() - state["seconds"], state["example"] - plan.examples.start
     cache = CodeCache(resources.cached_images, codec.tokens_per_image, file.scratch_folder)
     workers = resources.workers
+    reader = functools.partial(image_ref.read, size=codec.resolution, fast_decode=fast_decode)
+    max_pending = _PENDING_BATCHES * resources.batch_size + workers.processes
+    max_reading = max_pending + workers.processes * IMAGES_PER_READ
     with (
         contextlib.closing(Encoder(codec)) as encoder,
+        SharedResults(workers, reader, (codec.resolution, codec.resolution, 3), max_reading) as pixels,
         progress(desc=os.path.basename(file.path), initial=done, total=len(plan.examples), unit="example") as bar,
     ):
-        reader = functools.partial(image_ref.read, size=codec.resolution, fast_decode=fast_decode)
-        read = functools.partial(workers.submit, reader)
-        max_pending = _PENDING_BATCHES * resources.batch_size + workers.processes
-        pipeline = Pipeline(read, encoder, cache, resources.batch_size, max_pending, workers.processes)
+        pipeline = Pipeline(pixels.submit, encoder, cache, resources.batch_size, max_pending, workers.processes)
         for sentence, codes in pipeline.run(_remaining(plan, state, workers, skipped)):
             if isinstance(codes, dict):
                 for path, reason in codes.items():

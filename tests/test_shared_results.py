@@ -1,0 +1,79 @@
+"""Arrays of worker processes that are left in shared memory."""
+
+import functools
+import os
+
+import numpy as np
+import pytest
+from worker_functions import rows_of
+
+from EasyLM import shared_results
+from EasyLM.errors import UserError
+from EasyLM.process_pool import Workers, result
+from EasyLM.shared_results import SharedResults
+
+SHAPE = (5, 3)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers(2) as workers:
+        yield workers
+
+
+def rows(numbers):
+    return np.stack([np.full(SHAPE, number, np.uint8) for number in numbers])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("count", [0, 3, 6, 100])
+def test_results_are_those_of_the_calls(workers, processes, count):
+    """For any number of places, taken in another order than submitted, and again after they are free."""
+    with (
+        Workers(1) as in_this_process,
+        SharedResults(workers if processes > 1 else in_this_process, rows_of, SHAPE, count) as shared,
+    ):
+        for _ in range(3):
+            groups = [[1], [2, 3, 4], [5, 6], [7]]
+            pending = [shared.submit(group) for group in groups]
+            for i in (2, 0, 3, 1):
+                np.testing.assert_array_equal(pending[i].result(), rows(groups[i]))
+
+
+def test_the_pipe_carries_no_array(workers, monkeypatch):
+    sent = []
+    take = SharedResults._take
+    monkeypatch.setattr(SharedResults, "_take", lambda *args: sent.append(args[1]) or take(*args))
+    with SharedResults(workers, rows_of, SHAPE, 2) as shared:
+        np.testing.assert_array_equal(shared.submit([1, 2]).result(), rows([1, 2]))
+    assert sent == [None]
+
+
+def test_a_failed_call_frees_its_places(workers):
+    with SharedResults(workers, rows_of, SHAPE, 2) as shared:
+        for _ in range(3):
+            with pytest.raises(UserError, match="no row 255"):
+                shared.submit([1, 255]).result()
+        assert sorted(shared._free) == [0, 1]
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    with (
+        Workers(2) as workers,
+        SharedResults(workers, functools.partial(rows_of, flag=str(tmp_path / "flag")), SHAPE, 2) as shared,
+    ):
+        np.testing.assert_array_equal(result(shared.submit([1, 2]), "x"), rows([1, 2]))
+    assert (tmp_path / "flag").exists()
+
+
+def test_memory_that_workers_cannot_open_is_replaced_by_the_pipe(tmp_path):
+    returned = shared_results._leave_rows(rows_of, [1, 2], str(tmp_path / "none"), [0, 1])
+    np.testing.assert_array_equal(returned, rows([1, 2]))
+
+
+def test_the_memory_is_given_back(workers):
+    before = len(os.listdir("/proc/self/fd"))
+    with SharedResults(workers, rows_of, SHAPE, 2) as shared:
+        shared.submit([1, 2]).result()
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before
