@@ -43,9 +43,11 @@ class SharedResults:
         """
         self._workers, self._function, self._row_shape = workers, function, tuple(row_shape)
         self._memory: int | None = None  # file descriptor
+        self._inode = 0
         self._free: list[int] = []  # the last ones are used first, so that the memory grows only as needed
         if workers.processes > 1 and hasattr(os, "memfd_create"):
             self._memory = os.memfd_create("results")
+            self._inode = os.fstat(self._memory).st_ino
             self._free.extend(range(count))
 
     def __enter__(self) -> "SharedResults":
@@ -63,7 +65,8 @@ class SharedResults:
             return self._workers.submit(self._function, items)
         places = [self._free.pop() for _ in items]
         path = f"/proc/{os.getpid()}/fd/{self._memory}"
-        return _SharedResult(self, self._workers.submit(_leave_rows, self._function, items, path, places), places)
+        sent = self._workers.submit(_leave_rows, self._function, items, path, self._inode, places)
+        return _SharedResult(self, sent, places)
 
     def _take(self, rows: np.ndarray | None, places: list[int]) -> np.ndarray:
         """Returns the rows that a worker has left in places, or has sent by the pipe."""
@@ -92,13 +95,19 @@ class _SharedResult:
             self._owner._release(self._places)
 
 
-def _leave_rows(function: _Function, items: list, path: str, places: list[int]) -> np.ndarray | None:
-    """Writes the rows of `function(items)` to places of a file. Returns them if it cannot be opened."""
+def _leave_rows(function: _Function, items: list, path: str, inode: int, places: list[int]) -> np.ndarray | None:
+    """Writes the rows of `function(items)` to places of a file.
+
+    Returns the rows if the file cannot be opened, or is another one: a call can outlive its context, and the next
+    context can have the same file descriptor.
+    """
     rows = np.ascontiguousarray(function(items))
     assert rows.dtype == np.uint8 and len(rows) == len(places)
     with contextlib.suppress(OSError):  # the system hides the files of other processes
         memory = os.open(path, os.O_WRONLY)
         try:
+            if os.fstat(memory).st_ino != inode:
+                return rows
             size = math.prod(rows.shape[1:])
             for row, place in zip(rows, places):
                 if os.pwrite(memory, row, place * size) != size:

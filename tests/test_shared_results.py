@@ -67,8 +67,24 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
 
 
 def test_memory_that_workers_cannot_open_is_replaced_by_the_pipe(tmp_path):
-    returned = shared_results._leave_rows(rows_of, [1, 2], str(tmp_path / "none"), [0, 1])
+    returned = shared_results._leave_rows(rows_of, [1, 2], str(tmp_path / "none"), 1, [0, 1])
     np.testing.assert_array_equal(returned, rows([1, 2]))
+
+
+def test_a_late_call_leaves_the_memory_of_the_next_context_alone(workers, monkeypatch):
+    """A build of parts can give up a part and begin the next one, while workers still read images of the first."""
+    calls = []
+    submit = workers.submit
+    monkeypatch.setattr(workers, "submit", lambda *call: calls.append(call) or submit(*call))
+    with SharedResults(workers, rows_of, SHAPE, 2) as shared:
+        shared.submit([1, 2]).result()
+        first = shared._memory
+    with SharedResults(workers, rows_of, SHAPE, 2) as shared:
+        assert shared._memory == first, "the same file descriptor"
+        pending = shared.submit([3, 4])
+        pending._sent.result()
+        np.testing.assert_array_equal(submit(*calls[0]).result(), rows([1, 2]))
+        np.testing.assert_array_equal(pending.result(), rows([3, 4]))
 
 
 def test_the_memory_is_given_back(workers):
