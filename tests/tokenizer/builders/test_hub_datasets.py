@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import http.server
 import json
-import threading
 import urllib.parse
 
 import pytest
 from build_kit import build_records
+from hub_kit import serving
 from huggingface_hub import HfFileSystem, constants
 from source_kit import files_of, structs, write_parquet, write_tars
 
@@ -67,15 +67,8 @@ def dataset_server(files: dict[str, bytes]):
             if recursive or depth == 1:
                 yield {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Handler) as address:
+        yield address
 
 
 @pytest.fixture
