@@ -70,7 +70,9 @@ def test_the_formula_agrees_with_the_compilers(key):
     tokens = plan["batch_size"] * plan["seq_length"] // (mesh["dp"] * mesh["fsdp"] * mesh.get("sp", 1))
     shape = StepShape(tokens, mesh["mp"], jnp.bfloat16, state, state // 12)
     needed = step_bytes(llama_config.PRESETS[plan["preset"]], plan["remat"].partition(" ")[0], shape)
-    assert _USABLE < needed / plan["peak_bytes_per_device"] < 1.3, "what the formula lets in fits the memory"
+    # A TPU pads heads of 64 values to 128. What the formula lets in must fit all the same.
+    least = _USABLE if key == "vqlm_100m v5e:2x2" else 0.99
+    assert least < needed / plan["peak_bytes_per_device"] < 1.3
     assert (
         choose_remat(llama_config.PRESETS[plan["preset"]], shape, plan["hbm_bytes_per_device"]).policy
         == plan["remat"].partition(" ")[0]
