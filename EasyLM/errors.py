@@ -72,20 +72,6 @@ def prefix_errors(subject: str, separator: str = ": ") -> Iterator[None]:
         raise type(error)(f"{subject}{separator}{error}") from error
 
 
-@contextlib.contextmanager
-def as_os_errors(subject: str) -> Iterator[None]:
-    """Turns any error raised inside, except a UserError or an OSError, into an OSError of one line after a subject.
-
-    For Orbax and for the clients of object stores, whose errors have no common type.
-    """
-    try:
-        yield
-    except (OSError, UserError):
-        raise
-    except Exception as error:
-        raise OSError(f"{subject}: {error_line(error)}") from error
-
-
 def check_installed(feature: str, extra: str, *packages: str) -> None:
     """Checks that optional packages are installed, without importing them, which takes seconds.
 

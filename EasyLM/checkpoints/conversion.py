@@ -14,9 +14,8 @@ from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.loading import load_entries
 from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata, with_digest
 from EasyLM.checkpoints.orbax_directory import import_orbax
-from EasyLM.checkpoints.orbax_save import orbax_arguments
+from EasyLM.checkpoints.orbax_save import names_write_errors, orbax_arguments
 from EasyLM.checkpoints.stacking import Key
-from EasyLM.errors import as_os_errors
 from EasyLM.storage import write_json
 
 
@@ -61,12 +60,12 @@ class Conversion:
         """Writes a directory of Orbax. Holds all arrays in memory. Returns the directory's name.
 
         Raises:
-          OSError: if Orbax cannot write it.
+          UnavailableError: if Orbax cannot write it.
         """
         name = layout.ORBAX_STATES[0 if self.is_train_state else 1]
         target = stacking.shapes_in_memory(self.entries, collections.OrderedDict)
         tree = load_entries(self.spec, self.entries, target)
-        with as_os_errors("Orbax"), import_orbax().PyTreeCheckpointer() as checkpointer:
+        with names_write_errors(), import_orbax().PyTreeCheckpointer() as checkpointer:
             checkpointer.save(os.path.join(os.path.abspath(directory), name), args=orbax_arguments(tree, self.dtype_of))
         return name
 

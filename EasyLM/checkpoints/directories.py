@@ -3,8 +3,7 @@
 import os
 
 from EasyLM.checkpoints.layout import CHECKPOINTS, LATEST, ORBAX_STATES
-from EasyLM.errors import as_os_errors
-from EasyLM.storage import is_remote, remote_file_system
+from EasyLM.storage import is_remote, names_store_errors, remote_file_system
 
 
 def list_directory(path: str) -> dict[str, str]:
@@ -14,13 +13,14 @@ def list_directory(path: str) -> dict[str, str]:
     target does not exist. A link that leads elsewhere counts as its target. A missing directory is empty.
 
     Raises:
-      OSError: if it cannot be read, or an object store fails.
+      OSError: if a local directory cannot be read.
+      UnavailableError: if an object store cannot be reached.
     """
     if is_remote(path):
         system, inner = remote_file_system(path)
         system.invalidate_cache()
         try:
-            with as_os_errors(path):
+            with names_store_errors(path):
                 details = system.ls(inner, detail=True)
         except FileNotFoundError:
             return {}
@@ -46,7 +46,7 @@ def file_sizes(directory: str) -> dict[str, int]:
     if is_remote(directory):
         system, inner = remote_file_system(directory)
         system.invalidate_cache()
-        with as_os_errors(directory):
+        with names_store_errors(directory):
             files = system.find(inner, detail=True)
         return {path[len(inner.rstrip("/")) + 1 :]: entry["size"] for path, entry in files.items()}
     return {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from EasyLM.errors import UserError, as_os_errors
+from EasyLM.errors import UserError
 from EasyLM.storage import is_remote, open_binary
 
 
@@ -95,17 +95,17 @@ def read_pieces(path: str, pieces: tuple[tuple[int, int], ...], array: np.ndarra
 
     Raises:
       UserError: if the file has been truncated or deleted since its headers were read.
-      OSError: if a disk or an object store fails.
+      OSError: if a disk fails.
+      UnavailableError: if an object store cannot be reached.
     """
     buffer, position = bytes_of(array), 0
     try:
-        with as_os_errors(path):
-            opened = _open_unbuffered(path)
+        opened = _open_unbuffered(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: was deleted during the load; a run deletes its previous checkpoint after each save: load again"
         ) from None
-    with as_os_errors(path), opened as file:
+    with opened as file:
         for offset, num_bytes in pieces:
             skipped = min(start, num_bytes)
             start -= skipped

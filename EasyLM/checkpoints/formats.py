@@ -1,14 +1,13 @@
 """Checkpoint formats. `PREFIX::PATH` names a checkpoint; the prefix selects the function that reads the file."""
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping
 
 from EasyLM.checkpoints import checksums, orbax_directory, streaming
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.layout import resolved
-from EasyLM.errors import UserError, as_os_errors, choose, prefix_errors
-from EasyLM.storage import file_version, is_remote, local_path, remote_file_system
+from EasyLM.errors import UserError, choose, prefix_errors
+from EasyLM.storage import file_version, is_remote, local_path, names_store_errors, remote_file_system
 
 Reader = Callable[[str], list[Entry]]
 AVERAGE = "ema_params"  # in the keys of a train state: the moving average of the parameters is below this name
@@ -75,10 +74,11 @@ def open_checkpoint(spec: str, formats: Mapping[str, Reader] = CHECKPOINT_FORMAT
 
     Raises:
       UserError: if the prefix is unknown, the path is missing or of the wrong kind, or the file is broken.
-      OSError: if a disk or an object store fails.
+      OSError: if a disk fails.
+      UnavailableError: if an object store cannot be reached.
     """
     prefix, path = parse_spec(spec, formats, f"checkpoint {spec!r}")
-    with as_os_errors(path) if is_remote(path) else contextlib.nullcontext():
+    with names_store_errors(path):
         return formats[prefix](path)
 
 

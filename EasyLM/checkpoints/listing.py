@@ -26,8 +26,8 @@ from EasyLM.checkpoints.layout import (
     WRITING,
 )
 from EasyLM.checkpoints.metadata import load_dataset_state, load_metadata
-from EasyLM.errors import UnavailableError, UserError, as_os_errors
-from EasyLM.storage import is_remote, remote_file_system
+from EasyLM.errors import UnavailableError, UserError
+from EasyLM.storage import is_remote, names_store_errors, remote_file_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ def list_checkpoints(run_dir: str) -> list[SavedCheckpoint]:
     """Returns every checkpoint in a run directory, whole or not, the newest first.
 
     Raises:
-      OSError: if a directory or a sidecar exists and cannot be read, or an object store fails.
+      OSError: if a directory or a sidecar exists and cannot be read.
+      UnavailableError: if an object store cannot be reached.
     """
     files = list_directory(run_dir)
     steps = list_directory(f"{run_dir}/{CHECKPOINTS}") if CHECKPOINTS in files else {}
@@ -206,7 +207,7 @@ def read_latest_file(path: str) -> str:
     """Returns the name of the step directory in a file `latest`; or an empty string, if it holds something else."""
     if is_remote(path):
         system, inner = remote_file_system(path)
-        with as_os_errors(path):
+        with names_store_errors(path):
             name = system.cat_file(inner, start=0, end=100)  # by name: s3fs has another order
     else:
         with open(path, "rb") as file:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from EasyLM.checkpoints import restricted_pickle
-from EasyLM.errors import UserError, as_os_errors, prefix_errors
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import MOST_BYTES, check_schema, open_binary, parse_json
 
 _METADATA = {
@@ -61,7 +61,7 @@ def load_dataset_state(path: str) -> dict:
 
 
 def _load(path: str, schema: Mapping[str, Any]) -> dict:
-    with as_os_errors(path), contextlib.closing(open_binary(path)) as file:
+    with contextlib.closing(open_binary(path)) as file:
         data = file.read(MOST_BYTES + 1)
     with prefix_errors(path):
         content = parse_json(data) if data[:1] == b"{" else restricted_pickle.loads(data)

@@ -1,6 +1,7 @@
 """Reads Orbax checkpoints, saved on any devices. Arrays are read on demand, in slices."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -16,13 +17,16 @@ from EasyLM.checkpoints import stacking
 from EasyLM.checkpoints.entries import Entry, SliceReader
 from EasyLM.checkpoints.layout import ORBAX_STATES, STEP_DIRECTORY
 from EasyLM.checkpoints.stacking import Key
-from EasyLM.errors import UserError, error_line
+from EasyLM.errors import UnavailableError, UserError, error_line
 from EasyLM.storage import is_remote, path_exists, read_json
 
 _ITEM = "_METADATA"  # Orbax writes this file into a directory that holds a pytree
 # Of a checkpoint with several items, the one to read.
 _ITEM_NAMES = (*ORBAX_STATES, "default", "state", "train_state", "params")
 _MANAGER_STEP = re.compile(r"(?:.*_)?(\d+)")  # CheckpointManager names its directories STEP or PREFIX_STEP
+# The status with which an error of TensorStore begins, and those of a damaged checkpoint. Others are of its store.
+_STATUS = re.compile(r"([A-Z_]+): ")
+_DAMAGED = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _CACHE_BYTES = 1 << 30  # for chunks that hold several layers, which are read one by one
 
 
@@ -55,14 +59,15 @@ def read_orbax(path: str) -> list[Entry]:
         CheckpointManager or of a run, of which the highest step is read.
 
     Raises:
-      UserError: if the directory holds no pytree, or Orbax cannot read it.
+      UserError: if the directory holds no pytree, or it is damaged. Reading a damaged array raises it too.
+      UnavailableError: if a disk or an object store fails. Reading an array raises it too.
     """
     import tensorstore
     from etils import epath
 
     ocp = import_orbax()
     directory = epath.Path(path if is_remote(path) else os.path.realpath(path))  # a running job may change its links
-    try:
+    with _names_errors(f"orbax::{path}: Orbax cannot read it"):
         item = _find_item(directory)
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(item)
@@ -73,10 +78,6 @@ def read_orbax(path: str) -> list[Entry]:
             order = {key: i for i, key in enumerate(_saved_keys(str(item)))}
             leaves = sorted(_leaves(tree.tree), key=lambda leaf: order[leaf[0]])
             is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(item)
-    except UserError:
-        raise
-    except Exception as error:  # Orbax, and the client of each object store, have their own exceptions
-        raise UserError(f"orbax::{path}: Orbax cannot read it ({error_line(error)})") from error
     # Empty nodes and texts have no shape. OrderedDict: JAX sorts the keys of other dicts.
     shapes = [(key, jax.ShapeDtypeStruct(x.shape, x.dtype)) for key, x in leaves if hasattr(x, "shape")]
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
@@ -85,6 +86,27 @@ def read_orbax(path: str) -> list[Entry]:
         Entry(key, stacked.file_shape, np.dtype(stacked.array.dtype), stored[stacked.key].reader(layer))
         for key, stacked, layer in stacking.file_order(stacking.nested(shapes, collections.OrderedDict))
     ]
+
+
+@contextlib.contextmanager
+def _names_errors(problem: str) -> Iterator[None]:
+    """Raises what Orbax raises as UserError if the checkpoint is damaged, else as UnavailableError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = UserError if _is_damage(error) else UnavailableError
+        raise kind(f"{problem} ({error_line(error)})") from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error comes from the bytes of a checkpoint, not from its disk or store."""
+    if status := _STATUS.match(str(error)):
+        return status[1] in _DAMAGED
+    # The clients of object stores have exceptions of their own, or raise those of the operating system.
+    missing, parsing = (FileNotFoundError, NotADirectoryError), (ValueError, LookupError, TypeError, AttributeError)
+    return isinstance(error, (*missing, *parsing, AssertionError))
 
 
 def _saved_keys(item: str) -> list[Key]:
@@ -146,12 +168,8 @@ class _StoredArray:
         first = () if layer is None else (layer,)
 
         def read(out: np.ndarray, index: tuple[slice, ...]) -> None:
-            try:
+            with _names_errors(f"{self.item}: the array {'/'.join(self.key)} cannot be read"):
                 out[...] = self._store[(*first, *index)].read().result()
-            except Exception as error:  # TensorStore's errors have no common type
-                raise UserError(
-                    f"{self.item}: the array {'/'.join(self.key)} cannot be read ({error_line(error)})"
-                ) from error
 
         return SliceReader(read)
 

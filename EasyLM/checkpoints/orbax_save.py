@@ -22,7 +22,7 @@ from EasyLM.checkpoints.run_directory import RunDirectory
 from EasyLM.checkpoints.saved_part import SavedPart
 from EasyLM.checkpoints.saves import Begin, Commit, Finish
 from EasyLM.checkpoints.stacking import Key
-from EasyLM.errors import as_os_errors
+from EasyLM.errors import UnavailableError, UserError, error_line
 from EasyLM.parallel import Channel
 
 
@@ -44,6 +44,17 @@ def orbax_arguments(tree: Any, dtype_of: Callable[[Key, Any], np.dtype], parent:
     # OrderedDict: JAX, and thereby Orbax, sorts the keys of other dicts. Here they keep the order of streaming files.
     item, save_args = (stacking.nested(leaves, collections.OrderedDict) for leaves in (arrays, arguments))
     return ocp.args.PyTreeSave(item, save_args=save_args)
+
+
+@contextlib.contextmanager
+def names_write_errors() -> Iterator[None]:
+    """Raises the errors with which Orbax and TensorStore write, which have no common type, as UnavailableError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UnavailableError(f"Orbax: {error_line(error)}") from error
 
 
 class OrbaxSave:
@@ -94,9 +105,9 @@ class OrbaxSave:
 
     @contextlib.contextmanager
     def _writing(self, directory: str) -> Iterator[None]:
-        """Deletes the directory if the body fails. The errors of Orbax and TensorStore become an OSError."""
+        """Names the errors of Orbax, and deletes the directory if the body fails."""
         try:
-            with as_os_errors("Orbax"):
+            with names_write_errors():
                 yield
         except Exception:
             if jax.process_index() == 0:

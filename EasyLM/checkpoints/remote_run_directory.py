@@ -8,8 +8,8 @@ from typing import Any
 from EasyLM.checkpoints.directories import list_directory
 from EasyLM.checkpoints.layout import LATEST, METADATA, SAVE, TEMPORARY, WRITING
 from EasyLM.checkpoints.saves import Saves, Writers, json_writer
-from EasyLM.errors import UserError, as_os_errors, error_line
-from EasyLM.storage import read_json, remote_file_system
+from EasyLM.errors import UnavailableError, UserError, error_line
+from EasyLM.storage import names_store_errors, read_json, remote_file_system
 
 
 class RemoteRunDirectory(Saves):
@@ -60,7 +60,7 @@ class RemoteRunDirectory(Saves):
     def begin(self, step: int) -> str:
         """Returns the directory of a new checkpoint, with a marker until it is complete."""
         directory = f"{self._steps}/{self._free_name(step)}"
-        with as_os_errors("object store"):
+        with names_store_errors(directory):
             self._files.makedirs(directory, exist_ok=True)
             self._mark(directory)
         return directory
@@ -74,7 +74,7 @@ class RemoteRunDirectory(Saves):
         """Adds files to the directory of `begin`, the metadata last. Then deletes superseded checkpoints."""
         try:
             save = self._record(directory, milestone)
-            with as_os_errors("object store"):
+            with names_store_errors(directory):
                 self._write(directory, {**writers, METADATA: json_writer({**metadata, SAVE: save})})
         except BaseException:
             self.discard(directory)
@@ -82,17 +82,17 @@ class RemoteRunDirectory(Saves):
         name = directory.rpartition("/")[2]
         self._saves[name] = save
         try:
-            with as_os_errors("object store"):
+            with names_store_errors(directory):
                 self._files.rm_file(f"{directory}/{WRITING}")
                 self._files.pipe_file(f"{self.path}/{LATEST}", name.encode())
-        except OSError as error:  # the checkpoint is complete, and a resume finds it
+        except (OSError, UnavailableError) as error:  # the checkpoint is complete, and a resume finds it
             logging.warning("%s is saved; the file `latest` may not name it (%s)", directory, error_line(error))
         else:
             self._prune(name)
 
     def _delete(self, name: str) -> None:
         directory = f"{self._steps}/{name}"
-        with as_os_errors("object store"):
+        with names_store_errors(directory):
             self._delete_directory(directory)
 
     def _delete_directory(self, directory: str) -> None:

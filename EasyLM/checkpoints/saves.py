@@ -11,7 +11,7 @@ from EasyLM.checkpoints.directories import list_directory, orbax_record
 from EasyLM.checkpoints.layout import CHECKPOINTS, STEP_DIRECTORY
 from EasyLM.checkpoints.listing import list_checkpoints
 from EasyLM.checkpoints.metadata import with_digest
-from EasyLM.errors import error_line
+from EasyLM.errors import UnavailableError, error_line
 from EasyLM.storage import is_remote
 
 Writers = Mapping[str, Callable[[BinaryIO], Any]]  # file name -> function that writes to the open file, in this order
@@ -91,7 +91,7 @@ class Saves(abc.ABC):
                 continue
             try:
                 self._delete(name)
-            except OSError as error:
+            except (OSError, UnavailableError) as error:
                 logging.warning("%s/%s: cannot be deleted (%s)", self._steps, name, error_line(error))
             else:
                 del self._saves[name]
@@ -101,7 +101,7 @@ class Saves(abc.ABC):
         """Deletes a step directory, which may be gone. If the process is killed, the rest is not a checkpoint.
 
         Raises:
-          OSError: if it cannot be deleted.
+          OSError, UnavailableError: if it cannot be deleted.
         """
 
 

@@ -8,6 +8,7 @@ Vocabulary:
 
 Modules:
   atomic   write a file completely or not at all; JSON files
+  remote   file systems of fsspec: their errors, listings and globs
   paths    globs and comma lists of paths, file versions, checks of outputs
   reading  open files, read lines, decompress
   checksums  CRC-32 checksums of arrays
@@ -43,14 +44,19 @@ from EasyLM.storage.paths import (
     expand_paths,
     file_version,
     is_compressed,
-    is_remote,
     make_directory,
-    names_store_errors,
     path_exists,
-    remote_file_system,
 )
 from EasyLM.storage.pickles import Unchangeable, check_memo
 from EasyLM.storage.reading import check_line_start, open_binary, read_lines, read_text_lines
+from EasyLM.storage.remote import (
+    is_remote,
+    is_remote_folder,
+    names_store_errors,
+    remote_file_system,
+    remote_glob,
+    walk_remote,
+)
 from EasyLM.storage.torch_file import TorchTensor, read_torch_file
 
 __all__ = [
@@ -78,6 +84,7 @@ __all__ = [
     "is_compressed",
     "is_hub_name",
     "is_remote",
+    "is_remote_folder",
     "json_digest",
     "local_path",
     "lock_output",
@@ -94,10 +101,12 @@ __all__ = [
     "read_text_lines",
     "read_torch_file",
     "remote_file_system",
+    "remote_glob",
     "remove_leftovers",
     "same_contents",
     "scratch_folder",
     "split_revision",
+    "walk_remote",
     "write_columns",
     "write_json",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 from EasyLM.errors import UserError
 from EasyLM.storage.atomic import atomic_path, remove_leftovers
 from EasyLM.storage.json_files import parse_json
-from EasyLM.storage.paths import is_remote, names_store_errors, remote_file_system
+from EasyLM.storage.remote import is_remote, names_store_errors, remote_file_system
 
 LOCK_NAME = "run_lock.json"
 _SCHEMA = {"token": str, "directory": str, "host": str, "process": int, "since": float, "heartbeat": float}

@@ -4,69 +4,14 @@ import contextlib
 import glob
 import os
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
-from EasyLM.errors import UnavailableError, UserError, first_line
+from EasyLM.errors import UserError
 from EasyLM.storage.atomic import PARTIAL_SUFFIX
+from EasyLM.storage.remote import is_remote, names_store_errors, remote_file_system, remote_glob
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
 DERIVED_SUFFIXES = (".index", ".tokens", PARTIAL_SUFFIX)  # globs skip these files
-
-
-def is_remote(path: str) -> bool:
-    """Whether fsspec opens the path (gs://, s3://, hf://, ...)."""
-    return "://" in path
-
-
-def remote_file_system(path: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a remote path, and the path in it.
-
-    Raises:
-      UnavailableError: if the protocol is unknown, its package is not installed, or the system cannot be reached.
-    """
-    import fsspec  # here, because local work does not need it: it takes a quarter of a worker's start
-
-    protocol = path.partition("://")[0]
-    if protocol.rpartition("::")[2] not in fsspec.available_protocols():
-        known = f"known are {', '.join(_PACKAGES)} and those of fsspec"
-        raise UnavailableError(f"{path}: unknown protocol {protocol}://; {known}")
-    try:
-        return fsspec.url_to_fs(path)
-    except ImportError as error:
-        package = _PACKAGES.get(protocol)
-        raise UnavailableError(
-            f"{path}: {protocol}:// needs a package that is not installed: "
-            + (f"pip install {package}" if package else f"{error}".partition("\n")[0])
-        ) from None
-    except Exception as error:  # each package has its own errors of credentials and connections
-        raise UnavailableError(f"{path}: not reachable ({first_line(error)})") from error
-
-
-@contextlib.contextmanager
-def names_store_errors(path: str) -> Iterator[None]:
-    """Converts the errors of a remote file system. Lets FileNotFoundError through.
-
-    Raises:
-      UnavailableError: naming the path, for every error but that of a missing file: connection, permission, time-out.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # each package has its own errors of credentials and connections
-        if _is_missing_file(path, error):
-            raise
-        raise UnavailableError(f"{path}: not reachable ({first_line(error)})") from error
-
-
-def _is_missing_file(path: str, error: Exception) -> bool:
-    if not isinstance(error, FileNotFoundError):
-        return False
-    # The http file system of fsspec calls a file missing after any error, which is the cause.
-    is_http, cause = path.startswith(("http://", "https://")), error.__cause__
-    return not is_http or cause is None or getattr(cause, "status", None) in (404, 410)
 
 
 def is_compressed(path: str) -> bool:
@@ -115,8 +60,7 @@ def _files_of(element: str) -> list[str]:
 
 def _glob(pattern: str) -> list[str]:
     if is_remote(pattern):
-        system, inner = remote_file_system(pattern)
-        return sorted(system.unstrip_protocol(path) for path in system.glob(inner) if system.isfile(path))
+        return remote_glob(pattern)
     return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
 
 

@@ -2,24 +2,66 @@
 
 import contextlib
 import gzip
+import io
+import os
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
 from EasyLM.errors import UserError
-from EasyLM.storage.paths import file_version, is_remote, remote_file_system
+from EasyLM.storage.paths import file_version
+from EasyLM.storage.remote import is_remote, names_store_errors, remote_file_system
 
 COMPRESSED_BLOCK_BYTES = 64 << 10  # compressed bytes read at a time
+_BUFFER_BYTES = 64 << 10  # of remote files, whose clients read larger blocks
 
 
 def open_binary(path: str) -> BinaryIO:
-    """Opens a file for reading bytes."""
-    if is_remote(path):
+    """Opens a file for reading bytes.
+
+    Raises:
+      FileNotFoundError: if it does not exist.
+      UnavailableError: naming the path, if a remote file system cannot be reached. Reads raise it too.
+      OSError: if a local file cannot be opened.
+    """
+    return io.BufferedReader(_RemoteFile(path), _BUFFER_BYTES) if is_remote(path) else open(path, "rb")
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file. The errors of all its reads are those of `names_store_errors`."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self._path = path
         system, inner = remote_file_system(path)
-        return system.open(inner, "rb")
-    return open(path, "rb")
+        with names_store_errors(path):
+            self._file = system.open(inner, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with names_store_errors(self._path):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with names_store_errors(self._path):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:

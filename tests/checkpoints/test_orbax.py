@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from checkpoint_kit import assert_equal, golden_state
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import orbax_directory
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 
 
 @pytest.fixture
@@ -128,3 +129,35 @@ def test_remote_paths_stay_remote(monkeypatch):
     with pytest.raises(UserError, match="seen"):
         orbax_directory.read_orbax("gs://bucket/run/9")
     assert seen == ["gs://bucket/run/9"]
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (ValueError('DATA_LOSS: Error reading "zarr" chunk'), UserError),
+        (FileNotFoundError("manifest.ocdbt"), UserError),
+        (KeyError("tree_metadata"), UserError),
+        (ValueError("UNAVAILABLE: Error reading gs://bucket/run/9/manifest.ocdbt: CURL error"), UnavailableError),
+        (ValueError("PERMISSION_DENIED: Error reading gs://bucket/run/9"), UnavailableError),
+        (ConnectionResetError("connection reset"), UnavailableError),
+        (OSError(5, "Input/output error"), UnavailableError),
+        (type("HttpError", (Exception,), {})("503"), UnavailableError),
+    ],
+)
+def test_an_outage_of_a_store_is_no_damage(tmp_path, monkeypatch, error, kind):
+    """A run passes over a damaged checkpoint, and would resume from an older one."""
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "params", {"w": np.zeros(3)})
+    (entry,) = checkpoints.open_checkpoint(f"orbax::{tmp_path}/params")
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(tensorstore, "open", fail)
+    with pytest.raises(kind, match=f"^{tmp_path}/params: the array w cannot be read") as caught:
+        entry.read()
+    assert type(caught.value) is kind
+    monkeypatch.setattr(orbax_directory, "_find_item", fail)
+    with pytest.raises(kind, match="^orbax::gs://bucket/run/9: Orbax cannot read it") as caught:
+        orbax_directory.read_orbax("gs://bucket/run/9")
+    assert type(caught.value) is kind

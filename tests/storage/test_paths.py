@@ -7,7 +7,7 @@ import fsspec
 import pytest
 import zstandard
 from fsspec import AbstractFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from EasyLM.errors import UnavailableError, UserError
 from EasyLM.storage import (
@@ -86,6 +86,47 @@ def test_a_store_that_cannot_be_reached_is_not_a_missing_file(monkeypatch):
     for look in (path_exists, file_version, lambda path: expand_paths("inputs", path)):
         with pytest.raises(UnavailableError, match=r"memory://outage/a.jsonl|not reachable \(PermissionError: access"):
             look("memory://outage/a.jsonl")
+
+
+@pytest.mark.parametrize("pattern", ["?/*.jsonl", "**/*.jsonl", "b/*"])
+def test_a_glob_leaves_out_no_folder_that_cannot_be_listed(monkeypatch, pattern):
+    """fsspec's `glob` does."""
+    root = "memory://partial"
+    for name in ("a/1.jsonl", "b/2.jsonl", "b/c/3.jsonl", "b/.hidden.jsonl", "4.jsonl"):
+        with fsspec.open(f"{root}/{name}", "wb") as file:
+            file.write(b"{}\n")
+    expected = {"?/*.jsonl": ["a/1", "b/2"], "**/*.jsonl": ["4", "a/1", "b/2", "b/c/3"], "b/*": ["b/2"]}
+    paths = expand_paths("inputs", f"{root}/{pattern}")
+    assert paths == [f"memory:///partial/{name}.jsonl" for name in expected[pattern]]
+    ls = MemoryFileSystem.ls
+
+    def failing(self, path, *arguments, **options):
+        if path.endswith("/b"):
+            raise ConnectionResetError("connection reset")
+        return ls(self, path, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", failing)
+    with pytest.raises(UnavailableError, match=r"^--inputs=.*memory://partial/.*not reachable \(ConnectionResetError"):
+        expand_paths("inputs", f"{root}/{pattern}")
+
+
+def test_globs_of_missing_folders_and_of_parts_of_names():
+    with pytest.raises(UserError, match="no file matches"):
+        expand_paths("inputs", "memory://nowhere/*.jsonl")
+    with pytest.raises(UserError, match=r"'\*\*' can only be an entire path component: memory://nowhere/a\*\*$"):
+        expand_paths("inputs", "memory://nowhere/a**")
+
+
+def test_a_failing_read_names_the_file(monkeypatch):
+    with fsspec.open("memory://outage/b.jsonl", "wb") as file:
+        file.write(b"{}\n" * 9)
+
+    def fail(*arguments):
+        raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr(MemoryFile, "read", fail)
+    with pytest.raises(UnavailableError, match=r"^memory://outage/b\.jsonl: not reachable \(ConnectionResetError"):
+        list(read_lines("memory://outage/b.jsonl"))
 
 
 def test_http_calls_a_file_missing_after_any_error():

@@ -1,6 +1,7 @@
 """Which source a path, glob or URL names."""
 
 import collections
+import contextlib
 import functools
 import glob
 import itertools
@@ -9,7 +10,14 @@ import re
 from collections.abc import Iterator, Sequence
 
 from EasyLM.errors import UserError
-from EasyLM.storage import is_remote, read_json, remote_file_system
+from EasyLM.storage import (
+    is_remote,
+    is_remote_folder,
+    names_store_errors,
+    read_json,
+    remote_file_system,
+    remote_glob,
+)
 from tokenizer.media import folders
 from tokenizer.sources import reading, remote
 from tokenizer.sources.items import Source
@@ -53,7 +61,7 @@ def find_source(
 def _find(
     name: str, value: str, flag: str, extensions: Sequence[str], keys: tuple[str, ...], columns: tuple[str, ...]
 ) -> Source:
-    if remote.is_folder(value):
+    if _is_folder(value):
         is_table, paths = _in_folder(value, flag, extensions, bool(keys), bool(columns))
         if not paths:
             if keys or columns:
@@ -85,6 +93,22 @@ def _find(
     if repeated := {key for key in lower if lower.count(key) > 1}:
         raise UserError(f"--keys={','.join(keys)}: has {repeated.pop()} twice: a member is in one column")
     return Tars(value, flag, paths, extensions, lower)
+
+
+def _is_folder(value: str) -> bool:
+    if not is_remote(value):
+        return os.path.isdir(value)
+    if _RANGE.search(value) or _has_wildcards(value):
+        # A folder can have such a name. But stores may refuse to answer for names that they do not have.
+        system, inner = remote_file_system(value)
+        with contextlib.suppress(FileNotFoundError), names_store_errors(value):
+            return bool(system.isdir(inner))
+        return False
+    return is_remote_folder(value)
+
+
+def _has_wildcards(value: str) -> bool:
+    return any(character in value for character in "*?[")
 
 
 def _hint(path: str) -> str:
@@ -155,7 +179,7 @@ def expand(value: str, name: str) -> Iterator[str]:
     numbers = [[str(n).zfill(width) for n in range(start, stop)] for start, stop, width in ranges]
     for choice in itertools.product(*numbers):
         pattern = "".join(text + number for text, number in itertools.zip_longest(parts[::3], choice, fillvalue=""))
-        paths = _glob(pattern) if any(c in pattern for c in "*?[") else [pattern]
+        paths = _glob(pattern) if _has_wildcards(pattern) else [pattern]
         if not paths:
             raise UserError(f"{name}: no file matches {pattern}")
         yield from (path for path in paths if path not in seen)
@@ -163,8 +187,8 @@ def expand(value: str, name: str) -> Iterator[str]:
 
 
 def _glob(pattern: str) -> list[str]:
-    if not is_remote(pattern):
+    if is_remote(pattern):
+        paths = remote_glob(pattern)
+    else:
         paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-        return sorted(paths, key=folders.natural_key)
-    system, inner = remote_file_system(pattern)
-    return sorted(map(system.unstrip_protocol, system.glob(inner)), key=folders.natural_key)
+    return sorted(paths, key=folders.natural_key)

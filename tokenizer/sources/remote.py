@@ -7,10 +7,10 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
-from EasyLM.errors import UnavailableError, UserError, first_line
-from EasyLM.storage import is_remote, names_store_errors, open_binary, remote_file_system
+from EasyLM.errors import UserError, first_line
+from EasyLM.storage import is_remote, names_store_errors, open_binary, remote_file_system, walk_remote
 from tokenizer.media import folders
 from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
@@ -57,36 +57,13 @@ def walk(url: str, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
       UserError: naming the flag, if the folder does not exist.
       UnavailableError: naming the flag, if it cannot be listed.
     """
-    with _names_flag(f"--{flag}={url}"):
-        system, root = remote_file_system(url)
-        root = system._strip_protocol(root).rstrip("/")
-        waiting = [root]
-        while waiting:  # not `system.walk`, which leaves out subfolders that it cannot list
-            folder = waiting.pop()
-            try:  # not `isdir`, which takes any error for a missing folder
-                entries = system.ls(folder, detail=True)
-            except FileNotFoundError:
-                if folder == root:
-                    raise UserError("no such folder") from None
-                raise
-            for info in entries:
-                path = info["name"].rstrip("/")
-                if path == folder or path.rpartition("/")[2].startswith("."):  # some stores list the folder itself
-                    continue
-                if info["type"] == "directory":
-                    waiting.append(path)
-                else:
-                    yield path.removeprefix(root).lstrip("/"), info
-
-
-@contextlib.contextmanager
-def _names_flag(flag: str) -> Iterator[None]:
+    name = f"--{flag}={url}"
     try:
-        yield
+        yield from walk_remote(url)
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such folder") from None
     except UserError as error:
-        raise type(error)(f"{flag}: {str(error).removeprefix(flag.partition('=')[2] + ': ')}") from None
-    except Exception as error:  # each package has its own errors of credentials and connections
-        raise UnavailableError(f"{flag}: not reachable ({first_line(error)})") from error
+        raise type(error)(f"{name}: {str(error).removeprefix(f'{url}: ')}") from error
 
 
 def read_range(path: str, start: int = 0, size: int | None = None) -> bytes:
@@ -126,7 +103,7 @@ class RangeFile(io.RawIOBase):
     def __init__(self, path: str, start: int, size: int, name: str):
         """Raises UserError naming the file, if it cannot be opened; UnavailableError, if that is a store's fault."""
         super().__init__()
-        self.name, self._path, self._start, self._size, self._position = name, path, start, size, 0
+        self.name, self._start, self._size, self._position = name, start, size, 0
         with self._names_errors():
             self._file = open_binary(path)
 
@@ -166,28 +143,8 @@ class RangeFile(io.RawIOBase):
     @contextlib.contextmanager
     def _names_errors(self) -> Iterator[None]:
         try:
-            with names_store_errors(self.name) if is_remote(self._path) else contextlib.nullcontext():
-                yield
+            yield
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{self.name}: cannot be read ({first_line(error)})") from error
-
-
-def open_whole(path: str, size: int) -> BinaryIO:
-    """Opens a file of `size` bytes. The errors of a remote one are those of RangeFile, those of a local one OSError."""
-    return RangeFile(path, 0, size, path) if is_remote(path) else open_binary(path)  # type: ignore[return-value]
-
-
-def is_folder(path: str) -> bool:
-    """Whether a local or remote path is a folder.
-
-    Raises:
-      UnavailableError: if the remote file system cannot be reached.
-    """
-    if not is_remote(path):
-        return os.path.isdir(path)
-    system, inner = remote_file_system(path)
-    with contextlib.suppress(FileNotFoundError), names_store_errors(path):
-        return bool(system.isdir(inner))
-    return False

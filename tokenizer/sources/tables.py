@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from EasyLM.errors import UnavailableError, UserError, check_installed
-from EasyLM.storage import file_version, is_remote
+from EasyLM.storage import file_version, is_remote, open_binary
 from tokenizer.media import folders
 from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
-from tokenizer.sources.remote import open_whole
 
 _NAMES_AT_A_TIME = 4096  # rows
 # Columns of row groups that stay in memory, of all files together. A row group can have hundreds of megabytes.
@@ -130,7 +129,7 @@ class _Parquet:
         import pyarrow.parquet
 
         self._key = path, version
-        file = open_whole(path, file_version(path)["size"]) if is_remote(path) else path
+        file = open_binary(path) if is_remote(path) else path
         self._file = pyarrow.parquet.ParquetFile(file)
         metadata = self._file.metadata
         self.schema, self.num_rows = self._file.schema_arrow, metadata.num_rows

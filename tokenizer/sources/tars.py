@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from EasyLM.errors import UnavailableError, UserError
-from EasyLM.storage import file_version
+from EasyLM.storage import file_version, open_binary
 from tokenizer.media import folders
 from tokenizer.media.folders import Report
 from tokenizer.sources.items import Item
-from tokenizer.sources.remote import open_whole, read_range
+from tokenizer.sources.remote import read_range
 
 _MOST_NAMED_KEYS = 20
 _END_BYTES = 64 << 10  # checked after the end mark: writers pad a tar with zeros to 10 KiB
@@ -153,7 +153,7 @@ def list_members(path: str) -> Iterator[Member]:
         raise UserError(f"{path}: is not a file")  # reading a pipe could wait forever
     status = file_version(path)
     version = " ".join(map(str, status.values()))
-    with contextlib.closing(open_whole(path, status["size"])) as file:
+    with contextlib.closing(open_binary(path)) as file:
         start = file.read(6)
         for magic, name in _COMPRESSED.items():
             if start.startswith(magic):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import Conversion, Entry, is_orbax_state, read_orbax
-from EasyLM.errors import UserError, error_line
+from EasyLM.errors import UnavailableError, UserError, error_line
 from EasyLM.flags import Flag
 from EasyLM.storage import flush_to_disk, flush_tree_to_disk, lock_output_folder, scratch_folder
 
@@ -63,7 +63,7 @@ def _convert(config: ConfigDict) -> None:
             flush_tree_to_disk(temporary)
             os.rename(temporary, config.output.rstrip("/"))
             flush_to_disk(os.path.dirname(os.path.abspath(config.output)))  # now the user may delete the original
-    except OSError as error:
+    except (OSError, UnavailableError) as error:
         raise UserError(f"--output={config.output}: cannot be written ({error_line(error)})") from error
     print(f"converted; load it as {checkpoints.PREFIX_OF[state]}::{config.output.rstrip('/')}/{state}")
 
