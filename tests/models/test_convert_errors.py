@@ -111,6 +111,34 @@ def test_a_killed_import_is_completed_by_the_next(golden, tmp_path, monkeypatch,
     assert {path.name for path in output.parent.iterdir()} == {"params", "metadata.json", "checksums.json"}
 
 
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_killed_export_into_a_directory_is_replaced_by_the_next(golden, tmp_path, monkeypatch, number):
+    """It is killed before it moves a file, the `number`-th from 0. The next one has other shards."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        if os.path.dirname(target) == str(out) and not target.endswith("unfinished_export.json"):
+            if len(moved) == number:
+                raise KeyboardInterrupt
+            moved.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        export(tiny_state(golden), out, max_shard_mb=0.1)
+    (out / "README.md").write_text("my card")
+    export(tiny_state(golden), out)
+    export(tiny_state(golden), tmp_path / "whole")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    expected |= {"notes.txt": b"mine", "README.md": b"my card"}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+    with pytest.raises(UserError, match=rf"--output_dir={out}: already holds a model \(config.json\)"):
+        export(tiny_state(golden), out)
+
+
 def test_tensors_of_two_models_are_refused(golden, tmp_path):
     """The shards of two exports in one directory, without an index."""
     directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))

@@ -4,6 +4,7 @@ A checkpoint of LoRA adapters becomes a directory for the PEFT library, or a who
 command holds one tensor in memory at a time, so the model may be larger than the machine's memory.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from EasyLM.publishing import (
     public_name,
     upload_files,
 )
-from EasyLM.storage import lock_output_folder, scratch_folder
+from EasyLM.storage import lock_output_folder, read_json, scratch_folder, write_json
 
 FLAGS = {
     "load_checkpoint": Flag(
@@ -57,6 +58,7 @@ FLAGS = {
     "merge_lora": Flag(False, "Export adapters merged into their frozen parameters; False: the adapters, for PEFT."),
 }
 _MODEL_FILES = ("config.json", "adapter_config.json")  # each makes its directory a model, and is moved last
+_UNFINISHED = "unfinished_export.json"  # names the files that are being moved into an existing directory
 
 
 def main(config: ConfigDict) -> None:
@@ -66,7 +68,8 @@ def main(config: ConfigDict) -> None:
 
 
 def _export(config: ConfigDict) -> None:
-    if existing := hf_files.model_file(config.output_dir):
+    existing = hf_files.model_file(config.output_dir)
+    if existing and not os.path.exists(os.path.join(config.output_dir, _UNFINISHED)):
         raise UserError(f"--output_dir={config.output_dir}: already holds a model ({existing}); name another directory")
     if config.load_checkpoint.startswith("trainstate::"):
         raise UserError(
@@ -167,11 +170,24 @@ def _write_directory(output_dir: str, card: str, write: Callable[[str], None]) -
             if not os.path.exists(output_dir):
                 os.rename(temporary, output_dir.rstrip("/"))
                 return names
-            for name in names:
-                os.replace(os.path.join(temporary, name), os.path.join(output_dir, name))
+            _move_files(temporary, output_dir, names)
             return names
     except OSError as error:
         raise UserError(f"--output_dir={output_dir}: cannot be written ({error.strerror})") from error
+
+
+def _move_files(source: str, directory: str, names: list[str]) -> None:
+    """Moves files into an existing directory. First deletes those of an export that was killed here."""
+    marker = os.path.join(directory, _UNFINISHED)
+    if os.path.exists(marker):
+        for name in read_json(marker, {"files": [str]})["files"]:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(directory, os.path.basename(name)))
+    # Without the card, which its author may have edited since.
+    write_json(marker, {"files": [name for name in names if name != CARD_FILE]})
+    for name in names:
+        os.replace(os.path.join(source, name), os.path.join(directory, name))
+    os.remove(marker)
 
 
 def cli() -> None:
