@@ -5,7 +5,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from evaluation.page.examples import NUM_TRUE_FRAMES
-from evaluation.page.handlers import Update, visitor_error
+from evaluation.page.handlers import Update, remember, visitor_error
 from evaluation.prompting import GenerationSettings
 
 if TYPE_CHECKING:
@@ -17,10 +17,16 @@ _MAX_CANDIDATES, _MAX_FRAMES = 8, NUM_TRUE_FRAMES
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The strips of a visitor, as a value (the handlers' `history`) and as a gallery."""
+    """The strips of a visitor, as a value and as a gallery."""
 
     state: Any
     gallery: Any
+
+    def add_after(self, draw: Any, strip: "gradio.State") -> None:
+        """Adds the strip after each draw without an error. One at a time, so that no strip of two draws is lost."""
+        inputs, outputs = [strip, self.state], [self.state, self.gallery]
+        options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 1}
+        draw.success(remember, inputs, outputs, concurrency_id="history", **options)
 
 
 def image_slot(label: str) -> "gradio.Image":
@@ -95,7 +101,7 @@ def checked(field: Any) -> Any:
     return field
 
 
-def outputs(tab: str, history: History) -> list:
+def outputs(tab: str) -> list:
     """Returns the components that `handlers.generate` updates, in the order of `handlers.Update`."""
     import gradio
 
@@ -107,7 +113,7 @@ def outputs(tab: str, history: History) -> list:
     reconstructions = _gallery(
         "What the model sees of your images: each image, and what its tokens keep of it", 4, f"reconstructions_{tab}"
     )
-    return list(Update(status, answers, reconstructions, download, history.state, history.gallery))
+    return list(Update(status, answers, reconstructions, download, strip=gradio.State(None)))
 
 
 def history() -> History:

@@ -36,14 +36,16 @@ Captioned = list[tuple[Any, str]]  # (image or path, caption) for a gallery
 
 
 class Update(NamedTuple):
-    """New values of the components below the button, in this order. `skip()`: a component keeps its value."""
+    """New values of the components below the button, in this order. `skip()`: a component keeps its value.
+
+    The last one is the (path, caption) of the strip, for `remember`.
+    """
 
     status: str
     answers: Any
     reconstructions: Any
     download: Any
-    history: Any
-    history_gallery: Any
+    strip: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,14 +87,12 @@ class Request:
       files: paths of the prompt's images.
       settings: how to generate.
       client: address of the visitor.
-      history: (path, caption) of the visitor's earlier strips, the latest first.
     """
 
     model: str
     files: Sequence[str]
     settings: GenerationSettings
     client: str = ""
-    history: Sequence[tuple[str, str]] = ()
 
 
 def generate(models: Models, examples: ExampleFiles, request: Request) -> Iterator[Update]:
@@ -117,22 +117,22 @@ def generate(models: Models, examples: ExampleFiles, request: Request) -> Iterat
         prompt = PromptFiles.read(request.files, info.resolution, examples)
         # From here on, the request is right: only such a request replaces the model of other visitors.
         if not models.is_loaded(request.model):
-            yield Update(f"Loading {request.model} instead of another model ...", [], [], no_download, skip, skip)
+            yield Update(f"Loading {request.model} instead of another model ...", [], [], no_download, skip)
         engine = request_end.enter_context(models.engine(request.model))
         request_end.enter_context(engine.admitted(client, settings))
         begin = time.monotonic()
         reconstructing = engine.reconstruct(Prompt(images=images.to_float32(prompt.images)), client)
         request_end.callback(reconstructing.cancel)  # the visitor may have closed the page
-        yield Update(first_status(engine), [], [], no_download, skip, skip)
+        yield Update(first_status(engine), [], [], no_download, skip)
         reconstruction = reconstructing.result()
         future = engine.generate(Prompt(tokens=reconstruction.tokens), settings, previews.put, client)
         request_end.callback(future.cancel)
         future.add_done_callback(lambda _: previews.put(None))
         beside = _beside(prompt, reconstruction.images, examples.is_analogy)
-        yield Update(first_status(engine), skip, beside, skip, skip, skip)
+        yield Update(first_status(engine), skip, beside, skip, skip)
         while (preview := previews.get()) is not None:
             status = f"Drawing: {preview.done} of {preview.total} tokens"
-            yield Update(status, _captioned(preview.images, prompt.truth), skip, skip, skip, skip)
+            yield Update(status, _captioned(preview.images, prompt.truth), skip, skip, skip)
         answer = future.result()
         seconds = time.monotonic() - begin
         status = (
@@ -140,9 +140,17 @@ def generate(models: Models, examples: ExampleFiles, request: Request) -> Iterat
             f"{answer.tokens.size / seconds:.0f} tokens/s in all"
         )
         path = _save_strip(prompt, answer, request, examples)
-        history = [(path, _description(request)), *(item for item in request.history if os.path.exists(item[0]))]
-        history, download = history[:_MAX_HISTORY], gradio.DownloadButton(value=path, interactive=True)
-        yield Update(status, _captioned(answer.images, prompt.truth), skip, download, history, history)
+        download = gradio.DownloadButton(value=path, interactive=True)
+        yield Update(status, _captioned(answer.images, prompt.truth), skip, download, (path, _description(request)))
+
+
+def remember(strip: tuple[str, str], history: Sequence[tuple[str, str]]) -> tuple[list, list]:
+    """Returns a visitor's strips, the latest first, with a new one: as a value and for the gallery.
+
+    Call it with the history after an answer, not with that before: another tab may have added a strip meanwhile.
+    """
+    strips = [strip, *(item for item in history if os.path.exists(item[0]))][:_MAX_HISTORY]
+    return strips, strips
 
 
 @contextlib.contextmanager

@@ -29,12 +29,10 @@ class Page:
         by_size = {size: ExampleFiles(make(size), self.folder, f"{name}_{size}") for size in sizes}
         return {info.name: by_size[info.resolution] for info in self.models.infos.values()}
 
-    def request(
-        self, request: Any, model: str, files: Sequence[str], values: Sequence, strips: list
-    ) -> handlers.Request:
+    def request(self, request: Any, model: str, files: Sequence[str], values: Sequence) -> handlers.Request:
         """Returns what a visitor asks for. `request`: that of gradio. `values`: those of `fields.settings_row`."""
         settings = handlers.generation_settings(INITIAL_SETTINGS, values)
-        return handlers.Request(model, files, settings, request.client.host if request.client else "", strips)
+        return handlers.Request(model, files, settings, request.client.host if request.client else "")
 
 
 def analogy_tab(page: Page) -> None:
@@ -68,22 +66,23 @@ def analogy_tab(page: Page) -> None:
         empty = [None] * (2 * max_shots + 1 - len(files))
         return [max(len(files) // 2, 1), *files[:-1], *empty, files[-1]]
 
-    def answer(request: gradio.Request, strips: list, model: str, count: int, *values: Any) -> Iterator[tuple]:
+    def answer(request: gradio.Request, model: str, count: int, *values: Any) -> Iterator[tuple]:
         files = [*values[: 2 * count], values[2 * max_shots]]
         if None in files:
             raise handlers.visitor_error("Add an image to every slot, or choose fewer pairs.")
-        asked = page.request(request, model, files, values[2 * max_shots + 1 :], strips)
+        asked = page.request(request, model, files, values[2 * max_shots + 1 :])
         yield from handlers.generate(page.models, by_model[model], asked)
 
     def show_columns(count: int) -> list:
         return [gradio.Column(visible=i < count) for i in range(max_shots)]
 
-    inputs = [page.history.state, page.model, num_shots, *slots, *settings_fields]
+    inputs = [page.model, num_shots, *slots, *settings_fields]
     num_shots.change(show_columns, num_shots, columns, api_visibility="private")
     gallery.select(select_example, page.model, [num_shots, *slots], api_visibility="private")
     page.model.change(lambda model: by_model[model].sheets, page.model, gallery, api_visibility="private")
-    outputs = fields.outputs("analogy", page.history)
-    button.click(answer, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")
+    outputs = fields.outputs("analogy")
+    draw = button.click(answer, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")
+    page.history.add_after(draw, outputs[-1])
 
 
 def sequence_tab(page: Page) -> None:
@@ -123,19 +122,18 @@ def sequence_tab(page: Page) -> None:
     def select_example(model: str, event: gradio.SelectData) -> list[str]:
         return by_model[model].save(event.index)
 
-    def answer(
-        request: gradio.Request, strips: list, model: str, uploaded: list | None, *values: Any
-    ) -> Iterator[tuple]:
+    def answer(request: gradio.Request, model: str, uploaded: list | None, *values: Any) -> Iterator[tuple]:
         if not uploaded:
             raise handlers.visitor_error("Add at least one frame.")
         files = [path for path, _ in uploaded][-infos[model].max_prompt_images :]
-        asked = page.request(request, model, files, values, strips)
+        asked = page.request(request, model, files, values)
         yield from handlers.generate(page.models, by_model[model], asked)
 
-    inputs = [page.history.state, page.model, frames, *settings_fields]
+    inputs = [page.model, frames, *settings_fields]
     gallery.select(select_example, page.model, frames, api_visibility="private")
     # Reading a video takes a core for up to a minute.
     video.upload(take_frames, [page.model, video], frames, api_visibility="private", concurrency_limit=1)
     page.model.change(lambda model: by_model[model].sheets, page.model, gallery, api_visibility="private")
-    outputs = fields.outputs("sequence", page.history)
-    button.click(answer, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")
+    outputs = fields.outputs("sequence")
+    draw = button.click(answer, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")
+    page.history.add_after(draw, outputs[-1])

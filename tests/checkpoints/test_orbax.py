@@ -158,6 +158,6 @@ def test_an_outage_of_a_store_is_no_damage(tmp_path, monkeypatch, error, kind):
         entry.read()
     assert type(caught.value) is kind
     monkeypatch.setattr(orbax_directory, "_find_item", fail)
-    with pytest.raises(kind, match="^orbax::gs://bucket/run/9: Orbax cannot read it") as caught:
+    with pytest.raises(kind, match=r"^orbax::gs://bucket/run/9: Orbax cannot read it") as caught:
         orbax_directory.read_orbax("gs://bucket/run/9")
     assert type(caught.value) is kind

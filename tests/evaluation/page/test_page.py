@@ -69,13 +69,13 @@ def test_answers_to_examples_have_the_truth_and_go_to_the_history(folder):
     *pairs, query = analogies.save(1)  # the model is short: one pair
     history = [(str(folder / "0.png"), "an older strip"), (str(folder / "gone.png"), "a removed one")]
     settings = GenerationSettings(num_candidates=2, seed=3)
-    request = handlers.Request("tiny", [*pairs[:2], query], settings, history=history)
+    request = handlers.Request("tiny", [*pairs[:2], query], settings)
     *_, last = handlers.generate(models_of(engine), analogies, request)
     assert [caption for _, caption in last.answers] == ["Truth", "Candidate 1", "Candidate 2"]
     truth = analogies.examples[1].truth[0]
     np.testing.assert_array_equal(last.answers[0][0][::16, ::16], truth)
-    strip, older = last.history
-    assert strip[1].startswith("tiny: seed 3") and older == history[0] and last.history_gallery == last.history
+    (strip, older), shown = handlers.remember(last.strip, history)
+    assert strip[1].startswith("tiny: seed 3") and older == history[0] and shown == [strip, older]
     value = last.download.value  # gradio's copy of the file
     assert pathlib.Path(value["path"] if isinstance(value, dict) else value).name == pathlib.Path(strip[0]).name
     drawn = pixels_of(pathlib.Path(strip[0]).read_bytes())
@@ -85,6 +85,23 @@ def test_answers_to_examples_have_the_truth_and_go_to_the_history(folder):
         fits = [np.array_equal(drawn[y : y + 256, x : x + 256], big) for y, x in places if drawn[y - 1, x].min() == 255]
         assert any(fits), name
     engine.close(SECONDS)
+
+
+@pytest.mark.slow  # gradio takes seconds to import
+def test_draws_of_both_tabs_at_once_add_to_one_history(folder):
+    """Each draw adds to the history as it is at the end of the draw."""
+    info = ModelInfo("tiny", TINY.resolution, 3, 4)
+    functions = layout.build_page(Models([info], lambda name: None, None), folder).fns.values()
+    draws = [f for f in functions if any(getattr(f, "name", "") == "answer" for _ in f.targets)]
+    values = {}
+    for number, draw in enumerate(draws):
+        (add,) = (f for f in functions if f.trigger_after == draw._id and f.trigger_only_on_success)
+        strip, history = add.inputs
+        assert strip is draw.outputs[-1] and history not in [*draw.inputs, *draw.outputs]
+        values[history], _ = add.fn((str(folder / "0.png"), f"strip {number}"), values.get(history, []))
+    assert len(draws) == 2 and [[caption for _, caption in strips] for strips in values.values()] == [
+        ["strip 1", "strip 0"]
+    ]
 
 
 @pytest.mark.slow  # gradio takes seconds to import
