@@ -1,9 +1,10 @@
 """What lies in a directory of a run, local or remote: kinds of entries, links, sizes of files."""
 
+import contextlib
 import os
 
 from EasyLM.checkpoints.layout import CHECKPOINTS, LATEST, ORBAX_STATES
-from EasyLM.storage import is_remote, names_store_errors, remote_file_system
+from EasyLM.storage import is_remote, names_store_errors, remote_file_system, walk_remote
 
 
 def list_directory(path: str) -> dict[str, str]:
@@ -42,13 +43,16 @@ def is_own_link(path: str) -> bool:
 
 
 def file_sizes(directory: str) -> dict[str, int]:
-    """Returns the bytes of all files below a local or remote directory, by their paths in it."""
+    """Returns the bytes of all files below a local or remote directory, by their paths in it.
+
+    Raises:
+      UnavailableError: if an object store cannot be reached.
+    """
     if is_remote(directory):
-        system, inner = remote_file_system(directory)
-        system.invalidate_cache()
-        with names_store_errors(directory):
-            files = system.find(inner, detail=True)
-        return {path[len(inner.rstrip("/")) + 1 :]: entry["size"] for path, entry in files.items()}
+        remote_file_system(directory)[0].invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            return {path: info["size"] for path, info in walk_remote(directory)}
+        return {}
     return {
         os.path.relpath(path, directory): os.path.getsize(path)
         for folder, _, names in os.walk(directory)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from EasyLM.checkpoints.directories import list_directory
+from EasyLM.checkpoints.directories import file_sizes, list_directory
 from EasyLM.checkpoints.layout import LATEST, METADATA, SAVE, TEMPORARY, WRITING
 from EasyLM.checkpoints.saves import Saves, Writers, json_writer
 from EasyLM.errors import UnavailableError, UserError, error_line
@@ -100,8 +100,7 @@ class RemoteRunDirectory(Saves):
         self._mark(directory)
         with contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{directory}/{METADATA}")
-        self._files.invalidate_cache()
-        if rest := [path for path in self._files.find(directory) if not path.endswith(f"/{WRITING}")]:
+        if rest := [f"{directory}/{name}" for name in file_sizes(directory) if name != WRITING]:
             self._files.rm(rest)
         self._files.rm(directory, recursive=True)
 

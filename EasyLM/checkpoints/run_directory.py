@@ -185,7 +185,8 @@ class LocalRunDirectory(Saves):
     def _linked(self) -> set[str]:
         """Returns the step directories that links in the run directory point to."""
         links = [entry.path for entry in os.scandir(self.path) if entry.is_symlink()]
-        return {os.path.relpath(os.path.realpath(link), self._steps).split(os.sep)[0] for link in links}
+        steps = os.path.realpath(self._steps)  # it may be a link to another disk
+        return {os.path.relpath(os.path.realpath(link), steps).split(os.sep)[0] for link in links}
 
     def _delete(self, name: str) -> None:
         doomed = os.path.join(self._steps, f"{TEMPORARY}{name}-{secrets.token_hex(4)}")

@@ -80,7 +80,7 @@ def is_remote_folder(url: str) -> bool:
 
 
 def walk_remote(url: str, most_depth: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (path in the folder, information of the file system) of each visible file, folder by folder.
+    """Yields (path in the folder, information of the file system) of each file, folder by folder.
 
     Args:
       most_depth: the most parts of a path; None: any number.
@@ -103,7 +103,7 @@ def walk_remote(url: str, most_depth: int | None = None) -> Iterator[tuple[str, 
         for info in entries:
             path = info["name"].rstrip("/")
             name = path.rpartition("/")[2]
-            if path == folder or name.startswith("."):  # some stores list the folder itself
+            if path == folder or name in (".", ".."):  # some stores list the folder itself
                 continue
             if info["type"] != "directory":
                 yield prefix + name, info
@@ -112,7 +112,7 @@ def walk_remote(url: str, most_depth: int | None = None) -> Iterator[tuple[str, 
 
 
 def remote_glob(pattern: str) -> list[str]:
-    """Returns the URLs of the visible files that match a remote pattern. Only `**` stands for several folders.
+    """Returns the URLs of the files that match a remote pattern. Only `**` stands for several folders.
 
     Raises:
       UserError: if `**` is a part of a name.

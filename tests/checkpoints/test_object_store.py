@@ -8,6 +8,7 @@ from checkpoint_kit import contents, make_checkpointer, save
 from fsspec.implementations.memory import MemoryFileSystem
 
 from EasyLM import checkpoints
+from EasyLM.checkpoints.directories import file_sizes
 from EasyLM.checkpoints.listing import open_saved
 from EasyLM.errors import UnavailableError, UserError
 from EasyLM.storage import HeartbeatLock
@@ -150,6 +151,17 @@ def test_a_store_that_fails_at_the_start_leads_to_no_older_checkpoint(monkeypatc
                 with pytest.raises(UnavailableError, match=f"^{re.escape(message)}$"):
                     opened[0].read()
     assert contents(RUN) == (2, 2, 2)
+
+
+def test_the_files_of_a_state_are_not_missing_in_an_outage(monkeypatch):
+    """A run passes over a state of Orbax that lacks files."""
+    files = {"d/1": 3, "d/.zarray": 2, "_METADATA": 1}
+    for name, size in files.items():
+        MemoryFileSystem().pipe_file(f"{RUN}/state/{name}", bytes(size))
+    assert file_sizes(f"{RUN}/state") == files and file_sizes(f"{RUN}/none") == {}
+    monkeypatch.setattr(MemoryFileSystem, "ls", failing_for("ls", "/d"))
+    with pytest.raises(UnavailableError, match=re.escape(f"{RUN}/state: not reachable (StoreError: SlowDown:)")):
+        file_sizes(f"{RUN}/state")
 
 
 def test_the_client_of_s3_is_called_as_it_defines(monkeypatch):

@@ -43,6 +43,21 @@ def test_the_kept_set_of_a_mixed_series(run_dir, keep_latest):
     assert steps(run_dir) == ([20, 24, 40, 48, 60] if keep_latest == 1 else [20, 24, 40, 48, 52, 56, 60])
 
 
+@pytest.mark.parametrize("on_another_disk", [False, True])
+def test_a_step_that_a_link_of_the_user_names_is_kept(tmp_path, on_another_disk):
+    run = tmp_path / "run"
+    run.mkdir()
+    if on_another_disk:
+        (tmp_path / "disk").mkdir()
+        (run / "checkpoints").symlink_to(tmp_path / "disk")
+    saver = make_checkpointer(run)
+    save(saver, 1)
+    (run / "best").symlink_to("checkpoints/step_00000001")
+    for step in (2, 3):
+        save(saver, step)
+    assert steps(str(run)) == [1, 3]
+
+
 def test_a_step_that_is_gone_does_not_end_the_pruning(run_dir, caplog):
     saver = make_checkpointer(run_dir, keep_latest=2)
     for step in (1, 2, 3):

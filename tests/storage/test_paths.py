@@ -92,7 +92,7 @@ def test_a_store_that_cannot_be_reached_is_not_a_missing_file(monkeypatch):
 def test_a_glob_leaves_out_no_folder_that_cannot_be_listed(monkeypatch, pattern):
     """fsspec's `glob` does."""
     root = "memory://partial"
-    for name in ("a/1.jsonl", "b/2.jsonl", "b/c/3.jsonl", "b/.hidden.jsonl", "4.jsonl"):
+    for name in ("a/1.jsonl", "b/2.jsonl", "b/c/3.jsonl", "4.jsonl"):
         with fsspec.open(f"{root}/{name}", "wb") as file:
             file.write(b"{}\n")
     expected = {"?/*.jsonl": ["a/1", "b/2"], "**/*.jsonl": ["4", "a/1", "b/2", "b/c/3"], "b/*": ["b/2"]}

@@ -59,7 +59,9 @@ def walk(url: str, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     name = f"--{flag}={url}"
     try:
-        yield from walk_remote(url)
+        for path, info in walk_remote(url):
+            if not any(part.startswith(".") for part in path.split("/")):
+                yield path, info
     except FileNotFoundError:
         raise UserError(f"{name}: no such folder") from None
     except UserError as error:
