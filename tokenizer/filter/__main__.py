@@ -7,6 +7,8 @@ It reads each image once, and measures it (`--measurements`). Then it drops imag
 duplicates, and prints how many. The same command with other rules reads no image again. DATASET.md describes the rules.
 """
 
+import os
+
 from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError
@@ -100,6 +102,9 @@ def main(config: ConfigDict) -> None:
     blocklist = read_blocklist(config.blocklist) if config.blocklist else Blocklist()
     scores = tuple(sorted({*minimum, *maximum}))
     paths = [name_part(config.measurements or f"{config.output_file}.measurements.jsonl.zst", part, parts)]
+    if not config.input_dir:
+        paths = expand_paths("measurements", config.measurements)
+    _check_paths(config, paths)
     if config.input_dir:
         skipped = SkippedInputs(config.max_errors)
         source, sidecars = _sources(config, scores)
@@ -107,8 +112,6 @@ def main(config: ConfigDict) -> None:
         listing = Listing(source, sidecars, skipped, part, parts)
         folders.report_ignored(listing.ignored, source.flag)
         write_measurements(paths[0], listing, scores, f"{part}/{parts}", skipped, config.workers, config.fresh)
-    else:
-        paths = expand_paths("measurements", config.measurements)
     if not config.output_file:
         return
     measurements = Measurements(paths)
@@ -144,6 +147,15 @@ def _check(config: ConfigDict, parts: int) -> None:
         if not config.output_file:
             raise UserError(f"--output_picture={config.output_picture}: needs --output_file")
         images.check_output(config.output_picture, "output_picture")
+
+
+def _check_paths(config: ConfigDict, measurements: list[str]) -> None:
+    """Checks the name of a new file of measurements, and that the keep list replaces no file that it is made from."""
+    if config.input_dir and not measurements[0].lower().endswith(".zst"):
+        raise UserError(f"--measurements={config.measurements}: must end in .zst: the file is compressed")
+    for flag, paths in {"measurements": measurements, "blocklist": [config.blocklist]}.items():
+        if config.output_file and os.path.realpath(config.output_file) in map(os.path.realpath, filter(None, paths)):
+            raise UserError(f"--output_file={config.output_file}: is a file of --{flag}={config[flag]}")
 
 
 def _check_scores(measurements: Measurements, scores: tuple[str, ...]) -> None:

@@ -259,6 +259,7 @@ def test_the_picture_has_a_row_for_each_reason(folder, tmp_path):
         ({"input_dir": "IN", "blocklist": "IN/none.txt"}, "none.txt: no such file"),
         ({"input_dir": "IN", "output_picture": "x.txt"}, "--output_picture=x.txt: must end with"),
         ({"input_dir": "IN/none"}, "--input_dir=.*none: no such folder"),
+        ({"input_dir": "IN", "measurements": "x.jsonl"}, "--measurements=x.jsonl: must end in .zst"),
         ({"measurements": "IN/none.zst"}, "none.zst: no such file|no such file: .*none.zst"),
         ({"measurements": "IN/ugly.json"}, "ugly.json: is not complete, or its .*report.json is missing"),
     ],
@@ -271,6 +272,19 @@ def test_flags_that_do_not_fit_are_refused_before_an_image_is_read(folder, tmp_p
     with pytest.raises(UserError, match=message):
         run_main(command, **{"output_file": f"{tmp_path}/keep.jsonl", "workers": 1, **values})
     assert not list(tmp_path.glob("keep*"))
+
+
+def test_the_list_does_not_replace_what_it_is_made_from(folder, tmp_path):
+    measured, blocked, link = (f"{tmp_path}/{name}" for name in ("m.jsonl.zst", "blocked.txt", "link.jsonl"))
+    run_main(command, input_dir=folder, measurements=measured, workers=1)
+    os.symlink(measured, link)
+    with open(blocked, "w") as file:
+        file.write("0" * 32)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for output, flag in ((measured, "measurements"), (link, "measurements"), (blocked, "blocklist")):
+        with pytest.raises(UserError, match=f"--output_file={output}: is a file of --{flag}="):
+            run_main(command, measurements=f"{tmp_path}/*.zst", blocklist=blocked, output_file=output)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_missing_column_of_scores_is_named(tmp_path):
