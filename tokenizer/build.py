@@ -157,7 +157,7 @@ def _build(path: str, division: Division, part: int, codec: Codec, workers: Work
     with contextlib.closing(open_output(path, _fingerprint(config, codec, division, part), config.fresh)) as file:
         if file.finished_report is None:
             if not is_remote(path):
-                check_output(path, "output_file")
+                check_output(path, "output_file", [config.inputs, config.keep])
             file.claim()
         if file.finished_report is not None:
             if config.shard != "auto" or "{i}" not in config.output_file:  # otherwise there can be thousands

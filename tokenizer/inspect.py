@@ -40,11 +40,11 @@ FLAGS = {
 
 def main(config: ConfigDict) -> None:
     """Reads the files and prints their statistics."""
-    if config.output_json:
-        check_output(config.output_json, "output_json")
     if config.output_picture:
         charts.check_output(config.output_picture, "output_picture")
     paths = expand_paths("input_files", config.input_files)
+    if config.output_json:
+        check_output(config.output_json, "output_json", paths)
     vocab_size = config.vocab_size or max(VOCAB_SIZE, vocabulary(config.codebook_size).vocab_size)
     summary = Summary(max(vocab_size, config.codebook_size), config.codebook_size, config.tokens_per_image)
     bad_lines = BadLines(config.max_listed)

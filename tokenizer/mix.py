@@ -15,7 +15,7 @@ from EasyLM.data import packed_file, parse_numbers, proportional
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import check_output, expand_path_groups, is_compressed, is_remote, lock_output, write_json
+from EasyLM.storage import check_output, expand_path_groups, is_compressed, lock_output, write_json
 from EasyLM.vocab import NUM_SPECIAL_IDS, VOCAB_SIZE
 from tokenizer.sentence_files.disk_space import check_disk_space
 from tokenizer.sentence_files.mixing import Source, count_lines, needed_space, write_mixture
@@ -77,15 +77,15 @@ def _sources(config: ConfigDict) -> list[Source]:
     if os.path.isdir(config.output_file) or is_compressed(config.output_file):
         raise UserError(f"--output_file={config.output_file}: must be a plain file, not a folder, .gz or .zst")
     sources = [Source(name, paths) for name, paths in expand_path_groups("inputs", config.inputs)]
-    for path in (path for source in sources for path in source.paths):
+    paths = [path for source in sources for path in source.paths]
+    for path in paths:
         if packed_file.is_packed(path):
             raise UserError(f"--inputs={config.inputs}: {path} is packed: unpack it first (tokenizer.pack --unpack)")
-        if not is_remote(path) and os.path.abspath(path) == os.path.abspath(config.output_file):
-            raise UserError(f"--output_file={config.output_file}: is one of --inputs={config.inputs}")
+    check_output(config.output_file, "output_file", paths)
     with prefix_errors(f"--inputs={config.inputs}"):
-        check_parts([path for source in sources for path in source.paths])
+        check_parts(paths)
     if config.output_json:
-        check_output(config.output_json, "output_json")
+        check_output(config.output_json, "output_json", [*paths, config.output_file])
     return sources
 
 

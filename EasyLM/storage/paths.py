@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 from EasyLM.errors import UserError
@@ -104,15 +105,22 @@ def path_exists(path: str) -> bool:
     return False
 
 
-def check_output(path: str, flag: str = "") -> None:
+def check_output(path: str, flag: str = "", inputs: Iterable[str] = ()) -> None:
     """Creates the directory of a local output file, and checks that files can be written there.
 
+    Args:
+      path: the file.
+      flag: its flag.
+      inputs: files that the command reads, which the output must not replace. Empty names are ignored.
+
     Raises:
-      UserError: naming the flag, if the file cannot be written.
+      UserError: naming the flag, if the file cannot be written, or is an input.
     """
     name = f"--{flag}={path}" if flag else path
     if os.path.isdir(path):
         raise UserError(f"{name}: is a folder, name a file")
+    if os.path.realpath(path) in (os.path.realpath(one) for one in inputs if one and not is_remote(one)):
+        raise UserError(f"{name}: is an input of this command, name another file")
     try:
         directory = os.path.dirname(path) or "."
         os.makedirs(directory, exist_ok=True)

@@ -58,6 +58,11 @@ class EvaluationRun:
     output_json: str
     settings: Mapping[str, Any]
 
+    @property
+    def lists(self) -> list[str]:
+        """The files that list the examples. Empty names: none."""
+        return [self.settings.get(name, "") for name in ("input_file", "read_file_list")]
+
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any], batch_size: int, examples: Sequence[Example], load: Callable, lengths: Callable
@@ -76,7 +81,7 @@ def measure(run: EvaluationRun) -> None:
       UserError: naming the flag, or the example that exceeds the model's longest sequence or cannot be read.
     """
     if run.output_json:
-        check_output(run.output_json, "output_json")
+        check_output(run.output_json, "output_json", run.lists)
     with open_results(run.output_json and f"{run.output_json}.{UNFINISHED}", run.settings) as results:
         longest = max(sum(run.lengths(example)) for example in run.examples)
         prompter = _load_prompter(run, LargestBatch(run.batch_size, longest, None))
@@ -120,7 +125,7 @@ def generate(
       UserError: naming the flag, or the example that cannot be read.
     """
     if run.output_json:
-        check_output(run.output_json, "output_json")
+        check_output(run.output_json, "output_json", run.lists)
     with open_results(os.path.join(output_dir, unfinished_name(list_path)), run.settings) as results:
         longest = max(run.lengths(example)[0] for example in run.examples)
         prompter = _load_prompter(run, LargestBatch(run.batch_size, longest, settings, on_each_device=True))

@@ -151,6 +151,11 @@ def test_outputs_are_checked(directory):
         check_output("new", "output_file")
     with pytest.raises(UserError, match=r"^a.jsonl/out: cannot be written \("):
         check_output("a.jsonl/out")
+    pathlib.Path("link.jsonl").symlink_to("a.jsonl")
+    for path in ("a.jsonl", str(directory / "a.jsonl"), "link.jsonl"):
+        check_output(path, "output_json", ["", "b.jsonl", "s3://bucket/a.jsonl"])
+        with pytest.raises(UserError, match=rf"^--output_json={path}: is an input of this command, name another file$"):
+            check_output(path, "output_json", ["b.jsonl", "a.jsonl"])
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ It reads each image once, and measures it (`--measurements`). Then it drops imag
 duplicates, and prints how many. The same command with other rules reads no image again. DATASET.md describes the rules.
 """
 
-import os
-
 from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError
@@ -150,12 +148,11 @@ def _check(config: ConfigDict, parts: int) -> None:
 
 
 def _check_paths(config: ConfigDict, measurements: list[str]) -> None:
-    """Checks the name of a new file of measurements, and that the keep list replaces no file that it is made from."""
+    """Checks the files of the measurements and of the keep list, which must not replace what it is made from."""
     if config.input_dir and not measurements[0].lower().endswith(".zst"):
         raise UserError(f"--measurements={config.measurements}: must end in .zst: the file is compressed")
-    for flag, paths in {"measurements": measurements, "blocklist": [config.blocklist]}.items():
-        if config.output_file and os.path.realpath(config.output_file) in map(os.path.realpath, filter(None, paths)):
-            raise UserError(f"--output_file={config.output_file}: is a file of --{flag}={config[flag]}")
+    if config.output_file:
+        check_output(config.output_file, "output_file", [*measurements, config.blocklist])
 
 
 def _check_scores(measurements: Measurements, scores: tuple[str, ...]) -> None:

@@ -182,3 +182,10 @@ def test_unwritable_outputs_are_named_before_a_model_is_loaded(lines, tmp_path, 
     settings |= {flag: f"{tmp_path}/file/x", "checkpoint": "none"}
     with pytest.raises(UserError, match=r"/file/x.*: cannot be written"):
         run_main(program, **lines, **settings)
+
+
+@pytest.mark.parametrize("program", [eval_perplexity, batch_generation])
+def test_metrics_do_not_replace_the_list_of_examples(lines, tmp_path, program):
+    settings = {"output_base_dir": f"{tmp_path}/o"} if program is batch_generation else {}
+    with pytest.raises(UserError, match=r"--output_json=.*: is an input of this command"):
+        run_main(program, **lines, **settings, output_json=lines["input_file"], checkpoint="none")

@@ -139,7 +139,7 @@ def test_missing_matplotlib_is_reported_before_the_files_are_read(tmp_path, monk
         ({"tokens_per_image": 0}, "--tokens_per_image=0: must be at least 1"),
         ({"names": "no", "output_picture": "p.txt"}, "--output_picture=p.txt: must end with one of .png, .jpg"),
         ({"names": "no", "output_picture": "/dev/null/p.png"}, "--output_picture=/dev/null/p.png: cannot be written"),
-        ({"names": "no", "output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
+        ({"output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
         ({"names": "d.jsonl"}, "d.jsonl: no such file"),
     ],
 )

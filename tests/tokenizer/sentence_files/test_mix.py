@@ -188,13 +188,15 @@ class TestErrors:
             ({"counts": "1,1", "weights": "1,1"}, "give one of them"),
             ({"total": 5}, "--total=5: requires --weights"),
             ({"seed": -1}, "--seed=-1: must be at least 0"),
-            ({"output": "a.jsonl"}, "is one of --inputs"),
+            ({"output": "a.jsonl"}, "a.jsonl: is an input of this command"),
+            ({"output_json": "m.jsonl"}, "--output_json=m.jsonl: is an input of this command"),
             ({"output": "m.jsonl.gz"}, "must be a plain file"),
             ({"memory_mb": 0}, "--memory_mb=0: must be at least 1"),
             ({"output_json": "/dev/null/f.json"}, "--output_json=/dev/null/f.json: cannot be written"),
         ],
     )
-    def test_invalid_settings_are_reported(self, tmp_path, settings, message):
+    def test_invalid_settings_are_reported(self, tmp_path, monkeypatch, settings, message):
+        monkeypatch.chdir(tmp_path)
         for number, name in enumerate("ab"):
             write(tmp_path / f"{name}.jsonl", number, 2)
         (tmp_path / "a.packed").touch()
