@@ -73,7 +73,7 @@ FLAGS = {
     "output_picture": Flag("", "Image file with examples of dropped images for each rule."),
     "measurements": Flag(
         "",
-        "File of the measurements; empty: OUTPUT_FILE.measurements.jsonl.zst. Without --input_dir: a complete file, or "
+        "File of the measurements, .zst; empty: OUTPUT_FILE.measurements.jsonl.zst. Without --input_dir: a complete file, or "
         "the files of all parts, as a comma list or a glob.",
     ),
     "shard": Flag(

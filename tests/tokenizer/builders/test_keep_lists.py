@@ -154,3 +154,12 @@ def test_lists_are_for_single_images_and_compressed_by_their_names(tree, images,
     assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[-1])["kept"] == 5
     with pytest.raises(UserError, match=r"a keep list is for the kinds of single images: images, paired, .*category$"):
         build_records(tree, tiny, tmp_path / "b.jsonl", "frames", keep=f"{tmp_path}/a.jsonl")
+
+
+def test_a_build_does_not_replace_its_list(images, tiny, tmp_path):
+    run_filter(tmp_path / "a.jsonl", input_dir=str(images / "image"), **RULES)
+    settings = {"input_dir": str(images / "image"), "keep": f"{tmp_path}/a.jsonl"}
+    with pytest.raises(UserError, match=r"--output_file=.*a\.jsonl: is an input of this command"):
+        build_records("", tiny, tmp_path / "a.jsonl", "images", **settings)
+    with pytest.raises(UserError, match=r"--output_file=.*a\.jsonl: is an input of this command"):
+        build_records("", tiny, tmp_path / "a.jsonl", "images", **settings, fresh=True)
