@@ -73,8 +73,8 @@ FLAGS = {
     "output_picture": Flag("", "Image file with examples of dropped images for each rule."),
     "measurements": Flag(
         "",
-        "File of the measurements, .zst; empty: OUTPUT_FILE.measurements.jsonl.zst. Without --input_dir: a complete file, or "
-        "the files of all parts, as a comma list or a glob.",
+        "File of the measurements, .zst; empty: OUTPUT_FILE.measurements.jsonl.zst. Without --input_dir: a complete "
+        "file, or the files of all parts, as a comma list or a glob.",
     ),
     "shard": Flag(
         "0/1",
