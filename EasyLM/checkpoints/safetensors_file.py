@@ -28,6 +28,8 @@ _DTYPES |= {
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _TENSORS = {str: {"dtype": str, "shape": [int], "data_offsets": [int]}}
 _CHECKSUMS = {"algorithm": str, "arrays": {str: str}}
+_KEY = "checksums"
+_START = '{"algorithm": '  # of their text. By it, they are found under a damaged key
 
 
 def write_safetensors(file: BinaryIO, tensors: Sequence[Entry]) -> None:
@@ -58,7 +60,7 @@ def num_bytes(tensor: Entry) -> int:
 
 
 def _header(tensors: Sequence[Entry], sums: Mapping[str, str]) -> bytes:
-    metadata = {"format": "pt", "checksums": json.dumps({"algorithm": ALGORITHM, "arrays": sums})}
+    metadata = {"format": "pt", _KEY: json.dumps({"algorithm": ALGORITHM, "arrays": sums})}
     header: dict[str, dict] = {"__metadata__": metadata}
     offset = 0
     for tensor in tensors:
@@ -124,9 +126,12 @@ def _check_no_gaps(ranges: list[list[int]], size: int) -> None:
 
 
 def _verified(path: str, tensors: list[Entry], metadata: Mapping[str, str]) -> list[Entry]:
-    if "checksums" not in metadata:
+    texts = {key: text for key, text in metadata.items() if key == _KEY or text.startswith(_START)}
+    if not texts:
         return tensors
-    table = parse_json(metadata["checksums"], _CHECKSUMS)
+    if texts.keys() != {_KEY}:
+        raise ValueError(f"checksums under the key {min(texts.keys() - {_KEY})!r} instead of {_KEY!r}")
+    table = parse_json(texts[_KEY], _CHECKSUMS)
     if table["algorithm"] != ALGORITHM:
         raise ValueError(f"checksums of the unknown algorithm {table['algorithm']!r}")
     sums = table["arrays"]

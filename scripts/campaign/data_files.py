@@ -134,6 +134,8 @@ def _ids(line: bytes) -> np.ndarray | None:
     try:
         value = json.loads(line.decode(), parse_constant=finite, parse_int=finite, parse_float=finite)
         json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates, which UTF-8 cannot encode
+        if len(value["tokens"]) % 4:
+            raise ValueError("b64decode accepts superfluous padding, RFC 4648 does not")
         ids = np.frombuffer(base64.b64decode(value["tokens"], validate=True), "<i4")
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 from convert_kit import export, import_, tiny_state
+from safetensors.numpy import load_file, save_file
 
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_files, llama_config
@@ -38,6 +39,16 @@ def test_a_damaged_config_is_refused(model, tmp_path, changes, message):
     (model / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match=f"^{re.escape(str(model / 'config.json'))}: .*{message}"):
         import_(model, tmp_path / "out" / "params")
+
+
+def test_a_head_beside_the_embedding_that_it_shares_has_to_equal_it(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match=f"^{model}: config.json has tie_word_embeddings=true, but lm_head.weight diff"):
+        import_(model, tmp_path / "out" / "params")
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, model / "model.safetensors")
+    import_(model, tmp_path / "out" / "params")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "", "nul", '{"a": 1, "a": 2}'])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 from llama_kit import TINY, changed
 
@@ -65,6 +66,7 @@ def test_flops_per_token():
         ("{'codebook_size': 65537}", "llama.codebook_size=65537: must be 0..65536"),
         ("{'codebook_size': '16384'}", "llama.codebook_size='16384': must be of type int"),
         ("{'hidden_size': '64'}", "llama.hidden_size='64': must be of type int"),
+        ("{'rope_theta': 1%s}" % ("0" * 400), "llama.rope_theta=1000"),
         ("{'hidden_sise': 64}", "unknown setting hidden_sise; choose from vocab_size, hidden_size"),
         ("__import__('os').getcwd()", "not a Python dict literal"),
     ],
@@ -73,6 +75,21 @@ def test_invalid_settings_are_named(text, message):
     with pytest.raises(UserError) as error:
         llama_config.updated(TINY, text)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"initializer_range": 2**32 - 1},
+        {"rope_theta": 2**40, "rms_norm_eps": 2**33},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2**34, "original_max_position_embeddings": 2**35}},
+    ],
+)
+def test_integers_are_numbers_of_any_size(changes):
+    """JAX takes a Python int for an int32."""
+    config = dataclasses.replace(TINY, **changes)
+    params = llama_model.init_params(config, jax.random.key(0))
+    assert llama_model.apply(config, params, jnp.zeros((1, 4), jnp.int32)).shape == (1, 4, config.vocab_size)
 
 
 def test_update_overrides_flags_override_preset():

@@ -41,6 +41,7 @@ _OTHER_NAMES = {
     "params/transformer/ln_f/kernel": "model.norm",
     "params/lm_head/kernel": "lm_head",
 }
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROTARY = tuple(f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "q_norm", "k_norm"))
 
 
@@ -57,12 +58,12 @@ def to_hf(name: str, array: np.ndarray, head_dim: int) -> np.ndarray:
     """Returns a parameter in the layout of the Hugging Face tensor `name`."""
     if name.endswith(_ROTARY):
         array = rearrange(array, "... (H k pair) -> ... (H pair k)", k=head_dim // 2, pair=2)
-    return np.ascontiguousarray(array if name == "model.embed_tokens.weight" else array.T)
+    return np.ascontiguousarray(array if name == _EMBEDDING else array.T)
 
 
 def from_hf(name: str, array: np.ndarray, head_dim: int) -> np.ndarray:
     """Inverts `to_hf`. Returns a view where possible."""
-    array = array if name == "model.embed_tokens.weight" else array.T
+    array = array if name == _EMBEDDING else array.T
     if name.endswith(_ROTARY):
         return rearrange(array, "... (H pair k) -> ... (H k pair)", k=head_dim // 2, pair=2)
     return array
@@ -90,7 +91,7 @@ def _hf_tensor(config: LLaMAConfig, entry: Entry, dtype: np.dtype | None) -> Ent
     def read_into(out):
         np.copyto(out, to_hf(name, entry.read(), head_dim), casting="unsafe")
 
-    shape = entry.shape if name == "model.embed_tokens.weight" else entry.shape[::-1]
+    shape = entry.shape if name == _EMBEDDING else entry.shape[::-1]
     return Entry((name,), shape, dtype or entry.dtype, read_into)
 
 
@@ -108,8 +109,8 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     config = config_from_dict(values, path)
     tensors = {tensor.key[0]: tensor for tensor in hf_files.read_weights(directory)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some programs store the tied embedding twice
+    if config.tie_word_embeddings and _HEAD in tensors:
+        _check_tied(directory, tensors.pop(_HEAD), tensors.get(_EMBEDDING))
     key_of = {hf_name(key): key for key, _, _ in stacking.file_order(parameter_shapes(config))}
     missing, unknown = sorted(set(key_of) - set(tensors)), sorted(set(tensors) - set(key_of))
     if missing or unknown:
@@ -121,13 +122,26 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     return config, entries
 
 
+def _check_tied(directory: str, head: Entry, embedding: Entry | None) -> None:
+    """Checks a head that is stored beside the embedding that it shares, as some programs do.
+
+    Raises:
+      UserError: if they differ, so that the setting or the weights are wrong.
+    """
+    if embedding is not None and not np.array_equal(head.read(), embedding.read()):
+        raise UserError(
+            f"{directory}: config.json has tie_word_embeddings=true, but {_HEAD} differs from {_EMBEDDING}; set it to "
+            "false if the model has a head of its own"
+        )
+
+
 def _entry(config: LLaMAConfig, key: tuple[str, ...], tensor: Entry) -> Entry:
     name, head_dim = tensor.key[0], config.head_dim
 
     def read_into(out):
         np.copyto(out, from_hf(name, tensor.read(), head_dim))
 
-    shape = tensor.shape if name == "model.embed_tokens.weight" else tensor.shape[::-1]
+    shape = tensor.shape if name == _EMBEDDING else tensor.shape[::-1]
     return Entry(key, shape, tensor.dtype, read_into)
 
 

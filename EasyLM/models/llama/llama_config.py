@@ -96,8 +96,11 @@ class LLaMAConfig:
             if name == "rope_scaling":
                 continue  # checked above
             value, kind = getattr(self, name), flag.value_type
-            is_number = kind is float and type(value) is int
-            require(name, type(value) is kind or is_number, f"of type {kind.__name__}")
+            if kind is float and type(value) is int:  # JAX would take it for an int32, which may be too small
+                require(name, abs(value) < 2**63, f"of type {kind.__name__}")
+                value = float(value)
+                object.__setattr__(self, name, value)
+            require(name, type(value) is kind, f"of type {kind.__name__}")
             if flag.choices:
                 choose(f"llama.{name}", value, flag.choices)
             require(name, flag.allows(value), flag.range)

@@ -39,7 +39,7 @@ class RopeScaling:
         choose("rope_type", self.rope_type, ("llama3",))
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < 2**63:
                 raise UserError(f"{name}={value!r}: must be a number above 0")
         if self.factor < 1:
             raise UserError(f"factor={self.factor}: must be at least 1")
@@ -47,11 +47,14 @@ class RopeScaling:
             raise UserError(
                 f"low_freq_factor={self.low_freq_factor}: must be below high_freq_factor={self.high_freq_factor}"
             )
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # JAX would take an int for an int32
 
     def scaled(self, frequencies_k: jax.Array) -> jax.Array:
         """Returns the scaled frequencies of the pairs, in radians per token."""
         low, high = self.low_freq_factor, self.high_freq_factor
-        waves_k = self.original_max_position_embeddings * frequencies_k / (2 * math.pi)  # in the original context
+        length = float(self.original_max_position_embeddings)
+        waves_k = length * frequencies_k / (2 * math.pi)  # in the original context
         unscaled_k = jnp.clip((waves_k - low) / (high - low), 0, 1)
         return (1 - unscaled_k) * frequencies_k / self.factor + unscaled_k * frequencies_k
 
