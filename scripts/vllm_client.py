@@ -3,8 +3,8 @@
     python scripts/vllm_client.py --images=a.png,a_depth.png,b.png --vqgan=VQGAN_DIR --output=answer.png
 
 The server knows token ids only. This program encodes the prompt and decodes the answers with the tokenizer. The request
-is that of OpenAI's API with two fields of vLLM: `allowed_token_ids`, so that the answer consists of codes, and
-`return_token_ids`, so that it comes as ids and not as text.
+is that of OpenAI's API with a field of vLLM, `return_token_ids`, so that the answers come as ids and not as text. Another
+field, see `only_codes`, makes them consist of codes.
 """
 
 import http.client
@@ -20,10 +20,13 @@ from ml_collections import ConfigDict
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.storage import check_schema, expand_paths, parse_json
+from EasyLM.vocab import NUM_SPECIAL_IDS
 from tokenizer.formats import ImageTokenizer
 from tokenizer.media import grids, images
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
+_LONGEST_LIST = 1024  # ids that one field of a request can list in vLLM's Model Runner V2, the default from 0.25 on
+_SECONDS = 600  # for an answer
 FLAGS = {
     "images": Flag("", "Comma list of image files, in the order of the prompt.", required=True),
     "vqgan": CODEC_FLAGS["vqgan"],
@@ -31,9 +34,14 @@ FLAGS = {
     "url": Flag("http://127.0.0.1:8000/v1", "Address of the server's OpenAI API."),
     "n_candidates": Flag(1, "Answers, which the output shows side by side.", least=1),
     "temperature": Flag(1.0, "Temperature of sampling; 0: the most likely token.", least=0),
+    "special_ids": Flag(
+        NUM_SPECIAL_IDS,
+        f"Ids of the model after the codes; used if there are more than {_LONGEST_LIST} codes.",
+        least=0,
+        most=_LONGEST_LIST,
+    ),
     "output": Flag("", "Image file of the answers.", required=True),
 }
-_SECONDS = 600  # for an answer
 
 
 def main(config: ConfigDict) -> None:
@@ -46,14 +54,20 @@ def main(config: ConfigDict) -> None:
             raise UserError("the server has no model")
     codec = Codec(config.vqgan, resolution=config.resolution)
     prompt_PN = codec.encode(np.stack([images.load(path, codec.resolution) for path in paths]))
-    body = request(served[0]["id"], prompt_PN, codec, config.n_candidates, config.temperature)
+    settings = config.n_candidates, config.temperature, config.special_ids
+    body = request(served[0]["id"], prompt_PN, codec, *settings)
     with prefix_errors(f"--url={config.url}"):
         codes_CN = codes(call(config.url, "completions", body, {"choices": [dict]})["choices"], codec)
     images.save(config.output, grids.grid(images.to_uint8(codec.decode(codes_CN)), len(codes_CN)))
 
 
 def request(
-    model: str, prompt_PN: np.ndarray, tokenizer: ImageTokenizer, candidates: int, temperature: float
+    model: str,
+    prompt_PN: np.ndarray,
+    tokenizer: ImageTokenizer,
+    candidates: int,
+    temperature: float,
+    special_ids: int,
 ) -> dict[str, Any]:
     """Returns the body of a request for the image that follows the tokens of P images."""
     return {
@@ -62,9 +76,20 @@ def request(
         "max_tokens": tokenizer.tokens_per_image,
         "n": candidates,
         "temperature": temperature,
-        "allowed_token_ids": list(range(tokenizer.num_codes)),
         "return_token_ids": True,
+        **only_codes(tokenizer.num_codes, special_ids),
     }
+
+
+def only_codes(num_codes: int, special_ids: int) -> dict[str, Any]:
+    """Returns the field of a request that excludes the ids after the codes.
+
+    A list of all codes needs no number of special ids. Where it is too long for vLLM, the logits of the special ids are
+    lowered by 100, the most that the API allows: relative to a code, the probability is multiplied by exp(-100 / T).
+    """
+    if num_codes <= _LONGEST_LIST:
+        return {"allowed_token_ids": list(range(num_codes))}
+    return {"logit_bias": {str(num_codes + i): -100 for i in range(special_ids)}}
 
 
 def codes(choices: Sequence[Mapping[str, Any]], tokenizer: ImageTokenizer) -> np.ndarray:

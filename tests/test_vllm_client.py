@@ -15,9 +15,11 @@ from tokenizer_kit import TINY, run_main, tiny_vqgan, write_image
 
 from EasyLM.errors import UserError
 from EasyLM.models.llama import hf_layout, llama_config
+from EasyLM.vocab import CODEBOOK_SIZE, NUM_SPECIAL_IDS
 from tokenizer.media import images
 from tokenizer.vqgan import Codec
 
+MOST_IDS = 1024  # in a list of a request; constants of vllm/v1/worker/gpu/sample/logit_bias.py
 MODEL = llama_config.updated(CONFIG, f"{{'codebook_size': {TINY.num_embeddings}}}")  # 100 special ids follow the codes
 
 
@@ -61,17 +63,19 @@ def server(reply):
 
 def vllm(body: dict, answer: list[int]) -> list[dict]:
     """The checks of vLLM's CompletionRequest and SamplingParams for a model with the settings MODEL."""
-    known = {"model", "prompt", "max_tokens", "n", "temperature", "allowed_token_ids", "return_token_ids"}
-    if body.keys() - known or body["model"] != "HF_DIR":
+    known = {"model", "prompt", "max_tokens", "n", "temperature", "return_token_ids"}
+    lists = {name: body[name] for name in ("allowed_token_ids", "logit_bias") if name in body}
+    if body.keys() - known - lists.keys() or body["model"] != "HF_DIR":
         raise ValueError(f"unknown {sorted(body.keys() - known)}, {body['model']}")
-    for ids in (body["prompt"], body["allowed_token_ids"]):
-        if not ids or not all(type(i) is int and 0 <= i < MODEL.vocab_size for i in ids):
-            raise ValueError("out-of-vocab token id!")
+    for ids in (body["prompt"], *lists.values()):
+        if not ids or not all(0 <= int(i) < MODEL.vocab_size for i in ids):
+            raise ValueError(f"out-of-vocab token ids. Vocabulary size: {MODEL.vocab_size}")
+    assert all(type(i) is int for i in body["prompt"]) and all(len(ids) <= MOST_IDS for ids in lists.values())
     if len(body["prompt"]) + body["max_tokens"] > MODEL.max_sequence_length:
         raise ValueError("This model's maximum context length is 384 tokens.")
     if body["temperature"] == 0 and body["n"] > 1:
         raise ValueError("n must be 1 when using greedy sampling")
-    assert set(answer) <= set(body["allowed_token_ids"])
+    assert set(answer) <= set(body.get("allowed_token_ids", answer)) - {int(i) for i in body.get("logit_bias", ())}
     shown = answer[: body["max_tokens"]] if body["return_token_ids"] else None
     return [{"index": i, "text": "", "finish_reason": "length", "token_ids": shown} for i in range(body["n"])]
 
@@ -105,10 +109,22 @@ def test_the_answer_is_decoded_and_the_prompt_encoded(settings):
 
 def test_only_codes_are_allowed_and_the_export_suppresses_the_rest(settings):
     codec = Codec(settings["vqgan"])
-    allowed = vllm_client.request("m", np.zeros((1, 64), np.int32), codec, 1, 1.0)["allowed_token_ids"]
+    allowed = vllm_client.request("m", np.zeros((1, 64), np.int32), codec, 1, 1.0, 0)["allowed_token_ids"]
     exported = hf_layout.generation_config(MODEL)
     assert sorted(allowed + exported["suppress_tokens"]) == list(range(MODEL.vocab_size))
     assert {exported[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}.isdisjoint(allowed)
+
+
+def test_more_codes_than_a_list_can_have(settings, monkeypatch):
+    field = vllm_client.only_codes(CODEBOOK_SIZE, NUM_SPECIAL_IDS)
+    suppressed = hf_layout.generation_config(llama_config.LLaMAConfig())["suppress_tokens"]
+    assert field == {"logit_bias": {str(i): -100 for i in suppressed}} and len(suppressed) <= MOST_IDS
+    assert all(len(*vllm_client.only_codes(codes, 100).values()) <= MOST_IDS for codes in (MOST_IDS, MOST_IDS + 1))
+
+    monkeypatch.setattr(vllm_client, "_LONGEST_LIST", TINY.num_embeddings - 1)
+    with server(lambda body: vllm(body, [])) as url:  # one id more than the model has
+        with pytest.raises(UserError, match=f"completions: 400 .*Vocabulary size: {MODEL.vocab_size}"):
+            run_main(vllm_client, url=url, special_ids=NUM_SPECIAL_IDS + 1, **settings)
 
 
 @pytest.mark.parametrize(
