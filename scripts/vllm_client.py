@@ -3,8 +3,8 @@
     python scripts/vllm_client.py --images=a.png,a_depth.png,b.png --vqgan=VQGAN_DIR --output=answer.png
 
 The server knows token ids only. This program encodes the prompt and decodes the answers with the tokenizer. The request
-is that of OpenAI's API with a field of vLLM, `return_token_ids`, so that the answers come as ids and not as text. Another
-field, see `only_codes`, makes them consist of codes.
+is that of OpenAI's API with a field of vLLM, `return_token_ids`, so that answers come as ids and not as text. Another
+field makes them consist of codes (`only_codes`).
 """
 
 import http.client
