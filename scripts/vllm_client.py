@@ -54,8 +54,7 @@ def main(config: ConfigDict) -> None:
             raise UserError("the server has no model")
     codec = Codec(config.vqgan, resolution=config.resolution)
     prompt_PN = codec.encode(np.stack([images.load(path, codec.resolution) for path in paths]))
-    settings = config.n_candidates, config.temperature, config.special_ids
-    body = request(served[0]["id"], prompt_PN, codec, *settings)
+    body = request(served[0]["id"], prompt_PN, codec, config.n_candidates, config.temperature, config.special_ids)
     with prefix_errors(f"--url={config.url}"):
         codes_CN = codes(call(config.url, "completions", body, {"choices": [dict]})["choices"], codec)
     images.save(config.output, grids.grid(images.to_uint8(codec.decode(codes_CN)), len(codes_CN)))
