@@ -76,16 +76,22 @@ def _header(tensors: Sequence[Entry], sums: Mapping[str, str]) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
+class _UnsupportedTypeError(UserError):
+    pass
+
+
 def read_safetensors(path: str | os.PathLike) -> list[Entry]:
     """Returns the tensors of a file as entries, without reading them. A key is `(tensor name,)`.
 
     Raises:
-      UserError: naming the file, if it is truncated, too long or damaged. Reading a damaged tensor raises
-        `checksums.DamagedArrayError`.
+      UserError: naming the file, if it is truncated, too long or damaged, or has a type such as F8_E4M3. Reading a
+        damaged tensor raises `checksums.DamagedArrayError`.
     """
     path = os.fspath(path)
     try:
         return _entries(path)
+    except _UnsupportedTypeError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -103,6 +109,8 @@ def _entries(path: str) -> list[Entry]:
     tensors = []
     for name, info in header.items():
         begin, end = info["data_offsets"]
+        if info["dtype"] not in _DTYPES:
+            raise _UnsupportedTypeError(f"{path}: {name} is {info['dtype']}; supported are {', '.join(_DTYPES)}")
         shape, dtype = tuple(info["shape"]), np.dtype(_DTYPES[info["dtype"]])
         if begin < 0 or min(shape, default=0) < 0:
             raise ValueError(f"{name}: a negative size or offset")

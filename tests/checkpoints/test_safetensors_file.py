@@ -135,3 +135,10 @@ def test_bad_headers_are_refused(path, header):
     path.write_bytes(len(data).to_bytes(8, "little") + data + bytes(3))
     with pytest.raises(UserError, match=f"{path}: not a complete safetensors file"):
         read(path)
+
+
+def test_an_unsupported_type_is_no_damage(path):
+    header = json.dumps({"a": INFO | {"dtype": "F8_E4M3", "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(UserError, match=rf"^{path}: a is F8_E4M3; supported are F64, F32, F16, BF16, BOOL, I8"):
+        read_safetensors(path)

@@ -195,6 +195,7 @@ PLAIN |= {"num_hidden_layers": 2, "num_attention_heads": 4}
         {"attention_bias": True},
         {"mlp_bias": True},
         {"hidden_act": "gelu"},
+        {"quantization_config": {"quant_method": "fp8"}},
         {"sliding_window": 4096},
         {"model_type": "qwen3", "head_dim": 16, "use_sliding_window": True},
         {"model_type": "qwen3", "head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]},

@@ -35,6 +35,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0, 1),
     "n_routed_experts": (0,),
     "partial_rotary_factor": (1.0,),
+    "quantization_config": ({},),
 }
 
 
@@ -56,7 +57,7 @@ def from_hugging_face(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # names in transformers 5 and 4
     if differences := _differences(values, rope):
         raise UserError(
-            f"{source}: only the architectures of LLaMA and Qwen3 (dense, full attention, no biases) are supported, "
+            f"{source}: only the architectures of LLaMA and Qwen3 (dense, full attention, no biases, not quantized) are supported, "
             f"not {', '.join(differences)}"
         )
     with prefix_errors(f"{source}: rope_scaling={dict(rope)}"):
