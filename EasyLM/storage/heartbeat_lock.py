@@ -166,8 +166,9 @@ class HeartbeatLock:
                 self._notice_loss(self._store.read())
                 if self._lost_to is not None:
                     return
-                self._content |= {"heartbeat": time.time(), "beats": self._content["beats"] + 1}
-                self._store.write(self._content)
+                content = self._content | {"heartbeat": time.time(), "beats": self._content["beats"] + 1}
+                self._store.write(content)
+                self._content = content  # only now: others see the written heartbeat, see `_notice_loss`
                 failed = False
             except Exception as error:  # each store has its own exceptions; the next heartbeat tries again
                 if not failed:

@@ -276,7 +276,8 @@ def test_heartbeats_go_on_after_a_failure(directory, monkeypatch, caplog):
         with monkeypatch.context() as patch:
             patch.setattr(lock._store, "write", lambda content: os.close(-1))
             time.sleep(0.5)
-        beats = lock._content["beats"]
+            beats = LockFile(directory).read()["beats"]
+            assert lock._content["beats"] == beats  # its age is that of the last one that others can see
         deadline = time.monotonic() + 5
         while LockFile(directory).read()["beats"] <= beats:
             assert time.monotonic() < deadline

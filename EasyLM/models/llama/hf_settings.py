@@ -57,8 +57,8 @@ def from_hugging_face(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # names in transformers 5 and 4
     if differences := _differences(values, rope):
         raise UserError(
-            f"{source}: only the architectures of LLaMA and Qwen3 (dense, full attention, no biases, not quantized) are supported, "
-            f"not {', '.join(differences)}"
+            f"{source}: only the architectures of LLaMA and Qwen3 (dense, full attention, no biases, not quantized) "
+            f"are supported, not {', '.join(differences)}"
         )
     with prefix_errors(f"{source}: rope_scaling={dict(rope)}"):
         length = values.get("max_position_embeddings")
