@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_kit import file_content
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import conversion, sidecar_path
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from EasyLM.models.llama import convert_checkpoint
 
 STATE = "streaming_train_state"
@@ -102,6 +103,18 @@ def test_an_error_of_orbax_is_one_line(run, tmp_path, monkeypatch):
     reason = "Orbax: ValueError: NOT_FOUND: Error writing"
     assert str(caught.value) == f"--output={tmp_path}/new: cannot be written ({reason})"
     assert os.listdir(tmp_path) == ["run"]
+
+
+def test_an_outage_of_the_store_is_one_line(run, tmp_path, monkeypatch):
+    url = f"memory:/{tmp_path}/run/{STATE}"
+    MemoryFileSystem().pipe_file(url, (run / STATE).read_bytes())
+
+    def fail(*arguments):
+        raise type("HttpError", (Exception,), {})("503")  # clients of stores have types of their own
+
+    monkeypatch.setattr(MemoryFile, "read", fail)
+    with pytest.raises(UnavailableError, match=rf"^{url}: not reachable \(HttpError: 503\)$"):
+        convert(f"trainstate::{url}", tmp_path / "new")
 
 
 def test_bad_requests_are_one_line(run, tmp_path):

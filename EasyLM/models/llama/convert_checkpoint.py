@@ -11,7 +11,7 @@ import os
 from ml_collections import ConfigDict
 
 from EasyLM import checkpoints, flags
-from EasyLM.checkpoints import Conversion, Entry, is_orbax_state, read_orbax
+from EasyLM.checkpoints import Conversion, is_orbax_state, read_orbax
 from EasyLM.errors import UnavailableError, UserError, error_line
 from EasyLM.flags import Flag
 from EasyLM.storage import flush_to_disk, flush_tree_to_disk, lock_output_folder, scratch_folder
@@ -52,7 +52,7 @@ def _convert(config: ConfigDict) -> None:
     name = f"--load_checkpoint={config.load_checkpoint}"
     prefix, path = checkpoints.parse_spec(config.load_checkpoint, _FORMATS, name)
     spec = f"{prefix}::{path}"
-    entries: list[Entry] = _FORMATS[prefix](path)
+    entries = checkpoints.open_checkpoint(spec, _FORMATS)
     conversion = Conversion(spec, entries, checkpoints.FLOAT_DTYPES.get(config.dtype))
     from_orbax = prefix == "orbax" or is_orbax_state(path)
     to_orbax = config.format == "orbax" or not (config.format or from_orbax)
