@@ -1,10 +1,9 @@
 """The communication of a compiled step: bytes by kind of operation and by network."""
 
-import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +14,9 @@ _BYTES = {"pred": 1, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}  # other types end w
 _OPERATION = re.compile(rf"({'|'.join(OPERATIONS)})(-start)?")
 # Between TPU slices, a collective operation is a transfer by the hosts, which has its name.
 _TRANSFER = re.compile(rf'_xla_host_transfer_rendezvous="({"|".join(OPERATIONS)})')
+# In the fusion that starts an asynchronous operation on TPUs.
+_FUSED_START = 'custom_call_target="AsyncCollectiveStart"'
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
 # As mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'b'}: reordered devices in the shape of a mesh, along some axes.
@@ -44,7 +46,7 @@ class Communication:
         return {name: self.within[name] + self.across[name] for name in OPERATIONS}
 
 
-def communication(executed: Iterable[tuple[int, Instruction]], island_of: Sequence[int]) -> Communication:
+def communication(executed: Sequence[tuple[int, Instruction]], island_of: Sequence[int]) -> Communication:
     """Counts the collective operations of a step.
 
     Args:
@@ -52,19 +54,18 @@ def communication(executed: Iterable[tuple[int, Instruction]], island_of: Sequen
       island_of: the slice or node of each device, in the order of the mesh.
     """
     within, across = dict.fromkeys(OPERATIONS, 0), dict.fromkeys(OPERATIONS, 0)
-    counted: collections.Counter[str] = collections.Counter()
+    # The fusions that start, accompany and end an asynchronous operation all show it, with one channel. Those that
+    # accompany it can be in a loop, which makes many trips during one operation. It counts where it starts.
+    starts = {instruction.fused for _, instruction in executed if _FUSED_START in instruction.rest} - {""}
+    started = {_channel(instruction) for _, instruction in executed if instruction.fused in starts} - {""}
     for times, instruction in executed:
         if instruction.operation in ("send", "recv") and (transfer := _TRANSFER.search(instruction.rest)):
             if instruction.operation == ("recv" if transfer[1] == "all-gather" else "send"):  # the larger side
                 across[transfer[1]] += times * _array_bytes(*_arrays(instruction.type)[0])
             continue
         match = _OPERATION.fullmatch(instruction.operation)
-        if not match:
+        if not match or (instruction.fused and instruction.fused not in starts and _channel(instruction) in started):
             continue
-        # The fusions that start, accompany and end an asynchronous operation all show it, with one channel.
-        channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        if channel and instruction.fused:
-            times, counted[channel[1]] = max(times - counted[channel[1]], 0), max(times, counted[channel[1]])
         groups = _groups(instruction.rest, len(island_of))
         crosses = any(len({island_of[device] for device in group}) > 1 for group in groups)
         if any(len(group) > 1 for group in groups):
@@ -73,6 +74,12 @@ def communication(executed: Iterable[tuple[int, Instruction]], island_of: Sequen
             operation = "reduce-scatter" if scatters else match[1]
             (across if crosses else within)[operation] += times * _bytes(instruction)
     return Communication(within, across)
+
+
+def _channel(instruction: Instruction) -> str:
+    """Returns the channel of an operation; empty if it has none."""
+    match = _CHANNEL.search(instruction.rest)
+    return match[1] if match else ""
 
 
 def _bytes(instruction: Instruction) -> int:

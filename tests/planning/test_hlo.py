@@ -11,7 +11,8 @@ from EasyLM.parallel import make_mesh
 from EasyLM.planning.collectives import communication
 from EasyLM.planning.hlo import Instruction, executed_instructions
 
-# A loop of 3 trips as TPUs write it, a loop of 5 trips as noted by XLA, and asynchronous operations, one in two parts.
+# A loop of 3 trips as TPUs write it, a loop of 5 trips as noted by XLA, and asynchronous operations. One is in three
+# fusions as on TPUs: it starts before the second loop, whose trips accompany it, and ends after it.
 MODULE = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -40,7 +41,14 @@ MODULE = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 %noted (x.2: f32[8]) -> f32[8] {
   %x.2 = f32[8]{0} parameter(0)
   %gathered = f32[16]{0} all-gather(%x.2), channel_id=2, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+  %during = f32[16]{0} fusion(%x.2), kind=kOutput, calls=%accompanied
   ROOT %half = f32[8]{0} slice(%gathered), slice={[0:8]}
+}
+
+%started (x.7: f32[8]) -> (f32[8], f32[16]) {
+  %x.7 = f32[8]{0} parameter(0)
+  %first = f32[16]{0} all-gather(%x.7), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %in-flight = (f32[8]{0}, f32[16]{0}) custom-call(%first), custom_call_target="AsyncCollectiveStart"
 }
 
 %accompanied (x.4: f32[8]) -> f32[16] {
@@ -50,7 +58,8 @@ MODULE = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %ended (x.5: f32[8]) -> f32[16] {
   %x.5 = f32[8]{0} parameter(0)
-  ROOT %last = f32[16]{0} all-gather(%x.5), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %last = f32[16]{0} all-gather(%x.5), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %landed = f32[16]{0} custom-call(%last), custom_call_target="AsyncCollectiveDone"
 }
 
 %all-reduce-scatter.1 (x.6: f32[6]) -> f32[4] {
@@ -66,9 +75,9 @@ ENTRY %main (x.3: f32[8]) -> f32[8] {
   %start = (s32[], f32[8]{0}) tuple(%zero, %x.3)
   %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
   %y = f32[8]{0} get-tuple-element(%loop), index=1
+  %begin = (f32[8]{0}, f32[16]{0}) fusion(%y), kind=kCustom, calls=%started
   %loop.1 = f32[8]{0} while(%y), condition=%always, body=%noted, backend_config={"known_trip_count":{"n":"5"}}
   %own.1 = f32[4]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
-  %begin = f32[16]{0} fusion(%loop.1), kind=kCustom, calls=%accompanied
   %end = f32[16]{0} fusion(%loop.1), kind=kCustom, calls=%ended
   %begin.1 = (f32[8]{0}, f32[12]{0}) all-gather-start(%loop.1), channel_id=1, replica_groups={{0,1},{2,3}}
   %end.1 = f32[12]{0} all-gather-done(%begin.1)
