@@ -14,7 +14,7 @@ from llama_kit import changed
 from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import costs, llama_config, llama_model, training_task
-from EasyLM.models.llama.memory import _USABLE, StepShape, check_memory, choose_remat, step_bytes
+from EasyLM.models.llama.memory import StepShape, check_memory, choose_remat, step_bytes
 from EasyLM.models.llama.remat_policies import AUTOMATIC_POLICIES
 from EasyLM.parallel import make_mesh
 from EasyLM.planning.matmuls import matmul_flops
@@ -68,11 +68,10 @@ def test_the_formula_agrees_with_the_compilers(key):
     plan = PLANS[key]
     state, mesh = plan["state_bytes_per_device"], plan["mesh"]
     tokens = plan["batch_size"] * plan["seq_length"] // (mesh["dp"] * mesh["fsdp"] * mesh.get("sp", 1))
-    shape = StepShape(tokens, mesh["mp"], jnp.bfloat16, state, state // 12)
+    lanes = 128 if plan["device_kind"].startswith("TPU") else 1
+    shape = StepShape(tokens, mesh["mp"], jnp.bfloat16, state, state // 12, lanes)
     needed = step_bytes(llama_config.PRESETS[plan["preset"]], plan["remat"].partition(" ")[0], shape)
-    # A TPU pads heads of 64 values to 128. What the formula lets in must fit all the same.
-    least = _USABLE if key == "vqlm_100m v5e:2x2" else 0.99
-    assert least < needed / plan["peak_bytes_per_device"] < 1.3
+    assert 0.99 < needed / plan["peak_bytes_per_device"] < (1.12 if key == "vqlm_100m v5e:2x2" else 1.03)
     assert (
         choose_remat(llama_config.PRESETS[plan["preset"]], shape, plan["hbm_bytes_per_device"]).policy
         == plan["remat"].partition(" ")[0]

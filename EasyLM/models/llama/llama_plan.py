@@ -36,7 +36,7 @@ FLAGS = {
     **training_task.TRAIN_FLAGS,
 }
 # The policies that --suggest tries. "auto" recomputes the least that fits according to a formula, which can
-# overestimate the memory by a quarter. Therefore the policy that saves everything is tried, too.
+# overestimate the memory by an eighth. Therefore the policy that saves everything is tried, too.
 _POLICIES = ("", AUTO)
 
 
