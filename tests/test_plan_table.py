@@ -28,6 +28,14 @@ def test_a_plan_is_of_the_current_preset(key):
     assert key in {plan_table.key_of(preset, topology, flags) for preset, topology, _, flags in plan_table.CASES}
 
 
+@pytest.mark.parametrize("key", PLANS)
+def test_a_plan_sends_little_more_than_two_gathers_and_a_scatter_of_the_parameters(key):
+    """In bf16. The all-to-all exchanges activations."""
+    sent = PLANS[key]["collective_bytes"]
+    kernels = 3 * 2 * costs.num_parameters(llama_config.PRESETS[PLANS[key]["preset"]])
+    assert sum(sent.values()) - sent["all-to-all"] < 1.15 * kernels
+
+
 @pytest.mark.parametrize("flags", [{"kinds": "v5p,h10"}, {"presets": "vqlm_7"}])
 def test_misspelt_kinds_and_presets_are_refused(tmp_path, flags):
     ((name, value),) = flags.items()

@@ -1,12 +1,15 @@
 """What the automatic rematerialization saves: as much as fits, by a formula that agrees with the compilers' plans."""
 
+import collections
 import dataclasses
 import functools
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_run
 from llama_kit import changed
@@ -114,6 +117,25 @@ def test_heads_and_feed_forward_are_split_over_mp():
     saved = [step_bytes(config, ALL, shape) - step_bytes(config, NOTHING, shape) for shape in (whole, half)]
     output = 2 * 32 * 4096 * 4096  # of a block's attention, which mp does not split
     assert saved[0] - output == 2 * (saved[1] - output)
+
+
+def test_tpus_pad_the_heads_that_they_save():
+    config = llama_config.PRESETS["vqlm_100m"]  # 22 layers, 10 heads of 64 values
+    plain, padded = (StepShape(4096, 1, jnp.bfloat16, 0, 0, lanes) for lanes in (1, 128))
+    saved = [step_bytes(config, ALL, shape) - step_bytes(config, NOTHING, shape) for shape in (plain, padded)]
+    assert saved[1] - saved[0] == 2 * 22 * 4096 * 4 * 10 * 64, "attention, queries, keys and values"
+    devices = np.array([types.SimpleNamespace(platform="tpu")])
+    mesh = types.SimpleNamespace(shape=make_mesh("1,8,1").shape, devices=devices)
+    state = collections.namedtuple("State", "params")({})
+    assert StepShape.of(state, mesh, jnp.bfloat16, 8, 4096).lanes == 128
+    assert StepShape.of(state, make_mesh("1,8,1"), jnp.bfloat16, 8, 4096).lanes == 1
+
+
+def test_logits_and_the_backward_pass_of_the_blocks_share_their_memory():
+    config, shape = llama_config.PRESETS["vqlm_7b"], StepShape(4096, 1, jnp.bfloat16, 0, 0)
+    needed = [step_bytes(dataclasses.replace(config, vocab_size=size), ALL, shape) for size in (8292, 16384, 32768)]
+    logits = 3 * 4096 * 4  # bytes for each id
+    assert needed[0] == needed[1] and 0 < needed[2] - needed[1] < 16384 * logits
 
 
 @pytest.mark.parametrize("mesh_dim", ["2,2,2", "dp:2,fsdp:1,mp:2,sp:2"])
