@@ -248,6 +248,8 @@ def _group(
         if sidecars["metadata"] and not (isinstance(contents, dict) and isinstance(contents.get("step"), int)):
             contents = {}
             problems.append(f"{sidecars['metadata']}: not the metadata of a run: it has no step")
+    except UnavailableError:
+        raise
     except UserError as error:
         problems.append(str(error))
     spec = f"{PREFIX_OF[state.removesuffix(suffix)]}::{path}/{state}" if state else ""

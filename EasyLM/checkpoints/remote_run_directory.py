@@ -44,9 +44,14 @@ class RemoteRunDirectory(Saves):
         files = list_directory(directory)
         if WRITING not in files or METADATA in files:
             return
-        with contextlib.suppress(UserError):  # an unreadable marker may belong to another run
-            if read_json(f"{directory}/{WRITING}").get("run_directory") == self.path:
-                self._delete_directory(directory)
+        try:
+            owner = read_json(f"{directory}/{WRITING}").get("run_directory")
+        except UnavailableError:
+            raise
+        except UserError:  # an unreadable marker may belong to another run
+            return
+        if owner == self.path:
+            self._delete_directory(directory)
 
     @contextlib.contextmanager
     def visible_file(self) -> Iterator[None]:

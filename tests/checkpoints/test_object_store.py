@@ -141,13 +141,15 @@ def test_a_store_that_fails_at_the_start_leads_to_no_older_checkpoint(monkeypatc
         ("info", "streaming_train_state", state),
         ("info", "_METADATA", f"{state}/_METADATA"),
         ("open", "streaming_train_state", state),
+        ("open", "step_00000002/metadata.json", f"{RUN}/checkpoints/step_00000002/metadata.json"),
+        ("open", "step_00000002/dataset.json", f"{RUN}/checkpoints/step_00000002/dataset.json"),
     ):
         message = f"{path}: not reachable (StoreError: SlowDown:)"
         with monkeypatch.context() as patch:
             patch.setattr(MemoryFileSystem, function, failing_for(function, file))
             with pytest.raises(UnavailableError, match=f"^{re.escape(message)}$"):
                 checkpoints.newest_whole(RUN, checkpoints.CHECKPOINT_FORMATS)
-            if function == "open":
+            if (function, path) == ("open", state):
                 with pytest.raises(UnavailableError, match=f"^{re.escape(message)}$"):
                     opened[0].read()
     assert contents(RUN) == (2, 2, 2)
