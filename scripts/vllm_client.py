@@ -83,8 +83,9 @@ def request(
 def only_codes(num_codes: int, special_ids: int) -> dict[str, Any]:
     """Returns the field of a request that excludes the ids after the codes.
 
-    A list of all codes needs no number of special ids. A list that is too long ends vLLM's engine; then the logits of the
-    special ids are lowered by 100, the most that the API allows: relative to a code, the probability is multiplied by exp(-100 / T).
+    A list of all codes needs no number of special ids. A list that is too long ends vLLM's engine; then the logits of
+    the special ids are lowered by 100, the most that the API allows. Relative to a code, this multiplies their
+    probability by exp(-100 / temperature).
     """
     if num_codes <= _LONGEST_LIST:
         return {"allowed_token_ids": list(range(num_codes))}
