@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from checkpoint_kit import contents, make_checkpointer, save
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints.directories import file_sizes
@@ -153,6 +153,32 @@ def test_a_store_that_fails_at_the_start_leads_to_no_older_checkpoint(monkeypatc
                 with pytest.raises(UnavailableError, match=f"^{re.escape(message)}$"):
                     opened[0].read()
     assert contents(RUN) == (2, 2, 2)
+
+
+def test_an_outage_at_any_call_leads_to_no_older_checkpoint(monkeypatch):
+    saver, calls, failing = make_checkpointer(RUN, keep_latest=2), [], []
+    for step in (1, 2):
+        save(saver, step)
+
+    def counted(method):
+        def call(*arguments, **options):
+            calls.append(method)
+            return (fail if len(calls) in failing else method)(*arguments, **options)
+
+        return call
+
+    for owner, names in {MemoryFileSystem: ("info", "ls", "cat_file", "_open"), MemoryFile: ("read",)}.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    newest, problems = checkpoints.newest_whole(RUN, checkpoints.CHECKPOINT_FORMATS)
+    assert newest.saved.name == "checkpoints/step_00000002" and not problems
+    count = len(calls)
+    for number in range(1, count + 1, 3):
+        calls.clear()
+        failing[:] = [number]
+        with pytest.raises(UnavailableError, match=r"not reachable \(StoreError: SlowDown:\)"):
+            checkpoints.newest_whole(RUN, checkpoints.CHECKPOINT_FORMATS)
+    assert count > 50
 
 
 def test_the_files_of_a_state_are_not_missing_in_an_outage(monkeypatch):
