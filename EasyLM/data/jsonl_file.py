@@ -12,7 +12,7 @@ import pybase64
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import parse_line, token_type
 from EasyLM.data.tokenizer_names import tokenizer_of
-from EasyLM.storage import Columns, check_line_start, is_remote, open_binary, remote_file_system
+from EasyLM.storage import Columns, check_line_start, is_remote, names_store_errors, open_binary, remote_file_system
 
 # Bytes of one read, unless a line is longer. For 128 KiB or more, malloc maps a new buffer each time, and the page
 # faults take longer than the decoding.
@@ -125,6 +125,11 @@ def _byte_reader(path: str) -> Callable[[int, int], bytes]:
     """Returns a function from (begin, end) to those bytes of the file."""
     if is_remote(path):
         system, inner = remote_file_system(path)
-        return functools.partial(system.cat_file, inner)
+
+        def read(begin: int, end: int) -> bytes:
+            with names_store_errors(path):
+                return system.cat_file(inner, start=begin, end=end)  # by name: s3fs has another order
+
+        return read
     file = open_binary(path)  # stays open as long as the reader
     return lambda begin, end: os.pread(file.fileno(), end - begin, begin)

@@ -14,7 +14,7 @@ from EasyLM.data.packed_file import PackedFile, is_packed
 from EasyLM.data.protocols import TokenFile
 from EasyLM.data.record_fields import RecordProcessor, TokenLayout
 from EasyLM.data.tokenizer_names import common_tokenizer
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 
 
 class FileTokenStream:
@@ -108,6 +108,8 @@ def _read_file(
             part = slice(low - start, high - start)
             line_masks = None if masks is None else masks[part]
             _read_line(file, layout, line, end - begin, low - begin, ids[part], line_masks)
+    except UnavailableError:
+        raise
     except ValueError as error:
         raise UserError(f"{file.path}: changed since it was indexed, at token {start} ({error})") from None
 

@@ -1,5 +1,6 @@
 """Where metrics are written: `metrics.jsonl`, wandb, TensorBoard. Each is a `MetricsSink`."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from typing import IO, Any, Literal, Protocol, cast
 
 from EasyLM.errors import UserError, check_installed
-from EasyLM.storage import is_remote, json_digest, remote_file_system
+from EasyLM.storage import is_remote, json_digest, names_store_errors, remote_file_system
 
 _LONGEST_NAME = 128  # characters of a wandb project
 _MOST_LINE_BYTES = 1 << 20
@@ -38,6 +39,7 @@ class JsonLinesSink:
 
     Raises:
       OSError: if the file cannot be opened.
+      UnavailableError: if an object store cannot be reached.
     """
 
     def __init__(self, path: str):
@@ -70,18 +72,22 @@ def _is_json(line: bytes) -> bool:
 
 
 def _open_to_append(path: str) -> IO[bytes]:
-    if is_remote(path):
-        return _RemoteFile(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    return open(path, "ab+")
+    if not is_remote(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, "ab+")
+    store, name = remote_file_system(path)
+    content = b""
+    with contextlib.suppress(FileNotFoundError), names_store_errors(path):  # not `exists`: any error is "no" to it
+        content = store.cat_file(name)
+    return _RemoteFile(store, name, content)
 
 
 class _RemoteFile(io.BytesIO):
     """A file on an object store, which cannot append. It is uploaded whole, at most once a minute and when closed."""
 
-    def __init__(self, path: str):
-        self._store, self._name = remote_file_system(path)
-        super().__init__(self._store.cat_file(self._name) if self._store.exists(self._name) else b"")
+    def __init__(self, store: Any, name: str, content: bytes):
+        super().__init__(content)
+        self._store, self._name = store, name
         self.seek(0, os.SEEK_END)
         self._uploaded = time.monotonic()
 

@@ -8,11 +8,12 @@ import os
 import numpy as np
 import pytest
 from data_kit import assert_rows, base64_line, dataset, plain_rows, plain_stream
+from fsspec.implementations.memory import MemoryFileSystem
 
 from EasyLM import flags
 from EasyLM.data import jsonl_file, make_dataset
 from EasyLM.data.dataset import DATASET_FLAGS
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 
 
 @pytest.mark.parametrize("window", [1, jsonl_file.WINDOW_BYTES])
@@ -112,6 +113,33 @@ def test_remote_paths(golden, tmp_path, monkeypatch):
     assert_rows(source.rows(200, 5), *plain_rows(plain_stream(local), 128, 200, 5))
     with pytest.raises(UserError, match=r"path=memory://bucket/no.jsonl: no such file"):
         dataset("memory://bucket/no.jsonl")
+
+
+def test_files_on_s3_are_read(golden, tmp_path, monkeypatch):
+    """The `cat_file` of its client has another second argument than that of other clients."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cat_file, local = MemoryFileSystem.cat_file, golden / "lvm_tiny" / "dataset.jsonl"
+
+    def s3_cat_file(self, path, version_id=None, start=None, end=None):
+        assert version_id is None
+        return cat_file(self, path, start, end)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", s3_cat_file)
+    MemoryFileSystem().pipe_file("memory://s3/a.jsonl", local.read_bytes())
+    assert_rows(dataset("memory://s3/a.jsonl").rows(200, 5), *plain_rows(plain_stream(local), 128, 200, 5))
+
+
+def test_an_outage_of_a_store_is_no_change_of_the_file(golden, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    MemoryFileSystem().pipe_file("memory://s3/b.jsonl", (golden / "lvm_tiny" / "dataset.jsonl").read_bytes())
+    source = dataset("memory://s3/b.jsonl")
+
+    def fail(*arguments, **options):
+        raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+    with pytest.raises(UnavailableError, match=r"^memory://s3/b\.jsonl: not reachable \(ConnectionResetError"):
+        source.rows(0, 1)
 
 
 def test_changed_file_is_detected(sentences):

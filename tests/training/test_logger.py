@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 import types
 
 import jax
 import pytest
 import wandb
+from fsspec.implementations.memory import MemoryFileSystem
 
 from EasyLM import flags
 from EasyLM.errors import UserError
@@ -246,3 +248,23 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, calls, monkeypatch, caplog):
     logger.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 3, 4]
     assert caplog.text.count("metrics.jsonl cannot be written; the run continues: [Errno 28]") == 1
+
+
+def test_an_outage_at_the_start_does_not_erase_remote_metrics(tmp_path, calls, monkeypatch):
+    """fsspec's `exists` calls a file missing if its store does not answer."""
+    run_dir = f"memory:/{tmp_path}"
+    path = f"{run_dir}/metrics.jsonl"
+    monkeypatch.setattr(metrics_sinks, "time", time)
+    log(run_dir, {"step": 1}, wandb=False)
+
+    def fail(*arguments, **options):
+        raise ConnectionResetError("connection reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "exists", lambda *arguments: False)
+        patch.setattr(MemoryFileSystem, "cat_file", fail)
+        with pytest.raises(UserError, match=rf"^{path}: not reachable \(ConnectionResetError"):
+            log(run_dir, {"step": 2}, wandb=False)
+    log(run_dir, {"step": 3}, wandb=False)
+    lines = MemoryFileSystem().cat_file(path).splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3]
