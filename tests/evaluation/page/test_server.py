@@ -74,7 +74,8 @@ def answer_to_frame(client: httpx.Client, url: str, path: str) -> str:
     draws = [
         dependency
         for dependency in config["dependencies"]
-        if any(components[target].get("elem_id") == "draw_sequence" for target, _ in dependency["targets"])
+        # An event that follows another one has no component.
+        if any(components.get(target, {}).get("elem_id") == "draw_sequence" for target, _ in dependency["targets"])
     ]
     values = [components[i].get("value") for i in draws[0]["inputs"]]
     frames = next(k for k, i in enumerate(draws[0]["inputs"]) if components[i].get("elem_id") == "frames")
