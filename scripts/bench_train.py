@@ -46,7 +46,7 @@ def main(config: ConfigDict) -> None:
     )
     step = jax.jit(make_train_step(trained.loss_and_gradients, optimizer, seed=0), donate_argnums=0)
     params, _ = jax.jit(trained.init)(jax.random.key(0))
-    state = TrainState(jnp.int32(0), params, jax.jit(optimizer.transform.init)(params))
+    state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
     shape = config.batch_size, config.seq_length
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, *shape)).astype(np.int32)
     batch = {"input_tokens": tokens[0], "target_tokens": tokens[1], "loss_masks": np.ones(shape, np.float32)}

@@ -37,7 +37,7 @@ def test_model_optimizer_and_mesh_can_be_made(path):
     config = parse(path)
     model = llama_config.build_config(config.load_llama_config, config.llama, config.update_llama_config)
     params = jax.eval_shape(partial(llama_model.init_params, model), jax.random.key(0))
-    jax.eval_shape(make_optimizer(config.optimizer).transform.init, params)
+    jax.eval_shape(make_optimizer(config.optimizer).init, params)
     assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(PARAMETERS[path.stem], rel=0.01)
     dataset = config.train_dataset.json_dataset
     check_batch_size("batch_size", dataset.batch_size, make_mesh(config.mesh_dim, jax.devices()[:4]))

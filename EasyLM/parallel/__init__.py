@@ -31,6 +31,7 @@ from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distri
 from EasyLM.parallel.memory import SHARE_VARIABLES, device_memory, host_memory, more_device_memory, step_memory
 from EasyLM.parallel.mesh import (
     BATCH_AXES,
+    GROUP_AXIS,
     HEAD_AXES,
     SHARD_AXES,
     TOKEN_AXES,
@@ -38,6 +39,7 @@ from EasyLM.parallel.mesh import (
     batch_sharding,
     check_batch_size,
     check_whole_sequences,
+    group_mesh,
     make_mesh,
 )
 from EasyLM.parallel.partition import constrain, shardings
@@ -46,6 +48,7 @@ from EasyLM.parallel.peers import end_together, fail_together
 
 __all__ = [
     "BATCH_AXES",
+    "GROUP_AXIS",
     "HEAD_AXES",
     "JAX_DISTRIBUTED_FLAGS",
     "SHARD_AXES",
@@ -64,6 +67,7 @@ __all__ = [
     "end_together",
     "fail_together",
     "from_all_processes",
+    "group_mesh",
     "host_memory",
     "initialize_distributed",
     "make_mesh",

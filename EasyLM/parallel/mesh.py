@@ -21,6 +21,7 @@ BATCH_AXES = ("dp", "fsdp")  # rows of a batch
 TOKEN_AXES = (*BATCH_AXES, "sp")  # tokens of a batch
 SHARD_AXES = ("fsdp", "sp")  # parameters, besides mp
 HEAD_AXES = ("mp", "sp")  # heads, while the devices along sp have whole sequences
+GROUP_AXIS = "dp_group"  # see `group_mesh`
 
 
 def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
@@ -113,6 +114,17 @@ def _slices_along(mesh_dim: str, shape: Mapping[str, int], num_slices: int) -> t
     return tuple(ways)
 
 
+def group_mesh(mesh: Mesh) -> Mesh:
+    """Returns the mesh of a function that `jax.vmap` maps over the groups of devices along dp.
+
+    GROUP_AXIS takes the place of dp, and is the `spmd_axis_name` of the map. The function splits arrays over the axes
+    of one group, where dp has the size 1. The order of the devices is the same.
+    """
+    at = mesh.axis_names.index("dp")
+    names = (*mesh.axis_names[:at], GROUP_AXIS, *mesh.axis_names[at:])
+    return Mesh(np.expand_dims(mesh.devices, at + 1), names, axis_types=(AxisType.Auto,) * len(names))
+
+
 def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     """Returns the number of parts into which one or more mesh axes split an array axis; 1 for None."""
     if axes is None:
@@ -123,9 +135,10 @@ def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: rows are split over dp and fsdp.
 
-    The devices along sp have the same rows. The model splits their tokens.
+    The devices along sp have the same rows. The model splits their tokens. On the `group_mesh` the
+    sharding is equivalent.
     """
-    return NamedSharding(mesh, P(BATCH_AXES))
+    return NamedSharding(mesh, P((GROUP_AXIS, *BATCH_AXES) if GROUP_AXIS in mesh.shape else BATCH_AXES))
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:

@@ -46,14 +46,14 @@ class Communication:
         return {name: self.within[name] + self.across[name] for name in OPERATIONS}
 
 
-def communication(executed: Sequence[tuple[int, Instruction]], island_of: Sequence[int]) -> Communication:
+def communication(executed: Sequence[tuple[float, Instruction]], island_of: Sequence[int]) -> Communication:
     """Counts the collective operations of a step.
 
     Args:
       executed: see `hlo.executed_instructions`.
       island_of: the slice or node of each device, in the order of the mesh.
     """
-    within, across = dict.fromkeys(OPERATIONS, 0), dict.fromkeys(OPERATIONS, 0)
+    within, across = dict.fromkeys(OPERATIONS, 0.0), dict.fromkeys(OPERATIONS, 0.0)
     # The fusions that start, accompany and end an asynchronous operation all show it, with one channel. Those that
     # accompany it can be in a loop, which makes many trips during one operation. It counts where it starts.
     starts = {instruction.fused for _, instruction in executed if _FUSED_START in instruction.rest} - {""}
@@ -73,7 +73,7 @@ def communication(executed: Sequence[tuple[int, Instruction]], island_of: Sequen
             scatters = instruction.fused.startswith("all-reduce-scatter")
             operation = "reduce-scatter" if scatters else match[1]
             (across if crosses else within)[operation] += times * _bytes(instruction)
-    return Communication(within, across)
+    return Communication(*({name: round(size) for name, size in part.items()} for part in (within, across)))
 
 
 def _channel(instruction: Instruction) -> str:

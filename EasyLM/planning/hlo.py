@@ -8,7 +8,9 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _KNOWN_TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)')
-_CALLED = re.compile(r"(?:calls|body|called_computations|branch_computations)=\{?([%\w.\-, ]+)")
+_CALLED = re.compile(
+    r"(?:calls|body|called_computations|branch_computations|true_computation|false_computation)=\{?([%\w.\-, ]+)"
+)
 _CONTROL_FLOW = ("while", "conditional", "call")
 _APPLIED = re.compile(r"to_apply=%?([\w.\-]+)")
 
@@ -42,17 +44,24 @@ class Computation:
     root: str
 
 
-def executed_instructions(text: str) -> list[tuple[int, Instruction]]:
+def executed_instructions(text: str, branch_share: float = 1) -> list[tuple[float, Instruction]]:
     """Returns (executions in one run of the module, instruction), those of called computations included.
 
     A loop whose trips are not known counts once.
+
+    Args:
+      branch_share: executions of each branch, for one execution of its conditional.
     """
     computations, entry = _parse(text)
 
-    def walk(name: str, times: int, fused: str) -> Iterator[tuple[int, Instruction]]:
+    def walk(name: str, times: float, fused: str) -> Iterator[tuple[float, Instruction]]:
         for instruction in computations[name].instructions.values() if name in computations else ():
             yield times, dataclasses.replace(instruction, fused=fused) if fused else instruction
-            inner = times * _trips(computations, instruction) if instruction.operation == "while" else times
+            inner = times
+            if instruction.operation == "while":
+                inner = times * _trips(computations, instruction)
+            elif instruction.operation == "conditional":
+                inner = times * branch_share
             for called in _called(instruction):
                 yield from walk(called, inner, fused or ("" if instruction.operation in _CONTROL_FLOW else called))
 

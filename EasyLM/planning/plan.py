@@ -45,6 +45,7 @@ class PlannedTask:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a train step needs. Values are None where the step did not compile. Bytes and FLOPs are those of one step.
+    With accumulation, they are means over the micro-steps of an update.
 
     Attributes:
       mesh: mesh axes and their sizes.
@@ -128,7 +129,8 @@ def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, ass
         except jax.errors.JaxRuntimeError as error:
             return plan.with_values(error=_cause(error), fits=False if _is_too_large(error) else None)
     compiled_at = time.perf_counter()
-    executed = executed_instructions(compiled.as_text())
+    # The only branch is the reduction of an update's gradients, see `EasyLM.training.accumulation`.
+    executed = executed_instructions(compiled.as_text(), branch_share=1 / task.optimizer.micro_steps)
     sent = communication(executed, [topology.island_of(device) for device in mesh.devices.flat])
     flops, model_flops = matmul_flops(traced.jaxpr), task.batch_size * task.flops_per_row
     step_seconds = assumptions.step_seconds((flops or model_flops) / mesh.devices.size, state_bytes, sent)
@@ -158,14 +160,14 @@ def peak_bytes(memory: Any, platform: str) -> int:
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
-def _attention_kernels(executed: Iterable[tuple[int, Instruction]]) -> dict[str, int]:
+def _attention_kernels(executed: Iterable[tuple[float, Instruction]]) -> dict[str, int]:
     """Returns the executions of attention kernels by name: cuDNN's are targets of calls, Pallas' are names of calls."""
     counts: collections.Counter[str] = collections.Counter()
     for times, instruction in executed:
         if instruction.operation == "custom-call":
             target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
             names = [target[1] if target else "", re.sub(r"\.\d+$", "", instruction.name)]
-            counts.update({name: times for name in names if _ATTENTION_KERNEL.search(name)})
+            counts.update({name: round(times) for name in names if _ATTENTION_KERNEL.search(name)})
     return dict(counts)
 
 

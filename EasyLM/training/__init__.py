@@ -3,6 +3,7 @@
 May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
 
     step          the train state, and the pure functions that change it
+    accumulation  the mean gradient of the micro-steps of an update
     abstract_step shapes, shardings and bytes of a step's arguments, and its trace
     compilation   compiles a run's functions; their cache on disk
     task          what a run trains: model, optimizer, data, units
@@ -24,6 +25,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
 Vocabulary:
     micro-step    one batch: forward and backward pass; `step` counts micro-steps from 0
     update        one change of the parameters, after one or more micro-steps (accumulation)
+    at rest       a state as files hold it; between saves, groups of devices along dp have accumulators of their own
     row           one training example of fixed size; a batch has `batch_size` rows over all devices
     item          what throughput counts: a token, or an image
     extra         state that the loss function updates and no gradient reaches, such as running means

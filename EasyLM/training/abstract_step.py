@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from EasyLM.parallel import batch_sharding, shardings
+from EasyLM.parallel import batch_sharding, group_mesh, shardings
+from EasyLM.training.accumulation import gradients_of_groups, shapes_with_groups
 from EasyLM.training.step import Batch, Optimizer, TrainState, jit_train_step, make_train_step, state_shapes
 from EasyLM.training.task import Model
 
@@ -51,7 +52,22 @@ def abstract_batch(rows: Mapping[str, Any], batch_size: int, mesh: Mesh) -> Batc
 def trace_step(
     model: Model, optimizer: Optimizer, seed: int, mesh: Mesh, state: TrainState, batch: Batch
 ) -> jax.stages.Traced:
-    """Traces the train step `(state, batch) -> (state, metrics)`. The state and the batch may be abstract."""
-    step = make_train_step(model.loss_and_gradients, optimizer, seed)
+    """Traces the train step `(state, batch) -> (state, metrics)`. The state and the batch may be abstract.
+
+    Args:
+      state: at rest, see `accumulation`. The step takes and returns it `with_groups`, if there are any.
+    """
+    loss_and_gradients, groups = model.loss_and_gradients, accumulating_groups(model, optimizer, mesh)
+    if groups is not None:  # a program has one mesh
+        assert model.gradients_of_group is not None
+        loss_and_gradients, mesh = gradients_of_groups(model.gradients_of_group, groups), groups
+        state = shapes_with_groups(state, groups)
+    step = make_train_step(loss_and_gradients, optimizer, seed)
     placement = jax.tree.map(lambda array: array.sharding, state)
     return jit_train_step(step, placement, mesh).trace(state, batch)
+
+
+def accumulating_groups(model: Model, optimizer: Optimizer, mesh: Mesh) -> Mesh | None:
+    """Returns the `group_mesh` if its groups accumulate gradients of their own; None: all accumulate together."""
+    accumulates = optimizer.micro_steps > 1 and model.gradients_of_group is not None
+    return group_mesh(mesh) if accumulates and mesh.shape["dp"] > 1 else None

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from EasyLM.errors import UserError
 from EasyLM.storage import make_directory
-from EasyLM.training.abstract_step import abstract_batch, trace_step
+from EasyLM.training.abstract_step import abstract_batch, accumulating_groups, trace_step
+from EasyLM.training.accumulation import with_groups
 from EasyLM.training.step import Batch, Metrics, TrainState
 from EasyLM.training.task import TrainingTask
 from EasyLM.training.watchdog import reported
@@ -36,14 +37,15 @@ def use_compilation_cache(directory: str) -> None:
 def compile_step(
     task: TrainingTask, seed: int, mesh: Mesh, state: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compiles the train step and logs the compile time."""
+    """Compiles the train step and logs the compile time. The step accepts a state at rest (see `accumulation`)."""
     batch = abstract_batch(task.data.train.rows(0, 1), task.data.batch_size, mesh)
     logging.info("compiling the train step")
     begin = time.perf_counter()
     with reported("the compilation of the train step"):
         compiled = trace_step(task.model, task.optimizer, seed, mesh, state, batch).lower().compile()
     logging.info("compiled the train step in %.1f s", time.perf_counter() - begin)
-    return compiled
+    groups = accumulating_groups(task.model, task.optimizer, mesh)
+    return compiled if groups is None else lambda state, batch: compiled(with_groups(state, groups), batch)
 
 
 def compile_evaluation(task: TrainingTask, mesh: Mesh, state: TrainState) -> Callable[[Any, Any, Batch], Metrics]:

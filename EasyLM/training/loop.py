@@ -50,6 +50,7 @@ def fit(
     report: "Report",
     *,
     save: Callable[[Any, int, int, bool], bool],
+    at_rest: Callable[[Any], Any] = lambda state: state,
     evaluate: Callable[[Any], Metrics] | None = None,
     expect: Callable[[str], None] = lambda what: None,
 ) -> tuple[Any, bool]:
@@ -59,8 +60,9 @@ def fit(
 
     Args:
       state: has `step`; its buffers are donated.
-      train_step: (state, batch) -> (state, metrics), with the metric `finite`.
+      train_step: (state, batch) -> (state, metrics), with the metrics `finite` and `ends_update`.
       save: (state, steps done, position, milestone) -> whether it saves; after it returns, `state` may be donated.
+      at_rest: state -> the state that a save takes. Training continues from it, as a run that resumes does.
       evaluate: state -> metrics, called at every logged step.
       expect: called with what the loop waits for next (see `Watchdog`).
 
@@ -72,7 +74,7 @@ def fit(
       Exception: from the data, the evaluation, a metric or a save. A run of one process saves the last complete step.
     """
     start = fetched = done = int(state.step)
-    save_once = _save_once(save, batches, report.throughput, expect)
+    save_once = _save_once(save, at_rest, batches, report.throughput, expect)
     with report.progress_bar(start), StopVote() as vote:
         stop, pending = vote.stop({}), None
         try:
@@ -87,17 +89,15 @@ def fit(
                     with report.throughput.timed("eval"):
                         metrics = metrics | evaluate(state)
                 pending = (done - 1, metrics, batch, logged)
-                milestone = _due(done, settings.save_milestone_freq)
-                if milestone or _due(done, settings.save_model_freq):
+                if (milestone := _due(done, settings.save_milestone_freq)) or _due(done, settings.save_model_freq):
                     report(*pending)  # first: a run that is killed after the save resumes after this step
                     pending = None
-                    save_once(state, done, milestone)
+                    state = save_once(state, done, milestone)
                 stop = vote.stop(metrics)
             _report_dispatched(report, pending)
         except Exception as error:
             if fetched == done > start:  # a failed step has donated the state
-                in_progress = pending is not None and pending[0] < done - 1
-                _save_after_error(error, report, (done - 1, metrics, batch) if in_progress else None, save_once, state)
+                _save_after_error(error, report, pending, (done - 1, metrics, batch), save_once, state)
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
             save_once(state, done, _due(done, settings.save_milestone_freq) and done > 0)
@@ -119,20 +119,22 @@ def _next_batch(batches: BatchIterator, step: int, expect: Callable[[str], None]
 def _save_after_error(
     error: Exception,
     report: "Report",
-    in_progress: tuple[int, Metrics, Batch] | None,
-    save_once: Callable[[Any, int, bool], None],
+    pending: tuple[int, Metrics, Batch, bool] | None,
+    newest: tuple[int, Metrics, Batch],
+    save_once: Callable[[Any, int, bool], Any],
     state: Any,
 ) -> None:
     """Saves the last complete step if the error occurs on all processes: a save needs all of them.
 
     Args:
-      in_progress: the step that has been dispatched and not reported.
+      pending: the newest step that `_report_dispatched` may not have reported.
+      newest: the newest step that has been dispatched.
     """
     done = int(state.step)
     if isinstance(error, NonFiniteLossError):  # the loss is the same on all processes
-        if in_progress is not None:
+        if pending is not None and pending[0] < newest[0]:
             with contextlib.suppress(NonFiniteLossError):  # the step in progress counts and is saved too
-                report(*in_progress, True)
+                report(*newest, True)
         save_once(state, done, False)
     elif jax.process_count() == 1:
         logging.error("an error ends the run after step %d", done)
@@ -142,22 +144,25 @@ def _save_after_error(
 
 def _save_once(
     save: Callable[[Any, int, int, bool], bool],
+    at_rest: Callable[[Any], Any],
     batches: BatchIterator,
     throughput: Throughput,
     expect: Callable[[str], None],
-) -> Callable[[Any, int, bool], None]:
-    """Returns (state, done, milestone) -> None. It does not save a step twice, unless to make it a milestone."""
+) -> Callable[[Any, int, bool], Any]:
+    """Returns (state, done, milestone) -> state at rest. It saves a step twice only to make it a milestone."""
     saved: tuple[int, bool] | None = None
 
-    def save_once(state: Any, done: int, milestone: bool) -> None:
+    def save_once(state: Any, done: int, milestone: bool) -> Any:
         nonlocal saved
         if saved is None or saved[0] != done or (milestone and not saved[1]):
             expect(f"the checkpoint after {done} steps")
             with throughput.timed("save"):
+                state = at_rest(state)
                 # Before next(batches), so the position is this step's.
                 if save(state, done, batches.position, milestone):
                     saved = (done, milestone)
             expect(f"step {done - 1}")
+        return state
 
     return save_once
 
@@ -178,6 +183,7 @@ class Report:
         self.throughput = throughput
         self._settings, self._log, self._run_dir = settings, log, run_dir
         self._nonfinite = 0
+        self._gradient_norm: float | None = None  # of the newest update that no row has shown yet
 
     def progress_bar(self, start: int) -> tqdm:
         """Returns the progress bar, a context manager; only process 0 shows it. Starts the measurement of time."""
@@ -194,16 +200,22 @@ class Report:
     def __call__(self, step: int, metrics: Metrics, batch: Batch, logged: bool) -> None:
         """Reports a finished step.
 
+        A row has the `gradient_norm` of the newest update since the row before it. With accumulation there may be none.
+
         Raises:
           NonFiniteLossError: after `max_nonfinite_steps` non-finite losses in a row. Their updates were not applied.
         """
         metrics = jax.device_get(metrics)
-        finite = bool(metrics.pop("finite"))
+        finite, ends_update = bool(metrics.pop("finite")), metrics.pop("ends_update")
+        gradient_norm = metrics.pop("gradient_norm", None)
+        self._gradient_norm = gradient_norm if ends_update else self._gradient_norm
         self.throughput.count_step()
         self._nonfinite = 0 if finite else self._nonfinite + 1
         if logged or not finite:
             rates = self.throughput.metrics()
-            self._log({"step": step, **metrics, "skipped_update": not finite, **rates})
+            norm = {} if self._gradient_norm is None else {"gradient_norm": self._gradient_norm}
+            self._gradient_norm = None
+            self._log({"step": step, **metrics, **norm, "skipped_update": not finite, **rates})
             unit = self.throughput.unit
             figures = f"loss {metrics['loss']:.4f}, {rates[f'{unit}_per_second']:,.0f} {unit}/s"
             self._bar.set_postfix_str(figures, refresh=False)

@@ -120,10 +120,9 @@ def make_optimizer(config: Any) -> Optimizer:
         transform, schedule = _muon(to_dataclass(MuonSettings, config.muon_optimizer))
     if config.ema_decay:
         transform = with_weight_average(transform, config.ema_decay)
-    micro_steps = config.accumulate_gradient_steps
-    if micro_steps > 1:
-        transform = optax.MultiSteps(transform, micro_steps).gradient_transformation()
-    return Optimizer(transform, lambda opt_state: schedule(schedule_position(opt_state)), micro_steps)
+    return Optimizer(
+        transform, lambda opt_state: schedule(schedule_position(opt_state)), config.accumulate_gradient_steps
+    )
 
 
 def _adamw(c: AdamwSettings) -> tuple[optax.GradientTransformation, optax.Schedule]:

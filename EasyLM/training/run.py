@@ -18,6 +18,7 @@ from EasyLM.parallel import batch_sharding, check_same, fail_together, on_first_
 from EasyLM.progress import print_if_possible
 from EasyLM.storage import HeartbeatLock, LockedError, json_digest, make_directory
 from EasyLM.training import metrics_log
+from EasyLM.training.accumulation import at_rest
 from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_consumed
 from EasyLM.training.compilation import compile_evaluation, compile_step, use_compilation_cache
 from EasyLM.training.goodput import Goodput
@@ -148,7 +149,15 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         on_first_process_first(lambda: None)  # all have compiled: collectives on CPUs wait for 30 s only
         with watchdog, _last_save_on_disk(checkpointer, watchdog.expect):
             state, finished = fit(
-                state, step, batches, settings.loop, report, save=save, evaluate=evaluate, expect=watchdog.expect
+                state,
+                step,
+                batches,
+                settings.loop,
+                report,
+                save=save,
+                at_rest=partial(at_rest, mesh=mesh),
+                evaluate=evaluate,
+                expect=watchdog.expect,
             )
     on_first_process_first(lambda: None)  # no process exits while another one still writes
     if jax.process_index() == 0:

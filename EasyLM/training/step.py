@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from EasyLM.parallel import batch_sharding, compiler_options
+from EasyLM.training import accumulation
 
 Params = dict[str, Any]
 Batch = dict[str, Any]  # {name: array [batch_size, ...]}
@@ -37,9 +38,10 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optax transformation, and its learning rate as a function of its state.
+    """An optax transformation, its learning rate as a function of its state, and the accumulation of gradients.
 
     Attributes:
+      transform: of the gradients of an update.
       learning_rate: opt_state -> the rate of the next update.
       micro_steps: micro-steps whose mean gradient makes one update.
     """
@@ -47,6 +49,27 @@ class Optimizer:
     transform: optax.GradientTransformation
     learning_rate: Callable[[optax.OptState], jax.Array]
     micro_steps: int = 1
+
+    def init(self, params: Params) -> optax.OptState:
+        """Returns the initial state; with accumulation, an `optax.MultiStepsState`, which names the arrays in files."""
+        if self.micro_steps == 1:
+            return self.transform.init(params)
+        return optax.MultiSteps(self.transform, self.micro_steps).init(params)
+
+    def update(
+        self, gradients: Params, opt_state: optax.OptState, params: Params
+    ) -> tuple[Params, optax.OptState, Params]:
+        """Returns the updates of the parameters, the new state, and the gradients of the update.
+
+        With accumulation, the updates are zeros before the last micro-step of an update (see `accumulation`).
+        """
+        if self.micro_steps == 1:
+            return *self.transform.update(gradients, opt_state, params), gradients
+        return accumulation.update_of_mean(self.transform, self.micro_steps, gradients, opt_state, params)
+
+    def ends_update(self, opt_state: optax.OptState) -> jax.Array:
+        """Returns whether the next micro-step is the last of an update."""
+        return jnp.bool(True) if self.micro_steps == 1 else accumulation.ends_update(opt_state, self.micro_steps)
 
 
 def state_shapes(init: InitFn, optimizer: Optimizer) -> TrainState:
@@ -71,7 +94,7 @@ def state_from_params(
         return state._replace(count=state.count + updates) if _is_schedule(state) else state
 
     def make(params):
-        opt_state = jax.tree.map(advance, optimizer.transform.init(params), is_leaf=_is_schedule)
+        opt_state = jax.tree.map(advance, optimizer.init(params), is_leaf=_is_schedule)
         return TrainState(jnp.int32(step), params, opt_state)
 
     return jax.jit(make, out_shardings=state_shardings, donate_argnums=0)(params)
@@ -96,7 +119,7 @@ def _is_schedule(state: Any) -> bool:
 def _fresh_state(init: InitFn, optimizer: Optimizer) -> Callable[[jax.Array], TrainState]:
     def make(key):
         params, extra = init(key)
-        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), extra)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), extra)
 
     return make
 
@@ -107,16 +130,16 @@ def make_train_step(
     """Returns the pure train step `(state, batch) -> (state, metrics)`.
 
     If the loss or the gradient is not finite, only the step count changes, and the metric `finite` is False. The metric
-    `learning_rate` is the rate of this update, `gradient_norm` the norm of the micro-step's gradients before clipping,
-    `param_norm` the norm of the updated parameters, both over all trained parameters.
+    `learning_rate` is the rate of this update, `gradient_norm` the norm of the update's gradients before clipping,
+    `param_norm` the norm of the updated parameters, both over all trained parameters. With accumulation,
+    `gradient_norm` is that of the mean gradient, and has a meaning only if the metric `ends_update` is True.
     """
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)  # derived from the step, so it is not saved
         loss, gradients, metrics, extra = loss_and_gradients(state.params, state.extra, batch, state.step, key)
-        gradient_norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        updates, opt_state = optimizer.transform.update(gradients, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+        updates, opt_state, update_gradients = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, opt_state, extra = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -127,9 +150,10 @@ def make_train_step(
             "loss": loss,
             **metrics,
             "learning_rate": optimizer.learning_rate(state.opt_state),
-            "gradient_norm": gradient_norm,
+            "gradient_norm": optax.tree.norm(update_gradients),
             "param_norm": optax.tree.norm(params),
             "finite": finite,
+            "ends_update": optimizer.ends_update(state.opt_state),
         }
         return TrainState(state.step + 1, params, opt_state, extra), metrics
 

@@ -11,12 +11,17 @@ from EasyLM.parallel.partition import Rules
 from EasyLM.training.batches import RowSource
 from EasyLM.training.step import Batch, EvalFn, InitFn, LossAndGradientsFn, Metrics, Optimizer, Params, TrainState
 
+# (params, batch, key) -> (loss, metrics)
+LossFn = Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The functions of a model (see `step`), and the partition rules of its train state.
 
     Attributes:
+      gradients_of_group: `loss_and_gradients` of the rows of one group of devices along dp, to be mapped over groups
+        (see `group_mesh`). The means over groups are the values of the batch. None: only the batch has gradients.
       frozen: a tree of `jax.ShapeDtypeStruct`, the shapes of parameters that no step changes; None: there are none.
         They are the extra state of the functions, and `init` returns none. The run reads them from the
         `--load_checkpoint` that it started from, and does not save them.
@@ -26,6 +31,7 @@ class Model:
     loss_and_gradients: LossAndGradientsFn
     evaluate: EvalFn
     partition_rules: Rules
+    gradients_of_group: LossAndGradientsFn | None = None
     frozen: Params | None = None
 
     def saved_part(self, state: TrainState) -> TrainState:
@@ -35,8 +41,9 @@ class Model:
 
 def model_without_extra(
     init_params: Callable[[jax.Array], Params],
-    loss_fn: Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]],
+    loss_fn: LossFn,
     partition_rules: Rules,
+    group_loss_fn: LossFn | None = None,
 ) -> Model:
     """Returns a model whose only state is its parameters.
 
@@ -44,17 +51,22 @@ def model_without_extra(
       init_params: key -> parameters.
       loss_fn: (params, batch, key) -> (loss, metrics). The key None means evaluation: no dropout.
       partition_rules: see `EasyLM.parallel`.
+      group_loss_fn: `loss_fn` on the `group_mesh`; its mean over groups of rows is the loss of the batch.
     """
 
-    def loss_and_gradients(params, extra, batch, step, key):
-        (value, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-        return value, gradients, metrics, extra
+    def gradients_of(loss_fn):
+        def loss_and_gradients(params, extra, batch, step, key):
+            (value, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+            return value, gradients, metrics, extra
+
+        return loss_and_gradients
 
     def evaluate(params, extra, batch):
         value, metrics = loss_fn(params, batch, None)
         return {"loss": value, **metrics}
 
-    return Model(lambda key: (init_params(key), {}), loss_and_gradients, evaluate, partition_rules)
+    of_group = group_loss_fn and gradients_of(group_loss_fn)
+    return Model(lambda key: (init_params(key), {}), gradients_of(loss_fn), evaluate, partition_rules, of_group)
 
 
 @dataclasses.dataclass(frozen=True)

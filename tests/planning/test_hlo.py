@@ -135,6 +135,32 @@ def test_groups_of_devices(groups, crosses):
     assert sent.within["all-reduce"] == (0 if crosses is not False else 32)
 
 
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%plain, %sums}", "true_computation=%sums, false_computation=%plain"]
+)
+def test_branches_have_their_share_of_the_executions(branches):
+    module = f"""
+%plain (x: f32[8]) -> f32[8] {{
+  ROOT %x = f32[8]{{0}} parameter(0)
+}}
+
+%sums (x.1: f32[8]) -> f32[8] {{
+  %x.1 = f32[8]{{0}} parameter(0)
+  ROOT %sum = f32[8]{{0}} all-reduce(%x.1), channel_id=1, replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+
+ENTRY %main (p: pred[], x.2: f32[8]) -> f32[8] {{
+  %p = pred[] parameter(0)
+  %x.2 = f32[8]{{0}} parameter(1)
+  %always = f32[8]{{0}} all-reduce(%x.2), channel_id=2, replica_groups={{{{0,1}}}}, to_apply=%add
+  ROOT %y = f32[8]{{0}} conditional(%p, %always, %always), {branches}
+}}
+"""
+    for share in (0, 0.25, 1):
+        sent = communication(executed_instructions(module, branch_share=share), island_of=[0, 1])
+        assert sent.across["all-reduce"] == 32 + 32 * share
+
+
 @pytest.mark.parametrize("scanned", [True, False])
 def test_a_program_compiled_here(scanned):
     mesh, layers, width, rows = make_mesh("1,8,1"), 3, 16, 8

@@ -29,7 +29,7 @@ def settings(type="adamw", ema_decay=0.0, accumulate=1, **values):
 def test_wsd_warms_up_stays_and_decays(type):
     optimizer = make_optimizer(settings(type, schedule="wsd", wsd_decay_steps=10, init_lr=0.2, end_lr=0.1))
     expected = [0.2 + 0.15 * t for t in range(4)] + [0.8] * 6 + [0.8 - 0.07 * t for t in range(10)] + [0.1] * 5
-    state = optimizer.transform.init({"w": jnp.zeros(2)})
+    state = optimizer.init({"w": jnp.zeros(2)})
     is_schedule = {"is_leaf": lambda x: isinstance(x, optax.ScaleByScheduleState)}
 
     def at(t):
@@ -48,10 +48,10 @@ def test_a_decay_that_overlaps_the_warm_up_is_refused():
 def test_the_average_follows_the_parameters(accumulate):
     optimizer = make_optimizer(settings(ema_decay=0.75, accumulate=accumulate, clip_gradient=1e6))
     params = {"w": jnp.arange(3.0)}
-    state, average = optimizer.transform.init(params), params
-    update = jax.jit(optimizer.transform.update)
+    state, average = optimizer.init(params), params
+    update = jax.jit(optimizer.update)
     for step in range(8):
-        updates, state = update({"w": jnp.float32([1, -2, step])}, state, params)
+        updates, state, _ = update({"w": jnp.float32([1, -2, step])}, state, params)
         params = optax.apply_updates(params, updates)
         if (step + 1) % accumulate == 0:  # average = 0.75 average + 0.25 parameters
             average = optax.incremental_update(params, average, 0.25)
@@ -63,7 +63,7 @@ def test_the_average_follows_the_parameters(accumulate):
 def test_the_average_is_a_checkpoint_of_parameters(tmp_path):
     params = {"params": {"transformer": {"h": {"w": np.ones((2, 3, 4), np.float32)}, "ln_f": np.ones(5, np.float32)}}}
     for name, decay in (("with", 0.5), ("without", 0.0)):
-        opt_state = make_optimizer(settings(ema_decay=decay)).transform.init(params)
+        opt_state = make_optimizer(settings(ema_decay=decay)).init(params)
         state = TrainState(jnp.int32(1), jax.tree.map(lambda x: 3 * x, params), opt_state)
         saver = make_checkpointer(tmp_path / name)
         saver.save(state, 1, {}, {"flags": {}})
@@ -76,7 +76,7 @@ def test_the_average_is_a_checkpoint_of_parameters(tmp_path):
 
 def test_the_state_of_muon_is_sharded_like_its_parameters():
     shapes = hf_layout.parameter_shapes(llama_config.load_config("vqlm_debug"))
-    state = jax.eval_shape(make_optimizer(settings("muon", ema_decay=0.9)).transform.init, shapes)
+    state = jax.eval_shape(make_optimizer(settings("muon", ema_decay=0.9)).init, shapes)
     specs = match_partition_rules(PARTITION_RULES, state)
     flat = {jax.tree_util.keystr(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
     assert [spec for name, spec in flat.items() if "ns_coeffs" in name] == [P()]

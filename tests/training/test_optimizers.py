@@ -124,13 +124,13 @@ def test_equals_optax_layer_by_layer(config):
     expected, schedule = reference(config)
     params = random_tree(0)
     expected_params = per_layer(params)
-    state, expected_state = optimizer.transform.init(params), expected.init(expected_params)
-    step, expected_step = jax.jit(optimizer.transform.update), jax.jit(expected.update)
+    state, expected_state = optimizer.init(params), expected.init(expected_params)
+    step, expected_step = jax.jit(optimizer.update), jax.jit(expected.update)
     for i in range(9):
         rate = optimizer.learning_rate(state)
         np.testing.assert_allclose(rate, schedule(i // config.accumulate_gradient_steps), rtol=1e-6)
         gradients = random_tree(i + 1)
-        updates, state = step(gradients, state, params)
+        updates, state, _ = step(gradients, state, params)
         expected_updates, expected_state = expected_step(per_layer(gradients), expected_state, expected_params)
         params = optax.apply_updates(params, updates)
         expected_params = optax.apply_updates(expected_params, expected_updates)
@@ -141,7 +141,7 @@ def test_equals_optax_layer_by_layer(config):
 
 def keys_of(config):
     tree = {"params": {"transformer": jax.eval_shape(lambda: random_tree(0))}}
-    state = jax.eval_shape(make_optimizer(config).transform.init, tree)
+    state = jax.eval_shape(make_optimizer(config).init, tree)
     entries = {"/".join(file_key) for leaf in stacked_arrays(state) for file_key in leaf.file_keys}
     return {e.split("/params/")[0] for e in entries}, {leaf.key: leaf.file_shape for leaf in stacked_arrays(state)}
 
@@ -166,7 +166,7 @@ def test_state_has_the_keys_of_the_release(config, expected):
 
 
 def test_bf16_momentum_applies_to_the_first_moment_only():
-    state = make_optimizer(settings(bf16_momentum=True)).transform.init(random_tree(0))
+    state = make_optimizer(settings(bf16_momentum=True)).init(random_tree(0))
     assert {x.dtype.name for x in jax.tree.leaves(state[1][0].mu)} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(state[1][0].nu)} == {"float32"}
 

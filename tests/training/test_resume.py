@@ -311,3 +311,16 @@ def test_a_run_that_saves_with_orbax_resumes_bit_for_bit(tmp_path, without_the_c
     for steps, name in ((4, "orbax"), (5, "orbax"), (8, "streaming")):
         run_dir = train(tmp_path, total_steps=steps, checkpointer__format=name, **settings)
     assert_same_run(run_dir, whole)
+
+
+@pytest.mark.slow
+def test_a_save_within_an_update_resumes_bit_for_bit_and_on_any_mesh(tmp_path):
+    """Groups along dp keep gradients of their own. A save reduces them, and training continues from what it saved."""
+    settings = {"optimizer__accumulate_gradient_steps": 3, "mesh_dim": "2,2,2", "save_model_freq": 4}
+    whole = train(tmp_path, total_steps=6, logger__experiment_id="whole", **settings)
+    stopped = train(tmp_path, total_steps=4, **settings)
+    shutil.copytree(stopped, tmp_path / "other", symlinks=True)
+    assert_same_run(train(tmp_path, total_steps=6, **settings), whole)
+    settings["mesh_dim"] = "1,4,2"
+    other = train(tmp_path, total_steps=6, logger__experiment_id="other", **settings)
+    assert_close(metrics(other, *MODEL_METRICS), metrics(whole, *MODEL_METRICS), 1e-4)

@@ -17,6 +17,7 @@ from EasyLM.models.llama import llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LoRAConfig
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
+from EasyLM.parallel import group_mesh
 from EasyLM.training import Model
 
 
@@ -34,12 +35,15 @@ def make_model(
     """
     loss_fn = llama_model.make_loss_fn(config, dtype, mesh, lora, wide_gradients)
 
-    def loss_and_gradients(adapters, frozen, batch, step, key):
-        def loss_of(adapters):
-            return loss_fn(with_adapters(frozen, adapters), batch, key)
+    def gradients_of(loss_fn):
+        def loss_and_gradients(adapters, frozen, batch, step, key):
+            def loss_of(adapters):
+                return loss_fn(with_adapters(frozen, adapters), batch, key)
 
-        (value, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(adapters)
-        return value, gradients, metrics, frozen
+            (value, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(adapters)
+            return value, gradients, metrics, frozen
+
+        return loss_and_gradients
 
     def evaluate(adapters, frozen, batch):
         value, metrics = loss_fn(with_adapters(frozen, adapters), batch, None)
@@ -48,7 +52,9 @@ def make_model(
     def init(key):
         return init_adapters(config, lora, key), {}
 
-    return Model(init, loss_and_gradients, evaluate, PARTITION_RULES, frozen=_frozen_shapes(config, dtype))
+    groups = mesh and group_mesh(mesh)
+    of_group = gradients_of(llama_model.make_loss_fn(config, dtype, groups, lora, wide_gradients))
+    return Model(init, gradients_of(loss_fn), evaluate, PARTITION_RULES, of_group, frozen=_frozen_shapes(config, dtype))
 
 
 def _frozen_shapes(config: LLaMAConfig, dtype: DTypeLike) -> dict:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from EasyLM.models.tuning import flat_matmul
-from EasyLM.parallel import BATCH_AXES, SHARD_AXES, axis_size
+from EasyLM.parallel import BATCH_AXES, GROUP_AXIS, SHARD_AXES, axis_size, constrain
 
 Groups = list[list[int]]  # the places along fsdp of the devices that gather from each other
 _LEAST_DEVICES = 64  # from which on XLA gathers by sums
@@ -38,7 +38,25 @@ def gathered_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None, a
         steps = gather_steps(_along_fsdp(mesh))
         if steps:
             return matmul_of_devices(x_BTI, kernel_IO, mesh, axes, steps)
+    if mesh is not None and GROUP_AXIS in mesh.shape:
+        return _matmul_of_group(x_BTI, kernel_IO, mesh, axes)
     return split_matmul(x_BTI, kernel_IO, mesh)
+
+
+def _matmul_of_group(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh, axes: tuple[str, str]) -> jax.Array:
+    """Returns `x_BTI @ kernel_IO` in a function that is mapped over groups of devices (see `group_mesh`).
+
+    The gradient of the kernel then has an axis of groups. XLA for TPUs scatters such sums along the last axis only;
+    along another one each device receives all sums. So the kernel is transposed if fsdp splits its first axis. The
+    gradient has the same constraint.
+    """
+    rows, columns = map(_kernel_axes, axes)
+    if axes[1] == "fsdp":
+        return split_matmul(x_BTI, constrain(kernel_IO, mesh, rows, columns), mesh)
+    kernel_OI = constrain(kernel_IO.T, mesh, columns, rows)
+    if kernel_OI.dtype != x_BTI.dtype:
+        return split_matmul(x_BTI, kernel_OI.T, mesh)
+    return jnp.einsum("BTI,OI->BTO", x_BTI, kernel_OI)
 
 
 def split_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None) -> jax.Array:

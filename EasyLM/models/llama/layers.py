@@ -18,7 +18,7 @@ from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.remat_policies import AUTO, AUTOMATIC_POLICIES, REMAT_POLICIES
 from EasyLM.models.llama.rotary import rotate
 from EasyLM.models.tuning import converted_late
-from EasyLM.parallel import BATCH_AXES, HEAD_AXES, axis_size, constrain
+from EasyLM.parallel import BATCH_AXES, GROUP_AXIS, HEAD_AXES, SHARD_AXES, axis_size, constrain
 
 KeysAndValues = tuple[jax.Array, jax.Array]  # [B, T, G, K] each; the keys are rotated
 
@@ -120,6 +120,10 @@ class Embedding(nnx.Module):
             # Without this constraint, XLA splits D of the embeddings as it is split in the table, and then exchanges
             # them to split B and T.
             table_VD, tokens_BT = constrain(table_VD, mesh, "mp", None), constrain(tokens_BT, mesh, BATCH_AXES, "sp")
+        elif mesh is not None and GROUP_AXIS in mesh.shape:
+            # Without these constraints, XLA exchanges embeddings between the groups.
+            tokens_BT = constrain(tokens_BT, mesh)
+            return constrain(jnp.take(table_VD, tokens_BT, axis=0), mesh, None, None, SHARD_AXES)
         return jnp.take(table_VD, tokens_BT, axis=0)
 
 

@@ -20,7 +20,7 @@ from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
 from EasyLM.models.llama.memory import RematChoice, StepShape, check_memory, choose_remat
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.models.llama.remat_policies import AUTO
-from EasyLM.parallel import BATCH_AXES, check_batch_size, device_memory, more_device_memory
+from EasyLM.parallel import BATCH_AXES, check_batch_size, device_memory, group_mesh, more_device_memory
 from EasyLM.storage import local_path
 from EasyLM.training import (
     OPTIMIZER_FLAGS,
@@ -114,8 +114,11 @@ def make_model(
     wide_gradients = gradient_reduce_dtype == "fp32"
     if lora:
         return adapters.make_model(llama, lora, COMPUTE_DTYPES[dtype], mesh, wide_gradients)
-    loss_fn = llama_model.make_loss_fn(llama, COMPUTE_DTYPES[dtype], mesh, wide_gradients=wide_gradients)
-    return model_without_extra(partial(llama_model.init_params, llama), loss_fn, PARTITION_RULES)
+    loss_fn, group_loss_fn = (
+        llama_model.make_loss_fn(llama, COMPUTE_DTYPES[dtype], devices, wide_gradients=wide_gradients)
+        for devices in (mesh, group_mesh(mesh))
+    )
+    return model_without_extra(partial(llama_model.init_params, llama), loss_fn, PARTITION_RULES, group_loss_fn)
 
 
 def step_shape(config: Any, llama: LLaMAConfig, mesh: Mesh) -> StepShape:

@@ -161,7 +161,7 @@ def test_eight_devices_give_the_results_of_one(state, batch):
     rows = []
     for devices in (jax.devices(), jax.devices()[:1]):
         mesh = make_mesh("1,-1,1", devices)
-        train_state = TrainState(jnp.int32(0), params, optimizer.transform.init(params), extra)
+        train_state = TrainState(jnp.int32(0), params, optimizer.init(params), extra)
         placement = shardings(mesh, ((".*", jax.sharding.PartitionSpec()),), train_state)
         train_state = jax.device_put(jax.tree.map(jnp.copy, train_state), placement)  # the step donates its buffers
         jitted = jit_train_step(step, placement, mesh)
