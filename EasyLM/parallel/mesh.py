@@ -135,8 +135,7 @@ def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: rows are split over dp and fsdp.
 
-    The devices along sp have the same rows. The model splits their tokens. On the `group_mesh` the
-    sharding is equivalent.
+    The devices along sp have the same rows. The model splits their tokens. On the `group_mesh`, this is the same split.
     """
     return NamedSharding(mesh, P((GROUP_AXIS, *BATCH_AXES) if GROUP_AXIS in mesh.shape else BATCH_AXES))
 

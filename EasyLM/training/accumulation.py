@@ -65,7 +65,10 @@ def _mean_over_groups(means: Any, params: Any, is_last: jax.Array) -> Any:
         # XLA for GPUs executes branches of cheap operations always, and selects a result. A barrier is not one of them.
         return _mean(jax.lax.optimization_barrier(means))
 
-    return jax.lax.cond(is_last, reduced, lambda means: optax.tree.zeros_like(params), means)
+    def zeros(means):
+        return jax.tree.map(lambda array: jnp.zeros(array.shape[1:], array.dtype), means)
+
+    return jax.lax.cond(is_last, reduced, zeros, means)
 
 
 def _mean(groups: Any) -> Any:
