@@ -36,12 +36,14 @@ def update_of_mean(
     is_last, count = ends_update(state, micro_steps), state.mini_step + 1
     means = jax.tree.map(lambda mean, gradient: mean + (gradient - mean) / count, state.acc_grads, gradients)
     mean = _mean_over_groups(means, params, is_last)
-    updates, inner_state = transform.update(mean, state.inner_opt_state, params)
-    updates, inner_state, means = jax.tree.map(
-        lambda last, before: jnp.where(is_last, last, before).astype(before.dtype),
-        (updates, inner_state, optax.tree.zeros_like(means)),
-        (optax.tree.zeros_like(updates), state.inner_opt_state, means),
-    )
+    unchanged = optax.tree.zeros_like(params), state.inner_opt_state
+
+    def transformed():
+        new = transform.update(mean, state.inner_opt_state, params)
+        return jax.tree.map(lambda array, before: array.astype(before.dtype), new, unchanged)
+
+    updates, inner_state = jax.lax.cond(is_last, transformed, lambda: unchanged)
+    means = jax.tree.map(lambda mean: jnp.where(is_last, jnp.zeros_like(mean), mean), means)
     state = optax.MultiStepsState(
         count % micro_steps, state.gradient_step + is_last, inner_state, means, state.skip_state
     )
@@ -54,10 +56,7 @@ def ends_update(state: optax.MultiStepsState, micro_steps: int) -> jax.Array:
 
 
 def _mean_over_groups(means: Any, params: Any, is_last: jax.Array) -> Any:
-    """Reduces the axis G, if there is one, if `is_last`; else returns zeros.
-
-    Only the reduction is conditional: branches that return the whole state would need copies of it.
-    """
+    """Reduces the axis G, if there is one, if `is_last`; else returns zeros."""
     if not _has_groups(means, params):
         return means
 

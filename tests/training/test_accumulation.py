@@ -127,6 +127,24 @@ def test_only_the_last_micro_step_communicates_over_dp(steps):
     assert reduced.bytes_over_dp(is_last=False) >= bytes_of_device
 
 
+def test_only_the_last_micro_step_transforms():
+    """A transformation can be expensive: Muon's has matrix products."""
+    counts = []
+
+    def update(updates, state, params=None):
+        jax.debug.callback(lambda: counts.append(1))
+        return updates, state
+
+    transform = optax.GradientTransformation(optax.sgd(RATE).init, update)
+    optimizer = Optimizer(transform, lambda opt_state: RATE, MICRO_STEPS)
+    params = {"w": jnp.ones(2)}
+    state, step = optimizer.init(params), jax.jit(optimizer.update)
+    for _ in range(2 * MICRO_STEPS):
+        _, state, _ = step(params, state, params)
+    jax.effects_barrier()
+    assert len(counts) == 2
+
+
 def test_a_group_that_is_not_finite_skips_the_micro_step_of_all(steps):
     batches = [batch_of(seed) for seed in range(MICRO_STEPS)]
     bad = batch_of(MICRO_STEPS)
