@@ -5,7 +5,7 @@ The devices of the mesh need not exist on this machine.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,19 +50,26 @@ def abstract_batch(rows: Mapping[str, Any], batch_size: int, mesh: Mesh) -> Batc
 
 
 def trace_step(
-    model: Model, optimizer: Optimizer, seed: int, mesh: Mesh, state: TrainState, batch: Batch
+    model: Model,
+    optimizer: Optimizer,
+    seed: int,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch,
+    is_logged: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.stages.Traced:
     """Traces the train step `(state, batch) -> (state, metrics)`. The state and the batch may be abstract.
 
     Args:
       state: at rest, see `accumulation`. The step takes and returns it `with_groups`, if there are any.
+      is_logged: see `make_train_step`.
     """
     loss_and_gradients, groups = model.loss_and_gradients, accumulating_groups(model, optimizer, mesh)
     if groups is not None:  # a program has one mesh
         assert model.gradients_of_group is not None
         loss_and_gradients, mesh = gradients_of_groups(model.gradients_of_group, groups), groups
         state = shapes_with_groups(state, groups)
-    step = make_train_step(loss_and_gradients, optimizer, seed)
+    step = make_train_step(loss_and_gradients, optimizer, seed, is_logged)
     placement = jax.tree.map(lambda array: array.sharding, state)
     return jit_train_step(step, placement, mesh).trace(state, batch)
 

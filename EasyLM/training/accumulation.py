@@ -26,14 +26,13 @@ def update_of_mean(
     gradients: Any,
     state: optax.MultiStepsState,
     params: Any,
-) -> tuple[Any, optax.MultiStepsState, Any]:
+) -> tuple[Any, optax.MultiStepsState]:
     """Adds the gradients of a micro-step, and transforms the mean of an update's micro-steps, as `optax.MultiSteps`.
 
     Returns:
-      The updates of the parameters, which are zeros before the last micro-step; the new state; and the mean gradients
-      of the update, which only the last micro-step has.
+      The updates of the parameters, which are zeros before the last micro-step, and the new state.
     """
-    is_last, count = ends_update(state, micro_steps), state.mini_step + 1
+    is_last, count = state.mini_step == micro_steps - 1, state.mini_step + 1
     means = jax.tree.map(lambda mean, gradient: mean + (gradient - mean) / count, state.acc_grads, gradients)
     mean = _mean_over_groups(means, params, is_last)
     unchanged = optax.tree.zeros_like(params), state.inner_opt_state
@@ -47,27 +46,27 @@ def update_of_mean(
     state = optax.MultiStepsState(
         count % micro_steps, state.gradient_step + is_last, inner_state, means, state.skip_state
     )
-    return updates, state, mean
+    return updates, state
 
 
-def ends_update(state: optax.MultiStepsState, micro_steps: int) -> jax.Array:
-    """Returns whether the next micro-step is the last of an update."""
-    return state.mini_step == micro_steps - 1
+def gradient_norm(gradients: Any, params: Any, is_used: jax.Array) -> jax.Array:
+    """Returns the norm of gradients. With an axis G: that of the mean over groups if `is_used`, else 0."""
+    return optax.tree.norm(_mean_over_groups(gradients, params, is_used))
 
 
-def _mean_over_groups(means: Any, params: Any, is_last: jax.Array) -> Any:
-    """Reduces the axis G, if there is one, if `is_last`; else returns zeros."""
-    if not _has_groups(means, params):
-        return means
+def _mean_over_groups(arrays: Any, params: Any, is_used: jax.Array) -> Any:
+    """Reduces the axis G, if there is one, if `is_used`; else returns zeros."""
+    if not _has_groups(arrays, params):
+        return arrays
 
-    def reduced(means):
+    def reduced(arrays):
         # XLA for GPUs executes branches of cheap operations always, and selects a result. A barrier is not one of them.
-        return _mean(jax.lax.optimization_barrier(means))
+        return _mean(jax.lax.optimization_barrier(arrays))
 
-    def zeros(means):
-        return jax.tree.map(lambda array: jnp.zeros(array.shape[1:], array.dtype), means)
+    def zeros(arrays):
+        return jax.tree.map(lambda array: jnp.zeros(array.shape[1:], array.dtype), arrays)
 
-    return jax.lax.cond(is_last, reduced, zeros, means)
+    return jax.lax.cond(is_used, reduced, zeros, arrays)
 
 
 def _mean(groups: Any) -> Any:

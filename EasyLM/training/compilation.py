@@ -35,14 +35,22 @@ def use_compilation_cache(directory: str) -> None:
 
 
 def compile_step(
-    task: TrainingTask, seed: int, mesh: Mesh, state: TrainState
+    task: TrainingTask,
+    seed: int,
+    mesh: Mesh,
+    state: TrainState,
+    is_logged: Callable[[jax.Array], jax.Array],
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compiles the train step and logs the compile time. The step accepts a state at rest (see `accumulation`)."""
+    """Compiles the train step and logs the compile time. The step accepts a state at rest (see `accumulation`).
+
+    Args:
+      is_logged: see `make_train_step`.
+    """
     batch = abstract_batch(task.data.train.rows(0, 1), task.data.batch_size, mesh)
     logging.info("compiling the train step")
     begin = time.perf_counter()
     with reported("the compilation of the train step"):
-        compiled = trace_step(task.model, task.optimizer, seed, mesh, state, batch).lower().compile()
+        compiled = trace_step(task.model, task.optimizer, seed, mesh, state, batch, is_logged).lower().compile()
     logging.info("compiled the train step in %.1f s", time.perf_counter() - begin)
     groups = accumulating_groups(task.model, task.optimizer, mesh)
     return compiled if groups is None else lambda state, batch: compiled(with_groups(state, groups), batch)

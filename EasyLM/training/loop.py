@@ -29,6 +29,10 @@ class LoopSettings:
     save_milestone_freq: int
     max_nonfinite_steps: int  # in a row
 
+    def logs(self, step: Any) -> Any:
+        """Returns whether a step, an integer or a traced one, is logged."""
+        return (step % self.log_freq == 0) | (step == self.total_steps - 1)
+
 
 class BatchIterator(Protocol):
     """An iterator of global batches, whose `position` counts the rows consumed."""
@@ -60,7 +64,7 @@ def fit(
 
     Args:
       state: has `step`; its buffers are donated.
-      train_step: (state, batch) -> (state, metrics), with the metrics `finite` and `ends_update`.
+      train_step: (state, batch) -> (state, metrics), with the metric `finite`.
       save: (state, steps done, position, milestone) -> whether it saves; after it returns, `state` may be donated.
       at_rest: state -> the state that a save takes. Training continues from it, as a run that resumes does.
       evaluate: state -> metrics, called at every logged step.
@@ -84,7 +88,7 @@ def fit(
                 state, metrics = train_step(state, batch)
                 done += 1
                 _report_dispatched(report, pending)
-                logged = (done - 1) % settings.log_freq == 0 or done == settings.total_steps
+                logged = settings.logs(done - 1)
                 if evaluate is not None and logged:
                     with report.throughput.timed("eval"):
                         metrics = metrics | evaluate(state)
@@ -183,7 +187,6 @@ class Report:
         self.throughput = throughput
         self._settings, self._log, self._run_dir = settings, log, run_dir
         self._nonfinite = 0
-        self._gradient_norm: float | None = None  # of the newest update that no row has shown yet
 
     def progress_bar(self, start: int) -> tqdm:
         """Returns the progress bar, a context manager; only process 0 shows it. Starts the measurement of time."""
@@ -200,22 +203,16 @@ class Report:
     def __call__(self, step: int, metrics: Metrics, batch: Batch, logged: bool) -> None:
         """Reports a finished step.
 
-        A row has the `gradient_norm` of the newest update since the row before it. With accumulation there may be none.
-
         Raises:
           NonFiniteLossError: after `max_nonfinite_steps` non-finite losses in a row. Their updates were not applied.
         """
         metrics = jax.device_get(metrics)
-        finite, ends_update = bool(metrics.pop("finite")), metrics.pop("ends_update")
-        gradient_norm = metrics.pop("gradient_norm", None)
-        self._gradient_norm = gradient_norm if ends_update else self._gradient_norm
+        finite = bool(metrics.pop("finite"))
         self.throughput.count_step()
         self._nonfinite = 0 if finite else self._nonfinite + 1
         if logged or not finite:
             rates = self.throughput.metrics()
-            norm = {} if self._gradient_norm is None else {"gradient_norm": self._gradient_norm}
-            self._gradient_norm = None
-            self._log({"step": step, **metrics, **norm, "skipped_update": not finite, **rates})
+            self._log({"step": step, **metrics, "skipped_update": not finite, **rates})
             unit = self.throughput.unit
             figures = f"loss {metrics['loss']:.4f}, {rates[f'{unit}_per_second']:,.0f} {unit}/s"
             self._bar.set_postfix_str(figures, refresh=False)

@@ -139,7 +139,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
         checkpointer.prepare(task.model.saved_part(state))
         watchdog = Watchdog(settings.watchdog_minutes)
         with goodput.compiling():
-            step = profiler.traced(compile_step(task, settings.seed, mesh, state))
+            step = profiler.traced(compile_step(task, settings.seed, mesh, state, settings.loop.logs))
             evaluate = (
                 _make_evaluate(task, settings.eval_steps, mesh, state, watchdog.expect) if settings.eval_steps else None
             )

@@ -56,20 +56,14 @@ class Optimizer:
             return self.transform.init(params)
         return optax.MultiSteps(self.transform, self.micro_steps).init(params)
 
-    def update(
-        self, gradients: Params, opt_state: optax.OptState, params: Params
-    ) -> tuple[Params, optax.OptState, Params]:
-        """Returns the updates of the parameters, the new state, and the gradients of the update.
+    def update(self, gradients: Params, opt_state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
+        """Returns the updates of the parameters and the new state.
 
         With accumulation, the updates are zeros before the last micro-step of an update (see `accumulation`).
         """
         if self.micro_steps == 1:
-            return *self.transform.update(gradients, opt_state, params), gradients
+            return self.transform.update(gradients, opt_state, params)
         return accumulation.update_of_mean(self.transform, self.micro_steps, gradients, opt_state, params)
-
-    def ends_update(self, opt_state: optax.OptState) -> jax.Array:
-        """Returns whether the next micro-step is the last of an update."""
-        return jnp.bool(True) if self.micro_steps == 1 else accumulation.ends_update(opt_state, self.micro_steps)
 
 
 def state_shapes(init: InitFn, optimizer: Optimizer) -> TrainState:
@@ -125,21 +119,28 @@ def _fresh_state(init: InitFn, optimizer: Optimizer) -> Callable[[jax.Array], Tr
 
 
 def make_train_step(
-    loss_and_gradients: LossAndGradientsFn, optimizer: Optimizer, seed: int
+    loss_and_gradients: LossAndGradientsFn,
+    optimizer: Optimizer,
+    seed: int,
+    is_logged: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure train step `(state, batch) -> (state, metrics)`.
 
     If the loss or the gradient is not finite, only the step count changes, and the metric `finite` is False. The metric
-    `learning_rate` is the rate of this update, `gradient_norm` the norm of the update's gradients before clipping,
-    `param_norm` the norm of the updated parameters, both over all trained parameters. With accumulation,
-    `gradient_norm` is that of the mean gradient, and has a meaning only if the metric `ends_update` is True.
+    `learning_rate` is the rate of this update, `gradient_norm` the norm of the micro-step's gradients before clipping,
+    `param_norm` the norm of the updated parameters, both over all trained parameters.
+
+    Args:
+      is_logged: step -> whether its metrics are used. Where groups of devices accumulate gradients (see
+        `accumulation`), `gradient_norm` has to reduce them, so other micro-steps have 0. None: no step is logged.
     """
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)  # derived from the step, so it is not saved
         loss, gradients, metrics, extra = loss_and_gradients(state.params, state.extra, batch, state.step, key)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
-        updates, opt_state, update_gradients = optimizer.update(gradients, state.opt_state, state.params)
+        is_used = jnp.bool(False) if is_logged is None else is_logged(state.step) | ~finite  # a skipped step is logged
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, opt_state, extra = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -150,10 +151,9 @@ def make_train_step(
             "loss": loss,
             **metrics,
             "learning_rate": optimizer.learning_rate(state.opt_state),
-            "gradient_norm": optax.tree.norm(update_gradients),
+            "gradient_norm": accumulation.gradient_norm(gradients, state.params, is_used),
             "param_norm": optax.tree.norm(params),
             "finite": finite,
-            "ends_update": optimizer.ends_update(state.opt_state),
         }
         return TrainState(state.step + 1, params, opt_state, extra), metrics
 

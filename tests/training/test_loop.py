@@ -57,7 +57,7 @@ def fit(monkeypatch, unit="tokens", peak_tflops=0.002, evaluates=True) -> dict:
     rows, batches = [], Batches()
     loop.fit(
         state,
-        lambda *_: takes(STEP, (state, {"loss": 1.0, "finite": True, "ends_update": True}))(),
+        lambda *_: takes(STEP, (state, {"loss": 1.0, "finite": True}))(),
         batches,
         SETTINGS,
         make_report(batches, unit=unit, peak_tflops=peak_tflops, log=rows.append),
@@ -149,7 +149,7 @@ def test_an_error_ends_the_run_after_the_last_complete_step_is_saved(failing):
 
     def step(state, batch):
         count("step", 4)
-        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True, "ends_update": True}
+        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True}
 
     def save(state, done, position, milestone):
         count("first save", 1)
@@ -182,7 +182,7 @@ def test_the_step_in_progress_when_training_stops_is_reported_and_saved(tmp_path
 
     def step(state, batch):
         done = state.step + 1
-        return types.SimpleNamespace(step=done), {"loss": float(done), "finite": done != 4, "ends_update": True}
+        return types.SimpleNamespace(step=done), {"loss": float(done), "finite": done != 4}
 
     settings = dataclasses.replace(SETTINGS, log_freq=1, save_model_freq=0)
     batches = Batches()
@@ -230,7 +230,7 @@ def test_a_milestone_is_not_saved_again_as_an_ordinary_checkpoint(start, total_s
             self.position += 1
 
     def step(state, batch):
-        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True, "ends_update": True}
+        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True}
 
     settings = dataclasses.replace(SETTINGS, total_steps=total_steps, save_model_freq=0, save_milestone_freq=3)
     batches, state = Batches(), types.SimpleNamespace(step=start)
@@ -254,10 +254,7 @@ def test_a_save_that_was_skipped_is_tried_again(skipped):
 
     settings = dataclasses.replace(SETTINGS, total_steps=3, save_model_freq=3)
     report = make_report(batches, settings, log=lambda row: None)
-
-    def step(state, batch):
-        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True, "ends_update": True}
-
+    step = lambda state, batch: (types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True})  # noqa: E731
     loop.fit(types.SimpleNamespace(step=0), step, batches, settings, report, save=save)
     assert tried == ([3, 3] if skipped else [3])
 
@@ -289,37 +286,13 @@ def test_a_step_is_logged_before_the_state_after_it_is_saved():
     state = types.SimpleNamespace(step=0)
 
     def step(state, batch):
-        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True, "ends_update": True}
+        return types.SimpleNamespace(step=state.step + 1), {"loss": 1.0, "finite": True}
 
     settings = dataclasses.replace(SETTINGS, total_steps=4, log_freq=1, save_model_freq=2, save_milestone_freq=0)
     report = make_report(batches, settings, log=lambda row: events.append(("logged", row["step"])))
     save = lambda state, done, *_: events.append(("saved", done)) is None  # noqa: E731
     loop.fit(state, step, batches, settings, report, save=save)
     assert events == [("logged", 0), ("logged", 1), ("saved", 2), ("logged", 2), ("logged", 3), ("saved", 4)]
-
-
-def test_a_row_has_the_gradient_norm_of_the_newest_update_since_the_row_before():
-    """Updates of 3 micro-steps end with the steps 2, 5 and 8."""
-    rows = []
-    batches = type("Batches", (), {"position": 0, "wait_seconds": 0.0, "__next__": lambda self: None})()
-
-    def step(state, batch):
-        done = state.step + 1
-        metrics = {"loss": 1.0, "finite": True, "ends_update": done % 3 == 0, "gradient_norm": float(done - 1)}
-        return types.SimpleNamespace(step=done), metrics
-
-    settings = dataclasses.replace(SETTINGS, total_steps=9, log_freq=2, save_model_freq=0)
-    loop.fit(
-        types.SimpleNamespace(step=0),
-        step,
-        batches,
-        settings,
-        make_report(batches, settings, log=rows.append),
-        save=lambda *_: True,
-    )
-    norms = {row["step"]: row.get("gradient_norm") for row in rows}
-    assert norms == {0: None, 2: 2.0, 4: None, 6: 5.0, 8: 8.0}
-    assert "gradient_norm" not in rows[0] and "ends_update" not in rows[1]
 
 
 @pytest.fixture

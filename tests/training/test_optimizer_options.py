@@ -51,7 +51,7 @@ def test_the_average_follows_the_parameters(accumulate):
     state, average = optimizer.init(params), params
     update = jax.jit(optimizer.update)
     for step in range(8):
-        updates, state, _ = update({"w": jnp.float32([1, -2, step])}, state, params)
+        updates, state = update({"w": jnp.float32([1, -2, step])}, state, params)
         params = optax.apply_updates(params, updates)
         if (step + 1) % accumulate == 0:  # average = 0.75 average + 0.25 parameters
             average = optax.incremental_update(params, average, 0.25)

@@ -130,7 +130,7 @@ def test_equals_optax_layer_by_layer(config):
         rate = optimizer.learning_rate(state)
         np.testing.assert_allclose(rate, schedule(i // config.accumulate_gradient_steps), rtol=1e-6)
         gradients = random_tree(i + 1)
-        updates, state, _ = step(gradients, state, params)
+        updates, state = step(gradients, state, params)
         expected_updates, expected_state = expected_step(per_layer(gradients), expected_state, expected_params)
         params = optax.apply_updates(params, updates)
         expected_params = optax.apply_updates(expected_params, expected_updates)
