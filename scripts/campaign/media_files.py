@@ -75,7 +75,11 @@ def image_files(folder: pathlib.Path) -> Attempt:
 
 
 def tar_files(folder: pathlib.Path) -> Attempt:
-    """Mutated tars of PNG files: all members are listed, with their pixels."""
+    """Mutated tars of PNG files: all members are listed, with their pixels.
+
+    Some damage does not show in a tar: a changed name whose bytes have the same sum, or zeros in place of the last
+    members. Such a tar has the members that its headers tell.
+    """
     files = _png_files()
     expected = {f"{name}.png": images.read(io.BytesIO(data), _SIZE) for name, data in files.items()}
     buffer = io.BytesIO()
@@ -84,19 +88,38 @@ def tar_files(folder: pathlib.Path) -> Attempt:
             info = tarfile.TarInfo(f"{name}.png")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+    with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as archive:
+        name_at = {info.offset_data: info.name for info in archive}
 
     def attempt(rng: np.random.Generator, case: pathlib.Path) -> None:
         path = case / "images.tar"
-        path.write_bytes(mutated(rng, buffer.getvalue()))
+        data = mutated(rng, buffer.getvalue())
+        path.write_bytes(data)
+        listed = _names_in_tar(data)
+        names = [*expected] if listed is None else [name for name in listed if name.endswith(".png")]
         source = detection.find_source(str(path), "input_dir", images.IMAGE_EXTENSIONS)
         items = list(source.items(collections.Counter(), folders.refuse))
-        require_equal(sorted(item.name for item in items), sorted(expected), "names")
+        require_equal(sorted(item.name for item in items), sorted(names), "names")
         for item in items:
-            require_equal(
-                images.read(reading.open_item(item.address, item.location), _SIZE), expected[item.name], "pixels"
-            )
+            original = name_at.get(int(item.location.partition("+")[0]), item.name)
+            pixels = images.read(reading.open_item(item.address, item.location), _SIZE)
+            require_equal(pixels, expected[original], "pixels")
 
     return attempt
+
+
+def _names_in_tar(data: bytes) -> list[str] | None:
+    """Returns the names in a whole tar of files, from its headers alone; None if a header or the end is damaged."""
+    names, position = [], 0
+    while any(header := data[position : position + tarfile.BLOCKSIZE]):
+        size, checksum = header[124:135], header[148:154]
+        if len(header) < tarfile.BLOCKSIZE or set(size + checksum) - set(b"01234567"):
+            return None
+        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(checksum, 8):
+            return None
+        names.append(header[:100].rstrip(b"\0").decode(errors="surrogateescape"))
+        position += tarfile.BLOCKSIZE * (1 + -(-int(size, 8) // tarfile.BLOCKSIZE))
+    return None if any(data[position:]) or position >= len(data) else names
 
 
 def _labels(file: Any) -> np.ndarray | None:
