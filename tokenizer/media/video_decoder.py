@@ -17,6 +17,9 @@ import numpy as np
 from tokenizer.media.video_clock import VideoClock
 from tokenizer.media.video_file import VideoFile, names_errors, open_container
 
+# Markers of JPEG (ITU-T T.81, table B.1; T.87 for JPEG-LS).
+_START_OF_IMAGE, _START_OF_SCAN, _TABLES = b"\xff\xd8", 0xDA, 0xDB
+_FRAMES, _LOSSLESS_FRAMES = {0xC0, 0xC1, 0xC2}, {0xC3, 0xF7}
 _MOST_IDLE = 2  # a build goes from one video to the next
 _idle: dict[VideoFile, "Decoder"] = {}  # the latest one last
 _lock = threading.Lock()  # of _idle
@@ -110,11 +113,12 @@ def _decode_from(
     """Yields (tick, frame, whether it is damaged) from a seek point on. None: from the current position in the file.
 
     A decoder marks only the damaged frame itself. Those after it, up to the next key frame, are predicted from it. So
-    are those that are shown before it and decoded later.
+    are those that are shown before it and decoded later, and those that a decoder returns although it has not returned
+    the first frame.
     """
     if seek_point is not None:
         container.seek(int(seek_point), stream=stream)
-    is_damaged = False
+    first, is_first, is_damaged = clock.ticks[0] if seek_point is None else seek_point, True, False
     source = _ticks_and_frames(container, stream, clock)
     ahead: collections.deque[tuple[int, Any]] = collections.deque()
     while ahead or (ahead := collections.deque(itertools.islice(source, 1))):
@@ -122,15 +126,47 @@ def _decode_from(
         last = _last_decoded(clock, tick)
         while (ahead[-1][0] if ahead else tick) < last and (decoded := next(source, None)):
             ahead.append(decoded)
-        is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
+        is_damaged = frame.is_corrupt or (not frame.key_frame and (is_damaged or (is_first and tick > first)))
+        is_first = False
         yield tick, frame, is_damaged or any(later.is_corrupt for later_tick, later in ahead if later_tick <= last)
 
 
 def _ticks_and_frames(container: Any, stream: Any, clock: VideoClock) -> Iterator[tuple[int, Any]]:
-    for i, frame in enumerate(container.decode(stream)):
+    for i, frame in enumerate(_frames(container, stream)):
         tick = int(clock.ticks[min(i, len(clock.ticks) - 1)]) if clock.by_index else frame.pts
         if tick is not None:
             yield tick, frame
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Yields the decoded frames.
+
+    Raises:
+      ValueError: for a JPEG frame with a damaged header. FFmpeg then decodes it with the tables of the frame before it,
+        or returns that frame again, and reports no error.
+    """
+    if stream.codec_context.name != "mjpeg":
+        yield from container.decode(stream)
+        return
+    for packet in container.demux(stream):
+        if packet.size and not _has_whole_header(bytes(packet)):
+            raise ValueError("the header of a JPEG frame is damaged")
+        yield from packet.decode()
+
+
+def _has_whole_header(jpeg: bytes) -> bool:
+    """Whether segments lead from the start of a JPEG image to its scan, with the size and the quantization tables."""
+    markers: set[int] = set()
+    position = 2
+    while position + 4 <= len(jpeg) and jpeg[position] == 0xFF and jpeg.startswith(_START_OF_IMAGE):
+        marker = jpeg[position + 1]
+        if marker == _START_OF_SCAN:
+            return bool(markers & _LOSSLESS_FRAMES) or (_TABLES in markers and bool(markers & _FRAMES))
+        if marker != 0xFF:  # which fills the space before a marker
+            markers.add(marker)
+            position += 1 + int.from_bytes(jpeg[position + 2 : position + 4])
+        position += 1
+    return False
 
 
 def _last_decoded(clock: VideoClock, tick: int) -> int:

@@ -3,6 +3,7 @@
 import fractions
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ from video_kit import number_of, write_video
 
 from EasyLM.errors import UserError
 from tokenizer.media import video_decoder, videos
+from tokenizer.media.video_clock import VideoClock
 
 TIMES = np.arange(0, 4000, 50)
 ONE_KEY_FRAME = {"g": "100", "bf": "2"}
@@ -130,3 +132,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 150_000  # KiB
+
+
+def test_frames_without_the_first_one_are_damaged():
+    """A damaged key frame can come after the frames that were predicted from it, which the decoder does not mark."""
+    frames = [(1, False, False), (2, False, False), (0, True, True), (3, True, False), (4, False, False)]
+    frames = [SimpleNamespace(pts=pts, key_frame=key, is_corrupt=corrupt) for pts, key, corrupt in frames]
+    container = SimpleNamespace(decode=lambda stream: iter(frames), seek=lambda *_, **__: None)
+    stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
+    ticks = np.arange(5)
+    clock = VideoClock(ticks, ticks[[0, 3]], False, fractions.Fraction(1, 25), ticks)
+    for seek_point in (None, 0):
+        decoded = video_decoder._decode_from(container, stream, clock, seek_point)
+        assert [(tick, is_damaged) for tick, _, is_damaged in decoded] == [
+            *((1, True), (2, True), (0, True)),
+            *((3, False), (4, False)),
+        ]

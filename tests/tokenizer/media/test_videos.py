@@ -259,6 +259,21 @@ class TestErrors:
             elif name == "motion.avi" or number < 10 or number > 24:  # B-frames before a key frame depend on it
                 assert numbers(videos.read(path, times[[number]])) == [number]
 
+    @pytest.mark.parametrize("marker", [b"\xff\xd8", b"\xff\xdb", b"\xff\xc0", b"\xff\xda"])
+    @pytest.mark.parametrize("damage", [b"\x00\x00", b"\xff\xfe"])  # no marker; the marker of a comment
+    def test_a_jpeg_frame_with_a_damaged_header_is_refused(self, folder, tmp_path, marker, damage):
+        """FFmpeg reports no error. It decodes the frame with tables of the frame before it, or returns that again."""
+        with av.open(str(folder / "motion.avi")) as container:
+            packet = [packet for packet in container.demux(video=0) if packet.size][12]
+        path, data = tmp_path / "video.avi", bytearray((folder / "motion.avi").read_bytes())
+        start = data.index(marker, packet.pos)
+        data[start : start + 2] = damage
+        path.write_bytes(data)
+        times = videos.timestamps(path)
+        with pytest.raises(UserError, match=f"^{path}: "):
+            videos.read(path, times[[12]])
+        assert numbers(videos.read(path, times[[11, 13]])) == [11, 13]
+
     def test_frames_before_a_damaged_one_that_depend_on_it_are_refused(self, folder, tmp_path):
         """B-frames are decoded after the frame that they precede. Their decoder marks none of them."""
         with av.open(str(folder / "b_frames.mp4")) as container:
