@@ -20,6 +20,7 @@ import socket
 
 import jax
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,6 +34,18 @@ def pytest_collection():
     gc.freeze()
     gc.enable()
     return result
+
+
+@pytest.fixture(autouse=True)
+def separate_readers(monkeypatch):
+    """Gives each reader of a memory:// file its own position, as on an object store. In fsspec they share one."""
+    open_shared = MemoryFileSystem._open
+
+    def open_file(self, path, mode="rb", **options):
+        file = open_shared(self, path, mode, **options)
+        return MemoryFile(self, file.path, file.getvalue()) if mode == "rb" else file
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", open_file)
 
 
 @pytest.fixture
