@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from campaign import attempts, client, mutations
+from campaign import attempts, client, http_requests, mutations
 from campaign.attempts import Kind
 from campaign.kinds import KINDS
 
@@ -44,6 +44,15 @@ def test_only_a_clear_error_is_a_refusal(error, verdict):
     judged = attempts.judge(raising(error), np.random.default_rng(0), pathlib.Path("/case"))
     assert judged[0] == verdict
     assert (verdict in attempts.FAULTS) == (verdict != "refused")
+
+
+def test_only_the_first_answer_of_a_connection_counts():
+    """The service takes what follows a request of a smaller length for a further request."""
+    first, second = (f"HTTP/1.1 {line}\r\nContent-Length: 2\r\n\r\n".encode() for line in ("422 No", "400 Bad"))
+    answer = http_requests._Answer(first + b"{}" + second + b"ab")
+    assert (answer.status, answer.body) == (422, b"{}")
+    assert http_requests._Answer(first + b"{").body == b"{"
+    assert http_requests._Answer(b"").status == 0
 
 
 def test_mutations_are_seeded_and_various():

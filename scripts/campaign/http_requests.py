@@ -1,6 +1,7 @@
 """Kind: mutated requests to the HTTP service, which runs in a thread with the small model of the repository."""
 
 import base64
+import http.client
 import io
 import json
 import logging
@@ -65,15 +66,30 @@ def requests(folder: pathlib.Path) -> Attempt:
     return attempt
 
 
-class _Answer:
-    """A response: its status (0: the connection was closed), media type and body."""
+class _Received(io.BytesIO):
+    """The bytes that came back on a connection, as the socket that `http.client` reads."""
 
-    def __init__(self, response: bytes):
-        head, _, self.body = response.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        self.status = int(first.split()[1]) if first else 0
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        self.media_type = headers.get("content-type", "").partition(";")[0]
+    def makefile(self, mode: str) -> io.BytesIO:
+        """Returns itself."""
+        return self
+
+
+class _Answer:
+    """A response: its status (0: the connection was closed), media type and body.
+
+    Only the first one of a connection: to the service, what follows a request of a smaller length is a further request.
+    """
+
+    def __init__(self, received: bytes):
+        response = http.client.HTTPResponse(_Received(received), method="POST")
+        try:
+            response.begin()
+            self.status, self.body = response.status, response.read()
+        except http.client.RemoteDisconnected:
+            self.status, self.body = 0, b""
+        except http.client.IncompleteRead as error:
+            self.status, self.body = response.status, error.partial
+        self.media_type = (response.headers or {}).get("content-type", "").partition(";")[0]
 
 
 class _Service(logging.Handler):
