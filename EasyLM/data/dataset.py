@@ -27,7 +27,7 @@ DATASET_FLAGS = {
     "text_processor": TEXT_PROCESSOR_FLAGS,
     "json_dataset": {
         "path": Flag(
-            "", "JSONL files, local or remote (gs://, s3://, ...), or packed files: a comma list of paths and globs."
+            "", "JSONL or packed files, local or remote (gs://, s3://, ...): a comma list of paths and globs."
         ),
         "weights": Flag(
             "",

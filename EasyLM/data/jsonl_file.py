@@ -2,8 +2,6 @@
 
 import bisect
 import functools
-import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ import pybase64
 from EasyLM.data.record_fields import RecordProcessor
 from EasyLM.data.records import parse_line, token_type
 from EasyLM.data.tokenizer_names import tokenizer_of
-from EasyLM.storage import Columns, check_line_start, is_remote, names_store_errors, open_binary, remote_file_system
+from EasyLM.storage import Columns, byte_reader, check_line_start
 
 # Bytes of one read, unless a line is longer. For 128 KiB or more, malloc maps a new buffer each time, and the page
 # faults take longer than the decoding.
@@ -40,7 +38,7 @@ class JsonlFile:
         self.tokenizer = tokenizer_of(index.metadata)
         self._layout = processor.layout
         self._item = token_type(processor.dtype)
-        self._read_bytes = _byte_reader(path)
+        self._read_bytes = byte_reader(path)
         self._parse = functools.lru_cache(PARSED_LINES)(self._parse_line)
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -119,17 +117,3 @@ def _groups_of_three(count: int) -> int:
 
 def _base64_length(num_bytes: int) -> int:
     return _groups_of_three(num_bytes) * 4
-
-
-def _byte_reader(path: str) -> Callable[[int, int], bytes]:
-    """Returns a function from (begin, end) to those bytes of the file."""
-    if is_remote(path):
-        system, inner = remote_file_system(path)
-
-        def read(begin: int, end: int) -> bytes:
-            with names_store_errors(path):
-                return system.cat_file(inner, start=begin, end=end)  # by name: s3fs has another order
-
-        return read
-    file = open_binary(path)  # stays open as long as the reader
-    return lambda begin, end: os.pread(file.fileno(), end - begin, begin)

@@ -1,4 +1,4 @@
-"""Packed files: sentences as memory-mapped columns, two bytes per token. Their rows equal those of the JSONL files.
+"""Packed files: sentences as columns, two bytes per token. Their rows equal those of the JSONL files.
 
 Columns:
   ids         uint16, the ids of all sentences
@@ -11,9 +11,13 @@ The header holds a checksum of each column, and the name of the tokenizer if all
 reads all of it, at 1 to 4 GB/s per core: it verifies the checksums and the order of the ends, and finds the largest id.
 For a file of more than 64 MiB the result is cached, as the index of a JSONL file is, until the size or the modification
 time of the file changes. Reading rows costs no more.
+
+A local file is memory-mapped. Of a remote one, opening reads the header and the columns `ends` and `origin`, and each
+row is a request for its bytes. The other columns are not verified; instead, no id may exceed the largest of the header.
 """
 
 import bisect
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -111,6 +115,8 @@ def read(path: str, vocab_size: int) -> Iterator[Sentence]:
     Raises:
       UserError: naming the path, if it is damaged or not a packed file, or an id is not below vocab_size.
     """
+    if is_remote(path):
+        raise UserError(f"{path}: only the trainer reads remote packed files: copy it to this machine")
     columns = _open(path, vocab_size)
     arrays, name = columns.arrays, tokenizer_of(columns.metadata)
     common = {} if name is None else {TOKENIZER_KEY: name}
@@ -126,14 +132,15 @@ def read(path: str, vocab_size: int) -> Iterator[Sentence]:
 
 
 def _open(path: str, vocab_size: int) -> Columns:
-    if is_remote(path):
-        raise UserError(f"{path}: a packed file is memory-mapped and must be local: copy it to this machine")
     version = file_version(path)
     columns = open_columns(path)
     if columns is None or not _is_valid(columns):
         raise UserError(f"{path}: is truncated, or not of the format {FORMAT!r}: write it with tokenizer.pack")
     verify = functools.partial(_verify, path, columns)
-    if version["size"] > CACHED_BYTES:
+    if is_remote(path):
+        columns = _with_bounds(path, columns)
+        largest_id = columns.metadata["largest_id"]
+    elif version["size"] > CACHED_BYTES:
         largest_id = cached_columns(path, ".index", FORMAT, version, {}, verify).metadata["largest_id"]
     else:
         largest_id = verify()["largest_id"]
@@ -149,7 +156,7 @@ def _is_valid(columns: Columns) -> bool:
     ids, ends, others, other_ends, _ = (columns.arrays[name] for name in DTYPES)
     if any(array.dtype != DTYPES[name] for name, array in columns.arrays.items()):
         return False
-    lasts = [int(column[-1]) if len(column) else 0 for column in (ends, other_ends)]
+    lasts = [int(column[-1:][0]) if len(column) else 0 for column in (ends, other_ends)]
     return len(ends) == len(other_ends) and lasts == [len(ids), len(others)]
 
 
@@ -161,8 +168,27 @@ def _verify(path: str, columns: Columns, append: Callable[..., None] | None = No
     Raises:
       UserError: naming the file and the column, if it is damaged.
     """
+    _check(path, columns)
+    return {"largest_id": max((int(block.max()) for block in checksums.blocks(columns.arrays["ids"])), default=0)}
+
+
+def _with_bounds(path: str, columns: Columns) -> Columns:
+    """Reads the columns of a remote file that locate rows and identify the data.
+
+    Raises:
+      UserError: naming the file, if it has no checksums, or one of these columns is damaged.
+    """
+    if not columns.checksums:
+        raise UserError(f"{path}: is of version 0.1.0, without checksums: copy it to this machine, or pack it again")
+    arrays = {name: columns.arrays[name][:] for name in ("ends", "origin")}
+    _check(path, Columns(columns.metadata, arrays, {name: columns.checksums[name] for name in arrays}))
+    return dataclasses.replace(columns, arrays=columns.arrays | arrays)
+
+
+def _check(path: str, columns: Columns) -> None:
+    """Raises UserError, naming the file and the column, if a column is damaged."""
     damaged = columns.damaged_column()
-    for name in ("ends", "other_ends"):
+    for name in [name for name in ("ends", "other_ends") if name in columns.arrays]:
         last = 0
         for block in checksums.blocks(columns.arrays[name]):
             if block[0] < last or (block[1:] < block[:-1]).any():
@@ -172,7 +198,6 @@ def _verify(path: str, columns: Columns, append: Callable[..., None] | None = No
         raise UserError(
             f"{path}: is damaged: the column {damaged} differs from what was written; copy or pack the file again"
         )
-    return {"largest_id": max((int(block.max()) for block in checksums.blocks(columns.arrays["ids"])), default=0)}
 
 
 def _raise_outside(path: str, columns: Columns, largest_id: int, vocab_size: int) -> NoReturn:
@@ -196,7 +221,7 @@ class PackedFile:
     """A packed file as a `protocols.TokenFile`. Its only field is {tokens}; literals may surround the ids of a line."""
 
     def __init__(self, path: str, processor: RecordProcessor):
-        """Maps the file into memory.
+        """Opens the file.
 
         Raises:
           UserError: naming the path, if the file is invalid, or the field list has more than {tokens} and literal ids.
@@ -209,6 +234,7 @@ class PackedFile:
         columns = _open(path, processor.vocab_size)
         self.path, self.bad_lines, self.bytes_read = path, 0, 0
         self.tokenizer = tokenizer_of(columns.metadata)
+        self._limit = columns.metadata["largest_id"] if is_remote(path) else None
         self._ids, self._ends = columns.arrays["ids"], columns.arrays["ends"]
         with prefix_errors(f"{path}: is damaged, in the column origin"):
             self._origin = parse_json(columns.arrays["origin"].tobytes(), _ORIGIN)
@@ -250,6 +276,8 @@ class PackedFile:
         """See `TokenFile`."""
         begin = (int(self._ends[first - 1]) if first else 0) + start
         ids[:] = self._ids[begin : begin + len(ids)]
+        if self._limit is not None and ids.max(initial=0) > self._limit:
+            raise ValueError(f"an id is larger than {self._limit}, the largest of the header")
         self.bytes_read += self._ids.itemsize * len(ids)
 
     def masks(self, line: int) -> np.ndarray:

@@ -4,7 +4,7 @@ Vocabulary:
   version  size and modification mark of a file; changes when the file is written
   digest   hash of 16 hexadecimal digits, equal for equal files or equal settings
   column   one-dimensional array in a column file
-  cache    column file that is derived from a source, such as a line index
+  cache    column file that is derived from a source, such as a line index; lies beside it, also on an object store
 
 Modules:
   atomic   write a file completely or not at all; JSON files
@@ -48,7 +48,7 @@ from EasyLM.storage.paths import (
     path_exists,
 )
 from EasyLM.storage.pickles import Unchangeable, check_memo
-from EasyLM.storage.reading import check_line_start, open_binary, read_lines, read_text_lines
+from EasyLM.storage.reading import byte_reader, check_line_start, open_binary, read_lines, read_text_lines
 from EasyLM.storage.remote import (
     is_remote,
     is_remote_folder,
@@ -70,6 +70,7 @@ __all__ = [
     "Unchangeable",
     "atomic_file",
     "atomic_path",
+    "byte_reader",
     "cached_columns",
     "check_line_start",
     "check_memo",

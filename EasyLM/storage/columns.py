@@ -1,16 +1,18 @@
-"""Column files: a JSON header and columns of numbers, opened memory-mapped.
+"""Column files: a JSON header and columns of numbers, opened memory-mapped, or read in parts from an object store.
 
 The header holds a checksum of each column and a digest of itself. Files of version 0.1.0 have neither.
 
 Most column files are caches, derived from a source file: a line index, tokenized text. A cache lies beside its source,
-or where that directory is full or not writable, in the user's cache directory or the directory of temporary files. Each
-value of the settings has its own cache. A cache that is damaged, or of another version of its source, is ignored and
-replaced. Opening a cache verifies its checksums, at 1 to 4 GB/s per core; one of more than 64 MiB is verified once,
-until its size or its modification time changes.
+or where that directory is full or not writable, in the user's cache directory or the directory of temporary files. The
+cache of a remote source lies in one of the latter two; a copy is uploaded to the folder of the source, from which other
+hosts download it. Each value of the settings has its own cache. A cache that is damaged, or of another version of its
+source, is ignored and replaced. Opening a cache verifies its checksums, at 1 to 4 GB/s per core; one of more than 64
+MiB is verified once, until its size or its modification time changes.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import mmap
 import os
@@ -21,12 +23,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UnavailableError, UserError
 from EasyLM.storage import checksums
-from EasyLM.storage.atomic import FULL_DISK, atomic_file, remove_leftovers
+from EasyLM.storage.atomic import FULL_DISK, atomic_file, atomic_path, remove_leftovers
 from EasyLM.storage.digests import json_digest
 from EasyLM.storage.json_files import parse_json
 from EasyLM.storage.paths import file_version
+from EasyLM.storage.reading import RemoteColumn, byte_reader
+from EasyLM.storage.remote import download, is_remote, takes_files, upload
 
 HEADER_BYTES = 4096  # the header is padded with spaces
 ALIGNMENT = 64  # bytes
@@ -44,12 +48,12 @@ class Columns:
 
     Attributes:
       metadata: JSON values from the header.
-      arrays: read-only memory-mapped arrays by column.
+      arrays: read-only memory-mapped arrays by column; of a remote file, `RemoteColumn`s.
       checksums: `checksums.array_checksum` of each column; empty in files of version 0.1.0.
     """
 
     metadata: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Any]
     checksums: dict[str, str]
 
     def damaged_column(self) -> str | None:
@@ -87,9 +91,10 @@ def cached_columns(
         cached = _load(path, expected)
         if cached is not None and _is_intact(path, cached):
             return cached
+    shared = f"{os.path.dirname(source)}/{name}" if takes_files(source) else ""
     reasons = []
     for path in candidates:
-        reason = _why_full(path, dtypes, produce, expected) if _is_writable(path) else "not writable"
+        reason = _why_full(path, shared, dtypes, produce, expected) if _is_writable(path) else "not writable"
         if not reason:
             columns = _load(path, expected)
             assert columns is not None, path
@@ -118,11 +123,17 @@ def write_columns(path: str, dtypes: Dtypes, produce: Produce) -> None:
 
 
 def open_columns(path: str) -> Columns | None:
-    """Opens a standalone column file. Returns None if it is invalid, truncated or too long.
+    """Opens a standalone column file, local or remote. Returns None if it is invalid, truncated or too long.
 
     The columns themselves are verified by `Columns.damaged_column`.
+
+    Raises:
+      UserError: if a remote file does not exist, or its file system cannot be reached.
     """
-    return _load(path, None)
+    if not is_remote(path):
+        return _load(path, None)
+    size, read = file_version(path)["size"], byte_reader(path)
+    return _columns(read(0, min(size, HEADER_BYTES)), size, functools.partial(RemoteColumn, read), None)
 
 
 def _write(path: str, dtypes: Dtypes, produce: Produce, header: dict[str, Any]) -> None:
@@ -171,9 +182,25 @@ def _copied(source: BinaryIO, target: BinaryIO) -> Iterator[bytes]:
 def _load(path: str, expected: dict[str, Any] | None) -> Columns | None:
     try:
         with open(path, "rb") as file:
-            header = parse_json(file.read(HEADER_BYTES))
+            head = file.read(HEADER_BYTES)
             # One map for all columns: each map keeps a file descriptor open.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # missing or empty
+        return None
+    return _columns(head, len(mapped), functools.partial(np.frombuffer, mapped), expected)
+
+
+def _columns(
+    head: bytes, size: int, column: Callable[[str, int, int], Any], expected: dict[str, Any] | None
+) -> Columns | None:
+    """Returns the columns that a header describes, or None if it is invalid or not that of a file of this size.
+
+    Args:
+      column: from (item type, length, offset) to a column.
+      expected: see `_load`.
+    """
+    try:
+        header = parse_json(head)
         if header.get("expected") != expected:
             return None
         # Packed files of version 0.1.0 have no digest and no checksums.
@@ -185,12 +212,12 @@ def _load(path: str, expected: dict[str, Any] | None) -> Columns | None:
             if dtype not in _COLUMN_DTYPES or length < 0:
                 return None
             # The offset of an empty column may be past the end of the file.
-            arrays[name] = np.frombuffer(mapped, dtype, length, offset) if length else np.empty(0, dtype)
-            end = max(end, offset + arrays[name].nbytes if length else end)
+            arrays[name] = column(dtype, length, offset) if length else np.empty(0, dtype)
+            end = max(end, offset + length * np.dtype(dtype).itemsize if length else end)
         sums = {} if is_old else header.pop(_CHECKSUMS)
-    except (OSError, UserError, AttributeError, KeyError, TypeError, ValueError, OverflowError):  # a damaged header
+    except (UserError, AttributeError, KeyError, TypeError, ValueError, OverflowError):  # a damaged header
         return None
-    is_whole = end == len(mapped) and (is_old or sums.keys() == arrays.keys())
+    is_whole = end == size and (is_old or sums.keys() == arrays.keys())
     return Columns(header, arrays, sums) if is_whole else None
 
 
@@ -204,9 +231,15 @@ def _is_writable(path: str) -> bool:
     return False
 
 
-def _why_full(path: str, dtypes: Dtypes, produce: Produce, expected: dict[str, Any]) -> str:
-    """Writes a cache. Returns an empty text, or how the disk became full."""
+def _why_full(path: str, shared: str, dtypes: Dtypes, produce: Produce, expected: dict[str, Any]) -> str:
+    """Downloads a cache from the URL `shared`, or writes it and uploads it. Without a URL, only writes it.
+
+    Returns:
+      an empty text, or how the disk became full.
+    """
     remove_leftovers(path)
+    if shared and _is_downloaded(shared, path, expected):
+        return ""
     try:
         _write(path, dtypes, produce, {"expected": expected})
     except OSError as error:
@@ -214,7 +247,28 @@ def _why_full(path: str, dtypes: Dtypes, produce: Produce, expected: dict[str, A
             raise
         logging.warning("%s cannot be written (%s); trying another directory", path, os.strerror(error.errno))
         return os.strerror(error.errno)
+    if shared:
+        try:
+            upload(path, shared)
+        except UnavailableError as error:
+            logging.warning("%s is not shared, so that each host makes it: %s", os.path.basename(shared), error)
     return ""
+
+
+def _is_downloaded(shared: str, path: str, expected: dict[str, Any]) -> bool:
+    """Downloads a cache, if its URL holds one that is intact and of this version of the source."""
+    try:
+        with atomic_path(path) as temporary:
+            download(shared, temporary)
+            cached = _load(temporary, expected)
+            if cached is None or cached.damaged_column() is not None:
+                raise UserError(f"{shared} is damaged, or of another version of its source")
+    except FileNotFoundError:
+        return False
+    except UserError as error:
+        logging.info("a cache is made again: %s", error)
+        return False
+    return True
 
 
 def _cache_paths(source: str, name: str) -> list[str]:

@@ -1,13 +1,14 @@
-"""Reading files, local or remote: bytes, lines, and compressed lines."""
+"""Reading files, local or remote: bytes, arrays of remote files, lines, and compressed lines."""
 
 import contextlib
 import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+import numpy as np
 import zstandard
 
 from EasyLM.errors import UserError
@@ -27,6 +28,42 @@ def open_binary(path: str) -> BinaryIO:
       OSError: if a local file cannot be opened.
     """
     return io.BufferedReader(_RemoteFile(path), _BUFFER_BYTES) if is_remote(path) else open(path, "rb")
+
+
+def byte_reader(path: str) -> Callable[[int, int], bytes]:
+    """Returns a function from (begin, end) to those bytes of a file. A local file stays open as long as the function.
+
+    Raises:
+      UnavailableError: naming the path, if a remote file system cannot be reached. The function raises it too.
+    """
+    if is_remote(path):
+        system, inner = remote_file_system(path)
+
+        def read(begin: int, end: int) -> bytes:
+            with names_store_errors(path):
+                return system.cat_file(inner, start=begin, end=end)  # by name: s3fs has another order
+
+        return read
+    file = open_binary(path)
+    return lambda begin, end: os.pread(file.fileno(), end - begin, begin)
+
+
+class RemoteColumn:
+    """A column of a remote file: it has a length and an item type, and reads each slice from the file, as an array."""
+
+    def __init__(self, read: Callable[[int, int], bytes], dtype: str, length: int, offset: int):
+        self.dtype, self._read, self._length, self._offset = np.dtype(dtype), read, length, offset
+        self.itemsize = self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        first, stop, _ = part.indices(self._length)
+        if first >= stop:
+            return np.empty(0, self.dtype)
+        begin, end = (self._offset + place * self.itemsize for place in (first, stop))
+        return np.frombuffer(self._read(begin, end), self.dtype)
 
 
 class _RemoteFile(io.RawIOBase):

@@ -1,4 +1,4 @@
-"""Remote file systems of fsspec: gs://, s3://, hf://, ... Their errors, and listings that leave nothing out."""
+"""Remote file systems of fsspec: gs://, s3://, hf://, ... Their errors, copies of files, and complete listings."""
 
 import contextlib
 import re
@@ -63,6 +63,34 @@ def _is_missing_file(path: str, error: Exception) -> bool:
     # The http file system of fsspec calls a file missing after any error, which is the cause.
     is_http, cause = path.startswith(_WEB), error.__cause__
     return not is_http or cause is None or getattr(cause, "status", None) in (404, 410)
+
+
+def takes_files(url: str) -> bool:
+    """Whether derived files may be put beside a remote file. On the Hub each one is a commit; the web takes none."""
+    return is_remote(url) and not url.startswith((*_WEB, "hf://")) and "::" not in url
+
+
+def download(url: str, path: str) -> None:
+    """Copies a remote file to a local one.
+
+    Raises:
+      FileNotFoundError: if it does not exist.
+      UnavailableError: naming the URL, after any other error.
+    """
+    system, inner = remote_file_system(url)
+    with names_store_errors(url):
+        system.get_file(inner, path)
+
+
+def upload(path: str, url: str) -> None:
+    """Copies a local file to a remote one.
+
+    Raises:
+      UnavailableError: naming the URL, if it cannot be written.
+    """
+    system, inner = remote_file_system(url)
+    with names_store_errors(url):
+        system.put_file(path, inner)
 
 
 def is_remote_folder(url: str) -> bool:

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 from data_kit import assert_rows, base64_line, dataset
+from fsspec.implementations.memory import MemoryFileSystem
 
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
@@ -50,6 +51,66 @@ def test_bytes_read_are_those_of_the_rows(packed_files):
     source = dataset(packed_files[1], 33)
     source.rows(5, 2)
     assert source.bytes_read == 2 * 67
+
+
+@pytest.fixture
+def remote_file(packed_files):
+    """The packed file on an object store."""
+    url = "memory://packed/both.packed"
+    MemoryFileSystem().pipe_file(url, pathlib.Path(packed_files[1]).read_bytes())
+    return url
+
+
+@pytest.mark.parametrize("seed", [-1, 4])
+def test_a_remote_file_gives_the_same_rows_and_reads_their_bytes_alone(packed_files, remote_file, monkeypatch, seed):
+    read, cat_file = [], MemoryFileSystem.cat_file
+
+    def counting(self, path, start=None, end=None):
+        data = cat_file(self, path, start, end)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counting)
+    plain, remote = (dataset(path, 33, shuffle_seed=seed) for path in (packed_files[1], remote_file))
+    columns_of = columns.open_columns(packed_files[1]).arrays
+    bounds = columns_of["ends"].nbytes + columns_of["origin"].nbytes
+    assert bounds <= sum(read) - columns.HEADER_BYTES <= bounds + 16, "and the last item of the two columns of ends"
+    assert remote.fingerprint == plain.fingerprint
+    read.clear()
+    for start in range(0, 2 * plain.rows_per_epoch, 7):
+        assert_rows(remote.rows(start, 7), *plain.rows(start, 7).values())
+    assert sum(read) == remote.bytes_read == plain.bytes_read
+
+
+@pytest.mark.parametrize(
+    "column, message",
+    [("ends", r"both.packed: is damaged: the column ends"), ("origin", r"both.packed: is damaged: the column origin")],
+)
+def test_damaged_bounds_of_a_remote_file_are_named(remote_file, column, message):
+    data = bytearray(MemoryFileSystem().cat_file(remote_file))
+    data[json.loads(data[: columns.HEADER_BYTES])["columns"][column][1]] ^= 1
+    MemoryFileSystem().pipe_file(remote_file, bytes(data))
+    with pytest.raises(UserError, match=message):
+        dataset(remote_file)
+
+
+def test_an_id_of_a_remote_file_that_its_header_excludes_is_named(remote_file):
+    source, data = dataset(remote_file), bytearray(MemoryFileSystem().cat_file(remote_file))
+    data[columns.HEADER_BYTES : columns.HEADER_BYTES + 2] = (9999).to_bytes(2, "little")
+    MemoryFileSystem().pipe_file(remote_file, bytes(data))
+    with pytest.raises(UserError, match=r"both.packed: changed since .* at token 0 \(an id is larger than 511"):
+        source.rows(0, 1)
+
+
+def test_remote_files_that_are_refused(packed_files, remote_file):
+    with pytest.raises(UserError, match=r"both.packed: id 511 is outside the vocabulary 0\.\.299 \(token"):
+        dataset(remote_file, vocab_size=300)
+    with pytest.raises(UserError, match="only the trainer reads remote packed files: copy it"):
+        next(packed_file.read(remote_file, 512))
+    as_version_0_1_0(packed_files[1])
+    MemoryFileSystem().pipe_file(remote_file, pathlib.Path(packed_files[1]).read_bytes())
+    with pytest.raises(UserError, match=r"both.packed: is of version 0.1.0, without checksums: copy it"):
+        dataset(remote_file)
 
 
 def test_invalid_packed_files(packed_files, tmp_path):

@@ -9,6 +9,7 @@ import tempfile
 import numpy as np
 import orjson
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from EasyLM.errors import UserError
 from EasyLM.storage import cached_columns, columns, open_columns, processes, write_columns
@@ -91,6 +92,51 @@ def test_a_remote_source_is_cached_in_the_users_directory(source, tmp_path):
     for _ in range(2):
         assert_content(cached("memory://bucket/data.jsonl"))
     assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+
+
+def on_another_host(monkeypatch, tmp_path, name):
+    """Nothing is cached there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def test_other_hosts_download_the_cache_of_a_remote_source(source, tmp_path, monkeypatch):
+    url = "memory://shared/data.jsonl"
+    cached(url)
+    on_another_host(monkeypatch, tmp_path, "second")
+    assert_content(cached(url, produce=forbidden))
+    assert len(list((tmp_path / "second").rglob("*.index"))) == 1
+    on_another_host(monkeypatch, tmp_path, "third")
+    with pytest.raises(pytest.fail.Exception):
+        cached(url, version={"size": 2}, produce=forbidden)
+    cached(url, version={"size": 2})
+    on_another_host(monkeypatch, tmp_path, "fourth")
+    assert_content(cached(url, version={"size": 2}, produce=forbidden))
+
+
+def test_a_damaged_cache_on_a_store_is_replaced(source, tmp_path, monkeypatch):
+    url, store = "memory://damaged/data.jsonl", MemoryFileSystem()
+    cached(url)
+    (name,) = store.ls("/damaged", detail=False)
+    data = store.cat_file(name)
+    store.pipe_file(name, flipped(data, 8 * columns.HEADER_BYTES))
+    on_another_host(monkeypatch, tmp_path, "second")
+    assert_content(cached(url))
+    assert store.cat_file(name) == data
+
+
+@pytest.mark.parametrize(
+    "url", ["memory://read_only/a.jsonl", "http://example.org/a.jsonl", "hf://datasets/a/b/a.jsonl"]
+)
+def test_a_store_that_takes_no_files_leaves_the_cache_to_each_host(source, tmp_path, monkeypatch, caplog, url):
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
+    assert_content(cached(url))
+    on_another_host(monkeypatch, tmp_path, "second")
+    assert_content(cached(url))
+    assert ("is not shared, so that each host makes it" in caplog.text) == url.startswith("memory")
 
 
 @pytest.mark.parametrize("keep", [0, 10, columns.HEADER_BYTES, columns.HEADER_BYTES + 20])
