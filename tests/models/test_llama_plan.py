@@ -11,6 +11,7 @@ import pytest
 
 from EasyLM import flags
 from EasyLM.data import dataset
+from EasyLM.errors import UserError
 from EasyLM.models.llama import costs, llama_config, llama_plan, training_task
 from EasyLM.parallel import make_mesh
 from EasyLM.planning.collectives import OPERATIONS
@@ -115,6 +116,14 @@ def test_a_plan_that_cannot_be_made_is_one_line(tmp_path, capsys, arguments, mes
     assert code == 1 and message in made["error"] and made["fits"] is None
     assert text.startswith(f"error: vqlm_debug on {made['topology']}")
     assert text.endswith(f": {made['error']}\n") and text.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_plan, "_plan", lambda *_: pytest.fail("the step was compiled"))
+    (tmp_path / "file").touch()
+    flag = f"--output_json={tmp_path}/file/plan.json"
+    with pytest.raises(UserError, match=f"^{flag}: cannot be written"):
+        llama_plan.main(flags.parse(llama_plan.FLAGS, ["llama_plan", *SMALL, "--topology=cpu:8", flag]))
 
 
 @pytest.mark.parametrize("topology, package, extra", [("v5p:2x2x2", "libtpu", "tpu"), ("h100:8", "jax_cuda", "gpu")])

@@ -24,7 +24,7 @@ from EasyLM.planning.estimates import Assumptions
 from EasyLM.planning.plan import Plan, PlannedTask, make_plan
 from EasyLM.planning.search import Candidate, Search, search
 from EasyLM.planning.topologies import Topology
-from EasyLM.storage import write_json
+from EasyLM.storage import check_output, write_json
 from EasyLM.training import make_optimizer
 
 FLAGS = {
@@ -45,7 +45,12 @@ def main(config: Any) -> int:
 
     Returns:
       The exit code: 0 if the step compiles and fits, else 1.
+
+    Raises:
+      UserError: if the JSON file cannot be written.
     """
+    if config.output_json:
+        check_output(config.output_json, "output_json")
     settings = dataset.settings(config.train_dataset)
     plan = Plan(config.topology, config.num_slices, config.load_llama_config, settings.batch_size, settings.seq_length)
     extra: dict[str, Any] = {}
