@@ -53,6 +53,7 @@ class Plan:
       peak_bytes_per_device: XLA's plan of the memory, the arguments included.
       hbm_bytes_per_device: memory of a device.
       state_bytes_per_device: bytes of the train state.
+      offloaded_bytes_per_device: host memory for values of the forward pass that wait there for the backward pass.
       remat: what the backward pass does not recompute, and why.
       matmul_flops_ratio: FLOPs of matrix products over the model's FLOPs. None if a loop has unknown trips.
       attention_kernels: executions of each attention kernel on a device.
@@ -81,6 +82,7 @@ class Plan:
     hbm_bytes_per_device: int | None = None
     fits: bool | None = None
     state_bytes_per_device: int | None = None
+    offloaded_bytes_per_device: int | None = None
     remat: str | None = None
     matmul_flops_ratio: float | None = None
     attention_kernels: Mapping[str, int] | None = None
@@ -134,13 +136,15 @@ def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, ass
     sent = communication(executed, [topology.island_of(device) for device in mesh.devices.flat])
     flops, model_flops = matmul_flops(traced.jaxpr), task.batch_size * task.flops_per_row
     step_seconds = assumptions.step_seconds((flops or model_flops) / mesh.devices.size, state_bytes, sent)
-    peak = peak_bytes(compiled.memory_analysis(), topology.platform)
+    memory = compiled.memory_analysis()
+    peak = peak_bytes(memory, topology.platform)
     fits = peak <= assumptions.hbm_gb * 1e9
     return plan.with_values(
         trace_seconds=traced_at - begin,
         compile_seconds=compiled_at - traced_at,
         peak_bytes_per_device=peak,
         fits=fits,
+        offloaded_bytes_per_device=memory.host_temp_size_in_bytes,
         matmul_flops_ratio=flops and flops / model_flops,
         attention_kernels=_attention_kernels(executed),
         attention_weights=attention_weights(traced.jaxpr, task.seq_length),
@@ -153,8 +157,11 @@ def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, ass
 
 
 def peak_bytes(memory: Any, platform: str) -> int:
-    """Returns XLA's peak. For CPUs, where it has no temporary arrays: arguments, results and temporary arrays."""
-    if platform != "cpu":
+    """Returns XLA's peak, or the sum of arguments, results and temporary arrays where XLA's peak is something else.
+
+    For CPUs it has no temporary arrays. If values are offloaded, it has those in the memory of the host, too.
+    """
+    if platform != "cpu" and not memory.host_temp_size_in_bytes:
         return memory.peak_memory_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the others are donated arguments
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes

@@ -31,10 +31,11 @@ def _compiled(plan: Plan) -> dict[str, str]:
     """Returns the lines of a step that compiled."""
     assumed = plan.assumptions or {}
     ratio = plan.matmul_flops_ratio
+    offloaded = plan.offloaded_bytes_per_device
     kernels = ", ".join(f"{name} x {count}" for name, count in (plan.attention_kernels or {}).items())
     return {
         "memory": f"{_gb(plan.peak_bytes_per_device)} of {_gb(plan.hbm_bytes_per_device)} a device, of which the state "
-        f"is {_gb(plan.state_bytes_per_device)}",
+        f"is {_gb(plan.state_bytes_per_device)}" + (f"; {_gb(offloaded)} of the host's" if offloaded else ""),
         "matmul FLOPs": "unknown: a loop has unknown trips"
         if ratio is None
         else f"{ratio:.2f} times those of the model",

@@ -66,6 +66,17 @@ def test_the_formula_counts_what_a_policy_saves(policy):
     assert step_bytes(GROUPED, policy, shape) - step_bytes(GROUPED, NOTHING, shape) == saved_bytes(policy) - least
 
 
+@pytest.mark.slow
+def test_projections_wait_in_the_memory_of_the_host():
+    """The device keeps the inputs of the blocks and the attention, and computes as little again as if it kept all."""
+    forward = next(eqn for eqn in gradient("projections_offloadable").jaxpr.eqns if eqn.primitive.name == "scan")
+    on_host = [var.aval for var in forward.outvars if "host" in f"{var.aval.memory_space}".lower()]
+    kept = saved_bytes("attention_saveable")
+    assert sum(aval.size * aval.dtype.itemsize for aval in on_host) == saved_bytes(ALL) - kept > kept
+    assert saved_bytes("projections_offloadable") == saved_bytes(ALL)
+    assert matmul_flops(gradient("projections_offloadable")) == matmul_flops(gradient(ALL))
+
+
 @pytest.mark.parametrize("key", [key for key, plan in PLANS.items() if "remat" in plan])
 def test_the_formula_agrees_with_the_compilers(key):
     plan = PLANS[key]

@@ -68,6 +68,20 @@ def test_rows_that_are_split(tmp_path, topology, kernel):
     assert made["collective_bytes"]["all-to-all"] == 2 * 12 * 8 * 512 // 4 * 128 * 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("topology, head", [
+    pytest.param("v5e:2x2", 128, marks=needs_tpu),  # padded
+    pytest.param("h100:4", 32, marks=needs_gpu),
+])  # fmt: skip
+def test_offloaded_projections_are_in_the_memory_of_the_host(tmp_path, topology, head):
+    policy = "--llama.remat_block=projections_offloadable"
+    made = plan(tmp_path, f"--topology={topology}", "--train_dataset.json_dataset.batch_size=64", policy)
+    # Of each of 2 layers, in bf16: queries, keys and values of 4 heads, the output, gate and up.
+    values = 2 * (64 * 512 // 4) * (3 * 4 * head + 128 + 2 * 256)
+    assert made["offloaded_bytes_per_device"] == pytest.approx(2 * values, rel=0.01)
+    assert made["error"] is None
+
+
 @needs_tpu
 @pytest.mark.slow
 def test_a_topology_that_does_not_exist_is_one_line():

@@ -1,5 +1,7 @@
 """The plan of a small model without attention, whose bytes and FLOPs are known."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from EasyLM.checkpoints import SavedPart
 from EasyLM.parallel import make_mesh
 from EasyLM.planning import report
 from EasyLM.planning.estimates import ASSUMPTION_FLAGS, Assumptions
-from EasyLM.planning.plan import Plan, PlannedTask, make_plan
+from EasyLM.planning.plan import Plan, PlannedTask, make_plan, peak_bytes
 from EasyLM.planning.topologies import Topology, make_topology
 from EasyLM.training import OPTIMIZER_FLAGS, make_optimizer, model_without_extra
 
@@ -80,6 +82,22 @@ def test_a_step_that_needs_more_memory_does_not_fit(planned):
     plan = planned(save_optimizer_state=True, hbm_gb=1e-6)
     assert plan.fits is False and plan.error.startswith("does not fit: 0.0") and plan.peak_bytes_per_device > 1000
     assert report.text(plan).endswith(f"error         {plan.error}")
+
+
+@pytest.mark.parametrize("on_host, peak", [(0, 8000), (5000, 659 + 2887 + 58)])
+def test_the_peak_is_that_of_the_device(on_host, peak):
+    """XLA's own peak includes the memory of the host."""
+    sizes = {"argument_size": 659, "output_size": 658, "alias_size": 600, "temp_size": 2887, "host_temp_size": on_host}
+    memory = types.SimpleNamespace(
+        peak_memory_in_bytes=8000, **{f"{name}_in_bytes": size for name, size in sizes.items()}
+    )
+    assert peak_bytes(memory, "cuda") == peak
+
+
+def test_offloaded_values_are_a_part_of_the_text(planned):
+    plan = planned(save_optimizer_state=True)
+    assert plan.offloaded_bytes_per_device == 0 and "of the host's" not in report.text(plan)
+    assert "; 5.03 GB of the host's\n" in report.text(plan.with_values(offloaded_bytes_per_device=5_033_000_000))
 
 
 @pytest.mark.parametrize(

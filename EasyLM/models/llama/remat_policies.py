@@ -24,6 +24,22 @@ def _save(*names: str) -> Callable[..., bool]:
     return policy
 
 
+def _offload(*names: str) -> Callable[..., Any]:
+    """Returns the policy that saves attention, and named values in the memory of the host."""
+    by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=names,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    save_attention = _save("attention")
+
+    def policy(prim: Any, *values: Any, **params: Any) -> Any:
+        return save_attention(prim, **params) or by_name(prim, *values, **params)
+
+    return policy
+
+
 # The policies among which "auto" chooses, and the values that each saves. Those that recompute the least come first.
 # The first one saves all matrix products, and recomputes only elementwise operations. This takes less time than writing
 # and reading their results (on a CPU, a step takes 10% less).
@@ -49,4 +65,6 @@ REMAT_POLICIES = {
         )
     },
     **{name: _save(*saved) for name, saved in AUTOMATIC_POLICIES.items() if saved},
+    # Recomputes as little as "projections_and_attention_saveable" and needs far less memory of the device.
+    "projections_offloadable": _offload(*(name for name in SAVED_VALUES if name != "attention")),
 }
