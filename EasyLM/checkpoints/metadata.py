@@ -32,7 +32,7 @@ _DATASET_STATE = {"rows_consumed?": int, "source?": dict, "total_tokens?": int, 
 
 _COUNTS = {"step": 2**31, "updates": 2**31, "rows_consumed": 2**63, "total_tokens": 2**63}  # exclusive limits
 
-_DIGEST = "digest"
+_DIGEST, _DIGEST_BYTES = "digest", 8
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def load_metadata(path: str) -> dict:
@@ -66,12 +66,20 @@ def _load(path: str, schema: Mapping[str, Any]) -> dict:
     with prefix_errors(path):
         content = parse_json(data) if data[:1] == b"{" else restricted_pickle.loads(data)
         check_schema(content, schema)
+        _check_key_of_digest(content)
         if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
             raise UserError(f"its values are not those that were saved (after an edit, delete the key {_DIGEST!r})")
         for name, limit in _COUNTS.items():
             if f"{name}?" in schema and not 0 <= content.get(name, 0) < limit:
                 raise UserError(f"{name}={content[name]}: must be 0..{limit - 1}")
     return content
+
+
+def _check_key_of_digest(content: Mapping[str, Any]) -> None:
+    """Raises UserError if the digest is under a damaged key: it would count as missing. It is the last value."""
+    key = next(reversed([*content]), _DIGEST)
+    if key != _DIGEST and isinstance(content[key], str) and len(content[key]) == 2 * _DIGEST_BYTES:
+        raise UserError(f"ends with a digest under the key {key!r} instead of {_DIGEST!r}")
 
 
 def make_metadata(step: int, flags: Mapping, **sections: Any) -> dict:

@@ -23,6 +23,7 @@ from campaign.mutations import mutated, mutated_json
 from EasyLM import checkpoints
 from EasyLM.checkpoints import listing, streaming
 from EasyLM.checkpoints.safetensors_file import tensor_entry, write_safetensors
+from EasyLM.errors import prefix_errors
 from EasyLM.models.llama import convert_easylm_to_hf, hf_files, hf_layout
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.storage import parse_json
@@ -71,7 +72,8 @@ def run_directories(folder: pathlib.Path) -> Attempt:
         step = int(arrays["step",])
         require(step in states, f"step {step} in the state")
         _require_arrays(arrays, states[step])
-        row = batches.rows_consumed(newest.dataset_state, _SOURCE)  # as the trainer does
+        with prefix_errors(newest.saved.dataset_state):  # as the trainer does
+            row = batches.rows_consumed(newest.dataset_state, _SOURCE)
         require_equal(row, 8 * step, f"rows consumed, beside step {step}")
         require_equal(newest.saved.contents["step"], step, f"step of the metadata, beside step {step}")
 
