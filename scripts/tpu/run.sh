@@ -8,6 +8,9 @@
 # Arguments are flags of llama_train. Write checkpoints to a bucket: the hosts share no disk, and a preempted slice loses its
 # disks. The exit code is that of the training: 0 finished, 75 stopped with its state saved, 70 ended by the
 # watchdog, otherwise an error (255: no connection). Ctrl-C ends the connection, and with it the training.
+#
+# Expect, for vqlm_7b on a v5p-16 with 8 rows of 4096 tokens: 26 GB of each chip, a minute of compilation, 58,000 tokens/s,
+# and a checkpoint of 79 GB. These are estimates of llama_plan; nothing was measured on TPUs.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: bash scripts/tpu/run.sh NAME ZONE [flags of llama_train]" >&2; exit 2; }
 name=$1 zone=$2
