@@ -20,6 +20,7 @@ from EasyLM.training import Model, Optimizer, abstract_batch, abstract_state, by
 
 # Parts of the names of attention kernels in HLO: cuDNN, and Pallas' kernels on TPUs.
 _ATTENTION_KERNEL = re.compile("fmha|splash")
+_TRACEBACK = re.compile(r'Traceback \(most recent call last\):\n(\s*File ".*\n(\s{4}.*\n)?)*')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +184,9 @@ def _is_too_large(error: Exception) -> bool:
 
 
 def _cause(error: Exception) -> str:
-    """Returns the cause of a failed compilation in one line."""
-    text = " ".join(str(error).split()).removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
+    """Returns the cause of a failed compilation in one line, without the lines of code that led to it."""
+    text = _TRACEBACK.sub("", str(error)).partition("Suspected Python Code Location")[0]
+    text = " ".join(text.split()).removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
     if used := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text):
         text = f"XLA needs {used[1]} of {used[2]} a device"
     return f"does not {'fit' if _is_too_large(error) else 'compile'}: {text[:300]}"

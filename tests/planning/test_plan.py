@@ -116,6 +116,14 @@ def test_offloaded_values_are_a_part_of_the_text(planned):
             "does not fit: XLA needs 20.50G of 15.75G a device",
             False,
         ),
+        (
+            'INTERNAL: custom_partitioner: Traceback (most recent call last):\n\n  File "a.py", line 26, in <module>\n'
+            '  File "b.py", line 58, in main\n    partition()\nIndivisibleError: dim_size=2 is not divisible by '
+            "axis_size=4.\n\n\nSuspected Python Code Location:\n  c.py:43:10 [kernel]",
+            "does not compile: INTERNAL: custom_partitioner: IndivisibleError: dim_size=2 is not divisible by "
+            "axis_size=4",
+            None,
+        ),
         ("UNIMPLEMENTED: no such\n operation.", "does not compile: UNIMPLEMENTED: no such operation", None),
     ],
 )
