@@ -16,7 +16,10 @@ from EasyLM.errors import UserError
 from EasyLM.models import losses
 from EasyLM.models.attention import AttentionMask, attention
 from EasyLM.models.llama import llama_model, llama_plan
-from EasyLM.parallel import make_mesh
+from EasyLM.models.llama.gathered_matmul import gathered_matmul
+from EasyLM.parallel import BATCH_AXES, GROUP_AXIS, group_mesh, make_mesh
+from EasyLM.planning.collectives import communication
+from EasyLM.planning.hlo import executed_instructions
 from EasyLM.planning.topologies import make_topology
 
 needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
@@ -129,6 +132,28 @@ def test_gradients_of_a_head_with_8292_outputs_compile_for_tpus():
     assert "8320" not in text, "a TPU pads arrays in its memory"
 
 
+@needs_tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [("fsdp", "mp"), ("mp", "fsdp")])
+def test_groups_of_devices_scatter_gradients_that_do_not_fill_tiles(axes):
+    """A device has 160 of 640 rows or columns, and TPUs tiles of 128."""
+    groups, size = group_mesh(make_mesh("2,4,1", list(make_topology("v5p:2x2x2").devices))), 640
+    rows = NamedSharding(groups, P(GROUP_AXIS, BATCH_AXES))
+    x = jax.ShapeDtypeStruct((2, 4, 128, size), jnp.bfloat16, sharding=rows)
+    kernel = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=NamedSharding(groups, P(*axes)))
+
+    def gradients(kernel, x, dy):
+        def of_group(x, dy):
+            return jax.vjp(partial(gathered_matmul, mesh=groups, axes=axes), x, kernel)[1](dy)[1]
+
+        return jax.vmap(of_group, spmd_axis_name=GROUP_AXIS)(x, dy)
+
+    traced = jax.jit(gradients, out_shardings=NamedSharding(groups, P(GROUP_AXIS, *axes))).trace(kernel, x, x)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    sent = communication(executed_instructions(text), [0] * 8).total
+    assert sent["reduce-scatter"] == 2 * size * size and sent["all-reduce"] == 0
+
+
 @needs_gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("topology, processes", [("h100:8", 1), ("h100:2x4", 2)])
@@ -141,3 +166,12 @@ def test_gpus(tmp_path, monkeypatch, topology, processes):
     forward, backward = made["attention_kernels"].values()
     assert forward == backward == layers and made["attention_weights"] == ""
     assert (sum(made["network_bytes"].values()) > 0) == (processes > 1)
+
+
+@needs_gpu
+@pytest.mark.slow
+def test_heads_that_the_mesh_does_not_divide_have_cudnn_attention(tmp_path):
+    """Each device along mp has all 4 heads."""
+    made = plan(tmp_path, "--topology=h100:8", "--mesh_dim=1,1,8")
+    assert made["error"] is None and made["attention_weights"] == ""
+    assert {"fmha" in name for name in made["attention_kernels"]} == {True}

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from EasyLM.models.tuning import flat_matmul
-from EasyLM.parallel import BATCH_AXES, GROUP_AXIS, SHARD_AXES, axis_size, constrain
+from EasyLM.parallel import BATCH_AXES, GROUP_AXIS, SHARD_AXES, axis_size
 
+_Linear = Callable[[jax.Array], jax.Array]
 Groups = list[list[int]]  # the places along fsdp of the devices that gather from each other
 _LEAST_DEVICES = 64  # from which on XLA gathers by sums
 
@@ -29,34 +30,19 @@ _LEAST_DEVICES = 64  # from which on XLA gathers by sums
 def gathered_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None, axes: tuple[str, str]) -> jax.Array:
     """Returns `x_BTI @ kernel_IO`, with gathers in two steps where fsdp fills the three dimensions of a large torus.
 
+    In a function that is mapped over groups of devices (see `group_mesh`), the gradient of the kernel is that of each
+    group. XLA by itself would sum it on all devices along fsdp, if the part of a device does not fill TPUs' tiles.
+
     Args:
       mesh: its axes dp and fsdp split B, and sp splits T. None: not split.
       axes: the mesh axes that split I and O: fsdp and mp, or mp and fsdp. The part of a device along fsdp is split
         further over sp.
     """
-    if mesh is not None and mesh.devices.flat[0].platform == "tpu" and _divides(x_BTI, kernel_IO, mesh, axes):
-        steps = gather_steps(_along_fsdp(mesh))
-        if steps:
-            return matmul_of_devices(x_BTI, kernel_IO, mesh, axes, steps)
-    if mesh is not None and GROUP_AXIS in mesh.shape:
-        return _matmul_of_group(x_BTI, kernel_IO, mesh, axes)
+    if mesh is not None and _divides(x_BTI, kernel_IO, mesh, axes):
+        steps = gather_steps(_along_fsdp(mesh)) if mesh.devices.flat[0].platform == "tpu" else []
+        if steps or GROUP_AXIS in mesh.shape:
+            return matmul_of_devices(x_BTI, kernel_IO, mesh, axes, steps or [None])
     return split_matmul(x_BTI, kernel_IO, mesh)
-
-
-def _matmul_of_group(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh, axes: tuple[str, str]) -> jax.Array:
-    """Returns `x_BTI @ kernel_IO` in a function that is mapped over groups of devices (see `group_mesh`).
-
-    The gradient of the kernel then has an axis of groups. XLA for TPUs scatters such sums along the last axis only;
-    along another one each device receives all sums. So the kernel is transposed if fsdp splits its first axis. The
-    gradient has the same constraint.
-    """
-    rows, columns = map(_kernel_axes, axes)
-    if axes[1] == "fsdp":
-        return split_matmul(x_BTI, constrain(kernel_IO, mesh, rows, columns), mesh)
-    kernel_OI = constrain(kernel_IO.T, mesh, columns, rows)
-    if kernel_OI.dtype != x_BTI.dtype:
-        return split_matmul(x_BTI, kernel_OI.T, mesh)
-    return jnp.einsum("BTI,OI->BTO", x_BTI, kernel_OI)
 
 
 def split_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -66,40 +52,33 @@ def split_matmul(x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh | None) -> j
     axis.
     """
     if kernel_IO.dtype != x_BTI.dtype:
-        return _wide_matmul(lambda kernel_IO: kernel_IO)(x_BTI, kernel_IO)
+        return _wide_matmul("IO", lambda kernel_IO: kernel_IO, lambda sums_IO: sums_IO)(x_BTI, kernel_IO)
     if mesh is None or mesh.shape["sp"] == 1:
         return flat_matmul(x_BTI, kernel_IO)
     return jnp.einsum("BTI,IO->BTO", x_BTI, kernel_IO)
 
 
 def matmul_of_devices(
-    x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh, axes: tuple[str, str], steps: Sequence[Groups]
+    x_BTI: jax.Array, kernel_IO: jax.Array, mesh: Mesh, axes: tuple[str, str], steps: Sequence[Groups | None]
 ) -> jax.Array:
     """Returns `x_BTI @ kernel_IO`, computed by each device with the gathered kernel.
 
     Args:
-      steps: the groups of each gather along fsdp, see `gather_steps`.
+      steps: the groups of each gather along fsdp, see `gather_steps`; None: all devices.
     """
-    rows, columns = axes
-
-    def gather(kernel_IO):
-        if mesh.shape["sp"] > 1:
-            kernel_IO = jax.lax.all_gather(kernel_IO, "sp", axis=axes.index("fsdp"), tiled=True)
-        for groups in steps:
-            # The gradient of a gather is a scatter of sums.
-            kernel_IO = jax.lax.all_gather(
-                kernel_IO, "fsdp", axis=axes.index("fsdp"), tiled=True, axis_index_groups=groups
-            )
-        return kernel_IO
+    gather, scatter = _gather_and_scatter(mesh, steps)
+    order = "OI" if axes[0] == "fsdp" else "IO"  # the axis that fsdp splits is the last one
 
     def of_device(x_BTI, kernel_IO):
-        if kernel_IO.dtype == x_BTI.dtype:
-            y_BTO = flat_matmul(x_BTI, gather(kernel_IO))
+        kernel = kernel_IO.T if order == "OI" else kernel_IO
+        if kernel.dtype != x_BTI.dtype:
+            y_BTO = _wide_matmul(order, gather, scatter)(x_BTI, kernel)
         else:
-            y_BTO = _wide_matmul(gather)(x_BTI, kernel_IO)
-        return jax.lax.psum(y_BTO, "mp") if rows == "mp" else y_BTO
+            whole = gather(kernel)
+            y_BTO = flat_matmul(x_BTI, whole.T if order == "OI" else whole)
+        return jax.lax.psum(y_BTO, "mp") if axes[0] == "mp" else y_BTO
 
-    inputs, outputs = ("mp" if axis == "mp" else None for axis in (rows, columns))
+    inputs, outputs = ("mp" if axis == "mp" else None for axis in axes)
     return jax.shard_map(
         of_device,
         mesh=mesh,
@@ -109,27 +88,57 @@ def matmul_of_devices(
     )(x_BTI, kernel_IO)
 
 
-def _wide_matmul(gather: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _gather_and_scatter(mesh: Mesh, steps: Sequence[Groups | None]) -> tuple[_Linear, _Linear]:
+    """Returns the function by which devices gather their parts of a matrix along the last axis, and its transpose.
+
+    XLA for TPUs scatters sums along the last axis of a matrix. Along the first one, and in arrays of three axes, it can
+    send all sums to each device instead. So where a function is mapped over groups of devices (see `group_mesh`), each
+    group scatters a matrix.
+    """
+    along = [("sp", None)] * (mesh.shape["sp"] > 1) + [("fsdp", groups) for groups in steps]
+
+    @jax.custom_vjp
+    def gather(part):
+        for name, groups in along:
+            part = jax.lax.all_gather(part, name, axis=1, tiled=True, axis_index_groups=groups)
+        return part
+
+    @jax.custom_batching.custom_vmap
+    def scatter(sums):
+        for name, groups in reversed(along):
+            sums = jax.lax.psum_scatter(sums, name, scatter_dimension=1, tiled=True, axis_index_groups=groups)
+        return sums
+
+    @scatter.def_vmap
+    def scatter_of_groups(num_groups, _, sums_G):
+        return jnp.stack([scatter(sums_G[group]) for group in range(num_groups)]), True
+
+    gather.defvjp(lambda part: (gather(part), None), lambda _, sums: (scatter(sums),))
+    return gather, scatter
+
+
+def _wide_matmul(order: str, gather: _Linear, scatter: _Linear) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns the product with a float32 kernel, which is converted to the type of the activations and then gathered.
 
     Args:
-      gather: a linear function. Its transpose sums the kernel's gradient, in float32.
+      order: IO or OI, the axes of the kernel.
+      gather: a linear function.
+      scatter: its transpose, which sums the kernel's gradient, in float32.
     """
 
     @jax.custom_vjp
-    def product(x_BTI, kernel_IO):
-        return forward(x_BTI, kernel_IO)[0]
+    def product(x_BTI, kernel):
+        return forward(x_BTI, kernel)[0]
 
-    def forward(x_BTI, kernel_IO):
-        assert kernel_IO.dtype == jnp.float32
-        narrow_IO = kernel_IO.astype(x_BTI.dtype)
-        return jnp.einsum("BTI,IO->BTO", x_BTI, gather(narrow_IO)), (x_BTI, narrow_IO)
+    def forward(x_BTI, kernel):
+        assert kernel.dtype == jnp.float32
+        narrow = kernel.astype(x_BTI.dtype)
+        return jnp.einsum(f"BTI,{order}->BTO", x_BTI, gather(narrow)), (x_BTI, narrow)
 
     def backward(residuals, dy_BTO):
-        x_BTI, narrow_IO = residuals
-        dkernel_IO = jnp.einsum("BTI,BTO->IO", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
-        scatter = jax.linear_transpose(gather, jax.ShapeDtypeStruct(narrow_IO.shape, jnp.float32))
-        return jnp.einsum("BTO,IO->BTI", dy_BTO, gather(narrow_IO)), *scatter(dkernel_IO)
+        x_BTI, narrow = residuals
+        dkernel = jnp.einsum(f"BTI,BTO->{order}", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
+        return jnp.einsum(f"BTO,{order}->BTI", dy_BTO, gather(narrow)), scatter(dkernel)
 
     product.defvjp(forward, backward)
     return product
