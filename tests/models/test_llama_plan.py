@@ -85,6 +85,17 @@ def test_a_plan_of_virtual_devices(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh_dim", ["2,-1,1", "2,2,2"])
+def test_embeddings_are_not_gathered_along_dp(tmp_path, capfd, mesh_dim):
+    """The compiler warns where it has to gather an array on every device to split it another way."""
+    small = ["--llama.num_hidden_layers=1", "--llama.remat_block=", "--llama.attention_implementation=xla"]
+    rows = "--train_dataset.json_dataset.batch_size=16"
+    made, code, text = plan(tmp_path, capfd, "--topology=cpu:8", *small, rows, f"--mesh_dim={mesh_dim}")
+    assert code == 0 and made["mesh"]["dp"] == 2
+    assert "Involuntary full rematerialization" not in text
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_names_what_to_change(tmp_path, capsys):
     small = ["--llama.num_hidden_layers=1", "--llama.remat_block=", "--llama.attention_implementation=xla"]
     made, code, text = plan(tmp_path, capsys, "--topology=cpu:2", *small, "--hbm_gb=0.001", "--llama.vocab_size=64")

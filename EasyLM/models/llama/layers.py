@@ -120,10 +120,10 @@ class Embedding(nnx.Module):
             # Without this constraint, XLA splits D of the embeddings as it is split in the table, and then exchanges
             # them to split B and T.
             table_VD, tokens_BT = constrain(table_VD, mesh, "mp", None), constrain(tokens_BT, mesh, BATCH_AXES, "sp")
-        elif mesh is not None and GROUP_AXIS in mesh.shape:
-            # Without these constraints, XLA exchanges embeddings between the groups.
-            tokens_BT = constrain(tokens_BT, mesh)
-            return constrain(jnp.take(table_VD, tokens_BT, axis=0), mesh, None, None, SHARD_AXES)
+        elif mesh is not None and (GROUP_AXIS in mesh.shape or mesh.shape["dp"] > 1):
+            # Without these constraints, XLA exchanges embeddings between the groups or along dp, or gathers them whole.
+            tokens_BT = constrain(tokens_BT, mesh, "dp")
+            return constrain(jnp.take(table_VD, tokens_BT, axis=0), mesh, "dp", None, SHARD_AXES)
         return jnp.take(table_VD, tokens_BT, axis=0)
 
 
@@ -158,6 +158,9 @@ class Attention(nnx.Module):
             )
         except UserError as error:
             raise UserError(f"llama.attention_implementation={c.attention_implementation!r}: {error}") from None
+        # Where mp does not divide the heads, cuDNN's custom call gets all of them on each device along mp. Without this
+        # constraint, XLA would split them for the product, which it cannot do for that call.
+        out_BTHK = constrain(out_BTHK, context.mesh, BATCH_AXES, "sp", "mp")
         return checkpoint_name(self.wo(merge_heads(out_BTHK), context), "output"), (k_BTGK, v_BTGK)
 
     def project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
