@@ -158,14 +158,14 @@ def make_plan(plan: Plan, task: PlannedTask, mesh: Mesh, topology: Topology, ass
 
 
 def peak_bytes(memory: Any, platform: str) -> int:
-    """Returns XLA's peak, or the sum of arguments, results and temporary arrays where XLA's peak is something else.
+    """Returns XLA's peak of the memory of a device, at most the sum of arguments, results and temporary arrays.
 
-    For CPUs it has no temporary arrays. If values are offloaded, it has those in the memory of the host, too.
+    XLA's peak is lower than that sum, because it knows which arrays are never there at once. But for CPUs it leaves out
+    temporary arrays, and if values are offloaded, it can count those in the memory of the host.
     """
-    if platform != "cpu" and not memory.host_temp_size_in_bytes:
-        return memory.peak_memory_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the others are donated arguments
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    total = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    return total if platform == "cpu" else min(memory.peak_memory_in_bytes, total)
 
 
 def _attention_kernels(executed: Iterable[tuple[float, Instruction]]) -> dict[str, int]:

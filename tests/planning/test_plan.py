@@ -84,14 +84,11 @@ def test_a_step_that_needs_more_memory_does_not_fit(planned):
     assert report.text(plan).endswith(f"error         {plan.error}")
 
 
-@pytest.mark.parametrize("on_host, peak", [(0, 8000), (5000, 659 + 2887 + 58)])
-def test_the_peak_is_that_of_the_device(on_host, peak):
-    """XLA's own peak includes the memory of the host."""
-    sizes = {"argument_size": 659, "output_size": 658, "alias_size": 600, "temp_size": 2887, "host_temp_size": on_host}
-    memory = types.SimpleNamespace(
-        peak_memory_in_bytes=8000, **{f"{name}_in_bytes": size for name, size in sizes.items()}
-    )
-    assert peak_bytes(memory, "cuda") == peak
+@pytest.mark.parametrize("platform, xla_peak, peak", [("cuda", 3000, 3000), ("tpu", 8000, 3604), ("cpu", 700, 3604)])
+def test_the_peak_is_at_most_that_of_all_arrays_of_the_device(platform, xla_peak, peak):
+    sizes = {"argument_size": 659, "output_size": 658, "alias_size": 600, "temp_size": 2887, "peak_memory": xla_peak}
+    memory = types.SimpleNamespace(**{f"{name}_in_bytes": size for name, size in sizes.items()})
+    assert peak_bytes(memory, platform) == peak
 
 
 def test_offloaded_values_are_a_part_of_the_text(planned):
