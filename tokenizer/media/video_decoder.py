@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from tokenizer.media.video_clock import VideoClock
-from tokenizer.media.video_file import VideoFile, names_errors, open_container
+from tokenizer.media.video_file import VideoFile, captured_errors, names_errors, open_container
 
 # Markers of JPEG (ITU-T T.81, table B.1; T.87 for JPEG-LS).
 _START_OF_IMAGE, _START_OF_SCAN, _TABLES = b"\xff\xd8", 0xDA, 0xDB
+# FFmpeg's message for a slice of an H.264 frame that it does not decode. It returns the frame without an error.
+_NO_SLICE = "abs_diff_pic_num overflow"
 _FRAMES, _LOSSLESS_FRAMES = {0xC0, 0xC1, 0xC2}, {0xC3, 0xF7}
 _MOST_IDLE = 2  # a build goes from one video to the next
 _idle: dict[VideoFile, "Decoder"] = {}  # the latest one last
@@ -120,38 +122,41 @@ def _decode_from(
         container.seek(int(seek_point), stream=stream)
     first, is_first, is_damaged = clock.ticks[0] if seek_point is None else seek_point, True, False
     source = _ticks_and_frames(container, stream, clock)
-    ahead: collections.deque[tuple[int, Any]] = collections.deque()
+    ahead: collections.deque[tuple[int, Any, bool]] = collections.deque()
     while ahead or (ahead := collections.deque(itertools.islice(source, 1))):
-        tick, frame = ahead.popleft()
+        tick, frame, is_corrupt = ahead.popleft()
         last = _last_decoded(clock, tick)
         while (ahead[-1][0] if ahead else tick) < last and (decoded := next(source, None)):
             ahead.append(decoded)
-        is_damaged = frame.is_corrupt or (not frame.key_frame and (is_damaged or (is_first and tick > first)))
+        is_damaged = is_corrupt or (not frame.key_frame and (is_damaged or (is_first and tick > first)))
         is_first = False
-        yield tick, frame, is_damaged or any(later.is_corrupt for later_tick, later in ahead if later_tick <= last)
+        yield tick, frame, is_damaged or any(is_corrupt for later, _, is_corrupt in ahead if later <= last)
 
 
-def _ticks_and_frames(container: Any, stream: Any, clock: VideoClock) -> Iterator[tuple[int, Any]]:
-    for i, frame in enumerate(_frames(container, stream)):
+def _ticks_and_frames(container: Any, stream: Any, clock: VideoClock) -> Iterator[tuple[int, Any, bool]]:
+    for i, (frame, is_corrupt) in enumerate(_frames(container, stream)):
         tick = int(clock.ticks[min(i, len(clock.ticks) - 1)]) if clock.by_index else frame.pts
         if tick is not None:
-            yield tick, frame
+            yield tick, frame, is_corrupt
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Yields the decoded frames.
+def _frames(container: Any, stream: Any) -> Iterator[tuple[Any, bool]]:
+    """Yields (frame, whether it is damaged) as they are decoded.
 
     Raises:
       ValueError: for a JPEG frame with a damaged header. FFmpeg then decodes it with the tables of the frame before it,
         or returns that frame again, and reports no error.
     """
-    if stream.codec_context.name != "mjpeg":
-        yield from container.decode(stream)
-        return
+    is_jpeg, incomplete = stream.codec_context.name == "mjpeg", set()
     for packet in container.demux(stream):
-        if packet.size and not _has_whole_header(bytes(packet)):
+        if is_jpeg and packet.size and not _has_whole_header(bytes(packet)):
             raise ValueError("the header of a JPEG frame is damaged")
-        yield from packet.decode()
+        with captured_errors() as messages:
+            frames = packet.decode()
+        if any(_NO_SLICE in text for _, _, text in messages):
+            incomplete.add(packet.pts)
+        for frame in frames:
+            yield frame, frame.is_corrupt or frame.pts in incomplete
 
 
 def _has_whole_header(jpeg: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -57,6 +58,18 @@ def import_av() -> ModuleType:
     import av
 
     return av
+
+
+def captured_errors() -> Any:
+    """Returns a context that provides the list of FFmpeg's error messages (level, name, text) of this thread."""
+    av_logging = import_av().logging
+    if av_logging.get_level() is None:
+        av_logging.set_level(av_logging.ERROR)
+        av_logging.set_skip_repeated(False)
+        # Outside of such contexts they are dropped, as they are if no level is set.
+        logging.getLogger("libav").addHandler(logging.NullHandler())
+        logging.getLogger("libav").propagate = False
+    return av_logging.Capture()
 
 
 @contextlib.contextmanager

@@ -138,7 +138,8 @@ def test_frames_without_the_first_one_are_damaged():
     """A damaged key frame can come after the frames that were predicted from it, which the decoder does not mark."""
     frames = [(1, False, False), (2, False, False), (0, True, True), (3, True, False), (4, False, False)]
     frames = [SimpleNamespace(pts=pts, key_frame=key, is_corrupt=corrupt) for pts, key, corrupt in frames]
-    container = SimpleNamespace(decode=lambda stream: iter(frames), seek=lambda *_, **__: None)
+    packets = [SimpleNamespace(pts=frame.pts, decode=lambda frame=frame: [frame]) for frame in frames]
+    container = SimpleNamespace(demux=lambda stream: packets, seek=lambda *_, **__: None)
     stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
     ticks = np.arange(5)
     clock = VideoClock(ticks, ticks[[0, 3]], False, fractions.Fraction(1, 25), ticks)

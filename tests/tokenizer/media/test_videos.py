@@ -1,5 +1,6 @@
 """Every container gives the correct frame for a time, decoded from the beginning or after a seek."""
 
+import itertools
 import os
 
 import av
@@ -273,6 +274,29 @@ class TestErrors:
         with pytest.raises(UserError, match=f"^{path}: "):
             videos.read(path, times[[12]])
         assert numbers(videos.read(path, times[[11, 13]])) == [11, 13]
+
+    def test_a_frame_whose_references_cannot_be_found_is_refused(self, tmp_path):
+        """FFmpeg returns it with old pixels, and reports no error. Which ones they are depends on where it began."""
+        write_video(tmp_path / "whole.mp4", "libx264", STEADY[:8], g="4", bf="0")
+        whole, path, outcomes = (tmp_path / "whole.mp4").read_bytes(), tmp_path / "video.mp4", set()
+        with av.open(str(tmp_path / "whole.mp4")) as container:
+            packets = [packet for packet in container.demux(video=0) if packet.size]
+        times = videos.timestamps(tmp_path / "whole.mp4")
+        for number, bit in itertools.product((5, 6, 7), range(8 * 5, 8 * 10)):  # after the length and kind of the slice
+            data = bytearray(whole)
+            data[packets[number].pos + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            try:
+                pixels = videos.read(path, times[[number]])[0]
+            except UserError as error:
+                assert str(error).startswith(f"{path}: ")
+                outcomes.add("refused")
+                continue
+            with av.open(str(path)) as container:  # from the beginning
+                expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][number]
+            np.testing.assert_allclose(pixels, expected / 255, atol=0.02)
+            outcomes.add("read")
+        assert outcomes == {"read", "refused"}
 
     def test_frames_before_a_damaged_one_that_depend_on_it_are_refused(self, folder, tmp_path):
         """B-frames are decoded after the frame that they precede. Their decoder marks none of them."""
