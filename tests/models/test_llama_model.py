@@ -249,7 +249,8 @@ def test_remat_policy_controls_saving_of_the_attention_kernel(monkeypatch, polic
 def test_the_devices_of_the_mesh_select_the_attention(monkeypatch):
     """A step for devices that this process does not have uses their kernels."""
     gpu = types.SimpleNamespace(platform="gpu")
-    mesh, platforms = types.SimpleNamespace(devices=np.array([gpu]), shape={"sp": 1}), []
+    shape = {"dp": 1, "fsdp": 1, "mp": 1, "sp": 1}
+    mesh, platforms = types.SimpleNamespace(devices=np.array([gpu]), shape=shape), []
     monkeypatch.setattr(layers, "constrain", lambda x, *_: x)
     monkeypatch.setattr(layers, "attention", lambda *qkvm, platform, **_: platforms.append(platform) or qkvm[2])
     block, x_BTD = layers.Attention(TINY, nnx.Rngs(0)), jnp.ones((1, 3, TINY.hidden_size))
