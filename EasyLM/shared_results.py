@@ -1,20 +1,21 @@
 """Arrays from worker processes by shared memory.
 
-Through a pipe, the receiving process needs 0.3 ms of CPU time for the pixels of an image of 256x256, instead of 0.03.
+Through a pipe, the receiving process needs 0.3 ms of CPU time for the pixels of an image of 256x256, instead of 0.02.
 This would limit the workers (`scripts/bench_videos.py`).
 """
 
-import contextlib
+import functools
 import math
+import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from EasyLM.process_pool import Workers
 
-_Function = Callable[[Any], np.ndarray]
+_Function = Callable[[list], Iterable[tuple[int, np.ndarray]]]
 
 
 class Pending(Protocol):
@@ -26,10 +27,10 @@ class Pending(Protocol):
 
 
 class SharedResults:
-    """A context manager that runs a function in worker processes, which leave its arrays in shared memory.
+    """A context manager that runs a function in worker processes, which leave its rows in shared memory.
 
     The memory has places for the rows of pending results. If too few are free, or the system has no such memory (it is
-    Linux's), the array is sent by a pipe.
+    Linux's), the rows are sent by a pipe. A worker maps the memory until it gets a call of another context.
     """
 
     def __init__(self, workers: Workers, function: _Function, row_shape: Sequence[int], count: int):
@@ -37,17 +38,20 @@ class SharedResults:
 
         Args:
           workers: run the function.
-          function: maps a list of n items to a uint8 array [n, *row_shape].
+          function: maps a list of n items to (position in the list, row) of each of them, in any order. A row is
+            copied before the next one is computed. It is uint8 [*row_shape].
           row_shape: the shape of a row.
           count: the number of places.
         """
         self._workers, self._function, self._row_shape = workers, function, tuple(row_shape)
-        self._memory: int | None = None  # file descriptor
-        self._inode = 0
+        self._file, self._inode = -1, 0
+        self._memory: np.ndarray | None = None  # of the file: [count, *row_shape]
         self._free: list[int] = []  # the last ones are used first, so that the memory grows only as needed
-        if workers.processes > 1 and hasattr(os, "memfd_create"):
-            self._memory = os.memfd_create("results")
-            self._inode = os.fstat(self._memory).st_ino
+        if workers.processes > 1 and count and hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("results")
+            os.ftruncate(self._file, count * math.prod(row_shape))
+            self._memory = _map(self._file, self._row_shape)
+            self._inode = os.fstat(self._file).st_ino
             self._free.extend(range(count))
 
     def __enter__(self) -> "SharedResults":
@@ -55,29 +59,30 @@ class SharedResults:
 
     def __exit__(self, *exception: object) -> None:
         if self._memory is not None:
-            os.close(self._memory)
+            os.close(self._file)
             self._memory = None
             self._free.clear()
 
     def submit(self, items: list) -> Pending:
-        """Submits a call of the function with a list. Call `result` of what it returns once, in this context."""
-        if len(items) > len(self._free):
-            return self._workers.submit(self._function, items)
-        places = [self._free.pop() for _ in items]
-        path = f"/proc/{os.getpid()}/fd/{self._memory}"
-        sent = self._workers.submit(_leave_rows, self._function, items, path, self._inode, places)
-        return _SharedResult(self, sent, places)
+        """Submits a call of the function with a list.
 
-    def _take(self, rows: np.ndarray | None, places: list[int]) -> np.ndarray:
-        """Returns the rows that a worker has left in places, or has sent by the pipe."""
-        if rows is not None:
-            return rows
+        Call `result` of what it returns once, in this context. It returns an iterable of the rows in the order of the
+        list. Copy each row before you take the next one.
+        """
+        if len(items) > len(self._free):
+            return self._workers.submit(_sent_rows, self._function, items, self._row_shape)
+        places = [self._free.pop() for _ in items]
+        path = f"/proc/{os.getpid()}/fd/{self._file}"
+        call = self._function, items, self._row_shape, path, self._inode, places
+        return _SharedResult(self, self._workers.submit(_leave_rows, *call), places)
+
+    def _take(self, rows: np.ndarray | None, places: list[int]) -> Iterator[np.ndarray]:
+        """Yields the rows that a worker has left in places, or has sent by the pipe. Then the places are free."""
         assert self._memory is not None, "the context has ended"
-        rows = np.empty((len(places), *self._row_shape), np.uint8)
-        for row, place in zip(rows, places, strict=True):
-            size = os.preadv(self._memory, [row], place * row.nbytes)
-            assert size == row.nbytes, f"{size} of {row.nbytes} bytes"
-        return rows
+        try:
+            yield from (self._memory[place] for place in places) if rows is None else rows
+        finally:
+            self._release(places)
 
     def _release(self, places: list[int]) -> None:
         if self._memory is not None:
@@ -88,31 +93,61 @@ class _SharedResult:
     def __init__(self, owner: SharedResults, sent: Pending, places: list[int]):
         self._owner, self._sent, self._places = owner, sent, places
 
-    def result(self) -> np.ndarray:
+    def result(self) -> Iterator[np.ndarray]:
         try:
-            return self._owner._take(self._sent.result(), self._places)
-        finally:
+            rows = self._sent.result()
+        except BaseException:
             self._owner._release(self._places)
+            raise
+        return self._owner._take(rows, self._places)
 
 
-def _leave_rows(function: _Function, items: list, path: str, inode: int, places: list[int]) -> np.ndarray | None:
-    """Writes the rows of `function(items)` to places of a file.
+def _map(file: int, row_shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the shared memory of a file: uint8 [places, *row_shape]."""
+    return np.frombuffer(mmap.mmap(file, 0), np.uint8).reshape(-1, *row_shape)
 
-    Returns the rows if the file cannot be opened, or is another one: a call can outlive its context, and the next
-    context can have the same file descriptor.
+
+@functools.lru_cache(1)  # the first access to a page of a new mapping takes longer than to write it
+def _worker_memory(path: str, inode: int, row_shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the shared memory of another process.
+
+    Raises:
+      OSError: if the system hides it, or it is no longer there: a call can outlive its context, and the next context
+        can have the same file descriptor.
     """
-    rows = np.ascontiguousarray(function(items))
-    assert rows.dtype == np.uint8 and len(rows) == len(places)
-    with contextlib.suppress(OSError):  # the system hides the files of other processes
-        memory = os.open(path, os.O_WRONLY)
-        try:
-            if os.fstat(memory).st_ino != inode:
-                return rows
-            size = math.prod(rows.shape[1:])
-            for row, place in zip(rows, places):
-                if os.pwrite(memory, row, place * size) != size:
-                    return rows
-        finally:
-            os.close(memory)
-        return None
+    file = os.open(path, os.O_RDWR)
+    try:
+        if os.fstat(file).st_ino != inode:
+            raise FileNotFoundError(path)
+        return _map(file, row_shape)
+    finally:
+        os.close(file)
+
+
+def _leave_rows(
+    function: _Function, items: list, row_shape: tuple[int, ...], path: str, inode: int, places: list[int]
+) -> np.ndarray | None:
+    """Writes the rows of `function(items)` to places of the memory. Returns them if it cannot be used."""
+    try:
+        memory = _worker_memory(path, inode, row_shape)
+    except OSError:
+        return _sent_rows(function, items, row_shape)
+    _write_rows(function, items, memory, places)
+    return None
+
+
+def _sent_rows(function: _Function, items: list, row_shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the rows of `function(items)`: uint8 [len(items), *row_shape]."""
+    rows = np.empty((len(items), *row_shape), np.uint8)
+    _write_rows(function, items, rows, range(len(items)))
     return rows
+
+
+def _write_rows(function: _Function, items: list, memory: np.ndarray, places: Sequence[int]) -> None:
+    """Writes the rows of `function(items)` to `memory[places]`."""
+    missing = set(range(len(items)))
+    for position, row in function(items):
+        assert row.dtype == np.uint8 and row.shape == memory.shape[1:]
+        memory[places[position]] = row
+        missing.remove(position)
+    assert not missing, f"no rows of {sorted(missing)}"

@@ -34,7 +34,8 @@ def main(config: ConfigDict) -> None:
         _, record = next(iter(records.read_records(path, CODEBOOK_SIZE)))
         sentences.append((record["kind"], image_ref.from_record(record)[:MOST_IMAGES]))
     rows = [
-        (kind, np.concatenate([image_ref.read([image], SIDE) for image in sentence])) for kind, sentence in sentences
+        (kind, np.stack([pixels for image in sentence for _, pixels in image_ref.read([image], SIDE)]))
+        for kind, sentence in sentences
     ]
     images.save(config.output_file, grids.labelled_rows(rows, SIDE))
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 import resource
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -24,13 +25,18 @@ def die_once(flag: str) -> str:
     return "second run"
 
 
-def rows_of(numbers: list[int], flag: str = "") -> np.ndarray:
-    """Returns a row [5, 3] of each number, but for 255. With a file that does not exist, kills its process first."""
+def rows_of(numbers: list[int], flag: str = "") -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (position, row [5, 3]) of each number, the last one first. Fails at 255 and leaves out 254.
+
+    With a file that does not exist, kills its process first.
+    """
     if flag:
         die_once(flag)
-    if 255 in numbers:
-        raise UserError("no row 255")
-    return np.stack([np.full((5, 3), number, np.uint8) for number in numbers])
+    for position, number in reversed([*enumerate(numbers)]):
+        if number == 255:
+            raise UserError("no row 255")
+        if number != 254:
+            yield position, np.full((5, 3), number, np.uint8)
 
 
 def kept_megabytes(megabytes: int) -> int:

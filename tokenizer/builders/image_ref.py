@@ -77,8 +77,8 @@ def are_near(one: ImageRef, other: ImageRef) -> bool:
     return reading.are_near_rows(one.path, one.location, other.path, other.location)
 
 
-def read(group: list[ImageRef], size: int, fast_decode: bool = False) -> np.ndarray:
-    """Reads the pixels of frames of one video, or of other images: uint8 [len(group),size,size,3].
+def read(group: list[ImageRef], size: int, fast_decode: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (position in the group, pixels uint8 [size,size,3]) of frames of one video, or of other images.
 
     Args:
       group: the images.
@@ -91,11 +91,11 @@ def read(group: list[ImageRef], size: int, fast_decode: bool = False) -> np.ndar
     first = group[0]
     if first.seconds is not None:
         video = reading.video_file(first.path, first.location)
-        return videos.read_bytes(video, [ref.seconds for ref in group if ref.seconds is not None], size)
-    files = (reading.open_item(ref.path, ref.location) for ref in group)
-    return np.stack(
-        [views.read(ref.view, file, size, ref.argument, fast_decode) for ref, file in zip(group, files, strict=True)]
-    )
+        yield from videos.frames(video, [ref.seconds for ref in group if ref.seconds is not None], size)
+        return
+    for position, ref in enumerate(group):
+        file = reading.open_item(ref.path, ref.location)
+        yield position, views.read(ref.view, file, size, ref.argument, fast_decode)
 
 
 def scenes(ref: ImageRef, split_at_cuts: bool) -> list[np.ndarray]:

@@ -37,7 +37,8 @@ class HasImages(Protocol):
 
 
 SentenceT = TypeVar("SentenceT", bound=HasImages)
-Reader = Callable[[list[ImageRef]], Any]  # starts `image_ref.read` of a group; returns a future
+# Starts `image_ref.read` of a group. Returns a future whose result iterates over the pixels of each image.
+Reader = Callable[[list[ImageRef]], Any]
 
 
 class Encoder:
@@ -126,7 +127,8 @@ class Pipeline:
         self._pending: dict[ImageRef, _PendingImage] = {}
         self._collected: list[list[ImageRef]] = []  # images that are read together, whose reading has not started
         self._reads: collections.deque = collections.deque()  # (groups that are read together, future), in order
-        self._batch: list[tuple[ImageRef, np.ndarray]] = []
+        self._batch: list[ImageRef] = []
+        self._pixels_nSS3 = np.empty(0, np.uint8)  # of the batch
         self._encodes: collections.deque = collections.deque()  # (refs, future), in order
 
     def run(self, sentences: Iterable[SentenceT]) -> Iterator[tuple[SentenceT, np.ndarray | dict[str, str]]]:
@@ -212,7 +214,7 @@ class Pipeline:
         """Waits for the pixels of groups and adds them to the batch. An UnavailableError ends the build."""
         together = [ref for group in groups for ref in group]
         try:
-            pixels_nSS3 = process_pool.result(future, together[0].path)
+            images_SS3 = process_pool.result(future, together[0].path)
         except UnavailableError:
             raise
         except UserError as error:
@@ -222,12 +224,14 @@ class Pipeline:
             for ref in together:
                 self._pending[ref].result = error
             return
-        for ref, pixels_SS3 in zip(together, pixels_nSS3, strict=True):
-            self._batch.append((ref, pixels_SS3))
+        for ref, pixels_SS3 in zip(together, images_SS3, strict=True):
+            if not self._batch:
+                self._pixels_nSS3 = np.empty((self._batch_size, *pixels_SS3.shape), np.uint8)
+            self._pixels_nSS3[len(self._batch)] = pixels_SS3
+            self._batch.append(ref)
             if len(self._batch) == self._batch_size:
                 self._submit_batch()
 
     def _submit_batch(self) -> None:
-        refs, pixels = zip(*self._batch)
-        self._encodes.append((refs, self._encoder.submit(np.stack(pixels))))
+        self._encodes.append((self._batch, self._encoder.submit(self._pixels_nSS3[: len(self._batch)])))
         self._batch = []

@@ -185,11 +185,12 @@ def _read_packets(name: str, container: Any, stream: Any) -> tuple[list[_Packet]
       UserError: naming the file, if it is truncated.
     """
     shown, count, end, last_byte = [], 0, 0.0, 0
+    tells_duration = container.format.name == "matroska,webm"
     for packet in container.demux():
         if packet.dts is None and not packet.size:
             continue  # PyAV's end marker
         last_byte = max(last_byte, (packet.pos or 0) + packet.size)
-        if packet.pts is not None:
+        if tells_duration and packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream.index == stream.index:
             count += 1
@@ -197,7 +198,7 @@ def _read_packets(name: str, container: Any, stream: Any) -> tuple[list[_Packet]
                 shown.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.pos))
     if count < stream.frames:
         raise UserError(f"{name}: is truncated: it has {count} of {stream.frames} frames")
-    duration = (container.duration or 0) / 1e6 if container.format.name == "matroska,webm" else 0.0
+    duration = (container.duration or 0) / 1e6 if tells_duration else 0.0
     if end < duration - _DURATION_TOLERANCE:
         raise UserError(f"{name}: is truncated: it has {end:.1f} of {duration:.1f} seconds")
     return shown, last_byte

@@ -5,7 +5,7 @@ next frame; frame rates can vary.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -46,14 +46,25 @@ def scenes(video: str | os.PathLike | VideoFile) -> list[np.ndarray]:
 def read(
     video: str | os.PathLike | VideoFile, seconds: Sequence[float] | np.ndarray, size: int | None = None
 ) -> np.ndarray:
-    """Reads frames as `read_bytes`, scaled to float32 in [0, 1]."""
-    return images.to_float32(read_bytes(video, seconds, size))
+    """Reads the frames shown at times in any order, as `frames`: float32 [k,size,size,3] in [0, 1].
+
+    Raises:
+      UserError: as `frames`, or if with size None the sizes differ.
+    """
+    video = _video_file(video)
+    by_position = dict(frames(video, seconds, size))
+    sizes = sorted({pixels.shape[1::-1] for pixels in by_position.values()})
+    if len(sizes) > 1:
+        raise UserError(f"{video.name}: its frames have different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}")
+    return images.to_float32(np.stack([by_position[position] for position in range(len(seconds))]))
 
 
-def read_bytes(
-    video: str | os.PathLike | VideoFile, seconds: Sequence[float] | np.ndarray, size: int | None = None
-) -> np.ndarray:
-    """Reads the frames shown at times in any order: uint8 [k,size,size,3]. With size None they have the size shown.
+def frames(
+    video: str | os.PathLike | VideoFile, seconds: Sequence[float] | np.ndarray, size: int | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (position in `seconds`, pixels uint8 [size,size,3]) of the frame shown at each time, in order of time.
+
+    With size None, frames have the size at which they are shown.
 
     The frame shown at a time is the last one whose own time is not later. Applies the orientation in the metadata,
     converts the colours to sRGB, and resizes as `images.read`. Seeks over unneeded frames where the format allows it.
@@ -61,25 +72,23 @@ def read_bytes(
 
     Raises:
       UserError: naming the file, if `timestamps` raises, a time is before the first frame or after the end of the
-        last one, a frame cannot be decoded, its colours are not supported, or with size None the sizes differ.
+        last one, a frame cannot be decoded, or its colours are not supported.
     """
     video = _video_file(video)
     clock = read_clock(video)
-    numbers = _shown_frames(video.name, clock.seconds, seconds)
-    decoded = {}
-    with open_decoder(video, clock, int(numbers.min())) as decoder:
-        for number, frame, is_damaged in decoder.frames(np.unique(numbers).tolist()):
+    positions: dict[int, list[int]] = {}  # of each frame
+    for position, number in enumerate(_shown_frames(video.name, clock.seconds, seconds).tolist()):
+        positions.setdefault(number, []).append(position)
+    with open_decoder(video, clock, min(positions)) as decoder:
+        for number, frame, is_damaged in decoder.frames(sorted(positions)):
             if is_damaged:
                 time = clock.seconds[number]
                 raise UserError(f"{video.name}: the frame at {time:g} s, or one that it depends on, is damaged")
-            decoded[number] = video_frames.to_bytes(frame, size, decoder.pixel_aspect)
-    missing = [number for number in numbers.tolist() if number not in decoded]
-    if missing:
-        raise UserError(f"{video.name}: the frame at {clock.seconds[missing[0]]:g} s cannot be decoded")
-    sizes = sorted({pixels.shape[1::-1] for pixels in decoded.values()})
-    if len(sizes) > 1:
-        raise UserError(f"{video.name}: its frames have different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}")
-    return np.stack([decoded[number] for number in numbers.tolist()])
+            pixels = video_frames.to_bytes(frame, size, decoder.pixel_aspect)
+            for position in positions.pop(number):
+                yield position, pixels
+    if positions:
+        raise UserError(f"{video.name}: the frame at {clock.seconds[min(positions)]:g} s cannot be decoded")
 
 
 def _video_file(video: str | os.PathLike | VideoFile) -> VideoFile:

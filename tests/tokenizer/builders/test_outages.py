@@ -92,7 +92,7 @@ def test_an_outage_while_a_source_is_listed_and_read_is_no_damage(tree, tmp_path
         index = FileIndex(file_index.by_name, [listed], SkippedInputs(99))
         for item in range(len(index)):
             (row,) = index.rows(item)
-            image_ref.read([*row], 8)
+            assert len([*image_ref.read([*row], 8)]) == len(row)
         assert len(index) == 3
 
     assert_each_outage_ends(monkeypatch, use)

@@ -50,6 +50,15 @@ def test_windows_one_after_another_decode_each_frame_once(tmp_path, decoded, nam
     assert numbers(videos.read(tmp_path / name, times[[5]])) == [5]  # the last one again
 
 
+def test_frames_are_yielded_one_by_one_with_their_positions(tmp_path, decoded):
+    """A worker copies each one before the next one is decoded, so that it holds one frame."""
+    write_video(tmp_path / "a.mp4", "libx264", TIMES, **ONE_KEY_FRAME)
+    stream = videos.frames(tmp_path / "a.mp4", videos.timestamps(tmp_path / "a.mp4")[[9, 2, 9, 70]], None)
+    position, pixels = next(stream)
+    assert (position, number_of(pixels / 255)) == (1, 2) and len(decoded) < 9
+    assert [(position, number_of(pixels / 255)) for position, pixels in stream] == [(0, 9), (2, 9), (3, 70)]
+
+
 def test_another_file_under_the_same_name_is_read_anew(tmp_path):
     for first in (0, 100):
         write_video(tmp_path / "a.mp4", "libx264", TIMES[: 20 + first // 10], first=first, **ONE_KEY_FRAME)
