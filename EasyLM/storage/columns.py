@@ -203,8 +203,9 @@ def _columns(
         header = parse_json(head)
         if header.get("expected") != expected:
             return None
-        # Packed files of version 0.1.0 have no digest and no checksums.
-        digest, is_old = header.pop(_HEADER_DIGEST, None), _CHECKSUMS not in header and expected is None
+        # Packed files of version 0.1.0 have no digest and no checksums. If both are under damaged keys, keys follow.
+        digest, is_last = header.pop(_HEADER_DIGEST, None), next(reversed(header)) == "columns"
+        is_old = _CHECKSUMS not in header and is_last and expected is None
         if digest != json_digest(header) and not (digest is None and is_old):
             return None
         arrays, end = {}, HEADER_BYTES

@@ -230,6 +230,14 @@ def test_a_file_of_version_0_1_0_opens(tmp_path):
     assert open_columns(str(path)) is None
 
 
+def test_checksums_under_damaged_keys_do_not_count_as_missing(tmp_path):
+    path = tmp_path / "a.packed"
+    write_columns(str(path), DTYPES, produce)
+    damaged = path.read_bytes().replace(b'"checksums"', b'"chdcksums"').replace(b'"header_digest"', b'"haader_digest"')
+    path.write_bytes(damaged)
+    assert open_columns(str(path)) is None
+
+
 def fill_directory(monkeypatch, *directories) -> None:
     """Makes the disks of directories full: a file can be created there, but its columns cannot be joined."""
     join = columns._join
