@@ -204,7 +204,7 @@ def _columns(
         if header.get("expected") != expected:
             return None
         # Packed files of version 0.1.0 have no digest and no checksums. If both are under damaged keys, keys follow.
-        digest, is_last = header.pop(_HEADER_DIGEST, None), next(reversed(header)) == "columns"
+        digest, is_last = header.pop(_HEADER_DIGEST, None), [*header][-1:] == ["columns"]
         is_old = _CHECKSUMS not in header and is_last and expected is None
         if digest != json_digest(header) and not (digest is None and is_old):
             return None
