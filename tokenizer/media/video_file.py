@@ -87,6 +87,7 @@ def names_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except (import_av().FFmpegError, ValueError, OverflowError) as error:
+        error.args = error.args[:3]  # without FFmpeg's last message, which can be about another file
         raise UserError(f"{name}: not a readable video ({error})") from error
 
 

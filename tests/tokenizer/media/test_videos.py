@@ -275,6 +275,16 @@ class TestErrors:
             videos.read(path, times[[12]])
         assert numbers(videos.read(path, times[[11, 13]])) == [11, 13]
 
+    def test_the_reason_does_not_depend_on_other_files(self, folder, tmp_path):
+        path, reasons = tmp_path / "video.mp4", []
+        path.write_bytes((folder / "b_frames.mp4").read_bytes()[:2000])
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"^{path}: not a readable video") as error:
+                videos.timestamps(path)
+            reasons.append(str(error.value))
+            videos.read(folder / "b_frames.mp4", [0])  # from here on, FFmpeg's messages are captured
+        assert reasons[0] == reasons[1]
+
     def test_a_frame_whose_references_cannot_be_found_is_refused(self, tmp_path):
         """FFmpeg returns it with old pixels, and reports no error. Which ones they are depends on where it began."""
         write_video(tmp_path / "whole.mp4", "libx264", STEADY[:8], g="4", bf="0")
