@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import tempfile
+import time
 
 from ml_collections import ConfigDict
 
@@ -55,7 +56,10 @@ def main(config: ConfigDict) -> None:
         blocks = layout.build_page(models, pathlib.Path(folder))
         files = guard.PageFiles(pathlib.Path(folder))
         files.sweep()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the files of visitors are removed
+        stopped: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):  # after both, the files of visitors are removed
+            # A handler that raises, as Python's, has no effect while a finalizer or the garbage collector runs.
+            signal.signal(number, lambda received, _: stopped.append(received))
         middleware = [
             Middleware(HeaderCheck, allowed_hosts=allowed_hosts),
             Middleware(guard.PageGuard, files=files, limits=LIMITS),
@@ -73,7 +77,11 @@ def main(config: ConfigDict) -> None:
             footer_links=[],
             css=layout.CSS,
             app_kwargs={"middleware": middleware},
+            prevent_thread_lock=True,
         )
+        while not stopped:
+            time.sleep(0.1)
+        blocks.close()
         models.close(timeout=10)
 
 
