@@ -48,7 +48,7 @@ class Columns:
 
     Attributes:
       metadata: JSON values from the header.
-      arrays: read-only memory-mapped arrays by column; of a remote file, `RemoteColumn`s.
+      arrays: read-only memory-mapped arrays by column; of a remote file, each is a `RemoteColumn`.
       checksums: `checksums.array_checksum` of each column; empty in files of version 0.1.0.
     """
 
