@@ -196,8 +196,11 @@ def _read_packets(name: str, container: Any, stream: Any) -> tuple[list[_Packet]
             count += 1
             if packet.size and not packet.is_discard:
                 shown.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.pos))
-    if count < stream.frames:
-        raise UserError(f"{name}: is truncated: it has {count} of {stream.frames} frames")
+    frames = stream.frames
+    if container.format.name == _MP4:
+        frames = min(frames, len(stream.index_entries))  # without those that an edit list cuts off
+    if count < frames:
+        raise UserError(f"{name}: is truncated: it has {count} of {frames} frames")
     duration = (container.duration or 0) / 1e6 if tells_duration else 0.0
     if end < duration - _DURATION_TOLERANCE:
         raise UserError(f"{name}: is truncated: it has {end:.1f} of {duration:.1f} seconds")

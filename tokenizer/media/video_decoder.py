@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 
 from tokenizer.media.video_clock import VideoClock
-from tokenizer.media.video_file import VideoFile, captured_errors, names_errors, open_container
+from tokenizer.media.video_file import VideoFile, captured_errors, import_av, names_errors, open_container
 
 # Markers of JPEG (ITU-T T.81, table B.1; T.87 for JPEG-LS).
 _START_OF_IMAGE, _START_OF_SCAN, _TABLES = b"\xff\xd8", 0xDA, 0xDB
-# FFmpeg's message for a slice of an H.264 frame that it does not decode. It returns the frame without an error.
-_NO_SLICE = "abs_diff_pic_num overflow"
+# FFmpeg's messages for a damaged slice of an H.264 frame. It can return the frame without an error.
+_DAMAGED_SLICE = ("abs_diff_pic_num overflow", "error while decoding MB", "reference picture missing during reorder")
+_RETURN_ALL = {"h264", "hevc"}  # codecs whose frames are all returned, except for damaged ones
+# What is added to the time of a frame that an edit list cuts off. Others need it, but it is not shown.
+_NOT_SHOWN = -(1 << 62)
 _FRAMES, _LOSSLESS_FRAMES = {0xC0, 0xC1, 0xC2}, {0xC3, 0xF7}
+_MOST_AHEAD = 16  # frames that are decoded before one that is shown earlier: the limit of H.264 and HEVC
 _MOST_IDLE = 2  # a build goes from one video to the next
 _idle: dict[VideoFile, "Decoder"] = {}  # the latest one last
 _lock = threading.Lock()  # of _idle
@@ -116,32 +120,44 @@ def _decode_from(
 
     A decoder marks only the damaged frame itself. Those after it, up to the next key frame, are predicted from it. So
     are those that are shown before it and decoded later, and those that a decoder returns although it has not returned
-    the first frame.
+    the frame before them. A damaged frame can be one that is not shown.
     """
     if seek_point is not None:
         container.seek(int(seek_point), stream=stream)
     first, is_first, is_damaged = clock.ticks[0] if seek_point is None else seek_point, True, False
+    returns_all, previous = stream.codec_context.name in _RETURN_ALL, 0
     source = _ticks_and_frames(container, stream, clock)
     ahead: collections.deque[tuple[int, Any, bool]] = collections.deque()
     while ahead or (ahead := collections.deque(itertools.islice(source, 1))):
         tick, frame, is_corrupt = ahead.popleft()
-        last = _last_decoded(clock, tick)
-        while (ahead[-1][0] if ahead else tick) < last and (decoded := next(source, None)):
+        number = int(np.searchsorted(clock.ticks, tick))
+        last = int(clock.decoded_ticks[number]) if number < len(clock.ticks) else tick
+        while (ahead[-1][0] if ahead else tick) < last and len(ahead) < _MOST_AHEAD and (decoded := next(source, None)):
             ahead.append(decoded)
-        is_damaged = is_corrupt or (not frame.key_frame and (is_damaged or (is_first and tick > first)))
+        is_after_gap = tick != first if is_first else returns_all and number > previous + 1
+        is_damaged = is_corrupt or (not frame.key_frame and (is_damaged or is_after_gap))
         is_first = False
-        yield tick, frame, is_damaged or any(is_corrupt for later, _, is_corrupt in ahead if later <= last)
+        if frame is not None and _is_shown(tick):
+            previous = number
+            yield tick, frame, is_damaged or any(is_corrupt for later, _, is_corrupt in ahead if later <= last)
 
 
 def _ticks_and_frames(container: Any, stream: Any, clock: VideoClock) -> Iterator[tuple[int, Any, bool]]:
-    for i, (frame, is_corrupt) in enumerate(_frames(container, stream)):
-        tick = int(clock.ticks[min(i, len(clock.ticks) - 1)]) if clock.by_index else frame.pts
+    i = 0
+    for tick, frame, is_corrupt in _frames(container, stream):
+        if clock.by_index and _is_shown(tick):
+            if frame is None:
+                continue  # its place among the frames is not known
+            tick = int(clock.ticks[min(i, len(clock.ticks) - 1)])
+            i += 1
         if tick is not None:
             yield tick, frame, is_corrupt
 
 
-def _frames(container: Any, stream: Any) -> Iterator[tuple[Any, bool]]:
-    """Yields (frame, whether it is damaged) as they are decoded.
+def _frames(container: Any, stream: Any) -> Iterator[tuple[int | None, Any, bool]]:
+    """Yields (tick, frame, whether it is damaged) as they are decoded.
+
+    A frame that is not shown has a tick below `_NOT_SHOWN / 2`. A damaged one that FFmpeg does not return is None.
 
     Raises:
       ValueError: for a JPEG frame with a damaged header. FFmpeg then decodes it with the tables of the frame before it,
@@ -151,12 +167,31 @@ def _frames(container: Any, stream: Any) -> Iterator[tuple[Any, bool]]:
     for packet in container.demux(stream):
         if is_jpeg and packet.size and not _has_whole_header(bytes(packet)):
             raise ValueError("the header of a JPEG frame is damaged")
+        if packet.is_discard:
+            packet = _kept(packet)
         with captured_errors() as messages:
             frames = packet.decode()
-        if any(_NO_SLICE in text for _, _, text in messages):
+        if packet.pts is not None and any(reason in text for _, _, text in messages for reason in _DAMAGED_SLICE):
             incomplete.add(packet.pts)
         for frame in frames:
-            yield frame, frame.is_corrupt or frame.pts in incomplete
+            missing = {tick for tick in incomplete if frame.pts is not None and tick < frame.pts}
+            yield from ((tick, None, True) for tick in sorted(missing))
+            yield frame.pts, frame, frame.is_corrupt or frame.pts in incomplete
+            incomplete -= {*missing, frame.pts}
+
+
+def _kept(packet: Any) -> Any:
+    """Returns a packet of a frame that is not shown as one whose frame FFmpeg returns, and tells of its damage."""
+    kept = import_av().Packet(bytes(packet))
+    kept.stream, kept.is_keyframe = packet.stream, packet.is_keyframe
+    kept.pts, kept.dts, kept.time_base = (packet.pts or 0) + _NOT_SHOWN, packet.dts, packet.time_base
+    for data in packet.iter_sidedata():
+        kept.set_sidedata(data)
+    return kept
+
+
+def _is_shown(tick: int | None) -> bool:
+    return tick is None or tick > _NOT_SHOWN // 2
 
 
 def _has_whole_header(jpeg: bytes) -> bool:
@@ -172,9 +207,3 @@ def _has_whole_header(jpeg: bytes) -> bool:
             position += 1 + int.from_bytes(jpeg[position + 2 : position + 4])
         position += 1
     return False
-
-
-def _last_decoded(clock: VideoClock, tick: int) -> int:
-    """Returns the largest tick of the frames that are decoded up to a frame."""
-    number = int(np.searchsorted(clock.ticks, tick))
-    return int(clock.decoded_ticks[number]) if number < len(clock.ticks) else tick

@@ -1,6 +1,8 @@
 """A file stays open between calls, so that it is decoded once; long files need little memory."""
 
 import fractions
+import itertools
+import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -86,19 +88,37 @@ def test_few_files_stay_open_and_none_after_an_error(tmp_path, monkeypatch):
     assert numbers(videos.read(tmp_path / "d.mp4", [0.1])) == [2]
 
 
-@pytest.mark.parametrize("shift", [-700, -75, 130])
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov"])
-def test_edit_lists_and_negative_times(tmp_path, name, shift):
-    """In MP4, an edit list cuts off frames before time 0. They are decoded, as others need them, but not shown."""
-    write_video(tmp_path / "source.mp4", "libx264", TIMES, g="30", bf="3")
-    with av.open(str(tmp_path / "source.mp4")) as source:
-        with av.open(str(tmp_path / name), "w", container_options={"avoid_negative_ts": "disabled"}) as target:
+def write_shifted(path, milliseconds, shift: int, **options) -> None:
+    """Writes an H.264 video whose frames are shown `shift` milliseconds later. Those before time 0 are not shown."""
+    source_path = path.with_name("source.mp4")
+    write_video(source_path, "libx264", milliseconds, **options)
+    with av.open(str(source_path)) as source:
+        with av.open(str(path), "w", container_options={"avoid_negative_ts": "disabled"}) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):
                 if packet.dts is not None:
                     ticks = round(shift / 1000 / packet.time_base)
                     packet.pts, packet.dts, packet.stream = packet.pts + ticks, packet.dts + ticks, stream
                     target.mux(packet)
+
+
+def shown_and_refused(path) -> tuple[dict[int, int], set[int]]:
+    """Reads each frame alone. Returns the numbers that they show by position, and the positions that are refused."""
+    shown, refused = {}, set()
+    for position, time in enumerate(videos.timestamps(path)):
+        try:
+            shown[position] = number_of(videos.read(path, [time])[0])
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused.add(position)
+    return shown, refused
+
+
+@pytest.mark.parametrize("shift", [-700, -75, 130])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov"])
+def test_edit_lists_and_negative_times(tmp_path, name, shift):
+    """In MP4, an edit list cuts off frames before time 0. They are decoded, as others need them, but not shown."""
+    write_shifted(tmp_path / name, TIMES, shift, g="30", bf="3")
     with av.open(str(tmp_path / name)) as container:  # sequential decoding, independent of the tested code
         expected = [number_of(frame.to_ndarray(format="rgb24") / 255) for frame in container.decode(video=0)]
     times = videos.timestamps(tmp_path / name)
@@ -107,6 +127,75 @@ def test_edit_lists_and_negative_times(tmp_path, name, shift):
     np.testing.assert_allclose(np.diff(times), 0.05, atol=2e-3)
     for chosen in ([len(times) - 1], [0], [31, 2], [len(times) // 2, len(times) - 2]):
         assert numbers(videos.read(tmp_path / name, times[chosen])) == [expected[i] for i in chosen]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+@pytest.mark.parametrize("place", [0, 4])
+def test_frames_that_depend_on_a_damaged_one_that_is_not_shown_are_refused(tmp_path, name, place):
+    path = tmp_path / name
+    write_shifted(path, TIMES[:30], -320, g="20", bf="0", sc_threshold="0")
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.is_discard]
+    assert len(packets) == 7 and packets[0].is_keyframe
+    data = bytearray(path.read_bytes())
+    start, size = packets[place].pos, packets[place].size
+    data[start + size // 2 : start + size] = b"\x5a" * (size - size // 2)
+    path.write_bytes(data)
+    shown, refused = shown_and_refused(path)
+    assert refused == set(range(13))  # up to the next key frame
+    assert shown == {position: position + 7 for position in range(13, 23)}
+
+
+@pytest.mark.parametrize(("shift", "bit"), [*itertools.product((0, -320), (50, 57, 64)), (0, 54), (0, 55)])
+def test_frames_after_a_slice_without_its_references_are_refused(tmp_path, shift, bit):
+    """FFmpeg returns the frame with old pixels or not at all, and predicts the next ones from another frame."""
+    path = tmp_path / "a.mp4"
+    write_shifted(path, TIMES[:12], shift, g="20", bf="0", sc_threshold="0")
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    hidden = sum(packet.is_discard for packet in packets)
+    data = bytearray(path.read_bytes())
+    data[packets[5].pos + bit // 8] ^= 1 << bit % 8  # in the header of the slice
+    path.write_bytes(data)
+    shown, refused = shown_and_refused(path)
+    assert set(shown) <= set(range(6 - hidden)) and refused >= set(range(max(6 - hidden, 0), 12 - hidden))
+
+
+def with_edits(movie: bytes, edits: list[tuple[int, int]]) -> bytes:
+    """Returns an MP4 movie with an edit list: of each edit the duration in milliseconds, and the tick of its start."""
+    start = movie.index(b"elst") - 4
+    old = int.from_bytes(movie[start : start + 4])
+    entries = b"".join(struct.pack(">IiI", duration, tick, 1 << 16) for duration, tick in edits)
+    box = struct.pack(">I4sII", 16 + len(entries), b"elst", 0, len(edits)) + entries
+    data = bytearray(movie[:start] + box + movie[start + old :])
+    for name in (b"edts", b"trak", b"moov"):
+        place = data.index(name) - 4
+        data[place : place + 4] = struct.pack(">I", int.from_bytes(data[place : place + 4]) + len(box) - old)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("edits", "count"),
+    [
+        ([(900, 500)], 18),  # the beginning and the end are cut off
+        ([(700, 300), (800, 1650)], 30),
+        ([(700, 1300), (800, 350)], 30),  # in another order
+        ([(700, 250), (700, 250)], 28),  # twice
+    ],
+)
+@pytest.mark.parametrize("options", [{"g": "10", "bf": "0"}, {"g": "10", "bf": "2"}, {"g": "100", "bf": "3"}])
+def test_movies_that_were_cut(tmp_path, options, edits, count):
+    """Cameras and editors cut a movie by its edit list alone."""
+    write_video(tmp_path / "a.mp4", "libx264", TIMES[:60], **options)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        ticks = [(duration, round(start / 1000 / container.streams.video[0].time_base)) for duration, start in edits]
+    movie = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(with_edits(movie, ticks))
+    with av.open(str(tmp_path / "a.mp4")) as container:  # sequential decoding, independent of the tested code
+        expected = [number_of(frame.to_ndarray(format="rgb24") / 255) for frame in container.decode(video=0)]
+    times = videos.timestamps(tmp_path / "a.mp4")
+    assert len(times) == count and numbers(videos.read(tmp_path / "a.mp4", times)) == expected
+    assert shown_and_refused(tmp_path / "a.mp4") == (dict(enumerate(expected)), set())
 
 
 @pytest.mark.slow
@@ -147,7 +236,7 @@ def test_frames_without_the_first_one_are_damaged():
     """A damaged key frame can come after the frames that were predicted from it, which the decoder does not mark."""
     frames = [(1, False, False), (2, False, False), (0, True, True), (3, True, False), (4, False, False)]
     frames = [SimpleNamespace(pts=pts, key_frame=key, is_corrupt=corrupt) for pts, key, corrupt in frames]
-    packets = [SimpleNamespace(pts=frame.pts, decode=lambda frame=frame: [frame]) for frame in frames]
+    packets = [SimpleNamespace(pts=frame.pts, is_discard=False, decode=lambda frame=frame: [frame]) for frame in frames]
     container = SimpleNamespace(demux=lambda stream: packets, seek=lambda *_, **__: None)
     stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
     ticks = np.arange(5)
@@ -158,3 +247,19 @@ def test_frames_without_the_first_one_are_damaged():
             *((1, True), (2, True), (0, True)),
             *((3, False), (4, False)),
         ]
+
+
+def test_a_damaged_time_does_not_fill_the_memory():
+    """By its time, all frames would be decoded before the first one is shown."""
+    frames = [SimpleNamespace(pts=pts, key_frame=False, is_corrupt=False) for pts in (10**9, *range(100))]
+    decoded = []
+    packets = [
+        SimpleNamespace(pts=frame.pts, is_discard=False, decode=lambda frame=frame: decoded.append(0) or [frame])
+        for frame in frames[1:]
+    ]
+    container = SimpleNamespace(demux=lambda stream: packets)
+    stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
+    ticks = np.array([*range(100), 10**9])
+    clock = VideoClock(ticks, ticks[:1], False, fractions.Fraction(1, 25), np.full(101, 10**9))
+    assert next(video_decoder._decode_from(container, stream, clock, None))[0] == 0
+    assert len(decoded) < 20
