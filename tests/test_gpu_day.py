@@ -48,7 +48,8 @@ def test_the_tiny_run_passes_all_checks(tmp_path):
     assert sections == {"machine", "correctness", "train", "kernels", "decode", "vqgan"}
     assert all(record["ok"] for record in records if record["section"] == "correctness")
     train, lora = (record for record in records if record["section"] == "train")
-    assert 0 < train["share_of_matmul"] < 1
+    rate = next(record["flops_per_second"] for record in records if record["name"] == "matmul, bfloat16")
+    assert train["share_of_matmul"] == pytest.approx(train["flops_per_second"] / rate)
     assert 0 < lora["parameters"] < train["parameters"] / 10
     assert "vqlm_debug, 2 rows: " in completed.stdout
 
