@@ -104,9 +104,10 @@ def open_container(video: VideoFile) -> Iterator[tuple[Any, Any]]:
     with contextlib.ExitStack() as stack:
         source = video.path or stack.enter_context(video.open())
         container = stack.enter_context(av.open(source, options={"format_whitelist": _FORMATS}, **arguments))
-        if not container.streams.video:
+        is_cover = av.stream.Disposition.attached_pic
+        stream = next((stream for stream in container.streams.video if not stream.disposition & is_cover), None)
+        if stream is None:
             raise UserError(f"{video.name}: has no video stream")
-        stream = container.streams.video[0]
         if stream.codec_context is None:
             raise UserError(f"{video.name}: its video stream has an unknown codec")
         width, height = stream.codec_context.width, stream.codec_context.height

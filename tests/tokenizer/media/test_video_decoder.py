@@ -198,6 +198,42 @@ def test_movies_that_were_cut(tmp_path, options, edits, count):
     assert shown_and_refused(tmp_path / "a.mp4") == (dict(enumerate(expected)), set())
 
 
+@pytest.mark.parametrize("has_video", [True, False])
+def test_a_cover_picture_is_not_the_video(tmp_path, has_video):
+    """In MP4 it is an item of the user data, which can come before the tracks; FFmpeg lists it as a video stream."""
+    write_video(tmp_path / "source.mp4", "libx264", TIMES[:8])
+    write_video(tmp_path / "cover.avi", "mjpeg", TIMES[:2])
+    with (
+        av.open(str(tmp_path / "source.mp4")) as source,
+        av.open(str(tmp_path / "cover.avi")) as cover,
+        av.open(str(tmp_path / "a.mp4"), "w") as target,
+    ):
+        streams = {"cover": target.add_stream_from_template(cover.streams.video[0])}
+        streams["cover"].disposition = av.stream.Disposition.attached_pic
+        if has_video:
+            streams["video"] = target.add_stream_from_template(source.streams.video[0])
+        for name, container in (("cover", cover), ("video", source)):
+            packets = [packet for packet in container.demux(video=0) if packet.dts is not None]
+            for packet in packets[: 1 if name == "cover" else None if has_video else 0]:
+                packet.stream = streams[name]
+                target.mux(packet)
+    movie = (tmp_path / "a.mp4").read_bytes()
+    start = movie.index(b"moov") - 4  # the last box
+    header, rest, items = movie[start : start + 8], movie[start + 8 :], []
+    while rest:
+        size = int.from_bytes(rest[:4])
+        items.append(rest[:size])
+        rest = rest[size:]
+    items.sort(key=lambda item: item[4:8] != b"udta")
+    (tmp_path / "a.mp4").write_bytes(movie[:start] + header + b"".join(items))
+    if has_video:
+        times = videos.timestamps(tmp_path / "a.mp4")
+        assert numbers(videos.read(tmp_path / "a.mp4", times)) == list(range(8))
+    else:
+        with pytest.raises(UserError, match=r"a\.mp4: has no video stream"):
+            videos.timestamps(tmp_path / "a.mp4")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["long.mp4", "long.ts"])
 def test_memory_does_not_grow_with_the_length(tmp_path, name):
