@@ -48,6 +48,20 @@ def write_video(
         container.mux(stream.encode())
 
 
+def write_shifted(path, milliseconds, shift: int, **options) -> None:
+    """Writes an H.264 video whose frames are shown `shift` milliseconds later. Those before time 0 are not shown."""
+    source_path = path.with_name("source.mp4")
+    write_video(source_path, "libx264", milliseconds, **options)
+    with av.open(str(source_path)) as source:
+        with av.open(str(path), "w", container_options={"avoid_negative_ts": "disabled"}) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    ticks = round(shift / 1000 / packet.time_base)
+                    packet.pts, packet.dts, packet.stream = packet.pts + ticks, packet.dts + ticks, stream
+                    target.mux(packet)
+
+
 def write_interlaced(path, codec: str, count: int, is_top_first: bool, pixels=None, **options) -> None:
     """Writes interlaced frames: the first field of frame i shows number 2 i, the other field 2 i + 1.
 

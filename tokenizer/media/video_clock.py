@@ -70,7 +70,7 @@ def read_clock(video: VideoFile) -> VideoClock:
     """
     with open_video(video) as (container, stream):
         if container.format.name == _MP4:
-            _check_is_one_movie(video)
+            _check_boxes(video)
         container_format, rate, tick_seconds = container.format.name, stream.average_rate, stream.time_base
         # AVI has no time stamps. FFmpeg's are guesses if frames are decoded in another order than shown.
         by_index = container_format == "avi" and bool(stream.codec_context.has_b_frames) and bool(rate)
@@ -102,9 +102,13 @@ def read_clock(video: VideoFile) -> VideoClock:
     return VideoClock(ticks_n, seek_points_k, by_index, tick_seconds, decoded_n)
 
 
-def _check_is_one_movie(video: VideoFile) -> None:
-    """Raises UserError if an MP4 file consists of joined files, of which FFmpeg reads the first one only."""
+def _check_boxes(video: VideoFile) -> None:
+    """Raises UserError if an MP4 file consists of joined files, of which FFmpeg reads the first one only.
+
+    Also if it ends within a fragment. It has no number of frames, and FFmpeg reads those that are left.
+    """
     kinds: collections.Counter[bytes] = collections.Counter()
+    kind, is_cut = b"", False
     with video.open() as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -112,10 +116,13 @@ def _check_is_one_movie(video: VideoFile) -> None:
             size, kind = struct.unpack(">I4s", header[:8])
             if size == 1:  # the size follows in 64 bits
                 size = int.from_bytes(header[8:])
+            is_cut = kind in (b"moof", b"mdat") and file.tell() - len(header) + size > end
             if not 8 <= size <= end:  # 0: up to the end of the file; others are damaged
                 break
             kinds[kind] += 1
             file.seek(size - len(header), os.SEEK_CUR)
+    if kinds[b"moof"] and (is_cut or kind == b"moof"):  # its data follow in another box
+        raise UserError(f"{video.name}: is truncated: it ends within a fragment")
     if kinds[b"moov"] > 1 and not kinds[b"moof"]:  # fragments (moof) of repeated headers are read
         raise UserError(f"{video.name}: consists of {kinds[b'moov']} joined files: give them as separate files")
 
