@@ -41,7 +41,9 @@ _FORMATS: dict[str, dict] = {
     "qoi": {},
 }
 _CODECS = {"mp4": "mpeg4", "mkv": "mpeg4", "webm": "libvpx-vp9", "avi": "mjpeg", "mov": "libx264", "mpg": "mpeg1video"}
-_FRAMES = 8
+_CODECS |= {"fragments.mp4": "libx264", "cut.mov": "libx264"}
+_MUXER_OPTIONS = {"fragments.mp4": {"movflags": "frag_keyframe+empty_moov"}, "cut.mov": {"avoid_negative_ts": "disabled"}}
+_FRAMES, _CUT_FRAMES = 8, 2
 _OPTIONS = {"metadata_errors": "replace"}  # titles can have any encoding
 
 
@@ -183,14 +185,16 @@ def video_files(folder: pathlib.Path) -> Attempt:
 
 
 def _write_video(path: pathlib.Path, codec: str) -> None:
-    with av.open(str(path), "w") as container:
+    name = path.name.removeprefix("video.")
+    shift = -_CUT_FRAMES if name.startswith("cut.") else 0  # an edit list cuts off frames before time 0
+    with av.open(str(path), "w", container_options=_MUXER_OPTIONS.get(name, {})) as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.gop_size = 64, 48, 4
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for number in range(_FRAMES):
             coarse = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
             frame = av.VideoFrame.from_ndarray(coarse.repeat(16, 0).repeat(16, 1), format="rgb24")
-            frame.time_base, frame.pts = fractions.Fraction(1, 25), number
+            frame.time_base, frame.pts = fractions.Fraction(1, 25), number + shift
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
