@@ -40,9 +40,14 @@ _FORMATS: dict[str, dict] = {
     "pcx": {},
     "qoi": {},
 }
-_CODECS = {"mp4": "mpeg4", "mkv": "mpeg4", "webm": "libvpx-vp9", "avi": "mjpeg", "mov": "libx264", "mpg": "mpeg1video"}
-_CODECS |= {"fragments.mp4": "libx264", "cut.mov": "libx264"}
-_MUXER_OPTIONS = {"fragments.mp4": {"movflags": "frag_keyframe+empty_moov"}, "cut.mov": {"avoid_negative_ts": "disabled"}}
+_CODECS = {
+    **{"mp4": "mpeg4", "mkv": "mpeg4", "webm": "libvpx-vp9", "avi": "mjpeg", "mov": "libx264", "mpg": "mpeg1video"},
+    **{"fragments.mp4": "libx264", "cut.mov": "libx264"},
+}
+_MUXER_OPTIONS = {
+    "fragments.mp4": {"movflags": "frag_keyframe+empty_moov"},
+    "cut.mov": {"avoid_negative_ts": "disabled"},
+}
 _FRAMES, _CUT_FRAMES = 8, 2
 _OPTIONS = {"metadata_errors": "replace"}  # titles can have any encoding
 
