@@ -41,8 +41,14 @@ _FORMATS: dict[str, dict] = {
     "qoi": {},
 }
 _CODECS = {
-    **{"mp4": "mpeg4", "mkv": "mpeg4", "webm": "libvpx-vp9", "avi": "mjpeg", "mov": "libx264", "mpg": "mpeg1video"},
-    **{"fragments.mp4": "libx264", "cut.mov": "libx264"},
+    "mp4": "mpeg4",
+    "mkv": "mpeg4",
+    "webm": "libvpx-vp9",
+    "avi": "mjpeg",
+    "mov": "libx264",
+    "mpg": "mpeg1video",
+    "fragments.mp4": "libx264",
+    "cut.mov": "libx264",
 }
 _MUXER_OPTIONS = {
     "fragments.mp4": {"movflags": "frag_keyframe+empty_moov"},
