@@ -42,6 +42,27 @@ def test_rows_are_named_by_distinct_paths_or_numbered_through_all_files(tmp_path
         assert [reading.open_item(item.address, item.location).read() for item in items] == [b"0", b"1", b"2"]
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "dictionary"])
+@pytest.mark.parametrize("has_path", [False, True])
+def test_types_of_bytes(tmp_path, kind, has_path):
+    """Other writers than pyarrow keep types of their own in the file's schema."""
+    values = [b"0", b"1", None]
+    types = {"large_binary": pyarrow.large_binary(), "binary_view": pyarrow.binary_view()}
+    array = pyarrow.array(values, types.get(kind, pyarrow.binary()))
+    array = array.dictionary_encode() if kind == "dictionary" else array
+    if has_path:
+        array = pyarrow.StructArray.from_arrays([array, pyarrow.array(["a.png", "b.png", "c.png"])], ["bytes", "path"])
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": array}), path)
+    items = _items([path])
+    assert [item.name for item in items] == (
+        ["a.png", "b.png", "c.png"] if has_path else [f"{i:012d}" for i in range(3)]
+    )
+    assert [reading.open_item(item.address, item.location).read() for item in items[:2]] == values[:2]
+    with pytest.raises(UserError, match=r"a\.parquet!2\.image: has no bytes"):
+        reading.open_item(items[2].address, items[2].location)
+
+
 def test_rows_whose_names_share_a_stem_are_numbered(tmp_path):
     """An image and its annotation have the same stem: two images of one stem could not be told apart."""
     cells = [{"bytes": b"%d" % i, "path": path} for i, path in enumerate(["a/1.png", "a/1.jpg", "a/2.png"])]
