@@ -231,10 +231,9 @@ def _is_image_type(kind: Any) -> bool:
     """Whether cells of a type of pyarrow hold bytes."""
     import pyarrow.types
 
-    if pyarrow.types.is_dictionary(kind):
-        return _is_image_type(kind.value_type)
     if pyarrow.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_image_type(kind.field("bytes").type)
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     return str(kind) in ("binary", "large_binary", "binary_view")
 
 
