@@ -38,6 +38,7 @@ _DEFINERS: dict[type, Callable] = {
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
 }
+_TYPES_IN_WORDS = {bool: "True or False", int: "an integer", float: "a number"}
 _TYPE_NAMES = {bool: "True|False", int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 Definitions = Mapping[str, Any]  # each value is a Flag or further Definitions, a group
@@ -191,6 +192,12 @@ def parse(definitions: Definitions, argv: list[str]) -> ConfigDict:
         similar = " or ".join(f"--{name}" for name in nearest_names(error.flagname, list(leaves(definitions))))
         hint = f"did you mean {similar}? " if similar else ""
         raise flags.Error(f"--{error.flagname}: no such flag; {hint}--help lists all") from None
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r"flag (--([\w.]+)=.*?): ", str(error), re.DOTALL)
+        given = leaves(definitions).get(match[2]) if match else None
+        if not match or not given or given.choices:  # the message lists the choices; it can be about a flag of absl
+            raise
+        raise flags.Error(f"{match[1]}: must be {_TYPES_IN_WORDS[given.value_type]}") from None
     if len(positional) > 1:
         raise UserError(f"unexpected argument {positional[1]!r}: every setting is a flag, --name=value")
     for name, flag in leaves(definitions).items():

@@ -145,6 +145,7 @@ from EasyLM.flags import Flag, run
 def main(config):
     print(config.group.text, config.steps)
 run(main, {"steps": Flag(3, "Steps.", least=1), "group": {"text": Flag("", "A text.", required=True)},
+           "rate": Flag(0.1, "A rate."), "is_on": Flag(False, "A switch."),
            "dtype": Flag("fp32", "A type.", choices=("fp32", "bf16"))})
 """
 
@@ -156,7 +157,11 @@ run(main, {"steps": Flag(3, "Steps.", least=1), "group": {"text": Flag("", "A te
         (["--flagfile=FLAGFILE", "--steps=5"], 0, ["from a file 5"]),
         (["--flagfile=missing"], 1, ["error: Unable to open flagfile", "missing"]),
         (["--stepz=3"], 1, ["error: --stepz: no such flag; did you mean --steps?"]),
-        (["--steps=many"], 1, ["steps", "many"]),
+        (["--steps=many"], 1, ["error: --steps=many: must be an integer"]),
+        (["--steps=1e3"], 1, ["error: --steps=1e3: must be an integer"]),
+        (["--rate=1,5"], 1, ["error: --rate=1,5: must be a number"]),
+        (["--is_on=maybe"], 1, ["error: --is_on=maybe: must be True or False"]),
+        (["--v=many"], 1, ["verbosity", "many"]),  # absl's own
         (["--dtype=fp8"], 1, ["dtype", "fp8", "fp32|bf16"]),
         (["--group.text=x", "--steps=0"], 2, ["error: --steps=0: must be at least 1"]),
         (["--steps=3"], 2, ["error: --group.text is missing"]),
