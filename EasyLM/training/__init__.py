@@ -17,6 +17,7 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     profiler      traces of a few steps
     goodput       the share of a run's time, over all its starts, that goes into steps that count
     stop_signal   signals stop all processes after the same step
+    maintenance   stops a run before its TPU machine is taken away
     preemption    whether a save fits into the time after a stop signal
     watchdog      ends a run that makes no progress
     metrics_log   the metrics of a run; their flags

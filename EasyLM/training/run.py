@@ -23,6 +23,7 @@ from EasyLM.training.batches import Batches, RowSource, dataset_state, rows_cons
 from EasyLM.training.compilation import compile_evaluation, compile_step, use_compilation_cache
 from EasyLM.training.goodput import Goodput
 from EasyLM.training.loop import NonFiniteLossError, Report, fit
+from EasyLM.training.maintenance import MaintenanceWatch
 from EasyLM.training.metrics_log import Logger
 from EasyLM.training.preemption import PreemptionNotice
 from EasyLM.training.profiler import Profiler
@@ -56,7 +57,8 @@ def open_run(
 ) -> Iterator[Run]:
     """Creates and locks the run directory, opens the starting files and validates the settings.
 
-    Enter it before indexing data. The directory is locked until the exit.
+    Enter it before indexing data. Until the exit the directory is locked, and maintenance of a TPU machine stops the
+    run.
 
     Args:
       formats: the valid prefixes of `--load_checkpoint`.
@@ -73,6 +75,7 @@ def open_run(
         checkpoints.uses_orbax(settings.checkpointer.format, directory)
     with ExitStack() as stack:
         check_lock = on_first_process_first(lambda: _lock(directory, stack))
+        stack.enter_context(MaintenanceWatch())
         start = find_start(settings.start, directory, formats)
         check_settings(start, model_settings)
         yield Run(settings, directory, model_settings, start, begin, check_lock)

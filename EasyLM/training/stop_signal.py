@@ -90,6 +90,12 @@ class StopSignals(contextlib.ContextDecorator):
                     _write("\nstopping after the compilation in progress; Ctrl-C exits at once\n")
 
 
+def request_stop() -> None:
+    """Stops the run as SIGTERM does, by sending it, where StopSignals handles it. Any thread may call this."""
+    if StopSignals._outermost is not None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def seconds_since_signal() -> float | None:
     """Returns the time since this process has received a stop signal, or None if it has not."""
     signals = StopSignals._outermost

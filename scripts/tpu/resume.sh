@@ -5,7 +5,9 @@
 #
 # The flags must name --logger.experiment_id and a bucket as --logger.output_dir, so that each start finds the checkpoint.
 # A slice that no longer exists or was preempted is deleted and created again; otherwise the run starts again on the slice
-# (exit codes 75 and 70). Any other error ends the script. The slice then remains: delete it when you have read the error.
+# (exit codes 75 and 70). Before maintenance or preemption of a host the run saves and exits with 75; the next start trains
+# until the hosts are taken away. Any other error ends the script. The slice then remains: delete it when you have read the
+# error.
 set -uo pipefail
 [ $# -ge 4 ] || { echo "usage: bash scripts/tpu/resume.sh NAME ZONE TYPE flags of llama_train" >&2; exit 2; }
 name=$1 zone=$2 type=$3

@@ -45,15 +45,15 @@ def train(output_dir, **settings) -> pathlib.Path:
     return pathlib.Path(output_dir) / config.logger.experiment_id
 
 
-def start(output_dir, devices=8, **settings) -> subprocess.Popen:
-    """Starts the trainer as a process."""
+def start(output_dir, devices=8, program=("-m", "EasyLM.models.llama.llama_train"), **settings) -> subprocess.Popen:
+    """Starts the trainer as a process. `program` has the arguments of Python that start it."""
     values = {**TINY, "logger.output_dir": str(output_dir)} | dotted(settings)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "WANDB_MODE": "disabled",
     }
-    command = [sys.executable, "-m", "EasyLM.models.llama.llama_train", *(f"--{k}={v}" for k, v in values.items())]
+    command = [sys.executable, *program, *(f"--{k}={v}" for k, v in values.items())]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
