@@ -1,5 +1,6 @@
 """Progress is a bar on a terminal and lines in a log. Output that cannot be printed does not end a command."""
 
+import contextlib
 import io
 import os
 import sys
@@ -40,9 +41,12 @@ def test_a_log_gets_a_line_for_each_interval(monkeypatch):
 
 
 def test_a_log_on_a_full_disk_does_not_end_the_work(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))  # noqa: SIM115
+    stream = full_disk()
+    monkeypatch.setattr(sys, "stderr", stream)
     assert list(progress.progress(range(3), file=sys.stderr)) == [0, 1, 2]
     monkeypatch.undo()
+    with contextlib.suppress(OSError):  # what was not written
+        stream.close()
 
 
 def full_disk():
