@@ -33,6 +33,7 @@ _NEXT_FILE = {
 _MOST_HEADER_BYTES, _BLOCK_BYTES = 15, 1 << 20
 _AVI_CHUNK_HEADER_BYTES = 8
 _DURATION_TOLERANCE = 0.2  # seconds between the header's duration and the last packet's end; less is rounding
+MOST_AHEAD = 16  # frames that are decoded before one that is shown earlier: the limit of H.264 and HEVC
 _CACHED_CLOCKS = 16  # a build reads the times of a video, then its frames, possibly several times
 
 
@@ -46,7 +47,7 @@ class VideoClock:
       by_index: whether time stamps do not identify frames; if so, the i-th decoded frame is shown at ticks[i].
       tick_seconds: duration of a tick.
       decoded_ticks: int64 [n]: the largest tick of the frames that are decoded up to each frame, itself included. A
-        frame may depend on frames that are shown after it.
+        frame may depend on frames that are shown after it. An upper bound if the order of decoding is not known.
     """
 
     ticks: np.ndarray
@@ -83,9 +84,11 @@ def read_clock(video: VideoFile) -> VideoClock:
         can_seek = container_format in _INDEXED_FORMATS
         if container_format == "avi":
             can_seek = _has_true_index(stream, packets)
+    most_ahead = 0
     if by_index or not is_exact:
         with open_video(video) as (container, stream):
             ticks = [frame.pts for frame in container.decode(stream)]
+            most_ahead = MOST_AHEAD if stream.codec_context.has_b_frames else 0  # their order of decoding is not known
         if by_index:
             ticks, tick_seconds = [*range(len(ticks))], 1 / rate
         elif not _are_ascending(ticks):
@@ -98,6 +101,7 @@ def read_clock(video: VideoFile) -> VideoClock:
     ticks_n, places_n = np.unique(np.array(ticks, np.int64), return_index=True)
     # Packets are in the order of decoding, decoded frames in the order in which they are shown.
     decoded_n = np.maximum.accumulate(np.array(ticks, np.int64))[places_n]
+    decoded_n = decoded_n[np.minimum(np.arange(len(ticks_n)) + most_ahead, len(ticks_n) - 1)]
     seek_points_k = np.union1d(ticks_n[:1], np.array(seek_points, np.int64))
     return VideoClock(ticks_n, seek_points_k, by_index, tick_seconds, decoded_n)
 
@@ -192,12 +196,12 @@ def _read_packets(name: str, container: Any, stream: Any) -> tuple[list[_Packet]
       UserError: naming the file, if it is truncated.
     """
     shown, count, end, last_byte = [], 0, 0.0, 0
-    tells_duration = container.format.name == "matroska,webm"
+    has_duration = container.format.name == "matroska,webm"  # of all packets, in its header
     for packet in container.demux():
         if packet.dts is None and not packet.size:
             continue  # PyAV's end marker
         last_byte = max(last_byte, (packet.pos or 0) + packet.size)
-        if tells_duration and packet.pts is not None:
+        if has_duration and packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream.index == stream.index:
             count += 1
@@ -208,7 +212,7 @@ def _read_packets(name: str, container: Any, stream: Any) -> tuple[list[_Packet]
         frames = min(frames, len(stream.index_entries))  # without those that an edit list cuts off
     if count < frames:
         raise UserError(f"{name}: is truncated: it has {count} of {frames} frames")
-    duration = (container.duration or 0) / 1e6 if tells_duration else 0.0
+    duration = (container.duration or 0) / 1e6 if has_duration else 0.0
     if end < duration - _DURATION_TOLERANCE:
         raise UserError(f"{name}: is truncated: it has {end:.1f} of {duration:.1f} seconds")
     return shown, last_byte

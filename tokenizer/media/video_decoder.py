@@ -14,18 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from tokenizer.media.video_clock import VideoClock
+from tokenizer.media.video_clock import MOST_AHEAD, VideoClock
 from tokenizer.media.video_file import VideoFile, captured_errors, import_av, names_errors, open_container
 
 # Markers of JPEG (ITU-T T.81, table B.1; T.87 for JPEG-LS).
 _START_OF_IMAGE, _START_OF_SCAN, _TABLES = b"\xff\xd8", 0xDA, 0xDB
 # FFmpeg's messages for a damaged slice of an H.264 frame. It can return the frame without an error.
-_DAMAGED_SLICE = ("abs_diff_pic_num overflow", "error while decoding MB", "reference picture missing during reorder")
+_DAMAGED_SLICE = (
+    "abs_diff_pic_num overflow",
+    "co located POCs unavailable",
+    "error while decoding MB",
+    "first_mb_in_slice overflow",
+    "illegal short term buffer state detected",
+    "reference picture missing during reorder",
+)
 _RETURN_ALL = {"h264", "hevc"}  # codecs whose frames are all returned, except for damaged ones
 # What is added to the time of a frame that an edit list cuts off. Others need it, but it is not shown.
 _NOT_SHOWN = -(1 << 62)
 _FRAMES, _LOSSLESS_FRAMES = {0xC0, 0xC1, 0xC2}, {0xC3, 0xF7}
-_MOST_AHEAD = 16  # frames that are decoded before one that is shown earlier: the limit of H.264 and HEVC
 _MOST_IDLE = 2  # a build goes from one video to the next
 _idle: dict[VideoFile, "Decoder"] = {}  # the latest one last
 _lock = threading.Lock()  # of _idle
@@ -125,14 +131,14 @@ def _decode_from(
     if seek_point is not None:
         container.seek(int(seek_point), stream=stream)
     first, is_first, is_damaged = clock.ticks[0] if seek_point is None else seek_point, True, False
-    returns_all, previous = stream.codec_context.name in _RETURN_ALL, 0
+    returns_all, previous = stream.codec_context.name in _RETURN_ALL, int(np.searchsorted(clock.ticks, first)) - 1
     source = _ticks_and_frames(container, stream, clock)
     ahead: collections.deque[tuple[int, Any, bool]] = collections.deque()
     while ahead or (ahead := collections.deque(itertools.islice(source, 1))):
         tick, frame, is_corrupt = ahead.popleft()
         number = int(np.searchsorted(clock.ticks, tick))
         last = int(clock.decoded_ticks[number]) if number < len(clock.ticks) else tick
-        while (ahead[-1][0] if ahead else tick) < last and len(ahead) < _MOST_AHEAD and (decoded := next(source, None)):
+        while (ahead[-1][0] if ahead else tick) < last and len(ahead) < MOST_AHEAD and (decoded := next(source, None)):
             ahead.append(decoded)
         is_after_gap = tick != first if is_first else returns_all and number > previous + 1
         is_damaged = is_corrupt or (not frame.key_frame and (is_damaged or is_after_gap))
@@ -146,10 +152,8 @@ def _ticks_and_frames(container: Any, stream: Any, clock: VideoClock) -> Iterato
     i = 0
     for tick, frame, is_corrupt in _frames(container, stream):
         if clock.by_index and _is_shown(tick):
-            if frame is None:
-                continue  # its place among the frames is not known
             tick = int(clock.ticks[min(i, len(clock.ticks) - 1)])
-            i += 1
+            i += frame is not None  # frames that FFmpeg does not return have no index
         if tick is not None:
             yield tick, frame, is_corrupt
 
@@ -163,7 +167,8 @@ def _frames(container: Any, stream: Any) -> Iterator[tuple[int | None, Any, bool
       ValueError: for a JPEG frame with a damaged header. FFmpeg then decodes it with the tables of the frame before it,
         or returns that frame again, and reports no error.
     """
-    is_jpeg, incomplete = stream.codec_context.name == "mjpeg", set()
+    is_jpeg = stream.codec_context.name == "mjpeg"
+    incomplete, expected = set(), set()  # ticks of damaged frames, and of those that FFmpeg can still return
     for packet in container.demux(stream):
         if is_jpeg and packet.size and not _has_whole_header(bytes(packet)):
             raise ValueError("the header of a JPEG frame is damaged")
@@ -173,15 +178,16 @@ def _frames(container: Any, stream: Any) -> Iterator[tuple[int | None, Any, bool
             frames = packet.decode()
         if packet.pts is not None and any(reason in text for _, _, text in messages for reason in _DAMAGED_SLICE):
             incomplete.add(packet.pts)
+            expected.add(packet.pts)
         for frame in frames:
-            missing = {tick for tick in incomplete if frame.pts is not None and tick < frame.pts}
+            missing = {tick for tick in expected if frame.pts is not None and tick < frame.pts}
             yield from ((tick, None, True) for tick in sorted(missing))
             yield frame.pts, frame, frame.is_corrupt or frame.pts in incomplete
-            incomplete -= {*missing, frame.pts}
+            expected -= {*missing, frame.pts}
 
 
 def _kept(packet: Any) -> Any:
-    """Returns a packet of a frame that is not shown as one whose frame FFmpeg returns, and tells of its damage."""
+    """Returns a copy of a packet whose frame is not shown. FFmpeg returns the frame of the copy, and reports damage."""
     kept = import_av().Packet(bytes(packet))
     kept.stream, kept.is_keyframe = packet.stream, packet.is_keyframe
     kept.pts, kept.dts, kept.time_base = (packet.pts or 0) + _NOT_SHOWN, packet.dts, packet.time_base

@@ -79,6 +79,29 @@ def test_movies_that_were_cut(tmp_path, options, edits, count):
     assert [numbers(videos.read(tmp_path / "a.mp4", [time]))[0] for time in times] == expected
 
 
+def test_damage_in_a_movie_that_was_cut(tmp_path):
+    """B-frames are refused that are shown before the damaged frame. Their order of decoding is not known."""
+    path = tmp_path / "a.mp4"
+    write_video(path, "libx264", TIMES[:60], g="10", bf="2", sc_threshold="0")
+    path.write_bytes(with_edits(path.read_bytes(), [(700, 300 * 16), (800, 1650 * 16)]))
+    expected = numbers(videos.read(path, videos.timestamps(path)))
+    assert len(expected) == 30
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    (packet,) = [packet for packet in packets if packet.pts == 11 * 50 * 16 and not packet.is_discard]
+    data = bytearray(path.read_bytes())
+    half = packet.size // 2
+    data[packet.pos + half : packet.pos + packet.size] = b"\x5a" * (packet.size - half)
+    path.write_bytes(data)
+    refused = set()
+    for position, time in enumerate(videos.timestamps(path)):
+        try:
+            assert numbers(videos.read(path, [time])) == [expected[position]]
+        except UserError:
+            refused.add(position)
+    assert {10, 11} <= refused < set(range(30))
+
+
 @pytest.mark.parametrize("has_video", [True, False])
 def test_a_cover_picture_is_not_the_video(tmp_path, has_video):
     """In MP4 it is an item of the user data, which can come before the tracks; FFmpeg lists it as a video stream."""

@@ -131,6 +131,21 @@ def test_frames_after_a_slice_without_its_references_are_refused(tmp_path, shift
     assert set(shown) <= set(range(6 - hidden)) and refused >= set(range(max(6 - hidden, 0), 12 - hidden))
 
 
+@pytest.mark.parametrize(("packet", "bit"), [(1, 45), (1, 47), (1, 53), (1, 54), (1, 56), (2, 45)])
+def test_damage_in_a_file_without_times(tmp_path, packet, bit):
+    """The decoder shows which frames are damaged, but neither their places nor their order of decoding is known."""
+    path = tmp_path / "a.avi"
+    write_video(path, "libx264", TIMES[:60], g="20", bf="2", sc_threshold="0")
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    data[packets[packet].pos + bit // 8] ^= 1 << bit % 8  # in the header of a slice of the first 20 frames
+    path.write_bytes(data)
+    shown, refused = shown_and_refused(path)
+    assert all(position == number for position, number in shown.items())
+    assert refused and set(shown) >= set(range(40, 60))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["long.mp4", "long.ts"])
 def test_memory_does_not_grow_with_the_length(tmp_path, name):
@@ -180,6 +195,43 @@ def test_frames_without_the_first_one_are_damaged():
             *((1, True), (2, True), (0, True)),
             *((3, False), (4, False)),
         ]
+
+
+@pytest.mark.parametrize(
+    ("packets", "expected"),
+    [
+        # FFmpeg complains of the hidden key frame, and returns a frame before it.
+        (
+            [("", []), ("error while decoding MB 0 0", [(0, True)]), ("", [(-1, True)]), ("", [(1, False)])],
+            [False, True],
+        ),
+        # It does not return the first frame after a hidden one.
+        ([("", [(-1, True)]), ("", []), ("", [(1, False)])], [True]),
+    ],
+)
+def test_frames_that_are_not_shown_tell_of_damage(packets, expected):
+    """Of each packet: the message, and (time, whether it is a key frame) of each frame that FFmpeg returns."""
+    hidden = video_decoder._NOT_SHOWN
+
+    def decode(message, returned):
+        if message:
+            av.logging.log(av.logging.ERROR, "h264", message)
+        return [
+            SimpleNamespace(pts=pts if pts >= 0 else hidden, key_frame=key, is_corrupt=False) for pts, key in returned
+        ]
+
+    container = SimpleNamespace(
+        demux=lambda stream: [
+            SimpleNamespace(
+                pts=hidden if message else 0, is_discard=False, decode=lambda each=(message, returned): decode(*each)
+            )
+            for message, returned in packets
+        ]
+    )
+    stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
+    ticks = np.arange(2)
+    clock = VideoClock(ticks, ticks[:1], False, fractions.Fraction(1, 25), ticks)
+    assert [damaged for _, _, damaged in video_decoder._decode_from(container, stream, clock, None)] == expected
 
 
 def test_a_damaged_time_does_not_fill_the_memory():
