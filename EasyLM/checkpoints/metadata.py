@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from typing import Any
@@ -75,11 +76,11 @@ def _load(path: str, schema: Mapping[str, Any]) -> dict:
     return content
 
 
-def _check_key_of_digest(content: Mapping[str, Any]) -> None:
+def _check_key_of_digest(content: dict[str, Any]) -> None:
     """Raises UserError if the digest is under a damaged key: it would count as missing. It is the last value."""
-    key = next(reversed([*content]), _DIGEST)
-    is_text = isinstance(content.get(key), str) and len(content[key]) == 2 * _DIGEST_BYTES
-    if is_text and key not in (_DIGEST, "tokenizer"):  # the name of a tokenizer is as long
+    key, value = next(reversed(content.items()), (_DIGEST, None))
+    is_digest = isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{2 * _DIGEST_BYTES}}}", value)
+    if is_digest and key not in (_DIGEST, "tokenizer"):  # the name of a tokenizer is a digest, too
         raise UserError(f"ends with a digest under the key {key!r} instead of {_DIGEST!r}")
 
 

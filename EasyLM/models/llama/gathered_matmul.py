@@ -2,8 +2,8 @@
 
 Over the three dimensions of a large torus, XLA implements a gather as a sum of arrays that are zero outside of a
 device's own part, which sends each array twice. Here devices gather along one dimension, then along the other two;
-gradients are scattered in the reverse order. In all other cases (GPUs, two dimensions, small slices) XLA gathers by
-itself.
+gradients are scattered in the reverse order. On other meshes (GPUs, two dimensions, small slices) XLA gathers by
+itself, except in functions that are mapped over groups of devices.
 Source: programs that libtpu 0.0.42 compiled for v5p slices of 8 to 128 chips and v5e slices of 16 and 64.
 
 A kernel may be float32 beside activations of another type. It is converted before devices gather it. Its gradient is
