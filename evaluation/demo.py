@@ -18,7 +18,7 @@ from evaluation.page import fields, guard, layout
 from evaluation.page.files import LIMITS
 from evaluation.page.models import ModelInfo, Models, split_settings
 from evaluation.prompting import PrompterSettings, PromptSize, prompt_size, stated_limits
-from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings
+from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, exit_process
 from evaluation.serving.engine import PAGE_ITEMS
 from evaluation.serving.header_check import (
     ALLOWED_HOSTS_FLAG,
@@ -58,7 +58,7 @@ def main(config: ConfigDict) -> None:
         files.sweep()
         stopped: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):  # after both, the files of visitors are removed
-            # A handler that raises, as Python's, has no effect while a finalizer or the garbage collector runs.
+            # Shells start background commands with SIGINT ignored, and Python leaves it so.
             signal.signal(number, lambda received, _: stopped.append(received))
         middleware = [
             Middleware(HeaderCheck, allowed_hosts=allowed_hosts),
@@ -82,7 +82,8 @@ def main(config: ConfigDict) -> None:
         while not stopped:
             time.sleep(0.1)
         blocks.close()
-        models.close(timeout=10)
+        is_idle = models.close(timeout=10)
+    exit_process(0, is_idle)
 
 
 def _load_models(settings: PrompterSettings, engine_settings: EngineSettings) -> Models:

@@ -6,8 +6,6 @@ longer than `--stop_seconds`. A second signal stops it at once. `EasyLM.models.l
 """
 
 import logging
-import os
-import sys
 import threading
 
 from ml_collections import ConfigDict
@@ -15,7 +13,7 @@ from ml_collections import ConfigDict
 from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run, to_dataclass
 from evaluation.prompting import PrompterSettings
-from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, Limits
+from evaluation.serving import ENGINE_FLAGS, Engine, EngineSettings, Limits, exit_process
 from evaluation.serving.header_check import ALLOWED_HOSTS_FLAG, check_allowed_hosts
 
 FLAGS = {
@@ -60,11 +58,7 @@ def main(config: ConfigDict) -> None:
     )
     engine = Engine.load(to_dataclass(PrompterSettings, config), to_dataclass(EngineSettings, config))
     code = run_server(engine, limits, to_dataclass(ServerSettings, config))
-    if not engine.close(0):
-        # A batch still runs in its thread: the interpreter's shutdown would abort the process.
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    exit_process(code, engine.close(0))
 
 
 def cli() -> None:

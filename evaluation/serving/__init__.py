@@ -41,7 +41,8 @@ Vocabulary:
 """
 
 from evaluation.serving.batch_worker import Prompt
+from evaluation.serving.batcher import exit_process
 from evaluation.serving.engine import ENGINE_FLAGS, Engine, EngineSettings
 from evaluation.serving.limits import Limits
 
-__all__ = ["ENGINE_FLAGS", "Engine", "EngineSettings", "Limits", "Prompt"]
+__all__ = ["ENGINE_FLAGS", "Engine", "EngineSettings", "Limits", "Prompt", "exit_process"]

@@ -12,11 +12,13 @@ In a lane, the next job is the one that would finish first if each client had th
 import collections
 import dataclasses
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NoReturn
 
 LANES = ("short", "long", "first use")
 
@@ -252,3 +254,16 @@ def power_of_two(count: int) -> int:
 def _floor_power_of_two(count: int) -> int:
     """Returns the largest power of two that is at most `count`; 1 for 0."""
     return 1 << max(count.bit_length() - 1, 0)
+
+
+def exit_process(code: int, is_idle: bool) -> NoReturn:
+    """Ends the process with an exit code.
+
+    Args:
+      is_idle: what `Batcher.close` returned. If False, a batch still runs in its thread, and the interpreter's shutdown
+        would abort the process; it is left out.
+    """
+    if is_idle:
+        sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)

@@ -27,12 +27,19 @@ def wait_until(condition: Callable[[], Any], description: str, ignored: type[Exc
 
 
 @contextlib.contextmanager
-def running_page(port: int, *flags: str, stop: signal.Signals, **environment: str) -> Iterator[Callable[[], str]]:
+def running_page(
+    port: int, *flags: str, stop: signal.Signals, preparation: str = "", **environment: str
+) -> Iterator[Callable[[], str]]:
     """Runs `python -m evaluation.demo` while the context is open, then sends `stop`. Asserts that it ends cleanly.
+
+    `preparation` is Python code that its process runs before.
 
     Yields a function that waits until the page answers, and returns its URL: meanwhile, a test can do something else.
     """
-    command = [sys.executable, "-m", "evaluation.demo", f"--port={port}", *flags]
+    # As a background command of a shell: it starts with SIGINT ignored.
+    background = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    program = f"{preparation}\nimport runpy; runpy.run_module('evaluation.demo', run_name='__main__', alter_sys=True)"
+    command = [*background, sys.executable, "-c", program, f"--port={port}", *flags]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     server = subprocess.Popen(command, env=os.environ | environment, **options)
     url = f"http://127.0.0.1:{port}"

@@ -49,6 +49,17 @@ def test_the_page_checks_hosts_origins_and_uploads(page):
     assert_ends_connection(int(url.rpartition(":")[2]))
 
 
+@pytest.mark.slow
+def test_beside_a_running_batch_the_interpreter_does_not_shut_down(port, capsys):
+    """It would abort the process: a thread returns from native code."""
+    running = "import atexit; from evaluation.serving import Engine; Engine.close = lambda *_: False"
+    preparation = f"{running}; atexit.register(print, 'shutdown')"
+    with running_page(port, "--warm_up=", stop=signal.SIGINT, preparation=preparation) as when_ready:
+        when_ready()
+    output = capsys.readouterr().out
+    assert "Closing server" in output and "shutdown" not in output
+
+
 def assert_ends_connection(port: int) -> None:
     """Asserts that what follows a body of two lengths is not taken for a second request."""
     request = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5\r\n"

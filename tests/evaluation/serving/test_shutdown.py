@@ -155,6 +155,15 @@ async def stop_during_a_stream(server: subprocess.Popen, url: str) -> None:
         assert np.shape(answer["pictures"]) == (16, 4)
 
 
+@pytest.mark.parametrize("is_idle, printed", [(True, "last words\nshutdown\n"), (False, "last words\n")])
+def test_beside_a_running_batch_the_interpreter_does_not_shut_down(is_idle, printed):
+    """Its threads would abort the process when they return from native code."""
+    program = "import atexit; from evaluation.serving import exit_process; atexit.register(print, 'shutdown'); "
+    program += f"print('last words'); exit_process(3, {is_idle})"
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (3, printed)
+
+
 @pytest.mark.slow
 def test_a_port_in_use_exits_with_1():
     with socket.create_server(("127.0.0.1", 0)) as owner:
