@@ -94,6 +94,10 @@ def test_the_death_of_a_worker_is_a_fault(tmp_path, function, limits):
         assert "campaign_kit.py" in (tally.faults[0] / "log.txt").read_text()  # the stack
 
 
+def test_the_end_of_a_worker_is_not_judged_by_the_log_of_another_one(tmp_path):
+    assert run(tmp_path, "hang_then_crash", [0, 1], seconds=0.2).tries == {"hang": 1, "crash": 1}
+
+
 def test_a_kind_that_cannot_be_prepared_is_one_fault(tmp_path):
     tally = run(tmp_path, "missing", range(5))
     assert tally.tries == {"crash": 1} and "has no attribute 'missing'" in (tally.faults[0] / "log.txt").read_text()

@@ -77,6 +77,7 @@ class Worker:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(folder / "cache")}
         if namespace:
             environment[mounts.ALLOWED] = "1"
+        self._log_path.unlink(missing_ok=True)  # of a worker that has died: its stacks would be taken for this one's
         with open(self._log_path, "ab") as log:
             self._process = subprocess.Popen(
                 [*namespace, *command],

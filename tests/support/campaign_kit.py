@@ -39,5 +39,13 @@ def hang(folder: pathlib.Path) -> Attempt:
     return lambda rng, case: time.sleep(60)
 
 
+def hang_then_crash(folder: pathlib.Path) -> Attempt:
+    """The first worker hangs, the next one dies."""
+    started = folder.parent / "started"
+    is_first = not started.exists()
+    started.touch()
+    return (hang if is_first else crash)(folder)
+
+
 def memory(folder: pathlib.Path) -> Attempt:
     return lambda rng, case: int(np.ones(40 << 20, np.uint8)[0])
