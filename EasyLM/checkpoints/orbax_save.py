@@ -79,7 +79,11 @@ class OrbaxSave:
         return ocp.AsyncCheckpointer(handler, multiprocessing_options=options)
 
     def start(self, state: Any, begin: Begin, channel: Channel) -> Finish:
-        """Copies the state to host memory; it may then be donated. Returns the function that waits for the writes."""
+        """Copies the state to host memory; it may then be donated. Returns the function that waits for the writes.
+
+        Raises:
+          UnavailableError: if Orbax cannot write, after deleting the new directory. The function raises it, too.
+        """
         directory = self._same_directory(begin, channel)
         parent = () if self._part.save_optimizer_state else ("params",)
         arguments = orbax_arguments(self._part.of(state), self._part.dtype_of, parent)

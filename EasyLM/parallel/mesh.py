@@ -61,7 +61,7 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
 def make_mesh(mesh_dim: str, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of `--mesh_dim` over all devices or the given ones.
 
-    If a TPU's physical axis has to be split over two mesh axes, they share its bandwidth. This is logged, unless
+    If an axis of a TPU's network has to be split over two mesh axes, these share its bandwidth. This is logged, unless
     `mesh_dim` has a leading `!`.
 
     Raises:

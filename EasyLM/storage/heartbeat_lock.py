@@ -188,7 +188,7 @@ class HeartbeatLock:
 
 
 class LockWatch:
-    """Tells, without waiting, which outputs are locked by processes that may be alive.
+    """Reports, without waiting, which outputs are locked by processes that may be alive.
 
     Use one object for all outputs and all checks: it remembers the heartbeats that it has read. A holder on another
     machine is alive if its heartbeat advances.

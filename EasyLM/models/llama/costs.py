@@ -12,7 +12,7 @@ def num_matmul_parameters(config: LLaMAConfig) -> int:
 
 
 def num_parameters(config: LLaMAConfig) -> int:
-    """Number of trained parameters."""
+    """Number of parameters, without those of adapters."""
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     norms += 2 * config.num_hidden_layers * config.head_dim * config.qk_norm
