@@ -73,7 +73,7 @@ def line_index(path: str, processor: RecordProcessor, processes: int = 1, skip_b
     version = file_version(path)
     produce = functools.partial(_build, path, version["size"], processor, processes, not skip_bad_lines)
     dtypes = {"positions": "<i8", "ends": "<i8"}
-    index = cached_columns(path, ".index", processor.fingerprint(), version, dtypes, produce)
+    index = cached_columns(path, ".index", processor.fingerprint(), version, dtypes, produce, is_shared=True)
     if index.metadata["bad_lines"] and not skip_bad_lines:
         raise UserError(f"{path}:{index.metadata['first_bad']}")
     return index

@@ -8,7 +8,15 @@ from typing import Any
 
 from EasyLM.data.protocols import Examples
 from EasyLM.errors import UserError
-from EasyLM.storage import check_line_start, content_digest, file_version, is_compressed, json_digest, open_binary
+from EasyLM.storage import (
+    absolute_path,
+    check_line_start,
+    content_digest,
+    file_version,
+    is_compressed,
+    json_digest,
+    open_binary,
+)
 
 
 class FileExamples:
@@ -26,7 +34,7 @@ class FileExamples:
 
     def version(self) -> dict[str, Any]:
         """See `Examples`."""
-        return {"files": json_digest([[os.path.abspath(path), file_version(path)] for path in self._paths])}
+        return {"files": json_digest([[absolute_path(path), file_version(path)] for path in self._paths])}
 
     def fingerprint(self) -> list[list]:
         """See `Examples`: size and content digest of each file."""

@@ -4,7 +4,7 @@ Vocabulary:
   version  size and modification mark of a file; changes when the file is written
   digest   hash of 16 hexadecimal digits, equal for equal files or equal settings
   column   one-dimensional array in a column file
-  cache    column file that is derived from a source, such as a line index; lies beside it, also on an object store
+  cache    column file that is derived from a source: a line index, tokenized text; lies beside it, if that is local
 
 Modules:
   atomic   write a file completely or not at all; JSON files
@@ -39,6 +39,7 @@ from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, LockWatch,
 from EasyLM.storage.hub import is_hub_name, local_path, split_revision
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
 from EasyLM.storage.paths import (
+    absolute_path,
     check_output,
     expand_path_groups,
     expand_paths,
@@ -68,6 +69,7 @@ __all__ = [
     "LockedError",
     "TorchTensor",
     "Unchangeable",
+    "absolute_path",
     "atomic_file",
     "atomic_path",
     "byte_reader",

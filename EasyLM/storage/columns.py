@@ -4,10 +4,11 @@ The header holds a checksum of each column and a digest of itself. Files of vers
 
 Most column files are caches, derived from a source file: a line index, tokenized text. A cache lies beside its source,
 or where that directory is full or not writable, in the user's cache directory or the directory of temporary files. The
-cache of a remote source lies in one of the latter two; a copy is uploaded to the folder of the source, from which other
-hosts download it. Each value of the settings has its own cache. A cache that is damaged, or of another version of its
-source, is ignored and replaced. Opening a cache verifies its checksums, at 1 to 4 GB/s per core; one of more than 64
-MiB is verified once, until its size or its modification time changes.
+cache of a remote source lies in one of the latter two, and the log names it. A line index is small: a copy is uploaded
+to the folder of a remote source, from which other hosts download it. Each value of the settings has its own cache. A
+cache that is damaged, or of another version of its source, is ignored and replaced. Opening a cache verifies its
+checksums, at 1 to 4 GB/s per core; one of more than 64 MiB is verified once, until its size or its modification time
+changes.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from EasyLM.storage import checksums
 from EasyLM.storage.atomic import FULL_DISK, atomic_file, atomic_path, remove_leftovers
 from EasyLM.storage.digests import json_digest
 from EasyLM.storage.json_files import parse_json
-from EasyLM.storage.paths import file_version
+from EasyLM.storage.paths import absolute_path, file_version
 from EasyLM.storage.reading import RemoteColumn, byte_reader
 from EasyLM.storage.remote import download, is_remote, takes_files, upload
 
@@ -67,7 +68,13 @@ class Columns:
 
 
 def cached_columns(
-    source: str, suffix: str, settings: Any, version: dict[str, Any], dtypes: Dtypes, produce: Produce
+    source: str,
+    suffix: str,
+    settings: Any,
+    version: dict[str, Any],
+    dtypes: Dtypes,
+    produce: Produce,
+    is_shared: bool = False,
 ) -> Columns:
     """Returns the columns derived from `source`: from a valid cache, otherwise from `produce`.
 
@@ -79,6 +86,7 @@ def cached_columns(
       dtypes: item type by column.
       produce: called with a function `append(**arrays)`, which extends the columns. Returns the metadata (JSON values).
         If it raises, no file is left. It is called again for the next directory if the first one becomes full.
+      is_shared: whether a copy of the cache lies beside a remote source, for other hosts.
 
     Raises:
       UserError: naming the directories, if none of them can hold the cache.
@@ -91,10 +99,15 @@ def cached_columns(
         cached = _load(path, expected)
         if cached is not None and _is_intact(path, cached):
             return cached
-    shared = f"{os.path.dirname(source)}/{name}" if takes_files(source) else ""
+    shared = f"{os.path.dirname(source)}/{name}" if is_shared and takes_files(source) else ""
     reasons = []
     for path in candidates:
-        reason = _why_full(path, shared, dtypes, produce, expected) if _is_writable(path) else "not writable"
+        if not _is_writable(path):
+            reasons.append(f"{os.path.dirname(path)} (not writable)")
+            continue
+        if is_remote(source):
+            logging.info("%s: its cache is %s", source, path)
+        reason = _why_full(path, shared, dtypes, produce, expected)
         if not reason:
             columns = _load(path, expected)
             assert columns is not None, path
@@ -277,9 +290,10 @@ def _cache_paths(source: str, name: str) -> list[str]:
 
     The last one is for jobs on machines where the other two are read-only or full.
     """
-    beside = [] if "://" in source else [os.path.join(os.path.dirname(os.path.abspath(source)), name)]
+    source = absolute_path(source)
+    beside = [] if is_remote(source) else [os.path.join(os.path.dirname(source), name)]
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    elsewhere = f"{json_digest(os.path.abspath(source))}.{name}"
+    elsewhere = f"{json_digest(source)}.{name}"
     temporary = os.path.join(tempfile.gettempdir(), f"EasyLM-{os.getuid()}")
     paths = [*beside, os.path.join(user_cache, "EasyLM", elsewhere)]
     if os.path.isdir(temporary) and os.stat(temporary).st_uid != os.getuid():  # another user's files are not trusted

@@ -89,6 +89,11 @@ def file_version(path: str) -> dict[str, Any]:
     return {"size": stat.st_size, "mark": str(stat.st_mtime_ns)}
 
 
+def absolute_path(path: str) -> str:
+    """Returns the absolute path of a local file, and a remote path as it is."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
 def path_exists(path: str) -> bool:
     """Whether a local or remote file exists, or a directory.
 

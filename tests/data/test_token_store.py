@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from text_kit import SENTENCES, encoded, text_config, text_rows, write_jsonl
 
 from EasyLM.data import load_tokenizer, make_dataset, token_store
@@ -39,6 +40,24 @@ def test_tokens_are_cached(tokenizer_files, tmp_path, monkeypatch):
     monkeypatch.setattr(token_store, "_tokenize", tokenize)
     path.write_text(json.dumps({"text": "two birds"}))
     assert make_dataset(text_config("json", path), tokenizer, 100).num_tokens == 2
+
+
+def test_tokens_of_remote_text_stay_on_the_host(tokenizer_files, tmp_path, monkeypatch, caplog):
+    """They can be large, and buckets of data are often read-only. The log says where they are."""
+    caplog.set_level("INFO")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tokenizer, store = load_tokenizer(tokenizer_files["json"]), MemoryFileSystem()
+    for name in "ab":
+        store.pipe_file(f"/texts/{name}.jsonl", write_jsonl(tmp_path / name).read_bytes())
+    config = text_config("json", "memory://texts/*.jsonl")
+    expected = text_rows(encoded(tokenizer), 40)[0]
+    np.testing.assert_array_equal(make_dataset(config, tokenizer, 100).rows(0, 40)["input_tokens"], expected)
+    (path,) = (tmp_path / "cache" / "EasyLM").iterdir()
+    assert f"memory:///texts/a.jsonl: its cache is {path}" in caplog.messages and path.suffix == ".tokens"
+    assert store.ls("/texts", detail=False) == ["/texts/a.jsonl", "/texts/b.jsonl"]
+    monkeypatch.setattr(token_store, "_tokenize", None)
+    monkeypatch.chdir(tmp_path)  # a program that runs in another directory uses the same cache
+    np.testing.assert_array_equal(make_dataset(config, tokenizer, 100).rows(0, 40)["input_tokens"], expected)
 
 
 def test_masks_bos_shuffle_and_start(tokenizer_files, tmp_path):

@@ -30,8 +30,8 @@ def source(tmp_path, monkeypatch):
     return tmp_path / "data" / "data.jsonl"
 
 
-def cached(source, settings=None, version=None, produce=produce):
-    return cached_columns(str(source), ".index", settings or {}, version or {"size": 1}, DTYPES, produce)
+def cached(source, settings=None, version=None, produce=produce, is_shared=True):
+    return cached_columns(str(source), ".index", settings or {}, version or {"size": 1}, DTYPES, produce, is_shared)
 
 
 def forbidden(append):
@@ -88,10 +88,16 @@ def test_another_version_of_the_source_replaces_the_cache(source):
     assert len(os.listdir(source.parent)) == 1
 
 
-def test_a_remote_source_is_cached_in_the_users_directory(source, tmp_path):
-    for _ in range(2):
-        assert_content(cached("memory://bucket/data.jsonl"))
-    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+def test_a_remote_source_is_cached_in_the_users_directory(source, tmp_path, monkeypatch, caplog):
+    """A program that runs in another directory uses the same cache."""
+    caplog.set_level("INFO")
+    url = "memory://large/data.jsonl"
+    assert_content(cached(url, is_shared=False))
+    monkeypatch.chdir(tmp_path)
+    assert_content(cached(url, produce=forbidden, is_shared=False))
+    (path,) = (tmp_path / "cache").rglob("*.index")
+    assert caplog.messages == [f"{url}: its cache is {path}"]
+    assert not MemoryFileSystem().exists("/large")
 
 
 def on_another_host(monkeypatch, tmp_path, name):
