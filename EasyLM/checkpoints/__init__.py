@@ -18,6 +18,7 @@ Modules:
   stacking: the layout of layers in memory and in files.
   checksums: a sidecar with a checksum of each array, verified when the array is read.
   formats: the prefixes and their readers; orbax_directory: the reader of Orbax checkpoints.
+  identification: what a path holds and which prefixes load it, for errors.
   loading: loads a checkpoint into given shapes, types and shardings.
   shared_reads: each of several processes reads its share of the rows.
   row_split: the rows of an array, split over all devices, so that each process saves and loads its share.
@@ -40,6 +41,7 @@ from EasyLM.checkpoints.conversion import Conversion
 from EasyLM.checkpoints.displaced import check_replaceable
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.formats import CHECKPOINT_FORMATS, open_checkpoint, parse_spec
+from EasyLM.checkpoints.identification import prefix_hint
 from EasyLM.checkpoints.layout import PREFIX_OF, sidecar_path
 from EasyLM.checkpoints.listing import (
     OpenCheckpoint,
@@ -91,6 +93,7 @@ __all__ = [
     "newest_whole",
     "open_checkpoint",
     "parse_spec",
+    "prefix_hint",
     "read_orbax",
     "save_seconds",
     "sidecar_path",

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 
 from EasyLM.checkpoints import checksums, orbax_directory, streaming
 from EasyLM.checkpoints.entries import Entry
+from EasyLM.checkpoints.identification import TRAIN_STATES, is_folder, is_train_state, prefix_hint
 from EasyLM.checkpoints.layout import resolved
-from EasyLM.errors import UserError, choose, prefix_errors
+from EasyLM.errors import UnavailableError, UserError, choose, prefix_errors
 from EasyLM.storage import file_version, is_remote, local_path, names_store_errors, remote_file_system
 
 Reader = Callable[[str], list[Entry]]
@@ -14,7 +15,10 @@ AVERAGE = "ema_params"  # in the keys of a train state: the moving average of th
 
 
 def _train_state(path: str) -> list[Entry]:
-    return orbax_directory.read_orbax(path) if orbax_directory.is_orbax_state(path) else _streaming(path)
+    entries = orbax_directory.read_orbax(path) if orbax_directory.is_orbax_state(path) else _streaming(path)
+    if not is_train_state(entry.key for entry in entries):
+        raise UserError(f"{path}: not a train state")
+    return entries
 
 
 def _streaming(path: str) -> list[Entry]:
@@ -28,10 +32,7 @@ def _verified(path: str, read: Reader) -> list[Entry]:
 
 
 def _train_state_params(path: str) -> list[Entry]:
-    entries = [entry.renamed(entry.key[1:]) for entry in _train_state(path) if entry.key[0] == "params"]
-    if not any(entry.key[0] == "params" for entry in entries):
-        raise UserError(f"{path}: not a train state; load a file of parameters alone as params::{path}")
-    return entries
+    return [entry.renamed(entry.key[1:]) for entry in _train_state(path) if entry.key[0] == "params"]
 
 
 def _train_state_average(path: str) -> list[Entry]:
@@ -51,8 +52,8 @@ def _flax_params(path: str) -> list[Entry]:
 
 
 def _below_params(path: str, entries: list[Entry]) -> list[Entry]:
-    if any(entry.key[0] == "step" for entry in entries):
-        raise UserError(f"{path}: a train state; load its parameters as trainstate_params::{path}")
+    if is_train_state(entry.key for entry in entries):
+        raise UserError(f"{path}: not a file of parameters")
     return [entry.renamed(("params", *entry.key)) for entry in entries]
 
 
@@ -66,7 +67,6 @@ CHECKPOINT_FORMATS: dict[str, Reader] = {
     "trainstate_ema": _train_state_average,
 }
 _DIRECTORY_FORMATS = ("orbax", "huggingface")
-_TRAIN_STATES = ("trainstate", "trainstate_params", "trainstate_ema")  # a file, or a directory of Orbax
 
 
 def open_checkpoint(spec: str, formats: Mapping[str, Reader] = CHECKPOINT_FORMATS) -> list[Entry]:
@@ -78,8 +78,15 @@ def open_checkpoint(spec: str, formats: Mapping[str, Reader] = CHECKPOINT_FORMAT
       UnavailableError: if an object store cannot be reached.
     """
     prefix, path = parse_spec(spec, formats, f"checkpoint {spec!r}")
-    with names_store_errors(path):
-        return formats[prefix](path)
+    try:
+        with names_store_errors(path):
+            return formats[prefix](path)
+    except UnavailableError:
+        raise
+    except UserError as error:
+        if hint := prefix_hint(prefix, path, formats):
+            raise UserError(f"{error}{hint}") from error
+        raise
 
 
 def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str, str]:
@@ -93,17 +100,25 @@ def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str
     """
     prefix, separator, path = spec.partition("::")
     if not separator:
-        raise UserError(f"{name}: must be PREFIX::PATH, with one of the prefixes {', '.join(formats)}")
+        hint = prefix_hint("", spec, formats)
+        raise UserError(f"{name}: must be PREFIX::PATH, with one of the prefixes {', '.join(formats)}{hint}")
     choose(f"{name}: prefix", prefix, formats)
     with prefix_errors(name):
         path = local_path(path)
         if is_remote(path):
             remote_file_system(path)
-    if not is_remote(path):
-        kind, is_kind = ("directory", os.path.isdir) if prefix in _DIRECTORY_FORMATS else ("file", os.path.isfile)
-        has_orbax_state = prefix in _TRAIN_STATES and orbax_directory.is_orbax_state(path)
-        if not os.path.exists(path):
-            raise UserError(f"{name}: there is no {path}")
-        if not (is_kind(path) or has_orbax_state):
-            raise UserError(f"{name}: {path} is not a {kind}, as {prefix}:: needs")
+    if not (is_remote(path) or os.path.exists(path)):
+        raise UserError(f"{name}: there is no {path}")
+    if not _is_of_kind(prefix, path):
+        kind, hint = "directory" if prefix in _DIRECTORY_FORMATS else "file", prefix_hint(prefix, path, formats)
+        raise UserError(f"{name}: {path} is not a {kind}, as {prefix}:: needs{hint}")
     return prefix, path
+
+
+def _is_of_kind(prefix: str, path: str) -> bool:
+    """Whether a path is the file or the directory that a prefix needs."""
+    if prefix in _DIRECTORY_FORMATS:
+        return is_remote(path) or os.path.isdir(path)
+    if prefix in TRAIN_STATES and orbax_directory.is_orbax_state(path):
+        return True
+    return not is_folder(path) if is_remote(path) else os.path.isfile(path)

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,7 +75,7 @@ def read_orbax(path: str) -> list[Entry]:
             if tree is None:
                 raise UserError(f"orbax::{path}: Orbax cannot read it: {_ITEM} or the index of the arrays is damaged")
             driver = "zarr3" if tree.use_zarr3 else "zarr"
-            order = {key: i for i, key in enumerate(_saved_keys(str(item)))}
+            order = {key: i for i, key in enumerate(saved_keys(str(item)))}
             leaves = sorted(_leaves(tree.tree), key=lambda leaf: order[leaf[0]])
             is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(item)
     # Empty nodes and texts have no shape. OrderedDict: JAX sorts the keys of other dicts.
@@ -109,7 +109,7 @@ def _is_damage(error: Exception) -> bool:
     return isinstance(error, (*missing, *parsing, AssertionError))
 
 
-def _saved_keys(item: str) -> list[Key]:
+def saved_keys(item: str) -> list[Key]:
     """Returns the keys of a pytree in the order in which they were saved."""
     saved = read_json(f"{item}/{_ITEM}", {"tree_metadata": dict})["tree_metadata"]
     return [tuple(str(part["key"]) for part in leaf["key_metadata"]) for leaf in saved.values()]
@@ -180,13 +180,12 @@ def _find_item(directory: Any) -> Any:
         return directory
     children = {child.name: child for child in directory.iterdir() if child.is_dir()}
     items = [name for name, child in children.items() if (child / _ITEM).exists()]
-    chosen = items if len(items) == 1 else [name for name in _ITEM_NAMES if name in items]
-    if chosen:
-        return children[chosen[0]]
+    if chosen := chosen_item(items):
+        return children[chosen]
     if items:
         examples = ", ".join(f"orbax::{directory}/{name}" for name in sorted(items))
         raise UserError(f"orbax::{directory}: holds several items; name one: {examples}")
-    steps = sorted((order, name) for name in children if (order := _step_order(name)))
+    steps = sorted((order, name) for name in children if (order := step_order(name)))
     for (step, _), name in reversed(steps):
         nested = children[name]
         if (nested / _ITEM).exists() or any((child / _ITEM).exists() for child in nested.iterdir()):
@@ -197,7 +196,12 @@ def _find_item(directory: Any) -> Any:
     raise UserError(f"orbax::{directory}: no Orbax checkpoint: neither it nor its subdirectories have {_ITEM}")
 
 
-def _step_order(name: str) -> tuple[int, int] | None:
+def chosen_item(items: Sequence[str]) -> str | None:
+    """Returns the name of the item that is read, of those of a step; None if there is none, or no telling which."""
+    return items[0] if len(items) == 1 else next((name for name in _ITEM_NAMES if name in items), None)
+
+
+def step_order(name: str) -> tuple[int, int] | None:
     """Returns the step of a directory, and a number that grows if a run saves the step again; None if it is no step."""
     if match := STEP_DIRECTORY.fullmatch(name):
         return int(match[2]), int(match[3] or 0)

@@ -3,12 +3,11 @@
 The header holds a checksum of each column and a digest of itself. Files of version 0.1.0 have neither.
 
 Most column files are caches, derived from a source file: a line index, tokenized text. A cache lies beside its source,
-or where that directory is full or not writable, in the user's cache directory or the directory of temporary files. The
-cache of a remote source lies in one of the latter two, and the log names it. A line index is small: a copy is uploaded
-to the folder of a remote source, from which other hosts download it. Each value of the settings has its own cache. A
-cache that is damaged, or of another version of its source, is ignored and replaced. Opening a cache verifies its
-checksums, at 1 to 4 GB/s per core; one of more than 64 MiB is verified once, until its size or its modification time
-changes.
+or where that directory is full or not writable, in the user's cache directory or that of temporary files. The cache of
+a remote source lies in one of the latter two, which the log names; a copy of a line index is uploaded to the folder of
+the source, from which other hosts download it. Each value of the settings has its own cache. A cache that is damaged,
+or of another version of its source, is ignored and replaced. Opening a cache verifies its checksums, at 1 to 4 GB/s
+per core; one of more than 64 MiB is verified once, until its size or its modification time changes.
 """
 
 import contextlib
@@ -86,7 +85,7 @@ def cached_columns(
       dtypes: item type by column.
       produce: called with a function `append(**arrays)`, which extends the columns. Returns the metadata (JSON values).
         If it raises, no file is left. It is called again for the next directory if the first one becomes full.
-      is_shared: whether a copy of the cache lies beside a remote source, for other hosts.
+      is_shared: whether a copy is uploaded to the folder of a remote source, for other hosts.
 
     Raises:
       UserError: naming the directories, if none of them can hold the cache.

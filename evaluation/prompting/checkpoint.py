@@ -164,5 +164,8 @@ def _model_config(prefix: str, path: str, load_llama_config: str) -> llama_confi
     if recorded is not None:
         return recorded
     if prefix == "huggingface":
-        raise UserError(f"--checkpoint={path}: no config.json in it: give a Hugging Face directory, or PREFIX::PATH")
+        hint = checkpoints.prefix_hint(prefix, path, hf_layout.CHECKPOINT_FORMATS)
+        raise UserError(
+            f"--checkpoint={path}: no config.json in it: give a Hugging Face directory, or PREFIX::PATH{hint}"
+        )
     raise UserError(f"--load_llama_config is empty, and there is no metadata.json beside {path}")

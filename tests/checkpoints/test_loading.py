@@ -146,7 +146,7 @@ def test_invalid_loads_fail_before_reading_arrays(golden, tmp_path, monkeypatch)
         (f"params::{text}", None, rf"{text}: entry 0: byte 0: not a checkpoint of this kind"),
         (f"params::{cut}", None, rf"{cut}: transformer/.*: byte \d+: the file is truncated"),
         (f"flax_params::{path}", None, r"not a checkpoint of this kind: expected map"),
-        (f"params::{path}", params, r"a train state; load its parameters as trainstate_params::"),
+        (f"params::{path}", params, r"it is a train state: load it as trainstate::.* or trainstate_params::"),
         (f"trainstate_params::{tiny}/streaming_params_bf16", params, r"not a train state.*params::"),
         (f"trainstate_params::{path}", wider, r"params/lm_head/kernel has shape \(64, 512\), expected \(64, 8292\)"),
         (f"trainstate_params::{path}", deeper, r"missing params/transformer/h/2/attention/wk/kernel.* and 3 more$"),

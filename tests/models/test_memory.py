@@ -250,6 +250,13 @@ def test_a_hugging_face_directory_without_settings_does_not_stand_for_a_7b_model
         training_task.read_model(config)
 
 
+def test_the_directory_of_a_run_is_not_taken_for_a_hugging_face_model(golden):
+    run = golden / "lvm_tiny" / "final"
+    config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", f"--load_checkpoint=huggingface::{run}"])
+    with pytest.raises(UserError, match=f"it holds a train state: load it as trainstate::{run}/streaming_train_state"):
+        training_task.read_model(config)
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_settings_of_another_run_choose_for_these_devices(tmp_path, recorded):
     """A plain dict of settings is no record of devices: its policy is the choice of its author."""

@@ -10,11 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from EasyLM import flags
+from EasyLM import checkpoints, flags
 from EasyLM.data import dataset, text_tokenizer
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
-from EasyLM.models.llama import adapters, costs, llama_config, llama_model
+from EasyLM.models.llama import adapters, costs, hf_layout, llama_config, llama_model
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
 from EasyLM.models.llama.memory import RematChoice, StepShape, check_memory, choose_remat
@@ -93,7 +93,8 @@ def recorded_config(spec: str) -> LLaMAConfig | None:
         path = local_path(path)
         recorded = llama_config.recorded_config(prefix, path)
         if recorded is None and prefix == "huggingface" and os.path.isdir(path):
-            raise UserError(f"{path}: no Hugging Face model: config.json is missing")
+            hint = checkpoints.prefix_hint(prefix, path, hf_layout.CHECKPOINT_FORMATS)
+            raise UserError(f"{path}: no Hugging Face model: config.json is missing{hint}")
     return recorded
 
 

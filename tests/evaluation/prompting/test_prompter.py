@@ -188,3 +188,11 @@ def test_invalid_checkpoints_are_named_before_their_metadata_is_read(tmp_path, s
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(UserError, match=re.escape(message.format(tmp_path))):
         load_model(spec.format(tmp_path), "", make_mesh("1,-1,1"))
+
+
+def test_the_directory_of_a_run_is_told_its_checkpoint(golden):
+    run = golden / "lvm_tiny" / "final"
+    state = f"trainstate::{run}/streaming_train_state or trainstate_params::{run}/streaming_train_state"
+    message = f"--checkpoint={run}: no config.json in it: .*; it holds a train state: load it as {state}$"
+    with pytest.raises(UserError, match=message):
+        load_model(str(run), "", make_mesh("1,-1,1"))
