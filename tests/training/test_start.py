@@ -1,8 +1,8 @@
 """The start of a run: which files it uses, and that it reads each once."""
 
 import collections
-import functools
 
+import numpy as np
 import pytest
 from tiny_run import GOLDEN, train
 
@@ -23,8 +23,10 @@ def start_of(run_dir, load_checkpoint="") -> StartFiles:
 def save_step(run_dir, step, start, milestone=False):
     """Writes those files of a run started at `start` that the next start reads."""
     metadata = {"step": step, "flags": {"load_checkpoint": "of the last start only"}, "started_from": start.history}
-    files = {"streaming_train_state": b"", "dataset.json": b"{}"}
-    writers = {name: functools.partial(lambda data, file: file.write(data), data) for name, data in files.items()}
+    writers = {
+        "streaming_train_state": lambda file: streaming.write_entry(file, ("step",), np.array(step, np.int32)),
+        "dataset.json": lambda file: file.write(b"{}"),
+    }
     directory = open_run_directory(str(run_dir))
     directory.prepare()
     directory.commit(directory.begin(step), step, writers, metadata, milestone)
