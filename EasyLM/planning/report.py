@@ -24,7 +24,8 @@ def text(plan: Plan) -> str:
 
 def _devices(plan: Plan) -> str:
     axes = " ".join(f"{axis}={size}" for axis, size in (plan.mesh or {}).items())
-    return f"{plan.devices} x {plan.device_kind} in {plan.processes} processes, mesh {axes}"
+    processes = "1 process" if plan.processes == 1 else f"{plan.processes} processes"
+    return f"{plan.devices} x {plan.device_kind} in {processes}, mesh {axes}"
 
 
 def _compiled(plan: Plan) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,21 @@ from jax.experimental import topologies
 
 from EasyLM.errors import UserError, check_installed
 
-# The kind of a TPU -> options of its topology. Each device of a v4 has both cores of a chip.
-_TPU_OPTIONS: dict[str, dict[str, str]] = {
-    "v4": {"chip_config_name": "megacore"},
-    "v5e": {},
-    "v5p": {},
-    "v6e": {},
+# The kind of a TPU -> the slices that users can get, the last one a whole pod. There are more of v4 and v5p.
+# Sources: https://docs.cloud.google.com/tpu/docs (pages v4, v5e, v5p and v6e).
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+_TPU_SLICES = {
+    "v4": (*_CUBIC, "16x16x16"),
+    "v5e": _FLAT,
+    "v5p": (*_CUBIC, "16x16x16", "16x20x28"),
+    "v6e": _FLAT,
 }
-FORMS = "v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4 (chips), h100:8, h100:8x8 (nodes x GPUs), cpu:8"
+# The chips of a host, where they are not the four of libtpu's default: a slice of one chip, and the eight of v5e and
+# v6e, which Cloud TPU gives to one host.
+_TPU_HOSTS = {"1x1": [1, 1, 1], "2x4": [2, 4, 1]}
+FORMS = "v4:2x2x1, v5e:1x1, v5e:4x4, v5p:2x2x2, v6e:4x4 (chips), h100:8, h100:8x8 (nodes x GPUs), cpu:8"
+_NODE_GPUS = 8  # of an H100 SXM node, connected by NVLink
 # The description with which XLA compiles for an H100 SXM. Source: h100_sxm.txtpb in XLA's tools/hlo_opt/gpu_specs.
 _H100 = """gpu_device_info {
   threads_per_block_limit: 1024
@@ -86,9 +94,9 @@ def make_topology(text: str, num_slices: int = 1) -> Topology:
     """
     flag = f"--topology={text}"
     kind, _, sizes = text.partition(":")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or kind not in (*_TPU_OPTIONS, "h100", "cpu"):
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or kind not in (*_TPU_SLICES, "h100", "cpu"):
         raise UserError(f"{flag}: must be KIND:SIZES, for example {FORMS}")
-    if num_slices > 1 and kind not in _TPU_OPTIONS:
+    if num_slices > 1 and kind not in _TPU_SLICES:
         raise UserError(
             f"--num_slices={num_slices}: only TPUs have slices; for GPUs, give nodes x GPUs, such as h100:8x8"
         )
@@ -113,26 +121,42 @@ def _cpus(flag: str, shape: list[int]) -> Topology:
 
 
 def _tpus(flag: str, kind: str, sizes: str, num_slices: int) -> Topology:
+    names = _TPU_SLICES[kind]
+    nearest = next((name for name in names if _chips(name) >= _chips(sizes)), names[-1])
+    remedy = f"the nearest slice is {kind}:{nearest}"
+    # libtpu accepts both, as if v5e had a third axis and pods no limit.
+    if sizes.count("x") != nearest.count("x") or _chips(sizes) > _chips(nearest):
+        raise UserError(f"{flag}: no such topology; {remedy}")
     check_installed(flag, "tpu", "libtpu")
     # No chip is requested, so another process may use libtpu too. The other variables replace queries to a TPU host.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.update(TPU_ACCELERATOR_TYPE=f"{kind}-8", TPU_WORKER_HOSTNAMES="localhost")
-    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # each device has both cores of a chip
+    if sizes in _TPU_HOSTS:
+        options["chips_per_host_bounds"] = _TPU_HOSTS[sizes]
     try:
-        devices: list[Any] = topologies.get_topology_desc(
-            f"{kind}:{sizes}", "tpu", **options, **_TPU_OPTIONS[kind]
-        ).devices
+        devices: list[Any] = topologies.get_topology_desc(f"{kind}:{sizes}", "tpu", **options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise UserError(f"{flag}: no such topology: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{flag}: no such topology: {str(error).splitlines()[0]}; {remedy}") from None
     return Topology(devices, "tpu", devices[0].device_kind)
+
+
+def _chips(sizes: str) -> int:
+    """Returns the number of chips of a slice, such as 16 for 4x4."""
+    return math.prod(map(int, sizes.split("x")))
 
 
 def _gpus(flag: str, shape: list[int]) -> Topology:
     if len(shape) > 2:
         raise UserError(f"{flag}: must be h100:GPUS or h100:NODESxGPUS")
+    nodes, gpus = (1, *shape)[-2:]
+    if gpus > _NODE_GPUS:
+        enough = -(-nodes * gpus // _NODE_GPUS)
+        raise UserError(f"{flag}: a node has at most {_NODE_GPUS} GPUs; give h100:{enough}x{_NODE_GPUS}")
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         check_installed(flag, "gpu", "jax_cuda13_plugin")
-    nodes, gpus = (1, *shape)[-2:]
     devices = topologies.get_topology_desc("", "cuda", topology=f"1x{nodes}x{gpus}", target_config=_H100).devices
     return Topology(devices, "cuda", "NVIDIA H100 80GB HBM3")
 

@@ -111,6 +111,11 @@ def test_a_step_that_does_not_fit_names_what_to_change(tmp_path, capsys):
     "arguments, message",
     [
         (["--topology=v9:4"], "--topology=v9:4: must be KIND:SIZES, for example v4:2x2x1"),
+        (["--topology=v5e:8"], "--topology=v5e:8: no such topology; the nearest slice is v5e:2x4"),
+        (["--topology=v5e:4x4x4"], "--topology=v5e:4x4x4: no such topology; the nearest slice is v5e:8x8"),
+        (["--topology=v4:4x4"], "--topology=v4:4x4: no such topology; the nearest slice is v4:2x2x4"),
+        (["--topology=v6e:16x17"], "--topology=v6e:16x17: no such topology; the nearest slice is v6e:16x16"),
+        (["--topology=h100:20"], "--topology=h100:20: a node has at most 8 GPUs; give h100:3x8"),
         (["--topology=cpu:2x4"], "--topology=cpu:2x4: must be cpu:N"),
         (["--topology=cpu:16"], "--topology=cpu:16: JAX has already started, with 8 CPU devices"),
         (["--topology=cpu:8", "--num_slices=2"], "--num_slices=2: only TPUs have slices"),
@@ -225,4 +230,4 @@ def test_the_command_needs_no_devices_and_no_setting_of_the_environment(tmp_path
     command = [sys.executable, "-m", "EasyLM.models.llama.llama_plan", "--topology=cpu:4", "--mesh_dim=2,-1,1", *SMALL]
     completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr
-    assert "4 x cpu in 1 processes, mesh dp=2 fsdp=2 mp=1" in completed.stdout
+    assert "4 x cpu in 1 process, mesh dp=2 fsdp=2 mp=1" in completed.stdout

@@ -42,7 +42,7 @@ def plan(tmp_path, *arguments: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments, devices, processes, kind, memory", [
     (["v5e:4x4"], 16, 4, "TPU v5 lite", 16.9e9),
-    (["v5e:2x4", "--num_slices=2", "--train_dataset.json_dataset.batch_size=16"], 16, 4, "TPU v5 lite", 16.9e9),
+    (["v5e:2x4", "--num_slices=2", "--train_dataset.json_dataset.batch_size=16"], 16, 2, "TPU v5 lite", 16.9e9),
     (["v5p:2x2x2"], 8, 2, "TPU v5", 102.8e9),
 ])  # fmt: skip
 def test_tpus(tmp_path, arguments, devices, processes, kind, memory):
@@ -56,6 +56,36 @@ def test_tpus(tmp_path, arguments, devices, processes, kind, memory):
     assert made["attention_weights"] == "" and {"splash" in name for name in made["attention_kernels"]} == {True}
     across = sum(made["network_bytes"].values())
     assert (across > 0) == (made["num_slices"] > 1), "dp is split over the slices"
+
+
+@needs_tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology, kind", [("v5e:1x1", "TPU v5 lite"), ("v6e:1x1", "TPU v6 lite")])
+def test_a_single_chip(tmp_path, topology, kind):
+    made = plan(tmp_path, f"--topology={topology}")
+    assert made["error"] is None and made["fits"]
+    assert (made["devices"], made["processes"], made["device_kind"]) == (1, 1, kind)
+    assert made["mesh"] == {"dp": 1, "fsdp": 1, "mp": 1, "sp": 1}
+    assert sum(made["collective_bytes"].values()) == 0
+    assert made["attention_weights"] == "" and {"splash" in name for name in made["attention_kernels"]} == {True}
+
+
+@needs_tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("text, slices, chips, hosts", [
+    ("v5e:1x1", 1, 1, 1),
+    ("v6e:1x1", 2, 2, 2),
+    ("v6e:2x2", 1, 4, 1),
+    ("v5e:2x4", 1, 8, 1),
+    ("v6e:2x4", 2, 16, 2),
+    ("v6e:4x4", 1, 16, 4),
+    ("v4:2x2x1", 1, 4, 1),
+    ("v5p:2x2x4", 1, 16, 4),
+])  # fmt: skip
+def test_hosts_of_a_slice(text, slices, chips, hosts):
+    topology = make_topology(text, slices)
+    assert (len(topology.devices), topology.num_processes) == (chips, hosts)
+    assert len({topology.island_of(device) for device in topology.devices}) == slices
 
 
 @pytest.mark.slow
@@ -87,9 +117,15 @@ def test_offloaded_projections_are_in_the_memory_of_the_host(tmp_path, topology,
 
 @needs_tpu
 @pytest.mark.slow
-def test_a_topology_that_does_not_exist_is_one_line():
-    with pytest.raises(UserError, match="--topology=v5e:3x5: no such topology: "):
-        make_topology("v5e:3x5")
+@pytest.mark.parametrize("text, nearest", [
+    ("v5e:1x2", "v5e:2x2"),
+    ("v5e:3x5", "v5e:4x4"),
+    ("v4:1x1x1", "v4:2x2x1"),
+    ("v5p:3x3x3", "v5p:2x4x4"),
+])  # fmt: skip
+def test_a_topology_that_libtpu_refuses_is_one_line_with_the_nearest_slice(text, nearest):
+    with pytest.raises(UserError, match=f"^--topology={text}: no such topology: .*; the nearest slice is {nearest}$"):
+        make_topology(text)
 
 
 @needs_tpu

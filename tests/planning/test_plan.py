@@ -68,7 +68,7 @@ def test_bytes_and_flops_of_a_step(planned):
     assert plan.network_bytes == dict.fromkeys(plan.collective_bytes, 0)
     assert plan.attention_weights == "" and plan.attention_kernels == {}
     text = report.text(plan)
-    assert text.startswith("linear on cpu:8\n") and "8 x cpu in 1 processes, mesh dp=1 fsdp=8 mp=1" in text
+    assert text.startswith("linear on cpu:8\n") and "8 x cpu in 1 process, mesh dp=1 fsdp=8 mp=1" in text
     assert "1.00 times those of the model" in text
 
 
