@@ -16,7 +16,7 @@ from llama_kit import changed
 
 from EasyLM import flags
 from EasyLM.errors import UserError
-from EasyLM.models.llama import costs, llama_config, llama_model, training_task
+from EasyLM.models.llama import costs, llama_config, llama_model, llama_train, training_task
 from EasyLM.models.llama.memory import StepShape, check_memory, choose_remat, step_bytes
 from EasyLM.models.llama.remat_policies import AUTOMATIC_POLICIES
 from EasyLM.parallel import make_mesh
@@ -195,7 +195,7 @@ def test_what_fits_under_no_rematerialisation_is_refused(tokens, limit, message)
 
 
 def test_the_trainer_refuses_before_it_reads_the_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_task, "device_memory", lambda mesh: 10**5)
+    monkeypatch.setattr(llama_train, "device_memory", lambda mesh: 10**5)
     dataset = tmp_path / "empty.jsonl"  # would be refused next
     dataset.touch()
     with pytest.raises(UserError, match=r"does not fit: .* try more devices along fsdp in --mesh_dim$"):
@@ -218,9 +218,8 @@ def test_the_trainer_refuses_before_it_reads_the_data(tmp_path, monkeypatch):
         ({"length": 2**20 + 1}, "a smaller GROUP.seq_length, more devices along fsdp in --mesh_dim"),
     ],
 )
-def test_the_remedies_are_those_of_what_does_not_fit(monkeypatch, settings, remedies):
+def test_the_remedies_are_those_of_what_does_not_fit(settings, remedies):
     """The state, whatever the batch; or the tokens: of many rows, or of long ones, which the heads can be split for."""
-    monkeypatch.setattr(training_task, "device_memory", lambda mesh: 2**20)
     given = {"hidden_size": 64, "rows": 8, "length": 16, "load": "", "rank": 0} | settings
     group = "--train_dataset.json_dataset"
     arguments = [f"{group}.batch_size={given['rows']}", f"{group}.seq_length={given['length']}", "--mesh_dim=1,8,1"]
@@ -228,7 +227,7 @@ def test_the_remedies_are_those_of_what_does_not_fit(monkeypatch, settings, reme
     config, mesh = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", *arguments]), make_mesh("1,8,1")
     llama = dataclasses.replace(GROUPED, hidden_size=given["hidden_size"])
     with pytest.raises(UserError) as error:
-        training_task.check_step(config, llama, mesh)
+        training_task.check_step(config, llama, mesh, 2**20)
     assert str(error.value).partition(": try ")[2].startswith(remedies.replace("GROUP", group))
     assert ("--lora" in str(error.value)) == ("--lora" in remedies)
 

@@ -85,7 +85,8 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
     settings = dataset.settings(config.train_dataset)
     lora = LoRAConfig.from_flags(config.lora)
     assumptions = Assumptions.of(config, topology)
-    llama, remat = training_task.with_remat(config, llama, mesh, round(assumptions.hbm_gb * 1e9))
+    memory = round(assumptions.hbm_gb * 1e9)
+    llama, remat = training_task.with_remat(config, llama, mesh, memory)
     task = PlannedTask(
         model=training_task.make_model(llama, config.dtype, mesh, lora, config.gradient_reduce_dtype),
         optimizer=make_optimizer(config.optimizer),
@@ -97,13 +98,17 @@ def _plan(plan: Plan, config: Any, llama: LLaMAConfig, topology: Topology) -> Pl
         saved=to_dataclass(SavedPart, config.checkpointer),
     )
     plan = make_plan(plan.with_values(remat=str(remat)), task, mesh, topology, assumptions)
-    if plan.fits is False:
-        plan = plan.with_values(error=f"{plan.error}; {_remedy(config, llama, plan)}")
-    return plan
+    if plan.fits is not False:
+        return plan
+    try:
+        training_task.check_step(config, llama, mesh, memory)
+    except UserError as error:  # under no rematerialization; the trainer would say the same
+        return plan.with_values(error=str(error))
+    return plan.with_values(error=f"{plan.error}; {_remedy(config, llama, plan)}")
 
 
 def _remedy(config: Any, llama: LLaMAConfig, plan: Plan) -> str:
-    """Returns what to change if the step needs too much memory."""
+    """Returns what to change if the step needs too much memory, but not so much that it fits in no way."""
     mesh, group = dict(plan.mesh or {}), f"--train_dataset.{config.train_dataset.type}_dataset"
     remedies = training_task.fewer_tokens(group, plan.batch_size, plan.seq_length, llama, mesh)
     if llama.remat_block != "nothing_saveable":

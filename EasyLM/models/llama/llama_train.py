@@ -14,7 +14,14 @@ from EasyLM.models.llama import hf_layout, llama_config, training_task
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LoRAConfig
-from EasyLM.parallel import fail_together, initialize_distributed, make_mesh, on_first_process_first, step_memory
+from EasyLM.parallel import (
+    device_memory,
+    fail_together,
+    initialize_distributed,
+    make_mesh,
+    on_first_process_first,
+    step_memory,
+)
 from EasyLM.storage import expand_path_groups, local_path
 from EasyLM.training import (
     ModelSettings,
@@ -62,7 +69,7 @@ def main(config: Any) -> int:
     for name in dataset_names:
         training_task.check_batch(name, config[name], model, mesh)
         _check_files(name, config[name])
-    training_task.check_step(config, model, mesh)
+    training_task.check_step(config, model, mesh, device_memory(mesh))
     with open_run(RunSettings.from_flags(config), _model_settings(model, lora), hf_layout.CHECKPOINT_FORMATS) as run:
         _check_start(run.start, lora)
         # Data

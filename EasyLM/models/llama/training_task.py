@@ -20,7 +20,7 @@ from EasyLM.models.llama.lora import LORA_FLAGS, LoRAConfig
 from EasyLM.models.llama.memory import RematChoice, StepShape, check_memory, choose_remat
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.models.llama.remat_policies import AUTO
-from EasyLM.parallel import BATCH_AXES, check_batch_size, device_memory, group_mesh, more_device_memory
+from EasyLM.parallel import BATCH_AXES, check_batch_size, group_mesh, more_device_memory
 from EasyLM.storage import local_path
 from EasyLM.training import (
     OPTIMIZER_FLAGS,
@@ -130,16 +130,16 @@ def step_shape(config: Any, llama: LLaMAConfig, mesh: Mesh) -> StepShape:
     return StepShape.of(state, mesh, COMPUTE_DTYPES[config.dtype], settings.batch_size, settings.seq_length)
 
 
-def check_step(config: Any, llama: LLaMAConfig, mesh: Mesh) -> None:
-    """Checks that the flags' step can fit into the memory that JAX may use, where JAX knows it.
+def check_step(config: Any, llama: LLaMAConfig, mesh: Mesh, memory: int | None) -> None:
+    """Checks that the flags' step can fit into the memory that JAX may use, where it is known.
 
     Args:
       config: values of TRAIN_FLAGS.
+      memory: bytes of a device that JAX may use; None: unknown.
 
     Raises:
       UserError: with the bytes, and the flags that reduce them.
     """
-    memory = device_memory(mesh)
     if memory is None:
         return
     settings, group = dataset.settings(config.train_dataset), f"--train_dataset.{config.train_dataset.type}_dataset"
