@@ -1,5 +1,6 @@
 """Partition rules: from the path of an array to its partition spec and sharding."""
 
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -39,24 +40,23 @@ def match_partition_rules(rules: Rules, tree: Any) -> Any:
 
 
 def shardings(mesh: Mesh, rules: Rules, tree: Any) -> Any:
-    """Returns the sharding of every array of a tree. An axis that the mesh does not divide is not split, and logged."""
+    """Returns the sharding of every array of a tree. An axis that the mesh does not divide stays whole; logged once."""
 
     def sharding_of(array, spec):
         axes = []
         for size, axis in zip(array.shape, tuple(spec) + (None,) * (len(array.shape) - len(spec)), strict=True):
             ways = axis_size(mesh, axis)
             if size % ways:
-                logging.info(
-                    "array of shape %s: %d is not divisible by %s=%d; this axis is not split",
-                    array.shape,
-                    size,
-                    axis if isinstance(axis, str) else " x ".join(axis),
-                    ways,
-                )
+                _log_unsplit(array.shape, size, axis if isinstance(axis, str) else " x ".join(axis), ways)
             axes.append(axis if size % ways == 0 else None)
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(sharding_of, tree, match_partition_rules(rules, tree))
+
+
+@functools.cache  # a program asks for the shardings of the same arrays several times
+def _log_unsplit(shape: tuple[int, ...], size: int, axes: str, ways: int) -> None:
+    logging.info("array of shape %s: %d is not divisible by %s=%d; this axis is not split", shape, size, axes, ways)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> jax.Array:
