@@ -174,7 +174,7 @@ def _check_flags(config: Any) -> None:
         )
     if config.total_steps <= config.lr_warmup_steps:
         raise UserError(
-            f"--total_steps={config.total_steps}: must be more than lr_warmup_steps={config.lr_warmup_steps}"
+            f"--total_steps={config.total_steps}: must be more than --lr_warmup_steps={config.lr_warmup_steps}"
         )
     if not config.checkpointer.save_optimizer_state:
         raise UserError(

@@ -26,7 +26,7 @@ def profiled_steps(value: str, total_steps: int) -> range:
     first, _, end = value.partition(":")
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end) <= total_steps):
         raise UserError(
-            f"--profile_steps={value}: must be FIRST:END with 0 <= FIRST < END <= total_steps={total_steps}; "
+            f"--profile_steps={value}: must be FIRST:END with 0 <= FIRST < END <= --total_steps={total_steps}; "
             "10:13 profiles the steps 10, 11 and 12"
         )
     return range(int(first), int(end))

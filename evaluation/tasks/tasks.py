@@ -110,7 +110,7 @@ def _draw_analogies(source: TaskSource, shots: int, queries: int, seed: int) -> 
     sizes = {group: groups.count(group) for group in set(groups)}
     candidates = [i for i, group in enumerate(groups) if sizes[group] > shots]
     if not candidates:
-        raise UserError(f"{source.name}: {len(groups)} examples, too few for n_shots={shots} and a query")
+        raise UserError(f"{source.name}: {len(groups)} examples, too few for --n_shots={shots} and a query")
     loaders = [loader for pair in source.pairs for loader in (pair.input, pair.target)]
     return analogy_prompts(groups, _draw(candidates, queries, seed), shots, seed), loaders
 
@@ -118,7 +118,7 @@ def _draw_analogies(source: TaskSource, shots: int, queries: int, seed: int) -> 
 def _draw_sequences(source: TaskSource, shots: int, queries: int, seed: int) -> tuple[PromptLayout, list[ImageLoader]]:
     candidates = [clip[: shots + 1] for clip in source.clips if len(clip) > shots]
     if not candidates:
-        raise UserError(f"{source.name}: no clip has more than n_context_frames={shots} frames")
+        raise UserError(f"{source.name}: no clip has more than --n_context_frames={shots} frames")
     clips = _draw(candidates, queries, seed)
     return sequential_prompts(len(clips), shots + 1), [frame for clip in clips for frame in clip]
 

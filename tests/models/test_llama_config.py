@@ -129,5 +129,5 @@ def test_settings_from_files(golden, tmp_path):
 
 
 def test_unknown_preset_lists_the_choices():
-    with pytest.raises(UserError, match="load_llama_config='vqlm_8b': choose one of 'vqlm_debug', 'vqlm_100m'"):
+    with pytest.raises(UserError, match=r"^--load_llama_config='vqlm_8b': choose one of 'vqlm_debug', 'vqlm_100m'"):
         llama_config.load_config("vqlm_8b")

@@ -122,6 +122,13 @@ def test_the_choice(preset, devices, rows, memory, policy):
     assert choose_remat(given, shape, 1).policy == "dots_saveable"
 
 
+def test_a_given_policy_is_named_with_its_flag():
+    saved = {"dots_saveable": "dots_saveable", "": "everything is saved"}
+    for policy, name in saved.items():
+        given = dataclasses.replace(GROUPED, remat_block=policy)
+        assert f"{choose_remat(given, None, None)}" == f"{name} (given by --llama.remat_block)"
+
+
 def test_heads_and_feed_forward_are_split_over_mp():
     whole, half = (StepShape(4096, mp, jnp.bfloat16, 0, 0) for mp in (1, 2))
     config = llama_config.PRESETS["vqlm_7b"]

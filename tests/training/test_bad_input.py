@@ -15,12 +15,13 @@ JSON = "train_dataset.json_dataset"
 STATE = f"{GOLDEN}/init/streaming_train_state"
 INVALID = {
     "half precision": ({"dtype": "fp16"}, "--dtype=fp16: small gradients underflow to zero.*use bf16"),
-    "preset": ({"load_llama_config": "vqlm_8b"}, "load_llama_config='vqlm_8b': choose one of 'vqlm_debug'"),
-    "config file": ({"load_llama_config": "json::missing.json"}, "config=json::missing.json: no such file"),
+    "preset": ({"load_llama_config": "vqlm_8b"}, "^--load_llama_config='vqlm_8b': choose one of 'vqlm_debug'"),
+    "config file": ({"load_llama_config": "json::missing.json"}, "^--load_llama_config=json::missing.json: no such"),
     "setting": ({"update_llama_config": "dict(hiden_size=64)"}, "unknown setting hiden_size; choose from vocab_size"),
     "code in settings": ({"update_llama_config": "__import__('os').abort()"}, "not a Python dict literal"),
     "remat policy": ({"llama.remat_block": "some"}, "llama.remat_block='some': choose one of"),
-    "heads": ({"llama.num_attention_heads": 7, "update_llama_config": ""}, "num_attention_heads=7: must be a divisor"),
+    "heads": ({"llama.num_attention_heads": 7, "update_llama_config": ""}, "^--llama.num_attention_heads=7: must be"),
+    "rope": ({"llama.rope_scaling": "8"}, "^--llama.rope_scaling: not a Python dict literal"),
     "optimizer": ({"optimizer.type": "sgd"}, "choose one of 'adamw', 'palm'"),
     "accumulation": ({"optimizer.accumulate_gradient_steps": 0}, "accumulate_gradient_steps=0: must be at least 1"),
     "mesh size": ({"mesh_dim": "3,1,1"}, "--mesh_dim=3,1,1: does not divide the 8 devices"),

@@ -185,7 +185,9 @@ def build_config(
     """
     config = load_config(load_llama_config) if load_llama_config else default
     given = {name: value for name, value in llama.items() if value is not None}
-    return updated(_with_settings(config, given), update_llama_config)
+    with prefix_errors("--", separator=""):
+        config = _with_settings(config, given)
+    return updated(config, update_llama_config)
 
 
 def load_config(spec: str) -> LLaMAConfig:
@@ -199,12 +201,12 @@ def load_config(spec: str) -> LLaMAConfig:
     """
     kind, separator, path = spec.partition("::")
     if not separator:
-        return PRESETS[choose("load_llama_config", spec, (*PRESETS, "json::PATH", "pickle::PATH"))]
-    choose("load_llama_config", f"{kind}::", ("json::", "pickle::"))
+        return PRESETS[choose("--load_llama_config", spec, (*PRESETS, "json::PATH", "pickle::PATH"))]
+    choose("--load_llama_config", f"{kind}::", ("json::", "pickle::"))
     try:
         return config_from_dict(load_metadata(path), path)
     except FileNotFoundError:
-        raise UserError(f"load_llama_config={spec}: no such file") from None
+        raise UserError(f"--load_llama_config={spec}: no such file") from None
 
 
 def recorded_config(prefix: str, path: str) -> LLaMAConfig | None:

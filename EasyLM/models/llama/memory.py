@@ -62,7 +62,7 @@ class RematChoice:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.policy} ({self.reason})"
+        return f"{self.policy or 'everything is saved'} ({self.reason})"
 
 
 def choose_remat(config: LLaMAConfig, shape: StepShape | None, memory: int | None) -> RematChoice:
@@ -73,7 +73,7 @@ def choose_remat(config: LLaMAConfig, shape: StepShape | None, memory: int | Non
       memory: bytes of a device that the step may use; None: unknown, so that the least is saved.
     """
     if config.remat_block != AUTO:
-        return RematChoice(config.remat_block, "given by llama.remat_block")
+        return RematChoice(config.remat_block, "given by --llama.remat_block")
     if memory is None or shape is None:
         return RematChoice(list(AUTOMATIC_POLICIES)[-1], "the memory of the devices is unknown")
     limit, refused = _USABLE * memory, ""

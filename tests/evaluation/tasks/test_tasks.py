@@ -41,7 +41,7 @@ def test_images_without_an_annotation_are_counted(tmp_path, capsys):
 
 
 def test_too_few_examples_are_an_error_that_names_the_task(tmp_path):
-    with pytest.raises(UserError, match="other: 2 examples, too few for n_shots=2"):
+    with pytest.raises(UserError, match="other: 2 examples, too few for --n_shots=2"):
         load_task(write_pairs(tmp_path, 2), shots=2, queries=3, seed=0, side=8)
 
 

@@ -199,7 +199,7 @@ def test_a_checkpoint_of_the_old_layout_is_refused(folder):
         ({"perceptual__vgg_weights": "none.pth"}, r"--perceptual.vgg_weights=none\.pth: none\.pth: no such file"),
         ({"vqgan__channel_mult": "1,x"}, "--vqgan.channel_mult=1,x"),
         ({"vqgan__norm_groups": 3}, "--vqgan.hidden_channels=4: .*norm_groups=3"),
-        ({"total_steps": 2}, "--total_steps=2: must be more than lr_warmup_steps=2"),
+        ({"total_steps": 2}, "--total_steps=2: must be more than --lr_warmup_steps=2"),
         ({"average_decay": 1.0}, "--average_decay=1.0: must be at least 0 and below 1"),
         ({"save_model_freq": 0}, "--save_model_freq=0"),
         ({"batch_size": 3}, "--batch_size=3: must be a positive multiple of 8"),
