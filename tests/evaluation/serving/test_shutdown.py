@@ -155,6 +155,7 @@ async def stop_during_a_stream(server: subprocess.Popen, url: str) -> None:
         assert np.shape(answer["pictures"]) == (16, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_idle, printed", [(True, "last words\nshutdown\n"), (False, "last words\n")])
 def test_beside_a_running_batch_the_interpreter_does_not_shut_down(is_idle, printed):
     """Its threads would abort the process when they return from native code."""
