@@ -9,9 +9,9 @@ time. Prints the medians of the process with the largest values, and exits with 
 - the bytes that a process writes, over those of the file;
 - the peak memory that a save adds to a process, over its share of the state (a fourth).
 
-The processes exchange data through this machine's memory in place of a network. On two cores, training waits 0.13 s for a save,
-with the gather 0.74 s: a ratio of 0.17. Each process writes 0.252 of the file and adds 1.00 of its share to its memory.
-With the gather, process 0 writes all, and adds 4.00 of a share.
+The processes exchange data through this machine's memory in place of a network. On two cores, training waits 0.13 s
+for a save, with the gather 0.74 s: a ratio of 0.17. Each process writes 0.252 of the file and adds 1.00 of its share to
+its memory. With the gather, process 0 writes all, and adds 4.00 of a share.
 """
 
 import dataclasses
