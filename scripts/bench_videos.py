@@ -6,7 +6,7 @@ the files, so that other load on the machine slows both:
 - a build without its tokenizer: frame times, windows, reading in worker processes, batches of bytes.
 Prints the rates and their ratio, which has a bound. A build's own process receives the frames of several workers and
 needs a part of a core besides: 0.06 ms of CPU time for each frame, of 1.5 ms that PyAV and Pillow need alone. On
-two idle cores the ratio is 0.86 (--files=500). With --workers=1, where it reads them itself, it was 0.98.
+two idle cores the ratio is 0.86 to 0.92 (three runs). With --workers=1, where it reads them itself, it was 0.98.
 """
 
 import contextlib
