@@ -106,7 +106,7 @@ def cached_columns(
             continue
         if is_remote(source):
             logging.info("%s: its cache is %s", source, path)
-        reason = _why_full(path, shared, dtypes, produce, expected)
+        reason = _provide(path, shared, dtypes, produce, expected)
         if not reason:
             columns = _load(path, expected)
             assert columns is not None, path
@@ -244,7 +244,7 @@ def _is_writable(path: str) -> bool:
     return False
 
 
-def _why_full(path: str, shared: str, dtypes: Dtypes, produce: Produce, expected: dict[str, Any]) -> str:
+def _provide(path: str, shared: str, dtypes: Dtypes, produce: Produce, expected: dict[str, Any]) -> str:
     """Downloads a cache from the URL `shared`, or writes it and uploads it. Without a URL, only writes it.
 
     Returns:
