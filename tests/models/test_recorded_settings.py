@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_kit import export
@@ -94,9 +95,14 @@ def test_training_takes_the_settings_of_the_checkpoint_that_it_starts_from(recor
         assert models[-1]["resid_pdrop"] == 0.5, "a flag overrides them"
 
 
-def test_a_model_on_the_hub_is_loaded_by_its_name(recorded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("layout", ["file", "shards", pytest.param("bin shards", marks=pytest.mark.slow)])
+def test_a_model_on_the_hub_is_loaded_by_its_name(recorded, tmp_path, monkeypatch, layout):
     commit = tmp_path / "models--Owner--model" / "snapshots" / ("0" * 40)
-    export(recorded["checkpoint"], commit / "small")
+    sharded = {} if layout == "file" else {"max_shard_mb": 0.002, "float_dtype": "bf16"}
+    export(recorded["checkpoint"], commit / "small", **sharded)
+    assert layout == "file" or len([*(commit / "small").glob("model-*.safetensors")]) > 1
+    if layout == "bin shards":
+        as_torch_shards(commit / "small")
     (commit.parent.parent / "refs").mkdir()
     (commit.parent.parent / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -105,7 +111,23 @@ def test_a_model_on_the_hub_is_loaded_by_its_name(recorded, tmp_path, monkeypatc
     config, params = load_model("Owner/model/small", "", make_mesh("1,1,1", jax.devices()[:1]))
     assert config.num_attention_heads == OTHER["num_attention_heads"]
     expected = load_model(recorded["checkpoint"], "", make_mesh("1,1,1", jax.devices()[:1]))[1]
+    if sharded:
+        expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), expected)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def as_torch_shards(folder: pathlib.Path) -> None:
+    """Replaces the shards of a model by files of torch with an index, as the LVM release has them."""
+    torch = pytest.importorskip("torch")
+    import safetensors.torch
+
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for path in folder.glob("model-*.safetensors"):
+        torch.save(safetensors.torch.load_file(path), folder / f"pytorch_{path.stem}.bin")
+        path.unlink()
+    files = {name: f"pytorch_{file.removesuffix('.safetensors')}.bin" for name, file in index["weight_map"].items()}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model.safetensors.index.json").unlink()
 
 
 def test_a_streaming_file_on_the_hub_has_its_settings_and_checksums_beside_it(recorded, tmp_path, monkeypatch):
