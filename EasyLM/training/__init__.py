@@ -21,7 +21,9 @@ May import EasyLM.parallel, EasyLM.checkpoints and EasyLM.storage.
     preemption    whether a save fits into the time after a stop signal
     watchdog      ends a run that makes no progress
     metrics_log   the metrics of a run; their flags
-    metrics_sinks metrics.jsonl, wandb, TensorBoard
+    metrics_file  metrics.jsonl
+    metrics_sinks wandb, TensorBoard
+    metrics_delivery writes to one of these in the background, and tries again
 
 Vocabulary:
     micro-step    one batch: forward and backward pass; `step` counts micro-steps from 0

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +14,19 @@ from jax.experimental import multihost_utils
 
 from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag
+from EasyLM.storage import is_remote
+from EasyLM.training.metrics_delivery import Delivery
+from EasyLM.training.metrics_file import JsonLinesSink, RemoteJsonLinesSink
 from EasyLM.training.metrics_sinks import (
-    JsonLinesSink,
+    CLOSE_SECONDS,
     MetricsSink,
     TensorBoardSink,
     WandbSink,
     wandb_is_installed,
     wandb_project,
 )
+
+_MOST_WAIT_SECONDS = 5  # for a line of a local `metrics.jsonl`
 
 LOGGER_FLAGS = {
     "online": Flag(False, "Send metrics to the wandb server; False: wandb writes files, which `wandb sync` uploads."),
@@ -95,8 +101,8 @@ class Logger:
     """Writes the metrics of each logged step to `metrics.jsonl`, and to wandb and TensorBoard if the flags select them.
 
     A resumed run appends; if a step is repeated, its last line counts. A metric that is not finite becomes null, since
-    JSON has no NaN. A service that fails during the run is disabled with a warning. If `metrics.jsonl` cannot be
-    written, a warning says so once, and each further row tries again. The run continues.
+    JSON has no NaN. A file or service that fails during the run is tried again, and delays neither the steps nor the
+    end of the run; see `Delivery`.
 
     Args:
       settings: the values of LOGGER_FLAGS.
@@ -110,59 +116,43 @@ class Logger:
 
     def __init__(self, settings: Any, run_dir: str, run_settings: Mapping[str, Any], all_processes: bool = False):
         process = jax.process_index()
-        self._file: JsonLinesSink | None = None
-        self._file_failed = False  # the last row was not written
-        self._services: list[MetricsSink] = []
+        self._deliveries: list[Delivery] = []  # the first one is that of metrics.jsonl
+        self._waits = not is_remote(run_dir)
         if process and not all_processes:
             return
         suffix, path = f"_{process}" if process else "", metrics_path(run_dir)
+        sinks: dict[str, MetricsSink] = {}
         try:
-            self._file = JsonLinesSink(path)
+            sinks[path] = RemoteJsonLinesSink(path) if is_remote(path) else JsonLinesSink(path)
+            if settings.tensorboard:
+                path = os.path.join(run_dir, f"tensorboard{suffix}")
+                sinks["TensorBoard"] = TensorBoardSink(path)
         except OSError as error:
             raise UserError(
                 f"--logger.output_dir={settings.output_dir}: cannot write {path} ({error.strerror})"
             ) from error
-        if settings.tensorboard:
-            self._services.append(TensorBoardSink(os.path.join(run_dir, f"tensorboard{suffix}")))
         if settings.wandb and not settings.online and not wandb_is_installed():
-            logging.warning("wandb is not installed; no offline files are written; metrics are in %s", path)
+            logging.warning("wandb is not installed; no offline files are written; metrics are in %s", run_dir)
         elif settings.wandb:
-            self._services.append(WandbSink(settings, run_dir, run_settings, process))
+            sinks["wandb"] = WandbSink(settings, run_dir, run_settings, process)
+        self._deliveries = [Delivery(name, sink) for name, sink in sinks.items()]
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics of a step: `step` and other JSON values."""
-        if self._file is None:
-            return
         row = {name: _json_value(value) for name, value in metrics.items()}
-        try:
-            self._file.log(row)
-        except Exception as error:  # a full disk, or an object store that cannot be reached; the next row may succeed
-            if not self._file_failed:
-                logging.warning("%s cannot be written; the run continues: %s", self._file.path, error)
-            self._file_failed = True
-        else:
-            self._file_failed = False
-        for service in list(self._services):
-            try:
-                service.log(row)
-            except Exception as error:  # a service must not end the run
-                logging.warning("%s failed and is disabled: %s", type(service).__name__, error)
-                self._services.remove(service)
+        for delivery in self._deliveries:
+            delivery.log(row)
+        if self._deliveries and self._waits:  # a run that is killed after the next save does not repeat the step
+            self._deliveries[0].wait(_MOST_WAIT_SECONDS)
 
     def close(self) -> None:
-        """Closes the services and the file."""
-        for service in self._services:
-            try:
-                service.close()
-            except Exception as error:
-                logging.warning("%s did not close: %s", type(service).__name__, error)
-        self._services = []
-        if self._file is not None:
-            try:
-                self._file.close()
-            except Exception as error:
-                logging.warning("%s was not closed: %s", self._file.path, error)
-            self._file = None
+        """Closes the file and the services, within CLOSE_SECONDS."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for delivery in self._deliveries:
+            delivery.start_closing()
+        for delivery in self._deliveries:
+            delivery.finish_closing(deadline)
+        self._deliveries = []
 
 
 def _json_value(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Metrics: `metrics.jsonl` after a kill, calls of wandb and TensorBoard, and services that fail."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from EasyLM import flags
 from EasyLM.errors import UserError
-from EasyLM.training import metrics_log, metrics_sinks
+from EasyLM.training import metrics_delivery, metrics_log, metrics_sinks
 
 SETTINGS = {"seed": 42}
 
@@ -184,40 +185,53 @@ def test_a_service_that_fails_does_not_end_the_run(tmp_path, calls, monkeypatch,
     monkeypatch.setattr(wandb, "init", lambda **_: types.SimpleNamespace(log=fail, finish=fail))
     log(tmp_path, {"step": 0}, {"step": 1})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    assert caplog.text.count("WandbSink failed and is disabled: no network") == 1
+    assert caplog.text.count("wandb cannot be written; the run continues, and tries again: no network") == 1
+    assert caplog.text.count("wandb: 2 logged steps are not written") == 1
 
 
-def test_a_service_that_does_not_close_does_not_end_the_run(tmp_path, calls, monkeypatch, caplog):
+def test_wandb_is_started_again_after_a_failure(tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(metrics_delivery, "_FIRST_PAUSE", 0.01)
+    init, rows = wandb.init, []
+
+    def fail(*_):
+        raise ConnectionResetError("Connection lost")
+
+    def init_after_failures(**arguments):
+        run = init(**arguments)
+        run.log = fail if len(calls.inits) == 1 else run.log
+        if len(calls.inits) == 2:
+            raise wandb.Error("no answer")
+        return run
+
+    monkeypatch.setattr(wandb, "init", init_after_failures)
+    monkeypatch.setattr(wandb, "teardown", lambda: rows.append("ended") or fail())
+    config = flags.defaults(metrics_log.LOGGER_FLAGS)
+    logger = metrics_log.Logger(config, str(tmp_path), SETTINGS)
+    monkeypatch.setenv("WANDB_SERVICE", "the address of a dead process")
+    logger.log({"step": 0})
+    deadline = time.monotonic() + 30
+    while not calls.rows and time.monotonic() < deadline:
+        time.sleep(0.001)
+    logger.close()
+    assert calls.rows == [{"step": 0}, "finished"] and rows == ["ended"]
+    assert len(calls.inits) == 3 and len({call["id"] for call in calls.inits}) == 1
+    assert "WANDB_SERVICE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ConnectionError("no network"), "no network"),
+        (TimeoutError("20 s are over"), "20 s are over; `wandb sync` uploads the rest from {}/wandb"),
+    ],
+)
+def test_a_service_that_does_not_close_does_not_end_the_run(tmp_path, calls, monkeypatch, caplog, error, words):
     def fail():
-        raise ConnectionError("no network")
+        raise error
 
     monkeypatch.setattr(wandb, "init", lambda **_: types.SimpleNamespace(log=lambda row: None, finish=fail))
     log(tmp_path, {"step": 0})
-    assert "WandbSink did not close: no network" in caplog.text
-
-
-class FakeWriter:
-    """Stands for tensorboardX.SummaryWriter."""
-
-    def __init__(self, directory):
-        self.path = f"{directory}.json"
-        self.scalars = []
-
-    def add_scalar(self, *scalar):
-        self.scalars.append(scalar)
-
-    def close(self):
-        with open(self.path, "w") as file:
-            json.dump(self.scalars, file)
-
-
-def test_tensorboard_gets_each_finite_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_sinks, "check_installed", lambda *_: None)
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=FakeWriter))
-    rows = [{"step": 3, "loss": 2.5, "lr": float("nan"), "device": "cpu"}, {"step": 4, "loss": 2.25, "epoch": 1}]
-    log(tmp_path, *rows, wandb=False, tensorboard=True)
-    scalars = json.loads((tmp_path / "tensorboard.json").read_text())
-    assert scalars == [["loss", 2.5, 3], ["loss", 2.25, 4], ["epoch", 1, 4]]
+    assert f"wandb did not close: {words.format(tmp_path)}" in caplog.text
 
 
 def test_tensorboard_without_its_package_is_an_error(tmp_path, monkeypatch):
@@ -226,28 +240,19 @@ def test_tensorboard_without_its_package_is_an_error(tmp_path, monkeypatch):
         log(tmp_path, wandb=False, tensorboard=True)
 
 
-def test_tensorboard_event_files_hold_the_metrics(tmp_path):
+def test_tensorboard_gets_each_finite_number(tmp_path):
     pytest.importorskip("tensorboardX")
-    log(tmp_path, {"step": 7, "loss": 2.5}, wandb=False, tensorboard=True)
+    from tensorboardX.proto.event_pb2 import Event
+
+    rows = [{"step": 3, "loss": 2.5, "lr": float("nan"), "device": "cpu"}, {"step": 4, "loss": 2.25, "epoch": 1}]
+    log(tmp_path, *rows, wandb=False, tensorboard=True)
     (path,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in path.read_bytes()
-
-
-def test_a_full_disk_does_not_end_the_run(tmp_path, calls, monkeypatch, caplog):
-    """One warning; the rows are written when there is space again."""
-    config = flags.defaults(metrics_log.LOGGER_FLAGS)
-    logger = metrics_log.Logger(config, str(tmp_path), SETTINGS)
-    write = metrics_sinks.JsonLinesSink.log
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    for step in range(5):
-        monkeypatch.setattr(metrics_sinks.JsonLinesSink, "log", full if step in (1, 2) else write)
-        logger.log({"step": step})
-    logger.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 3, 4]
-    assert caplog.text.count("metrics.jsonl cannot be written; the run continues: [Errno 28]") == 1
+    data, scalars = path.read_bytes(), []
+    while data:  # of each record: the length, its checksum, the event, its checksum
+        end = 12 + int.from_bytes(data[:8], "little")
+        event, data = Event.FromString(data[12:end]), data[end + 4 :]
+        scalars += [(value.tag, value.simple_value, event.step) for value in event.summary.value]
+    assert scalars == [("loss", 2.5, 3), ("loss", 2.25, 4), ("epoch", 1, 4)]
 
 
 def test_an_outage_at_the_start_does_not_erase_remote_metrics(tmp_path, calls, monkeypatch):
