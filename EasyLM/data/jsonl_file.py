@@ -33,6 +33,7 @@ class JsonlFile:
         """
         self.path, self._processor, self._metadata = path, processor, index.metadata
         self._positions, self._ends = index.arrays["positions"], index.arrays["ends"]
+        self._check_size = index.check_size
         self.num_tokens, self.num_lines = index.metadata["tokens"], len(self._ends)
         self.bad_lines, self.bytes_read = index.metadata["bad_lines"], 0
         self.tokenizer = tokenizer_of(index.metadata)
@@ -53,6 +54,7 @@ class JsonlFile:
 
     def line_of(self, token: int) -> int:
         """See `TokenFile`."""
+        self._check_size()
         return int(np.searchsorted(self._ends, token, side="right"))
 
     def line_bounds(self, first: int, last: int) -> np.ndarray:

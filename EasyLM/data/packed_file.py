@@ -121,13 +121,15 @@ def read(path: str, vocab_size: int) -> Iterator[Sentence]:
     arrays, name = columns.arrays, tokenizer_of(columns.metadata)
     common = {} if name is None else {TOKENIZER_KEY: name}
     begin = other_begin = 0
-    for end, other_end in zip(arrays["ends"], arrays["other_ends"]):
+    for sentence in range(len(arrays["ends"])):
+        columns.check_size()
+        end, other_end = arrays["ends"][sentence], arrays["other_ends"][sentence]
         text = arrays["others"][other_begin:other_end].tobytes()
         try:
             others = parse_line(text) if text else {}
         except RecordError as reason:
             raise UserError(f"{path}: is damaged, at byte {other_begin} of the column others ({reason})") from None
-        yield arrays["ids"][begin:end], others | common
+        yield arrays["ids"][begin:end].copy(), others | common
         begin, other_begin = end, other_end
 
 
@@ -235,7 +237,7 @@ class PackedFile:
         self.path, self.bad_lines, self.bytes_read = path, 0, 0
         self.tokenizer = tokenizer_of(columns.metadata)
         self._limit = columns.metadata["largest_id"] if is_remote(path) else None
-        self._ids, self._ends = columns.arrays["ids"], columns.arrays["ends"]
+        self._ids, self._ends, self._check_size = columns.arrays["ids"], columns.arrays["ends"], columns.check_size
         with prefix_errors(f"{path}: is damaged, in the column origin"):
             self._origin = parse_json(columns.arrays["origin"].tobytes(), _ORIGIN)
         self._literals = processor.layout.num_literals  # of each line
@@ -263,6 +265,7 @@ class PackedFile:
 
     def line_of(self, token: int) -> int:
         """See `TokenFile`."""
+        self._check_size()
         if not self._literals:
             return int(np.searchsorted(self._ends, token, side="right"))
         return bisect.bisect_right(range(self.num_lines), token, key=self._end)

@@ -70,7 +70,11 @@ class TokenFile(Protocol):
     tokenizer: str | None
 
     def line_of(self, token: int) -> int:
-        """Returns the line that contains a token."""
+        """Returns the line that contains a token. Call it first for each range that is read.
+
+        Raises:
+          UserError: naming a memory-mapped file that was truncated since it was opened.
+        """
 
     def line_bounds(self, first: int, last: int) -> np.ndarray:
         """Returns the first token of each of the lines first..last, and the end of the last one: int64 [lines + 1]."""

@@ -64,6 +64,7 @@ class TokenStore:
             raise UserError(store.metadata["first_bad"])
         self._ids, self._masks = store.arrays["ids"], store.arrays["masks"]
         self._ends, self._offsets = store.arrays["ends"], store.arrays["offsets"]
+        self._check_size = store.check_size
         self.num_tokens, self.num_examples = len(self._ids), len(self._ends)
         self.bad_lines = store.metadata["bad_lines"]
         self.bytes_read = 0
@@ -71,16 +72,19 @@ class TokenStore:
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         """See `TokenStream`; ids have the item type of the store."""
+        self._check_size()
         ids = np.array(self._ids[start:stop])
         self.bytes_read += ids.nbytes
         return ids, None if self._processor.all_in_loss else self._masks[start:stop].astype(np.float32)
 
     def example_of(self, token: int) -> int:
         """See `TokenStream`."""
+        self._check_size()
         return int(np.searchsorted(self._ends, token, side="right"))
 
     def example_starts(self, start: int, stop: int) -> np.ndarray:
         """See `TokenStream`."""
+        self._check_size()
         starts = self._ends[slice(*np.searchsorted(self._ends, (start, stop)))]
         return np.concatenate([[0], starts]) if start == 0 < stop else np.array(starts)
 

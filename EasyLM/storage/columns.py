@@ -50,11 +50,14 @@ class Columns:
       metadata: JSON values from the header.
       arrays: read-only memory-mapped arrays by column; of a remote file, each is a `RemoteColumn`.
       checksums: `checksums.array_checksum` of each column; empty in files of version 0.1.0.
+      check_size: call it before reading memory-mapped arrays: the system kills a process that reads them beyond the end
+        of a file that was truncated meanwhile. Raises UserError, naming the file.
     """
 
     metadata: dict[str, Any]
     arrays: dict[str, Any]
     checksums: dict[str, str]
+    check_size: Callable[[], None] = lambda: None
 
     def damaged_column(self) -> str | None:
         """Reads all columns. Returns the name of the first one whose bytes differ from those written, or None."""
@@ -199,7 +202,13 @@ def _load(path: str, expected: dict[str, Any] | None) -> Columns | None:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # missing or empty
         return None
-    return _columns(head, len(mapped), functools.partial(np.frombuffer, mapped), expected)
+    columns = _columns(head, len(mapped), functools.partial(np.frombuffer, mapped), expected)
+
+    def check_size() -> None:
+        if mapped.size() < len(mapped):
+            raise UserError(f"{path}: was truncated while it was read, from {len(mapped)} to {mapped.size()} bytes")
+
+    return columns and dataclasses.replace(columns, check_size=check_size)
 
 
 def _columns(

@@ -1,10 +1,11 @@
 """The training loop: it calls the data, the step, the metrics and the checkpoints in the right order."""
 
+import collections
 import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
@@ -79,38 +80,39 @@ def fit(
     """
     start = fetched = done = int(state.step)
     save_once = _save_once(save, at_rest, batches, report.throughput, expect)
+    unreported = collections.deque[tuple[int, Metrics, Batch, bool]]()  # steps; at most the last two
     with report.progress_bar(start), StopVote() as vote:
-        stop, pending = vote.stop({}), None
+        stop = vote.stop({})
         try:
             while done < settings.total_steps and not stop:
                 batch = _next_batch(batches, done, expect)
                 fetched += 1
                 state, metrics = train_step(state, batch)
                 done += 1
-                _report_dispatched(report, pending)
                 logged = settings.logs(done - 1)
+                unreported.append((done - 1, metrics, batch, logged))
+                _report(unreported, report, 1)
                 if evaluate is not None and logged:
                     with report.throughput.timed("eval"):
-                        metrics = metrics | evaluate(state)
-                pending = (done - 1, metrics, batch, logged)
+                        unreported[-1] = (done - 1, metrics | evaluate(state), batch, logged)
                 if (milestone := _due(done, settings.save_milestone_freq)) or _due(done, settings.save_model_freq):
-                    report(*pending)  # first: a run that is killed after the save resumes after this step
-                    pending = None
+                    _report(unreported, report, 0)  # a run that is killed after the save resumes after this step
                     state = save_once(state, done, milestone)
                 stop = vote.stop(metrics)
-            _report_dispatched(report, pending)
+            _report(unreported, report, 0)
         except Exception as error:
             if fetched == done > start:  # a failed step has donated the state
-                _save_after_error(error, report, pending, (done - 1, metrics, batch), save_once, state)
+                _save_after_error(error, unreported, report, save_once, state)
             raise
         if stop or settings.save_model_freq or settings.save_milestone_freq:
             save_once(state, done, _due(done, settings.save_milestone_freq) and done > 0)
     return state, done >= settings.total_steps
 
 
-def _report_dispatched(report: "Report", step: tuple[int, Metrics, Batch, bool] | None) -> None:
-    if step is not None:
-        report(*step)
+def _report(steps: collections.deque[tuple[int, Metrics, Batch, bool]], report: "Report", remaining: int) -> None:
+    """Reports steps that have been dispatched, the oldest first, except the `remaining` newest ones."""
+    while len(steps) > remaining:
+        report(*steps.popleft())
 
 
 def _next_batch(batches: BatchIterator, step: int, expect: Callable[[str], None]) -> Batch:
@@ -122,28 +124,26 @@ def _next_batch(batches: BatchIterator, step: int, expect: Callable[[str], None]
 
 def _save_after_error(
     error: Exception,
+    unreported: Iterable[tuple[int, Metrics, Batch, bool]],
     report: "Report",
-    pending: tuple[int, Metrics, Batch, bool] | None,
-    newest: tuple[int, Metrics, Batch],
     save_once: Callable[[Any, int, bool], Any],
     state: Any,
 ) -> None:
     """Saves the last complete step if the error occurs on all processes: a save needs all of them.
 
-    Args:
-      pending: the newest step that `_report_dispatched` may not have reported.
-      newest: the newest step that has been dispatched.
+    The unreported steps count and are saved, so they are logged too.
     """
     done = int(state.step)
-    if isinstance(error, NonFiniteLossError):  # the loss is the same on all processes
-        if pending is not None and pending[0] < newest[0]:
-            with contextlib.suppress(NonFiniteLossError):  # the step in progress counts and is saved too
-                report(*newest, True)
-        save_once(state, done, False)
-    elif jax.process_count() == 1:
+    is_nonfinite = isinstance(error, NonFiniteLossError)  # the loss is the same on all processes
+    if not is_nonfinite and jax.process_count() > 1:
+        return
+    if not is_nonfinite:
         logging.error("an error ends the run after step %d", done)
+    for step, metrics, batch, _ in unreported:
         with contextlib.suppress(Exception):  # the caller raises the first error
-            save_once(state, done, False)
+            report(step, metrics, batch, True)
+    with contextlib.nullcontext() if is_nonfinite else contextlib.suppress(Exception):
+        save_once(state, done, False)
 
 
 def _save_once(

@@ -137,7 +137,11 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
 
         def log(metrics: Metrics) -> None:
             rows = first_row + (metrics["step"] + 1 - first_step) * data.batch_size
-            logger.log(metrics | data.train.metrics(rows) | goodput.metrics(throughput.total_seconds))
+            metrics |= goodput.metrics(throughput.total_seconds)
+            try:
+                metrics |= data.train.metrics(rows)
+            finally:  # if the data has become unreadable, the run ends; this step counts
+                logger.log(metrics)
 
         checkpointer.prepare(task.model.saved_part(state))
         watchdog = Watchdog(settings.watchdog_minutes)

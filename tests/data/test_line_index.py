@@ -35,6 +35,18 @@ def test_index_is_rebuilt_when_the_file_changes(sentences):
     assert dataset(sentences).num_tokens == 50
 
 
+def test_a_file_or_index_that_is_truncated_during_reading_is_named(sentences):
+    source = dataset(sentences)
+    (index,) = sentences.parent.glob("*.index")
+    for path, message in ((index, "was truncated while it was read"), (sentences, "changed since it was indexed")):
+        whole = path.read_bytes()
+        os.truncate(path, 4200)
+        with pytest.raises(UserError, match=f"^{path}: {message}"):
+            source.rows(150, 4)
+        path.write_bytes(whole)
+        source.rows(150, 4)
+
+
 def test_damaged_index_is_replaced(sentences):
     dataset(sentences)
     (index,) = sentences.parent.glob("*.index")

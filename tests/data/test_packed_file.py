@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -51,6 +52,19 @@ def test_bytes_read_are_those_of_the_rows(packed_files):
     source = dataset(packed_files[1], 33)
     source.rows(5, 2)
     assert source.bytes_read == 2 * 67
+
+
+def test_truncation_during_reading_is_an_error(packed_files, tmp_path):
+    """Reading a memory map beyond the end of its file would kill the process."""
+    path = shutil.copy(packed_files[1], tmp_path / "cut.packed")
+    source, sentences = dataset(path, 33, document_mask=True), packed_file.read(str(path), 512)
+    source.rows(0, 2)
+    next(sentences)
+    os.truncate(path, 5000)
+    calls = (lambda: source.rows(2, 2), lambda: source.metrics(2), lambda: next(sentences))
+    for call in calls:
+        with pytest.raises(UserError, match=r"cut.packed: was truncated while it was read, from \d+ to 5000 bytes"):
+            call()
 
 
 @pytest.fixture

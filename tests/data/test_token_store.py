@@ -42,6 +42,18 @@ def test_tokens_are_cached(tokenizer_files, tmp_path, monkeypatch):
     assert make_dataset(text_config("json", path), tokenizer, 100).num_tokens == 2
 
 
+def test_a_cache_that_is_truncated_during_reading_is_named(tokenizer_files, tmp_path):
+    config = text_config("json", write_jsonl(tmp_path / "text.jsonl"))
+    config.json_dataset.document_mask = True
+    source = make_dataset(config, load_tokenizer(tokenizer_files["json"]), 100)
+    source.rows(0, 4)
+    (path,) = tmp_path.glob("*.tokens")
+    os.truncate(path, 4100)
+    for call in (lambda: source.rows(4, 4), lambda: source.metrics(4), lambda: source._sentence_starts(0, 4)):
+        with pytest.raises(UserError, match=f"^{path}: was truncated while it was read"):
+            call()
+
+
 def test_tokens_of_remote_text_stay_on_the_host(tokenizer_files, tmp_path, monkeypatch, caplog):
     """They can be large, and buckets of data are often read-only. The log says where they are."""
     caplog.set_level("INFO")

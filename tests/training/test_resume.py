@@ -20,7 +20,7 @@ from EasyLM import flags
 from EasyLM.checkpoints import layout, load_metadata, streaming
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
-from EasyLM.models.llama import training_task
+from EasyLM.models.llama import llama_train, training_task
 from EasyLM.parallel import make_mesh
 from EasyLM.training import RUN_FLAGS, metrics_log, run
 from EasyLM.training.stop_signal import STOP_SIGNALS
@@ -300,6 +300,39 @@ def test_a_mixture_resumes_with_a_packed_part(tmp_path):
         (epochs,) = metrics(runs["whole"], f"dataset_epoch_{part}")[STEPS - 1]
         tokens = sum(len(ids) for ids, _ in records.read_records(str(tmp_path / f"{'ab'[part]}.jsonl"), 512))
         assert abs(epochs * tokens / 128 - rows * share) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".jsonl", ".packed"])
+def test_a_data_file_that_is_truncated_ends_the_run_with_its_state_saved(tmp_path, monkeypatch, capsys, ending):
+    """A packed file is memory-mapped: to read beyond its end would kill the process. The run resumes bit for bit."""
+    source, path = tmp_path / "source.jsonl", tmp_path / f"data{ending}"
+    shutil.copy(GOLDEN / "dataset.jsonl", source)
+    if ending == ".packed":
+        packed_file.write(str(path), [(str(source), records.read_records(str(source), 512))], keep_others=False)
+    else:
+        shutil.copy(source, path)
+    whole, log = path.read_bytes(), metrics_log.Logger.log
+
+    def log_and_truncate(logger, row):
+        log(logger, row)
+        if row["step"] == 4:
+            os.truncate(path, len(whole) // 8)
+
+    settings = {"total_steps": STEPS, "train_dataset.json_dataset.path": str(path), "save_model_freq": 100}
+    reference = train(tmp_path / "reference", **settings)
+    values = {**TINY, **settings, "logger.output_dir": tmp_path / "resumed"}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(metrics_log.Logger, "log", log_and_truncate)
+        flags.run(llama_train.main, llama_train.FLAGS, ["llama_train", *(f"--{k}={v}" for k, v in values.items())])
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert exit.value.code == 2 and f"{path}: " in line
+    resumed = tmp_path / "resumed" / "run"
+    done = int(final_state(resumed)["step",])
+    assert 5 <= done < STEPS and sorted(metrics(resumed, "loss")) == list(range(done))
+    path.write_bytes(whole)
+    train(tmp_path / "resumed", **settings)
+    assert_same_run(resumed, reference)
 
 
 @pytest.mark.slow
