@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from EasyLM.storage.atomic import FULL_DISK, atomic_file, atomic_path, remove_le
 from EasyLM.storage.digests import json_digest
 from EasyLM.storage.json_files import parse_json
 from EasyLM.storage.paths import absolute_path, file_version
-from EasyLM.storage.reading import RemoteColumn, byte_reader
+from EasyLM.storage.reading import MappedFile, RemoteColumn, byte_reader
 from EasyLM.storage.remote import download, is_remote, takes_files, upload
 
 HEADER_BYTES = 4096  # the header is padded with spaces
@@ -50,8 +49,7 @@ class Columns:
       metadata: JSON values from the header.
       arrays: read-only memory-mapped arrays by column; of a remote file, each is a `RemoteColumn`.
       checksums: `checksums.array_checksum` of each column; empty in files of version 0.1.0.
-      check_size: call it before reading memory-mapped arrays: the system kills a process that reads them beyond the end
-        of a file that was truncated meanwhile. Raises UserError, naming the file.
+      check_size: `MappedFile.check_size`, to be called before the arrays are read.
     """
 
     metadata: dict[str, Any]
@@ -196,19 +194,11 @@ def _copied(source: BinaryIO, target: BinaryIO) -> Iterator[bytes]:
 
 def _load(path: str, expected: dict[str, Any] | None) -> Columns | None:
     try:
-        with open(path, "rb") as file:
-            head = file.read(HEADER_BYTES)
-            # One map for all columns: each map keeps a file descriptor open.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = MappedFile(path)
     except (OSError, ValueError):  # missing or empty
         return None
-    columns = _columns(head, len(mapped), functools.partial(np.frombuffer, mapped), expected)
-
-    def check_size() -> None:
-        if mapped.size() < len(mapped):
-            raise UserError(f"{path}: was truncated while it was read, from {len(mapped)} to {mapped.size()} bytes")
-
-    return columns and dataclasses.replace(columns, check_size=check_size)
+    columns = _columns(file.bytes[:HEADER_BYTES], len(file.bytes), file.column, expected)
+    return columns and dataclasses.replace(columns, check_size=file.check_size)
 
 
 def _columns(

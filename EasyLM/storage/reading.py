@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -46,6 +47,34 @@ def byte_reader(path: str) -> Callable[[int, int], bytes]:
         return read
     file = open_binary(path)
     return lambda begin, end: os.pread(file.fileno(), end - begin, begin)
+
+
+class MappedFile:
+    """A local file, memory-mapped. It has one map, because each keeps a file descriptor open.
+
+    Raises:
+      OSError: if the file does not exist.
+      ValueError: if it is empty.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        with open(path, "rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def column(self, dtype: str, length: int, offset: int) -> np.ndarray:
+        """Returns the array of `length` items that begins at a byte offset."""
+        return np.frombuffer(self.bytes, dtype, length, offset)
+
+    def check_size(self) -> None:
+        """Call it before reading: the system kills a process that reads a map beyond the new end of its file.
+
+        Raises:
+          UserError: naming the file, if it was truncated.
+        """
+        if self.bytes.size() < len(self.bytes):  # of the file, and of the map
+            size = f"from {len(self.bytes)} to {self.bytes.size()} bytes"
+            raise UserError(f"{self._path}: was truncated while it was read, {size}")
 
 
 class RemoteColumn:

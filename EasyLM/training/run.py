@@ -137,11 +137,7 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
 
         def log(metrics: Metrics) -> None:
             rows = first_row + (metrics["step"] + 1 - first_step) * data.batch_size
-            metrics |= goodput.metrics(throughput.total_seconds)
-            try:
-                metrics |= data.train.metrics(rows)
-            finally:  # if the data has become unreadable, the run ends; this step counts
-                logger.log(metrics)
+            _log(logger, metrics | goodput.metrics(throughput.total_seconds), data.train, rows)
 
         checkpointer.prepare(task.model.saved_part(state))
         watchdog = Watchdog(settings.watchdog_minutes)
@@ -170,6 +166,14 @@ def train(run: Run, task: TrainingTask, mesh: Mesh) -> int:
     if jax.process_index() == 0:
         print_if_possible("\n".join(_end_lines(run, int(state.step), finished)))
     return 0 if finished else STOPPED
+
+
+def _log(logger: Logger, metrics: Metrics, source: RowSource, rows: int) -> None:
+    """Logs a step with the metrics of the data. If the data has become unreadable, logs it without, and raises."""
+    try:
+        metrics = metrics | source.metrics(rows)
+    finally:
+        logger.log(metrics)
 
 
 def _first_row(start: StartPoint, source: RowSource) -> int:
