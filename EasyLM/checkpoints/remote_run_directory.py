@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from EasyLM.checkpoints.directories import file_sizes, list_directory
@@ -19,8 +19,8 @@ class RemoteRunDirectory(Saves):
     lies in it before and after is marked by the file WRITING, and deleted at the next start.
     """
 
-    def __init__(self, path: str, keep_latest: int):
-        super().__init__(path, keep_latest)
+    def __init__(self, path: str, keep_latest: int, guard: Callable[[], None]):
+        super().__init__(path, keep_latest, guard)
         self._files, _ = remote_file_system(self.path)
 
     def prepare(self) -> None:
@@ -64,6 +64,7 @@ class RemoteRunDirectory(Saves):
 
     def begin(self, step: int) -> str:
         """Returns the directory of a new checkpoint, with a marker until it is complete."""
+        self._guard()
         directory = f"{self._steps}/{self._free_name(step)}"
         with names_store_errors(directory):
             self._files.makedirs(directory, exist_ok=True)
@@ -80,7 +81,10 @@ class RemoteRunDirectory(Saves):
         try:
             save = self._record(directory, milestone)
             with names_store_errors(directory):
-                self._write(directory, {**writers, METADATA: json_writer({**metadata, SAVE: save})})
+                self._write(directory, writers)
+            self._guard()  # again: this process may have been suspended while it wrote
+            with names_store_errors(directory):
+                self._write(directory, {METADATA: json_writer({**metadata, SAVE: save})})
         except BaseException:
             self.discard(directory)
             raise

@@ -25,7 +25,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from EasyLM.checkpoints import displaced
@@ -34,38 +34,40 @@ from EasyLM.checkpoints.layout import CHECKPOINTS, LATEST, LINKS, METADATA, ORBA
 from EasyLM.checkpoints.remote_run_directory import RemoteRunDirectory
 from EasyLM.checkpoints.saves import Saves, Writers, json_writer
 from EasyLM.errors import UserError
-from EasyLM.storage import atomic_file, flush_to_disk, flush_tree_to_disk, is_remote
+from EasyLM.storage import atomic_file, flush_to_disk, flush_tree_to_disk, is_remote, is_running, owner_tag
 
 
-def open_run_directory(path: str, keep_latest: int = 1) -> "RunDirectory":
+def open_run_directory(path: str, keep_latest: int = 1, guard: Callable[[], None] = lambda: None) -> "RunDirectory":
     """Returns the run directory at `path`, which need not exist.
 
     Args:
-      keep_latest: see `Saves`.
+      keep_latest, guard: see `Saves`.
     """
-    return (RemoteRunDirectory if is_remote(path) else LocalRunDirectory)(path, keep_latest)
+    return (RemoteRunDirectory if is_remote(path) else LocalRunDirectory)(path, keep_latest, guard)
 
 
 class LocalRunDirectory(Saves):
     """A run directory on a local file system, with symbolic links where the file system supports them."""
 
-    def __init__(self, path: str, keep_latest: int):
-        super().__init__(path, keep_latest)
+    def __init__(self, path: str, keep_latest: int, guard: Callable[[], None]):
+        super().__init__(path, keep_latest, guard)
         self._has_links = True
 
     def prepare(self) -> None:
         """Creates the directory and deletes the temporary files of interrupted saves.
 
+        Those of a process that runs on this machine stay: it may have lost the lock while it was suspended in a save.
+
         Raises:
           UserError: if the directory is not writable, or holds a foreign file in the place of a link.
         """
-        probe = os.path.join(self._steps, f"{TEMPORARY}probe-{secrets.token_hex(4)}")
+        probe = os.path.join(self._steps, _temporary_name("probe"))
         try:
             os.makedirs(self._steps, exist_ok=True)
             for directory in (self._steps, self.path):
                 for name in os.listdir(directory):
-                    if name.startswith(TEMPORARY):
-                        _remove(os.path.join(directory, name))
+                    if name.startswith(TEMPORARY) and not is_running(_owner(name)):
+                        _remove_at_once(os.path.join(directory, name))
             os.mkdir(probe)
             self._has_links = _can_link(os.path.join(probe, "link"))
             _remove(probe)
@@ -81,7 +83,7 @@ class LocalRunDirectory(Saves):
     @contextlib.contextmanager
     def visible_file(self) -> Iterator[str | None]:
         """Yields the path, within this directory, of a temporary file. Processes that share the disk see it."""
-        path = f"{CHECKPOINTS}/{TEMPORARY}visible-{secrets.token_hex(4)}"
+        path = f"{CHECKPOINTS}/{_temporary_name('visible')}"
         with open(os.path.join(self.path, path), "wb"):
             pass
         try:
@@ -101,7 +103,8 @@ class LocalRunDirectory(Saves):
 
     def begin(self, step: int) -> str:
         """Returns a new temporary directory for the files of a checkpoint."""
-        temporary = os.path.join(self._steps, f"{TEMPORARY}{step}-{secrets.token_hex(4)}")
+        self._guard()
+        temporary = os.path.join(self._steps, _temporary_name(f"{step}"))
         os.mkdir(temporary)
         return temporary
 
@@ -125,6 +128,7 @@ class LocalRunDirectory(Saves):
                     file.flush()
                     os.fsync(file.fileno())
             flush_to_disk(temporary)
+            self._guard()  # again: this process may have been suspended while it wrote
             directory_name = self._free_name(step)
             os.rename(temporary, os.path.join(self._steps, directory_name))
         except BaseException:
@@ -168,7 +172,7 @@ class LocalRunDirectory(Saves):
             return
         if os.path.islink(link) and os.readlink(link) == target:
             return
-        temporary = os.path.join(self.path, f"{TEMPORARY}link-{secrets.token_hex(4)}")
+        temporary = os.path.join(self.path, _temporary_name("link"))
         os.symlink(target, temporary)
         os.replace(temporary, link)
 
@@ -189,13 +193,20 @@ class LocalRunDirectory(Saves):
         return {os.path.relpath(os.path.realpath(link), steps).split(os.sep)[0] for link in links}
 
     def _delete(self, name: str) -> None:
-        doomed = os.path.join(self._steps, f"{TEMPORARY}{name}-{secrets.token_hex(4)}")
         with contextlib.suppress(FileNotFoundError):
-            os.rename(os.path.join(self._steps, name), doomed)  # a step directory is always complete
-        _remove(doomed)
+            _remove_at_once(os.path.join(self._steps, name))  # a step directory is always complete
 
 
 RunDirectory = LocalRunDirectory | RemoteRunDirectory
+
+
+def _temporary_name(purpose: str) -> str:
+    return f"{TEMPORARY}{purpose}-{owner_tag()}.{secrets.token_hex(4)}"
+
+
+def _owner(temporary_name: str) -> str:
+    """Returns the `owner_tag` in the name; other text for a file of an older version."""
+    return temporary_name.removeprefix(TEMPORARY).partition("-")[2].rpartition(".")[0]
 
 
 def _can_link(path: str) -> bool:
@@ -204,6 +215,17 @@ def _can_link(path: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _remove_at_once(path: str) -> None:
+    """Removes a file or directory under its name in one step, so that a process that uses it finds all of it or none.
+
+    Raises:
+      FileNotFoundError: if it does not exist.
+    """
+    doomed = os.path.join(os.path.dirname(path), _temporary_name("deleted"))
+    os.rename(path, doomed)
+    _remove(doomed)
 
 
 def _remove(path: str) -> None:

@@ -27,10 +27,11 @@ class Saves(abc.ABC):
     Args:
       keep_latest: how many of the latest checkpoints are kept, milestones among them included. Older milestones are
         kept as well.
+      guard: called before a save writes, and before it counts. Raises UserError if another run has taken the directory.
     """
 
-    def __init__(self, path: str, keep_latest: int):
-        self._keep_latest = keep_latest
+    def __init__(self, path: str, keep_latest: int, guard: Callable[[], None]):
+        self._keep_latest, self._guard = keep_latest, guard
         self.path = path.rstrip("/") if is_remote(path) else os.path.realpath(path)
         self._steps = f"{self.path}/{CHECKPOINTS}"
         self._saves: dict[str, Mapping[str, Any]] = {}  # step directory -> what the save recorded about itself

@@ -33,7 +33,7 @@ class Checkpointer:
     Args:
       run_dir: a local path, or a remote path that fsspec supports; see `run_directory`.
       float_dtype, save_optimizer_state, format, keep_latest, keep_every: see CHECKPOINTER_FLAGS.
-      guard: called on process 0 before each save writes; raises UserError if another run has taken the directory.
+      guard: see `Saves`; called on process 0.
 
     Raises:
       UserError: if the type or the format is unknown, the run directory is not writable, or Orbax cannot save in it.
@@ -52,8 +52,8 @@ class Checkpointer:
     ):
         part = SavedPart(float_dtype, save_optimizer_state)
         with_orbax = uses_orbax(format, run_dir)
-        self._keep_every, self._guard = keep_every, guard
-        self._directory = run_directory.open_run_directory(run_dir, keep_latest)
+        self._keep_every = keep_every
+        self._directory = run_directory.open_run_directory(run_dir, keep_latest, guard)
         self._name, self._channels = f"checkpointer/{next(_checkpointers)}", collections.deque[Channel]()
         self._number = 0
         self._others = range(1, jax.process_count())
@@ -90,10 +90,6 @@ class Checkpointer:
         milestone = milestone or (self._keep_every > 0 and step % self._keep_every == 0)
         channel = self._next_channel()
 
-        def begin() -> str:
-            self._guard()
-            return self._directory.begin(step)
-
         def commit(directory: str, writers: saves.Writers) -> None:
             writers = {**writers, layout.DATASET: saves.json_writer(dataset_state)}
             self._directory.commit(directory, step, writers, metadata, milestone)
@@ -109,7 +105,7 @@ class Checkpointer:
 
         try:
             with channel.failing_together():
-                finish = self._writer.start(state, begin, channel)
+                finish = self._writer.start(state, functools.partial(self._directory.begin, step), channel)
         except (OSError, UserError) as failure:  # as those of the background thread
             self._fail(failure)
             return

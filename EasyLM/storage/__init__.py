@@ -49,6 +49,7 @@ from EasyLM.storage.paths import (
     path_exists,
 )
 from EasyLM.storage.pickles import Unchangeable, check_memo
+from EasyLM.storage.processes import is_running, owner_tag
 from EasyLM.storage.reading import byte_reader, check_line_start, open_binary, read_lines, read_text_lines
 from EasyLM.storage.remote import (
     is_remote,
@@ -88,6 +89,7 @@ __all__ = [
     "is_hub_name",
     "is_remote",
     "is_remote_folder",
+    "is_running",
     "json_digest",
     "local_path",
     "lock_output",
@@ -97,6 +99,7 @@ __all__ = [
     "names_store_errors",
     "open_binary",
     "open_columns",
+    "owner_tag",
     "parse_json",
     "path_exists",
     "read_json",

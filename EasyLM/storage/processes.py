@@ -48,11 +48,21 @@ def owner_tag() -> str:
 
 def is_gone(tag: str) -> bool:
     """Whether the process of an `owner_tag` is known to have ended. False for those of other hosts and containers."""
+    return _is_alive_here(tag) is False
+
+
+def is_running(tag: str) -> bool:
+    """Whether the process of an `owner_tag` is known to exist. False for those of other hosts and containers."""
+    return _is_alive_here(tag) is True
+
+
+def _is_alive_here(tag: str) -> bool | None:
+    """Returns None if the process is not of this namespace, or the text is no tag."""
     namespace, _, rest = tag.partition("-")
     process, _, start = rest.partition("-")
     if namespace != _namespace_digest() or not process.isdecimal():
-        return False
-    return not is_alive(int(process), start if start != "0" else None)
+        return None
+    return is_alive(int(process), start if start != "0" else None)
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,7 +17,8 @@ from checkpoint_kit import (
     small_state,
 )
 
-from EasyLM.checkpoints import streaming
+from EasyLM.checkpoints import has_interrupted_save, listing, run_directory, streaming
+from EasyLM.checkpoints.run_directory import open_run_directory
 from EasyLM.errors import UserError
 
 
@@ -28,6 +31,53 @@ def test_temporary_files_of_a_killed_run_are_deleted(tmp_path):
     save(make_checkpointer(tmp_path), 2)
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000002"]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".tmp")]
+
+
+def test_another_start_leaves_the_files_of_a_running_process(tmp_path, monkeypatch):
+    """The process may have lost its lock while it was suspended. The other start prepares in the middle of its save."""
+    saver, write_rows = make_checkpointer(tmp_path), streaming.write_rows
+
+    def prepare_another(*arguments):
+        open_run_directory(str(tmp_path)).prepare()
+        write_rows(*arguments)
+
+    monkeypatch.setattr(streaming, "write_rows", prepare_another)
+    save(saver, 1)
+    assert contents(str(tmp_path)) == (1, 1, 1)
+
+
+def test_files_of_other_hosts_are_deleted_in_one_step(tmp_path, monkeypatch):
+    """Such a process cannot be asked whether it runs. If it does, its save finds all of its files, or none."""
+    saver, rmtree = make_checkpointer(tmp_path), shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "owner_tag", lambda: "0123abcd-77-123")
+        interrupted = saver._directory.begin(7)
+    (pathlib.Path(interrupted) / "streaming_train_state").write_bytes(b"half")
+
+    def check(path, **options):
+        assert not os.path.exists(interrupted) or "probe" in path
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", check)
+    make_checkpointer(tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("run_dir", ["memory://guarded/run", None])
+def test_a_run_that_loses_its_directory_during_a_save_publishes_nothing(tmp_path, run_dir):
+    run_dir, calls = run_dir or str(tmp_path), []
+
+    def guard():
+        calls.append(len(listing.list_checkpoints(run_dir)))
+        if len(calls) == 4:
+            raise UserError("another process took over the directory")
+
+    saver = make_checkpointer(run_dir, guard=guard)
+    save(saver, 1)
+    with pytest.raises(UserError, match="took over"):
+        save(saver, 2)
+    assert contents(run_dir) == (1, 1, 1) and calls == [0, 0, 1, 1]
+    assert not has_interrupted_save(run_dir)
 
 
 def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
@@ -14,10 +15,11 @@ import numpy as np
 import optax
 import pytest
 import run_states_kit as states
+from fsspec.implementations.memory import MemoryFileSystem
 from tiny_run import GOLDEN, MODEL_METRICS, TINY, assert_close, await_metrics, finish, metrics, start, train
 
 from EasyLM import flags
-from EasyLM.checkpoints import layout, load_metadata, streaming
+from EasyLM.checkpoints import layout, listing, load_metadata, streaming
 from EasyLM.data import packed_file, records
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_train, training_task
@@ -73,16 +75,17 @@ def test_the_schedule_continues_from_parameters_only(tmp_path):
 
 
 @pytest.mark.slow
-def test_updates_are_counted_across_a_change_of_accumulation(tmp_path):
-    """4 micro-steps an update, then 1: 8 micro-steps are 2 updates."""
+@pytest.mark.parametrize("before, after, updates", [(4, 1, [2, 3, 4, 5]), (1, 4, [8, 8, 8, 8, 9, 9, 9, 9])])
+def test_updates_are_counted_across_a_change_of_accumulation(tmp_path, before, after, updates):
+    """8 micro-steps are 2 updates of 4, or 8 of 1. A second resume counts from the first one's updates."""
     settings = {"checkpointer__save_optimizer_state": False, "save_model_freq": 100}
-    train(tmp_path, total_steps=8, optimizer__accumulate_gradient_steps=4, **settings)
-    for total_steps in (10, 12):  # a second resume counts from the first one's updates, not from its setting
-        run_dir = train(tmp_path, total_steps=total_steps, **settings)
+    train(tmp_path, total_steps=8, optimizer__accumulate_gradient_steps=before, **settings)
+    for part in (1, 2):
+        total_steps = 8 + part * len(updates) // 2
+        run_dir = train(tmp_path, total_steps=total_steps, optimizer__accumulate_gradient_steps=after, **settings)
     rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 5, 30, 3e-4)
     resumed = metrics(run_dir, "learning_rate")
-    expected = [rate(update) for update in (2, 3, 4, 5)]
-    np.testing.assert_allclose([resumed[step][0] for step in (8, 9, 10, 11)], expected, rtol=1e-6)
+    np.testing.assert_allclose([resumed[8 + i][0] for i in range(len(updates))], list(map(rate, updates)), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -106,7 +109,7 @@ def test_two_runs_in_one_directory(tmp_path):
     """The second one names the first. After a kill, the next one starts at once."""
     settings = {"total_steps": 10**6, "mesh_dim": "1,1,1", "save_model_freq": 1}
     first = start(tmp_path, devices=1, **settings)
-    await_metrics([first], tmp_path / "run" / "metrics.jsonl")
+    await_metrics([first], path := tmp_path / "run" / "metrics.jsonl")
     output = finish(start(tmp_path, devices=1, **settings), code=2)
     assert f"{tmp_path}/run: in use by process {first.pid} on host" in output
     assert "give another --logger.experiment_id" in output and "Traceback" not in output
@@ -121,6 +124,35 @@ def test_two_runs_in_one_directory(tmp_path):
     output = finish(second, code=75)
     assert f"taking over the lock of process {first.pid}" in output and "waiting up to" not in output
     assert not (tmp_path / "run" / "run_lock.json").exists()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == sorted(steps) and sorted(set(steps)) == list(range(steps[-1] + 1))
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_object_store(monkeypatch):
+    """The second one starts, and is refused, while the first one is between two steps and writes a checkpoint."""
+    output_dir, log, refusals = "memory://two", metrics_log.Logger.log, []
+    settings = {"total_steps": 4, "save_model_freq": 1}
+
+    def log_and_start_another(logger, row):
+        log(logger, row)
+        if row["step"] == 2:
+            with pytest.raises(UserError) as caught:
+                train(output_dir, **settings)
+            refusals.append(str(caught.value))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics_log.Logger, "log", log_and_start_another)
+        train(output_dir, **settings)
+    (line,) = refusals
+    assert line.startswith(f"{output_dir}/run: in use by process {os.getpid()} on host {socket.gethostname()} since")
+    assert line.endswith("or give another --logger.experiment_id")
+    store = MemoryFileSystem()
+    rows = map(json.loads, store.cat_file(f"{output_dir}/run/metrics.jsonl").splitlines())
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert listing.latest_checkpoint(f"{output_dir}/run").step == 4
+    names = {path.rsplit("/", 1)[1] for path in store.ls(f"{output_dir}/run/checkpoints", detail=False)}
+    assert names == {"step_00000004"} and not store.exists(f"{output_dir}/run/run_lock.json")
 
 
 @pytest.mark.slow
@@ -181,7 +213,7 @@ def test_resume_is_bit_equal(tmp_path, request, variant):
 def half_written(run_dir) -> int | None:
     """Returns the step whose checkpoint is incomplete: being written, or abandoned when the process was killed."""
     names = (path.name for path in (run_dir / "checkpoints").glob("*"))
-    matches = (re.fullmatch(rf"{re.escape(layout.TEMPORARY)}(\d+)-\w+", name) for name in names)
+    matches = (re.fullmatch(rf"{re.escape(layout.TEMPORARY)}(\d+)-[\w.-]+", name) for name in names)
     return next((int(match[1]) for match in matches if match), None)
 
 
@@ -303,36 +335,32 @@ def test_a_mixture_resumes_with_a_packed_part(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [".jsonl", ".packed"])
-def test_a_data_file_that_is_truncated_ends_the_run_with_its_state_saved(tmp_path, monkeypatch, capsys, ending):
+def test_a_data_file_that_is_truncated_ends_the_run_with_its_state_saved(tmp_path, monkeypatch, capsys):
     """A packed file is memory-mapped: to read beyond its end would kill the process. The run resumes bit for bit."""
-    source, path = tmp_path / "source.jsonl", tmp_path / f"data{ending}"
-    shutil.copy(GOLDEN / "dataset.jsonl", source)
-    if ending == ".packed":
-        packed_file.write(str(path), [(str(source), records.read_records(str(source), 512))], keep_others=False)
-    else:
-        shutil.copy(source, path)
-    whole, log = path.read_bytes(), metrics_log.Logger.log
-
-    def log_and_truncate(logger, row):
-        log(logger, row)
-        if row["step"] == 4:
-            os.truncate(path, len(whole) // 8)
-
-    settings = {"total_steps": STEPS, "train_dataset.json_dataset.path": str(path), "save_model_freq": 100}
+    lines, packed = shutil.copy(GOLDEN / "dataset.jsonl", tmp_path / "data.jsonl"), tmp_path / "data.packed"
+    packed_file.write(str(packed), [(str(lines), records.read_records(str(lines), 512))], keep_others=False)
+    settings, log = {"total_steps": STEPS, "save_model_freq": 100}, metrics_log.Logger.log
     reference = train(tmp_path / "reference", **settings)
-    values = {**TINY, **settings, "logger.output_dir": tmp_path / "resumed"}
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(metrics_log.Logger, "log", log_and_truncate)
-        flags.run(llama_train.main, llama_train.FLAGS, ["llama_train", *(f"--{k}={v}" for k, v in values.items())])
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
-    assert exit.value.code == 2 and f"{path}: " in line
-    resumed = tmp_path / "resumed" / "run"
-    done = int(final_state(resumed)["step",])
-    assert 5 <= done < STEPS and sorted(metrics(resumed, "loss")) == list(range(done))
-    path.write_bytes(whole)
-    train(tmp_path / "resumed", **settings)
-    assert_same_run(resumed, reference)
+    for path in (lines, packed):
+        settings["train_dataset.json_dataset.path"] = str(path)
+        output_dir, whole = tmp_path / path.suffix, path.read_bytes()
+        part = len(whole) // 8
+
+        def log_and_truncate(logger, row, path=path, part=part):
+            log(logger, row)
+            if row["step"] == 4:
+                os.truncate(path, part)
+
+        values = {**TINY, **settings, "logger.output_dir": output_dir}
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+            patch.setattr(metrics_log.Logger, "log", log_and_truncate)
+            flags.run(llama_train.main, llama_train.FLAGS, ["llama_train", *(f"--{k}={v}" for k, v in values.items())])
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+        assert exit.value.code == 2 and f"{path}: " in line
+        done = int(final_state(output_dir / "run")["step",])
+        assert 5 <= done < STEPS and sorted(metrics(output_dir / "run", "loss")) == list(range(done))
+        path.write_bytes(whole)
+        assert_same_run(train(output_dir, **settings), reference)
 
 
 @pytest.mark.slow
