@@ -55,14 +55,19 @@ def _checkpoint(plan: Plan) -> dict[str, str]:
     assumed = plan.assumptions or {}
     return {
         "checkpoint": f"{_gb(plan.checkpoint_bytes)}; each process needs {_gb(plan.host_bytes_per_process)} of host "
-        f"memory; saved in {plan.save_seconds_estimate:,.0f} s (an estimate for {assumed['host_gb_per_second']:g} GB/s "
-        f"to a process and {assumed['disk_gb_per_second']:g} GB/s to disk)",
+        f"memory; saved in {_seconds(plan.save_seconds_estimate)} (an estimate for "
+        f"{assumed['host_gb_per_second']:g} GB/s to a process and {assumed['disk_gb_per_second']:g} GB/s to disk)",
     }
 
 
 def _bytes_by_name(values: Mapping[str, int] | None) -> str:
     sent = {name: value for name, value in (values or {}).items() if value}
     return ", ".join(f"{name} {_gb(value)}" for name, value in sent.items()) or "none"
+
+
+def _seconds(value: float | None) -> str:
+    assert value is not None
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
 
 
 def _gb(value: int | None) -> str:

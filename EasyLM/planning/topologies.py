@@ -15,8 +15,8 @@ from jax.experimental import topologies
 
 from EasyLM.errors import UserError, check_installed
 
-# The kind of a TPU -> the slices that users can get, the last one a whole pod. There are more of v4 and v5p.
-# Sources: https://docs.cloud.google.com/tpu/docs (pages v4, v5e, v5p and v6e).
+# The kind of a TPU -> the slices that users can get, the last one a whole pod. v4 and v5p also have slices of other
+# multiples of four along each axis. Sources: https://docs.cloud.google.com/tpu/docs (pages v4, v5e, v5p and v6e).
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 _TPU_SLICES = {
@@ -29,6 +29,7 @@ _TPU_SLICES = {
 # v6e, which Cloud TPU gives to one host.
 _TPU_HOSTS = {"1x1": [1, 1, 1], "2x4": [2, 4, 1]}
 FORMS = "v4:2x2x1, v5e:1x1, v5e:4x4, v5p:2x2x2, v6e:4x4 (chips), h100:8, h100:8x8 (nodes x GPUs), cpu:8"
+_MOST_CPUS = 1024  # a larger number takes minutes, and shows nothing that fewer devices do not
 _NODE_GPUS = 8  # of an H100 SXM node, connected by NVLink
 # The description with which XLA compiles for an H100 SXM. Source: h100_sxm.txtpb in XLA's tools/hlo_opt/gpu_specs.
 _H100 = """gpu_device_info {
@@ -110,8 +111,8 @@ def make_topology(text: str, num_slices: int = 1) -> Topology:
 
 
 def _cpus(flag: str, shape: list[int]) -> Topology:
-    if len(shape) != 1:
-        raise UserError(f"{flag}: must be cpu:N, the number of devices")
+    if len(shape) != 1 or shape[0] > _MOST_CPUS:
+        raise UserError(f"{flag}: must be cpu:N, with N devices, at most {_MOST_CPUS}")
     with contextlib.suppress(RuntimeError):  # JAX has started, perhaps with enough devices
         jax.config.update("jax_num_cpu_devices", shape[0])
     devices = jax.devices("cpu")
@@ -124,8 +125,10 @@ def _tpus(flag: str, kind: str, sizes: str, num_slices: int) -> Topology:
     names = _TPU_SLICES[kind]
     nearest = next((name for name in names if _chips(name) >= _chips(sizes)), names[-1])
     remedy = f"the nearest slice is {kind}:{nearest}"
-    # libtpu accepts both, as if v5e had a third axis and pods no limit.
-    if sizes.count("x") != nearest.count("x") or _chips(sizes) > _chips(nearest):
+    axes = [int(size) for size in sizes.split("x")]
+    is_cubic = names is not _FLAT and len(axes) == 3 and all(size % 4 == 0 for size in axes)
+    # libtpu accepts others too, as if v5e had a third axis and pods no limit.
+    if sizes not in names and not (is_cubic and _chips(sizes) <= _chips(names[-1])):
         raise UserError(f"{flag}: no such topology; {remedy}")
     check_installed(flag, "tpu", "libtpu")
     # No chip is requested, so another process may use libtpu too. The other variables replace queries to a TPU host.

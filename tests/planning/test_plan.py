@@ -1,5 +1,6 @@
 """The plan of a small model without attention, whose bytes and FLOPs are known."""
 
+import re
 import types
 
 import jax
@@ -70,6 +71,7 @@ def test_bytes_and_flops_of_a_step(planned):
     text = report.text(plan)
     assert text.startswith("linear on cpu:8\n") and "8 x cpu in 1 process, mesh dp=1 fsdp=8 mp=1" in text
     assert "1.00 times those of the model" in text
+    assert re.search(r"saved in [\d.e-]*[1-9][\d.e-]* s ", text), "not 0 s"
 
 
 def test_parameters_alone_are_saved_in_half_precision_and_copied_by_all_processes(planned, monkeypatch):
