@@ -37,6 +37,11 @@ class Saves(abc.ABC):
         self._saves: dict[str, Mapping[str, Any]] = {}  # step directory -> what the save recorded about itself
         self._last_number = 0
 
+    @property
+    def has_saved(self) -> bool:
+        """Whether the run has saved a checkpoint here, in this start or an earlier one."""
+        return bool(self._saves)
+
     def _read_saves(self) -> None:
         """Reads what earlier saves recorded about themselves."""
         listed = list_checkpoints(self.path)

@@ -145,7 +145,9 @@ class Checkpointer:
             newest = listing.latest_checkpoint(self._directory.path)
         except Exception as error:  # the disk or store may fail again; each store has its own exceptions
             return f"the earlier ones cannot be listed ({error_line(error)})"
-        return f"{newest.name} is intact" if newest else "there is no earlier one"
+        if newest:
+            return f"{newest.name} is intact"
+        return "the earlier ones no longer exist" if self._directory.has_saved else "there is no earlier one"
 
     def close(self) -> None:
         """Blocks until the last save is written. Raises no error.

@@ -80,6 +80,20 @@ def test_a_run_that_loses_its_directory_during_a_save_publishes_nothing(tmp_path
     assert not has_interrupted_save(run_dir)
 
 
+@pytest.mark.parametrize("gone", ["", "checkpoints"])
+@pytest.mark.parametrize(
+    "first_step, outcome", [(1, "the earlier ones no longer exist"), (2, "there is no earlier one")]
+)
+def test_a_directory_that_is_deleted_during_the_run_is_named(tmp_path, gone, first_step, outcome):
+    saver = make_checkpointer(tmp_path / "run")
+    for step in range(first_step, 2):
+        save(saver, step)
+    shutil.rmtree(tmp_path / "run" / gone)
+    missing = rf"No such file or directory: {tmp_path}/run/checkpoints/\.tmp-2-\S+"
+    with pytest.raises(UserError, match=rf"^{tmp_path}/run: the checkpoint was not saved \({missing}\); {outcome}$"):
+        save(saver, 2)
+
+
 def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
     saver = make_checkpointer(tmp_path)
     save(saver, 1)

@@ -88,6 +88,28 @@ def newest_has_a_changed_step(run):
     path.write_text(path.read_text().replace('"step": 40', '"step": 41'))
 
 
+def newest_records_no_flags(run):
+    whole(run)
+    _record_flags(run)
+
+
+def newest_records_flags_of_another_type(run):
+    whole(run)
+    _record_flags(run, flags=[])
+
+
+def newest_records_an_optimizer_of_another_type(run):
+    whole(run)
+    _record_flags(run, flags={"optimizer": "adamw"})
+
+
+def _record_flags(run, **flags):
+    path = run / NEWEST / "metadata.json"
+    metadata = json.loads(path.read_text())
+    del metadata["flags"], metadata["digest"]
+    path.write_text(json.dumps(metadata | flags))
+
+
 def newest_has_no_data_position(run):
     whole(run)
     (run / NEWEST / "dataset.json").unlink()
