@@ -15,6 +15,7 @@ Modules that all rooms may import:
     errors          UserError, for mistakes that the user can correct
     skipped_inputs  unusable inputs of a command: reported, counted and skipped
     flags           declared command-line settings
+    interrupt       Ctrl-C
     process_pool    worker processes that do not import JAX
     shared_results  arrays from them by shared memory
     progress        progress bars, and lines in the log of a job

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 import EasyLM
 from EasyLM.errors import UserError, check_own_package, choose, one_line
+from EasyLM.interrupt import exit_interrupted, raises_interrupts
 from EasyLM.progress import print_if_possible
 
 Settings = TypeVar("Settings")  # a frozen dataclass
@@ -30,7 +31,6 @@ DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # th
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 _HOME = re.compile(r"(?:^|(?<=,)|(?<=::))~[\w.-]*(?=/)")  # at the start of a path: in a comma list, after PREFIX::
 _HELP = {dashes + name for dashes in ("-", "--") for name in ("h", "help", "helpshort", "helpfull")}
-INTERRUPTED = 130  # the exit code after Ctrl-C, by the convention of shells
 _WIDTH = 110  # columns of the help
 _DEFINERS: dict[type, Callable] = {
     bool: flags.DEFINE_boolean,
@@ -158,13 +158,13 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
             print(f"error: {one_line(str(error))}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            exit_interrupted()
 
     # JAX reports every kind of device that the machine does not have.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     flags.FLAGS.mark_as_parsed()
-    app.run(checked_main, argv=argv[:1], flags_parser=lambda program: program)
+    with raises_interrupts():
+        app.run(checked_main, argv=argv[:1], flags_parser=lambda program: program)
 
 
 def _print_and_exit(text: str) -> NoReturn:

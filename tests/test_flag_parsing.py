@@ -1,11 +1,14 @@
 """How flags are read: ranges, choices, help, variables of the environment, and errors of one line."""
 
+import gc
 import math
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,6 +16,7 @@ import EasyLM
 from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag
+from EasyLM.interrupt import raises_interrupts
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLE = {
@@ -182,10 +186,39 @@ def test_command_line(arguments, code, parts, tmp_path, monkeypatch):
     assert all(part in output for part in parts), output
 
 
-def test_ctrl_c_ends_a_command_with_one_line(capsys):
-    def main(config):
-        raise KeyboardInterrupt
+def test_ctrl_c_ends_a_command_with_one_line():
+    """And after the `finally` blocks of its main function."""
+    program = """
+import os, signal
+from EasyLM import flags
+def main(config):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        print("cleaned up")
+flags.run(main, {}, ["program"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert completed.returncode == 130
+    assert (completed.stdout, completed.stderr) == ("cleaned up\n", "\ninterrupted\n")
 
-    with pytest.raises(SystemExit) as exited:
-        flags.run(main, {}, ["program"])
-    assert exited.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
+
+def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(monkeypatch):
+    """Python drops an exception there. JAX has such a callback."""
+    unraisable, interrupts = [], [signal.SIGINT]
+
+    def callback(phase, info):
+        while interrupts:
+            os.kill(os.getpid(), interrupts.pop())
+
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(KeyboardInterrupt), raises_interrupts():
+            gc.collect()
+            time.sleep(30)
+    finally:
+        gc.callbacks.remove(callback)
+    assert not unraisable and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, ClassVar, NoReturn
 import jax
 
 from EasyLM.errors import UserError, error_line
-from EasyLM.flags import INTERRUPTED
+from EasyLM.interrupt import INTERRUPTED
 from EasyLM.parallel.coordination import jax_client
 
 EXIT_SECONDS = 10  # given to a process to exit after an error

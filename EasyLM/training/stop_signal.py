@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from EasyLM.flags import INTERRUPTED
+from EasyLM.interrupt import INTERRUPTED, raise_interrupt
 
 # SIGINT: Ctrl-C. SIGTERM: SLURM, Kubernetes and TPU VMs send it before they end a job. SIGUSR1: a common choice for
 # SLURM's option --signal. SIGHUP: a closed terminal.
@@ -69,9 +69,9 @@ class StopSignals(contextlib.ContextDecorator):
             signal.signal(each, self._interrupt if each == signal.SIGINT else signal.SIG_IGN)
         _write(f"\n{signal.Signals(number).name}: stopping after the step in progress\n")
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupted.set()
-        raise KeyboardInterrupt
+        raise_interrupt(number, frame)
 
     def _exit_if_stuck(self, receiver: socket.socket) -> None:
         """Prints a message, and exits at a second Ctrl-C, while the main thread compiles and runs no signal handlers.
