@@ -17,21 +17,26 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from EasyLM.checkpoints.safetensors_file import read_safetensors, tensor_entry, write_safetensors
+from EasyLM.errors import prefix_errors
 from EasyLM.flags import Flag, run
-from EasyLM.storage import atomic_file
+from EasyLM.storage import atomic_file, path_on_disk, read_json
 
 OUTPUT_MATRICES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 FLAGS = {
-    "hf_model": Flag("", "Directory of the model: config.json and one model.safetensors.", required=True),
+    "hf_model": Flag(
+        "", "Directory of the model, or its name on the Hub: config.json and one model.safetensors.", required=True
+    ),
     "output_dir": Flag("", "Directory of the deeper model.", required=True),
 }
 
 
 def main(config: ConfigDict) -> None:
     """Writes the deeper model."""
-    source, target = pathlib.Path(config.hf_model), pathlib.Path(config.output_dir)
-    settings = json.loads((source / "config.json").read_text())
+    with prefix_errors(f"--hf_model={config.hf_model}"):
+        source = pathlib.Path(path_on_disk(config.hf_model, "a Hugging Face model"))
+    target = pathlib.Path(config.output_dir)
+    settings = read_json(source / "config.json")
     tensors = deepened({tensor.key[0]: tensor.read() for tensor in read_safetensors(source / "model.safetensors")})
     target.mkdir(parents=True, exist_ok=True)
     with atomic_file(target / "model.safetensors") as file:

@@ -8,7 +8,7 @@ from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.identification import TRAIN_STATES, is_folder, is_train_state, prefix_hint
 from EasyLM.checkpoints.layout import resolved
 from EasyLM.errors import UnavailableError, UserError, choose, prefix_errors
-from EasyLM.storage import file_version, is_remote, local_path, names_store_errors, remote_file_system
+from EasyLM.storage import file_version, is_remote, local_path, names_store_errors, path_on_disk, remote_file_system
 
 Reader = Callable[[str], list[Entry]]
 AVERAGE = "ema_params"  # in the keys of a train state: the moving average of the parameters is below this name
@@ -104,7 +104,7 @@ def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str
         raise UserError(f"{name}: must be PREFIX::PATH, with one of the prefixes {', '.join(formats)}{hint}")
     choose(f"{name}: prefix", prefix, formats)
     with prefix_errors(name):
-        path = local_path(path)
+        path = path_on_disk(path, "a Hugging Face model") if prefix == "huggingface" else local_path(path)
         if is_remote(path):
             remote_file_system(path)
     if not (is_remote(path) or os.path.exists(path)):

@@ -95,8 +95,11 @@ def _identify_hugging_face(folder: str, names: Collection[str]) -> Identified | 
     """Returns the model in a directory with files of these names. Those of image tokenizers have no `model_type`."""
     if _HUGGING_FACE_CONFIG not in names or not any(name.endswith(_HUGGING_FACE_WEIGHTS) for name in names):
         return None
-    is_model = "model_type" in read_json(f"{folder}/{_HUGGING_FACE_CONFIG}")
-    return Identified(folder, "a Hugging Face model", ("huggingface",)) if is_model else None
+    if "model_type" not in read_json(f"{folder}/{_HUGGING_FACE_CONFIG}"):
+        return None
+    if is_remote(folder):
+        return Identified(folder, "a Hugging Face model, which is read from a local disk: copy it to one", ())
+    return Identified(folder, "a Hugging Face model", ("huggingface",))
 
 
 def _identify_file(path: str) -> Identified | None:

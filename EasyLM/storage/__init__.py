@@ -36,7 +36,7 @@ from EasyLM.storage.atomic import (
 from EasyLM.storage.columns import VERIFIED_ONCE_BYTES, Columns, cached_columns, open_columns, write_columns
 from EasyLM.storage.digests import content_digest, json_digest, same_contents
 from EasyLM.storage.heartbeat_lock import HeartbeatLock, LockedError, LockWatch, lock_output, lock_output_folder
-from EasyLM.storage.hub import is_hub_name, local_path, split_revision
+from EasyLM.storage.hub import is_hub_name, local_path, path_on_disk, split_revision
 from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read_json
 from EasyLM.storage.paths import (
     absolute_path,
@@ -102,6 +102,7 @@ __all__ = [
     "owner_tag",
     "parse_json",
     "path_exists",
+    "path_on_disk",
     "read_json",
     "read_lines",
     "read_text_lines",

@@ -7,6 +7,7 @@ import os
 import re
 
 from EasyLM.errors import UserError
+from EasyLM.storage.remote import is_remote
 
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>[^@]*))?")
 _PAGE = re.compile(  # of a repository, or of a folder or a file in it
@@ -15,6 +16,7 @@ _PAGE = re.compile(  # of a repository, or of a folder or a file in it
 )
 _SETTINGS = ("*.json", "*.yaml", "*.yml", "README.md")  # README.md: the card
 _PLACE = "on the Hugging Face Hub (without a network: in its cache, where a download may be incomplete)"
+_OWN_PROTOCOL = "hf://"  # fsspec opens single files with it
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.ckpt")  # in order of preference: a repository may hold several forms
 
 
@@ -51,29 +53,68 @@ def local_path(path: str) -> str:
     if match is None:
         return path
     repository, revision, inside = match["repository"], match["revision"], (match["inside"] or "").strip("/")
-    file_name = os.path.basename(inside)
-    if "." in file_name or file_name.startswith("streaming_"):
-        patterns = [inside, *(os.path.join(os.path.dirname(inside), name) for name in _SETTINGS)]
-        file = os.path.join(_download(path, repository, revision, patterns), inside)
-        if not os.path.exists(file):
-            raise UserError(f"{path}: neither a local path, nor a file of {repository} {_PLACE}")
-        return file
+    outer, file_name = os.path.split(inside)
+    may_be_file = "." in file_name or file_name.startswith("streaming_")  # or a folder with such a name
+    beside = [os.path.join(outer, name) for name in _SETTINGS]
+    files = [f"{inside}*", *beside] if may_be_file else [f"{inside}/*"] if inside else []
+    advice = _how_to_download(repository, revision, files, os.path.join("DIR", inside).rstrip("/"))
+    if may_be_file:
+        file = os.path.join(_download(path, repository, revision, [inside, *beside], advice), inside)
+        if os.path.isfile(file):
+            return file
     for weights in _WEIGHTS:
         patterns = [os.path.join(inside, name) for name in (*_SETTINGS, weights)]
-        directory = os.path.normpath(os.path.join(_download(path, repository, revision, patterns), inside))
+        directory = os.path.normpath(os.path.join(_download(path, repository, revision, patterns, advice), inside))
         if _holds(directory, weights):
             return directory
-    weights = ", ".join(_WEIGHTS)
-    raise UserError(f"{path}: neither a local path, nor a directory of {repository} with weights ({weights}) {_PLACE}")
+    what = f"{'a file or ' if may_be_file else ''}a directory of {repository} with weights ({', '.join(_WEIGHTS)})"
+    raise UserError(f"{path}: neither a local path, nor {what} {_PLACE}; {advice}")
+
+
+def path_on_disk(path: str, what: str) -> str:
+    """Returns the `local_path` of a directory whose reader needs a local disk.
+
+    Args:
+      what: what is read, for the error message.
+
+    Raises:
+      UserError: as `local_path`, or if the path is on an object store or on the web.
+    """
+    path = local_path(path)
+    if not is_remote(path):
+        return path
+    name = path.removeprefix(_OWN_PROTOCOL)
+    works = f"give the name {name}" if name != path and is_hub_name(name) else "copy it to a disk and give that path"
+    raise UserError(
+        f"{path}: {what} is read from a local disk, or by its name on the Hugging Face Hub (OWNER/NAME): {works}"
+    )
 
 
 def _holds(directory: str, pattern: str) -> bool:
     return os.path.isdir(directory) and any(name.endswith(pattern[1:]) for name in os.listdir(directory))
 
 
-def _download(path: str, repository: str, revision: str | None, patterns: list[str]) -> str:
+def _how_to_download(repository: str, revision: str | None, files: list[str], result: str) -> str:
+    """Returns what to download where there is a network, and where to put it.
+
+    Args:
+      files: patterns of the files; empty: all of the repository.
+      result: the path of what is wanted below the directory DIR of the download.
+    """
+    from huggingface_hub import constants  # here, because importing it takes a quarter of a second
+
+    options = f" --revision {revision}" if revision else ""
+    options += "".join(f" --include '{pattern}'" for pattern in files)
+    return (
+        f"where there is a network, run `hf download {repository}{options} --local-dir DIR` and give {result} "
+        f"instead, or run it without --local-dir and copy models--{repository.replace('/', '--')} from the cache "
+        f"there to {constants.HF_HUB_CACHE}"
+    )
+
+
+def _download(path: str, repository: str, revision: str | None, patterns: list[str], advice: str) -> str:
     """Returns the local directory of a repository's files that match the patterns."""
-    import huggingface_hub  # here, because importing it takes a quarter of a second
+    import huggingface_hub
 
     try:
         return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
@@ -81,8 +122,6 @@ def _download(path: str, repository: str, revision: str | None, patterns: list[s
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         if huggingface_hub.constants.HF_HUB_OFFLINE and type(error).__name__ == "LocalEntryNotFoundError":
             reason = "HF_HUB_OFFLINE is set, and its cache has nothing of this name"
-        option = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"{path}: there is no such local path, and the Hugging Face Hub cannot provide it ({reason}); download it "
-            f"where there is a network, `hf download {repository}{option} --local-dir DIR`, and give DIR instead"
+            f"{path}: there is no such local path, and the Hugging Face Hub cannot provide it ({reason}); {advice}"
         ) from error

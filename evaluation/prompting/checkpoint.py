@@ -17,6 +17,7 @@ from EasyLM.models.llama.int8_kernels import quantized_entries
 from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
 from EasyLM.parallel import device_memory, more_device_memory, shardings
+from EasyLM.storage import is_remote
 from tokenizer.formats import ImageTokenizer
 from tokenizer.vqgan import PRETRAINED, Codec
 
@@ -149,8 +150,9 @@ def check_codes(codec: ImageTokenizer, config: llama_config.LLaMAConfig) -> None
 def parse_spec(spec: str) -> tuple[str, str]:
     """Returns the prefix and the local or remote path of a `--checkpoint`. Raises: see `checkpoints.parse_spec`."""
     is_prefixed = "::" in spec or os.path.isfile(spec)  # `parse_spec` rejects a file without a prefix
+    note = " (a Hugging Face model, as it has no PREFIX::)" if is_remote(spec) and not is_prefixed else ""
     return checkpoints.parse_spec(
-        spec if is_prefixed else f"huggingface::{spec}", hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}"
+        spec if is_prefixed else f"huggingface::{spec}", hf_layout.CHECKPOINT_FORMATS, f"--checkpoint={spec}{note}"
     )
 
 

@@ -139,3 +139,10 @@ def test_remote_checkpoints_are_identified(folder, caplog):
         with pytest.raises(UserError, match=f"load it as {right}$"):
             open_(spec)
     assert not caplog.records
+
+
+def test_a_remote_hugging_face_model_must_be_copied(folder):
+    fsspec.filesystem("memory").put(str(folder / "hf"), "/identified/hf", recursive=True)
+    copy = "it is a Hugging Face model, which is read from a local disk: copy it to one"
+    with pytest.raises(UserError, match=rf"memory://identified/hf is not a file, as params:: needs; {copy}$"):
+        open_("params::memory://identified/hf")

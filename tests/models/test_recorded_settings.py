@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_kit import export
-from huggingface_hub import constants
+from hub_cache import cache_repository, offline_cache
 from prompting_kit import CONFIG, tiny_checkpoint
 from tiny_run import GOLDEN, train
 
@@ -97,19 +97,15 @@ def test_training_takes_the_settings_of_the_checkpoint_that_it_starts_from(recor
 
 @pytest.mark.parametrize("layout", ["file", "shards", pytest.param("bin shards", marks=pytest.mark.slow)])
 def test_a_model_on_the_hub_is_loaded_by_its_name(recorded, tmp_path, monkeypatch, layout):
-    commit = tmp_path / "models--Owner--model" / "snapshots" / ("0" * 40)
+    folder = tmp_path / "repository" / "small"
     sharded = {} if layout == "file" else {"max_shard_mb": 0.002, "float_dtype": "bf16"}
-    export(recorded["checkpoint"], commit / "small", **sharded)
-    assert layout == "file" or len([*(commit / "small").glob("model-*.safetensors")]) > 1
+    export(recorded["checkpoint"], folder, **sharded)
+    assert layout == "file" or len([*folder.glob("model-*.safetensors")]) > 1
     if layout == "bin shards":
-        as_torch_shards(commit / "small")
-    for shard in [*(commit / "small").glob("*-00001-of-*")]:  # a file that the index does not name
-        (commit / "small" / shard.name.replace("00001", "00000")).write_bytes(shard.read_bytes())
-    (commit.parent.parent / "refs").mkdir()
-    (commit.parent.parent / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
+        as_torch_shards(folder)
+    for shard in [*folder.glob("*-00001-of-*")]:  # a file that the index does not name
+        (folder / shard.name.replace("00001", "00000")).write_bytes(shard.read_bytes())
+    cache_repository(offline_cache(tmp_path, monkeypatch), "Owner/model", folder.parent)
     config, params = load_model("Owner/model/small", "", make_mesh("1,1,1", jax.devices()[:1]))
     assert config.num_attention_heads == OTHER["num_attention_heads"]
     expected = load_model(recorded["checkpoint"], "", make_mesh("1,1,1", jax.devices()[:1]))[1]
@@ -135,25 +131,17 @@ def as_torch_shards(folder: pathlib.Path) -> None:
 def test_a_streaming_file_on_the_hub_has_its_settings_and_checksums_beside_it(recorded, tmp_path, monkeypatch):
     """The cache holds links to files of other names."""
     source = pathlib.Path(recorded["checkpoint"].partition("::")[2])
-    commit = tmp_path / "models--Owner--model" / "snapshots" / ("0" * 40)
-    for folder in (commit / "run", commit.parent.parent / "blobs", commit.parent.parent / "refs"):
-        folder.mkdir(parents=True)
-    (commit.parent.parent / "refs" / "main").write_text("0" * 40)
     table = {"algorithm": "crc32", "file": "streaming_params", "bytes": source.stat().st_size, "arrays": {}}
     metadata, checksums = (source.parent / "metadata.json").read_bytes(), json.dumps(table).encode()
     files = {"streaming_params": source.read_bytes(), "metadata.json": metadata, "checksums.json": checksums}
-    for number, (name, data) in enumerate(files.items()):
-        blob = commit.parent.parent / "blobs" / f"{number}"
-        blob.write_bytes(data)
-        (commit / "run" / name).symlink_to(blob)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = {f"run/{name}": data for name, data in files.items()}
+    snapshot = cache_repository(offline_cache(tmp_path, monkeypatch), "Owner/model", repository)
     spec = "params::Owner/model/run/streaming_params"
     config = flags.parse(training_task.TRAIN_FLAGS, ["llama_train", f"--load_checkpoint={spec}"])
     assert training_task.read_model(config).num_attention_heads == OTHER["num_attention_heads"]
     with pytest.raises(UserError, match=r"the array \S+ is unexpected: the file is damaged \(.*run/checksums.json"):
         load_model(spec, "", make_mesh("1,1,1", jax.devices()[:1]))
-    (commit / "run" / "checksums.json").unlink()
+    (snapshot / "run" / "checksums.json").unlink()
     assert load_model(spec, "", make_mesh("1,1,1", jax.devices()[:1]))[0].rope_theta == OTHER["rope_theta"]
     exported = pathlib.Path(export(spec, tmp_path / "hf"))
     assert json.loads((exported / "config.json").read_text())["rope_theta"] == OTHER["rope_theta"]

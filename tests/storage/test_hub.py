@@ -6,55 +6,44 @@ import http.server
 import json
 import os
 import pathlib
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
+from hub_cache import cache_repository, offline_cache
 from huggingface_hub import constants
 
 from EasyLM.errors import UserError
-from EasyLM.storage import local_path
+from EasyLM.storage import local_path, path_on_disk
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def cache_repository(cache: pathlib.Path, name: str, files: dict[str, str], revision: str = "main") -> pathlib.Path:
-    """Lays out a repository as the Hub's cache does: a reference to a commit, and its snapshot."""
-    directory = cache / f"models--{name.replace('/', '--')}"
-    (directory / "refs").mkdir(parents=True)
-    (directory / "refs" / revision).write_text(COMMIT)
-    for path, text in files.items():
-        file = directory / "snapshots" / COMMIT / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    return directory / "snapshots" / COMMIT
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> pathlib.Path:
     """An empty cache, and no network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "hub"
+    return offline_cache(tmp_path, monkeypatch)
 
 
 def test_a_name_is_its_snapshot_in_the_cache(cache):
-    snapshot = cache_repository(cache, "Owner/model", {"config.json": "{}", "model.safetensors": "a"})
+    snapshot = cache_repository(cache, "Owner/model", {"config.json": b"{}", "model.safetensors": b"a"})
     assert local_path("Owner/model") == local_path("Owner/model/") == str(snapshot)
 
 
 def test_a_name_takes_a_revision_and_a_folder_and_a_file(cache):
-    files = {"small/config.json": "{}", "small/pytorch_model.bin": "a", "run/streaming_params": "b"}
+    files = {"small/config.json": b"{}", "small/pytorch_model.bin": b"a", "run/streaming_params": b"b"}
     snapshot = cache_repository(cache, "Owner/model", files, revision="v2")
     assert local_path("Owner/model@v2/small") == str(snapshot / "small")
     assert local_path("Owner/model@v2/run/streaming_params") == str(snapshot / "run" / "streaming_params")
 
 
 def test_a_local_path_wins(cache, tmp_path):
-    cache_repository(cache, "Owner/model", {"model.safetensors": "a"})
+    cache_repository(cache, "Owner/model", {"model.safetensors": b"a"})
     (tmp_path / "Owner" / "model").mkdir(parents=True)
     assert local_path("Owner/model") == "Owner/model"
 
@@ -68,20 +57,42 @@ def test_other_paths_are_no_names(cache, path):
 
 @pytest.mark.parametrize("name", ["Owner/other", "Owner/model@v1", "Owner/model/none", "Owner/model/none.bin"])
 def test_what_the_cache_lacks_is_one_line_that_says_what_to_do(cache, name):
-    cache_repository(cache, "Owner/model", {"config.json": "{}", "model.safetensors": "a"})
+    cache_repository(cache, "Owner/model", {"config.json": b"{}", "model.safetensors": b"a"})
     with pytest.raises(UserError, match=f"^{name}: ") as error:
         local_path(name)
     assert "\n" not in str(error.value) and "Hugging Face Hub" in str(error.value)
-    if "none" not in name:
-        assert "hf download Owner/" in str(error.value)
+    assert "run `hf download Owner/" in str(error.value) and str(error.value).endswith(f" to {cache}")
 
 
 def test_an_interrupted_download_is_not_taken_for_a_repository_without_weights(cache):
-    cache_repository(cache, "Owner/model", {"config.json": "{}"})
+    cache_repository(cache, "Owner/model", {"config.json": b"{}"})
     with pytest.raises(
         UserError, match=r"with weights .* \(without a network: in its cache, where a download may be inc"
     ):
         local_path("Owner/model")
+
+
+def test_a_cached_name_is_read_while_the_hub_cannot_be_reached(cache, monkeypatch, port):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    snapshot = cache_repository(cache, "Owner/model", {"config.json": b"{}", "model.safetensors": b"a"})
+    assert local_path("Owner/model") == str(snapshot)
+    with pytest.raises(UserError, match=r"^Owner/other: .* cannot provide it \(.*[Cc]onnect.*\); where there is a net"):
+        local_path("Owner/other")
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("gs://bucket/model", "copy it to a disk and give that path"),
+        ("unknown://bucket/model", "copy it to a disk and give that path"),
+        ("hf://Owner/model@v2/small", "give the name Owner/model@v2/small"),
+    ],
+)
+def test_directories_of_object_stores_are_refused(path, remedy):
+    message = f"{path}: a tokenizer is read from a local disk, or by its name on the Hugging Face Hub (OWNER/NAME)"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}: {remedy}$"):
+        path_on_disk(path, "a tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -156,19 +167,63 @@ def hub_server(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
+def local_path_of(name: str, home: pathlib.Path, **settings: str) -> pathlib.Path:
+    """Returns the local path of a name, as a process with these settings of huggingface_hub finds it."""
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | settings
+    command = [sys.executable, "-c", f"from EasyLM.storage import local_path; print(local_path({name!r}))"]
+    return pathlib.Path(subprocess.check_output(command, env=environment, text=True, timeout=60).strip())
+
+
+@pytest.mark.slow
 def test_a_repository_is_downloaded_once_and_in_one_form(tmp_path):
     files = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"the same", "README.md": b"x"}
-    program = "from EasyLM.storage import local_path; print(local_path('Owner/model'))"
-
-    def run(**settings: str) -> pathlib.Path:
-        environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"} | settings
-        command = [sys.executable, "-c", program]
-        return pathlib.Path(subprocess.check_output(command, env=environment, text=True, timeout=60).strip())
-
     with hub_server(files) as (address, downloads):
-        directory = run(HF_ENDPOINT=address)
+        directory = local_path_of("Owner/model", tmp_path, HF_ENDPOINT=address)
         assert (directory / "model.safetensors").read_bytes() == b"weights"
         assert sorted(downloads) == ["README.md", "config.json", "model.safetensors"]
-        assert run(HF_ENDPOINT=address) == directory
+        assert local_path_of("Owner/model", tmp_path, HF_ENDPOINT=address) == directory
         assert len(downloads) == 3
-    assert run(HF_HUB_OFFLINE="1") == directory
+    assert local_path_of("Owner/model", tmp_path, HF_HUB_OFFLINE="1") == directory
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_dot_in_its_name_is_downloaded(tmp_path):
+    files = {f"v1.5/{name}": name.encode() for name in ("config.json", "model.safetensors")}
+    with hub_server(files | {"v1.5.json": b"{}", "model.safetensors": b"another"}) as (address, downloads):
+        directory = local_path_of("Owner/model/v1.5", tmp_path, HF_ENDPOINT=address)
+    assert {path.name: path.read_text() for path in directory.iterdir()} == {
+        "config.json": "config.json",
+        "model.safetensors": "model.safetensors",
+    }
+    assert "model.safetensors" not in downloads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Owner/model", "Owner/model@v2/small", "Owner/model/run/streaming_params"])
+def test_the_advice_for_machines_without_a_network(cache, tmp_path, name):
+    """The command of the message, run where there is a network, and its results, put where the message says."""
+    paths = ("config.json", "model.safetensors", "small/config.json", "small/model.safetensors", "run/streaming_params")
+    files = {path: path.encode() for path in paths} | {"run/metadata.json": b"{}", "run/other.bin": b"unused"}
+    with pytest.raises(UserError, match=r"^Owner/model.*: there is no such local path") as raised:
+        local_path(name)
+    command, given, copied, place = re.findall(
+        r"run `(.*)` and give (\S+) instead, or run it without --local-dir and copy (\S+) from .* to (\S+)$",
+        str(raised.value),
+    )[0]
+    with hub_server(files) as (address, _):
+        own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+        environment = os.environ | own | {"HF_ENDPOINT": address}
+        for text in (command, command.replace(" --local-dir DIR", "")):
+            _, *arguments = shlex.split(text.replace("DIR", str(tmp_path / "copy")))
+            program = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()"]
+            subprocess.run([*program, *arguments], env=environment, check=True, timeout=60, capture_output=True)
+    local = pathlib.Path(local_path(given.replace("DIR", str(tmp_path / "copy"))))
+    shutil.copytree(tmp_path / "home" / "hub" / copied, f"{place}/{copied}", symlinks=True)
+    cached = pathlib.Path(local_path(name))
+    for path in (local, cached):
+        if path.is_dir():
+            folder = "small/" if "small" in name else ""
+            assert (path / "model.safetensors").read_text() == f"{folder}model.safetensors"
+        else:
+            assert path.read_text() == "run/streaming_params" and (path.parent / "metadata.json").exists()
+            assert not (path.parent / "other.bin").exists()

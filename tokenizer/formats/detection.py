@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from EasyLM.errors import UserError
-from EasyLM.storage import local_path
+from EasyLM.storage import path_on_disk
 from tokenizer.formats import diffusers, llamagen, open_muse, taming
 from tokenizer.formats.architecture import Translated
 
@@ -16,7 +16,7 @@ _FORMATS = (diffusers, open_muse, taming, llamagen)
 def tokenizer_files(path: str | os.PathLike) -> list[pathlib.Path]:
     """Returns the files that make up the tokenizer at `path`: a folder, or a file of LlamaGen or taming-transformers.
 
-    A path that does not exist can be a name on the Hugging Face Hub (`EasyLM.storage.local_path`).
+    A path that does not exist can be a name on the Hugging Face Hub (`EasyLM.storage.path_on_disk`).
 
     Raises:
       UserError: naming the path, if it does not exist or holds no tokenizer, or a file that is missing.
@@ -38,7 +38,7 @@ def read(path: str | os.PathLike, resolution: int = 0) -> Translated:
 
 
 def _find(name: str | os.PathLike):
-    path = pathlib.Path(local_path(os.fspath(name)))
+    path = pathlib.Path(path_on_disk(os.fspath(name), "a tokenizer"))
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     for module in _FORMATS:

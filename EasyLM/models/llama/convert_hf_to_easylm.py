@@ -16,11 +16,11 @@ from tqdm import tqdm
 from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import Entry, checksums, streaming
 from EasyLM.data.tokenizer_names import TOKENIZER_KEY
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
 from EasyLM.models.llama import hf_files, hf_layout
 from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
-from EasyLM.storage import atomic_file, local_path, lock_output_folder, write_json
+from EasyLM.storage import atomic_file, lock_output_folder, path_on_disk, write_json
 
 FLAGS = {
     "hf_model": Flag("", "Hugging Face model: a directory, or a name on the Hub.", required=True),
@@ -44,7 +44,8 @@ def _import(config: ConfigDict, directory: str) -> None:
     taken = [path for path in (config.output_file, metadata_path, checksums_path) if os.path.exists(path)]
     if taken and (config.output_file in taken or not _left_by_a_kill(metadata_path, config.output_file)):
         raise UserError(f"--output_file={config.output_file}: {taken[0]} exists; name a file in a directory of its own")
-    source = local_path(config.hf_model)
+    with prefix_errors(f"--hf_model={config.hf_model}"):
+        source = path_on_disk(config.hf_model, "a Hugging Face model")
     model, entries = hf_layout.read_model(source)
     tokenizer = recorded_tokenizer("huggingface", source)
     sections = {"llama_config": dataclasses.asdict(model)} | ({TOKENIZER_KEY: tokenizer} if tokenizer else {})

@@ -105,7 +105,8 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     try:
         values = read_json(path)
     except FileNotFoundError:
-        raise UserError(f"{directory}: no Hugging Face model: config.json is missing") from None
+        reason = "config.json is missing" if os.path.isdir(directory) else "there is no such directory"
+        raise UserError(f"{directory}: no Hugging Face model: {reason}") from None
     config = config_from_dict(values, path)
     tensors = {tensor.key[0]: tensor for tensor in hf_files.read_weights(directory)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}

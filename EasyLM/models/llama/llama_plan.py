@@ -9,12 +9,12 @@ import math
 import sys
 from typing import Any
 
-from EasyLM import flags
+from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import SavedPart
 from EasyLM.data import dataset
 from EasyLM.errors import UserError
 from EasyLM.flags import Flag, to_dataclass
-from EasyLM.models.llama import training_task
+from EasyLM.models.llama import hf_layout, training_task
 from EasyLM.models.llama.llama_config import LLaMAConfig
 from EasyLM.models.llama.lora import LoRAConfig
 from EasyLM.models.llama.remat_policies import AUTO
@@ -55,6 +55,9 @@ def main(config: Any) -> int:
     plan = Plan(config.topology, config.num_slices, config.load_llama_config, settings.batch_size, settings.seq_length)
     extra: dict[str, Any] = {}
     try:
+        if config.load_checkpoint:  # without it, the settings would be those of a 7B model
+            name = f"--load_checkpoint={config.load_checkpoint}"
+            checkpoints.parse_spec(config.load_checkpoint, hf_layout.CHECKPOINT_FORMATS, name)
         llama = training_task.read_model(config)
         topology = topologies.make_topology(config.topology, config.num_slices)
         if config.suggest:

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from hub_cache import cache_repository, offline_cache
 from safetensors.numpy import save_file
 
 from EasyLM.errors import UserError
@@ -109,9 +110,17 @@ def test_files_without_a_tokenizer_are_named(tmp_path, golden):
         formats.read(tmp_path)
 
 
-def test_names_on_the_hub_are_read_from_its_cache(monkeypatch, golden):
-    monkeypatch.setattr(formats.detection, "local_path", lambda name: str(golden / name.split("/")[1]))
-    assert formats.tokenizer_files("Owner/vq_llamagen_small") == [golden / "vq_llamagen_small" / "vq.pt"]
+def test_names_on_the_hub_are_read_from_its_cache(tmp_path, monkeypatch, golden):
+    cache = offline_cache(tmp_path, monkeypatch)
+    llamagen = cache_repository(cache, "Owner/llamagen", golden / "vq_llamagen_small")
+    taming = cache_repository(cache, "Owner/taming", {"vq/model.yaml": b"{}", "vq/last.ckpt": b""}, "v2")
+    assert formats.tokenizer_files("Owner/llamagen") == [llamagen / "vq.pt"]
+    assert formats.tokenizer_files("Owner/llamagen/vq.pt") == [llamagen / "vq.pt"]
+    assert formats.tokenizer_files("Owner/taming@v2/vq") == [taming / "vq" / "model.yaml", taming / "vq" / "last.ckpt"]
+    with pytest.raises(
+        UserError, match=r"^--vqgan=gs://lab/vq: gs://lab/vq: a tokenizer is read from a local disk, or"
+    ):
+        Codec("gs://lab/vq")
 
 
 @pytest.mark.slow
