@@ -11,7 +11,7 @@ from checkpoint_kit import random_params
 
 from EasyLM.models import generate
 from EasyLM.models.llama import inference_model, int8_kernels, llama_model
-from EasyLM.models.llama.llama_config import LLaMAConfig
+from EasyLM.models.llama.llama_config import PRESETS, LLaMAConfig
 from EasyLM.models.llama.llama_decode import LLaMADecoder, score
 from EasyLM.models.sampling import Sampling
 from EasyLM.parallel import make_mesh
@@ -91,10 +91,8 @@ def test_perplexity_of_the_demonstration_model_is_within_1_percent_of_bf16():
 
 @pytest.mark.slow
 def test_perplexity_of_a_random_model_is_within_1_percent_of_bf16():
-    """A model of vqlm_100m's width; of tokens that the float32 model draws."""
-    config = LLaMAConfig(
-        vocab_size=8292, hidden_size=640, intermediate_size=1664, num_hidden_layers=4, num_attention_heads=10
-    )
+    """vqlm_100m, of full depth; of tokens that the float32 model draws."""
+    config = PRESETS["vqlm_100m"]
     params = inference_model.separate_layers(
         jax.jit(llama_model.init_params, static_argnums=0)(config, jax.random.key(0)), config.num_hidden_layers
     )
