@@ -16,6 +16,7 @@ Modules that all rooms may import:
     skipped_inputs  unusable inputs of a command: reported, counted and skipped
     flags           declared command-line settings
     interrupt       Ctrl-C
+    protocols       the protocols of remote paths
     process_pool    worker processes that do not import JAX
     shared_results  arrays from them by shared memory
     progress        progress bars, and lines in the log of a job

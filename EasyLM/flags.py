@@ -25,6 +25,7 @@ import EasyLM
 from EasyLM.errors import UserError, check_own_package, choose, one_line
 from EasyLM.interrupt import exit_interrupted, raises_interrupts
 from EasyLM.progress import print_if_possible
+from EasyLM.protocols import check_flag
 
 Settings = TypeVar("Settings")  # a frozen dataclass
 DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # the release accepts both
@@ -60,6 +61,7 @@ class Flag:
     type: builtins.type | None = None  # type of the value; required if the default is None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further texts -> the choice they mean
     may_be_remote: bool = False  # of an output: it can be on an object store
+    free_text: bool = False  # no path: what looks like a protocol means nothing
     ignored: bool = False  # a flag of the LVM release that has no effect; it is parsed and left out of the settings
 
     @property
@@ -103,7 +105,7 @@ def defaults(definitions: Definitions) -> ConfigDict:
 
 
 def validate(definitions: Definitions, config: ConfigDict) -> None:
-    """Checks required flags, choices and ranges.
+    """Checks required flags, choices, ranges, and the protocols of paths.
 
     Raises:
       UserError: naming all missing flags, or the first flag whose value is not valid.
@@ -120,8 +122,8 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
             kind = "a number" if flag.value_type is float else "a 64-bit integer"
             in_64_bits = flag.value_type is float or -(2**63) <= values[name] < 2**63
             raise UserError(f"--{name}={values[name]}: must be {flag.range if flag.range and in_64_bits else kind}")
-        if name.startswith("output") and "://" in str(values[name]) and not flag.may_be_remote:
-            raise UserError(f"--{name}={values[name]}: must be a local path")
+        if flag.value_type is str and not flag.free_text:
+            check_flag(f"--{name}", values[name] or "", flag.may_be_remote or not name.startswith("output"))
 
 
 def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[str] | None = None) -> None:
@@ -129,8 +131,7 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
 
     `--help` and `--version` print and exit with code 0. A misspelt flag or a value of the wrong type exits with code 1.
     A `UserError` or `OSError` prints one line and exits with code 2, Ctrl-C with code 130. Otherwise the exit code is
-    what `main` returns. Text flags may contain environment variables (see `expand_variables`), which a job script
-    quotes to expand late.
+    what `main` returns. Text flags may contain environment variables (see `expand_variables`).
 
     Args:
       main: the command. The help starts with the docstring of its module.

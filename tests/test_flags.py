@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -222,3 +223,28 @@ def test_outputs_on_an_object_store_are_refused(command):
             config[name] = "gs://bucket/output"
             with pytest.raises(UserError, match=f"--{name}=gs://bucket/output: must be a local path"):
                 flags.validate(module.FLAGS, config)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_protocol_is_named_with_its_flag(command):
+    """In every flag that can be a path, also after a prefix and in a comma list."""
+    module = importlib.import_module(command)
+    required = {name: "somewhere" for name, flag in flags.leaves(module.FLAGS).items() if flag.required}
+    values = ("foo://a/b", "params::foo://a/b", "somewhere,foo://a/b.jsonl")
+    for name, flag in flags.leaves(module.FLAGS).items():
+        if flag.value_type is not str or flag.choices or flag.ignored or name == "logger.notes":
+            continue
+        for value in values:
+            config = flags.defaults(module.FLAGS)
+            config.update_from_flattened_dict(required | {name: value})
+            is_local = name.startswith("output") and not flag.may_be_remote
+            reason = "must be a local path" if is_local else "unknown protocol foo://; known are gs, s3, "
+            with pytest.raises(UserError, match=f"^--{re.escape(f'{name}={value}')}: {reason}"):
+                flags.validate(module.FLAGS, config)
+
+
+def test_a_protocol_in_a_text_is_not_checked():
+    config = flags.defaults(llama_train.FLAGS)
+    config.logger.notes, config.update_llama_config = "foo://a/b", "dict(a='foo://a/b')"
+    config.train_dataset.json_dataset.path = "memory://a/b.jsonl,data:v2/a.jsonl"
+    flags.validate(llama_train.FLAGS, config)

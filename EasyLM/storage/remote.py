@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from EasyLM.errors import UnavailableError, UserError, first_line
+from EasyLM.errors import UnavailableError, UserError, first_line, prefix_errors
+from EasyLM.protocols import check_protocol
 
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
 _WEB = ("http://", "https://")
 
 
@@ -24,18 +24,10 @@ def remote_file_system(path: str) -> tuple[Any, str]:
     """
     import fsspec  # here, because local work does not need it: it takes a quarter of a worker's start
 
-    protocol = path.partition("://")[0]
-    if protocol.rpartition("::")[2] not in fsspec.available_protocols():
-        known = f"known are {', '.join(_PACKAGES)} and those of fsspec"
-        raise UnavailableError(f"{path}: unknown protocol {protocol}://; {known}")
+    with prefix_errors(path):
+        check_protocol(path.partition("://")[0].rpartition("::")[2])
     try:
         return fsspec.url_to_fs(path)
-    except ImportError as error:
-        package = _PACKAGES.get(protocol)
-        raise UnavailableError(
-            f"{path}: {protocol}:// needs a package that is not installed: "
-            + (f"pip install {package}" if package else f"{error}".partition("\n")[0])
-        ) from None
     except Exception as error:  # each package has its own errors of credentials and connections
         raise UnavailableError(f"{path}: not reachable ({first_line(error)})") from error
 

@@ -45,7 +45,7 @@ LOGGER_FLAGS = {
         "", "Name of the run directory and of the wandb run; empty: random. The same name resumes that run."
     ),
     "anonymous": Flag("", "wandb's anonymous mode.", choices=("", "allow", "must", "never")),
-    "notes": Flag("", "Free text about the run, kept in its metadata and in wandb."),
+    "notes": Flag("", "Free text about the run, kept in its metadata and in wandb.", free_text=True),
     "entity": Flag("", "wandb user or team."),
     "prefix_to_id": Flag(False, "Add the prefix to the experiment_id too."),
 }
@@ -60,6 +60,8 @@ def check_settings(settings: Any) -> None:
     Raises:
       UserError: naming the flag.
     """
+    if is_remote(settings.wandb_dir):
+        raise UserError(f"--logger.wandb_dir={settings.wandb_dir}: must be a local path")
     if settings.wandb:
         wandb_project(settings)
         if settings.online and not wandb_is_installed():

@@ -64,12 +64,11 @@ INVALID = {
     ),
     "unknown protocol": (
         {"load_checkpoint": "params::foo://a/b"},
-        "foo://a/b.*unknown protocol foo://; known are gs, s3",
+        "^--load_checkpoint=params::foo://a/b: unknown protocol foo://; known are gs, s3",
     ),
     "protocol without its package": (
         {"load_checkpoint": "params::gs://a/b"},
-        "checkpoint 'params::gs://a/b': gs://a/b/metadata.json: "
-        "gs:// needs a package that is not installed: pip install gcsfs",
+        "^--load_checkpoint=params::gs://a/b: gs:// needs a package that is not installed: pip install gcsfs",
     ),
     "data on a protocol without its package": (
         {f"{JSON}.path": "s3://a/b.jsonl"},
@@ -77,11 +76,15 @@ INVALID = {
     ),
     "run directory on a protocol without its package": (
         {"logger.output_dir": "gs://a"},
-        "--logger.output_dir=gs://a: gs://a/run: gs:// needs a package that is not installed: pip install gcsfs",
+        "^--logger.output_dir=gs://a: gs:// needs a package that is not installed: pip install gcsfs",
     ),
     "metadata on an unknown protocol": (
         {"load_checkpoint": f"trainstate::{STATE}", "load_metadata": "foo://a.json"},
-        r"foo://a\.json: unknown protocol foo://",
+        r"^--load_metadata=foo://a\.json: unknown protocol foo://",
+    ),
+    "wandb's files on an object store": (
+        {"logger.wandb_dir": "memory://a"},
+        "^--logger.wandb_dir=memory://a: must be a local path",
     ),
     "seed": ({"seed": 2**70}, f"--seed={2**70}: must be a 64-bit integer"),
     "seed of 33 bits": ({"seed": 2**32}, r"--seed=4294967296: must be -2147483648\.\.4294967295"),
