@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from convert_kit import export, import_
 from data_kit import base64_line
+from evaluation_programs import PROGRAMS, write_inputs
 from hub_cache import cache_repository, offline_cache
 from prompting_kit import CONFIG, tiny_checkpoint
-from runs_kit import read_json, write_clip, write_line_examples
+from runs_kit import read_json, write_line_examples
 from tiny_run import metrics, train
 from tokenizer_kit import run_main
 
@@ -32,19 +33,8 @@ from tokenizer import build, detokenize
 from tokenizer.vqgan import Codec
 
 ROOT = pathlib.Path(__file__).parent.parent
-LINES = "--input_file={0}/lines.jsonl --input_base_dir={0}/in"
-CLIPS = "--input_files={0}/clips/* --frame_input=True"
 DATA = "--train_dataset.json_dataset.path={0}/data.jsonl"
-# Program -> the flags that it needs besides a model and a tokenizer.
-EVALUATION = {
-    "evaluation.eval_perplexity": LINES,
-    "evaluation.batch_generation": f"{LINES} --output_base_dir={{1}}/out",
-    "evaluation.eval_video_perplexity": f"{CLIPS} --n_context_frames=1",
-    "evaluation.generate_videos": f"{CLIPS} --n_context_frames=1 --output_dir={{1}}/out",
-    "evaluation.fewshot": "--input_dirs={0}/in --target_dirs={0}/in",
-    "evaluation.demo": "",
-    "evaluation.serve": "",
-}
+# Program -> the flags that it needs besides a tokenizer.
 TOKENIZER = {
     "tokenizer.build": "--kind=paired --input_dir={0}/in --target_dir={0}/in --output_file={1}/out.jsonl",
     "tokenizer.mappings.__main__": "--output_file={1}/out.jsonl",
@@ -54,9 +44,9 @@ TOKENIZER = {
     "flat_colours": "",
 }
 # (Program, flag) -> its value for a name, and other flags.
-MODELS = {(program, "checkpoint"): ("{name}", rest) for program, rest in EVALUATION.items()} | {
+MODELS = {(program, "checkpoint"): ("{name}", rest) for program, rest in PROGRAMS.items()} | {
     ("EasyLM.models.llama.llama_train", "load_checkpoint"): ("huggingface::{name}", DATA),
-    ("EasyLM.models.llama.llama_plan", "load_checkpoint"): ("huggingface::{name}", "--topology=cpu:1"),
+    ("EasyLM.models.llama.llama_plan", "load_checkpoint"): ("huggingface::{name}", "--topology=cpu:8"),
     ("EasyLM.models.llama.convert_hf_to_easylm", "hf_model"): ("{name}", "--output_file={1}/out/params"),
     ("deepen_model", "hf_model"): ("{name}", "--output_dir={1}/out"),
 }
@@ -72,10 +62,13 @@ FILES = {
     ("tokenizer.train_vqgan", "load_checkpoint"): ("trainstate::{name}/streaming_params", "--input_dirs={0}/in"),
 }
 TOKENIZERS = {(program, "vqgan"): ("{name}", rest) for program, rest in TOKENIZER.items()} | {
-    (program, "vqgan"): ("{name}", f"{rest} --checkpoint={{0}}/model") for program, rest in EVALUATION.items()
+    (program, "vqgan"): ("{name}", f"{rest} --checkpoint={{0}}/model") for program, rest in PROGRAMS.items()
 }
 # load_test passes the flags on to the service; vllm_client asks its server first: its test is that of `Codec`.
 OTHERS = {("load_test", "checkpoint"), ("load_test", "vqgan"), ("vllm_client", "vqgan")}
+
+
+FLAG_TABLE = re.compile('"(vqgan|checkpoint|load_checkpoint|hf_model)": |CODEC_FLAGS|PROMPTER_FLAGS|MODEL_FLAGS')
 
 
 def programs() -> Iterator[str]:
@@ -84,8 +77,7 @@ def programs() -> Iterator[str]:
         for entry in tomllib.load(file)["project"]["scripts"].values():
             yield entry.partition(":")[0]
     for path in (ROOT / "scripts").glob("*.py"):
-        text = path.read_text()
-        if "run(main, FLAGS)" in text and any(part in text for part in ("vqgan", "checkpoint", "hf_model")):
+        if FLAG_TABLE.search(path.read_text()):  # without an import: some scripts set XLA's options
             yield path.stem
 
 
@@ -103,8 +95,7 @@ def test_no_program_is_missing():
 def inputs(tmp_path_factory) -> pathlib.Path:
     """The inputs of all programs, the settings of a model without weights, and a cache with damaged files."""
     folder, damaged = tmp_path_factory.mktemp("inputs"), b"x"
-    write_line_examples(folder)
-    write_clip(folder / "clips" / "a", 2)
+    write_inputs(folder)
     (folder / "data.jsonl").write_text("{}")
     (folder / "model").mkdir()
     settings = {"model_type": "llama", "hidden_act": "silu", "max_position_embeddings": CONFIG.max_sequence_length}
@@ -213,6 +204,7 @@ def test_sentences_are_built_and_decoded_with_a_tokenizer_by_its_name(small, tmp
     assert pages[0] == pages[1] and pages[0]
 
 
+@pytest.mark.slow
 def test_a_model_is_imported_by_its_name(small, tmp_path):
     for folder, name in {"named": "Owner/lvm@v1/model", "local": small["checkpoint"]}.items():
         import_(name, tmp_path / folder / "params")

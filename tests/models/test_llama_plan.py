@@ -57,6 +57,12 @@ def plan(tmp_path, capsys, *arguments: str) -> tuple[dict, int, str]:
     return json.loads(file.read_text()), code, output.out + output.err
 
 
+def test_a_missing_checkpoint_does_not_stand_for_a_7b_model(tmp_path, capsys):
+    spec = f"params::{tmp_path}/none"
+    made, code, _ = plan(tmp_path, capsys, "--topology=cpu:8", "--load_llama_config=", f"--load_checkpoint={spec}")
+    assert code == 1 and made["error"] == f"--load_checkpoint={spec}: there is no {tmp_path}/none"
+
+
 @pytest.mark.slow
 def test_a_plan_of_virtual_devices(tmp_path, capsys):
     made, code, text = plan(tmp_path, capsys, "--topology=cpu:8", "--checkpointer.save_optimizer_state=True")

@@ -55,7 +55,7 @@ def main(config: Any) -> int:
     plan = Plan(config.topology, config.num_slices, config.load_llama_config, settings.batch_size, settings.seq_length)
     extra: dict[str, Any] = {}
     try:
-        if config.load_checkpoint:  # without it, the settings would be those of a 7B model
+        if config.load_checkpoint and not config.load_llama_config:  # the settings would be those of a 7B model
             name = f"--load_checkpoint={config.load_checkpoint}"
             checkpoints.parse_spec(config.load_checkpoint, hf_layout.CHECKPOINT_FORMATS, name)
         llama = training_task.read_model(config)
