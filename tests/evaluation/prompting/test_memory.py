@@ -1,12 +1,16 @@
 """What a program needs is printed before the weights are read; what does not fit is refused with the remedies."""
 
+import importlib
 import pathlib
+import re
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from evaluation_programs import PROGRAMS, write_inputs
 
+from EasyLM import flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import inference_model, llama_config
 from EasyLM.models.llama.inference_memory import Batch, inference_memory
@@ -78,6 +82,27 @@ def test_what_does_not_fit_is_refused_before_the_weights_are_read(monkeypatch, c
     with pytest.raises(UserError, match=message):
         load_model(DEMO, "", mesh_of("2,1,1", 2), batch=Batch(2, 64, candidates=4))
     assert capsys.readouterr().err.startswith(f"{DEMO}: needs ")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_program_prints_what_it_needs_and_refuses_what_does_not_fit(
+    inputs, tmp_path, monkeypatch, capsys, program
+):
+    monkeypatch.setattr(checkpoint, "device_memory", lambda mesh: 10**4)
+    monkeypatch.setattr(checkpoint.checkpoints, "load_entries", lambda *arguments: pytest.fail("weights are read"))
+    module = importlib.import_module(program)
+    arguments = PROGRAMS[program].format(inputs, tmp_path).split()
+    config = flags.parse(module.FLAGS, [program, f"--checkpoint={DEMO}", *arguments])
+    with pytest.raises(UserError, match=r"^--checkpoint=\S+: needs .*, but JAX may use 1e-05 GB: try --weights=int8, "):
+        module.main(config)
+    assert re.search(rf"^{DEMO}: needs .*; JAX may use 1e-05 GB$", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16), ("tpu", jnp.bfloat16)])
