@@ -143,9 +143,9 @@ def test_files_are_found_by_the_name_of_their_repository(error_of, program, flag
 @pytest.mark.parametrize(("program", "flag"), {**MODELS, **TOKENIZERS})
 def test_a_directory_of_an_object_store_is_refused(error_of, program, flag):
     value, rest = {**MODELS, **TOKENIZERS}[program, flag]
-    error = error_of(program, f"--{flag}={value.format(name='gs://lab/model')}", rest)
+    error = error_of(program, f"--{flag}={value.format(name='memory://lab/model')}", rest)
     what = "a tokenizer" if flag == "vqgan" else "a Hugging Face model"
-    assert f"gs://lab/model: {what} is read from a local disk, or by its name on the Hugging Face Hub" in error
+    assert f"memory://lab/model: {what} is read from a local disk, or by its name on the Hugging Face Hub" in error
     assert error.strip().endswith(": copy it to a disk and give that path")
     assert ("(a Hugging Face model, as it has no PREFIX::)" in error) == (flag == "checkpoint")
 
