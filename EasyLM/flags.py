@@ -61,6 +61,7 @@ class Flag:
     type: builtins.type | None = None  # type of the value; required if the default is None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further texts -> the choice they mean
     may_be_remote: bool = False  # of an output: it can be on an object store
+    reads_local_disk: bool = False  # of an input: the command refuses one on an object store
     free_text: bool = False  # no path: what looks like a protocol means nothing
     ignored: bool = False  # a flag of the LVM release that has no effect; it is parsed and left out of the settings
 
@@ -123,7 +124,8 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
             in_64_bits = flag.value_type is float or -(2**63) <= values[name] < 2**63
             raise UserError(f"--{name}={values[name]}: must be {flag.range if flag.range and in_64_bits else kind}")
         if flag.value_type is str and not flag.free_text:
-            check_flag(f"--{name}", values[name] or "", flag.may_be_remote or not name.startswith("output"))
+            may_be_remote = flag.may_be_remote or not name.startswith("output")
+            check_flag(f"--{name}", values[name] or "", may_be_remote, flag.reads_local_disk)
 
 
 def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[str] | None = None) -> None:
@@ -247,9 +249,8 @@ def expand_variables(name: str, value: Any) -> Any:
 
 def nearest_names(name: str, names: list[str]) -> list[str]:
     """Returns suggestions for a misspelt flag: similar names, or if there are none, names with the same last part."""
-    last_part = name.rpartition(".")[2]
     return difflib.get_close_matches(name, names, n=3, cutoff=0.75) or [
-        full_name for full_name in names if full_name.rpartition(".")[2] == last_part
+        full_name for full_name in names if full_name.rpartition(".")[2] == name.rpartition(".")[2]
     ]
 
 
@@ -287,11 +288,10 @@ def _rules(flag: Flag) -> list[str]:
 def _read(definitions: Definitions, value_of: Callable[[str, Flag], Any], prefix: str = "") -> ConfigDict:
     config = ConfigDict()
     for name, value in definitions.items():
-        if isinstance(value, Flag):
-            if not value.ignored:
-                config[name] = value_of(prefix + name, value)
-        else:
+        if not isinstance(value, Flag):
             config[name] = _read(value, value_of, f"{prefix}{name}.")
+        elif not value.ignored:
+            config[name] = value_of(prefix + name, value)
     return config
 
 

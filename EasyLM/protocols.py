@@ -13,11 +13,9 @@ def check_protocol(protocol: str) -> None:
     Raises:
       UnavailableError: if the protocol is unknown, or its package is not installed.
     """
-    import fsspec  # here, because local work does not need it: it takes a quarter of a worker's start
+    import fsspec
 
-    if protocol not in fsspec.available_protocols():
-        known = f"known are {', '.join(PACKAGES)} and those of fsspec"
-        raise UnavailableError(f"unknown protocol {protocol}://; {known}")
+    _check_known(protocol)
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
@@ -26,8 +24,21 @@ def check_protocol(protocol: str) -> None:
         raise UnavailableError(f"{protocol}:// needs a package that is not installed: {remedy}") from None
 
 
-def check_flag(flag: str, value: str, may_be_remote: bool) -> None:
+def _check_known(protocol: str) -> None:
+    import fsspec  # here, because local work does not need it: it takes a quarter of a worker's start
+
+    if protocol not in fsspec.available_protocols():
+        known = f"known are {', '.join(PACKAGES)} and those of fsspec"
+        raise UnavailableError(f"unknown protocol {protocol}://; {known}")
+
+
+def check_flag(flag: str, value: str, may_be_remote: bool, reads_local_disk: bool = False) -> None:
     """Checks the protocols in the value of a flag: a path, a comma list of paths, or PREFIX::PATH.
+
+    Args:
+      may_be_remote: remote paths are allowed.
+      reads_local_disk: the command refuses remote paths and names the remedy, which is not to install a package. So it
+        does with huggingface::PATH.
 
     Raises:
       UserError: naming the flag, if one cannot be used.
@@ -36,6 +47,7 @@ def check_flag(flag: str, value: str, may_be_remote: bool) -> None:
         if "://" in value and not may_be_remote:
             raise UserError("must be a local path")
         for part in value.split(",") if "://" in value else ():
-            protocol = part.partition("://")[0].rpartition("::")[2]
+            prefix, _, protocol = part.partition("://")[0].rpartition("::")
             if protocol != part and re.fullmatch(r"[A-Za-z][\w+.-]*", protocol):
-                check_protocol(protocol)
+                check = _check_known if reads_local_disk or prefix == "huggingface" else check_protocol
+                check(protocol)

@@ -25,7 +25,10 @@ OUTPUT_MATRICES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 FLAGS = {
     "hf_model": Flag(
-        "", "Directory of the model, or its name on the Hub: config.json and one model.safetensors.", required=True
+        "",
+        "Directory of the model, or its name on the Hub: config.json and one model.safetensors.",
+        required=True,
+        reads_local_disk=True,
     ),
     "output_dir": Flag("", "Directory of the deeper model.", required=True),
 }

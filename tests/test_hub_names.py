@@ -142,12 +142,19 @@ def test_files_are_found_by_the_name_of_their_repository(error_of, program, flag
 
 @pytest.mark.parametrize(("program", "flag"), {**MODELS, **TOKENIZERS})
 def test_a_directory_of_an_object_store_is_refused(error_of, program, flag):
+    """With the remedy, also where the package of the object store is not installed."""
     value, rest = {**MODELS, **TOKENIZERS}[program, flag]
-    error = error_of(program, f"--{flag}={value.format(name='memory://lab/model')}", rest)
+    prefix = "huggingface::" if flag == "checkpoint" else ""
+    error = error_of(program, f"--{flag}={prefix}{value.format(name='gs://lab/model')}", rest)
     what = "a tokenizer" if flag == "vqgan" else "a Hugging Face model"
-    assert f"memory://lab/model: {what} is read from a local disk, or by its name on the Hugging Face Hub" in error
+    assert f"gs://lab/model: {what} is read from a local disk, or by its name on the Hugging Face Hub" in error
     assert error.strip().endswith(": copy it to a disk and give that path")
-    assert ("(a Hugging Face model, as it has no PREFIX::)" in error) == (flag == "checkpoint")
+
+
+def test_a_checkpoint_of_an_object_store_without_a_prefix(error_of):
+    program = "evaluation.eval_perplexity"
+    error = error_of(program, "--checkpoint=memory://lab/model", PROGRAMS[program])
+    assert error.startswith("--checkpoint=memory://lab/model (a Hugging Face model, as it has no PREFIX::): memory://")
 
 
 @pytest.fixture

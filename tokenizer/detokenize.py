@@ -38,7 +38,9 @@ FLAGS = {
     "fps": Flag(4.0, "mp4, gif: images per second.", above=0, most=100),
     **CODEC_FLAGS,
     "vqgan": Flag(
-        "", "Folder of the tokenizer that made the sentences; empty: the one that ships with the project, if it did."
+        "",
+        "Folder of the tokenizer that made the sentences; empty: the one that ships with the project, if it did.",
+        reads_local_disk=True,
     ),
 }
 

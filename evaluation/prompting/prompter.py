@@ -29,6 +29,7 @@ PROMPTER_FLAGS = {
         "",
         "The tokenizer that the model was trained with: a folder or file, as for tokenizer.build. Empty: the one that "
         "ships with the project, if the checkpoint names it.",
+        reads_local_disk=True,
     ),
     "resolution": CODEC_FLAGS["resolution"],
     "dtype": Flag(

@@ -30,6 +30,7 @@ CODEC_FLAGS = {
         PRETRAINED,
         "The tokenizer: a folder of this project, of open-muse, or of diffusers' VQModel (config.json and weights), of "
         "taming-transformers (model.yaml and *.ckpt), or a file of LlamaGen (*.pt); or the name of one on the Hub.",
+        reads_local_disk=True,
     ),
     "resolution": Flag(
         0,

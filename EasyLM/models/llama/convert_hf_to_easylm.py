@@ -23,7 +23,9 @@ from EasyLM.models.llama.checkpoint_record import recorded_tokenizer
 from EasyLM.storage import atomic_file, lock_output_folder, path_on_disk, write_json
 
 FLAGS = {
-    "hf_model": Flag("", "Hugging Face model: a directory, or a name on the Hub.", required=True),
+    "hf_model": Flag(
+        "", "Hugging Face model: a directory, or a name on the Hub.", required=True, reads_local_disk=True
+    ),
     "output_file": Flag(
         "", "File to write; it is loaded as params::FILE, or flax_params::FILE if not streaming.", required=True
     ),
