@@ -40,7 +40,7 @@ DATASET_FLAGS = {
         "document_mask": Flag(
             False,
             "A token attends to its own sentence only, and positions restart at each sentence; the first token of a "
-            "sentence is no target.",
+            "sentence is no target. On GPUs attention takes longer with the mask (docs/train.md, Documents on GPUs).",
         ),
         "start_seek_loc": Flag(0, "Byte offset in the first file at which the data starts; a line must start there."),
         "example_index_at_start": Flag(0, "Start of the counter dataset_example_index."),

@@ -10,7 +10,9 @@ _DTYPES = (jnp.bfloat16, jnp.float16)  # the types that the kernel supports
 
 def cudnn_applies(platform: str, dtype: jnp.dtype, mask: AttentionMask) -> bool:
     """Whether the kernel supports this platform, dtype and mask, with memory that is linear in the length."""
-    # JAX's public interface of the kernel has no argument for documents.
+    # JAX's public interface of the kernel has no argument for documents. The private one of JAX 0.10 packs them (its
+    # `q_offsets`), but needs a Hopper GPU and a static limit of the documents in a row, keeps statistics for each of
+    # them and all tokens, and takes the offsets of grouped keys in units of the queries' heads.
     unsupported = mask.dropout_key, mask.forget_key, mask.first_BT
     return platform == "gpu" and dtype in _DTYPES and all(value is None for value in unsupported)
 
