@@ -7,6 +7,7 @@ import optax
 import pytest
 from checkpoint_kit import assert_equal, make_checkpointer
 from jax.sharding import PartitionSpec as P
+from llama_kit import changed
 from tiny_run import TINY, train
 
 from EasyLM import checkpoints, flags
@@ -83,6 +84,35 @@ def test_the_state_of_muon_is_sharded_like_its_parameters():
     matrices = [spec for name, spec in flat.items() if "['wq']" in name]
     assert matrices == [P(None, SHARD_AXES, "mp")] * 2  # the momentum and the average; no second moment
     assert len([name for name in flat if "['embedding']" in name]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type", ["adamw", "palm", "muon"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_decay_mask_spares_the_norms_and_the_embedding_of_a_model(type, mask):
+    """Without gradients, an update is the decay alone."""
+    config = changed(qk_norm=True)
+    options = flags.defaults(OPTIMIZER_FLAGS)
+    options.type = type
+    decay = 1e-6 if type == "palm" else 0.1  # PaLM's rate is large
+    options[f"{type}_optimizer"].update(lr=0.01, lr_warmup_steps=1, weight_decay=decay, weight_decay_mask=mask)
+    optimizer, shapes = make_optimizer(options), hf_layout.parameter_shapes(config)
+
+    @jax.jit
+    def decayed():
+        params, zeros = (jax.tree.map(lambda x, value=value: jnp.full(x.shape, value), shapes) for value in (1.0, 0.0))
+        state = optimizer.init(params)
+        for _ in range(2):  # adamw starts with a rate of 0
+            updates, state = optimizer.update(zeros, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    after = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(decayed())}
+    spared = {name for name, x in after.items() if (x == 1).all()}
+    assert all((x < 1).all() for name, x in after.items() if name not in spared)
+    norms = {name for name in after if "norm" in name or "ln_f" in name or "wte" in name}
+    assert len(norms) == 6 and len(after) == 14
+    assert spared == (norms if mask else set())
 
 
 def test_an_average_that_would_not_be_saved_is_refused(tmp_path):

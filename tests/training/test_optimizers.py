@@ -84,6 +84,7 @@ def reference(config):
             factored=False,
             clipping_threshold=None,
         )
+        decay = optax.masked(decay, matrices) if c.weight_decay_mask else decay
         chain = optax.chain(optax.clip_by_global_norm(c.clip_gradient), inner, decay)
     else:
         mask = matrices if c.weight_decay_mask else None
@@ -102,6 +103,7 @@ def reference(config):
         settings(multiply_by_parameter_scale=True, weight_decay=0.1),
         settings("palm", weight_decay=1e-3),
         settings("palm", accumulate=3),
+        pytest.param(settings("palm", weight_decay=1e-3, weight_decay_mask=True), marks=pytest.mark.slow),
         settings(accumulate=3, weight_decay=0.1),
         pytest.param(settings(weight_decay=0.1, weight_decay_mask=True), marks=pytest.mark.slow),
         pytest.param(settings("muon", weight_decay=0.1), marks=pytest.mark.slow),
@@ -113,6 +115,7 @@ def reference(config):
         "adamw-scaled",
         "palm",
         "palm-accumulated",
+        "palm-mask",
         "adamw-accumulated",
         "adamw-mask",
         "muon",
