@@ -1,4 +1,4 @@
-"""The wsd schedule, the moving average of the weights, and the state of muon on a mesh."""
+"""The wsd schedule, the moving average of the weights, the decay mask, and the state of muon on a mesh."""
 
 import jax
 import jax.numpy as jnp
