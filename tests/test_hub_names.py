@@ -157,6 +157,11 @@ def test_a_checkpoint_of_an_object_store_without_a_prefix(error_of):
     assert error.startswith("--checkpoint=memory://lab/model (a Hugging Face model, as it has no PREFIX::): memory://")
 
 
+def test_a_name_without_a_prefix_is_told_the_prefix(error_of):
+    error = error_of("EasyLM.models.llama.llama_plan", "--load_checkpoint=Owner/main", "--topology=cpu:8")
+    assert error.strip().endswith("; a model on the Hugging Face Hub is huggingface::Owner/main")
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch) -> dict[str, str]:
     """A cache with a small model and its tokenizer. Returns their local paths and the flags of an evaluation."""

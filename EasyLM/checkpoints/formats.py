@@ -8,7 +8,15 @@ from EasyLM.checkpoints.entries import Entry
 from EasyLM.checkpoints.identification import TRAIN_STATES, is_folder, is_train_state, prefix_hint
 from EasyLM.checkpoints.layout import resolved
 from EasyLM.errors import UnavailableError, UserError, choose, prefix_errors
-from EasyLM.storage import file_version, is_remote, local_path, names_store_errors, path_on_disk, remote_file_system
+from EasyLM.storage import (
+    file_version,
+    is_hub_name,
+    is_remote,
+    local_path,
+    names_store_errors,
+    path_on_disk,
+    remote_file_system,
+)
 
 Reader = Callable[[str], list[Entry]]
 AVERAGE = "ema_params"  # in the keys of a train state: the moving average of the parameters is below this name
@@ -101,6 +109,8 @@ def parse_spec(spec: str, formats: Mapping[str, Reader], name: str) -> tuple[str
     prefix, separator, path = spec.partition("::")
     if not separator:
         hint = prefix_hint("", spec, formats)
+        if not hint and "huggingface" in formats and is_hub_name(spec) and not os.path.exists(spec):
+            hint = f"; a model on the Hugging Face Hub is huggingface::{spec}"
         raise UserError(f"{name}: must be PREFIX::PATH, with one of the prefixes {', '.join(formats)}{hint}")
     choose(f"{name}: prefix", prefix, formats)
     with prefix_errors(name):
