@@ -51,6 +51,20 @@ def test_the_programs_estimate_what_xla_plans(weights, candidates):
     assert need.total == pytest.approx(max(plan["prefill"], plan["decode"]), rel=0.05)
 
 
+def test_the_readme_has_the_measurements_of_adapters():
+    records = json.loads((ROOT / "scripts/gpu_day/results/h100.json").read_text())["records"]
+    measured = {record["rows"]: record for record in records if "LoRA" in str(record.get("name"))}
+    for record in measured.values():
+        assert record["peak_bytes"] == pytest.approx(record["planned_bytes"], rel=0.001)
+    two_rows, readme = measured[2], " ".join((ROOT / "README.md").read_text().split())
+    assert two_rows["name"].endswith("remat_block=nothing_saveable") and len(measured) == 2
+    assert "Two steps of LoRA have been, [on an H100](BENCHMARKS.md#gpu): their memory was within 0.1%" in readme
+    plans = PLANS["LoRA, rank 16"]["peak_bytes_per_device"], two_rows["planned_bytes"]
+    shown = " and ".join(f"{plan / 1e9:.1f} GB" for plan in plans)
+    rate = f"{round(two_rows['tokens_per_second'], -2):,.0f} tokens/s"
+    assert f"the plans are {shown}; two rows were measured, at {rate}." in readme
+
+
 @pytest.mark.parametrize("name", card_table.TRAINING)
 def test_a_plan_of_training_is_of_the_current_model(name):
     plan, parameters = PLANS[name], costs.num_parameters(CONFIG)
