@@ -3,8 +3,12 @@
 import importlib
 
 import pytest
+from absl.flags import IllegalFlagValueError
 
 from EasyLM import flags
+from EasyLM.errors import UserError
+from EasyLM.models.llama import llama_train, training_task
+from tokenizer import train_vqgan
 
 RELEASE = {
     "evaluation.eval_perplexity": "input_file checkpoint input_base_dir batch_size=2 json_input_key=input "
@@ -46,3 +50,22 @@ def test_names_of_types_in_the_release(given, computed, capsys):
     config = flags.parse(command.FLAGS, ["program", "--input_file=a", "--checkpoint=b", f"--dtype={given}"])
     assert config.dtype == computed
     assert capsys.readouterr().err == (f"note: --dtype={given} means {computed}\n" if given != computed else "")
+
+
+def test_every_spelling_of_fp16_is_refused_in_training_and_no_other_type():
+    refused = set()
+    spellings = {*training_task.COMPUTE_DTYPES, *flags.DTYPE_ALIASES}
+    for given in spellings:
+        config = flags.parse(llama_train.FLAGS, ["program", f"--dtype={given}"])
+        try:
+            training_task.read_model(config)
+        except UserError as error:
+            assert str(error).startswith("--dtype=fp16: small gradients underflow to zero")
+            refused.add(given)
+    assert refused == {"fp16", "float16"} and len(spellings) == 6
+
+
+@pytest.mark.parametrize("given", ["fp16", "float16"])
+def test_tokenizers_are_not_trained_in_fp16(given):
+    with pytest.raises(IllegalFlagValueError, match=f"--dtype={given}: value should be one of <fp32.bf16>"):
+        flags.parse(train_vqgan.FLAGS, ["program", "--input_dirs=a", f"--dtype={given}"])

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,19 @@ def test_export_and_import_round_trip_exactly(golden, tmp_path, as_stream):
     export(f"{'params' if as_stream else 'flax_params'}::{path}", tmp_path / "again")  # by the metadata beside it
     for name in set(os.listdir(tmp_path / "hf")) - {"README.md"}:  # which says where the parameters come from
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("change", [{"num_key_value_heads": None}, {"num_key_value_heads": ...}])
+def test_key_value_heads_that_are_null_or_missing_are_all_heads(golden, tmp_path, change):
+    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
+    config = json.loads((directory / "config.json").read_text())
+    assert config["num_key_value_heads"] == config["num_attention_heads"] == 4
+    config = {name: value for name, value in (config | change).items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(config))
+    import_(directory, tmp_path / "params")
+    assert_equal(checkpoints.load(f"params::{tmp_path}/params"), checkpoints.load(tiny_state(golden)))
+    model, _ = hf_layout.read_model(str(directory))
+    assert model.kv_heads == model.num_attention_heads == 4
 
 
 def test_heads_are_permuted_from_interleaved_pairs_to_halves():
@@ -71,7 +85,7 @@ def test_export_keeps_the_type_of_the_checkpoint_by_default(golden, tmp_path, fl
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bin", "bf16 bin", "legacy bin")),
     ],
 )
-def test_every_weight_file_format_is_read(golden, tmp_path, kind):
+def test_every_weight_file_format_is_read_without_torch(golden, tmp_path, monkeypatch, kind):
     params = checkpoints.load(tiny_state(golden))
     settings = {"shards": {"max_shard_mb": 0.1}, "bf16 bin": {"float_dtype": "bf16"}}.get(kind, {})
     directory = export(tiny_state(golden), tmp_path / "hf", **settings)
@@ -89,6 +103,7 @@ def test_every_weight_file_format_is_read(golden, tmp_path, kind):
         zipped = kind != "legacy bin"  # torch before 1.6 wrote no zip archives
         torch.save(state, os.path.join(directory, "pytorch_model.bin"), _use_new_zipfile_serialization=zipped)
         os.remove(os.path.join(directory, "model.safetensors"))
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it raises
     if kind == "bf16 bin":
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     import_(directory, tmp_path / "back" / "params")

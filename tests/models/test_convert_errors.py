@@ -41,13 +41,6 @@ def test_invalid_exports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
         export(tiny_state(golden), out)
 
 
-def test_all_heads_may_be_spelled_null(golden, tmp_path):
-    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"num_key_value_heads": None}))
-    import_(directory, tmp_path / "params")
-
-
 def raise_disk_full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
