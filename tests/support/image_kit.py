@@ -2,13 +2,19 @@
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import ImageCms
 
 GRAY, RGB, PALETTE, GRAY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG
 WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1  # photometric interpretations of TIFF
+# Of ICC profiles: XYZ of red, green and blue, adapted to D50; and functions from signals to light.
+SRGB_PRIMARIES = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
+P3_PRIMARIES = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+_PARAMETERS = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+SRGB_CURVE = b"para" + bytes(4) + struct.pack(">HH5i", 3, 0, *(round(65536 * value) for value in _PARAMETERS))
+LINEAR_CURVE = b"curv" + bytes(8)
 CYAN_IN_PROFILE = (130, 200, 180)  # of cmyk_profile, L*a*b* in bytes
 
 
@@ -68,11 +74,29 @@ def swapped_profile() -> bytes:
     return bytes(profile).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
 
 
+def rgb_profile(primaries: Sequence[Sequence[float]], curve: bytes, name: bytes) -> bytes:
+    """Returns a profile of RGB.
+
+    Args:
+      primaries: XYZ of red, green and blue, adapted to the white of D50.
+      curve: a tag: the function from signals to light.
+    """
+    tags = {b"desc": _description(name)}
+    for letter, xyz in zip((b"r", b"g", b"b"), primaries, strict=True):
+        tags[letter + b"XYZ"] = b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * value) for value in xyz))
+        tags[letter + b"TRC"] = curve
+    return _profile(b"RGB ", b"XYZ ", tags)
+
+
+def _description(name: bytes) -> bytes:
+    text = name + b"\0"
+    return b"desc" + bytes(4) + struct.pack(">I", len(text)) + text + bytes(8) + bytes(3 + 67)
+
+
 def _profile(space: bytes, pcs: bytes, tags: Mapping[bytes, bytes]) -> bytes:
     """Returns an ICC profile of version 2, without the required tags that no reader needs."""
-    name = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(8) + bytes(3 + 67)
     white_point = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
-    tags = {b"desc": name, b"wtpt": white_point, **tags}
+    tags = {b"desc": _description(b"test"), b"wtpt": white_point, **tags}
     offset, directory, data = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for signature, content in tags.items():
         directory += signature + struct.pack(">II", offset + len(data), len(content))

@@ -19,6 +19,8 @@ COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], n
 INKS = np.array([[[0, 255, 255, 0], [255, 0, 255, 0]], [[255, 255, 0, 0], [0, 0, 255, 0]]], np.uint8)  # of COLOURS
 ALPHA = np.where(np.arange(SIDE) < 12, 255, 51).repeat(SIDE).reshape(SIDE, SIDE)  # a fifth opaque at the bottom
 OLIVE = np.full((SIDE, SIDE, 3), (120, 140, 60), np.uint8)
+MUTED = np.stack([40 + RAMP * 2 // 3, np.flip(40 + RAMP * 2 // 3), 90 + RAMP.T // 3], -1).astype(np.uint8)
+DISPLAY_P3 = image_kit.rgb_profile(image_kit.P3_PRIMARIES, image_kit.SRGB_CURVE, b"Display P3")
 OTHER_INKS = "converts CMYK without a profile by a profile of its own"
 UNSCALED = "does not scale by the largest value"
 TURNS = {  # EXIF orientation -> function from shown to stored pixels
@@ -91,16 +93,27 @@ def lab_pixels(lightness: float, a: float, b: float) -> np.ndarray:
     roots = np.array([y + a / 500, y, y - b / 200])
     xyz = np.where(roots > 6 / 29, roots**3, 3 * (6 / 29) ** 2 * (roots - 4 / 29)) * (0.9642, 1, 0.8249)
     to_rgb = ((3.13386, -1.61687, -0.49061), (-0.97877, 1.91614, 0.03345), (0.07195, -0.22899, 1.40524))
-    light = np.clip(np.array(to_rgb) @ xyz, 0, 1)
-    signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return np.full((SIDE, SIDE, 3), np.round(255 * signal), np.uint8)
+    return np.full((SIDE, SIDE, 3), encoded(np.array(to_rgb) @ xyz), np.uint8)
 
 
 def linear_gray(values: np.ndarray, largest: int) -> np.ndarray:
     """Values that are proportional to light, encoded as sRGB."""
-    light = values / largest
+    return encoded(values / largest)[..., None].repeat(3, -1)
+
+
+def from_display_p3(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of Display P3 as sRGB, by the matrix of CSS Color 4 (section 18), which clips each channel."""
+    to_srgb = ((1.2249402, -0.2249402, 0), (-0.0420570, 1.0420570, 0), (-0.0196376, -0.0786360, 1.0982736))
+    signal = pixels / 255
+    light = np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+    return encoded(light @ np.array(to_srgb).T)
+
+
+def encoded(light: np.ndarray) -> np.ndarray:
+    """Light as sRGB, uint8."""
+    light = np.clip(light, 0, 1)
     signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return gray(np.round(255 * signal), 255)
+    return np.round(255 * signal).astype(np.uint8)
 
 
 def png_cases() -> Iterator[Case]:
@@ -136,6 +149,12 @@ def png_cases() -> Iterator[Case]:
     swapped = encode(COLOURS, "PNG", icc_profile=image_kit.swapped_profile())
     pixels = COLOURS[..., [1, 0, 2]]
     yield Case("icc.png", swapped, "profile with red and green exchanged", pixels, None, 4)
+    for name, stored in (("muted", MUTED), ("pure", COLOURS)):
+        content = encode(stored, "PNG", icc_profile=DISPLAY_P3)
+        yield Case(f"icc_p3_{name}.png", content, "Display P3", from_display_p3(stored), None, 2)
+    linear = image_kit.rgb_profile(image_kit.SRGB_PRIMARIES, image_kit.LINEAR_CURVE, b"sRGB, linear")
+    content = encode(MUTED, "PNG", icc_profile=linear)
+    yield Case("icc_linear.png", content, "proportional to light", encoded(MUTED / 255), None, 2)
     profile = image_kit.linear_gray_profile()
     values = 64 + RAMP * 3 // 4  # not the darkest ones, which readers interpolate in a table
     for bits, kind in ((8, np.uint8), (16, np.uint16)):
@@ -144,7 +163,9 @@ def png_cases() -> Iterator[Case]:
         pixels = linear_gray(stored, largest)
         yield Case(f"gray{bits}_icc.png", content, "gray with a linear profile", pixels, stored, 2)
     text = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n  20\nneither hex nor EXIF\n")
-    for kind, data in ((b"eXIf", b"no EXIF"), (b"zTXt", text), (b"iCCP", b"x\0\0no profile")):
+    plain = b"Raw profile type exif\0\nexif\n  20\nneither hex nor EXIF\n"
+    rubbish = {b"eXIf": b"no EXIF", b"zTXt": text, b"tEXt": plain, b"iTXt": plain.replace(b"\0", bytes(5))}
+    for kind, data in (rubbish | {b"iCCP": b"x\0\0no profile"}).items():
         content = png(COLOURS.astype(int), 8, RGB, chunk(kind, data))
         yield Case(f"rubbish_{kind.decode()}.png", content, "RGB, with rubbish beside it", COLOURS)
     frames = [Image.fromarray(COLOURS), Image.new("RGB", (SIDE, SIDE), "gray")]
@@ -168,6 +189,8 @@ def jpeg_cases() -> Iterator[Case]:
     content = encode(COLOURS, "JPEG", icc_profile=profile, **best)
     pixels = COLOURS[..., [1, 0, 2]]
     yield Case("icc.jpg", content, "profile with red and green exchanged", pixels, None, 8)
+    content = encode(OLIVE, "JPEG", icc_profile=DISPLAY_P3, **best)
+    yield Case("icc_p3.jpg", content, "Display P3", from_display_p3(OLIVE), None, 3)
 
 
 def webp_cases() -> Iterator[Case]:
@@ -179,6 +202,8 @@ def webp_cases() -> Iterator[Case]:
     content = encode(COLOURS, "WEBP", lossless=True, icc_profile=image_kit.swapped_profile())
     pixels = COLOURS[..., [1, 0, 2]]
     yield Case("icc.webp", content, "profile with red and green exchanged", pixels, None, 4)
+    content = encode(MUTED, "WEBP", lossless=True, icc_profile=DISPLAY_P3)
+    yield Case("icc_p3.webp", content, "Display P3", from_display_p3(MUTED), None, 2)
     frames = [Image.fromarray(COLOURS), Image.new("RGB", (SIDE, SIDE), "gray")]
     content = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     yield Case("moving.webp", content, "animation: the first frame", COLOURS)

@@ -8,6 +8,7 @@ value.
 import contextlib
 import functools
 import io
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +20,7 @@ SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two tags
 _SAME_COLOURS = 0.02  # matrices that differ less: PNG files round chromaticities
+_SAME_SAMPLES = 2  # of 255: profiles of sRGB differ by so much, because some of them round their curve
 _LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")
 
 
@@ -146,11 +148,27 @@ def _by_profile(rgb: Image.Image, image: Image.Image) -> Image.Image | None:
         space = source.profile.xcolor_space.strip()
         if space == "GRAY" and is_gray:
             return ImageCms.profileToProfile(rgb.getchannel(0), source, _srgb(), outputMode="RGB") or rgb
-        if space == "RGB" and not is_gray and "sRGB" not in ImageCms.getProfileDescription(source):
+        if space == "RGB" and not is_gray and not _means_srgb(profile):
             return ImageCms.profileToProfile(rgb, source, _srgb(), outputMode="RGB") or rgb
         if space == "RGB":
             return rgb
     return None
+
+
+@functools.lru_cache(maxsize=16)
+def _means_srgb(profile: bytes) -> bool:
+    """Whether an RGB profile leaves the colours of sRGB as they are. Their pixels are not rounded once more.
+
+    Some profiles with sRGB in their names differ from it, for example those of linear light. A profile without curves
+    and primaries has tables for printers as well, which differ from sRGB on purpose; its name counts.
+    """
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if not source.profile.is_matrix_shaper:
+        return "sRGB" in ImageCms.getProfileDescription(source)
+    levels = range(0, 256, 15)
+    samples = np.array([*itertools.product(levels, repeat=3)], np.uint8)[None]
+    converted = ImageCms.profileToProfile(Image.fromarray(samples), source, _srgb(), outputMode="RGB")
+    return bool(np.abs(np.asarray(converted).astype(int) - samples).max() <= _SAME_SAMPLES)
 
 
 def _gamma_light(gamma: float) -> Callable[[np.ndarray], np.ndarray]:
