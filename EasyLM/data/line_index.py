@@ -16,7 +16,7 @@ import pybase64
 from tqdm import tqdm
 
 from EasyLM.data.record_fields import RecordProcessor
-from EasyLM.data.records import RecordError, check_ids, looks_like_int64, parse_line, token_type
+from EasyLM.data.records import RecordError, check_ids, parse_line, token_type, type_warning
 from EasyLM.data.tokenizer_names import OneTokenizer, tokenizer_of
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
@@ -39,7 +39,7 @@ class RangeScan:
       counts: int64 arrays, one for each block: tokens of each line.
       lines: number of lines, including bad and blank ones.
       first_bad: line number (the first line of the range is 1) and reason.
-      looks_like_int64: whether every second id of the first lines of the file is 0; False in all other ranges.
+      type_warning: that of `records.type_warning` for the first lines of the file; empty in other ranges.
       tokenizers: the tokenizers that the records name, with the first line of each, counted as in `first_bad`.
     """
 
@@ -50,7 +50,7 @@ class RangeScan:
     lines: int = 0
     bad_lines: int = 0
     first_bad: tuple[int, str] | None = None
-    looks_like_int64: bool = False
+    type_warning: str = ""
     tokenizers: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -90,8 +90,8 @@ def _build(
     tokenizer = OneTokenizer()
     with _progress_bar(path, size) as bar, Workers(min(processes, len(starts))) as workers:
         for scan in workers.map(functools.partial(scan_range, path, processor, strict), starts, stops):
-            if scan.looks_like_int64:
-                logging.warning("%s: every second id is 0; are its ids 64-bit numbers (base64_token_dtype=i8)?", path)
+            if scan.type_warning:
+                logging.warning("%s: %s", path, scan.type_warning)
             for name, line in scan.tokenizers.items():
                 tokenizer.add(name, f"{path}:{lines + line}")
             if scan.first_bad and not first_bad:
@@ -177,7 +177,8 @@ class _Scanner:
             check_ids(ids, self._processor.vocab_size)
         except (AttributeError, ValueError):  # AttributeError: no such field; ValueError includes RecordError
             return False
-        scan.looks_like_int64 |= offset == 0 and looks_like_int64(ids)
+        if offset == 0:
+            scan.type_warning = type_warning(ids)
         _note_tokenizer(scan, tokenizers.pop(), scan.lines + 1)
         lengths = np.array([len(line) + 1 for line in lines])
         scan.positions.append(offset + np.cumsum(lengths) - lengths + begins)
@@ -186,7 +187,7 @@ class _Scanner:
 
     def scan_lines(self, scan: RangeScan, offset: int, lines: list[bytes]) -> None:
         """Parses each line, skips blank lines, and counts bad lines."""
-        positions, counts = [], []
+        positions, counts, stored, is_first = [], [], [], offset == 0
         for number, line in enumerate(lines, start=scan.lines + 1):
             if line.strip():
                 try:
@@ -195,10 +196,14 @@ class _Scanner:
                     counts.append(len(ids))
                     positions.append(self._position(offset, line, record))
                     _note_tokenizer(scan, tokenizer_of(record), number)
+                    if is_first:
+                        stored += self._processor.stored_ids(record)
                 except RecordError as reason:
                     scan.bad_lines += 1
                     scan.first_bad = scan.first_bad or (number, str(reason))
             offset += len(line) + 1
+        if stored:
+            scan.type_warning = type_warning(np.concatenate(stored))
         scan.positions.append(np.array(positions, np.int64))
         scan.counts.append(np.array(counts, np.int64))
 

@@ -131,6 +131,11 @@ class RecordProcessor:
         masks = [np.full(len(part_ids), part.mask, np.float32) for part_ids, part in zip(ids, parts, strict=True)]
         return np.concatenate(ids, dtype=np.int32, casting="unsafe"), np.concatenate(masks)
 
+    def stored_ids(self, record: dict[str, Any]) -> list[np.ndarray]:
+        """Returns the ids of each base64 field, in their item type. Raises RecordError as a call does."""
+        parts = self.parts or self._own_parts(record)
+        return [self._ids(record, part, first=False) for part in parts if part.kind == "ids"]
+
     @property
     def slice_part(self) -> int | None:
         """Index of the only base64 field if all other parts are literals, so its ids can be sliced from a raw line."""

@@ -17,6 +17,7 @@ from EasyLM.storage import read_lines
 
 TOKENS_KEY = "tokens"
 TOKEN_DTYPE = "<i4"
+_ENOUGH = 8  # ids of which a pattern is no coincidence
 
 
 class RecordError(ValueError):
@@ -59,15 +60,44 @@ def decode_tokens(text: Any, key: str = TOKENS_KEY, dtype: str = TOKEN_DTYPE) ->
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """Raises RecordError, naming the first id outside 0..vocab_size-1."""
+    """Raises RecordError, naming the first id outside 0..vocab_size-1, and the type in which all would be inside."""
+    if not _are_inside(ids, vocab_size):
+        outside = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise RecordError(f"id {outside} is outside the vocabulary 0..{vocab_size - 1}{_other_type(ids, vocab_size)}")
+
+
+def _are_inside(ids: np.ndarray, vocab_size: int) -> bool:
     unsigned = ids.view(f"u{ids.dtype.itemsize}")  # negative ids become huge: one comparison checks both bounds
-    if ids.size and unsigned.max() >= vocab_size:
-        raise RecordError(f"id {ids[unsigned >= vocab_size][0]} is outside the vocabulary 0..{vocab_size - 1}")
+    return ids.size == 0 or bool(unsigned.max() < vocab_size)
 
 
-def looks_like_int64(ids: np.ndarray) -> bool:
-    """Whether every second id is 0, as if 64-bit ids had been decoded as 32-bit ids."""
-    return len(ids) >= 8 and len(ids) % 2 == 0 and not ids[1::2].any() and bool(ids[::2].any())
+def _other_type(ids: np.ndarray, vocab_size: int) -> str:
+    """Returns a question that names the item type as which ids [n] would be in the vocabulary. Empty: there is none."""
+    name = f"{ids.dtype.kind}{ids.dtype.itemsize}"
+    readings = {f"big-endian {name}": ids.byteswap()}
+    for other in ("i8", "i4", "u2"):  # the widest first: a wide id has zeros in it
+        if ids.nbytes % token_type(other).itemsize == 0:
+            readings[other] = np.frombuffer(ids.tobytes(), token_type(other))
+    for other, reading in readings.items():
+        if reading.size >= _ENOUGH and reading.any() and _are_inside(reading, vocab_size):
+            return f"; are they stored as {other}, not as {name}?"
+    return ""
+
+
+def type_warning(ids: np.ndarray) -> str:
+    """Returns why ids [n] seem to be stored in a wider item type, or in another byte order; empty: they do not.
+
+    Ids of a wider type come with zeros between them. Swapped bytes of ids below 256 are multiples of 256.
+    """
+    if len(ids) < _ENOUGH or not ids.any():
+        return ""
+    for width in (8, 4):
+        times = width // ids.dtype.itemsize
+        if times > 1 and len(ids) % times == 0 and not ids.reshape(-1, times)[:, 1:].any():
+            return f"every second id is 0; are its ids {8 * width}-bit numbers (base64_token_dtype=i{width})?"
+    if ids.dtype.itemsize == 2 and not (ids & 255).any() and (ids != ids[0]).any():
+        return "every id is a multiple of 256; are its ids big-endian? They must be little-endian"
+    return ""
 
 
 def parse_line(line: bytes | memoryview) -> dict[str, Any]:

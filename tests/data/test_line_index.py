@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -147,10 +148,40 @@ def test_only_bad_lines(tmp_path):
         dataset(tmp_path / "bad.jsonl", skip_bad_lines=True)
 
 
-@pytest.mark.parametrize(("dtype", "warns"), [("<i8", True), ("<i4", False)])
-def test_ids_of_64_bits_read_as_32_bits_are_reported(tmp_path, caplog, dtype, warns):
-    ids = np.random.default_rng(0).integers(0, 512, (3, 20)).astype(dtype)
-    lines = [json.dumps({"tokens": base64.b64encode(row.tobytes()).decode()}) for row in ids]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    dataset(tmp_path / "a.jsonl", seq_length=8)
-    assert ("every second id is 0; are its ids 64-bit numbers" in caplog.text) == warns
+WARNINGS = {
+    ("<i8", "i4"): "every second id is 0; are its ids 64-bit numbers (base64_token_dtype=i8)?",
+    ("<i8", "u2"): "every second id is 0; are its ids 64-bit numbers (base64_token_dtype=i8)?",
+    ("<i4", "u2"): "every second id is 0; are its ids 32-bit numbers (base64_token_dtype=i4)?",
+    (">u2", "u2"): "every id is a multiple of 256; are its ids big-endian? They must be little-endian",
+}
+
+
+@pytest.mark.parametrize("fields", ["{tokens}", "<|bos|>,{tokens},[{tokens}]"])
+@pytest.mark.parametrize(("stored", "read"), [*WARNINGS, ("<i4", "i4"), ("<u2", "u2"), ("<i8", "i8")])
+def test_ids_read_as_another_type_that_the_vocabulary_allows_are_reported(tmp_path, caplog, stored, read, fields):
+    """Fields that are sliced from the lines, and fields that are parsed."""
+    ids = np.random.default_rng(0).integers(0, 32, (3, 20)).astype(stored)
+    (tmp_path / "a.jsonl").write_text("\n".join(base64_line(row, dtype=stored) for row in ids) + "\n")
+    dataset(tmp_path / "a.jsonl", seq_length=8, vocab_size=8292, fields=fields, token_dtype=read)
+    warning = WARNINGS.get((stored, read))
+    assert [record.getMessage() for record in caplog.records if "its ids" in record.getMessage()] == (
+        [f"{tmp_path}/a.jsonl: {warning}"] if warning else []
+    )
+
+
+@pytest.mark.parametrize("fields", ["{tokens}", "{tokens},[{tokens}]"])
+@pytest.mark.parametrize(
+    ("stored", "read", "asks"),
+    [
+        ("<u2", "i4", "are they stored as u2, not as i4?"),
+        (">i4", "i4", "are they stored as big-endian i4, not as i4?"),
+        (">u2", "u2", "are they stored as big-endian u2, not as u2?"),
+        ("<i4", "i8", "are they stored as i4, not as i8?"),
+        (">i8", "i8", "are they stored as big-endian i8, not as i8?"),
+    ],
+)
+def test_ids_outside_the_vocabulary_of_another_type_are_refused_with_the_type(tmp_path, stored, read, asks, fields):
+    ids = np.random.default_rng(0).integers(0, 512, 20).astype(stored)
+    (tmp_path / "a.jsonl").write_text(base64_line(ids, dtype=stored))
+    with pytest.raises(UserError, match=rf"a.jsonl:1: id -?\d+ is outside the vocabulary 0..511; {re.escape(asks)}$"):
+        dataset(tmp_path / "a.jsonl", seq_length=8, fields=fields, token_dtype=read)

@@ -17,10 +17,10 @@ def copy_golden(golden: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
     return shutil.copy(golden / "lvm_tiny" / "dataset.jsonl", directory / "dataset.jsonl")
 
 
-def dataset(path, seq_length=128, vocab_size=512, fields=",{tokens},", **settings):
+def dataset(path, seq_length=128, vocab_size=512, fields=",{tokens},", token_dtype="i4", **settings):
     """Returns the row source of JSONL files; `settings` are flags of json_dataset."""
     config = flags.defaults(DATASET_FLAGS)
-    config.text_processor.fields = fields
+    config.text_processor.update(fields=fields, base64_token_dtype=token_dtype)
     config.json_dataset.update(path=str(path), seq_length=seq_length, batch_size=4, **settings)
     flags.validate(DATASET_FLAGS, config)
     return make_dataset(config, None, vocab_size)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from EasyLM.data.records import looks_like_int64
+from EasyLM.data.records import type_warning
 from EasyLM.data.tokenizer_names import TOKENS_PER_IMAGE_KEY, tokenizer_of
 from EasyLM.vocab import TOKENS_PER_IMAGE
 from tokenizer.image_quality import code_usage
@@ -58,7 +58,7 @@ class Summary:
         self._id_counts = np.zeros(vocab_size, np.int64)
         self._batch: list[np.ndarray] = []
         self._batch_ids = 0
-        self._sentences = self._tokens = self._longest = self._like_int64 = 0
+        self._sentences = self._tokens = self._longest = self._alternate_zeros = 0
         self._shortest: int | None = None
         self._lengths: collections.Counter[int] = collections.Counter()  # tokens of a sentence -> sentences
         self._image_sizes: collections.Counter[int] = collections.Counter()  # tokens of an image -> sentences
@@ -71,7 +71,7 @@ class Summary:
         self._sentences, self._tokens = self._sentences + 1, self._tokens + length
         self._longest = max(self._longest, length)
         self._shortest = length if self._shortest is None else min(self._shortest, length)
-        self._like_int64 += looks_like_int64(ids)
+        self._alternate_zeros += bool(type_warning(ids))
         self._lengths[length] += 1
         if tokens_per_image := _tokens_per_image(length, record):
             self._image_sizes[tokens_per_image] += 1
@@ -110,7 +110,7 @@ class Summary:
             "mean_length": self._tokens / max(self._sentences, 1),
             "tokens_per_image": size,
             "not_whole_images": sum(count for length, count in self._lengths.items() if length % size),
-            "alternate_zeros": self._like_int64,
+            "alternate_zeros": self._alternate_zeros,
             "lengths_in_images": {str(length): in_images[length] for length in sorted(in_images)},
             "codes_used": codes_used,
             "codes_used_share": codes_used / self._codebook_size,

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tokenizer_kit
+from data_kit import base64_line
 from PIL import Image
 
 from EasyLM.data import packed_file, records
@@ -154,6 +155,14 @@ def test_ids_of_64_bits_are_reported(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(wide + narrow)
     assert statistics(tmp_path, "a.jsonl")["alternate_zeros"] == 3
     assert "every second id is 0 in 3 sentences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stored", "name"), [("<u2", "u2"), (">i4", "big-endian i4")])
+def test_lines_with_ids_of_another_type_are_bad_and_name_it(tmp_path, capsys, stored, name):
+    ids = np.arange(2 * TOKENS_PER_IMAGE).astype(stored)
+    (tmp_path / "a.jsonl").write_text(base64_line(ids, dtype=stored) + "\n")
+    assert statistics(tmp_path, "a.jsonl")["bad_lines"] == 1
+    assert f"are they stored as {name}, not as i4?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 64, 512])
