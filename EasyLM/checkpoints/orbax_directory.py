@@ -60,8 +60,11 @@ def read_orbax(path: str) -> list[Entry]:
 
     Raises:
       UserError: if the directory holds no pytree, or it is damaged. Reading a damaged array raises it too.
-      UnavailableError: if a disk or an object store fails. Reading an array raises it too.
+      UnavailableError: if a disk or an object store fails (reading an array raises it too), or Orbax cannot read from
+        the store.
     """
+    if is_remote(path) and not path.startswith("gs://"):  # Orbax takes other URLs for relative paths
+        raise UnavailableError(f"{path}: Orbax reads local paths and gs:// only; copy the directory to a local path")
     import tensorstore
     from etils import epath
 

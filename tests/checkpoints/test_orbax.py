@@ -5,12 +5,14 @@ import subprocess
 import sys
 import textwrap
 
+import fsspec
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 from checkpoint_kit import assert_equal, golden_state
+from fsspec.implementations.local import LocalFileSystem
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import orbax_directory
@@ -117,18 +119,60 @@ def test_other_directories_are_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_remote_paths_stay_remote(monkeypatch):
-    """They are not joined to the working directory. There is no object store in this test."""
-    seen = []
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The parameters in gs://bucket/run/9. A folder stands in for the store, for fsspec and for TensorStore."""
+    params = {"params": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "bucket/run/9", params)
 
-    def find_item(directory):
-        seen.append(str(directory))
-        raise UserError("seen")
+    class Store(LocalFileSystem):
+        protocol = ("gs", "gcs")
 
-    monkeypatch.setattr(orbax_directory, "_find_item", find_item)
-    with pytest.raises(UserError, match="seen"):
-        orbax_directory.read_orbax("gs://bucket/run/9")
-    assert seen == ["gs://bucket/run/9"]
+        @classmethod
+        def _strip_protocol(cls, path):
+            return str(path).replace("gs://bucket", str(tmp_path / "bucket"))
+
+    open_array = tensorstore.open
+
+    def open_in_folder(spec, *arguments, **options):
+        values = tensorstore.Spec(spec).to_json()
+        store = values["kvstore"]["base"]
+        assert (store["driver"], store["bucket"]) == ("gcs", "bucket")
+        values["kvstore"]["base"] = {"driver": "file", "path": f"{tmp_path}/bucket/{store['path']}"}
+        return open_array(values, *arguments, **options)
+
+    for name in Store.protocol:
+        monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, name, Store)
+    monkeypatch.setattr(tensorstore, "open", open_in_folder)
+    return params
+
+
+def test_a_checkpoint_in_a_bucket_is_read_from_the_store(bucket, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_equal(checkpoints.load("orbax::gs://bucket/run/9"), bucket)
+    assert_equal(checkpoints.load("orbax::gs://bucket/run"), bucket)
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gs://bucket/run/9", "gs:// needs a package that is not installed: pip install gcsfs"),
+        ("s3://bucket/run/9", "s3:// needs a package that is not installed: pip install s3fs"),
+        ("memory://bucket/run/9", "Orbax reads local paths and gs:// only; copy the directory to a local path"),
+        ("foo://bucket/run/9", "unknown protocol foo://"),
+    ],
+)
+def test_stores_that_cannot_be_read_are_named_in_one_line(tmp_path, monkeypatch, path, message):
+    for package in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, package, None)  # an import of it raises
+    fsspec.filesystem("memory").makedirs("/bucket/run/9", exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnavailableError, match=f"{path}: {message}") as caught:
+        checkpoints.load(f"orbax::{path}")
+    assert "\n" not in str(caught.value) and not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize(
