@@ -58,6 +58,25 @@ def test_the_command_of_the_header_parses(path, monkeypatch):
         assert heading in header.lower()
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_recipe_states_its_learning_rates(path):
+    """The contract's defaults, lr=0.01 and end_lr=0.001, destroy a trained model."""
+    optimizer = parse(path).optimizer
+    rates = optimizer[f"{optimizer.type}_optimizer"]
+    assert rates.end_lr < rates.lr < 0.005
+    if "finetune" in path.stem:
+        assert rates.lr <= 1e-4 and rates.end_lr == pytest.approx(rates.lr / 10)
+
+
+def test_each_command_of_the_guide_to_fine_tuning_states_its_learning_rate():
+    guide = (ROOT / "docs/finetune.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *python -m EasyLM.models.llama.llama_train .*$", guide, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        peak = float(re.search(r"--optimizer\.adamw_optimizer\.lr=(\S+)", command)[1])
+        assert peak <= (3e-3 if "--lora.rank" in command else 3e-4)
+
+
 def test_flags_after_the_file_override_it():
     assert parse(ROOT / "configs/debug.flags", "--total_steps=3").total_steps == 3
 

@@ -222,6 +222,30 @@ def test_a_client_with_too_much_work_gets_429_until_its_responses_are_sent():
     assert engine.close(SECONDS)
 
 
+class HeldFramesPrompter(HeldPrompter):
+    """Only requests for several images wait."""
+
+    def generate(self, prompts, settings, **options):
+        if settings.num_new_images > 1:
+            super().generate(prompts, settings, **options)
+        return np.zeros((len(prompts), settings.num_candidates, settings.num_new_images, TOKENS), np.int32)
+
+
+def test_the_first_use_of_8_frames_holds_up_no_other_client():
+    prompter = HeldFramesPrompter()
+    engine = tiny_engine(prompter, max_batch=1)
+    prompt = Prompt(tokens=np.zeros((1, TOKENS), np.int32))
+    engine.generate(prompt, GenerationSettings(), client="a").result(SECONDS)
+    frames = engine.generate(prompt, GenerationSettings(num_new_images=8), client="b")
+    wait_until(prompter.begun.is_set)
+    for client in ("a", "b", "c"):
+        assert len(engine.generate(prompt, GenerationSettings(), client=client).result(SECONDS).images[0]) == 1
+    assert not frames.done()
+    prompter.release.set()
+    assert len(frames.result(SECONDS).images[0]) == 8
+    assert engine.close(SECONDS)
+
+
 def test_settings_with_the_same_answer_share_a_program():
     engine = tiny_engine(HeldPrompter(), max_batch=1)
     prompt = Prompt(tokens=np.zeros((1, TOKENS), np.int32))
