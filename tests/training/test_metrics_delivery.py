@@ -308,10 +308,11 @@ class WandbServer(http.server.BaseHTTPRequestHandler):
             threading.Event().wait()
         project = {"id": "p", "name": "lvm", "entity": {"id": "e", "name": "me"}}
         bucket = {"id": "b", "name": "run", "displayName": "run", "project": project}
-        answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}, "model": None}}
+        files = {"runID": "b", "uploadHeaders": [], "files": []}
+        data = {"upsertBucket": {"bucket": bucket, "inserted": True}, "model": None, "createRunFiles": files}
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
+        self.wfile.write(json.dumps({"data": data}).encode())
 
     def do_GET(self):
         WandbServer.hangs = self.path == "/hang"
