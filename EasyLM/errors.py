@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Iterator
 
+USER_ERROR = 2  # the exit code after an error that the user can correct
 MOST_CHARACTERS = 2000  # of a message
 
 OWN_MARK = "(EasyLM-LVM)"  # in the docstring of a package that `check_own_package` checks
@@ -13,7 +14,7 @@ OWN_MARK = "(EasyLM-LVM)"  # in the docstring of a package that `check_own_packa
 class UserError(ValueError):
     """Bad input: a flag, a file, a line, a checkpoint. The message names it, its value and the valid choices.
 
-    Commands print the message as one line and exit with code 2 (`flags.run`). Any other exception is a bug, and keeps
+    Commands print the message as one line and exit with the code USER_ERROR (`flags.run`). Any other exception is a bug, and keeps
     its traceback. Control characters, which file names can contain, are escaped, so that the message is one line.
     """
 

@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import EasyLM
-from EasyLM.errors import UserError, check_own_package, choose, one_line
+from EasyLM.errors import USER_ERROR, UserError, check_own_package, choose, one_line
 from EasyLM.interrupt import exit_interrupted, raises_interrupts
 from EasyLM.progress import print_if_possible
 from EasyLM.protocols import check_flag
@@ -131,9 +131,9 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
 def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[str] | None = None) -> None:
     """Parses the command line, calls `main(config)` and exits.
 
-    `--help` and `--version` print and exit with code 0. A misspelt flag or a value of the wrong type exits with code 1.
-    A `UserError` or `OSError` prints one line and exits with code 2, Ctrl-C with code 130. Otherwise the exit code is
-    what `main` returns. Text flags may contain environment variables (see `expand_variables`).
+    `--help` and `--version` print and exit with code 0. A wrong flag, a `UserError` or an `OSError` prints one line and
+    exits with code 2, Ctrl-C with code 130. Otherwise the exit code is what `main` returns. Text flags may contain
+    environment variables (see `expand_variables`).
 
     Args:
       main: the command. The help starts with the docstring of its module.
@@ -149,8 +149,8 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
     try:
         config = parse(definitions, argv)
     except (flags.Error, UserError) as error:
-        print(f"error: {str(error).removeprefix('ERROR:: ')}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        print(f"error: {one_line(str(error)).removeprefix('ERROR:: ')}", file=sys.stderr)
+        sys.exit(USER_ERROR)
 
     def checked_main(_: list[str]) -> Any:
         try:
@@ -159,7 +159,7 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
             return main(config)
         except (UserError, OSError) as error:  # OSError: a missing file, a full disk, a lost network
             print(f"error: {one_line(str(error))}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(USER_ERROR)
         except KeyboardInterrupt:
             exit_interrupted()
 

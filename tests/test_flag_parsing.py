@@ -159,14 +159,15 @@ run(main, {"steps": Flag(3, "Steps.", least=1), "group": {"text": Flag("", "A te
     [
         (["--group.text=a$LVM_NAME"], 0, ["ab 3"]),
         (["--flagfile=FLAGFILE", "--steps=5"], 0, ["from a file 5"]),
-        (["--flagfile=missing"], 1, ["error: Unable to open flagfile", "missing"]),
-        (["--stepz=3"], 1, ["error: --stepz: no such flag; did you mean --steps?"]),
-        (["--steps=many"], 1, ["error: --steps=many: must be an integer"]),
-        (["--steps=1e3"], 1, ["error: --steps=1e3: must be an integer"]),
-        (["--rate=1,5"], 1, ["error: --rate=1,5: must be a number"]),
-        (["--is_on=maybe"], 1, ["error: --is_on=maybe: must be True or False"]),
-        (["--v=many"], 1, ["verbosity", "many"]),  # absl's own
-        (["--dtype=fp8"], 1, ["dtype", "fp8", "fp32|bf16"]),
+        (["--flagfile=missing"], 2, ["error: Unable to open flagfile", "missing"]),
+        (["--stepz=3"], 2, ["error: --stepz: no such flag; did you mean --steps?"]),
+        (["--steps=many"], 2, ["error: --steps=many: must be an integer"]),
+        (["--steps=1e3"], 2, ["error: --steps=1e3: must be an integer"]),
+        (["--rate=1,5"], 2, ["error: --rate=1,5: must be a number"]),
+        (["--is_on=maybe"], 2, ["error: --is_on=maybe: must be True or False"]),
+        (["--rate=1\n5"], 2, [r"error: --rate=1\n5: must be a number"]),
+        (["--v=many"], 2, ["verbosity", "many"]),  # absl's own
+        (["--dtype=fp8"], 2, ["dtype", "fp8", "fp32|bf16"]),
         (["--group.text=x", "--steps=0"], 2, ["error: --steps=0: must be at least 1"]),
         (["--steps=3"], 2, ["error: --group.text is missing"]),
         (["3"], 2, ["unexpected argument '3'"]),

@@ -16,7 +16,7 @@ from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import Workers, available_cores
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import check_output, is_remote
+from EasyLM.storage import check_output, check_plain_file, is_remote
 from tokenizer.builders import views
 from tokenizer.builders.claims import build_parts
 from tokenizer.builders.division import ByExamples, ByFiles, Division, Inputs, naming
@@ -126,6 +126,7 @@ FLAGS = {
 
 def main(config: ConfigDict) -> None:
     """Builds the file, or parts of it, and prints their statistics."""
+    check_plain_file(config.output_file, "output_file")
     entries = _entries(config)
     inputs = [_inputs(entry) for entry in entries]
     by_files = _by_files(inputs, config) if config.parts == BY_FILES else None

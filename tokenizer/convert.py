@@ -28,7 +28,7 @@ from EasyLM.publishing import (
     public_name,
     upload_files,
 )
-from EasyLM.storage import atomic_file, lock_output_folder
+from EasyLM.storage import atomic_file, lock_output_folder, split_paths
 from tokenizer.vqgan import CODEC_FLAGS, VQGAN, weights
 
 FLAGS = {
@@ -95,7 +95,7 @@ def _card(title: str, texts: CardTexts, model: VQGAN, source: str) -> str:
         "converted from": public_name(source),
     }
     input_dirs = str(record.get("flags", {}).get("input_dirs", ""))
-    folders = ", ".join(last_part(folder) for folder in input_dirs.split(",") if folder)
+    folders = ", ".join(last_part(folder) for folder in split_paths(input_dirs))
     figures = {name: metrics[name] for name in ("step", "psnr", "codes_used") if metrics.get(name) is not None}
     sections = {
         "Tokenizer": card_table(settings),

@@ -18,7 +18,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.process_pool import available_cores
 from EasyLM.progress import progress
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import check_output, write_json
+from EasyLM.storage import check_output, split_paths, write_json
 from tokenizer.formats import ImageTokenizer
 from tokenizer.image_quality import FeatureStatistics, code_usage, frechet_distance, inception, psnr, ssim, warn_if_few
 from tokenizer.media import folders, grids, images
@@ -55,7 +55,7 @@ class FolderResult:
 
 def main(config: ConfigDict) -> None:
     """Measures each folder and prints and writes the results."""
-    directories = [name for name in config.input_dirs.split(",") if name]
+    directories = split_paths(config.input_dirs)
     if not directories:
         raise UserError(f"--input_dirs={config.input_dirs}: names no folder")
     if len({*directories, "all"}) <= len(directories):

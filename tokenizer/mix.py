@@ -6,7 +6,6 @@ checked. The order is a uniform permutation of all sentences. It depends on the 
 sentences to take, not on --memory_mb.
 """
 
-import os
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -15,7 +14,7 @@ from EasyLM.data import packed_file, parse_numbers, proportional
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import check_output, expand_path_groups, is_compressed, lock_output, write_json
+from EasyLM.storage import check_output, check_plain_file, expand_path_groups, lock_output, write_json
 from EasyLM.vocab import NUM_SPECIAL_IDS, VOCAB_SIZE
 from tokenizer.sentence_files.disk_space import check_disk_space
 from tokenizer.sentence_files.mixing import Source, count_lines, needed_space, write_mixture
@@ -74,8 +73,7 @@ def _sources(config: ConfigDict) -> list[Source]:
         raise UserError(f"--weights={config.weights} and --counts={config.counts}: give one of them")
     if config.total and not config.weights:
         raise UserError(f"--total={config.total}: requires --weights")
-    if os.path.isdir(config.output_file) or is_compressed(config.output_file):
-        raise UserError(f"--output_file={config.output_file}: must be a plain file, not a folder, .gz or .zst")
+    check_plain_file(config.output_file, "output_file")
     sources = [Source(name, paths) for name, paths in expand_path_groups("inputs", config.inputs)]
     paths = [path for source in sources for path in source.paths]
     for path in paths:

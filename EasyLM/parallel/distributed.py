@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from EasyLM.errors import UserError
+from EasyLM.errors import USER_ERROR, UserError
 from EasyLM.flags import Flag
 from EasyLM.parallel.peers import connect_peers
 
@@ -129,7 +129,7 @@ def _reported_wait(config: Any) -> Iterator[None]:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(2)
+                os._exit(USER_ERROR)
             logging.warning(
                 "waiting for the other processes to connect to %s; giving up in %.0f s",
                 address,

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import jax
 
-from EasyLM.errors import UserError, error_line
+from EasyLM.errors import USER_ERROR, UserError, error_line
 from EasyLM.interrupt import INTERRUPTED
 from EasyLM.parallel.coordination import jax_client
 
@@ -244,7 +244,7 @@ def _exit_code(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return 2 if isinstance(error, (UserError, OSError)) else 1
+    return USER_ERROR if isinstance(error, (UserError, OSError)) else 1
 
 
 def _print_line(text: str) -> None:

@@ -41,12 +41,14 @@ from EasyLM.storage.json_files import MOST_BYTES, check_schema, parse_json, read
 from EasyLM.storage.paths import (
     absolute_path,
     check_output,
+    check_plain_file,
     expand_path_groups,
     expand_paths,
     file_version,
     is_compressed,
     make_directory,
     path_exists,
+    split_paths,
 )
 from EasyLM.storage.pickles import Unchangeable, check_memo
 from EasyLM.storage.processes import is_running, owner_tag
@@ -78,6 +80,7 @@ __all__ = [
     "check_line_start",
     "check_memo",
     "check_output",
+    "check_plain_file",
     "check_schema",
     "content_digest",
     "expand_path_groups",
@@ -112,6 +115,7 @@ __all__ = [
     "remove_leftovers",
     "same_contents",
     "scratch_folder",
+    "split_paths",
     "split_revision",
     "walk_remote",
     "write_columns",

@@ -223,7 +223,12 @@ def lock_output_folder(path: str, flag: str) -> HeartbeatLock:
     """Locks an output folder, which need not exist, as `lock_output` locks a file.
 
     The lock of a folder in a directory that is not writable, such as a mount point, is in the folder itself.
+
+    Raises:
+      UserError: naming the flag, if the folder is a file or cannot be created, or the process that is writing it.
     """
+    if os.path.isfile(path):
+        raise UserError(f"--{flag}={path}: is a file, name a folder")
     parent = os.path.dirname(os.path.realpath(path))
     try:
         os.makedirs(parent, exist_ok=True)

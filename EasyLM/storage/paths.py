@@ -20,6 +20,11 @@ def is_compressed(path: str) -> bool:
     return path.lower().endswith(COMPRESSED_SUFFIXES)
 
 
+def split_paths(value: str) -> list[str]:
+    """Returns the elements of a comma list of paths. A path that exists is one element: its name may contain commas."""
+    return [value] if os.path.exists(value) else [part.strip() for part in value.split(",") if part.strip()]
+
+
 def expand_paths(flag: str, value: str) -> list[str]:
     """Returns the files of a flag's comma list of paths and globs, in the given order. The files of a glob are sorted.
 
@@ -36,7 +41,7 @@ def expand_path_groups(flag: str, value: str) -> list[tuple[str, list[str]]]:
     """
     if os.path.isfile(value):
         return [(value, [value])]
-    elements = [element.strip() for element in value.split(",") if element.strip()]
+    elements = split_paths(value)
     if not elements:
         raise UserError(f"--{flag} is empty: give a file, a glob such as 'DIR/*.jsonl', or a comma list of them")
     groups = []
@@ -110,6 +115,16 @@ def path_exists(path: str) -> bool:
     return False
 
 
+def check_plain_file(path: str, flag: str) -> None:
+    """Checks the name of an output that is written as plain text: readers would take it for compressed, or fail.
+
+    Raises:
+      UserError: naming the flag, if it is a folder, or the suffix names a compression.
+    """
+    if os.path.isdir(path) or is_compressed(path):
+        raise UserError(f"--{flag}={path}: must be a plain file, not a folder, .gz or .zst")
+
+
 def check_output(path: str, flag: str = "", inputs: Iterable[str] = ()) -> None:
     """Creates the directory of a local output file, and checks that files can be written there.
 
@@ -131,6 +146,8 @@ def check_output(path: str, flag: str = "", inputs: Iterable[str] = ()) -> None:
         os.makedirs(directory, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
+    except FileExistsError:
+        raise UserError(f"{name}: cannot be written ({directory} is a file, not a folder)") from None
     except OSError as error:
         raise UserError(f"{name}: cannot be written ({error.strerror})") from None
 

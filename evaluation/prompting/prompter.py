@@ -158,10 +158,11 @@ class Prompter:
           Tokens, int32 [B, C, F, N].
 
         Raises:
-          UserError: for an empty prompt, or if the model's longest sequence holds fewer than two images.
+          UserError: for a prompt that is empty or not of shape [P, N], or if the model's longest sequence holds fewer
+            than two images.
         """
         window = min(settings.context_images, self.max_images)
-        prompts = _last_images(prompts, window)
+        prompts = _last_images(self._checked(prompts), window)
         seeds_B = np.broadcast_to(settings.seed if seeds is None else seeds, len(prompts))
         # The new images that fit into the window (`room`) share one cache. Prompts with different room are generated
         # separately: the samples of one prompt must not depend on the other prompts.
@@ -175,6 +176,16 @@ class Prompter:
                 [prompts[row] for row in rows], settings, seeds_B[rows], window, int(room), progress
             )
         return tokens_BCFN
+
+    def _checked(self, sequences: TokenArrays) -> TokenArrays:
+        """Raises UserError if an element is not [P, N]: a single prompt in place of a list of prompts."""
+        for shape in map(np.shape, sequences):
+            if len(shape) != 2 or shape[1] != self.tokens_per_image:
+                raise UserError(
+                    f"tokens of shape {shape}: give a list of prompts, each (images, {self.tokens_per_image}), as "
+                    "`encode` returns them"
+                )
+        return sequences
 
     def _generate_same_room(self, prompts, settings, seeds_B, window, room, progress) -> np.ndarray:
         """`generate` for prompts whose first `room` new images fit into the window: [B, C, F, N]."""
@@ -226,11 +237,11 @@ class Prompter:
           log p in nats, and whether no token is more likely, both [B, F N].
 
         Raises:
-          UserError: if a prompt and its target exceed the model's longest sequence.
+          UserError: if a prompt and its target exceed the model's longest sequence, or are not of these shapes.
         """
         rows = [
             np.concatenate([np.asarray(prompt).reshape(-1), np.asarray(target).reshape(-1)])
-            for prompt, target in zip(prompts, targets, strict=True)
+            for prompt, target in zip(self._checked(prompts), self._checked(targets), strict=True)
         ]
         tokens_BT, mask_BT = generate.left_padded(_padded(rows, self.batch_shards))
         begin = tokens_BT.shape[1] - np.asarray(targets[0]).size

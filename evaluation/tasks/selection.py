@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.flags import Flag
+from EasyLM.storage import split_paths
 from evaluation.tasks import benchmarks, metrics
 from evaluation.tasks.metrics import ImageMetric
 from evaluation.tasks.tasks import TaskSource, folder_clips, folder_pairs
@@ -100,7 +101,7 @@ def _task_metrics(settings: TaskSettings) -> Mapping[str, ImageMetric]:
 
 
 def _check_folders(settings: TaskSettings, task_metrics: Mapping[str, ImageMetric]) -> None:
-    inputs, targets = settings.input_dirs.split(","), settings.target_dirs.split(",")
+    inputs, targets = split_paths(settings.input_dirs), split_paths(settings.target_dirs)
     names = settings.figures.split(",")
     if len(inputs) != len(targets):
         raise UserError(
@@ -134,13 +135,13 @@ def _list_sources(settings: TaskSettings, frames: int) -> list[TaskSource]:
     """Lists the tasks of all flags. Results have one entry per name, so names must be unique."""
     sources: list[tuple[str, TaskSource]] = []  # flag that names the task, task
     if settings.input_dirs:
-        inputs, targets = settings.input_dirs.split(","), settings.target_dirs.split(",")
+        inputs, targets = split_paths(settings.input_dirs), split_paths(settings.target_dirs)
         names = settings.figures.split(",") if settings.figures else [""] * len(inputs)
         for input_dir, target_dir, metric in zip(inputs, targets, names, strict=True):
             depth_range = settings.depth_range if metric == "depth_abs_rel" else ""
             sources.append((f"--target_dirs={target_dir}", folder_pairs(input_dir, target_dir, metric, depth_range)))
     if settings.clip_dirs:
-        sources += [(f"--clip_dirs={folder}", folder_clips(folder)) for folder in settings.clip_dirs.split(",")]
+        sources += [(f"--clip_dirs={folder}", folder_clips(folder)) for folder in split_paths(settings.clip_dirs)]
     if settings.benchmark:
         benchmark_sources = benchmarks.sources(settings.benchmark, settings, frames)
         sources += [(f"--benchmark={settings.benchmark}", source) for source in benchmark_sources]

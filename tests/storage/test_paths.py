@@ -2,6 +2,7 @@
 
 import gzip
 import pathlib
+import re
 
 import fsspec
 import pytest
@@ -13,6 +14,7 @@ from EasyLM.errors import UnavailableError, UserError
 from EasyLM.storage import (
     check_line_start,
     check_output,
+    check_plain_file,
     expand_path_groups,
     expand_paths,
     file_version,
@@ -20,6 +22,7 @@ from EasyLM.storage import (
     path_exists,
     read_lines,
     read_text_lines,
+    split_paths,
 )
 
 
@@ -149,13 +152,27 @@ def test_outputs_are_checked(directory):
     assert pathlib.Path("new/directory").is_dir() and not list(pathlib.Path("new/directory").iterdir())
     with pytest.raises(UserError, match=r"^--output_file=new: is a folder, name a file"):
         check_output("new", "output_file")
-    with pytest.raises(UserError, match=r"^a.jsonl/out: cannot be written \("):
+    with pytest.raises(UserError, match=r"^a.jsonl/out: cannot be written \(a.jsonl is a file, not a folder\)$"):
         check_output("a.jsonl/out")
     pathlib.Path("link.jsonl").symlink_to("a.jsonl")
     for path in ("a.jsonl", str(directory / "a.jsonl"), "link.jsonl"):
         check_output(path, "output_json", ["", "b.jsonl", "s3://bucket/a.jsonl"])
         with pytest.raises(UserError, match=rf"^--output_json={path}: is an input of this command, name another file$"):
             check_output(path, "output_json", ["b.jsonl", "a.jsonl"])
+
+
+@pytest.mark.parametrize("name", ["out.jsonl.gz", "OUT.JSONL.ZST", "."])
+def test_plain_text_is_not_written_under_the_name_of_compressed_text(name):
+    check_plain_file("out.jsonl", "output_file")
+    message = rf"^--output_file={re.escape(name)}: must be a plain file, not a folder, .gz or .zst$"
+    with pytest.raises(UserError, match=message):
+        check_plain_file(name, "output_file")
+
+
+def test_comma_lists_of_folders(directory):
+    assert split_paths("a, b,,c ") == ["a", "b", "c"] and split_paths("") == []
+    pathlib.Path("x, y").mkdir()
+    assert split_paths("x, y") == ["x, y"]
 
 
 @pytest.mark.parametrize(

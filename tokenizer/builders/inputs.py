@@ -1,6 +1,7 @@
 """The sources of a kind's columns, from the values of the flags."""
 
 from EasyLM.errors import UserError
+from EasyLM.storage import split_paths
 from tokenizer.builders.kinds import KINDS
 from tokenizer.media import images, videos
 from tokenizer.sources import detection
@@ -35,10 +36,11 @@ def find_sources(kind: str, input_dir: str, target_dir: str, keys: str, columns:
         if names:
             raise UserError(f"--{flag}={chosen}: --kind={kind} finds its images by the names of their folders")
         return [Subfolders(detection.find_source(input_dir, "input_dir", extensions), KINDS[kind].subfolders)]
-    if needs == "one" and "," in target_dir:
+    targets = split_paths(target_dir)
+    if needs == "one" and len(targets) > 1:
         raise UserError(f"--target_dir={target_dir}: --kind={kind} takes one folder")
     values = [(input_dir, "input_dir")]
-    values += [(target, "target_dir") for target in _split(target_dir)]
+    values += [(target, "target_dir") for target in targets]
     if len(values) == 1:
         names_by_source = [names]
     elif len(names) in (0, 1, len(values)):

@@ -25,9 +25,15 @@ def find(path: pathlib.Path) -> list[pathlib.Path] | None:
 
 
 def read(files: list[pathlib.Path], resolution: int) -> Translated:
-    """Reads the files of `find`. Several weight files are the shards of one model."""
+    """Reads the files of `find`. Several weight files are the shards of one model.
+
+    Raises:
+      UserError: naming the file, if it cannot be read, or describes a model of transformers, such as an exported LLaMA.
+    """
     config, *weights = files
     settings = read_json(config)
+    if "model_type" in settings:  # a key of transformers
+        raise UserError(f"{config}: a model of transformers ({settings['model_type']}), not a tokenizer")
     source = str(weights[0]) if weights[0].suffix == ".bin" else f"{weights[0].parent}/*.safetensors"
     return Translated(
         at_resolution(settings, resolution) if resolution else settings, _merge(weights), source, str(config)

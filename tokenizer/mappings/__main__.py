@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from EasyLM.errors import UserError, choose, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import Workers, available_cores
-from EasyLM.storage import check_output
+from EasyLM.storage import check_output, check_plain_file
 from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.formats import ImageTokenizer
 from tokenizer.mappings import pool, sentences, writing
@@ -76,6 +76,7 @@ FLAGS = {
 
 def main(config: ConfigDict) -> None:
     """Renders the pool, writes the file and prints the rates."""
+    check_plain_file(config.output_file, "output_file")
     with prefix_errors(f"--seed={config.seed}"):
         first_seed = seed_ranges.training_seed(config.seed)
     mixture = dataclasses.replace(parse_families(config.families), num_mappings=config.num_mappings)

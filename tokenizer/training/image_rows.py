@@ -10,7 +10,7 @@ from EasyLM.data import shuffled_number
 from EasyLM.errors import UserError
 from EasyLM.process_pool import available_cores
 from EasyLM.skipped_inputs import SkippedInputs
-from EasyLM.storage import json_digest
+from EasyLM.storage import json_digest, split_paths
 from tokenizer.media import folders, images
 
 MAX_CACHE_BYTES = 2 * 2**30  # decoded images are kept if all of them fit: decoding small ones is slower than a step
@@ -40,7 +40,7 @@ class ImageRows:
           seed: of the order.
           max_errors: number of unusable files to report and skip.
         """
-        names = [name for name in directories.split(",") if name]
+        names = split_paths(directories)
         if not names:
             raise UserError(f"--{flag} is missing: a comma list of folders of images")
         self._skipped, self._lock = SkippedInputs(max_errors), threading.Lock()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from EasyLM.errors import prefix_errors
+from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag
 from tokenizer.vqgan import weights
 from tokenizer.vqgan.device_batches import DeviceBatches
@@ -108,12 +108,20 @@ class Codec:
         return self.config.pixel_range
 
     def encode(self, pixels_nSS3: np.ndarray) -> np.ndarray:
-        """Encodes pixels [n,S,S,3] in [0, 1] to codes [n,N] int32."""
+        """Encodes pixels [n,S,S,3] in [0, 1] to codes [n,N] int32.
+
+        Raises:
+          UserError: if the pixels are integers, such as those of 0 to 255 in image files, or have another shape.
+        """
         codes = self.encode_batches(self._batches.split(pixels_nSS3))
         return np.concatenate([np.zeros((0, self.config.tokens_per_image), np.int32), *codes])
 
     def decode(self, codes_nN: np.ndarray) -> np.ndarray:
-        """Decodes codes [n,N] to pixels [n,S,S,3] float32, clipped to [0, 1]."""
+        """Decodes codes [n,N] to pixels [n,S,S,3] float32, clipped to [0, 1].
+
+        Raises:
+          UserError: if an id is not a code of the tokenizer, or the codes have another shape.
+        """
         side = self.config.resolution
         pixels = self.decode_batches(self._batches.split(codes_nN))
         return np.concatenate([np.zeros((0, side, side, 3), np.float32), *pixels])
@@ -125,7 +133,7 @@ class Codec:
         handling results therefore overlap with the computation.
         """
         side = self.config.resolution
-        return self._map(_encode, batches, (side, side, 3), np.float32)
+        return self._map(_encode, self._floating(batches), (side, side, 3), np.float32)
 
     def decode_batches(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields the pixels [n,S,S,3] in [0, 1] of each batch of codes [n,N]; prefetches as `encode_batches`."""
@@ -133,9 +141,19 @@ class Codec:
         for pixels_nSS3 in self._map(_decode, self._in_range(batches), shape, np.int32):
             yield np.clip(pixels_nSS3, 0, 1)
 
+    def _floating(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for pixels_nSS3 in batches:
+            if not np.issubdtype(pixels_nSS3.dtype, np.floating):
+                raise UserError(f"pixels of type {pixels_nSS3.dtype}: must be floating point, in [0, 1]")
+            yield pixels_nSS3
+
     def _in_range(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for codes_nN in batches:
-            assert not codes_nN.size or (codes_nN.min() >= 0 and codes_nN.max() < self.config.num_embeddings)
+            if codes_nN.size and not 0 <= codes_nN.min() <= codes_nN.max() < self.num_codes:
+                raise UserError(
+                    f"codes from {codes_nN.min()} to {codes_nN.max()}: must be from 0 to {self.num_codes - 1}, the "
+                    "codes of this tokenizer"
+                )
             yield codes_nN
 
     def _map(self, function, batches, shape: tuple[int, ...], dtype) -> Iterator[np.ndarray]:

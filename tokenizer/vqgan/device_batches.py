@@ -77,10 +77,15 @@ class DeviceBatches:
         """Yields `function` of each batch `[n, *shape]`, n at most `batch_size`, as host arrays. Pads short batches.
 
         Fetches and dispatches a batch before it waits for the result of the previous one.
+
+        Raises:
+          UserError: if a batch has another shape.
         """
         pending: collections.deque = collections.deque()
         for batch in batches:
-            assert batch.shape[1:] == shape and len(batch) <= self.batch_size, batch.shape
+            if batch.shape[1:] != shape:
+                raise UserError(f"an array of shape {batch.shape}: must be (n, {', '.join(map(str, shape))})")
+            assert len(batch) <= self.batch_size, batch.shape
             padded = np.zeros((self.batch_size, *shape), dtype)
             padded[: len(batch)] = batch
             pending.append((self._dispatch(function, padded), len(batch)))

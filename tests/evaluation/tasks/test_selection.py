@@ -17,6 +17,7 @@ from evaluation import fewshot
     [
         ({}, "no task"),
         ({"input_dirs": "a,b", "target_dirs": "c"}, "--target_dirs has 1 folders, --input_dirs 2"),
+        ({"input_dirs": "a"}, "--target_dirs has 0 folders, --input_dirs 1"),
         ({"clip_dirs": "a", "n_context_frames": "0,2"}, "--n_context_frames=0,2: must be at least 1"),
         ({"clip_dirs": "a", "n_shots": "few"}, "--n_shots=few: must be a comma list of integers"),
         ({"input_dirs": "a", "target_dirs": "b", "figures": "iou"}, "--figures='iou': choose one of 'scene_iou'"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tokenizer_kit import TINY
 
+from EasyLM.errors import UserError
 from tokenizer.synthetic import scenes
 from tokenizer.vqgan import Codec, device_batches
 from tokenizer.vqgan import codec as codec_module
@@ -62,3 +63,15 @@ def test_bf16_stays_near_float32(tiny, pixels):
     codes = Codec(tiny).encode(pixels)
     difference = Codec(tiny, "bf16").decode(codes) - Codec(tiny).decode(codes)
     assert 0 < np.abs(difference).max() < 0.1
+
+
+def test_arrays_that_are_no_pixels_or_codes_are_refused(tiny, pixels):
+    """Image files hold integers: as pixels in [0, 1] they would be a white image."""
+    codec = Codec(tiny)
+    with pytest.raises(UserError, match=r"^pixels of type uint8: must be floating point, in \[0, 1\]$"):
+        codec.encode((pixels * 255).astype(np.uint8))
+    with pytest.raises(UserError, match=r"^an array of shape \(11, 8, 16, 3\): must be \(n, 16, 16, 3\)$"):
+        codec.encode(pixels[:, :8])
+    codes = np.full((1, TINY.tokens_per_image), TINY.num_embeddings)
+    with pytest.raises(UserError, match=r"^codes from 32 to 32: must be from 0 to 31, the codes of this tokenizer$"):
+        codec.decode(codes)

@@ -180,3 +180,7 @@ def test_incomplete_folders_are_named(tmp_path):
         weights.load(tmp_path)
     with pytest.raises(UserError, match=f"^--vqgan={tmp_path}: .*no weights"):
         Codec(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"config.json: a model of transformers \(llama\), not a tokenizer$"):
+        weights.load(tmp_path)
