@@ -4,6 +4,7 @@ import collections
 import functools
 import itertools
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -71,7 +72,9 @@ class Checkpointer:
         self._failure: BaseException | None = None
 
     def prepare(self, state: Any) -> None:
-        """Allocates host memory for a state of these shapes, in a background thread."""
+        """Allocates host memory for a state of these shapes, in a background thread. Warns if the disk is too small."""
+        if jax.process_index() == 0 and not is_remote(self._directory.path):
+            self._warn_of_small_disk(self._part.sizes(state)[0])
         self._start(functools.partial(self._writer.prepare, state))
 
     def save(self, state: Any, step: int, dataset_state: Mapping, metadata: Mapping, milestone: bool = False) -> None:
@@ -138,6 +141,17 @@ class Checkpointer:
             ) from failure
         if failure is not None:
             raise failure
+
+    def _warn_of_small_disk(self, needed_bytes: int) -> None:
+        """A warning, not an error: space may become free before the first save."""
+        free_bytes = shutil.disk_usage(self._directory.path).free
+        if needed_bytes > free_bytes:
+            logging.warning(
+                "%s: a checkpoint needs %.3g GB, and %.3g GB of the disk are free: the first save will end the run",
+                self._directory.path,
+                needed_bytes / 1e9,
+                free_bytes / 1e9,
+            )
 
     def _remaining(self) -> str:
         """Says which checkpoint remains after a failed save."""

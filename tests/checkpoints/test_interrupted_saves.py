@@ -17,7 +17,7 @@ from checkpoint_kit import (
     small_state,
 )
 
-from EasyLM.checkpoints import has_interrupted_save, listing, run_directory, streaming
+from EasyLM.checkpoints import SavedPart, has_interrupted_save, listing, run_directory, streaming
 from EasyLM.checkpoints.run_directory import open_run_directory
 from EasyLM.errors import UserError
 
@@ -92,6 +92,17 @@ def test_a_directory_that_is_deleted_during_the_run_is_named(tmp_path, gone, fir
     missing = rf"No such file or directory: {tmp_path}/run/checkpoints/\.tmp-2-\S+"
     with pytest.raises(UserError, match=rf"^{tmp_path}/run: the checkpoint was not saved \({missing}\); {outcome}$"):
         save(saver, 2)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(tmp_path, monkeypatch, caplog, missing):
+    state, part = small_state(1), SavedPart(save_optimizer_state=True)
+    usage = shutil.disk_usage(tmp_path)._replace(free=part.sizes(state)[0] - missing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    saver = make_checkpointer(tmp_path)
+    saver.prepare(state)
+    saver.close()
+    assert (f"{tmp_path}: a checkpoint needs " in caplog.text) == bool(missing)
 
 
 def test_disk_full_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
