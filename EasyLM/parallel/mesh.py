@@ -51,10 +51,12 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
     if sizes.count(-1) > 1:
         raise fail("only one size may be -1")
     known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and num_devices % known == 0:
-        sizes[sizes.index(-1)] = num_devices // known
-    if math.prod(sizes) != num_devices:
+    if -1 not in sizes and known != num_devices:
+        raise fail(f"is for {known} devices, but this run has {num_devices}; a size of -1 takes all that remain")
+    if num_devices % known:
         raise fail(f"does not divide the {num_devices} devices of this run")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = num_devices // known
     return {**dict(zip(names, sizes, strict=True)), **({} if "sp" in names else {"sp": 1})}
 
 

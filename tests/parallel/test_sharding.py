@@ -120,7 +120,8 @@ def test_mesh_dim(text, shape):
     "text, message",
     [
         ("3,-1,1", "does not divide the 8 devices"),
-        ("1,4,1", "does not divide the 8 devices"),
+        ("1,4,1", "is for 4 devices, but this run has 8; a size of -1 takes all that remain"),
+        ("1,16,1", "is for 16 devices, but this run has 8; a size of -1 takes all that remain"),
         ("-1,-1,1", "only one size may be -1"),
         ("1,-1", "give 3 sizes, for dp, fsdp, mp"),
         ("dp:1,fsdq:-1,mp:1", "a named mesh has each of the axes dp, fsdp, mp once"),

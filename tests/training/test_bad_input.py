@@ -24,7 +24,7 @@ INVALID = {
     "rope": ({"llama.rope_scaling": "8"}, "^--llama.rope_scaling: not a Python dict literal"),
     "optimizer": ({"optimizer.type": "sgd"}, "choose one of 'adamw', 'palm'"),
     "accumulation": ({"optimizer.accumulate_gradient_steps": 0}, "accumulate_gradient_steps=0: must be at least 1"),
-    "mesh size": ({"mesh_dim": "3,1,1"}, "--mesh_dim=3,1,1: does not divide the 8 devices"),
+    "mesh size": ({"mesh_dim": "3,1,1"}, "--mesh_dim=3,1,1: is for 3 devices, but this run has 8; a size of -1 takes"),
     "two wildcards": ({"mesh_dim": "-1,-1,1"}, "--mesh_dim=-1,-1,1: only one size may be -1"),
     "mesh axis": ({"mesh_dim": "dp:1,fsdp:-1,tp:2"}, "--mesh_dim=dp:1,fsdp:-1,tp:2: .* each of the axes dp, fsdp, mp"),
     "mesh text": ({"mesh_dim": "1,all,1"}, "each size is a positive integer"),
