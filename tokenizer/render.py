@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 from ml_collections import ConfigDict
 
-from EasyLM.errors import prefix_errors
+from EasyLM.errors import check_installed, prefix_errors
 from EasyLM.flags import Flag, run
 from EasyLM.process_pool import available_cores, exit_with_parent
 from EasyLM.progress import progress
@@ -51,6 +51,10 @@ def main(config: ConfigDict) -> None:
     """Renders all images in worker processes."""
     with prefix_errors(f"--seed={config.seed}"):
         first_seed = seed_ranges.training_seed(config.seed)
+    if config.num_photos:
+        photos.check_available(f"--num_photos={config.num_photos}")
+    if config.layouts and config.num_clips:
+        check_installed("--layouts=True", "video", "av")
     photo_settings = {"held_out": config.held_out_photos, "recolour": config.recolour_photos}
     jobs = [
         *(partial(_scene, i, labels=config.layouts) for i in range(config.num)),

@@ -27,7 +27,7 @@ from tokenizer.mappings import pool, sentences, writing
 from tokenizer.mappings.pool import Pool, PoolSettings
 from tokenizer.mappings.sentences import FAMILIES, FRAMES, PAIRS, Mixture
 from tokenizer.media import grids, images
-from tokenizer.synthetic import seed_ranges
+from tokenizer.synthetic import photos, seed_ranges
 from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 2  # increases when the same flags give other sentences; a run resumes only with its own version
@@ -80,6 +80,8 @@ def main(config: ConfigDict) -> None:
     with prefix_errors(f"--seed={config.seed}"):
         first_seed = seed_ranges.training_seed(config.seed)
     mixture = dataclasses.replace(parse_families(config.families), num_mappings=config.num_mappings)
+    if "photo_color" in mixture.families:
+        photos.check_available("the family photo_color of --families")
     codec = Codec.from_flags(config)
     fingerprint = {
         "version": VERSION,

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from EasyLM.errors import UserError
+from EasyLM.errors import check_installed
 
 # (package, path in the package). Held-out photographs are not used for training.
 TRAINING = (
@@ -26,6 +26,15 @@ TRAINING = (
 HELD_OUT = (("skimage", "data/coffee.png"), ("sklearn", "datasets/images/flower.jpg"))
 
 
+def check_available(feature: str) -> None:
+    """Checks, before the work of a command, that the packages with the photographs are installed.
+
+    Raises:
+      UnavailableError: naming the feature, which needs the photographs, and the missing package.
+    """
+    check_installed(feature, "quickstart", "skimage", "sklearn")
+
+
 def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
     """Returns a random square of a photograph, mirrored with probability 1/2.
 
@@ -36,7 +45,7 @@ def crop(seed: int, size: int, held_out: bool = False) -> np.ndarray:
       uint8 [size,size,3].
 
     Raises:
-      UserError: if scikit-image or scikit-learn is not installed.
+      UnavailableError: if scikit-image or scikit-learn is not installed.
     """
     rng = np.random.default_rng([seed, 11])
     files = HELD_OUT if held_out else TRAINING
@@ -64,7 +73,7 @@ def recolour(pixels: np.ndarray, seed: int) -> np.ndarray:
 
 @functools.cache
 def _open(package: str, path: str) -> Image.Image:
+    check_available("a photograph")
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise UserError(f"the photographs of {package} require the package: pip install scikit-image scikit-learn")
+    assert spec and spec.origin, package
     return Image.open(pathlib.Path(spec.origin).parent / path).convert("RGB")

@@ -1,5 +1,6 @@
 """The command that renders images: files, seeds, worker processes."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -50,6 +51,26 @@ def test_render_writes_the_inputs_of_every_kind_of_sentence(tmp_path):
     stored = views.co3d_depth(tmp_path / sequence / "depths" / "frame000001.jpg.geometric.png", 24)[..., 0]
     expected = 255 * (0.2 + 0.8 * (own - own.min()) / np.ptp(own))
     assert np.abs(stored - expected).max() < 1.5
+
+
+@pytest.mark.parametrize(
+    "package, values, message",
+    [
+        ("skimage", {"num_photos": 1}, r"^--num_photos=1 needs the package skimage"),
+        ("sklearn", {"num_photos": 1}, r"^--num_photos=1 needs the package sklearn"),
+        (
+            "av",
+            {"num_clips": 1, "layouts": True},
+            r"^--layouts=True needs the package av",
+        ),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_rendered(tmp_path, monkeypatch, package, values, message):
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else installed(name))
+    with pytest.raises(UserError, match=message):
+        run_main(render, output_dir=f"{tmp_path}/out", num=1, **values)
+    assert not (tmp_path / "out").exists()
 
 
 def test_render_recolours_photographs(tmp_path):
