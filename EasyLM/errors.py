@@ -14,8 +14,9 @@ OWN_MARK = "(EasyLM-LVM)"  # in the docstring of a package that `check_own_packa
 class UserError(ValueError):
     """Bad input: a flag, a file, a line, a checkpoint. The message names it, its value and the valid choices.
 
-    Commands print the message as one line and exit with the code USER_ERROR (`flags.run`). Any other exception is a bug,
-    and keeps its traceback. Control characters, which file names can contain, are escaped, so that the message is one line.
+    Commands print the message as one line and exit with the code USER_ERROR (`flags.run`). Any other exception is a
+    bug, and keeps its traceback. Control characters, which file names can contain, are escaped, so that the message is
+    one line.
     """
 
     def __str__(self) -> str:

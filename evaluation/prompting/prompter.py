@@ -181,10 +181,7 @@ class Prompter:
         """Raises UserError if an element is not [P, N]: a single prompt in place of a list of prompts."""
         for shape in map(np.shape, sequences):
             if len(shape) != 2 or shape[1] != self.tokens_per_image:
-                raise UserError(
-                    f"tokens of shape {shape}: give a list of prompts, each (images, {self.tokens_per_image}), as "
-                    "`encode` returns them"
-                )
+                raise UserError(f"tokens of shape {shape}: give a list of arrays (images, {self.tokens_per_image})")
         return sequences
 
     def _generate_same_room(self, prompts, settings, seeds_B, window, room, progress) -> np.ndarray:

@@ -96,7 +96,7 @@ def test_empty_prompts_are_refused(prompter, prompts):
 @pytest.mark.parametrize("prompts", [PROMPTS[1], [PROMPTS[1].reshape(-1)], [PROMPTS[1][:, :32]]])
 def test_prompts_of_another_shape_are_refused(prompter, prompts):
     """Such as one prompt in place of a list: its images would be taken for prompts of single tokens."""
-    message = r"^tokens of shape \(.*\): give a list of prompts, each \(images, 64\), as `encode` returns them$"
+    message = r"^tokens of shape \(.*\): give a list of arrays \(images, 64\)$"
     with pytest.raises(UserError, match=message):
         prompter.generate(prompts, GenerationSettings())
     with pytest.raises(UserError, match=message):
