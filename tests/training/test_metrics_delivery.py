@@ -267,7 +267,7 @@ from EasyLM import flags
 from EasyLM.training import metrics_log, metrics_sinks
 
 run_dir, fault = sys.argv[1:]
-metrics_log.CLOSE_SECONDS, metrics_sinks._FINISH_SECONDS = 5, 2
+metrics_log.CLOSE_SECONDS, metrics_sinks._FINISH_SECONDS = 10, 2
 config = flags.defaults(metrics_log.LOGGER_FLAGS)
 config.online = fault.startswith("http")
 logger = metrics_log.Logger(config, run_dir, {})
@@ -280,7 +280,9 @@ urllib.request.urlopen(fault) if config.online else os.kill(core, int(fault))
 time.sleep(0.5)
 for step in (1, 2, 3):
     logger.log({"step": step, "loss": 1.0})
-time.sleep(3)
+deadline = time.monotonic() + 60
+while any(delivery._waiting for delivery in logger._deliveries) and time.monotonic() < deadline:
+    time.sleep(0.1)
 logger.close()
 """
 
