@@ -45,11 +45,13 @@ def train(output_dir, **settings) -> pathlib.Path:
     return pathlib.Path(output_dir) / config.logger.experiment_id
 
 
-def start(output_dir, devices=8, program=("-m", "EasyLM.models.llama.llama_train"), **settings) -> subprocess.Popen:
+def start(
+    output_dir, devices=8, program=("-m", "EasyLM.models.llama.llama_train"), platforms="cpu", **settings
+) -> subprocess.Popen:
     """Starts the trainer as a process. `program` has the arguments of Python that start it."""
     values = {**TINY, "logger.output_dir": str(output_dir)} | dotted(settings)
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": platforms,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "WANDB_MODE": "disabled",
     }

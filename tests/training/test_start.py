@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from tiny_run import GOLDEN, train
+from tiny_run import GOLDEN, finish, start, train
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import streaming
@@ -71,3 +71,11 @@ def test_each_starting_file_is_read_once(tmp_path, monkeypatch):
     }
     train(tmp_path, **files | {"load_checkpoint": f"trainstate::{files['load_checkpoint']}"})
     assert calls == dict.fromkeys(files.values(), 1)
+
+
+@pytest.mark.slow
+def test_a_start_says_that_it_compiles_and_not_which_devices_are_absent(tmp_path):
+    """JAX looks for devices of all kinds, as on a user's machine."""
+    output = finish(start(tmp_path, devices=1, platforms="", total_steps=1, mesh_dim="1,1,1"))
+    assert output.index("compiling the train step") < output.index("compiled the train step in ")
+    assert "Unable to initialize backend" not in output

@@ -1,13 +1,19 @@
 """The endpoints of the service, in process: their results equal those of the prompter."""
 
 import base64
+import contextlib
+import dataclasses
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
+from prompting_kit import tiny_params
 from serve_kit import (
     LIMITS,
+    MODEL,
     SECONDS,
     TINY,
     TOKENS,
@@ -24,7 +30,7 @@ from serve_kit import (
     wait_until,
 )
 
-from evaluation.prompting import GenerationSettings
+from evaluation.prompting import GenerationSettings, Prompter
 from evaluation.serving import responses
 from evaluation.serving.app import make_app
 from evaluation.serving.engine import PAGE_ITEMS
@@ -141,6 +147,41 @@ def test_ready_after_warming_up():
     assert ready.status_code == 200
     assert ready.json()["ready"] is True and ready.json()["max_pictures"] == 3
     engine.close(SECONDS)
+
+
+@contextlib.contextmanager
+def compilations(caplog) -> Iterator[list[str]]:
+    """Collects what JAX compiles meanwhile, in any thread."""
+    caplog.clear()
+    found: list[str] = []
+    jax.config.update("jax_log_compiles", True)
+    try:
+        yield found
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    found += [text for record in caplog.records if (text := record.getMessage()).startswith("Compiling ")]
+
+
+@pytest.mark.slow
+def test_default_requests_compile_nothing_after_warming_up(caplog):
+    """With images or tokens, with previews or without. The model's settings are those of no other test."""
+    model = dataclasses.replace(MODEL, max_sequence_length=5 * TOKENS)
+    base = tiny_prompter()
+    prompter = Prompter(base.codec, model, tiny_params(model, 5, 3), base.mesh)
+    engine = tiny_engine(prompter, warm_up="2", max_batch=1)
+    with compilations(caplog) as warm_up:
+        engine.warm_up(GenerationSettings()).result(SECONDS)
+    assert any("jit(_prefill)" in name for name in warm_up)
+    app = make_app(engine)
+    files = [("pictures", png(1)), ("pictures", png(2))]
+    with compilations(caplog) as later:
+        for output in ("json", "stream"):
+            assert post(app, "/generate", files=files, data={"output": output}).status_code == 200
+        tokens = post(app, "/tokenize", files=files).json()["tokens"]
+        assert post(app, "/generate", json={"tokens": tokens, "seed": 3, "temperature": 0.5}).status_code == 200
+        assert post(app, "/perplexity", files=[*files, ("targets", png(3))]).status_code == 200
+    assert not later
+    assert engine.close(SECONDS)
 
 
 def test_the_page_compiles_no_program_of_the_service():
