@@ -31,7 +31,7 @@ FLAGS = {
     "images": Flag("", "Comma list of image files, in the order of the prompt.", required=True),
     "vqgan": CODEC_FLAGS["vqgan"],
     "resolution": CODEC_FLAGS["resolution"],
-    "url": Flag("http://127.0.0.1:8000/v1", "Address of the server's OpenAI API."),
+    "url": Flag("http://127.0.0.1:8000/v1", "Address of the server's OpenAI API.", free_text=True),  # not by fsspec
     "n_candidates": Flag(1, "Answers, which the output shows side by side.", least=1),
     "temperature": Flag(1.0, "Temperature of sampling; 0: the most likely token.", least=0),
     "special_ids": Flag(
