@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from EasyLM.errors import UserError
-from evaluation.page.files import LIMITS, decode, read_files
+from evaluation.page.files import LIMITS, decode, read_file
 from evaluation.page.handlers import errors_for_visitors
 from evaluation.page.pictures import save_enlarged, save_png
 from evaluation.serving import uploads
@@ -50,7 +50,7 @@ def read_strokes(paths: Sequence[str], size: int, folder: pathlib.Path) -> np.nd
     Raises:
       UserError: if nothing is painted, or a file is not an image of the canvas.
     """
-    contents = read_files(paths, folder)
+    contents = [read_file(path, folder) for path in paths]
     uploads.check_images({"strokes": contents}, LIMITS)
     strokes = np.zeros((size, size, 4), np.uint8)
     for content in contents:
@@ -119,7 +119,7 @@ class Brush:
           UserError: if no image is loaded, or its slot has another one now; see also `read_strokes`.
         """
         loaded, slot = self._checked(loaded, slots)
-        (image,) = decode(read_files([loaded.path], self._folder), size)
+        image = decode(read_file(loaded.path, self._folder), size)
         new = {slot: self._save(with_hole(image, read_strokes(layers, size, self._folder)))}
         if loaded.name != QUERY:  # the query has no answer
             new[slot + 1] = self._save(image)
@@ -151,8 +151,7 @@ class Brush:
 
     def _digest(self, path: str) -> str:
         """Returns a digest of a file. Paths do not tell: browsers get copies of the files that the page writes."""
-        (content,) = read_files([path], self._folder)
-        return hashlib.sha256(content).hexdigest()
+        return hashlib.sha256(read_file(path, self._folder)).hexdigest()
 
     def _save(self, image: np.ndarray) -> str:
         return save_enlarged(image, self._folder, "painted")
@@ -174,9 +173,9 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
         gradio.Markdown(HELP)
         with gradio.Row():
             name = gradio.Dropdown(
-                brush.names, value=QUERY, label="Image of the prompt", min_width=160, elem_id="painted"
+                brush.names, value=QUERY, label="Image of the prompt", min_width=200, elem_id="painted"
             )
-            load = gradio.Button("Load the image", min_width=120, elem_id="load_painted")
+            load = gradio.Button("Load the image", min_width=200, elem_id="load_painted")
         shown = gradio.Markdown("No image is loaded.", elem_id="on_canvas")
         canvas = _canvas()
         state = gradio.State(None)  # the loaded image
@@ -187,7 +186,7 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
     def load_image(name: str, *paths: str | None) -> tuple:
         with errors_for_visitors():
             loaded = brush.load(name, paths)
-            (pixels,) = decode(read_files([loaded.path], folder), SIDE)
+            pixels = decode(read_file(loaded.path, folder), SIDE)
         # A new label of the canvas would make gradio forget its limits: see `_canvas`.
         background = save_png(pixels, folder, "canvas")
         return loaded, f"On the canvas: **{name}**", {"background": background, "layers": [], "composite": None}
@@ -210,6 +209,7 @@ def _canvas() -> "gradio.ImageEditor":
     colours = [f"rgb{colour}" for colour in scenes.PALETTE.values()]
     canvas = gradio.ImageEditor(
         label="Canvas",
+        show_label=False,  # the line above it names its image
         type="filepath",
         format="png",
         sources=[],

@@ -13,9 +13,11 @@ from EasyLM.errors import UserError
 from evaluation.page.examples import NUM_SHOTS, Example
 from evaluation.page.pictures import enlarged, original, save_enlarged
 from evaluation.serving import Limits, uploads
+from evaluation.serving.request_errors import RequestError
 from tokenizer.media import grids, images
 
-LIMITS = Limits()
+LIMITS = Limits()  # `pixels` is that of each image: seven photographs of a phone have more together
+_FIELD = "file"  # what `uploads` calls an image
 # Order of the images of an analogy on its sheet: images in the first row, annotations in the second.
 _ANALOGY_ORDER = [*range(0, 2 * NUM_SHOTS + 1, 2), *range(1, 2 * NUM_SHOTS, 2)]
 
@@ -62,30 +64,33 @@ def check_stored(path: str, folder: pathlib.Path) -> None:
         raise UserError("a file is no longer stored: add it again")
 
 
-def read_files(paths: Sequence[str], folder: pathlib.Path) -> list[bytes]:
-    """Reads image files of the page's folder, and marks them as used: files that nobody uses are removed after an hour.
+def read_file(path: str, folder: pathlib.Path) -> bytes:
+    """Reads an image file of the page's folder, and marks it as used: files that nobody uses are removed after an hour.
 
     Raises:
-      UserError: see `check_stored`; or if a file is too large.
+      UserError: see `check_stored`; or if the file is too large.
     """
-    contents = []
-    for path in paths:
-        check_stored(path, folder)
-        try:
-            os.utime(path)
-            if os.path.getsize(path) > LIMITS.body_bytes:
-                raise UserError(f"an image file has at most {LIMITS.body_bytes // 2**20} MB")
-            contents.append(pathlib.Path(path).read_bytes())
-        except FileNotFoundError:  # it is removed at this moment
-            raise UserError("a file is no longer stored: add it again") from None
-    return contents
+    check_stored(path, folder)
+    try:
+        os.utime(path)
+        if os.path.getsize(path) > LIMITS.body_bytes:
+            raise UserError(f"an image file has at most {LIMITS.body_bytes // 2**20} MB")
+        return pathlib.Path(path).read_bytes()
+    except FileNotFoundError:  # it is removed at this moment
+        raise UserError("a file is no longer stored: add it again") from None
 
 
-def decode(files: Sequence[bytes], size: int) -> np.ndarray:
-    """Decodes image files to uint8 [P,S,S,3] with S = `size`. Raises: see `uploads.decode_images`."""
-    pixels = images.to_uint8(uploads.decode_images(files, size, LIMITS))
-    for i, file in enumerate(files):
-        exact = original(file, size)
-        if exact is not None:
-            pixels[i] = exact
-    return pixels
+def decode(file: bytes, size: int) -> np.ndarray:
+    """Decodes an image file to uint8 [S,S,3] with S = `size`.
+
+    Raises:
+      UserError: if the image cannot be decoded, or has too many pixels.
+    """
+    try:
+        (pixels,) = images.to_uint8(uploads.decode_images([file], size, LIMITS, _FIELD))
+    except RequestError:
+        raise UserError(f"an image has at most {LIMITS.pixels // 10**6} million pixels") from None
+    except UserError as error:
+        raise UserError(str(error).removeprefix(f"{_FIELD}[0]: ")) from error
+    exact = original(file, size)
+    return pixels if exact is None else exact

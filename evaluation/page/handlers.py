@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from EasyLM.errors import UserError
+from EasyLM.errors import UserError, prefix_errors
 from evaluation.page import strip
-from evaluation.page.files import ExampleFiles, decode, read_files
+from evaluation.page.files import ExampleFiles, decode, read_file
 from evaluation.page.models import Models
 from evaluation.page.pictures import enlarged, enlarged_side, save_png
 from evaluation.prompting import GenerationSettings
@@ -31,7 +31,6 @@ from tokenizer.media import images
 
 _MAX_HISTORY = 12  # strips of one visitor
 _GAP = 8  # white pixels between an image and its reconstruction
-_NUMBERED = re.compile(r"pictures\[(\d+)\]")  # what `uploads` calls an image
 Captioned = list[tuple[Any, str]]  # (image or path, caption) for a gallery
 
 
@@ -67,15 +66,16 @@ class PromptFiles:
         """Reads files, which visitors uploaded or the page wrote.
 
         Raises:
-          UserError: naming the slot; see `read_files` and `decode`.
+          UserError: naming the slot; see `read_file` and `decode`.
         """
-        contents = read_files(paths, examples.folder)
         labels = strip.prompt_labels(len(paths), examples.is_analogy)
-        try:
-            pixels, shown = decode(contents, size), decode(contents, enlarged_side(size))
-        except (UserError, RequestError) as error:
-            raise UserError(_NUMBERED.sub(lambda number: labels[int(number[1])], str(error))) from None
-        return cls(pixels, shown, examples.truth_after(pixels))
+        pixels, shown = [], []
+        for path, label in zip(paths, labels, strict=True):
+            with prefix_errors(label):
+                file = read_file(path, examples.folder)
+                pixels.append(decode(file, size))
+                shown.append(decode(file, enlarged_side(size)))
+        return cls(np.stack(pixels), np.stack(shown), examples.truth_after(np.stack(pixels)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,11 @@ class Page:
         settings = handlers.generation_settings(INITIAL_SETTINGS, values)
         return handlers.Request(model, files, settings, request.client.host if request.client else "")
 
+    def add_follow_ups(self, draw: Any, outputs: Sequence) -> None:
+        """Adds what follows a draw: its strip in the history; after an error, no status of an earlier draw."""
+        self.history.add_after(draw, outputs[-1])
+        draw.failure(lambda: "", None, outputs[0], show_progress="hidden", api_visibility="private")
+
 
 def analogy_tab(page: Page) -> None:
     """Builds the tab of analogy prompts: shots and a query. The model generates the query's annotation."""
@@ -82,7 +87,7 @@ def analogy_tab(page: Page) -> None:
     page.model.change(lambda model: by_model[model].sheets, page.model, gallery, api_visibility="private")
     outputs = fields.outputs("analogy")
     draw = button.click(answer, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")
-    page.history.add_after(draw, outputs[-1])
+    page.add_follow_ups(draw, outputs)
 
 
 def sequence_tab(page: Page) -> None:
@@ -106,7 +111,7 @@ def sequence_tab(page: Page) -> None:
     video = gradio.UploadButton(
         f"Take {examples.NUM_FRAMES} frames of a video, evenly from beginning to end",
         file_types=["video"],
-        size="sm",
+        size="md",
         elem_id="video",
     )
     video.preprocess = lambda payload: payload and payload.path
@@ -136,4 +141,4 @@ def sequence_tab(page: Page) -> None:
     page.model.change(lambda model: by_model[model].sheets, page.model, gallery, api_visibility="private")
     outputs = fields.outputs("sequence")
     draw = button.click(answer, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")
-    page.history.add_after(draw, outputs[-1])
+    page.add_follow_ups(draw, outputs)
