@@ -7,12 +7,13 @@ By default the page is reachable from this machine only; see `--host`. It loads 
 import os
 import pathlib
 import signal
+import socket
 import tempfile
 import time
 
 from ml_collections import ConfigDict
 
-from EasyLM.errors import check_installed
+from EasyLM.errors import UserError, check_installed
 from EasyLM.flags import Flag, run, to_dataclass
 from evaluation.page import fields, guard, layout
 from evaluation.page.files import LIMITS
@@ -48,6 +49,7 @@ def main(config: ConfigDict) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     allowed_hosts = with_own_host(config.allowed_hosts, config.host)
     check_allowed_hosts(allowed_hosts)
+    _check_address(config.host, config.port)
     models = _load_models(to_dataclass(PrompterSettings, config), to_dataclass(EngineSettings, config))
     with tempfile.TemporaryDirectory(prefix="lvm_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(pathlib.Path(folder) / "gradio")  # of uploads
@@ -60,6 +62,7 @@ def main(config: ConfigDict) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # after both, the files of visitors are removed
             # Shells start background commands with SIGINT ignored, and Python leaves it so.
             signal.signal(number, lambda received, _: stopped.append(received))
+        _without_proxy(config.host)
         middleware = [
             Middleware(HeaderCheck, allowed_hosts=allowed_hosts),
             Middleware(guard.PageGuard, files=files, limits=LIMITS),
@@ -77,13 +80,34 @@ def main(config: ConfigDict) -> None:
             footer_links=[],
             css=layout.CSS,
             app_kwargs={"middleware": middleware},
+            theme=layout.theme(),
             prevent_thread_lock=True,
+            quiet=True,
+            _frontend=False,  # gradio would end if its request to this page takes 3 seconds, as on a busy machine
         )
+        print(f"The page is at {blocks.local_url}", flush=True)
         while not stopped:
             time.sleep(0.1)
         blocks.close()
         is_idle = models.close(timeout=10)
     exit_process(0, is_idle)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises UserError if the page cannot listen at an address. Models take time to load: this is checked before."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise UserError(f"--host={host} --port={port}: cannot listen there: {error.strerror}") from error
+
+
+def _without_proxy(host: str) -> None:
+    """Lets gradio reach the page itself when the environment names a proxy, as on many clusters."""
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY", ""), "localhost", host]
+    os.environ["no_proxy"] = ",".join(filter(None, direct))
 
 
 def _load_models(settings: PrompterSettings, engine_settings: EngineSettings) -> Models:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 INITIAL_SETTINGS = GenerationSettings(num_candidates=4, temperature=1.0, top_p=0.9)
 _MAX_CANDIDATES, _MAX_FRAMES = 8, NUM_TRUE_FRAMES
+# Errors of an earlier draw would stay beside the next answer.
+_CLOSE_ERRORS = "() => document.querySelectorAll('.toast-close').forEach(button => button.click())"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,10 @@ def image_slot(label: str) -> "gradio.Image":
         type="filepath",
         format="png",
         sources=["upload", "clipboard"],
-        height=150,
+        height=180,
         placeholder="Add an image",
         buttons=[],
+        elem_classes="slot",
         elem_id=label.lower().replace(" ", "_"),
     )
     # `uploads.decode_images` needs the file itself, because gradio's `preprocess` decodes files of any size, and loses
@@ -58,7 +61,7 @@ def settings_row(tab: str, with_frames: bool) -> tuple[list, "gradio.Button"]:
         candidates, temperature, top_p, frames = (
             _slider("Candidates", "answers to draw", 1, _MAX_CANDIDATES, initial.num_candidates),
             _slider("Temperature", "0: the likeliest; higher: varied", 0, 2, initial.temperature, 0.05),
-            _slider("Top-p", "1: all choices; lower: likely ones only", 0.05, 1, initial.top_p, 0.05),
+            _slider("Top-p", "1: all choices; lower: likely ones", 0.05, 1, initial.top_p, 0.05),
             _slider("New frames", "of each candidate", 1, _MAX_FRAMES, initial.num_new_images, visible=with_frames),
         )
         with gradio.Column(min_width=120):
@@ -72,9 +75,10 @@ def settings_row(tab: str, with_frames: bool) -> tuple[list, "gradio.Button"]:
                     maximum=2**31 - 1,
                 )
             )
-            random = gradio.Button("Random seed", size="sm", elem_id=f"random_{tab}")
+            random = gradio.Button("Random seed", size="md", elem_id=f"random_{tab}")
     random.click(lambda: secrets.randbelow(2**31), None, seed, api_visibility="private")
     button = gradio.Button("Draw", variant="primary", elem_id=f"draw_{tab}")
+    button.click(None, js=_CLOSE_ERRORS, api_visibility="private")
     return [candidates, temperature, top_p, seed, frames], button
 
 
@@ -83,7 +87,7 @@ def _slider(
 ) -> "gradio.Slider":
     import gradio
 
-    return checked(gradio.Slider(least, most, value, step=step, label=label, info=info, min_width=120, visible=visible))
+    return checked(gradio.Slider(least, most, value, step=step, label=label, info=info, min_width=200, visible=visible))
 
 
 def checked(field: Any) -> Any:
@@ -108,7 +112,7 @@ def outputs(tab: str) -> list:
     status = gradio.Markdown("", elem_id=f"status_{tab}")
     answers = _gallery("The model's answers", 5, f"answers_{tab}")
     download = gradio.DownloadButton(
-        "Download prompt and answers as PNG", interactive=False, size="sm", elem_id=f"download_{tab}"
+        "Download prompt and answers as PNG", interactive=False, size="md", elem_id=f"download_{tab}"
     )
     reconstructions = _gallery(
         "What the model sees of your images: each image, and what its tokens keep of it", 4, f"reconstructions_{tab}"

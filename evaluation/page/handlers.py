@@ -172,7 +172,7 @@ def first_status(engine: Engine) -> str:
 
 
 def visitor_error(message: str) -> Exception:
-    """Returns an error that the page shows, as a sentence, until the visitor closes it. Gradio does not log it."""
+    """Returns an error that the page shows until the visitor closes it or draws, as a sentence. It is not logged."""
     import gradio
 
     begins_with_word = re.match("[a-z]+ ", message)  # not with the name of a file or a setting

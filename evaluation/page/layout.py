@@ -21,10 +21,46 @@ CSS = """
 .thumbnail-item img { aspect-ratio: 1 / 1; }
 [id^="examples_"] .thumbnail-item img, [id^="reconstructions_"] .thumbnail-item img { aspect-ratio: 2 / 1; }
 #history .thumbnail-item img { aspect-ratio: 4 / 3; }
-@media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)) !important; } }
+/* Nothing to see yet. */
+[id^="reconstructions_"]:has(> .empty), #history:has(> .empty), [id^="download_"][disabled] {
+  display: none !important;
+}
+[id^="answers_"] > .empty { min-height: 120px !important; padding: 12px !important; text-align: center; }
+[id^="answers_"] > .empty .icon { display: none; }
+[id^="answers_"] > .empty::after {
+  content: "The answers appear here. Click an example above, then Draw."; color: var(--neutral-500);
+}
+/* Buttons are large enough for a finger. The name of an image slot does not cover its image. */
+.icon-button, .toolbar-wrap button, .source-selection button, .delete-button {
+  min-width: 32px !important; min-height: 32px !important;
+}
+.tab-like-container { height: 32px !important; } /* the number of a slider */
+.reset-button { min-width: 32px; }
+.source-selection svg { padding: 6px; }
+.slot > label { position: static !important; }
+.slot > .image-container { height: calc(100% - 28px) !important; }
+@media (max-width: 640px) {
+  .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)) !important; }
+  #frames .grid-container { grid-template-columns: repeat(3, minmax(80px, 1fr)) !important; }
+  /* The tools of the canvas lie below the image, not on it. */
+  .toolbar-wrap, .toolbar-wrap .half-container { flex-direction: row !important; }
+  .toolbar-wrap { inset: auto auto 8px 8px !important; width: auto !important; }
+  .toolbar-wrap .half-container { position: static !important; }
+  .toolbar-wrap .half-container > .wrap {
+    inset: auto auto 100% 0 !important; max-width: none !important; transform: none !important;
+  }
+}
 """
 _INTRODUCTION = """# Large Vision Model
 Show the model what you want, in pictures; it draws what follows. Nothing else tells it what the task is."""
+
+
+def theme() -> "gradio.Theme":
+    """Returns gradio's theme, with a bold font that has all letters. The file of its semi-bold font lacks most."""
+    import gradio
+
+    fonts = [gradio.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "ui-sans-serif", "system-ui", "sans-serif"]
+    return gradio.themes.Default(font=fonts)
 
 
 def build_page(models: Models, folder: pathlib.Path) -> "gradio.Blocks":

@@ -1,10 +1,14 @@
 """Example prompts, their files and true answers, and the strips that visitors download."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from serve_kit import bomb, png
 
 from EasyLM.errors import UserError
 from evaluation.page import examples, strip
+from evaluation.page import files as page_files
 from evaluation.page.files import LIMITS, ExampleFiles
 from evaluation.page.handlers import PromptFiles
 from evaluation.page.pictures import enlarged
@@ -142,6 +146,19 @@ def test_only_files_of_the_page_are_read(tmp_path, analogies):
     for other, label in ((files.save(0)[0], "Answer 1"), (str(folder / "text.png"), "Example 1")):
         with pytest.raises(UserError, match=f"^{label}: not a readable image"):
             PromptFiles.read([other, str(folder / "text.png"), files.save(0)[2]], SIZE, files)
-    (folder / "large.png").write_bytes(bytes(LIMITS.body_bytes + 1))
-    with pytest.raises(UserError, match="at most 16 MB"):
-        PromptFiles.read([str(folder / "large.png")], SIZE, files)
+
+
+def test_limits_are_those_of_an_image_and_errors_name_its_slot(tmp_path, monkeypatch, analogies):
+    """The photographs of a prompt have more pixels than one image may have."""
+    files = ExampleFiles(analogies[:1], tmp_path, "analogy")
+    (tmp_path / "photo.png").write_bytes(png(0, 50))
+    photos = [str(tmp_path / "photo.png")] * 3
+    with monkeypatch.context() as patch:
+        patch.setattr(page_files, "LIMITS", dataclasses.replace(LIMITS, pixels=2 * 50**2))
+        assert PromptFiles.read(photos, SIZE, files).images.shape == (3, SIZE, SIZE, 3)
+    (tmp_path / "bomb.png").write_bytes(bomb(8001, 8000))
+    (tmp_path / "large.png").write_bytes(bytes(LIMITS.body_bytes + 1))
+    cases = [("bomb.png", "an image has at most 64 million pixels"), ("large.png", "an image file has at most 16 MB")]
+    for name, message in [*cases, ("gone.png", "a file is no longer stored")]:
+        with pytest.raises(UserError, match=f"^Answer 1: {message}"):
+            PromptFiles.read([photos[0], str(tmp_path / name), photos[0]], SIZE, files)

@@ -1,5 +1,7 @@
 """The command lines of the service and the page."""
 
+import importlib.util
+import socket
 import sys
 
 import pytest
@@ -37,3 +39,13 @@ def test_missing_packages_are_named_before_the_model_is_loaded(monkeypatch, prog
     config.checkpoint = "none"
     with pytest.raises(UserError, match=rf"needs the package {package}: pip install -e '\.\[serve\]'"):
         program.main(config)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="needs gradio")
+def test_a_port_in_use_is_named_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"--host=127.0.0.1 --port={port}: cannot listen there: Address already"):
+            run_main(demo, checkpoint="none", port=port)
+    with pytest.raises(UserError, match=r"--host=203\.0\.113\.1 --port=7860: cannot listen there"):
+        run_main(demo, checkpoint="none", host="203.0.113.1")
