@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 QUERY = "Query"
 SIDE = 384  # pixels of the canvas
+_NOT_LOADED = "No image is loaded."
 _OPAQUE = 128  # least alpha of a painted pixel
 HELP = """Load an image of the prompt, paint on it, and choose what the painting is:
 * *Hole*: the painted pixels of the image become black. If it is an example, its answer becomes the original image.
@@ -176,8 +177,9 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
                 brush.names, value=QUERY, label="Image of the prompt", min_width=200, elem_id="painted"
             )
             load = gradio.Button("Load the image", min_width=200, elem_id="load_painted")
-        shown = gradio.Markdown("No image is loaded.", elem_id="on_canvas")
-        canvas = _canvas()
+        shown = gradio.Markdown(_NOT_LOADED, elem_id="on_canvas")
+        with gradio.Column(visible=False) as frame:
+            canvas = _canvas()
         state = gradio.State(None)  # the loaded image
         with gradio.Row():
             hole = gradio.Button("Use as hole", min_width=120, elem_id="use_hole")
@@ -189,14 +191,20 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
             pixels = decode(read_file(loaded.path, folder), SIDE)
         # A new label of the canvas would make gradio forget its limits: see `_canvas`.
         background = save_png(pixels, folder, "canvas")
-        return loaded, f"On the canvas: **{name}**", {"background": background, "layers": [], "composite": None}
+        value = {"background": background, "layers": [], "composite": None}
+        return loaded, f"On the canvas: **{name}**", value, gradio.Column(visible=True)
 
     def use(make: Callable, loaded: Loaded | None, model: str, layers: list[str], *paths: str | None) -> list:
         with errors_for_visitors():
             loaded, new = make(loaded, paths, layers, size_of(model))
         return [loaded, *(new.get(i, gradio.skip()) for i in range(len(slots)))]
 
-    load.click(load_image, [name, *slots], [state, shown, canvas], api_visibility="private")
+    loading = [state, shown, canvas, frame]
+    # gradio would not draw strokes on an image that replaces a painted one: each image has a new canvas.
+    removed = load.click(
+        lambda: (None, _NOT_LOADED, None, gradio.Column(visible=False)), None, loading, api_visibility="private"
+    )
+    removed.then(load_image, [name, *slots], loading, api_visibility="private")
     for button, make in ((hole, brush.hole), (mask, brush.mask)):
         inputs, outputs = [state, model, canvas, *slots], [state, *slots]
         button.click(functools.partial(use, make), inputs, outputs, api_visibility="private")

@@ -1,4 +1,7 @@
-"""The page in headless Chromium: both tabs, from an example to a download. Skipped without Chromium."""
+"""The page in headless Chromium: both tabs, from an example to a download, the brush, a phone, and two models.
+
+Skipped without Chromium.
+"""
 
 import contextlib
 import functools
@@ -11,12 +14,23 @@ import shutil
 import signal
 import time
 
+import httpx
+import jax
+import numpy as np
 import pytest
 from page_kit import running_page, wait_until
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from serve_kit import png
 
+from evaluation import demo
+from evaluation.page.pictures import enlarged
+from tokenizer.media import images
+from tokenizer.synthetic import scenes
+from tokenizer.vqgan import PRETRAINED, Codec
+
 WIDTHS = (1280, 390)  # pixels of a desktop and of a phone
+DEMO_MODEL = demo.FLAGS["checkpoint"].default
 
 
 @pytest.mark.slow
@@ -32,9 +46,20 @@ def test_both_tabs_in_a_browser(tmp_path, port):
         from video_kit import write_video
 
         write_video(tmp_path / "clip.mp4", "libx264", range(0, 300, 100))
-    with running_page(port, stop=signal.SIGINT) as when_ready:
+    checkpoints = f"{DEMO_MODEL},{write_model_without_knowledge(tmp_path / 'ignorant')}"
+    with running_page(port, f"--checkpoint={checkpoints}", stop=signal.SIGINT) as when_ready:
         with open_browser(webdriver, chromium, driver, tmp_path) as browser:
             try_page(PageDriver(browser, tmp_path), when_ready())
+
+
+def write_model_without_knowledge(folder: pathlib.Path) -> str:
+    """Writes a model for which all codes are equally likely: at temperature 0, each code of its images is 0."""
+    shutil.copytree(DEMO_MODEL, folder)
+    arrays = load_file(folder / "model.safetensors")
+    arrays["model.norm.weight"] *= 0
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "README.md").write_text("# A model\n## Limits\nIt knows nothing.\n")
+    return str(folder)
 
 
 def open_browser(webdriver, chromium, driver, folder):
@@ -108,7 +133,8 @@ class PageDriver:
         """Clicks the button and waits for answers that differ from those before."""
         self.click(f"#draw_{tab}")
         wait_for(lambda: not set(self.answers(tab)) & set(before), "other answers")
-        self.wait_for(f"#status_{tab}", "Done: 64 tokens")
+        (status,) = self.wait_for(f"#status_{tab}", "Done")
+        assert re.fullmatch(r"Done: 64 tokens a candidate in [\d.]+ s, \d+ tokens/s in all", status.text)
         return wait_for(lambda: self.answers(tab), "answers")
 
     def replace_image(self, slot: str, file: str) -> None:
@@ -116,6 +142,18 @@ class PageDriver:
         self.click(remove)
         self.upload(f"#{slot} input[type=file]", file)
         self.wait_for(remove)  # the upload is complete
+
+    def captions(self, gallery: str) -> list[str]:
+        return [caption.text for caption in self.visible(f"{gallery} .caption-label")]
+
+    def pixels(self, selector: str, index: int = 0) -> np.ndarray:
+        """Returns the pixels of a picture's file."""
+        url = wait_for(lambda: self.visible(selector)[index].get_attribute("src"), selector)
+        return np.asarray(Image.open(io.BytesIO(httpx.get(url).content)).convert("RGB"))
+
+    def rectangle(self, selector: str) -> dict[str, float]:
+        (element,) = self.wait_for(selector)
+        return self.browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", element)
 
     def upload(self, selector: str, file: str) -> None:
         find = functools.partial(self.browser.find_elements, "css selector", selector)
@@ -130,9 +168,11 @@ class PageDriver:
 
     def with_colours(self, selector: str) -> list:
         """Returns the element if it shows a picture, else an empty list."""
-        (element,) = self.visible(selector)
-        colours = Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB").getcolors(100)
-        return [element] if colours is None else []  # more than 100
+        for element in self.visible(selector):
+            colours = Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB").getcolors(100)
+            if colours is None:  # more than 100
+                return [element]
+        return []
 
     def set_width(self, width: int, height: int = 1400) -> None:
         """Sets the size of the window's inside. Windows of a real size cannot be as narrow as a phone."""
@@ -200,19 +240,36 @@ def try_page(page: PageDriver, url: str) -> None:
         page.upload("input[data-testid$='-upload-button']", "clip.mp4")
         page.assert_number_of("#frames", 3)  # the video has no more
     page.open_tab("Analogy")
+    try_second_model(page)
     try_brush(page)  # last: the canvas is drawn all the time
     page.assert_contacts_only(url)
 
 
+# Returns the width of a text in the page's bold font, for two fonts that replace letters which it lacks.
+_WIDTHS_OF_TEXT = """const context = document.createElement("canvas").getContext("2d")
+return ["serif", "monospace"].map(other => {
+    context.font = `600 20px "Source Sans Pro", ${other}`
+    return context.measureText("Large Vision Model: draw").width
+})"""
+
+
 def try_analogy(page: PageDriver) -> None:
     browser = page.browser
+    # Before the first answer.
+    for empty in ("#reconstructions_analogy", "#download_analogy", "#history"):
+        assert not page.visible(empty)
+    hint = 'return getComputedStyle(document.querySelector("#answers_analogy > .empty"), "::after").content'
+    assert "Click an example" in browser.execute_script(hint)
+    assert len(set(browser.execute_script(_WIDTHS_OF_TEXT))) == 1
     # An example fills seven slots; the truth and four answers appear.
     page.click("#examples_analogy button.thumbnail-item", 1)
     for slot in ("example_1", "answer_3", "query"):
         page.wait_for(f"#{slot} img")
+        assert page.rectangle(f"#{slot} > label")["bottom"] <= page.rectangle(f"#{slot} img")["top"]
     browser.execute_script(_RECORD_TEXTS, "#status_analogy")
     first = page.generate("analogy")
     assert len(set(first)) == 5
+    assert page.captions("#answers_analogy") == ["Truth", *(f"Candidate {i}" for i in range(1, 5))]
     page.assert_number_of("#reconstructions_analogy", 7)
     page.assert_downloads_strip("analogy", columns=5, rows=3)
     seed = page.wait_for("input[aria-label='Seed']")[0]
@@ -225,29 +282,98 @@ def try_analogy(page: PageDriver) -> None:
     page.replace_image("query", "text.png")
     page.click("#draw_analogy")
     page.wait_for(".toast-body", "Query: not a readable image")
+    wait_for(lambda: not page.visible("#status_analogy") or not page.visible("#status_analogy")[0].text, "no status")
     page.replace_image("query", "0.png")
     page.wait_for("#query img")
     assert len(set(page.generate("analogy", before=reseeded))) == 4
+    assert not page.visible(".toast-body")
     page.assert_number_of("#history", 3)
     # At least one of the three runs shows a preview: the page skips previews in quick succession.
     texts = browser.execute_script("return texts")
     assert [text for text in texts if re.match(r"Drawing: \d+ of 64 tokens", text)]
 
 
+def try_second_model(page: PageDriver) -> None:
+    """Draws with the other model, whose answer is known. Its prompt is the example of segmentation."""
+    page.click("#examples_analogy button.thumbnail-item", 0)
+    page.wait_for("#model_text", "outlines are soft")
+    page.choose("model", "ignorant")
+    page.wait_for("#model_text", "It knows nothing.")
+    (temperature,) = page.wait_for("input[aria-label='number input for Temperature']")
+    temperature.clear()
+    temperature.send_keys("0\t")
+    page.generate("analogy", before=page.answers("analogy"))
+    codec = Codec(PRETRAINED, batch_size=1, devices=jax.devices()[:1])
+    expected = enlarged(images.to_uint8(codec.decode(np.zeros((1, codec.tokens_per_image), np.int32))))[0]
+    for i in range(1, 5):
+        answer = page.pixels("#answers_analogy button.thumbnail-item img", i)
+        np.testing.assert_allclose(answer, expected.astype(float), atol=1)
+
+
 def try_brush(page: PageDriver) -> None:
-    """Paints a hole on the query, and chooses another image before it is used."""
+    """Paints a hole on the query with the mouse, then on a phone a mask for an example. Both reach the prompt."""
     from selenium.webdriver import ActionChains
 
-    def query() -> str:
-        return page.wait_for("#query img")[0].get_attribute("src")
-
-    before = query()
+    before, mask = page.pixels("#query img"), page.pixels("#answer_1 img")
     page.click("#brush button")
-    page.click("#load_painted")
-    page.wait_for("#on_canvas", "Query")
-    (canvas,) = wait_for(lambda: page.with_colours("#canvas canvas"), "the image on the canvas")
+    canvas = load_on_canvas(page, "Query")
     ActionChains(page.browser).move_to_element(canvas).click_and_hold().move_by_offset(60, 30).release().perform()
-    page.choose("painted", "Example 1")
+    page.choose("painted", "Example 1")  # the painting belongs to the loaded image
     page.assert_fits("brush")
     page.click("#use_hole")
-    wait_for(lambda: query() != before, "a query with a hole")
+    wait_for(lambda: (page.pixels("#query img") != before).any(), "a query with a hole")
+    query = page.pixels("#query img")
+    hole = (query == 0).all(-1)
+    assert 1000 < hole.sum() < 10_000 and np.allclose(np.argwhere(hole).mean(0), 128, atol=40)
+    np.testing.assert_array_equal(query[~hole], before[~hole])
+
+    page.set_width(WIDTHS[1])
+    wait_for(lambda: page.rectangle("#canvas canvas")["width"] < WIDTHS[1], "a narrow canvas")
+    canvas = load_on_canvas(page, "Example 1")
+    swipe(page, canvas)
+    page.click("#use_mask")
+    wait_for(lambda: (page.pixels("#answer_1 img") != mask).any(), "another mask")
+    mask = page.pixels("#answer_1 img")
+    painted = (mask == scenes.PALETTE["sphere"]).all(-1)
+    assert painted.any() and ((mask == scenes.BACKGROUND).all(-1) | painted).all()
+
+    page.click("button[aria-label='Color']")
+    assert_usable_on_a_phone(page)
+    page.generate("analogy", before=page.answers("analogy"))
+    assert "Truth" not in page.captions("#answers_analogy")
+    pictures = "#reconstructions_analogy button.thumbnail-item img"
+    for number, image in ((1, mask), (6, query)):
+        np.testing.assert_array_equal(page.pixels(pictures, number)[:, :256], image)
+
+
+def load_on_canvas(page: PageDriver, name: str):
+    """Loads an image of the prompt on the canvas, and returns the canvas."""
+    page.choose("painted", name)
+    page.click("#load_painted")
+    page.wait_for("#on_canvas", name)
+    (canvas,) = wait_for(lambda: page.with_colours("#canvas canvas"), f"{name} on the canvas")
+    return canvas
+
+
+def swipe(page: PageDriver, canvas) -> None:
+    """Moves a finger over the canvas, from its centre."""
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    page.browser.execute_async_script(_EXTENT)  # until it is drawn there, a touch would scroll
+    place = page.rectangle("#canvas canvas")
+    x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+    for i, event in enumerate(("touchStart", *["touchMove"] * 8, "touchEnd")):
+        points = [] if event == "touchEnd" else [{"x": x + 5 * i, "y": y + 2 * i}]
+        page.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": event, "touchPoints": points})
+
+
+def assert_usable_on_a_phone(page: PageDriver) -> None:
+    """Asserts that the small buttons are large enough for a finger, and that nothing of the brush is cut off."""
+    kinds = (".icon-button", ".toolbar-wrap button", ".source-selection button", ".reset-button")
+    for kind in kinds:
+        for size in [button.size for button in page.wait_for(kind)]:
+            assert min(size["height"], size["width"]) >= 30, (kind, size)
+    (brush,) = page.wait_for("#brush")
+    width, inner_width = page.browser.execute_script(
+        "return [arguments[0].scrollWidth, arguments[0].clientWidth]", brush
+    )
+    assert width == inner_width
