@@ -7,6 +7,7 @@ is that of OpenAI's API with a field of vLLM, `return_token_ids`, so that answer
 field makes them consist of codes (`only_codes`).
 """
 
+import dataclasses
 import http.client
 import json
 import urllib.error
@@ -29,7 +30,8 @@ _LONGEST_LIST = 1024  # ids that one field of a request can list in vLLM's Model
 _SECONDS = 600  # for an answer
 FLAGS = {
     "images": Flag("", "Comma list of image files, in the order of the prompt.", required=True),
-    "vqgan": CODEC_FLAGS["vqgan"],
+    # Without a default: the server does not tell which tokenizer its model was trained with.
+    "vqgan": dataclasses.replace(CODEC_FLAGS["vqgan"], default="", required=True),
     "resolution": CODEC_FLAGS["resolution"],
     "url": Flag("http://127.0.0.1:8000/v1", "Address of the server's OpenAI API.", free_text=True),  # not by fsspec
     "n_candidates": Flag(1, "Answers, which the output shows side by side.", least=1),

@@ -107,6 +107,11 @@ def test_the_answer_is_decoded_and_the_prompt_encoded(settings):
         np.testing.assert_array_equal(written[:, column : column + 16], expected)
 
 
+def test_no_tokenizer_is_taken_by_default(settings):
+    with pytest.raises(UserError, match="--vqgan is missing"):
+        run_main(vllm_client, **settings | {"vqgan": ""})
+
+
 def test_only_codes_are_allowed_and_the_export_suppresses_the_rest(settings):
     codec = Codec(settings["vqgan"])
     allowed = vllm_client.request("m", np.zeros((1, 64), np.int32), codec, 1, 1.0, 0)["allowed_token_ids"]
