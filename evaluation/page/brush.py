@@ -191,7 +191,7 @@ def add_brush(slots: Sequence["gradio.Image"], size_of: Callable[[str], int], mo
             pixels = decode(read_file(loaded.path, folder), SIDE)
         # A new label of the canvas would make gradio forget its limits: see `_canvas`.
         background = save_png(pixels, folder, "canvas")
-        value = {"background": background, "layers": [], "composite": None}
+        value: dict[str, Any] = {"background": background, "layers": [], "composite": None}
         return loaded, f"On the canvas: **{name}**", value, gradio.Column(visible=True)
 
     def use(make: Callable, loaded: Loaded | None, model: str, layers: list[str], *paths: str | None) -> list:

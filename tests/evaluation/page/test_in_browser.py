@@ -256,11 +256,11 @@ return ["serif", "monospace"].map(other => {
 def try_analogy(page: PageDriver) -> None:
     browser = page.browser
     # Before the first answer.
+    hint = 'return getComputedStyle(document.querySelector("#answers_analogy > .empty"), "::after").content'
+    wait_for(lambda: "Click an example" in browser.execute_script(hint), "a hint")
     for empty in ("#reconstructions_analogy", "#download_analogy", "#history"):
         assert not page.visible(empty)
-    hint = 'return getComputedStyle(document.querySelector("#answers_analogy > .empty"), "::after").content'
-    assert "Click an example" in browser.execute_script(hint)
-    assert len(set(browser.execute_script(_WIDTHS_OF_TEXT))) == 1
+    wait_for(lambda: len(set(browser.execute_script(_WIDTHS_OF_TEXT))) == 1, "a font with all letters")
     # An example fills seven slots; the truth and four answers appear.
     page.click("#examples_analogy button.thumbnail-item", 1)
     for slot in ("example_1", "answer_3", "query"):
