@@ -5,6 +5,7 @@ All tests, and the processes that they start, share a cache of compiled function
 
 import gc
 import os
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +15,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the processes of pytest-xdist hav
     folder = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+# Shells start background commands with SIGINT ignored, and processes inherit that. The tests of Ctrl-C send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pathlib
 import socket
