@@ -75,6 +75,7 @@ FLAGS = {
         "",
         "File of the measurements, .zst; empty: OUTPUT_FILE.measurements.jsonl.zst. Without --input_dir: a complete "
         "file, or the files of all parts, as a comma list or a glob.",
+        reads_local_disk=True,
     ),
     "shard": Flag(
         "0/1",
