@@ -82,7 +82,7 @@ class InContextMeasurement:
         for source, prompts in prompts_QPN.items():
             scores = []
             for batch in self._batches(len(prompts)):
-                scores.append(self.prompter.score(list(prompts[batch]), list(true_QN[batch])))
+                scores.append(self.prompter.score(list(prompts[batch]), list(true_QN[batch, None])))
                 bar.update(len(prompts[batch]))
             log_p_QN, is_right_QN = map(np.concatenate, zip(*scores))
             values["perplexity"][source] = metrics.perplexity(log_p_QN)

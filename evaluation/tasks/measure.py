@@ -76,7 +76,7 @@ class Measurement:
         answers, likelihoods = [], []
         for start in progress(range(0, len(prompts_QPN), self.batch_size), desc=description, unit="batch"):
             batch = slice(start, start + self.batch_size)
-            prompts, targets = list(prompts_QPN[batch]), list(true_tokens_QN[batch])
+            prompts, targets = list(prompts_QPN[batch]), list(true_tokens_QN[batch, None])
             answers_BCFN = self.prompter.generate(prompts, generation)
             answers.append(answers_BCFN[:, 0, 0])
             likelihoods.append(self.prompter.log_likelihoods(prompts, targets))

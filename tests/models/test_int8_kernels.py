@@ -17,6 +17,7 @@ from EasyLM.models.sampling import Sampling
 from EasyLM.parallel import make_mesh
 from evaluation.prompting import Prompter, PrompterSettings, load_model
 from evaluation.tasks import metrics
+from tokenizer.media import images
 from tokenizer.synthetic import scenes
 
 DEMO = str(pathlib.Path(__file__).parents[2] / "evaluation" / "demo_model")
@@ -77,7 +78,7 @@ def test_perplexity_of_the_demonstration_model_is_within_1_percent_of_bf16():
     """Of depths after their images, with two examples before."""
     rendered = [scenes.scene(seed, 32) for seed in range(24)]
     images_BPSS3 = np.stack([image for scene in rendered for image in (scene["image"], scene["depth"])])
-    images_BPSS3 = images_BPSS3.reshape(8, 6, 32, 32, 3)
+    images_BPSS3 = images.to_float32(images_BPSS3.reshape(8, 6, 32, 32, 3))
     perplexities = []
     for weights in ("dtype", "int8"):
         prompter = Prompter.load(PrompterSettings(DEMO, dtype="bf16", weights=weights, mesh_dim="8,1,1"))
