@@ -47,7 +47,7 @@ def test_values_are_those_of_the_prompts_of_each_query(prompter, task, measured)
         (two, task.wrong, "wrong_examples"),
     ):
         prompts = tokens[layout.images(point["shots"])]
-        log_p, is_right = prompter.score(list(prompts), list(truths))
+        log_p, is_right = prompter.score(list(prompts), list(truths[:, None]))
         values = {name: by_source[source] for name, by_source in point["per_query"].items()}
         assert values["nats"] == pytest.approx(-log_p.mean(1), rel=1e-4)
         assert values["perplexity"] == pytest.approx(np.exp(-log_p.mean(1)), rel=1e-4)
