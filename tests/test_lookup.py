@@ -1,5 +1,6 @@
-"""scripts/in_context/lookup.py: the sentences, and their measurement."""
+"""scripts/in_context: the sentences of lookup.py and their measurement; the targets of answers.py."""
 
+import json
 from functools import partial
 
 import jax
@@ -7,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from in_context import lookup
+from in_context.answers import main as write_answers
+from ml_collections import ConfigDict
 
+from EasyLM.data.record_fields import FieldSettings, make_processor
+from EasyLM.data.records import record_line
+from tokenizer.mappings import held_out
+from tokenizer.mappings.steps import Geometry
+
+MOVING = next(level for level in lookup.LEVELS if level.moves)
 LEVELS = [lookup.LEVELS[2], lookup.Level(64, 8, 32, 8, 128), lookup.Level(1024, 8, 64, 16, 128)]
 
 
@@ -15,9 +24,9 @@ def values(level):
     return {name: jnp.int32(value) for name, value in lookup.traced(level).items()}
 
 
-def draw(level, exchange_all=False, count=32):
+def draw(level, test="", count=32):
     make = jax.jit(lookup.sentences, static_argnums=(1, 2, 4))
-    tokens_BT, is_answer_T = make(jax.random.key(3), count, level.length, values(level), exchange_all)
+    tokens_BT, is_answer_T = make(jax.random.key(3), count, level.length, values(level), test)
     pictures = np.asarray(tokens_BT).reshape(count, -1, 2, level.size)
     assert (np.asarray(is_answer_T).reshape(-1, 2, level.size) == [[[False], [True]]]).all()
     return pictures[:, :, 0].reshape(count, -1), pictures[:, :, 1].reshape(count, -1)
@@ -36,8 +45,37 @@ def test_the_answers_of_a_sentence_permute_its_symbols(level):
 
 
 def test_all_symbols_are_exchanged_for_a_measurement():
-    inputs, answers = draw(lookup.LEVELS[2], exchange_all=True)
+    inputs, answers = draw(lookup.LEVELS[2], lookup.EXCHANGE)
     assert abs(np.mean(inputs == answers) - 1 / 12) < 0.03  # the fixed points of a random permutation
+
+
+def geometry_of(inputs, answers):
+    """Returns the geometry [symmetry, down, right] that makes the answers [n,64] from the inputs, or None."""
+    for geometry in np.ndindex(*held_out.GEOMETRIES.shape):
+        cells = Geometry(*geometry).apply(np.arange(64).reshape(8, 8), {}).ravel()
+        if (inputs[:, cells] == answers).all():
+            return geometry
+    return None
+
+
+def test_cells_move_by_geometries_that_training_may_use():
+    sentences = zip(*(part.reshape(32, -1, 64) for part in draw(MOVING, lookup.MOVE)), strict=True)
+    geometries = [geometry_of(*sentence) for sentence in sentences]
+    assert not any(held_out.GEOMETRIES[geometry] for geometry in geometries)
+    assert len(set(geometries)) > 10
+    assert 6 <= sum(geometry[1:] == (0, 0) for geometry in geometries) <= 26  # half of 32, within 3.5 standard errors
+
+
+def test_cells_of_half_of_the_sentences_move():
+    """Then the positions of the input's symbols are not those of their images."""
+    inputs, answers = (part.reshape(256, -1, 64) for part in draw(MOVING, count=256))
+    stays = [
+        len(set(zip(i.ravel().tolist(), a.ravel().tolist(), strict=True))) == len(set(i.ravel().tolist()))
+        for i, a in zip(inputs, answers, strict=True)
+    ]
+    assert 100 <= sum(stays) <= 156
+    unchanged = [np.array_equal(np.sort(i.ravel()), np.sort(a.ravel())) for i, a in zip(inputs, answers, strict=True)]
+    assert np.mean(np.array(unchanged)[~np.array(stays)]) > 0.4  # half of the moved sentences exchange nothing
 
 
 def test_the_accuracy_is_that_of_the_answers():
@@ -49,7 +87,21 @@ def test_the_accuracy_is_that_of_the_answers():
     def copies(params, tokens_BT):  # the input of each cell
         return jax.nn.one_hot(jnp.roll(tokens_BT, level.size - 1, 1), 1024)
 
-    arguments = None, jax.random.key(5), 64, level.length, values(level)
-    measure = [jax.jit(partial(lookup.accuracy, f), static_argnums=(2, 3))(*arguments) for f in (perfect, copies)]
+    arguments = None, jax.random.key(5), 64, level.length, values(level), lookup.EXCHANGE
+    measure = [jax.jit(partial(lookup.accuracy, f), static_argnums=(2, 3, 5))(*arguments) for f in (perfect, copies)]
     assert measure[0] == (1, 1)
     assert all(abs(float(part) - 1 / 12) < 0.05 for part in measure[1])
+
+
+def test_only_answers_and_frames_are_targets(tmp_path):
+    tokens_nT = np.random.default_rng(0).integers(0, 1024, (2, 16 * 4))
+    kinds = "depth", "frames"
+    lines = [record_line(tokens_T, kind=kind) for tokens_T, kind in zip(tokens_nT, kinds, strict=True)]
+    (tmp_path / "input_file.jsonl").write_bytes(b"".join(lines))
+    write_answers(ConfigDict({name: str(tmp_path / f"{name}.jsonl") for name in ("input_file", "output_file")}))
+    processor = make_processor(FieldSettings(fields="", fields_from_example="fields"), vocab_size=1024)
+    written = (tmp_path / "output_file.jsonl").read_text().splitlines()
+    (ids, masks), (frame_ids, frame_masks) = [processor(json.loads(line)) for line in written]
+    np.testing.assert_array_equal([ids, frame_ids], tokens_nT)
+    np.testing.assert_array_equal(masks, np.tile(np.repeat([0, 1], 4), 8))  # inputs have no loss
+    assert (frame_masks == 1).all()
