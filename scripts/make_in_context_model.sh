@@ -4,7 +4,7 @@
 #
 #   bash scripts/make_in_context_model.sh cpu|gpu [FOLDER]     (default: build/in_context)
 #
-# gpu: from nothing but seeds, in 9 minutes on one H100 with 16 cores.
+# gpu: from nothing but seeds, in 9 minutes on one H100 with 16 cores. Training stops LIMIT seconds (530) after the start.
 # cpu: continues from scripts/in_context/model on new scenes, on two cores, in about an hour and a half.
 # SENTENCES, STEPS, BATCH (gpu) and LOOKUP (flags of lookup.py) make it shorter. Needs the extra `quickstart` and no download.
 #
@@ -17,10 +17,12 @@ gpu)
     sentences=${SENTENCES:-220000} encode=512 batch=${BATCH:-32} rate=1e-3 steps=${STEPS:-18500}
     settings=(--dtype=bf16 --mesh_dim=1,-1,1 --llama.remat_block=) # nothing is recomputed: memory is plenty
     export XLA_PYTHON_CLIENT_PREALLOCATE=false # several processes share the device
+    limit=${LIMIT:-530}
     ;;
 cpu)
     sentences=${SENTENCES:-6000} encode=64 batch=4 rate=6e-4 steps=${STEPS:-1500}
     settings=(--mesh_dim=-1,1,1)
+    limit=0 # none
     # Two CPU devices that split a batch are up to 25% faster than one device with two threads.
     export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2"
     ;;
@@ -31,17 +33,6 @@ cpu)
 esac
 export WANDB_MODE=${WANDB_MODE:-disabled}
 mkdir -p "$out"
-
-train() { # EXPERIMENT FILE STEPS FLAGS...
-    python -m EasyLM.models.llama.llama_train --flagfile=configs/demo.flags \
-        --load_llama_config=json::scripts/in_context/settings.json "${settings[@]}" --total_steps="$3" \
-        --save_model_freq="$3" --train_dataset.json_dataset.path="$out/$2.jsonl" \
-        --train_dataset.text_processor.fields_from_example=fields \
-        --train_dataset.json_dataset.tokenizer_processes="$(nproc)" \
-        --train_dataset.json_dataset.seq_length=1024 --train_dataset.json_dataset.batch_size="$batch" \
-        --optimizer.adamw_optimizer.lr="$rate" --optimizer.adamw_optimizer.lr_warmup_steps=$(($3 / 20 + 1)) \
-        --logger.output_dir="$out" --logger.experiment_id="$1" "${@:4}"
-}
 
 # The pool has so many scenes that the model cannot memorize them. The tasks of scenes have about half of the sentences:
 # with a third, the model drew worse annotations than the demonstration model.
@@ -67,7 +58,16 @@ else
     write_sentences
     start=huggingface::scripts/in_context/model
 fi
-train all answers "$steps" --optimizer.adamw_optimizer.lr_decay_steps="$steps" --load_checkpoint="$start"
+left=$((limit > 0 && limit > SECONDS ? limit - SECONDS : limit > 0)) # 0: no limit
+# At the time limit, the trainer saves its state, and timeout exits with 124.
+timeout --foreground --signal=TERM "$left" python -m EasyLM.models.llama.llama_train --flagfile=configs/demo.flags \
+    --load_llama_config=json::scripts/in_context/settings.json "${settings[@]}" --total_steps="$steps" \
+    --save_model_freq="$steps" --train_dataset.json_dataset.path="$out/answers.jsonl" \
+    --train_dataset.text_processor.fields_from_example=fields \
+    --train_dataset.json_dataset.tokenizer_processes="$(nproc)" --train_dataset.json_dataset.seq_length=1024 \
+    --train_dataset.json_dataset.batch_size="$batch" --optimizer.adamw_optimizer.lr="$rate" \
+    --optimizer.adamw_optimizer.lr_warmup_steps=$((steps / 20 + 1)) --optimizer.adamw_optimizer.lr_decay_steps="$steps" \
+    --logger.output_dir="$out" --logger.experiment_id=all --load_checkpoint="$start" || [ $? -eq 124 ]
 python -m EasyLM.models.llama.convert_easylm_to_hf --float_dtype=bf16 --max_shard_mb=14 --output_dir="$out/model" \
     --load_checkpoint="trainstate_params::$out/all/streaming_train_state"
 echo "model: $out/model"
