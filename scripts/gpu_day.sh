@@ -2,7 +2,7 @@
 # Checks this machine's GPU and measures training, generation and the tokenizer on it, in under 9 minutes.
 #
 #   bash scripts/gpu_day.sh --output_json=gpu.json                        everything
-#   bash scripts/gpu_day.sh --output_json=gpu.json --sections=machine,train --presets=vqlm_1b
+#   bash scripts/gpu_day.sh --output_json=gpu.json --jobs=machine,train:vqlm_1b
 #   bash scripts/gpu_day.sh --output_json=/tmp/tiny.json --tiny           the same program on a CPU, in a minute
 #
 # Needs the installed project; the section `peer` also needs torch and transformers.

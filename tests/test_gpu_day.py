@@ -11,6 +11,7 @@ from gpu_day import main, table
 from gpu_day.candidates import CANDIDATES
 from gpu_day.main import Job, Report
 
+from EasyLM.errors import UserError
 from EasyLM.models.llama import costs, llama_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -84,6 +85,19 @@ def test_a_job_that_crashes_or_hangs_is_a_record(tmp_path, monkeypatch):
     crashed, stopped = json.loads((tmp_path / "gpu.json").read_text())["records"]
     assert crashed["error"] == "exit code 2" and crashed["ok"] is False
     assert stopped["error"] == "stopped after 0 s" and "ok" not in stopped
+
+
+def test_jobs_are_chosen_by_their_section_and_preset():
+    jobs = main.chosen(main.JOBS, "peer:vqlm_1b,train:vqlm_7b,machine")
+    assert [job.name for job in jobs] == [
+        "machine",
+        "train --preset=vqlm_7b --only=num_hidden_layers",
+        "peer --preset=vqlm_1b --rounds=2",
+        "train --preset=vqlm_7b --only=LoRA",
+    ]
+    assert main.chosen(main.JOBS, "") == main.JOBS
+    with pytest.raises(UserError, match="--jobs='train:vqlm_2b': choose one of"):
+        main.chosen(main.JOBS, "train:vqlm_2b")
 
 
 @pytest.mark.parametrize("preset", CANDIDATES)

@@ -23,19 +23,17 @@ class Candidate:
     Attributes:
       rows: rows of a batch.
       settings: changes to the preset.
-      options: compiler options, in addition to those of the trainer.
       lora_rank: train adapters of this rank beside frozen parameters; 0: train all parameters.
     """
 
     rows: int
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lora_rank: int = 0
 
     @property
     def name(self) -> str:
         """The settings as text."""
-        changes = [f"{name}={value}" for name, value in (self.settings | self.options).items()]
+        changes = [f"{name}={value}" for name, value in self.settings.items()]
         adapters = [f"LoRA of rank {self.lora_rank}"] if self.lora_rank else []
         return ", ".join([f"{self.rows} rows", *adapters, *changes])
 
@@ -51,22 +49,13 @@ _UNROLLED = {"scan_layers": False}
 _HALF = {"num_hidden_layers": 16}
 CANDIDATES = {
     "vqlm_debug": [Candidate(2), Candidate(2, lora_rank=4)],
-    "vqlm_100m": [
-        Candidate(8, _PROJECTIONS),
-        Candidate(16, _PROJECTIONS),
-        Candidate(32, _PROJECTIONS),
-        Candidate(16, _UNROLLED | {"remat_block": ""}),
-    ],
-    "vqlm_1b": [
-        Candidate(4, _PROJECTIONS),
-        Candidate(8, _PROJECTIONS),
-        Candidate(8, _PROJECTIONS, {"xla_gpu_enable_triton_gemm": True}),
-        Candidate(8, _PROJECTIONS | _UNROLLED),
-    ],
-    "vqlm_3b": [Candidate(4, _LEAST), Candidate(2, _PROJECTIONS), Candidate(3, _PROJECTIONS)],
+    "vqlm_100m": [Candidate(16, _PROJECTIONS | _UNROLLED), Candidate(16, _PROJECTIONS)],
+    "vqlm_1b": [Candidate(4, _PROJECTIONS | _UNROLLED), Candidate(4, _PROJECTIONS)],
+    "vqlm_3b": [Candidate(2, _PROJECTIONS), Candidate(3, _PROJECTIONS | _UNROLLED)],
     "vqlm_7b": [
         Candidate(2, _LEAST, lora_rank=16),
         Candidate(1, _PROJECTIONS, lora_rank=16),
+        Candidate(2, _HALF | _PROJECTIONS | _UNROLLED),
         Candidate(2, _HALF | _PROJECTIONS),
     ],
 }

@@ -23,11 +23,9 @@ from EasyLM.storage import write_json
 from gpu_day import table
 from gpu_day.measure import RECORD
 
-SECTIONS = ("machine", "correctness", "train", "decode", "vqgan", "peer")
 FLAGS = {
     "output_json": Flag("", "File of the records.", required=True),
-    "sections": Flag(",".join(SECTIONS), f"Comma list of {', '.join(SECTIONS)}."),
-    "presets": Flag("", "Comma list of presets to train and decode with; empty: all that are planned."),
+    "jobs": Flag("", "Comma list of SECTION or SECTION:PRESET, such as machine,train:vqlm_1b; empty: all."),
     "time_limit": Flag(520.0, "Seconds in total. Jobs that find no time left are skipped.", above=0),
     "tiny": Flag(False, "Use tiny sizes, for a test on a CPU."),
 }
@@ -53,6 +51,11 @@ class Job:
     xla_flags: str = ""
 
     @property
+    def labels(self) -> set[str]:
+        """The names that select the job in `--jobs`."""
+        return {self.module} | ({f"{self.module}:{self.preset}"} if self.preset else set())
+
+    @property
     def name(self) -> str:
         """The command line after `gpu_day.`."""
         return " ".join([self.module, *([f"--preset={self.preset}"] if self.preset else []), *self.arguments])
@@ -61,14 +64,16 @@ class Job:
 JOBS = [
     Job("machine", 60),
     Job("correctness", 100),
-    Job("train", 140, preset="vqlm_1b"),
+    Job("train", 75, preset="vqlm_1b"),
+    Job("train", 60, ("--only=num_hidden_layers",), preset="vqlm_7b"),
     Job("decode", 75, preset="vqlm_1b"),
     Job("vqgan", 70),
-    Job("train", 90, preset="vqlm_100m"),
-    Job("train", 90, preset="vqlm_3b"),
-    Job("decode", 75, preset="vqlm_7b"),
-    Job("train", 80, preset="vqlm_7b"),
+    Job("train", 60, preset="vqlm_3b"),
+    Job("train", 50, preset="vqlm_100m"),
+    Job("decode", 60, ("--cases=1x16",), preset="vqlm_7b"),
     Job("peer", 90, ("--rounds=2",), preset="vqlm_1b"),
+    Job("train", 50, ("--only=LoRA",), preset="vqlm_7b"),
+    Job("decode", 60, ("--cases=4x3840",), preset="vqlm_7b"),
     Job(
         "decode",
         50,
@@ -88,13 +93,9 @@ TINY_JOBS = [
 
 
 def main(config: ConfigDict) -> int:
-    """Runs the jobs of the chosen sections. Returns the exit code."""
-    sections = [choose("--sections", section, SECTIONS) for section in config.sections.split(",")]
-    presets = config.presets.split(",") if config.presets else None
+    """Runs the chosen jobs. Returns the exit code."""
     end, report = time.monotonic() + config.time_limit, Report(config.output_json)
-    for job in TINY_JOBS if config.tiny else JOBS:
-        if job.module not in sections or (presets and job.preset and job.preset not in presets):
-            continue
+    for job in chosen(TINY_JOBS if config.tiny else JOBS, config.jobs):
         limit = min(job.seconds, end - time.monotonic())
         if limit < _LEAST_SECONDS:
             report.add({"section": job.module, "name": job.name, "error": "skipped: no time left", **not_checked(job)})
@@ -103,6 +104,17 @@ def main(config: ConfigDict) -> int:
     print(table.text(report.records))
     print(f"{config.time_limit - (end - time.monotonic()):.0f} s in total; records: {config.output_json}")
     return 1 if any(record.get("ok") is False for record in report.records) else 0
+
+
+def chosen(jobs: list[Job], text: str) -> list[Job]:
+    """Returns the jobs that `--jobs` selects, in their order.
+
+    Raises:
+      UserError: if a name selects none.
+    """
+    labels = sorted(set().union(*(job.labels for job in jobs)))
+    names = {choose("--jobs", name, labels) for name in text.split(",")} if text else set(labels)
+    return [job for job in jobs if names & job.labels]
 
 
 class Report:
