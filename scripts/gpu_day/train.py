@@ -1,4 +1,4 @@
-"""Measures the trainer's step of one preset: tokens per second and memory of each candidate, kernels of the fastest."""
+"""Measures the trainer's step of one preset: tokens per second, memory and kernels of each candidate."""
 
 import dataclasses
 import math
@@ -30,8 +30,6 @@ FLAGS = {
     "time_limit": Flag(600.0, "Seconds in total. A candidate that needs more than is left is skipped.", above=0),
 }
 
-_PROFILE_SECONDS = 10  # kept for the trace of the fastest candidate
-
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
@@ -49,15 +47,14 @@ class Trainer:
 
 
 def main(config: ConfigDict) -> None:
-    """Measures the candidates, then traces the fastest. A candidate that fails is a record too."""
-    end, longest = time.monotonic() + config.time_limit - _PROFILE_SECONDS, 0.0
+    """Measures and traces the candidates. A candidate that fails is a record too."""
+    end, longest = time.monotonic() + config.time_limit, 0.0
     candidates = [candidate for candidate in CANDIDATES[config.preset] if config.only in candidate.name]
     model, limit = llama_config.PRESETS[config.preset], (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     needed = STATE_BYTES * costs.num_parameters(model)
     if limit and needed > limit and any(not candidate.lora for candidate in candidates):
         reason_text = f"the state and gradients need {needed / 1e9:.0f} GB, the device has {limit / 1e9:.0f}"
         emit("train", config.preset, preset=config.preset, error=reason_text)
-    fastest: tuple[float, Trainer | None] = 0.0, None
     for candidate in candidates:
         settings = llama_config.updated(model, repr(dict(candidate.settings)))
         name = f"{config.preset}, {candidate.name}"
@@ -72,15 +69,12 @@ def main(config: ConfigDict) -> None:
             continue
         try:
             trainer, measured = measure(settings, candidate, config.seq_length, config.seconds)
+            emit("train", name, **labels, **measured)
+            emit("kernels", f"train step, {name}", milliseconds=profiled(trainer))
         except Exception as error:  # such as too little memory
             emit("train", name, **labels, error=reason(error))
             continue
         longest = max(longest, time.monotonic() - begin)
-        emit("train", name, **labels, **measured)
-        if measured["tokens_per_second"] > fastest[0]:
-            fastest = measured["tokens_per_second"], trainer
-    if fastest[1]:
-        emit("kernels", f"train step, {config.preset}", milliseconds=profiled(fastest[1]))
 
 
 def measure(model: LLaMAConfig, candidate: Candidate, length: int, seconds: float) -> tuple[Trainer, dict]:

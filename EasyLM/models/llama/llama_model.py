@@ -6,7 +6,7 @@ stacks all layers along the leading axis.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -200,30 +200,10 @@ def make_loss_fn(
 
 
 def unstack(tree: Any, num_layers: int) -> list:
-    """Splits stacked arrays into one tree per layer."""
+    """Splits stacked arrays into one tree per layer. The gradient of a split is a single concatenation."""
     leaves, structure = jax.tree.flatten(tree)
-    layers = zip(*map(_split, leaves), strict=True)
+    layers = zip(*(jax.lax.split(leaf, (1,) * num_layers) for leaf in leaves), strict=True)
     return [jax.tree.unflatten(structure, [leaf[0] for leaf in layer]) for layer in layers]
-
-
-@jax.custom_vjp
-def _split(stacked: jax.Array) -> Sequence[jax.Array]:
-    return jax.lax.split(stacked, (1,) * stacked.shape[0])
-
-
-def _stack(_: None, gradients: Sequence[jax.Array]) -> tuple[jax.Array]:
-    """Copies the gradients into the stack, one layer after the other.
-
-    Of the transpose of a split, a concatenation, XLA for GPUs makes a part of each kernel of the optimizer, where the
-    layer of each number is searched (2,692 branches in a kernel of vqlm_1b).
-    """
-    stacked = jnp.zeros((len(gradients), *gradients[0].shape[1:]), gradients[0].dtype)
-    for index, gradient in enumerate(gradients):
-        stacked = jax.lax.dynamic_update_slice_in_dim(stacked, gradient, index, 0)
-    return (jax.lax.optimization_barrier(stacked),)
-
-
-_split.defvjp(lambda stacked: (_split(stacked), None), _stack)
 
 
 def with_params(config: LLaMAConfig, params: dict, dtype: DTypeLike | None, lora: LoRAConfig | None = None) -> LLaMA:
