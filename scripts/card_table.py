@@ -44,11 +44,13 @@ CARDS = (24, 40, 80, 141)  # GB
 _SHARE = 0.95  # of a card's memory for JAX, with XLA_CLIENT_MEM_FRACTION=0.95
 INFERENCE = [(weights, candidates) for weights in ("bf16", "int8") for candidates in (1, 4)]
 _FULL_REMAT = "--llama.remat_block=nothing_saveable"
-# What is trained -> rows of a batch and flags of llama_plan
-TRAINING: dict[str, tuple[int, tuple[str, ...]]] = {
-    "full": (1, (_FULL_REMAT,)),
-    "LoRA, rank 16": (1, ("--lora.rank=16", _FULL_REMAT)),
-}
+_LORA = "--lora.rank=16"
+# What is trained, rows of a batch, and flags of llama_plan
+TRAINING: list[tuple[str, int, tuple[str, ...]]] = [
+    ("full", 1, (_FULL_REMAT,)),
+    *(("LoRA, rank 16", rows, (_LORA, _FULL_REMAT)) for rows in (1, 2)),
+    *(("LoRA, rank 16, `auto` on 80 GB", rows, (_LORA,)) for rows in (1, 2)),
+]
 
 
 def main(config: ConfigDict) -> None:
@@ -61,8 +63,10 @@ def main(config: ConfigDict) -> None:
     for part in chosen:
         choose("--plan", part, ("inference", "training"))
     if "training" in chosen:
-        for name, (rows, flags) in TRAINING.items():
-            plans[name] = made_plan(config.preset, config.topology, rows, flags, config.time_limit)
+        for trained, rows, flags in TRAINING:
+            plans[training_key(trained, rows)] = made_plan(
+                config.preset, config.topology, rows, flags, config.time_limit
+            )
             write_json(config.results, plans)
     if "inference" in chosen:
         compiler = Compiler(make_topology(config.topology))
@@ -76,6 +80,11 @@ def main(config: ConfigDict) -> None:
 def key_of(weights: str, candidates: int) -> str:
     """Returns the key of a plan of inference in the file."""
     return f"{weights}, {candidates} candidates"
+
+
+def training_key(trained: str, rows: int) -> str:
+    """Returns the key of a plan of training in the file."""
+    return f"{trained}, {rows} x 4096 tokens"
 
 
 class Compiler:
@@ -149,9 +158,9 @@ def table(plans: dict[str, dict]) -> str:
         if plan := plans.get(key_of(weights, candidates)):
             noun = "candidate" if candidates == 1 else "candidates"
             lines.append(_row(f"answer, {weights}, {candidates} {noun}", answer_bytes(plan, plans[TOKENIZER])))
-    for name, (rows, _) in TRAINING.items():
-        if plan := plans.get(name):
-            lines.append(_row(f"fine-tuning, {name}, {rows} x 4096 tokens", plan["peak_bytes_per_device"]))
+    for trained, rows, _ in TRAINING:
+        if plan := plans.get(training_key(trained, rows)):
+            lines.append(_row(f"fine-tuning, {training_key(trained, rows)}", plan["peak_bytes_per_device"]))
     return "\n".join(lines)
 
 
