@@ -67,7 +67,9 @@ class MappedFile:
         return np.frombuffer(self.bytes, dtype, length, offset)
 
     def check_size(self) -> None:
-        """Call it before reading: the system kills a process that reads a map beyond the new end of its file.
+        """Checks, before a read, that the file is not shorter than its map.
+
+        The system kills a process that reads a map beyond the end of its file.
 
         Raises:
           UserError: naming the file, if it was truncated.
