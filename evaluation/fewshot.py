@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.flags import Flag, run, to_dataclass
-from EasyLM.storage import check_output, write_json
+from EasyLM.storage import check_output, split_paths, write_json
 from evaluation.prompting import PROMPTER_FLAGS, GenerationSettings, LargestBatch, Prompter, PrompterSettings
 from evaluation.runs import UNFINISHED, Results, open_results
 from evaluation.tasks import (
@@ -79,7 +79,7 @@ def measure_all(config: ConfigDict, selection: TaskSelection, generation: Genera
     whole = dataclasses.replace(generation, context_images=longest)
     largest = LargestBatch(config.batch_size, longest - 1, whole)
     prompter = Prompter.load(to_dataclass(PrompterSettings, config), largest=largest)
-    weight_files = tuple(filter(None, (config.palette, config.inception_weights, *config.lpips_weights.split(","))))
+    weight_files = tuple(filter(None, (config.palette, config.inception_weights, *split_paths(config.lpips_weights))))
 
     tasks_json: dict[str, dict[str, Any]] = {}
     rows = []

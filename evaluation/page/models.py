@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from EasyLM.errors import UserError
+from EasyLM.storage import split_paths
 from evaluation.prompting import GenerationSettings, PrompterSettings
 from evaluation.serving.batch_worker import Turns
 from evaluation.serving.engine import Engine
@@ -124,7 +125,7 @@ def split_settings(settings: PrompterSettings) -> dict[str, PrompterSettings]:
       UserError: naming the flag.
     """
     given = settings.checkpoint
-    specs = [given] if os.path.exists(given) else [part.strip() for part in given.split(",") if part.strip()]
+    specs = split_paths(given)
     if len(set(specs)) < len(specs) or not specs:
         raise UserError(f"--checkpoint={given}: must be different checkpoints, separated by commas")
     vqgans = _one_each("vqgan", settings.vqgan, len(specs))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from EasyLM.errors import UserError
+from EasyLM.storage import split_paths
 from tokenizer.formats import read_tensors
 from tokenizer.vqgan import weights
 
@@ -48,7 +49,7 @@ def load(paths: str) -> dict[str, np.ndarray]:
         another shape.
     """
     tensors: dict[str, np.ndarray] = {}
-    for path in map(pathlib.Path, filter(None, paths.split(","))):
+    for path in map(pathlib.Path, split_paths(paths)):
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         tensors |= read_tensors(path)

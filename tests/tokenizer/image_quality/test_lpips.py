@@ -70,6 +70,13 @@ def test_equal_images_have_zero_distance_and_a_finite_gradient(narrow):
     assert value == 0 and np.all(np.isfinite(slope))
 
 
+def test_one_file_with_all_weights_may_have_a_comma_in_its_name(narrow, tmp_path):
+    made = {name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(lpips.shapes().items())}
+    save_file(made, tmp_path / "vgg16, lpips.safetensors")
+    params = lpips.load(f"{tmp_path}/vgg16, lpips.safetensors")
+    assert [float(array.max()) for array in params.values()] == list(range(len(made)))
+
+
 def test_missing_and_invalid_files_are_named(narrow, tmp_path):
     with pytest.raises(UserError, match=r"vgg\.pth: no such file"):
         lpips.load(f"{tmp_path}/vgg.pth")
