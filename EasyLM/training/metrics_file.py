@@ -28,11 +28,14 @@ class JsonLinesSink:
         self._file = _open_to_append(path)
 
     def log(self, row: Row) -> None:
-        """Writes a line. After a failure the file is opened again: a handle of NFS can stay unusable."""
+        """Writes a line. The file is opened again after a failure (a handle of NFS can stay unusable) or a deletion."""
         if self._file is None:
             self._file = _open_to_append(self._path)
         line = memoryview(json.dumps(row).encode() + b"\n")
         try:
+            if not os.fstat(self._file.fileno()).st_nlink:
+                self._file.close()
+                self._file = _open_to_append(self._path)
             while line:  # a disk that becomes full takes a part
                 line = line[self._file.write(line) :]
         except OSError:

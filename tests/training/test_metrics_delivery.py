@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,16 @@ def written_steps(name, directory) -> list[int]:
             steps += [event.step] * event.HasField("summary")
             data = data[16 + size :]
     return steps
+
+
+def test_metrics_after_a_deletion_of_the_run_are_in_a_new_file(tmp_path):
+    sink = metrics_file.JsonLinesSink(str(tmp_path / "run" / "metrics.jsonl"))
+    sink.log({"step": 0})
+    shutil.rmtree(tmp_path / "run")
+    sink.log({"step": 1})
+    sink.log({"step": 2})
+    sink.close()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", pytest.param("TensorBoard", marks=pytest.mark.slow)])
