@@ -65,14 +65,14 @@ JOBS = [
     Job("machine", 60),
     Job("correctness", 100),
     Job("train", 75, preset="vqlm_1b"),
-    Job("train", 60, ("--only=num_hidden_layers",), preset="vqlm_7b"),
-    Job("decode", 75, preset="vqlm_1b"),
-    Job("vqgan", 70),
+    Job("train", 75, ("--only=num_hidden_layers",), preset="vqlm_7b"),
     Job("train", 60, preset="vqlm_3b"),
-    Job("train", 50, preset="vqlm_100m"),
+    Job("train", 60, preset="vqlm_100m"),
+    Job("decode", 75, preset="vqlm_1b"),
     Job("decode", 60, ("--cases=1x16",), preset="vqlm_7b"),
     Job("peer", 90, ("--rounds=2",), preset="vqlm_1b"),
-    Job("train", 50, ("--only=LoRA",), preset="vqlm_7b"),
+    Job("vqgan", 70),
+    Job("train", 60, ("--only=LoRA",), preset="vqlm_7b"),
     Job("decode", 60, ("--cases=4x3840",), preset="vqlm_7b"),
     Job(
         "decode",
@@ -145,7 +145,6 @@ def run_job(job: Job, limit: float, report: Report) -> None:
     begin = time.monotonic()
     command = [sys.executable, "-m", f"gpu_day.{job.module}", *job.arguments]
     command += [f"--preset={job.preset}"] if job.preset else []
-    command += [f"--time_limit={limit}"] if job.module == "train" else []
     environment = dict(os.environ)
     if job.xla_flags:
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {job.xla_flags}".strip()

@@ -27,7 +27,6 @@ FLAGS = {
     "only": Flag("", "Measure the candidates whose names contain this text; empty: all."),
     "seq_length": Flag(4096, "Tokens of a row.", least=1),
     "seconds": Flag(2.0, "Time to measure each candidate, after two warm-up steps.", above=0),
-    "time_limit": Flag(600.0, "Seconds in total. A candidate that needs more than is left is skipped.", above=0),
 }
 
 
@@ -48,7 +47,6 @@ class Trainer:
 
 def main(config: ConfigDict) -> None:
     """Measures and traces the candidates. A candidate that fails is a record too."""
-    end, longest = time.monotonic() + config.time_limit, 0.0
     candidates = [candidate for candidate in CANDIDATES[config.preset] if config.only in candidate.name]
     model, limit = llama_config.PRESETS[config.preset], (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     needed = STATE_BYTES * costs.num_parameters(model)
@@ -63,18 +61,12 @@ def main(config: ConfigDict) -> None:
             "rows": candidate.rows,
             "parameters": trained_parameters(settings, candidate),
         }
-        begin = time.monotonic()
-        if begin + longest > end:
-            emit("train", name, **labels, error="skipped: no time left")
-            continue
         try:
             trainer, measured = measure(settings, candidate, config.seq_length, config.seconds)
             emit("train", name, **labels, **measured)
             emit("kernels", f"train step, {name}", milliseconds=profiled(trainer))
         except Exception as error:  # such as too little memory
             emit("train", name, **labels, error=reason(error))
-            continue
-        longest = max(longest, time.monotonic() - begin)
 
 
 def measure(model: LLaMAConfig, candidate: Candidate, length: int, seconds: float) -> tuple[Trainer, dict]:
