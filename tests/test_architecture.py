@@ -28,7 +28,7 @@ ALLOWED = {
     "tokenizer.sources": "EasyLM.storage tokenizer.media",
     "tokenizer.synthetic": "tokenizer.media",
     "tokenizer.vqgan": "EasyLM.storage EasyLM.checkpoints tokenizer.formats",
-    "tokenizer.image_quality": "tokenizer.formats tokenizer.vqgan",
+    "tokenizer.image_quality": "EasyLM.storage tokenizer.formats tokenizer.vqgan",
     "tokenizer.training": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.vqgan tokenizer.image_quality",
     "tokenizer.sentence_files": "EasyLM.storage EasyLM.data tokenizer.media tokenizer.image_quality",
     "tokenizer.builders": "EasyLM.storage EasyLM.data EasyLM.parallel tokenizer.media tokenizer.sources "
@@ -46,7 +46,8 @@ ALLOWED = {
     "tokenizer.mappings evaluation.prompting",
     "evaluation.runs": "EasyLM.storage tokenizer.media evaluation.prompting evaluation.tasks",
     "evaluation.serving": "tokenizer.media evaluation.prompting evaluation.tasks",
-    "evaluation.page": "tokenizer.media tokenizer.builders tokenizer.synthetic evaluation.prompting evaluation.serving",
+    "evaluation.page": "EasyLM.storage tokenizer.media tokenizer.builders tokenizer.synthetic evaluation.prompting "
+    "evaluation.serving",
     "evaluation": "EasyLM.storage tokenizer.media tokenizer.image_quality "
     "evaluation.prompting evaluation.tasks evaluation.runs evaluation.serving evaluation.page",
 }

@@ -1,7 +1,7 @@
 """The page: a front end of the engine for people, in a browser (gradio).
 
-May import: tokenizer.media, tokenizer.builders, tokenizer.synthetic, evaluation.prompting, evaluation.serving.
-gradio is optional: this file does not import it.
+May import: EasyLM.storage, tokenizer.media, tokenizer.builders, tokenizer.synthetic, evaluation.prompting,
+evaluation.serving. gradio is optional: this file does not import it.
 
 The path of a visitor's request:
   guard          bounds bodies, uploads and stored files

@@ -1,7 +1,7 @@
 """Metrics of image quality against references, and of codebook usage.
 
-May import: tokenizer.formats, tokenizer.vqgan. Only the modules lpips and inception require JAX; import them as
-modules.
+May import: EasyLM.storage, tokenizer.formats, tokenizer.vqgan. Only the modules lpips and inception require JAX; import
+them as modules.
 
     psnr_ssim   mean squared error, PSNR, SSIM
     lpips       perceptual distance from features of VGG16
