@@ -77,9 +77,14 @@ def room_of(name: str) -> str:
 
 
 @functools.cache
+def parsed(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(name: str, top_level_only: bool = False) -> set[str]:
     """The modules that a module imports, by their dotted names."""
-    tree = ast.parse(MODULES[name].read_text())
+    tree = parsed(MODULES[name])
     names = set()
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -149,12 +154,12 @@ def test_every_folder_of_modules_is_a_documented_package():
     for folder in {str(pathlib.Path(file).parent) for file in _files("EasyLM", "tokenizer", "evaluation")}:
         init = ROOT / folder / "__init__.py"
         assert init.exists(), f"{init} is missing"
-        assert ast.get_docstring(ast.parse(init.read_text())), f"{init}: no docstring"
+        assert ast.get_docstring(parsed(init)), f"{init}: no docstring"
 
 
 @pytest.mark.parametrize("room", ALLOWED)
 def test_a_room_names_what_it_may_import_and_what_it_contains(room):
-    text = ast.get_docstring(ast.parse(MODULES[room].read_text()))
+    text = ast.get_docstring(parsed(MODULES[room]))
     rooms = [name.rpartition(".")[2] for name in ALLOWED if name.rpartition(".")[0] == room]
     imported = ALLOWED[room].split() if "." in room and "May import every" not in text else []
     missing = [name for name in (*rooms, *imported) if name not in text]
@@ -183,7 +188,7 @@ def test_functions_are_short():
     long = [
         f"{file}: {node.name} is too long"
         for file in CODE
-        for node in ast.walk(ast.parse((ROOT / file).read_text()))
+        for node in ast.walk(parsed(ROOT / file))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno - node.lineno >= MOST_FUNCTION_LINES
     ]
@@ -204,7 +209,7 @@ def _public_functions(body: list[ast.stmt], owner: str = ""):
 def test_public_functions_are_annotated():
     problems = []
     for file in CODE:
-        for name, node in _public_functions(ast.parse((ROOT / file).read_text()).body):
+        for name, node in _public_functions(parsed(ROOT / file).body):
             rest = [node.args.vararg, node.args.kwarg]
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, *filter(None, rest)]
             bare = [arg.arg for arg in arguments if arg.annotation is None and arg.arg not in ("self", "cls")]

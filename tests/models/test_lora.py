@@ -30,14 +30,17 @@ LORA = LoRAConfig(rank=4, alpha=6.0, dropout=0.0, targets=("q_proj", "v_proj", "
 TOKENS_BT = np.random.default_rng(0).integers(0, 8192, (2, 12))
 
 
+def frozen(seed: int) -> dict:
+    return jax.jit(llama_model.init_params, static_argnums=0)(CONFIG, jax.random.key(seed))
+
+
 def drawn(seed: int) -> tuple[dict, dict]:
     """Frozen parameters, and adapters of which no matrix is 0."""
-    params = jax.jit(llama_model.init_params, static_argnums=0)(CONFIG, jax.random.key(seed))
     shapes = adapters.adapter_shapes(CONFIG, LORA)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     values = [0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return params, jax.tree.unflatten(tree, values)
+    return frozen(seed), jax.tree.unflatten(tree, values)
 
 
 def block(tree: dict, room: str, layer: str) -> dict:
@@ -68,7 +71,7 @@ def test_adapters_add_the_scaled_product_of_their_matrices():
 
 
 def test_new_adapters_change_nothing_and_have_the_bound_of_peft():
-    params, new = drawn(0)[0], adapters.init_adapters(CONFIG, LORA, jax.random.key(5))
+    params, new = frozen(0), jax.jit(adapters.init_adapters, static_argnums=(0, 1))(CONFIG, LORA, jax.random.key(5))
     np.testing.assert_array_equal(logits(adapters.with_adapters(params, new), LORA), logits(params))
     a_LIR = block(new, "feed_forward", "w2")["adapter"]["lora_a"]
     assert a_LIR.shape == (3, 48, 4)

@@ -32,10 +32,11 @@ def random_tree(seed):
     scale = np.array([0.01, 1.0, 20.0])
     tree = jax.tree.map(lambda shape: rng.normal(size=shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
     tree["h"] = jax.tree.map(lambda x: x * scale.reshape(-1, *(1,) * (x.ndim - 1)), tree["h"])
-    return jax.tree.map(jnp.float32, tree)
+    return jax.tree.map(np.float32, tree)
 
 
 def per_layer(tree):
+    tree = jax.tree.map(np.asarray, tree)
     return {"wte": tree["wte"], "h": {str(i): jax.tree.map(lambda x, i=i: x[i], tree["h"]) for i in range(LAYERS)}}
 
 
@@ -95,6 +96,14 @@ def reference(config):
     return chain, schedule
 
 
+def compiled_step(optimizer):
+    def step(gradients, state, params):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -127,16 +136,13 @@ def test_equals_optax_layer_by_layer(config):
     expected, schedule = reference(config)
     params = random_tree(0)
     expected_params = per_layer(params)
-    state, expected_state = optimizer.init(params), expected.init(expected_params)
-    step, expected_step = jax.jit(optimizer.update), jax.jit(expected.update)
+    state, expected_state = jax.jit(optimizer.init)(params), jax.jit(expected.init)(expected_params)
+    step, expected_step, rate = compiled_step(optimizer), compiled_step(expected), jax.jit(optimizer.learning_rate)
     for i in range(9):
-        rate = optimizer.learning_rate(state)
-        np.testing.assert_allclose(rate, schedule(i // config.accumulate_gradient_steps), rtol=1e-6)
+        np.testing.assert_allclose(rate(state), schedule(i // config.accumulate_gradient_steps), rtol=1e-6)
         gradients = random_tree(i + 1)
-        updates, state = step(gradients, state, params)
-        expected_updates, expected_state = expected_step(per_layer(gradients), expected_state, expected_params)
-        params = optax.apply_updates(params, updates)
-        expected_params = optax.apply_updates(expected_params, expected_updates)
+        params, state = step(gradients, state, params)
+        expected_params, expected_state = expected_step(per_layer(gradients), expected_state, expected_params)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), per_layer(params), expected_params
     )
