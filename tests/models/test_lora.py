@@ -85,11 +85,18 @@ def test_gradients_are_those_of_the_merged_kernels():
     params, drawn_adapters = drawn(1)
     batch = {"input_tokens": TOKENS_BT, "target_tokens": TOKENS_BT[:, ::-1], "loss_masks": np.ones((2, 12), np.float32)}
     model = adapters.make_model(CONFIG, LORA, jnp.float32)
-    loss, gradients, _, frozen = model.loss_and_gradients(drawn_adapters, params, batch, 0, None)
+
+    @jax.jit
+    def loss_and_gradients(drawn_adapters, params):
+        loss, gradients, _, untouched = model.loss_and_gradients(drawn_adapters, params, batch, 0, None)
+        assert untouched is params
+        return loss, gradients
+
+    loss, gradients = loss_and_gradients(drawn_adapters, params)
     full_loss = llama_model.make_loss_fn(CONFIG, jnp.float32)
-    (expected, _), full = jax.value_and_grad(full_loss, has_aux=True)(merged(params, drawn_adapters), batch, None)
+    whole = jax.jit(jax.value_and_grad(full_loss, has_aux=True))
+    (expected, _), full = whole(merged(params, drawn_adapters), batch, None)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    assert frozen is params
     for room, layer in (("attention", "wq"), ("feed_forward", "w2")):
         dw = block(full, room, layer)["kernel"]
         a, b = (block(drawn_adapters, room, layer)["adapter"][name] for name in ("lora_a", "lora_b"))
@@ -105,11 +112,10 @@ def test_dropout_needs_a_key_and_differs_between_layers_with_one_input():
     both = adapters.with_adapters(params, drawn_adapters)
     np.testing.assert_array_equal(logits(both, lora), logits(both, LORA))
 
-    def noisy(key):
-        return llama_model.apply(CONFIG, both, TOKENS_BT, lora=lora, key=jax.random.key(key))
-
-    assert np.abs(noisy(0) - noisy(1)).max() > 1e-3
-    np.testing.assert_array_equal(noisy(0), noisy(0))
+    noisy = jax.jit(lambda key: llama_model.apply(CONFIG, both, TOKENS_BT, lora=lora, key=key))
+    one, other = (noisy(jax.random.key(seed)) for seed in (0, 1))
+    assert np.abs(one - other).max() > 1e-3
+    np.testing.assert_array_equal(noisy(jax.random.key(0)), one)
 
 
 @pytest.mark.parametrize("targets", ["", "q_proj,query", "all"])

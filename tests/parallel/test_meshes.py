@@ -1,5 +1,6 @@
 """Losses do not depend on the mesh or the number of processes, and each process reads only its own rows."""
 
+import functools
 import json
 import pathlib
 
@@ -33,6 +34,23 @@ def test_every_mesh_gives_the_same_losses(tmp_path, on_one_device, mesh_dim, acc
     assert_close(run_on(tmp_path, mesh_dim, accumulate), on_one_device[accumulate], 1e-4)
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Returns the run of one process with 4 devices, by the steps of an update, and what it printed."""
+
+    @functools.cache
+    def run(accumulate: int) -> tuple[pathlib.Path, str]:
+        folder = tmp_path_factory.mktemp("one_process")
+        return folder / "run", finish(start(folder, devices=4, mesh_dim="1,4,1", **saved_by(accumulate)))
+
+    return run
+
+
+def saved_by(accumulate: int) -> dict:
+    settings = {**BATCH_OF_8, "save_model_freq": 5, "log_all_worker": True}
+    return settings | {"optimizer__accumulate_gradient_steps": accumulate}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh_dim, accumulate, rows", [
     ("2,2,1", 1, 4),
@@ -41,14 +59,14 @@ def test_every_mesh_gives_the_same_losses(tmp_path, on_one_device, mesh_dim, acc
     ("1,2,2", 3, 4),
     ("dp:1,fsdp:1,mp:1,sp:4", 1, 8),  # each has a part of all rows
 ])  # fmt: skip
-def test_two_processes_give_the_same_losses_and_read_only_their_rows(tmp_path, port, mesh_dim, accumulate, rows):
-    settings = {**BATCH_OF_8, "mesh_dim": mesh_dim, "save_model_freq": 5, "log_all_worker": True}
-    settings |= {"optimizer__accumulate_gradient_steps": accumulate}
-    alone = finish(start(tmp_path / "one", devices=4, **settings))
-    finish(*start_two(tmp_path / "two", port, **settings))
-    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+def test_two_processes_give_the_same_losses_and_read_only_their_rows(
+    one_process, tmp_path, port, mesh_dim, accumulate, rows
+):
+    one, printed = one_process(accumulate)
+    finish(*start_two(tmp_path, port, mesh_dim=mesh_dim, **saved_by(accumulate)))
+    two = tmp_path / "run"
     assert_close(metrics(two, *MODEL_METRICS), metrics(one, *MODEL_METRICS), 1e-4)
-    assert (two / "streaming_train_state").stat().st_size == (one / "streaming_train_state").stat().st_size, alone
+    assert (two / "streaming_train_state").stat().st_size == (one / "streaming_train_state").stat().st_size, printed
     for path, read in ((one / "metrics.jsonl", 8), (two / "metrics.jsonl", rows), (two / "metrics_1.jsonl", rows)):
         least, most = bytes_of_batches(read)
         assert least <= last_metric(path, "dataset_bytes_read") <= most
