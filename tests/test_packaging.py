@@ -46,7 +46,7 @@ def test_named_extras_exist():
 def test_gpu_environments_run_the_quickstart_and_convert_torch_weights(name, gpu, cuda):
     text = (ROOT / "scripts" / f"{name}.yml").read_text()
     assert re.search(r"^name: (.*)$", text, re.MULTILINE)[1] == "LVM"
-    installed = [*re.search(r"- -e \.\.\[(.*)\]", text)[1].split(",")]
+    installed = re.search(r"- -e \.\.\[(.*)\]", text)[1].split(",")
     assert {gpu, "torch", "quickstart"} <= set(installed) and not ({"gpu", "gpu12"} - {gpu}) & set(installed)
     extras = PROJECT["optional-dependencies"]
     packages = [re.match(r"[\w-]+(\[\w+\])?", package)[0] for extra in installed for package in extras[extra]]
