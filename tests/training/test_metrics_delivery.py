@@ -5,6 +5,7 @@ import http.server
 import json
 import logging
 import os
+import pathlib
 import re
 import resource
 import shutil
@@ -298,18 +299,27 @@ while any(delivery._waiting for delivery in logger._deliveries) and time.monoton
     time.sleep(0.1)
 logger.close()
 """
+KILL, STOP = str(int(signal.SIGKILL)), str(int(signal.SIGSTOP))
 
 
-def log_with_a_fault(directory, fault: str, **environment: str) -> str:
-    """Logs steps 0 to 3 with wandb in a process of its own, with a fault after step 0. Returns its output."""
+def log_with_a_fault(directory: pathlib.Path, fault: str, **environment: str) -> tuple[pathlib.Path, str]:
+    """Logs steps 0 to 3 with wandb in a process of its own, with a fault after step 0.
+
+    Returns the run directory and the output of the process.
+    """
     environment |= {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    command = [sys.executable, "-c", PROGRAM, str(directory / "run"), fault]
+    run_dir = directory / "run"
+    command = [sys.executable, "-c", PROGRAM, str(run_dir), fault]
     with open(directory / "output", "w") as file:  # not a pipe, which wandb's process could keep open
-        code = subprocess.run(command, env=environment, stdout=file, stderr=file, timeout=120).returncode
-    output = (directory / "output").read_text()
+        try:
+            code = subprocess.run(command, env=environment, stdout=file, stderr=file, timeout=120).returncode
+        finally:
+            output = (directory / "output").read_text()
+            if fault == STOP and (core := re.search(r"core (\d+)", output)):
+                os.kill(int(core[1]), signal.SIGKILL)  # it would remain, stopped
     assert code == 0 and "Traceback" not in output, output
-    assert written_steps("metrics.jsonl", directory / "run") == [0, 1, 2, 3]
-    return output
+    assert written_steps("metrics.jsonl", run_dir) == [0, 1, 2, 3]
+    return run_dir, output
 
 
 class WandbServer(http.server.BaseHTTPRequestHandler):
@@ -340,7 +350,7 @@ class WandbServer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def wandb_runs(tmp_path_factory):
-    """(run directory, output) of a run whose wandb process is killed or stopped, or whose server does not answer."""
+    """Futures of a run whose wandb process is killed, of one where it is stopped, of one whose server hangs."""
     with (
         http.server.ThreadingHTTPServer(("127.0.0.1", 0), WandbServer) as server,
         concurrent.futures.ThreadPoolExecutor(3) as pool,  # they mostly wait
@@ -348,35 +358,32 @@ def wandb_runs(tmp_path_factory):
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        faults = {"killed": str(int(signal.SIGKILL)), "stopped": str(int(signal.SIGSTOP)), "server": f"{url}/hang"}
-        directories = {name: tmp_path_factory.mktemp(name) for name in faults}
+        faults = {"killed": KILL, "stopped": STOP, "server": f"{url}/hang"}
         environment = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}
-        runs = {
-            name: pool.submit(log_with_a_fault, directories[name], fault, **environment)
+        yield {
+            name: pool.submit(log_with_a_fault, tmp_path_factory.mktemp(name), fault, **environment)
             for name, fault in faults.items()
         }
-        yield {name: (directories[name], run.result()) for name, run in runs.items()}
         server.shutdown()
 
 
 @pytest.mark.slow
 def test_wandb_is_started_again_after_its_process_was_killed(wandb_runs):
-    directory, output = wandb_runs["killed"]
+    run_dir, output = wandb_runs["killed"].result()
     assert "wandb cannot be written; the run continues, and tries again: " in output
     assert "wandb can be written again; no step is missing" in output
-    assert len(list((directory / "run").rglob("*.wandb"))) == 2, "one file of each of wandb's processes"
+    assert len(list(run_dir.rglob("*.wandb"))) == 2, "one file of each of wandb's processes"
 
 
 @pytest.mark.slow
 def test_a_process_of_wandb_that_hangs_does_not_keep_the_run_from_exiting(wandb_runs):
-    _, output = wandb_runs["stopped"]
-    os.kill(int(re.search(r"core (\d+)", output)[1]), signal.SIGKILL)
+    _, output = wandb_runs["stopped"].result()
     assert "wandb did not close within 30 s; the run ends without it" in output
 
 
 @pytest.mark.slow
 def test_a_server_of_wandb_that_stops_to_answer_delays_neither_steps_nor_the_end(wandb_runs):
-    _, output = wandb_runs["server"]
+    _, output = wandb_runs["server"].result()
     assert "`wandb sync` uploads the rest from" in output and "ends without it" not in output
 
 
