@@ -187,6 +187,12 @@ PLAIN = {"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermedi
 PLAIN |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+def test_positions_and_rope_that_are_null_have_the_defaults():
+    nulls = dict.fromkeys(("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"))
+    config = llama_config.config_from_dict(PLAIN | nulls, "config.json")
+    assert (config.max_sequence_length, config.rope_theta, config.rope_scaling) == (4096, 10000.0, None)
+
+
 @pytest.mark.parametrize(
     "change",
     [
