@@ -78,7 +78,10 @@ FLAGS = {
         above=0,
     ),
     "lr_warmup_steps": Flag(
-        1000, "Steps of linear warm-up; with --codebook_update=ema, vectors are not quantized yet.", least=1
+        1000,
+        "Steps of linear warm-up. With --codebook_update=ema, vectors are not quantized in these steps, nor in the "
+        "first 50 (half of total_steps if that is less).",
+        least=1,
     ),
     "weight_decay": Flag(1e-4, "Decoupled weight decay.", least=0),
     "clip_gradient": Flag(
@@ -119,6 +122,7 @@ FLAGS = {
     "vqgan": MODEL_FLAGS,
 }
 
+_UNQUANTIZED_STEPS = 50  # at least: a network first learns the mean image, for up to 40 steps
 _LFQ_ENTROPY_WEIGHT = 0.1  # if none is given; that of MaskGIT
 _LEAST_VARIANCE = 0.2  # of reconstructions, relative to that of the images; a tokenizer that learns has over 0.7
 
@@ -214,7 +218,7 @@ def _objective(config: Any, model: VQGANConfig) -> Objective:
         locality_weight=config.locality_weight,
         average_decay=config.average_decay,
         locality_steps=max(1, config.total_steps // 2),
-        unquantized_steps=config.lr_warmup_steps,
+        unquantized_steps=max(config.lr_warmup_steps, min(_UNQUANTIZED_STEPS, config.total_steps // 2)),
         vgg=vgg,
         adversarial=adversarial,
     )
