@@ -6,7 +6,7 @@ import threading
 import time
 
 from EasyLM.errors import error_line
-from EasyLM.training.metrics_sinks import CLOSE_SECONDS, MetricsSink, Row
+from EasyLM.training.metrics_sinks import CLOSE_SECONDS, MetricsSink, Row, logged_steps
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0  # seconds between two tries of a row; the pause doubles
 _SILENT_SECONDS = 60  # a sink that takes longer for a row counts as failed
@@ -72,7 +72,7 @@ class Delivery:
             self._sink.abandon()
         with self._changed:
             if missing := self._missing + len(self._waiting):
-                logging.warning("%s: %s not written", self._name, _steps(missing))
+                logging.warning("%s: %s not written", self._name, logged_steps(missing))
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE
@@ -106,7 +106,7 @@ class Delivery:
             self._waiting.popleft()
             if self._has_failed:
                 self._has_failed = False
-                so_far = f"{_steps(self._missing)} not written" if self._missing else "no step is missing"
+                so_far = f"{logged_steps(self._missing)} not written" if self._missing else "no step is missing"
                 logging.warning("%s can be written again; %s", self._name, so_far)
             self._changed.notify_all()
 
@@ -116,7 +116,3 @@ class Delivery:
             logging.warning("%s cannot be written; the run continues, and tries again: %s", self._name, reason)
         self._has_failed = True
         self._changed.notify_all()
-
-
-def _steps(number: int) -> str:
-    return f"{number} logged step{' is' if number == 1 else 's are'}"

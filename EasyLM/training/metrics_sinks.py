@@ -34,13 +34,18 @@ class MetricsSink(Protocol):
         """Called by another thread if `close` does not return, so that it does not keep the process from exiting."""
 
 
+def logged_steps(number: int) -> str:
+    """Returns a number of logged steps with its verb."""
+    return f"{number} logged step{' is' if number == 1 else 's are'}"
+
+
 @contextlib.contextmanager
 def counts_lost_steps(number: int) -> Iterator[None]:
     """Converts an error at the end of a sink to an UnavailableError that says how many steps it loses."""
     try:
         yield
     except Exception as error:  # each store has its own
-        raise UnavailableError(f"the last {number} logged steps are not written: {error_line(error)}") from error
+        raise UnavailableError(f"the last {logged_steps(number)} not written: {error_line(error)}") from error
 
 
 class WandbSink:

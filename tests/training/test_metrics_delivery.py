@@ -264,7 +264,7 @@ def test_an_object_store_that_fails_for_a_while(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", fail)
     delivery.log({"step": 4})
     close(delivery)
-    assert "did not close: the last 1 logged steps are not written: " in messages(caplog)[-1]
+    assert "did not close: the last 1 logged step is not written: " in messages(caplog)[-1]
 
 
 def test_a_run_waits_for_its_own_file_alone(tmp_path, monkeypatch):
