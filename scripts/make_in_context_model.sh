@@ -15,7 +15,7 @@ form=${1:-} out=${2:-build/in_context}
 case $form in
 gpu)
     sentences=${SENTENCES:-220000} encode=512 batch=${BATCH:-32} rate=1e-3 steps=${STEPS:-18500}
-    settings=(--dtype=bf16 --mesh_dim=1,-1,1 --llama.remat_block=) # nothing is recomputed: memory is plenty
+    settings=(--dtype=bf16 --mesh_dim=1,-1,1 --llama.remat_block=) # there is memory for all values of the backward pass
     export XLA_PYTHON_CLIENT_PREALLOCATE=false # several processes share the device
     limit=${LIMIT:-530}
     ;;

@@ -100,7 +100,8 @@ _CELLS = palette.TILES**2
 def main(config: ConfigDict) -> None:
     """Trains one seed after the other until one finishes all levels, and writes the parameters that came furthest."""
     check_output(config.output_file, "output_file")
-    model = dataclasses.replace(llama_config.load_config(config.load_llama_config), remat_block="")  # memory is plenty
+    # The values of the backward pass of such batches need little memory: none is recomputed.
+    model = dataclasses.replace(llama_config.load_config(config.load_llama_config), remat_block="")
     trainer = Trainer(model, config.dtype, config.lr, config.tokens_per_step)
     end, furthest = time.monotonic() + config.time_limit, (-1, None)
     for seed in [int(seed) for seed in config.seeds.split(",")]:
