@@ -4,7 +4,7 @@
 #
 #   bash scripts/make_in_context_model.sh cpu|gpu [FOLDER]     (default: build/in_context)
 #
-# gpu: from nothing but seeds, in 9 minutes on one H100 with 16 cores. Training stops LIMIT seconds (530) after the start.
+# gpu: from nothing but seeds, for one H100 with 16 cores. Training stops LIMIT seconds (530) after the start.
 # cpu: continues from scripts/in_context/model on new scenes, on two cores, in about an hour and a half.
 # SENTENCES, STEPS, BATCH (gpu) and LOOKUP (flags of lookup.py) make it shorter. Needs the extra `quickstart` and no download.
 #
