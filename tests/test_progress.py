@@ -80,5 +80,5 @@ def test_output_that_cannot_be_printed_is_at_most_a_warning(monkeypatch, caplog,
         patch.setattr(sys, "stdout", stream())
         progress.print_if_possible("stopped after step 3: /données")
         if not sys.stdout.closed:
-            sys.stdout.flush()  # Python does it at the exit
+            sys.stdout.close()  # flushes, as Python does at the exit
     assert reason in caplog.text and bool(reason) == bool(caplog.text)

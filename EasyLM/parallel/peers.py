@@ -91,7 +91,7 @@ class Peers:
             line = f"error: process {message['process']} on {message['host']}: {message['error']}"
             _print_line(line)
             if message.get("stacks"):
-                faulthandler.dump_traceback()
+                _print_stacks()
             self._send(message, besides=connection)
             self._wait_for_others()
             _exit_now(message["code"])
@@ -167,7 +167,7 @@ def fail_together() -> Iterator[None]:
 def end_together(error: str, code: int) -> NoReturn:
     """Ends all processes of the run at once, from any thread. Each prints the error and the stacks of its threads."""
     _print_line(f"error: {error}")
-    faulthandler.dump_traceback()
+    _print_stacks()
     if Peers.connected is not None:
         Peers.connected.fail(error, code, stacks=True)
     _exit_now(code)
@@ -216,12 +216,14 @@ def _accept(listener: socket.socket, token: str, count: int) -> list[_Connection
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a stranger
             listener.settimeout(max(0.1, end - time.monotonic()))
             sock, _ = listener.accept()
-            sock.settimeout(5)
-            file = sock.makefile("rb")
-            hello = json.loads(file.readline(_LONGEST_MESSAGE))
-            if secrets.compare_digest(hello["token"], token):
-                sock.settimeout(None)
-                connections[hello["process"]] = _Connection(sock, file, hello["process"], hello["host"])
+            with contextlib.ExitStack() as refused:
+                refused.enter_context(sock).settimeout(5)
+                file = refused.enter_context(sock.makefile("rb"))
+                hello = json.loads(file.readline(_LONGEST_MESSAGE))
+                if secrets.compare_digest(hello["token"], token):
+                    sock.settimeout(None)
+                    connections[hello["process"]] = _Connection(sock, file, hello["process"], hello["host"])
+                    refused.pop_all()
     return list(connections.values())
 
 
@@ -251,6 +253,11 @@ def _print_line(text: str) -> None:
     """Prints a line in one write: `print` writes the newline apart, and a progress bar may come between."""
     sys.stderr.write(f"\n{text}\n")
     sys.stderr.flush()
+
+
+def _print_stacks() -> None:
+    """Prints the stacks of all threads to the standard error; `sys.stderr` of a notebook has no file descriptor."""
+    faulthandler.dump_traceback(file=2)
 
 
 def _exit_now(code: int, message: str = "") -> NoReturn:

@@ -5,6 +5,7 @@ import gzip
 import io
 import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -32,7 +33,7 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def byte_reader(path: str) -> Callable[[int, int], bytes]:
-    """Returns a function from (begin, end) to those bytes of a file. A local file stays open as long as the function.
+    """Returns a function from (begin, end) to those bytes of a file. A local file is closed with the function.
 
     Raises:
       UnavailableError: naming the path, if a remote file system cannot be reached. The function raises it too.
@@ -46,7 +47,13 @@ def byte_reader(path: str) -> Callable[[int, int], bytes]:
 
         return read
     file = open_binary(path)
-    return lambda begin, end: os.pread(file.fileno(), end - begin, begin)
+
+    def read_local(begin: int, end: int) -> bytes:
+        return os.pread(descriptor, end - begin, begin)
+
+    descriptor = file.fileno()
+    weakref.finalize(read_local, file.close)
+    return read_local
 
 
 class MappedFile:

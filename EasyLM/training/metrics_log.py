@@ -1,5 +1,6 @@
 """The metrics of a run: `metrics.jsonl` in the run directory, and the services that the flags name."""
 
+import contextlib
 import logging
 import math
 import os
@@ -124,19 +125,23 @@ class Logger:
             return
         suffix, path = f"_{process}" if process else "", metrics_path(run_dir)
         sinks: dict[str, MetricsSink] = {}
-        try:
-            sinks[path] = RemoteJsonLinesSink(path) if is_remote(path) else JsonLinesSink(path)
-            if settings.tensorboard:
-                path = os.path.join(run_dir, f"tensorboard{suffix}")
-                sinks["TensorBoard"] = TensorBoardSink(path)
-        except OSError as error:
-            raise UserError(
-                f"--logger.output_dir={settings.output_dir}: cannot write {path} ({error.strerror})"
-            ) from error
-        if settings.wandb and not settings.online and not wandb_is_installed():
-            logging.warning("wandb is not installed; no offline files are written; metrics are in %s", run_dir)
-        elif settings.wandb:
-            sinks["wandb"] = WandbSink(settings, run_dir, run_settings, process)
+        with contextlib.ExitStack() as opened:  # if one does not start, the others are closed
+            try:
+                sinks[path] = RemoteJsonLinesSink(path) if is_remote(path) else JsonLinesSink(path)
+                opened.callback(sinks[path].close)
+                if settings.tensorboard:
+                    path = os.path.join(run_dir, f"tensorboard{suffix}")
+                    sinks["TensorBoard"] = TensorBoardSink(path)
+                    opened.callback(sinks["TensorBoard"].close)
+            except OSError as error:
+                raise UserError(
+                    f"--logger.output_dir={settings.output_dir}: cannot write {path} ({error.strerror})"
+                ) from error
+            if settings.wandb and not settings.online and not wandb_is_installed():
+                logging.warning("wandb is not installed; no offline files are written; metrics are in %s", run_dir)
+            elif settings.wandb:
+                sinks["wandb"] = WandbSink(settings, run_dir, run_settings, process)
+            opened.pop_all()
         self._deliveries = [Delivery(name, sink) for name, sink in sinks.items()]
 
     def log(self, metrics: Mapping[str, Any]) -> None:

@@ -190,7 +190,10 @@ class TensorBoardSink:
             else:
                 self._unflushed.append(event)
         except Exception:
-            self._writer = None
+            broken, self._writer = self._writer, None
+            if broken is not None:
+                with contextlib.suppress(Exception):
+                    broken.close()
             raise
 
     def close(self) -> None:

@@ -72,7 +72,8 @@ class Watchdog:
         while not self._closed.wait(min(1.0, limit / 4 or 1.0)):
             what, waited = self._expected, time.monotonic() - self._begin
             if limit:
-                faulthandler.dump_traceback_later(limit + _BACKSTOP_SECONDS - waited, exit=True)
+                # 2 is the standard error; `sys.stderr` of a notebook has no file descriptor.
+                faulthandler.dump_traceback_later(limit + _BACKSTOP_SECONDS - waited, exit=True, file=2)
             if limit and waited > limit:
                 end_together(
                     f"--watchdog_minutes={self._minutes:g}: {what} has not finished within this time; the stacks of "

@@ -80,6 +80,7 @@ def test_the_generation_config_gives_no_warnings_and_codes_only(tmp_path, monkey
     names: dict = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of objects of earlier tests, which are collected here
         exec(program, names)
         model, prompt = names["model"], names["prompt"]
         greedy = model.generate(prompt, attention_mask=prompt * 0 + 1, max_new_tokens=64, do_sample=False)

@@ -133,8 +133,8 @@ def connections(**hellos):
             sockets.append(socket.create_connection(("127.0.0.1", port)))
             sockets[-1].sendall(hello)
         accepted = peers._accept(listener, "secret", 1)
-        for sock in sockets:
-            sock.close()
+        for end in (*sockets, *(end for connection in accepted for end in (connection._file, connection._socket))):
+            end.close()
         return [(connection.process, connection.host) for connection in accepted]
 
 

@@ -173,9 +173,9 @@ async def serve_while(app: Any, limits: Limits, scenario: Callable) -> Any:
 async def exchange(port: int, first: bytes, rest: bytes = b"", pause: float = 0.0) -> bytes:
     """Sends bytes, and after a pause the rest. Returns everything that the server sends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(first)
-    await asyncio.sleep(pause)
-    writer.write(rest)
-    with contextlib.suppress(ConnectionError):
+    with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+        writer.write(first)
+        await asyncio.sleep(pause)
+        writer.write(rest)
         return await reader.read()
     return b""

@@ -31,6 +31,14 @@ def test_a_wait_beyond_the_limit_ends_the_process_with_its_stacks():
     assert "in hang" in completed.stderr
 
 
+def test_it_ends_the_process_where_the_error_stream_is_no_file():
+    """As in a notebook, whose `sys.stderr` has no file descriptor."""
+    program = f"import io, sys\nsys.stderr = io.StringIO()\n{HANGING}"
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert completed.returncode == watchdog.HANGS
+    assert "in hang" in completed.stderr and "in _watch" in completed.stderr
+
+
 @pytest.fixture
 def ended(monkeypatch):
     """The errors with which the watchdog would have ended the process."""

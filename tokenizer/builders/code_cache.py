@@ -14,7 +14,7 @@ _WAYS = 8  # slots per set: while at most half of the slots are filled, few imag
 
 
 class CodeCache:
-    """A set-associative cache of fixed size in an unnamed file, which is deleted when the process exits.
+    """A set-associative cache of fixed size in an unnamed file, which is deleted by `close` or the end of the process.
 
     The cache affects the speed of a build, not its result, because missing images are encoded again. A full disk
     therefore only disables the cache and frees its space.
@@ -60,13 +60,17 @@ class CodeCache:
             return
         set_keys[way] = key if written == self._entry_bytes else 0  # after a partial write, the next one raises
 
+    def close(self) -> None:
+        """Frees the space; the cache is disabled."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def _offset(self, key: int, way: int) -> int:
         return (key % self._sets * _WAYS + int(way)) * self._entry_bytes
 
     def _disable(self, error: OSError) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._file = None
+        self.close()
         tqdm.write(f"warning: codes are no longer cached for later epochs: {error}", file=sys.stderr)
 
 

@@ -84,12 +84,12 @@ def write_sentences(
         check_schema(state, _STATE, "state")
     skipped.restore(state["skipped"])
     start, done = time.monotonic() - state["seconds"], state["example"] - plan.examples.start
-    cache = CodeCache(resources.cached_images, codec.tokens_per_image, file.scratch_folder)
     workers = resources.workers
     reader = functools.partial(image_ref.read, size=codec.resolution, fast_decode=fast_decode)
     max_pending = _PENDING_BATCHES * resources.batch_size + workers.processes
     max_reading = max_pending + workers.processes * IMAGES_PER_READ
     with (
+        contextlib.closing(CodeCache(resources.cached_images, codec.tokens_per_image, file.scratch_folder)) as cache,
         contextlib.closing(Encoder(codec)) as encoder,
         SharedResults(workers, reader, (codec.resolution, codec.resolution, 3), max_reading) as pixels,
         progress(desc=os.path.basename(file.path), initial=done, total=len(plan.examples), unit="example") as bar,

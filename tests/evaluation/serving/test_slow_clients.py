@@ -173,7 +173,7 @@ def test_a_connection_is_closed_if_its_response_is_not_read():
         await answering.wait()
         while server.server_state.connections:
             await asyncio.sleep(0.01)
-        with contextlib.suppress(ConnectionError):
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             return len(await reader.read())
         return 0
 

@@ -1,11 +1,14 @@
 """Fixtures of the build tests: a tiny tokenizer and inputs for every kind."""
 
+import contextlib
 import pathlib
+from collections.abc import Callable, Iterator
 
 import pytest
 from build_kit import load_codec, write_inputs
 from tokenizer_kit import tiny_vqgan, write_image
 
+from tokenizer.builders.code_cache import CodeCache
 from tokenizer.vqgan import Codec
 
 
@@ -27,6 +30,13 @@ def tree(tmp_path_factory) -> pathlib.Path:
 def load_codecs_once(monkeypatch) -> None:
     """Makes builds use a cached codec."""
     monkeypatch.setattr(Codec, "from_flags", lambda flags: load_codec(flags.vqgan, flags.dtype, flags.batch_size))
+
+
+@pytest.fixture
+def make_cache(tmp_path) -> Iterator[Callable[[int], CodeCache]]:
+    """Makes caches of a capacity for images of four codes; closes them after the test."""
+    with contextlib.ExitStack() as caches:
+        yield lambda capacity: caches.enter_context(contextlib.closing(CodeCache(capacity, 4, str(tmp_path))))
 
 
 @pytest.fixture

@@ -5,15 +5,14 @@ import os
 
 import numpy as np
 
-from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.image_ref import ImageRef
 
 TOKENS = 4
 
 
-def test_cached_codes_are_correct_or_missing(tmp_path):
+def test_cached_codes_are_correct_or_missing(make_cache, tmp_path):
     capacity = 64
-    cache = CodeCache(capacity, TOKENS, str(tmp_path))
+    cache = make_cache(capacity)
     codes = {ImageRef(str(i), i / 7, "hole", i): np.full(TOKENS, i, np.uint16) for i in range(10 * capacity)}
     kept = 0
     for i, (ref, value) in enumerate(codes.items(), start=1):
@@ -30,8 +29,8 @@ def test_cached_codes_are_correct_or_missing(tmp_path):
     assert not os.listdir(tmp_path)  # an unnamed file: nothing remains after SIGKILL
 
 
-def test_a_full_disk_disables_the_cache(tmp_path, monkeypatch, capsys):
-    cache = CodeCache(64, TOKENS, str(tmp_path))
+def test_a_full_disk_disables_the_cache(make_cache, monkeypatch, capsys):
+    cache = make_cache(64)
     one, two, three = (ImageRef(str(i)) for i in range(3))
     cache.put(one, np.arange(TOKENS))
     with monkeypatch.context() as patch:

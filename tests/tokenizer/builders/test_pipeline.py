@@ -13,7 +13,6 @@ import pytest
 from EasyLM.errors import UserError
 from EasyLM.process_pool import Workers
 from tokenizer.builders import image_ref, pipeline
-from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.image_ref import ImageRef
 from tokenizer.builders.pipeline import Encoder, Pipeline
 
@@ -60,9 +59,9 @@ class CountingReader:
         return future
 
 
-def test_an_endless_stream_needs_bounded_memory(tmp_path):
+def test_an_endless_stream_needs_bounded_memory(make_cache):
     codec, read, max_pending = FakeCodec(), CountingReader(), 40
-    stream = Pipeline(read, Encoder(codec), CodeCache(16, TOKENS, str(tmp_path)), 8, max_pending, processes=0)
+    stream = Pipeline(read, Encoder(codec), make_cache(16), 8, max_pending, processes=0)
     taken = 0
 
     def endless():
@@ -82,9 +81,9 @@ def test_an_endless_stream_needs_bounded_memory(tmp_path):
     assert max(read.reads.values()) == 1  # also images of two neighbouring sentences
 
 
-def test_long_sentences_and_errors_are_yielded_in_order(tmp_path):
+def test_long_sentences_and_errors_are_yielded_in_order(make_cache):
     codec, read = FakeCodec(), CountingReader(bad={"3", "30"})
-    stream = Pipeline(read, Encoder(codec), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending=4, processes=0)
+    stream = Pipeline(read, Encoder(codec), make_cache(1), 8, max_pending=4, processes=0)
     sentences = [Sentence([ImageRef(str(n + i)) for i in range(size)]) for n, size in ((0, 3), (2, 2), (5, 40), (1, 1))]
     results = list(stream.run(sentences))
     assert [sentence for sentence, _ in results] == sentences
@@ -97,7 +96,7 @@ def frames_of(path: str, first: int, count: int) -> Sentence:
     return Sentence([ImageRef(path, float(first + i)) for i in range(count)])
 
 
-def test_sentences_of_one_video_are_read_together(tmp_path):
+def test_sentences_of_one_video_are_read_together(make_cache):
     """A worker decodes neighbouring windows in one go, up to a number of frames."""
     groups, counting = [], CountingReader()
 
@@ -107,7 +106,7 @@ def test_sentences_of_one_video_are_read_together(tmp_path):
 
     sentences = [frames_of("1", 10 * i, 10) for i in range(30)] + [frames_of("2", 0, 10)] + [frames_of("1", 300, 10)]
     sentences[5:5] = [Sentence([ImageRef("7")])]
-    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending=200, processes=0)
+    stream = Pipeline(read, Encoder(FakeCodec()), make_cache(1), 8, max_pending=200, processes=0)
     results = list(stream.run(sentences))
     assert [sentence for sentence, _ in results] == sentences
     for sentence, codes in results:
@@ -116,7 +115,7 @@ def test_sentences_of_one_video_are_read_together(tmp_path):
     assert all(len({path for path, _ in group}) == 1 for group in groups)
 
 
-def test_near_rows_of_a_table_are_read_together(tmp_path):
+def test_near_rows_of_a_table_are_read_together(make_cache):
     """Otherwise each worker would read each row group. Rows of a shuffled build are far apart."""
     groups = []
 
@@ -131,7 +130,7 @@ def test_near_rows_of_a_table_are_read_together(tmp_path):
 
     tar = [Sentence([ImageRef(f"c.tar!{i}.png", location=f"{512 * i}+9")]) for i in range(3)]
     sentences = [*rows("a.parquet", range(80)), *rows("b.parquet", (80, 81)), *tar, *rows("a.parquet", (500, 100, 300))]
-    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, 20, processes=4)
+    stream = Pipeline(read, Encoder(FakeCodec()), make_cache(1), 8, 20, processes=4)
     limits = []
     for sentence, _ in stream.run(sentences):
         limits.append(len(stream._pending))
@@ -142,7 +141,7 @@ def test_near_rows_of_a_table_are_read_together(tmp_path):
 
 
 @pytest.mark.parametrize("max_pending", [5, 200])
-def test_a_damaged_frame_leaves_out_its_sentence_alone(tmp_path, max_pending):
+def test_a_damaged_frame_leaves_out_its_sentence_alone(max_pending, make_cache):
     counting = CountingReader()
 
     def read(group):
@@ -153,7 +152,7 @@ def test_a_damaged_frame_leaves_out_its_sentence_alone(tmp_path, max_pending):
         return counting(group)
 
     sentences = [frames_of("1", 10 * i, 10) for i in range(5)]
-    stream = Pipeline(read, Encoder(FakeCodec()), CodeCache(1, TOKENS, str(tmp_path)), 8, max_pending, processes=0)
+    stream = Pipeline(read, Encoder(FakeCodec()), make_cache(1), 8, max_pending, processes=0)
     results = list(stream.run(sentences))
     assert [sentence for sentence, _ in results] == sentences and not stream._pending
     assert [isinstance(codes, dict) for _, codes in results] == [False, True, False, False, False]
@@ -180,7 +179,7 @@ def test_idle_time_excludes_encoding(monkeypatch):
 
 
 @pytest.mark.slow  # starts processes
-def test_an_image_that_kills_its_worker_is_reported(tmp_path):
+def test_an_image_that_kills_its_worker_is_reported(make_cache):
     deadly, size = ("3", "4", "11"), (1, SIDE, SIDE, 3)
     with Workers(2) as workers:
 
@@ -188,9 +187,7 @@ def test_an_image_that_kills_its_worker_is_reported(tmp_path):
             kills = group[0].path in deadly
             return workers.submit(os._exit, 1) if kills else workers.submit(np.full, size, value(group[0]), np.uint8)
 
-        stream = Pipeline(
-            read, Encoder(FakeCodec()), CodeCache(0, TOKENS, str(tmp_path)), 4, max_pending=8, processes=2
-        )
+        stream = Pipeline(read, Encoder(FakeCodec()), make_cache(0), 4, max_pending=8, processes=2)
         results = [codes for _, codes in stream.run(Sentence([ImageRef(str(number))]) for number in range(20))]
         assert workers.submit(abs, -1).result() == 1
     for number, codes in enumerate(results):
