@@ -4,11 +4,13 @@ import base64
 import gc
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
 from data_kit import assert_rows, base64_line, dataset, plain_rows, plain_stream
 from fsspec.implementations.memory import MemoryFileSystem
+from open_files import open_files
 
 from EasyLM import flags
 from EasyLM.data import jsonl_file, make_dataset
@@ -41,6 +43,11 @@ def test_open_files_are_two_for_each_data_file(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     sources.append(dataset(tmp_path / "*.jsonl"))
     assert len(os.listdir("/proc/self/fd")) - before == 2 * 10 and sources[1].num_tokens == 10
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del sources
+        gc.collect()
+    assert not open_files(tmp_path) and not [warning for warning in caught if str(tmp_path) in str(warning.message)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import types
 
 import jax
@@ -208,6 +209,19 @@ def test_no_noise_without_a_key(reference):
     noise = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "fcm_max_ratio"), 0.2)
     actual_BTV = logits(changed(**noise), params, numbers["input_tokens"])
     np.testing.assert_allclose(actual_BTV, numbers["logits"], atol=2e-5, rtol=0)
+
+
+def test_unrolled_layers_keep_the_optimizer_apart_from_the_concatenation_of_their_gradients():
+    config = changed(scan_layers=False)
+    params = llama_model.init_params(config, jax.random.key(0))
+    step = jax.value_and_grad(llama_model.make_loss_fn(config, jnp.bfloat16), has_aux=True)
+    batch = {name: np.ones((1, 16), np.int32) for name in ("input_tokens", "target_tokens", "loss_masks")}
+    lines = jax.jit(step).lower(params, batch, None).as_text().splitlines()
+    stacks = [re.match(r" *(%\w+) = stablehlo.concatenate .*-> tensor<2x\d+", line) for line in lines]
+    names = {stack[1] for stack in stacks if stack}
+    assert len(names) == 9  # the kernels and norms of a layer
+    users = [line for line in lines if names & set(re.findall(r"%\w+", line.partition(" = ")[2]))]
+    assert len(users) == 1 and "stablehlo.optimization_barrier" in users[0]
 
 
 @pytest.mark.slow

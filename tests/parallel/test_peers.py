@@ -133,6 +133,8 @@ def connections(**hellos):
             sockets.append(socket.create_connection(("127.0.0.1", port)))
             sockets[-1].sendall(hello)
         accepted = peers._accept(listener, "secret", 1)
+        refused = [sock for name, sock in zip(hellos, sockets, strict=True) if name != "good"]
+        assert not any(sock.recv(1) for sock in refused)  # their connections are closed
         for end in (*sockets, *(end for connection in accepted for end in (connection._file, connection._socket))):
             end.close()
         return [(connection.process, connection.host) for connection in accepted]

@@ -11,6 +11,7 @@ import jax
 import pytest
 import wandb
 from fsspec.implementations.memory import MemoryFileSystem
+from open_files import open_files
 
 from EasyLM import flags
 from EasyLM.errors import UserError
@@ -130,8 +131,11 @@ def test_wandb_that_does_not_start_is_an_error(tmp_path, calls, monkeypatch):
         raise wandb.Error("no API key")
 
     monkeypatch.setattr(wandb, "init", init)
-    with pytest.raises(UserError, match=rf"--logger.wandb_dir={tmp_path}/a: wandb did not start \(no API key\)"):
+    with pytest.raises(
+        UserError, match=rf"--logger.wandb_dir={tmp_path}/a: wandb did not start \(no API key\)"
+    ) as error:
         log(tmp_path / "a", online=True)
+    assert error.tb and not open_files(tmp_path / "a")  # the traceback holds the logger
 
 
 @pytest.mark.parametrize(

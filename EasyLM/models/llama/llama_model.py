@@ -51,11 +51,14 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, params)(x_BTD, dataclasses.replace(context, key=key))[0]
 
         block = remat(block, c.remat_block, scanned=c.scan_layers)
-        layers = stacked, None if keys is None else keys[:-1]
+        keys = None if keys is None else keys[:-1]
         if c.scan_layers:
-            x_BTD = jax.lax.scan(lambda x_BTD, layer: (block(x_BTD, layer), None), x_BTD, layers)[0]
+            x_BTD = jax.lax.scan(lambda x_BTD, layer: (block(x_BTD, layer), None), x_BTD, (stacked, keys))[0]
         else:
-            for layer in unstack(layers, c.num_hidden_layers):
+            # Without the barrier, XLA makes the concatenation of the layers' gradients a part of the optimizer's
+            # kernels, which then look up the layer of each number (vqlm_3b on an H100: 93 instead of 29 ms).
+            stacked = jax.lax.optimization_barrier(stacked)
+            for layer in unstack((stacked, keys), c.num_hidden_layers):
                 x_BTD = block(x_BTD, layer)
         return self.ln_f(x_BTD)
 

@@ -4,7 +4,12 @@ import errno
 import os
 
 import numpy as np
+import pytest
+from build_kit import build_records
+from open_files import open_files
 
+from tokenizer.builders import writing
+from tokenizer.builders.code_cache import CodeCache
 from tokenizer.builders.image_ref import ImageRef
 
 TOKENS = 4
@@ -49,3 +54,11 @@ def test_a_full_disk_disables_the_cache(make_cache, monkeypatch, capsys):
         assert cache.get(ref) is None
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "no longer cached for later epochs: [Errno 28] No space left" in warning
+
+
+def test_a_build_closes_its_cache(tree, tiny, tmp_path):
+    made: list = []  # holds the cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "CodeCache", lambda *sizes: made.append(CodeCache(*sizes)) or made[-1])
+        build_records(tree, tiny, tmp_path / "out.jsonl", "colorization")
+    assert made and not open_files(tmp_path)
