@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a model of sentences whose mapping is drawn anew for each of them, so that only the examples define it.
-# scripts/in_context/README.md has the results so far; the model is not the demonstration model yet.
+# scripts/in_context/README.md has the results. The model is not the demonstration model yet.
 #
 #   bash scripts/make_in_context_model.sh cpu|gpu [FOLDER]     (default: build/in_context)
 #
