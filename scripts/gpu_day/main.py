@@ -171,10 +171,11 @@ def run_job(job: Job, limit: float, report: Report) -> None:
 def _collect(process: subprocess.Popen, add: Callable[[dict], None]) -> None:
     """Adds the records in the output of a process, and prints the output."""
     assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if line.startswith(RECORD):
-            add(json.loads(line.removeprefix(RECORD)))
+    with process.stdout:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith(RECORD):
+                add(json.loads(line.removeprefix(RECORD)))
 
 
 def cli() -> None:
