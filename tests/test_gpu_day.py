@@ -105,3 +105,10 @@ def test_candidates_are_settings_of_their_preset(preset):
     for candidate in CANDIDATES[preset]:
         changed = llama_config.updated(llama_config.PRESETS[preset], repr(dict(candidate.settings)))
         assert costs.num_parameters(changed) <= costs.num_parameters(llama_config.PRESETS[preset])
+
+
+def test_the_benchmarks_have_the_measured_rates_of_training():
+    records = json.loads((ROOT / "scripts/gpu_day/results/h100_unrolled.json").read_text())["records"]
+    rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    benchmarks = (ROOT / "BENCHMARKS.md").read_text()
+    assert len(rates) == 8 and [rate for rate in rates if f"{rate:,.0f}" not in benchmarks] == []

@@ -47,11 +47,11 @@ def byte_reader(path: str) -> Callable[[int, int], bytes]:
 
         return read
     file = open_binary(path)
+    descriptor = file.fileno()
 
     def read_local(begin: int, end: int) -> bytes:
         return os.pread(descriptor, end - begin, begin)
 
-    descriptor = file.fileno()
     weakref.finalize(read_local, file.close)
     return read_local
 

@@ -10,6 +10,7 @@ import types
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from open_files import open_files
 
 from EasyLM import flags
 from EasyLM.training import metrics_delivery, metrics_file, metrics_log, metrics_sinks
@@ -238,6 +239,7 @@ def test_events_that_were_not_flushed_are_repeated_after_a_failure(tmp_path, mon
     monkeypatch.setattr(sink._writer, "write_event", lambda event: int("broken"))
     with pytest.raises(ValueError):
         sink.log({"step": 1, "loss": 1.0})
+    assert not open_files(tmp_path)
     sink.log({"step": 1, "loss": 1.0})
     sink.close()
     assert sorted(set(written_steps("TensorBoard", tmp_path))) == [0, 1]
