@@ -29,7 +29,12 @@ _METADATA = {
     "started_from?": [str],
     "save?": {"run_directory?": str, "number?": int, "milestone?": bool, "files?": {str: int}},
 }
-_DATASET_STATE = {"rows_consumed?": int, "source?": dict, "total_tokens?": int, "config?": dict}
+_DATASET_STATE = {
+    "rows_consumed?": int,
+    "source?": {"seq_length?": int},
+    "total_tokens?": int,
+    "config?": {"tokens_count_at_start?": int},
+}
 
 _COUNTS = {"step": 2**31, "updates": 2**31, "rows_consumed": 2**63, "total_tokens": 2**63}  # exclusive limits
 
@@ -58,7 +63,17 @@ def load_metadata(path: str) -> dict:
 
 def load_dataset_state(path: str) -> dict:
     """Reads the data state of a run. It has the same two formats, and raises the same errors."""
-    return _load(path, _DATASET_STATE)
+    state = _load(path, _DATASET_STATE)
+    with prefix_errors(path):
+        if "rows_consumed" in state and "source" not in state:
+            raise UserError("lacks the key 'source', the data of which rows_consumed counts the rows")
+        length = state.get("source", {}).get("seq_length", 1)
+        if length < 1:
+            raise UserError(f"source.seq_length={length}: must be at least 1")
+        total, start = state.get("total_tokens", 0), state.get("config", {}).get("tokens_count_at_start", 0)
+        if not 0 <= start <= total:
+            raise UserError(f"config.tokens_count_at_start={start}: must be 0..{total}, the total_tokens")
+    return state
 
 
 def _load(path: str, schema: Mapping[str, Any]) -> dict:

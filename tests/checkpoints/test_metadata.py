@@ -1,6 +1,7 @@
 """Metadata and the position in the data beside a checkpoint."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -22,9 +23,36 @@ def test_values_that_differ_from_those_saved_are_refused(tmp_path):
     path.write_text(json.dumps({"rows_consumed": 9, "source": {}, "digmst": "0a39eb5b8df67cfb"}))
     with pytest.raises(UserError, match=f"^{path}: ends with a digest under the key 'digmst' instead of 'digest'"):
         checkpoints.load_dataset_state(str(path))
-    for whole in ({"rows_consumed": 9}, {"rows_consumed": 9, "note": "after the outage"}):  # as long as a digest
+    state = {"rows_consumed": 9, "source": {}}
+    for whole in (state, state | {"note": "after the outage"}):  # as long as a digest
         path.write_text(json.dumps(whole))
         assert checkpoints.load_dataset_state(str(path)) == whole
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"rows_consumed": 32}, "lacks the key 'source', the data of which rows_consumed counts the rows"),
+        ({"rows_consumed": 32, "source": []}, "source must be an object, not a list"),
+        ({"rows_consumed": 32, "source": {"seq_length": "16"}}, "source.seq_length must be an integer, not a text"),
+        ({"rows_consumed": 32, "source": {"seq_length": 0}}, "source.seq_length=0: must be at least 1"),
+        (
+            {"total_tokens": 8, "config": {"tokens_count_at_start": 9}},
+            "config.tokens_count_at_start=9: must be 0..8, the total_tokens",
+        ),
+        (
+            {"total_tokens": 8, "config": {"tokens_count_at_start": -1}},
+            "config.tokens_count_at_start=-1: must be 0..8, the total_tokens",
+        ),
+        ({"total_tokens": 8, "config": {"tokens_count_at_start": None}}, "must be an integer, not null"),
+    ],
+)
+def test_a_position_that_no_run_can_have_is_refused(tmp_path, state, message):
+    """Files without a digest, such as those of earlier versions."""
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=f"^{path}: .*{re.escape(message)}"):
+        checkpoints.load_dataset_state(str(path))
 
 
 def test_metadata(tmp_path, golden):
