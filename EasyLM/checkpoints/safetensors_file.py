@@ -29,7 +29,8 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _TENSORS = {str: {"dtype": str, "shape": [int], "data_offsets": [int]}}
 _CHECKSUMS = {"algorithm": str, "arrays": {str: str}}
 _KEY = "checksums"
-_START = '{"algorithm": '  # of their text. By it, they are found under a damaged key
+# Marks of their text. By two of them, checksums are found under a damaged key, even if the third is damaged too.
+_MARKS = ('{"algorithm": ', f'"{ALGORITHM}"', '"arrays": {')
 
 
 def write_safetensors(file: BinaryIO, tensors: Sequence[Entry]) -> None:
@@ -134,12 +135,12 @@ def _check_no_gaps(ranges: list[list[int]], size: int) -> None:
 
 
 def _verified(path: str, tensors: list[Entry], metadata: Mapping[str, str]) -> list[Entry]:
-    texts = {key: text for key, text in metadata.items() if key == _KEY or text.startswith(_START)}
-    if not texts:
+    keys = {key for key, text in metadata.items() if key == _KEY or sum(mark in text for mark in _MARKS) >= 2}
+    if not keys:
         return tensors
-    if texts.keys() != {_KEY}:
-        raise ValueError(f"checksums under the key {min(texts.keys() - {_KEY})!r} instead of {_KEY!r}")
-    table = parse_json(texts[_KEY], _CHECKSUMS)
+    if keys != {_KEY}:
+        raise ValueError(f"checksums under the key {min(keys - {_KEY})!r} instead of {_KEY!r}")
+    table = parse_json(metadata[_KEY], _CHECKSUMS)
     if table["algorithm"] != ALGORITHM:
         raise ValueError(f"checksums of the unknown algorithm {table['algorithm']!r}")
     sums = table["arrays"]

@@ -79,12 +79,15 @@ def test_checksums_under_a_damaged_key_are_found(path):
     """Otherwise the file would load without verification, as those of other programs."""
     data = path.read_bytes()
     for start in range(data.index(b"checksums"), data.index(b"checksums") + len("checksums")):
-        damaged = bytearray(data)
-        damaged[start] ^= 1
-        damaged[-1] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{path}: not a complete safetensors file .* instead of 'checksums'"):
-            read(path)
+        for mark in (b"", b"algorithm", b"crc32", b"arrays"):  # a second damage
+            damaged = bytearray(data)
+            damaged[start] ^= 1
+            damaged[-1] ^= 1
+            if mark:
+                damaged[data.index(mark)] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=f"{path}: not a complete safetensors file .* instead of 'checksums'"):
+                read(path)
 
 
 def test_the_damaged_tensor_is_named(path):
