@@ -102,5 +102,6 @@ def test_a_damaged_data_state_is_named(tmp_path, content, message):
 def test_a_data_state_may_have_other_keys(tmp_path):
     """The limits of a step do not apply to a key of this name in a data state."""
     path = tmp_path / "dataset.json"
-    path.write_text(json.dumps({"rows_consumed": 8, "step": {}}))
-    assert checkpoints.load_dataset_state(str(path)) == {"rows_consumed": 8, "step": {}}
+    state = {"rows_consumed": 8, "source": {}, "step": {}}
+    path.write_text(json.dumps(state))
+    assert checkpoints.load_dataset_state(str(path)) == state
