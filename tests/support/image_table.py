@@ -222,7 +222,9 @@ def tiff_cases() -> Iterator[Case]:
         yield Case(name, tiff(stored, bits, polarity), says, gray(values, largest), values, 1, unread)
     yield Case("rgb8.tif", tiff(COLOURS, 8, 2), "RGB", COLOURS)
     yield Case("rgb8_planar.tif", tiff(COLOURS, 8, 2, {284: (2,)}), "RGB, one plane a channel", COLOURS)
-    yield Case("rgb16.tif", tiff(COLOURS.astype(int) * 257, 16, 2), "RGB, 16 bits", COLOURS)
+    wide = MUTED.astype(int) * 257
+    yield Case("rgb16.tif", tiff(wide, 16, 2), "RGB, 16 bits", MUTED)
+    yield Case("rgb16_planar.tif", tiff(wide, 16, 2, {284: (2,)}), "16 bits, one plane a channel", MUTED)
     for extra, says in ((2, "alpha"), (1, "premultiplied alpha")):
         samples = with_alpha(COLOURS)
         if extra == 1:
@@ -314,6 +316,9 @@ def other_cases() -> Iterator[Case]:
     for image_format in ("TGA", "PCX", "SGI", "QOI"):
         unread = "does not read QOI" if image_format == "QOI" else ""
         yield Case(f"rgb.{image_format.lower()}", encode(COLOURS, image_format), "RGB", COLOURS, None, 1, unread)
+    header = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, SIDE, SIDE, 1, 0) + bytes(12 + 2)
+    content = header + np.packbits(~bits, axis=1).tobytes()
+    yield Case("bits.psd", content, "1 is black", gray(bits, 1), bits.astype(int), 1, "takes black for transparent")
     yield Case("rgba.tga", encode(with_alpha(COLOURS), "TGA"), "RGB and alpha", over_white(COLOURS))
     yield Case("rgb.jp2", encode(COLOURS, "JPEG2000"), "lossless RGB", COLOURS)
     yield Case("rgba.jp2", encode(with_alpha(COLOURS), "JPEG2000"), "lossless, alpha", over_white(COLOURS))

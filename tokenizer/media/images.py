@@ -99,11 +99,13 @@ def prepare(image: Image.Image) -> None:
 
     Raises:
       ValueError: if a PNG file is damaged, a PNG or AVIF file is HDR or has an unknown transfer function, or the values
-        of a TIFF file are signed.
+        of a TIFF or JPEG 2000 file are of a type that Pillow misreads.
     """
     _check_png(image)
     _check_avif(image)
+    sample_values.check_jpeg2000(image, _head(image, "JPEG2000"))
     sample_values.check_signs(image)
+    sample_values.correct_layout(image)
     sample_values.scale_transparency(image)
 
 
@@ -133,18 +135,23 @@ def _check_png(image: Image.Image) -> None:
 
 def _check_avif(image: Image.Image) -> None:
     """Reads the box of an AVIF file that names its colours."""
-    file = getattr(image, "fp", None)
-    if image.format != "AVIF" or file is None:
-        return
-    position = file.tell()
-    file.seek(0)
-    head = file.read(_BLOCK_BYTES)
-    file.seek(position)
-    _, box, numbers = head.partition(b"colrnclx")
+    _, box, numbers = _head(image, "AVIF").partition(b"colrnclx")
     if box:  # 16-bit numbers of the primaries and the transfer function
         _set_colours(image, numbers[1:2], numbers[3:4])
         if "icc_profile" in image.info:  # which describes more, and is preferred in AVIF
             image.info.pop("cicp", None)
+
+
+def _head(image: Image.Image, image_format: str) -> bytes:
+    """Returns the first bytes of a file of a format; of other files, none."""
+    file = getattr(image, "fp", None)
+    if image.format != image_format or file is None:
+        return b""
+    position = file.tell()
+    file.seek(0)
+    head = file.read(_BLOCK_BYTES)
+    file.seek(position)
+    return head
 
 
 def _set_colours(image: Image.Image, primaries: bytes, transfer: bytes) -> None:

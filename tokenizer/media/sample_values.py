@@ -17,11 +17,14 @@ from PIL import Image, ImageCms
 from tokenizer.media import colours
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B")  # Pillow's modes of 16-bit gray; "I" can hold 32 bits
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
-_WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two tags
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION, _SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
+_WHITE_IS_ZERO, _SEPARATE_PLANES, _SIGNED = 0, 2, 2  # values of the last three tags
 _SAME_COLOURS = 0.02  # matrices that differ less: PNG files round chromaticities
 _SAME_SAMPLES = 2  # of 255: profiles of sRGB differ by so much, because some of them round their curve
-_LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")
+_LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO", "AVIF")
+_JPEG_IN_TIFF = ("jpeg", "tiff_jpeg")  # Pillow's names of compressions
+_JPEG2000_START = b"\xff\x4f\xff\x51"  # the markers SOC and SIZ
+_JPEG2000_BITS = 38  # bytes from there to the byte of the first channel: its bits less 1; the highest bit: signed
 
 
 def sixteen_bit_gray(image: Image.Image) -> np.ndarray:
@@ -68,6 +71,39 @@ def check_signs(image: Image.Image) -> None:
         raise ValueError(f"its values are signed integers of {bits} bits: save it with unsigned ones")
 
 
+def check_jpeg2000(image: Image.Image, head: bytes) -> None:
+    """Raises ValueError for a JPEG 2000 file whose values Pillow scales wrongly to bytes: white would become black.
+
+    Args:
+      image: the opened image.
+      head: the file's first bytes.
+    """
+    _, start, channels = head.partition(_JPEG2000_START)
+    if not start or len(channels) <= _JPEG2000_BITS:
+        return
+    bits = (channels[_JPEG2000_BITS] & 0x7F) + 1
+    if bits < 8 or (bits > 8 and image.mode not in SIXTEEN_BIT_MODES):
+        raise ValueError(f"its values of {bits} bits are not supported: save it with 8, or in gray with 16")
+    image.info["bits"] = bits
+
+
+def correct_layout(image: Image.Image) -> None:
+    """Corrects the layout of stored values that Pillow tells its decoder. Call it before the pixels are loaded.
+
+    Pillow takes white for black in PSD files of 1 bit, and 16-bit values for bytes in uncompressed TIFF files that
+    store their channels one after the other.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.format == "PSD" and image.mode == "1":
+        image.tile = [tile._replace(args="1;I") for tile in image.tile]
+    elif tags.get(_PLANAR_CONFIGURATION) == _SEPARATE_PLANES and np.max(tags.get(_BITS_PER_SAMPLE, 1)) == 16:
+        layout = ";16B" if image.tag_v2.prefix == b"MM" else ";16L"
+        image.tile = [
+            tile._replace(args=(tile.args[0] + layout, *tile.args[1:])) if tile.codec_name == "raw" else tile
+            for tile in image.tile
+        ]
+
+
 def scale_transparency(image: Image.Image) -> None:
     """Scales the transparent value of a PNG file as Pillow scales its pixels. Call it before the pixels are loaded."""
     value = image.info.get("transparency")
@@ -91,6 +127,8 @@ def _scale(image: Image.Image) -> tuple[int, int]:
     arguments = _decoder_arguments(image)
     if image.format == "PPM" and image.mode in ("L", "I") and len(arguments) == 2:
         return 255 if image.mode == "L" else 65535, arguments[1]  # the largest value of the file
+    if image.format == "JPEG2000" and image.mode in SIXTEEN_BIT_MODES:
+        return 2 ** (16 - image.info.get("bits", 16)), 1
     if image.mode != "L":
         return 1, 1
     return {"L;2": 85, "L;4": 17}.get(str(arguments[0])[:3], 1), 1
@@ -109,8 +147,9 @@ def check_labels(image: Image.Image, ids: np.ndarray) -> None:
     Raises:
       ValueError: if compression has changed them, or they are outside the palette or 0..2^24-1.
     """
-    if image.format in _LOSSY_FORMATS:
-        raise ValueError(f"{image.format} compression changes label ids: save them as PNG")
+    is_jpeg_in_tiff = image.format == "TIFF" and image.info.get("compression") in _JPEG_IN_TIFF
+    if image.format in _LOSSY_FORMATS or is_jpeg_in_tiff:
+        raise ValueError(f"{'JPEG' if is_jpeg_in_tiff else image.format} compression changes label ids: save them as PNG")
     if image.mode == "P" and image.palette is not None:
         entries = len(image.palette.palette) // len(image.palette.mode)
         if ids.max() >= entries:

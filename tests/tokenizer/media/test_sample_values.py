@@ -1,5 +1,6 @@
 """The stored values of image files are read as their formats define them."""
 
+import fractions
 import io
 import struct
 
@@ -54,6 +55,33 @@ def test_the_transparent_value_of_sixteen_bit_gray_is_white(tmp_path):
     np.testing.assert_array_equal(read_gray(tmp_path / "a.png", content), expected)
 
 
+def jpeg2000(samples: np.ndarray, pixel_format: str) -> bytes:
+    """Returns a lossless file of 16-bit numbers [height,width] or [height,width,3]."""
+    av = pytest.importorskip("av")
+    encoder = av.CodecContext.create("jpeg2000", "w")
+    encoder.height, encoder.width = samples.shape[:2]
+    encoder.pix_fmt, encoder.time_base = pixel_format, fractions.Fraction(1)
+    encoder.options = {"format": "jp2", "pred": "dwt53"}
+    frame = av.VideoFrame(encoder.width, encoder.height, pixel_format)
+    rows = np.zeros((encoder.height, frame.planes[0].line_size // 2), "<u2")
+    rows[:, : samples[0].size] = samples.reshape(len(samples), -1)
+    frame.planes[0].update(rows.tobytes())
+    return b"".join(map(bytes, [*encoder.encode(frame), *encoder.encode(None)]))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_jpeg2000_of_more_than_8_bits_is_scaled_or_refused(tmp_path, bits):
+    """Pillow turns white into black where it makes bytes of such channels, and shifts gray to 16 bits."""
+    values = RAMP * (2**bits - 1) // RAMP.max()
+    expected = np.round(values * 255 / (2**bits - 1))
+    np.testing.assert_allclose(read_gray(tmp_path / "a.jp2", jpeg2000(values, f"gray{bits}le")), expected, atol=1)
+    depth = views.depth(tmp_path / "a.jp2", SIDE, 2.0**bits, 1)[..., 0]  # white is the largest value
+    np.testing.assert_allclose(depth, expected, atol=1)
+    if bits == 16:
+        with pytest.raises(UserError, match=r"a\.jp2: .*its values of 16 bits are not supported"):
+            read_gray(tmp_path / "a.jp2", jpeg2000(values[..., None].repeat(3, -1), "rgb48le"))
+
+
 @pytest.mark.parametrize(("transfer", "is_hdr"), [(1, False), (13, False), (16, True), (18, True)])
 def test_hdr_is_refused_by_name(tmp_path, transfer, is_hdr):
     """The chunk cICP of PNG and the box nclx of AVIF name primaries, transfer function, matrix and range."""
@@ -97,13 +125,15 @@ def test_label_ids_have_the_orientation_of_their_image(tmp_path):
     np.testing.assert_array_equal(views.label_ids(tmp_path / "a.png", SIDE), np.rot90(ids, -1))
 
 
-def test_ids_outside_the_palette_and_jpeg_labels_are_refused(tmp_path):
+def test_ids_outside_the_palette_and_lossy_labels_are_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(png(RAMP, 4, PALETTE, chunk(b"PLTE", bytes(3 * 10))))
     with pytest.raises(UserError, match=r"a\.png: .*id 15 is outside its palette of 10 colours"):
         views.label_ids(tmp_path / "a.png", SIDE)
-    Image.fromarray(RAMP.astype(np.uint8)).save(tmp_path / "b.jpg")
-    with pytest.raises(UserError, match=r"b\.jpg: .*JPEG compression changes label ids"):
-        views.label_ids(tmp_path / "b.jpg", SIDE)
+    ids = Image.fromarray(RAMP.astype(np.uint8))
+    for name, options in {"b.jpg": {}, "b.tif": {"compression": "jpeg"}, "b.avif": {}, "b.jp2": {}}.items():
+        ids.save(tmp_path / name, **options)
+        with pytest.raises(UserError, match=rf"{name}: .*(JPEG|AVIF|JPEG2000) compression changes label ids"):
+            views.label_ids(tmp_path / name, SIDE)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
