@@ -230,7 +230,7 @@ def help_text(main: Callable[[ConfigDict], Any], definitions: Definitions) -> st
 def expand_variables(name: str, value: Any) -> Any:
     """Replaces `$NAME` and `${NAME}` in a text value by environment variables, `~/` and `~user/` by home directories.
 
-    Shells do not expand `~` after `--flag=`.
+    Shells do not expand `~` after `--flag=`. The path of an existing file or folder stays as it is.
 
     Raises:
       UserError: naming flag and variable, if the variable is not set.
@@ -242,7 +242,7 @@ def expand_variables(name: str, value: Any) -> Any:
             raise UserError(f"--{name}={value}: the environment variable {variable} is not set")
         return os.environ[variable]
 
-    if not isinstance(value, str):
+    if not isinstance(value, str) or os.path.lexists(value):
         return value
     return _HOME.sub(lambda match: os.path.expanduser(match[0]), _VARIABLE.sub(lookup, value))
 

@@ -144,6 +144,16 @@ def test_environment_variables_expand(monkeypatch):
         flags.expand_variables("mesh_dim", "$LVM_UNSET")
 
 
+def test_the_path_of_an_existing_file_is_taken_literally(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LVM_NODES", "4")
+    for name in ("a$LVM_UNSET.jsonl", "$LVM_NODES"):
+        assert flags.expand_variables("new", "$LVM_NODES") == "4"
+        (tmp_path / name).touch()
+        assert flags.expand_variables("path", name) == name
+        assert flags.expand_variables("path", str(tmp_path / name)) == str(tmp_path / name)
+
+
 PROGRAM = """
 from EasyLM.flags import Flag, run
 def main(config):

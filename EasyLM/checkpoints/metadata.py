@@ -38,6 +38,7 @@ _DATASET_STATE = {
 
 _COUNTS = {"step": 2**31, "updates": 2**31, "rows_consumed": 2**63, "total_tokens": 2**63}  # exclusive limits
 
+_PICKLE = b"\x80"  # the first byte of all pickles since Python 3
 _DIGEST, _DIGEST_BYTES = "digest", 8
 
 
@@ -80,7 +81,8 @@ def _load(path: str, schema: Mapping[str, Any]) -> dict:
     with contextlib.closing(open_binary(path)) as file:
         data = file.read(MOST_BYTES + 1)
     with prefix_errors(path):
-        content = parse_json(data) if data[:1] == b"{" else restricted_pickle.loads(data)
+        is_pickle = data[:1] == _PICKLE or path.endswith(".pkl")
+        content = restricted_pickle.loads(data) if is_pickle else parse_json(data)
         check_schema(content, schema)
         _check_key_of_digest(content)
         if _DIGEST in content and content.pop(_DIGEST) != _digest(content):

@@ -17,7 +17,7 @@ import numpy as np
 
 from EasyLM.checkpoints.entries import Entry, PartReader, bytes_of, read_pieces
 from EasyLM.errors import UserError
-from EasyLM.storage import is_remote, remote_file_system
+from EasyLM.storage import check_no_pointer, is_remote, remote_file_system
 
 MAX_CHUNK_BYTES = 2**30  # flax.serialization.MAX_CHUNK_SIZE: a larger array is written in chunks
 CHUNKED = "__msgpack_chunked_array__"
@@ -58,6 +58,7 @@ class HeaderReader:
             self._resolved_path = os.path.realpath(os.fspath(path))  # a running job may change its links
             self._file = open(self._resolved_path, "rb", buffering=4096)  # noqa: SIM115  (closed by __exit__)
             self.size = os.path.getsize(self._resolved_path)
+            check_no_pointer(self._resolved_path)
 
     def __enter__(self) -> "HeaderReader":
         return self

@@ -18,7 +18,7 @@ import numpy as np
 from EasyLM.checkpoints import checksums, entries
 from EasyLM.checkpoints.entries import Entry
 from EasyLM.errors import UserError
-from EasyLM.storage import check_schema, parse_json
+from EasyLM.storage import check_no_pointer, check_schema, parse_json
 from EasyLM.storage.checksums import ALGORITHM
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
@@ -96,7 +96,9 @@ def read_safetensors(path: str | os.PathLike) -> list[Entry]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({type(error).__name__}: {error})") from None
+        check_no_pointer(path)
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not a complete safetensors file ({reason})") from None
 
 
 def _entries(path: str) -> list[Entry]:

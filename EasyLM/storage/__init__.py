@@ -52,7 +52,14 @@ from EasyLM.storage.paths import (
 )
 from EasyLM.storage.pickles import Unchangeable, check_memo
 from EasyLM.storage.processes import is_running, owner_tag
-from EasyLM.storage.reading import byte_reader, check_line_start, open_binary, read_lines, read_text_lines
+from EasyLM.storage.reading import (
+    byte_reader,
+    check_line_start,
+    check_no_pointer,
+    open_binary,
+    read_lines,
+    read_text_lines,
+)
 from EasyLM.storage.remote import (
     is_remote,
     is_remote_folder,
@@ -79,6 +86,7 @@ __all__ = [
     "cached_columns",
     "check_line_start",
     "check_memo",
+    "check_no_pointer",
     "check_output",
     "check_plain_file",
     "check_schema",

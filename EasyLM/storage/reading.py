@@ -18,6 +18,7 @@ from EasyLM.storage.paths import file_version
 from EasyLM.storage.remote import is_remote, names_store_errors, remote_file_system
 
 COMPRESSED_BLOCK_BYTES = 64 << 10  # compressed bytes read at a time
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _BUFFER_BYTES = 64 << 10  # of remote files, whose clients read larger blocks
 
 
@@ -30,6 +31,17 @@ def open_binary(path: str) -> BinaryIO:
       OSError: if a local file cannot be opened.
     """
     return io.BufferedReader(_RemoteFile(path), _BUFFER_BYTES) if is_remote(path) else open(path, "rb")
+
+
+def check_no_pointer(path: str | os.PathLike) -> None:
+    """Checks that a local file is not a pointer of Git LFS, which `git clone` leaves where git-lfs is not installed.
+
+    Raises:
+      UserError: naming the file, and how to get its content.
+    """
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path}: is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder")
 
 
 def byte_reader(path: str) -> Callable[[int, int], bytes]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from EasyLM.errors import UserError
 from EasyLM.storage.pickles import Unchangeable, check_memo
+from EasyLM.storage.reading import check_no_pointer
 
 _MOST_PICKLE_BYTES = 64 << 20  # of the pickle, which holds no array; that of a large training run has some megabytes
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -168,6 +169,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # a broken pickle may raise almost any exception
+        check_no_pointer(path)
         raise UserError(f"{path}: not a file of tensors ({type(error).__name__}: {error})") from None
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import streaming
+from EasyLM.checkpoints.safetensors_file import read_safetensors
 from EasyLM.errors import UserError
+from EasyLM.storage import read_torch_file
 
 
 def array(dtype: str, shape=(2,), data=bytes(8)) -> msgpack.ExtType:
@@ -57,6 +59,14 @@ def test_a_deeply_nested_flax_file_is_refused(tmp_path):
         checkpoints.open_checkpoint(f"flax_params::{path}")
 
 
+@pytest.mark.parametrize("read", [streaming.read_streaming, streaming.read_flax, read_safetensors, read_torch_file])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, read):
+    path = tmp_path / "weights"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n")
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: is a pointer of Git LFS.*: run `git lfs pull`"):
+        read(str(path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -69,6 +79,7 @@ def test_a_deeply_nested_flax_file_is_refused(tmp_path):
         ('{"started_from": ""}', "started_from must be a list, not a text"),
         ('{"started_from": [3]}', r"started_from\[0\] must be a text"),
         ("{", "not JSON"),
+        ("\0" * 400, "not JSON"),  # after a loss of power
         ('{"step": 3, "save": []}', "save must be an object, not a list"),
         ('{"step": 3, "save": {"number": "9"}}', r"save\.number must be an integer, not a text"),
         ('{"step": 3, "save": {"milestone": 1}}', r"save\.milestone must be true or false, not an integer"),

@@ -36,8 +36,10 @@ def test_export_and_import_round_trip_exactly(golden, tmp_path, as_stream):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("change", [{"num_key_value_heads": None}, {"num_key_value_heads": ...}])
-def test_key_value_heads_that_are_null_or_missing_are_all_heads(golden, tmp_path, change):
+@pytest.mark.parametrize(
+    "change", [{"num_key_value_heads": None}, {"num_key_value_heads": ...}, {"hidden_act": "swish"}]
+)
+def test_other_spellings_of_the_same_architecture_are_read(golden, tmp_path, change):
     directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
     config = json.loads((directory / "config.json").read_text())
     assert config["num_key_value_heads"] == config["num_attention_heads"] == 4

@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 
+import numpy as np
 import pytest
 from convert_kit import export, import_, run, tiny_state
+from safetensors.numpy import load_file, save_file
 
 from EasyLM import checkpoints
 from EasyLM.checkpoints import streaming
@@ -41,6 +43,16 @@ def test_invalid_exports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
         export(tiny_state(golden), out)
 
 
+def test_integers_are_no_weights(golden, tmp_path):
+    """Such as those of a model that was quantized."""
+    directory = pathlib.Path(export(tiny_state(golden), tmp_path / "hf"))
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = np.ones_like(tensors["lm_head.weight"], np.int8)
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(UserError, match="lm_head/kernel has the type int8, expected floating point"):
+        import_(directory, tmp_path / "out" / "params")
+
+
 def raise_disk_full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -56,6 +68,7 @@ def test_invalid_imports_fail_and_leave_no_files(golden, tmp_path, monkeypatch):
             {"model_type": "mistral"},
             r"LLaMA and Qwen3 .* supported, not model_type='mistral'",
         ),
+        ({"hidden_act": "gelu_new"}, "supported, not hidden_act='gelu_new'"),
         ({"num_key_value_heads": 2}, r"attention/wk/kernel has shape \(64, 64\), expected \(64, 32\)"),
         ({"hidden_act": "gelu"}, "supported, not hidden_act='gelu'"),
         ({"num_hidden_layers": 3}, r"missing \['model.layers.2.input_layernorm.weight'"),

@@ -10,6 +10,7 @@ import functools
 import io
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -93,14 +94,15 @@ def correct_layout(image: Image.Image) -> None:
     Pillow takes white for black in PSD files of 1 bit, and 16-bit values for bytes in uncompressed TIFF files that
     store their channels one after the other.
     """
-    tags = getattr(image, "tag_v2", {})
-    if image.format == "PSD" and image.mode == "1":
-        image.tile = [tile._replace(args="1;I") for tile in image.tile]
+    opened: Any = image  # the classes of the formats have more attributes
+    tags = getattr(opened, "tag_v2", {})
+    if opened.format == "PSD" and opened.mode == "1":
+        opened.tile = [tile._replace(args="1;I") for tile in opened.tile]
     elif tags.get(_PLANAR_CONFIGURATION) == _SEPARATE_PLANES and np.max(tags.get(_BITS_PER_SAMPLE, 1)) == 16:
-        layout = ";16B" if image.tag_v2.prefix == b"MM" else ";16L"
-        image.tile = [
+        layout = ";16B" if tags.prefix == b"MM" else ";16L"
+        opened.tile = [
             tile._replace(args=(tile.args[0] + layout, *tile.args[1:])) if tile.codec_name == "raw" else tile
-            for tile in image.tile
+            for tile in opened.tile
         ]
 
 
@@ -149,7 +151,9 @@ def check_labels(image: Image.Image, ids: np.ndarray) -> None:
     """
     is_jpeg_in_tiff = image.format == "TIFF" and image.info.get("compression") in _JPEG_IN_TIFF
     if image.format in _LOSSY_FORMATS or is_jpeg_in_tiff:
-        raise ValueError(f"{'JPEG' if is_jpeg_in_tiff else image.format} compression changes label ids: save them as PNG")
+        raise ValueError(
+            f"{'JPEG' if is_jpeg_in_tiff else image.format} compression changes label ids: save them as PNG"
+        )
     if image.mode == "P" and image.palette is not None:
         entries = len(image.palette.palette) // len(image.palette.mode)
         if ids.max() >= entries:

@@ -27,7 +27,7 @@ _NULLABLE = ("num_key_value_heads", "max_position_embeddings", "rope_theta")  # 
 _MODEL_TYPES = {"llama": False, "qwen3": True}  # -> qk_norm
 # Fields of config.json that can describe another architecture, and their values for a LLaMA. Null is always valid.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
