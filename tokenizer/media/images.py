@@ -91,6 +91,8 @@ def open_image(path: ImageFile) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's decoders raise many classes on broken bytes, even IndexError
+        if isinstance(path, str | os.PathLike):
+            storage.check_no_pointer(path)
         raise UserError(f"{path}: not a readable image ({error or type(error).__name__})") from error
 
 

@@ -95,7 +95,7 @@ def correct_layout(image: Image.Image) -> None:
     store their channels one after the other.
     """
     opened: Any = image  # the classes of the formats have more attributes
-    tags = getattr(opened, "tag_v2", {})
+    tags: Any = getattr(opened, "tag_v2", {})
     if opened.format == "PSD" and opened.mode == "1":
         opened.tile = [tile._replace(args="1;I") for tile in opened.tile]
     elif tags.get(_PLANAR_CONFIGURATION) == _SEPARATE_PLANES and np.max(tags.get(_BITS_PER_SAMPLE, 1)) == 16:

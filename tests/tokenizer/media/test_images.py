@@ -160,6 +160,12 @@ def test_damaged_pixels_of_a_png_are_named(tmp_path, mode):
     np.testing.assert_array_equal(images.read(path, SIDE), expected)
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a\.png: is a pointer of Git LFS.*: run `git lfs pull`"):
+        images.read(tmp_path / "a.png", SIDE)
+
+
 def test_formats_that_start_other_programs_are_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     with pytest.raises(UserError, match=r"a\.png: not a readable image \(cannot identify"):
