@@ -119,7 +119,7 @@ def list_checkpoints(run_dir: str) -> list[SavedCheckpoint]:
         if kind in ("file", "directory"):
             suffix = f"_{milestone[2]}" if milestone else ""
             checkpoints.append(_group(run_dir, "", files, name, suffix, is_latest=False))
-        elif kind == "dangling" and milestone:  # the others dangle with `latest`
+        elif kind == "dangling" and (milestone or not latest):  # with `latest`, the others dangle because of it
             checkpoints.append(
                 SavedCheckpoint(name, problem=f"{os.readlink(os.path.join(run_dir, name))} no longer exists")
             )

@@ -77,7 +77,7 @@ def open_run(
         check_lock = on_first_process_first(lambda: _lock(directory, stack))
         stack.enter_context(MaintenanceWatch())
         start = find_start(settings.start, directory, formats)
-        check_settings(start, model_settings)
+        check_settings(start, model_settings, settings.flags.get("optimizer", {}))
         yield Run(settings, directory, model_settings, start, begin, check_lock)
 
 

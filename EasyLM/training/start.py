@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from EasyLM import checkpoints
 from EasyLM.checkpoints import Entry
 from EasyLM.errors import UserError
-from EasyLM.storage import is_remote
+from EasyLM.storage import is_remote, path_exists
 from EasyLM.training.abstract_step import abstract_state
 from EasyLM.training.step import Optimizer, Params, TrainState, init_state, state_from_params
 from EasyLM.training.task import Model, ModelSettings
@@ -110,7 +110,9 @@ def find_start(given: StartFiles, run_dir: str, formats: CheckpointFormats) -> S
     else:
         files = dataclasses.replace(given, history=(given.checkpoint,))
         left = ", only an interrupted save" if checkpoints.has_interrupted_save(run_dir) else ""
-        logging.info("%s: holds no checkpoint%s; starting from %s", run_dir, left, given.checkpoint or "step 0")
+        has_run = path_exists(os.path.join(run_dir, "metrics.jsonl"))
+        level, left = (logging.WARNING, f"{left}, although it has metrics") if has_run else (logging.INFO, left)
+        logging.log(level, "%s: holds no checkpoint%s; starting from %s", run_dir, left, given.checkpoint or "step 0")
     return _open_files(files, run_dir, formats)
 
 
@@ -159,14 +161,18 @@ def _open_files(files: StartFiles, run_dir: str, formats: CheckpointFormats) -> 
     return StartPoint(files, entries, dataset_state, metadata, run_dir, formats)
 
 
-def check_settings(start: StartPoint, settings: ModelSettings) -> None:
-    """Compares the model's settings with those of the checkpoint.
+def check_settings(start: StartPoint, settings: ModelSettings, optimizer: Mapping[str, Any]) -> None:
+    """Compares the settings of the model and the type of the optimizer with those of the checkpoint.
 
     A run that starts from parameters without metadata may change settings; a warning lists the changes.
 
+    Args:
+      optimizer: values of the optimizer's flags; empty for programs with one optimizer.
+
     Raises:
-      UserError: if the metadata has other settings, or the parameters need other ones.
+      UserError: if the metadata has other settings, or the parameters or the optimizer's state need other ones.
     """
+    _check_optimizer(start, optimizer)
     differences = settings.differences(start.metadata.get(settings.name, {}))
     if differences:
         raise UserError(f"{start.files.metadata}: the checkpoint's model has other settings: {differences}")
@@ -178,6 +184,16 @@ def check_settings(start: StartPoint, settings: ModelSettings) -> None:
             )
         if differences := settings.differences(saved):
             logging.warning("%s was trained with other settings: %s", start.files.checkpoint, differences)
+
+
+def _check_optimizer(start: StartPoint, optimizer: Mapping[str, Any]) -> None:
+    given, saved = optimizer.get("type"), start.metadata.get("flags", {}).get("optimizer", {}).get("type")
+    spec = start.files.checkpoint
+    if spec.startswith("trainstate::") and given and saved and given != saved:
+        raise UserError(
+            f"--optimizer.type={given}: {spec} has the state of {saved}; to start a new run from its parameters, give "
+            f"--load_checkpoint={spec.replace('::', '_params::', 1)} and another --logger.experiment_id"
+        )
 
 
 def first_state(start: StartPoint, model: Model, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:

@@ -168,6 +168,14 @@ def _age(run):
         path.unlink()
 
 
+def only_dangling_links(run):
+    """As `cp -r` of the links, or a clean-up of large files leaves it."""
+    newest_is_gone(run)
+    shutil.rmtree(run / "checkpoints")
+    for path in (run / "latest", *run.glob("*_20*")):
+        path.unlink()
+
+
 def only_the_milestone(run):
     newest_is_gone(run)
     for name in ("latest", STATE, "checksums.json", "dataset.json", "metadata.json"):

@@ -53,6 +53,10 @@ TABLE = {
     states.copied_into_files_and_latest_moved_away: (40, 20),
     states.copied_into_files_by_an_older_version: (40, 20),
     states.saved_by_an_older_version: (40, 20),
+    states.only_dangling_links: (
+        "none of its checkpoints can be used: streaming_train_state: latest/streaming_train_state no longer exists",
+        NO_MILESTONE,
+    ),
     states.only_the_milestone: (20, 20),
     states.only_the_milestone_as_files: (20, 20),
     states.files_of_the_release: (15, NO_MILESTONE),

@@ -11,8 +11,10 @@ from EasyLM.checkpoints import streaming
 from EasyLM.checkpoints.run_directory import open_run_directory
 from EasyLM.errors import UserError
 from EasyLM.training import run
-from EasyLM.training.start import StartFiles, find_start
+from EasyLM.training.start import StartFiles, StartPoint, check_settings, find_start
+from EasyLM.training.task import ModelSettings
 
+SETTINGS = ModelSettings("model", {}, frozenset())
 FORMATS = {**checkpoints.CHECKPOINT_FORMATS, "huggingface": lambda path: []}
 
 
@@ -71,6 +73,32 @@ def test_each_starting_file_is_read_once(tmp_path, monkeypatch):
     }
     train(tmp_path, **files | {"load_checkpoint": f"trainstate::{files['load_checkpoint']}"})
     assert calls == dict.fromkeys(files.values(), 1)
+
+
+@pytest.mark.parametrize("level", ["INFO", "WARNING"])
+def test_a_start_at_0_in_a_directory_with_metrics_is_a_warning(tmp_path, caplog, level):
+    """The run has ended before its first save, or its checkpoints were deleted."""
+    caplog.set_level("INFO")
+    if level == "WARNING":
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert start_of(tmp_path).checkpoint == ""
+    (record,) = caplog.records
+    metrics = ", although it has metrics" if level == "WARNING" else ""
+    assert record.levelname == level
+    assert record.getMessage() == f"{tmp_path}: holds no checkpoint{metrics}; starting from step 0"
+
+
+@pytest.mark.parametrize("given", ["adamw", "palm", None])
+def test_the_optimizer_of_a_train_state_is_compared(given):
+    spec = f"trainstate::{GOLDEN}/step15/streaming_train_state"
+    for files in (StartFiles(spec), StartFiles(spec.replace("::", "_params::"))):
+        point = StartPoint(files, [], None, {"flags": {"optimizer": {"type": "adamw"}}}, "run")
+        if given == "palm" and files.checkpoint == spec:
+            advice = rf"--load_checkpoint=trainstate_params::{GOLDEN}"
+            with pytest.raises(UserError, match=rf"^--optimizer\.type=palm: {spec} has the state of adamw; .*{advice}"):
+                check_settings(point, SETTINGS, {"type": given})
+        else:
+            check_settings(point, SETTINGS, {"type": given} if given else {})
 
 
 @pytest.mark.slow
