@@ -16,9 +16,11 @@ SDR_TRANSFERS = (1, *UNKNOWN, 4, 5, 6, 7, 11, 12, 13, 14, 15)
 
 _D65 = (0.3127, 0.3290)
 _SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
-_WIDE_PRIMARIES = {  # x and y of red, green and blue; their white is D65
-    BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
-    12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),  # P3
+_P3 = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
+_WIDE_PRIMARIES = {  # x and y of red, green, blue and white
+    BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), _D65),
+    11: (*_P3, (0.314, 0.351)),  # of cinemas
+    12: (*_P3, _D65),  # of screens
 }
 # From XYZ to the responses of the eye's cones, by Bradford, as in ICC profiles: equal steps keep white white.
 _CONES = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -34,7 +36,7 @@ def check_transfer(number: int) -> None:
 def wide_to_srgb(primaries: int) -> np.ndarray | None:
     """Returns the matrix [3,3] from linear RGB of wide primaries to that of sRGB; None: the primaries are not wide."""
     chromaticities = _WIDE_PRIMARIES.get(primaries)
-    return None if chromaticities is None else primaries_to_srgb(*chromaticities, white=_D65)
+    return None if chromaticities is None else primaries_to_srgb(*chromaticities)
 
 
 def primaries_to_srgb(

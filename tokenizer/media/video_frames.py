@@ -14,6 +14,8 @@ from tokenizer.media.video_file import MAX_PIXELS, import_av, to_array
 
 _BT709, _BT601 = 1, 6  # matrices
 _MATRICES = (0, _BT709, *colours.UNKNOWN, 4, 5, _BT601, 7, colours.BT2020)  # those that swscale converts to RGB
+_LIMITED = 1  # FFmpeg's number of the range in which black is 16 and white is 235
+_FROM_LIMITED = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
 _WHITE_NITS = 203  # HDR white of ITU-R BT.2408, which becomes the white of sRGB; brighter light is clipped
 _HLG_PEAK_NITS, _HLG_GAMMA = 1000, 1.2  # the reference display of ITU-R BT.2100
 
@@ -52,7 +54,10 @@ def to_bytes(frame: Any, size: int | None, pixel_aspect: fractions.Fraction = fr
         pixels_HW3 = _resize(to_array(frame, format="gbrp16le").astype(np.float32) / 65535, width_height)
         return upright(images.to_uint8(_to_srgb(pixels_HW3, frame.color_trc, to_srgb_33)), matrix)
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    image = Image.fromarray(to_array(frame, format="rgba" if has_alpha else "rgb24"))
+    pixels = to_array(frame, format="rgba" if has_alpha else "rgb24")
+    if frame.format.name.startswith(("gray", "ya")) and frame.color_range == _LIMITED:  # swscale takes it for full
+        pixels = np.concatenate([_FROM_LIMITED[pixels[..., :3]], pixels[..., 3:]], axis=-1)
+    image = Image.fromarray(pixels)
     if has_alpha:
         image = images.over_white(image)
     if image.size != width_height:

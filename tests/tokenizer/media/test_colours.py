@@ -119,6 +119,18 @@ def test_white_becomes_white_whatever_it_is(tmp_path):
     np.testing.assert_allclose(colours.primaries_to_srgb(*warm[1:], warm[0]), expected, atol=2e-3)
 
 
+def test_the_white_of_cinemas_becomes_white(tmp_path):
+    """Number 11 of H.273 has the primaries of P3 and another white: as a PNG file that states their chromaticities."""
+    for colour in ((255, 255, 255), COLOUR):
+        samples, shown = np.broadcast_to(colour, (SIDE, SIDE, 3)), []
+        for chunks in ([cicp(11, 13)], [gamma(0.45455), primaries(((0.314, 0.351), *P3[1:]))]):
+            (tmp_path / "a.png").write_bytes(png(samples, 8, RGB, *chunks))
+            shown.append(images.read(tmp_path / "a.png", SIDE).astype(int))
+        np.testing.assert_allclose(shown[0], shown[1], atol=1)
+        assert (shown[0] == 255).all() == (colour[0] == 255)
+    assert np.abs(shown[0] - COLOUR).max() > 5
+
+
 @pytest.mark.parametrize(("primary", "expected"), [(12, P3), (9, BT2020), (1, SRGB), (2, SRGB)])
 def test_avif_files_are_converted_to_srgb(tmp_path, primary, expected):
     file = io.BytesIO()

@@ -69,6 +69,17 @@ def test_subsampled_and_full_range_codecs(tmp_path, name, codec, pixel_format):
     np.testing.assert_allclose(shown_colour(tmp_path / name), np.multiply(255, COLOUR), atol=3)
 
 
+@pytest.mark.parametrize("pixel_format", ["gray", "gray10le"])
+@pytest.mark.parametrize("full", [False, True])
+def test_the_range_of_gray_is_tagged(tmp_path, pixel_format, full):
+    """As HEVC and AV1 videos without colours have it."""
+    bits = 10 if "10" in pixel_format else 8
+    for gray in (0.0, 0.4, 1.0):
+        planes = yuv((gray, gray, gray), BT601, bits, full)[:1]
+        write_planes(tmp_path / "a.mkv", "ffv1", pixel_format, planes, color_range=FULL if full else LIMITED)
+        np.testing.assert_allclose(shown_colour(tmp_path / "a.mkv"), 3 * [255 * gray], atol=1)
+
+
 def test_frames_with_alpha_are_composited_over_white(tmp_path):
     write_planes(tmp_path / "a.mkv", "ffv1", "yuva420p", [*yuv((0, 0, 0), BT601), 51])  # a fifth opaque
     np.testing.assert_allclose(shown_colour(tmp_path / "a.mkv"), 3 * [204], atol=2)
