@@ -125,12 +125,6 @@ def check_entries(source: str, entries: Mapping[Key, Entry], wanted: list[Stacke
     for key, stacked in by_key.items():
         if entries[key].shape != stacked.file_shape:
             raise UserError(f"{source}: {'/'.join(key)} has shape {entries[key].shape}, expected {stacked.file_shape}")
-        if _is_floating(stacked.array) and not _is_floating(entries[key]):
-            raise UserError(f"{source}: {'/'.join(key)} has the type {entries[key].dtype}, expected floating point")
-
-
-def _is_floating(array: Any) -> bool:
-    return bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
 
 def _join_keys(keys: list[Key]) -> str:

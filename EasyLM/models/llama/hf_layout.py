@@ -116,6 +116,9 @@ def read_model(directory: str) -> tuple[LLaMAConfig, list[Entry]]:
     missing, unknown = sorted(set(key_of) - set(tensors)), sorted(set(tensors) - set(key_of))
     if missing or unknown:
         raise UserError(f"{directory}: not the tensors of a LLaMA: missing {missing[:4]}, unknown {unknown[:4]}")
+    for name, tensor in tensors.items():
+        if not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
+            raise UserError(f"{directory}: {name} has the type {tensor.dtype}, not a floating-point type")
     entries = [_entry(config, key, tensors[name]) for name, key in key_of.items()]
     checkpoints.check_entries(
         directory, {entry.key: entry for entry in entries}, stacking.stacked_arrays(parameter_shapes(config))
