@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +48,7 @@ class VideoClock:
       tick_seconds: duration of a tick.
       decoded_ticks: int64 [n]: the largest tick of the frames that are decoded up to each frame, itself included. A
         frame may depend on frames that are shown after it. An upper bound if the order of decoding is not known.
+      first_bytes: the first byte of the packet of each seek point, by its tick; None: not known.
     """
 
     ticks: np.ndarray
@@ -55,6 +56,7 @@ class VideoClock:
     by_index: bool
     tick_seconds: fractions.Fraction
     decoded_ticks: np.ndarray
+    first_bytes: Mapping[int, int | None]
 
     @property
     def seconds(self) -> np.ndarray:
@@ -67,7 +69,7 @@ def read_clock(video: VideoFile) -> VideoClock:
     """Reads the clock of a file. Clocks are cached.
 
     Raises:
-      UserError: naming the file, if it is broken or truncated, or has no frame.
+      UserError: naming the file, if it is broken or truncated, has no frame, or its times are not ascending.
     """
     with open_video(video) as (container, stream):
         if container.format.name == _MP4:
@@ -77,7 +79,9 @@ def read_clock(video: VideoFile) -> VideoClock:
         by_index = container_format == "avi" and bool(stream.codec_context.has_b_frames) and bool(rate)
         packets, end = _read_packets(video.name, container, stream)
         ticks = [packet.tick for packet in packets]
-        seek_points = [packet.tick for packet in packets if packet.is_key and packet.tick is not None]
+        first_bytes = {
+            packet.tick: packet.first_byte for packet in packets if packet.is_key and packet.tick is not None
+        }
         has_one_clock = _are_ascending([packet.decode_tick for packet in packets if packet.decode_tick is not None])
         is_unique = None not in ticks and len(set(ticks)) == len(ticks)
         is_exact = stream.codec_context.name in _ONE_FRAME_PER_PACKET and has_one_clock and is_unique
@@ -94,7 +98,7 @@ def read_clock(video: VideoFile) -> VideoClock:
         elif not _are_ascending(ticks):
             ticks, by_index = [*_continuous(ticks)], True
     if by_index or not can_seek:
-        seek_points = []
+        first_bytes = {}
     _check_is_one_file(video, container_format, end)
     if not ticks:
         raise UserError(f"{video.name}: its video stream has no frame")
@@ -102,8 +106,11 @@ def read_clock(video: VideoFile) -> VideoClock:
     # Packets are in the order of decoding, decoded frames in the order in which they are shown.
     decoded_n = np.maximum.accumulate(np.array(ticks, np.int64))[places_n]
     decoded_n = decoded_n[np.minimum(np.arange(len(ticks_n)) + most_ahead, len(ticks_n) - 1)]
-    seek_points_k = np.union1d(ticks_n[:1], np.array(seek_points, np.int64))
-    return VideoClock(ticks_n, seek_points_k, by_index, tick_seconds, decoded_n)
+    seek_points_k = np.union1d(ticks_n[:1], np.array([*first_bytes], np.int64))
+    clock = VideoClock(ticks_n, seek_points_k, by_index, tick_seconds, decoded_n, first_bytes)
+    if not (np.diff(clock.seconds) > 0).all():  # as floating point
+        raise UserError(f"{video.name}: its times are too large to tell its frames apart: {clock.seconds[0]:.3g} s")
+    return clock
 
 
 def _check_boxes(video: VideoFile) -> None:

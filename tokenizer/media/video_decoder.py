@@ -127,12 +127,20 @@ def _decode_from(
     A decoder marks only the damaged frame itself. Those after it, up to the next key frame, are predicted from it. So
     are those that are shown before it and decoded later, and those that a decoder returns although it has not returned
     the frame before them. A damaged frame can be one that is not shown.
+
+    Yields nothing if the seek leads to another packet than the one that reading from the beginning has found at its
+    time: with a damaged index, FFmpeg gives it the time that was looked for.
     """
+    packets = iter(container.demux(stream))
     if seek_point is not None:
         container.seek(int(seek_point), stream=stream)
+        packet = next(packets, None)
+        if packet is None or clock.first_bytes.get(packet.pts, packet.pos) != packet.pos:
+            return
+        packets = itertools.chain([packet], packets)
     first, is_first, is_damaged = clock.ticks[0] if seek_point is None else seek_point, True, False
     returns_all, previous = stream.codec_context.name in _RETURN_ALL, int(np.searchsorted(clock.ticks, first)) - 1
-    source = _ticks_and_frames(container, stream, clock)
+    source = _ticks_and_frames(packets, stream, clock)
     ahead: collections.deque[tuple[int, Any, bool]] = collections.deque()
     while ahead or (ahead := collections.deque(itertools.islice(source, 1))):
         tick, frame, is_corrupt = ahead.popleft()
@@ -148,9 +156,9 @@ def _decode_from(
             yield tick, frame, is_damaged or any(is_corrupt for later, _, is_corrupt in ahead if later <= last)
 
 
-def _ticks_and_frames(container: Any, stream: Any, clock: VideoClock) -> Iterator[tuple[int, Any, bool]]:
+def _ticks_and_frames(packets: Iterator, stream: Any, clock: VideoClock) -> Iterator[tuple[int, Any, bool]]:
     i = 0
-    for tick, frame, is_corrupt in _frames(container, stream):
+    for tick, frame, is_corrupt in _frames(packets, stream):
         if clock.by_index and _is_shown(tick):
             tick = int(clock.ticks[min(i, len(clock.ticks) - 1)])
             i += frame is not None  # frames that FFmpeg does not return have no index
@@ -158,7 +166,7 @@ def _ticks_and_frames(container: Any, stream: Any, clock: VideoClock) -> Iterato
             yield tick, frame, is_corrupt
 
 
-def _frames(container: Any, stream: Any) -> Iterator[tuple[int | None, Any, bool]]:
+def _frames(packets: Iterator, stream: Any) -> Iterator[tuple[int | None, Any, bool]]:
     """Yields (tick, frame, whether it is damaged) as they are decoded.
 
     A frame that is not shown has a tick below `_NOT_SHOWN / 2`. A damaged one that FFmpeg does not return is None.
@@ -169,7 +177,7 @@ def _frames(container: Any, stream: Any) -> Iterator[tuple[int | None, Any, bool
     """
     is_jpeg = stream.codec_context.name == "mjpeg"
     incomplete, expected = set(), set()  # ticks of damaged frames, and of those that FFmpeg can still return
-    for packet in container.demux(stream):
+    for packet in packets:
         if is_jpeg and packet.size and not _has_whole_header(bytes(packet)):
             raise ValueError("the header of a JPEG frame is damaged")
         if packet.is_discard:

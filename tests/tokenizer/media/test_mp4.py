@@ -1,5 +1,6 @@
 """MP4 and QuickTime: edit lists, cover pictures, fragments."""
 
+import re
 import struct
 
 import av
@@ -132,21 +133,26 @@ def test_a_cover_picture_is_not_the_video(tmp_path, has_video):
             videos.timestamps(tmp_path / "a.mp4")
 
 
-@pytest.mark.parametrize(
-    ("flags", "bf"),
-    [("frag_keyframe+empty_moov", "2"), ("cmaf+frag_keyframe", "2"), ("frag_every_frame+empty_moov", "0")],
-)
-def test_fragments_that_are_cut_are_refused(tmp_path, flags, bf):
-    """A recording that was interrupted, or a download that ended early. No header tells the number of frames."""
-    write_video(tmp_path / "source.mp4", "libx264", TIMES[:30], g="10", bf=bf)
-    path = tmp_path / "a.mp4"
-    with av.open(str(tmp_path / "source.mp4")) as source:
+def write_fragments(folder, flags, bf):
+    write_video(folder / "source.mp4", "libx264", TIMES[:30], g="10", bf=bf)
+    path = folder / "a.mp4"
+    with av.open(str(folder / "source.mp4")) as source:
         with av.open(str(path), "w", container_options={"movflags": flags}) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):
                 if packet.dts is not None:
                     packet.stream = stream
                     target.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "bf"),
+    [("frag_keyframe+empty_moov", "2"), ("cmaf+frag_keyframe", "2"), ("frag_every_frame+empty_moov", "0")],
+)
+def test_fragments_that_are_cut_are_refused(tmp_path, flags, bf):
+    """A recording that was interrupted, or a download that ended early. No header tells the number of frames."""
+    path = write_fragments(tmp_path, flags, bf)
     times, whole = videos.timestamps(path), path.read_bytes()
     assert numbers(videos.read(path, times)) == list(range(30))
     kinds = [box[4:8] for box in boxes(whole)]
@@ -161,3 +167,14 @@ def test_fragments_that_are_cut_are_refused(tmp_path, flags, bf):
         else:
             with pytest.raises(UserError, match=r"a\.mp4: "):
                 videos.timestamps(path)
+
+
+def test_times_that_floating_point_cannot_tell_apart_are_refused(tmp_path):
+    path = write_fragments(tmp_path, "frag_keyframe+empty_moov", "0")
+    data = path.read_bytes()
+    for match in re.finditer(b"tfdt", data):  # the time of the fragment's first frame, after version and flags
+        start = match.end() + 4
+        data = data[:start] + b"\x5d" + data[start + 1 :]
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.mp4: its times are too large to tell its frames apart: \d\.\d+e\+14 s$"):
+        videos.timestamps(path)

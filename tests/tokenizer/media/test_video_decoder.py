@@ -184,11 +184,13 @@ def test_frames_without_the_first_one_are_damaged():
     """A damaged key frame can come after the frames that were predicted from it, which the decoder does not mark."""
     frames = [(1, False, False), (2, False, False), (0, True, True), (3, True, False), (4, False, False)]
     frames = [SimpleNamespace(pts=pts, key_frame=key, is_corrupt=corrupt) for pts, key, corrupt in frames]
-    packets = [SimpleNamespace(pts=frame.pts, is_discard=False, decode=lambda frame=frame: [frame]) for frame in frames]
+    packets = [
+        SimpleNamespace(pts=frame.pts, pos=0, is_discard=False, decode=lambda frame=frame: [frame]) for frame in frames
+    ]
     container = SimpleNamespace(demux=lambda stream: packets, seek=lambda *_, **__: None)
     stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
     ticks = np.arange(5)
-    clock = VideoClock(ticks, ticks[[0, 3]], False, fractions.Fraction(1, 25), ticks)
+    clock = VideoClock(ticks, ticks[[0, 3]], False, fractions.Fraction(1, 25), ticks, {})
     for seek_point in (None, 0):
         decoded = video_decoder._decode_from(container, stream, clock, seek_point)
         assert [(tick, is_damaged) for tick, _, is_damaged in decoded] == [
@@ -230,7 +232,7 @@ def test_frames_that_are_not_shown_tell_of_damage(packets, expected):
     )
     stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
     ticks = np.arange(2)
-    clock = VideoClock(ticks, ticks[:1], False, fractions.Fraction(1, 25), ticks)
+    clock = VideoClock(ticks, ticks[:1], False, fractions.Fraction(1, 25), ticks, {})
     assert [damaged for _, _, damaged in video_decoder._decode_from(container, stream, clock, None)] == expected
 
 
@@ -245,6 +247,6 @@ def test_a_damaged_time_does_not_fill_the_memory():
     container = SimpleNamespace(demux=lambda stream: packets)
     stream = SimpleNamespace(codec_context=SimpleNamespace(name="h264"))
     ticks = np.array([*range(100), 10**9])
-    clock = VideoClock(ticks, ticks[:1], False, fractions.Fraction(1, 25), np.full(101, 10**9))
+    clock = VideoClock(ticks, ticks[:1], False, fractions.Fraction(1, 25), np.full(101, 10**9), {})
     assert next(video_decoder._decode_from(container, stream, clock, None))[0] == 0
     assert len(decoded) < 20

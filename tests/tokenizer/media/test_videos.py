@@ -238,6 +238,18 @@ class TestErrors:
         for number in (50, 60, 10):
             assert numbers(videos.read(tmp_path / name, times[[number]])) == [number]
 
+    def test_a_seek_that_finds_another_packet_does_not_lead_to_other_frames(self, tmp_path):
+        """With a damaged segment header and a damaged time, FFmpeg gives the first packet the time of the last."""
+        path = tmp_path / "intra.mkv"
+        write_video(path, "mpeg4", range(0, 320, 40), g="1")
+        data = bytearray(path.read_bytes())
+        data[data.index(b"\x18\x53\x80\x67") + 2] ^= 0xD8
+        data[data.index(b"\x81\0\0\x80") + 1] = 0xC6  # track 1, time 0, key frame
+        path.write_bytes(data)
+        times = videos.timestamps(path)
+        assert numbers(videos.read(path, times[[7]])) == [7]
+        assert numbers(videos.read(path, times)) == list(range(8))
+
     @pytest.mark.parametrize(("name", "damaged"), [("b_frames.mp4", range(12, 24)), ("motion.avi", [12])])
     def test_damaged_frames_and_those_that_depend_on_them_are_refused(self, folder, tmp_path, name, damaged):
         """A decoder marks the damaged frame alone, and MJPEG's none. Predicted frames after it look whole."""
