@@ -1,6 +1,7 @@
 """A row of several documents equals the documents run one by one."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,12 @@ import pytest
 from checkpoint_kit import random_params
 from llama_kit import changed
 
+from EasyLM.errors import UserError
 from EasyLM.models.attention import AttentionMask, attention
-from EasyLM.models.llama import llama_model, rotary
+from EasyLM.models.llama import adapters, llama_model, rotary
+from EasyLM.models.llama.lora import LoRAConfig
+from EasyLM.models.llama.partition_rules import PARTITION_RULES
+from EasyLM.parallel import batch_sharding, make_mesh, shardings
 
 # Two rows of 100 tokens: the ends of their documents.
 ENDS = ([1, 40, 41, 100], [64, 73, 100])
@@ -109,6 +114,36 @@ def test_gradients_equal_those_of_each_document(params, batch, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh_dim, settings", [
+    ("2,1,4", {"scan_layers": False, "scan_mlp": True, "scan_mlp_chunk_size": 24, "attention_implementation": "xla"}),
+    ("dp:1,fsdp:2,mp:2,sp:2", {"tie_word_embeddings": True, "rope_scaling": "{'rope_type': 'llama3', 'factor': 8.0}"}),
+])  # fmt: skip
+def test_logits_with_adapters_on_a_mesh_equal_those_of_each_document(batch, mesh_dim, settings):
+    """Also with layers that are not scanned, chunks of the feed-forward network, scaled rotation and split rows."""
+    config, mesh = changed(num_hidden_layers=2, num_key_value_heads=2, **settings), make_mesh(mesh_dim)
+    lora, rng = LoRAConfig(4, 8.0, 0.0, ("k_proj", "down_proj")), np.random.default_rng(1)
+    shapes = jax.eval_shape(partial(llama_model.init_params, config), jax.random.key(0))
+    shapes = adapters.with_adapters(shapes, adapters.adapter_shapes(config, lora))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.15, x.shape).astype(np.float32), shapes)
+    placed = jax.device_put(params, shardings(mesh, PARTITION_RULES, params))
+    rows = jax.device_put({name: batch[name] for name in ("input_tokens", "segment_ids")}, batch_sharding(mesh))
+
+    def logits(params, tokens_BT, segments_BT=None, mesh=None):
+        return llama_model.apply(config, params, tokens_BT, segment_ids_BT=segments_BT, lora=lora, mesh=mesh)
+
+    actual_BTV = jax.jit(partial(logits, mesh=mesh))(placed, rows["input_tokens"], rows["segment_ids"])
+    parts = list(documents())
+    alone_BT = np.zeros((len(parts), 64), np.int32)  # padded at the end
+    for number, (row, part) in enumerate(parts):
+        alone_BT[number, : part.stop - part.start] = batch["input_tokens"][row, part]
+    expected_BTV = jax.jit(logits)(params, alone_BT)
+    assert expected_BTV.std() > 0.1
+    for number, (row, part) in enumerate(parts):
+        expected_TV = expected_BTV[number, : part.stop - part.start]
+        np.testing.assert_allclose(actual_BTV[row, part], expected_TV, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
 def test_one_document_changes_nothing(params, batch):
     whole = {name: batch[name] for name in ("input_tokens", "target_tokens", "loss_masks")}
     one = whole | {"segment_ids": np.full((2, 100), 7, np.int32)}
@@ -125,6 +160,26 @@ def test_the_forgetful_mask_keeps_the_first_key_of_each_document():
         assert allowed_BTS[row, part, part.start].all()
         assert not allowed_BTS[row, part, : part.start].any()
     assert allowed_BTS[0, 99, 41:].mean() < 0.3
+
+
+def test_the_kernel_of_a_gpu_is_refused():
+    """It would attend to other documents."""
+    shape = jax.ShapeDtypeStruct((1, 64, 1, 8), jnp.bfloat16)
+    mask = AttentionMask(first_BT=np.zeros((1, 64), np.int32))
+    attend = partial(attention, mask=mask, platform="gpu", implementation="cudnn")
+    with pytest.raises(UserError, match=r"no document mask; here are gpu, bfloat16, .* and a document mask"):
+        jax.eval_shape(attend, shape, shape, shape)
+
+
+def test_the_kernel_of_a_tpu_gets_the_documents():
+    """`test_splash_equals_xla` compares its results."""
+    shape = jax.ShapeDtypeStruct((1, 128, 1, 128), jnp.float32)
+
+    def attend(q_BTHK, first_BT):
+        return attention(q_BTHK, q_BTHK, q_BTHK, AttentionMask(first_BT=first_BT), platform="tpu")
+
+    jaxpr = jax.make_jaxpr(attend)(shape, jax.ShapeDtypeStruct((1, 128), jnp.int32))
+    assert "splash_mha_fwd_segmented" in str(jaxpr)
 
 
 def test_a_gpu_does_not_form_the_matrix():
