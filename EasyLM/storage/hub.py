@@ -9,7 +9,9 @@ import re
 from EasyLM.errors import UserError
 from EasyLM.storage.remote import is_remote
 
-_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>[^@]*))?")
+_NAME = re.compile(  # pull requests have revisions of several parts: refs/pr/1
+    r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>refs/\w+/[^/@]+|[^/@]+))?(?:/(?P<inside>[^@]*))?"
+)
 _PAGE = re.compile(  # of a repository, or of a folder or a file in it
     r"(?:https?://)?(?:huggingface|hf)\.co/(?P<repository>[^/]+/[^/?#]+)"
     r"(?:/(?:tree|blob)/(?P<revision>[^/?#]+)(?P<inside>/[^?#]+)?)?/?"
@@ -53,21 +55,24 @@ def local_path(path: str) -> str:
     if match is None:
         return path
     repository, revision, inside = match["repository"], match["revision"], (match["inside"] or "").strip("/")
-    outer, file_name = os.path.split(inside)
-    may_be_file = "." in file_name or file_name.startswith("streaming_")  # or a folder with such a name
+    outer = os.path.dirname(inside)
     beside = [os.path.join(outer, name) for name in _SETTINGS]
-    files = [f"{inside}*", *beside] if may_be_file else [f"{inside}/*"] if inside else []
+    files = [f"{inside}*", *beside] if inside else []
     advice = _how_to_download(repository, revision, files, os.path.join("DIR", inside).rstrip("/"))
-    if may_be_file:
-        file = os.path.join(_download(path, repository, revision, [inside, *beside], advice), inside)
+
+    def download(folder: str, patterns: list[str]) -> str:
+        return _download(path, repository, revision, folder, patterns, advice)
+
+    if inside:  # a file, or a folder
+        file = os.path.join(download(outer, [inside, *beside]), inside)
         if os.path.isfile(file):
             return file
     for weights in _WEIGHTS:
         patterns = [os.path.join(inside, name) for name in (*_SETTINGS, weights)]
-        directory = os.path.normpath(os.path.join(_download(path, repository, revision, patterns, advice), inside))
+        directory = os.path.normpath(os.path.join(download(inside, patterns), inside))
         if _holds(directory, weights):
             return directory
-    what = f"{'a file or ' if may_be_file else ''}a directory of {repository} with weights ({', '.join(_WEIGHTS)})"
+    what = f"{'a file or ' if inside else ''}a directory of {repository} with weights ({', '.join(_WEIGHTS)})"
     raise UserError(f"{path}: neither a local path, nor {what} {_PLACE}; {advice}")
 
 
@@ -112,12 +117,15 @@ def _how_to_download(repository: str, revision: str | None, files: list[str], re
     )
 
 
-def _download(path: str, repository: str, revision: str | None, patterns: list[str], advice: str) -> str:
-    """Returns the local directory of a repository's files that match the patterns."""
+def _download(path: str, repository: str, revision: str | None, folder: str, patterns: list[str], advice: str) -> str:
+    """Returns the local directory of a repository, with the files of one of its folders that match the patterns."""
     import huggingface_hub
 
+    below = os.path.join(folder, "*/*")  # in a pattern, * stands for slashes too
     try:
-        return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        return huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=patterns, ignore_patterns=below
+        )
     except Exception as error:  # its own errors, those of the HTTP client, of disks
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         if huggingface_hub.constants.HF_HUB_OFFLINE and type(error).__name__ == "LocalEntryNotFoundError":

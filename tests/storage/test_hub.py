@@ -42,6 +42,20 @@ def test_a_name_takes_a_revision_and_a_folder_and_a_file(cache):
     assert local_path("Owner/model@v2/run/streaming_params") == str(snapshot / "run" / "streaming_params")
 
 
+def test_a_file_may_have_any_name(cache):
+    snapshot = cache_repository(cache, "Owner/model", {"imported/params": b"a"})
+    assert local_path("Owner/model/imported/params") == str(snapshot / "imported" / "params")
+
+
+def test_the_revision_of_a_pull_request_has_slashes(cache):
+    files = {"model.safetensors": b"a", "small/model.safetensors": b"b"}
+    snapshot = cache_repository(cache, "Owner/model", files, revision="refs/pr/1")
+    assert local_path("Owner/model@refs/pr/1") == str(snapshot)
+    assert local_path("Owner/model@refs/pr/1/small") == str(snapshot / "small")
+    with pytest.raises(UserError, match=r"`hf download Owner/other --revision refs/pr/1 --local-dir DIR`"):
+        local_path("Owner/other@refs/pr/1")
+
+
 def test_a_local_path_wins(cache, tmp_path):
     cache_repository(cache, "Owner/model", {"model.safetensors": b"a"})
     (tmp_path / "Owner" / "model").mkdir(parents=True)
@@ -177,7 +191,8 @@ def local_path_of(name: str, home: pathlib.Path, **settings: str) -> pathlib.Pat
 @pytest.mark.slow
 def test_a_repository_is_downloaded_once_and_in_one_form(tmp_path):
     files = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"the same", "README.md": b"x"}
-    with hub_server(files) as (address, downloads):
+    below = {f"older/{name}": data for name, data in files.items()}
+    with hub_server(files | below) as (address, downloads):
         directory = local_path_of("Owner/model", tmp_path, HF_ENDPOINT=address)
         assert (directory / "model.safetensors").read_bytes() == b"weights"
         assert sorted(downloads) == ["README.md", "config.json", "model.safetensors"]

@@ -32,9 +32,10 @@ def cache_repository(
         files = {str(path.relative_to(files)): path.read_bytes() for path in files.rglob("*") if path.is_file()}
     directory = cache / f"models--{name.replace('/', '--')}"
     commit = hashlib.sha1(f"{name} {revision}".encode()).hexdigest()
-    for folder in ("blobs", "refs"):
-        (directory / folder).mkdir(parents=True, exist_ok=True)
-    (directory / "refs" / revision).write_text(commit)
+    reference = directory / "refs" / revision
+    for folder in (directory / "blobs", reference.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    reference.write_text(commit)
     for path, data in files.items():
         blob = directory / "blobs" / hashlib.sha1(data).hexdigest()
         blob.write_bytes(data)
