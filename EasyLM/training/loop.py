@@ -34,6 +34,11 @@ class LoopSettings:
         """Returns whether a step, an integer or a traced one, is logged."""
         return (step % self.log_freq == 0) | (step == self.total_steps - 1)
 
+    @property
+    def saves(self) -> bool:
+        """Whether a run saves without a signal or an error: at a frequency, and at its end."""
+        return self.save_model_freq > 0 or self.save_milestone_freq > 0
+
 
 class BatchIterator(Protocol):
     """An iterator of global batches, whose `position` counts the rows consumed."""
@@ -104,7 +109,7 @@ def fit(
             if fetched == done > start:  # a failed step has donated the state
                 _save_after_error(error, unreported, report, save_once, state)
             raise
-        if stop or settings.save_model_freq or settings.save_milestone_freq:
+        if stop or settings.saves:
             save_once(state, done, _due(done, settings.save_milestone_freq) and done > 0)
     return state, done >= settings.total_steps
 

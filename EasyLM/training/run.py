@@ -1,6 +1,7 @@
 """A training run from its flags to its last checkpoint, for any model: `open_run`, then `train`."""
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,8 @@ def open_run(
     metrics_log.check_settings(settings.logger)
     with prefix_errors(f"--compilation_cache_dir={settings.compilation_cache_dir}"):
         use_compilation_cache(settings.compilation_cache_dir)
+    if not settings.loop.saves:
+        logging.warning("--save_model_freq=0: what this run trains is not saved, except after a signal or an error")
     directory = run_directory(settings.logger)
     with prefix_errors(f"--checkpointer.format={settings.checkpointer.format}"):
         checkpoints.uses_orbax(settings.checkpointer.format, directory)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from tiny_run import GOLDEN, finish, start, train
 
-from EasyLM import checkpoints
+from EasyLM import checkpoints, flags
 from EasyLM.checkpoints import streaming
 from EasyLM.checkpoints.run_directory import open_run_directory
 from EasyLM.errors import UserError
+from EasyLM.models.llama import llama_train
 from EasyLM.training import run
+from EasyLM.training.settings import RunSettings
 from EasyLM.training.start import StartFiles, StartPoint, check_settings, find_start
 from EasyLM.training.task import ModelSettings
 
@@ -52,6 +54,16 @@ def test_a_requeued_command_resumes_the_run(tmp_path):
     newest = save_step(run_dir, 5, start)
     for again in ("", elsewhere, back):
         assert start_of(run_dir, again).checkpoint == f"trainstate::{newest}/streaming_train_state"
+
+
+@pytest.mark.parametrize("frequency", ["", "save_model_freq", "save_milestone_freq"])
+def test_a_run_that_will_not_be_saved_is_told_so(tmp_path, caplog, frequency):
+    config = flags.defaults(llama_train.FLAGS)
+    config.logger.update(output_dir=str(tmp_path), experiment_id="run")
+    if frequency:
+        config[frequency] = 10
+    with run.open_run(RunSettings.from_flags(config), SETTINGS):
+        assert ("--save_model_freq=0: what this run trains is not saved" in caplog.text) == (not frequency)
 
 
 def test_each_starting_file_is_read_once(tmp_path, monkeypatch):
