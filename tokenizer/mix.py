@@ -1,9 +1,9 @@
 """Mixes and shuffles JSONL files into one: `python -m tokenizer.mix --inputs=a.jsonl,'b/*.jsonl.gz' --output_file=F`.
 
 An input is a path or a glob; the files of a glob are one source. .gz and .zst files are decompressed. Lines are copied
-unchanged, except for carriage returns at their ends. Before anything is written, all lines and the free disk space are
-checked. The order is a uniform permutation of all sentences. It depends on the inputs, the seed and the numbers of
-sentences to take, not on --memory_mb.
+unchanged, except for carriage returns at their ends, or, with --answers_only, get a field list for the trainer. Before
+anything is written, all lines and the free disk space are checked. The order is a uniform permutation of all sentences.
+It depends on the inputs, the seed and the numbers of sentences to take, not on --memory_mb.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from EasyLM.flags import Flag, run
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output, check_plain_file, expand_path_groups, lock_output, write_json
 from EasyLM.vocab import NUM_SPECIAL_IDS, VOCAB_SIZE
+from tokenizer.sentence_files.answers import answers_line
 from tokenizer.sentence_files.disk_space import check_disk_space
 from tokenizer.sentence_files.mixing import Source, count_lines, needed_space, write_mixture
 from tokenizer.sentence_files.parts import check_parts
@@ -30,6 +31,11 @@ FLAGS = {
     "counts": Flag("", "Comma list, one number per input: sentences to take; they repeat if the input has fewer."),
     "seed": Flag(0, "Seed of the order and of the choice of sentences.", least=0),
     "vocab_size": Flag(VOCAB_SIZE, f"Ids must be below it: codes, and {NUM_SPECIAL_IDS} special ids.", least=1),
+    "answers_only": Flag(
+        False,
+        "Exclude the images of pairs (image, annotation) from the loss. Train on the result with "
+        "--train_dataset.text_processor.fields_from_example=fields.",
+    ),
     "max_errors": Flag(0, "Maximum number of bad lines to skip; each is reported.", least=0),
     "memory_mb": Flag(
         512, "Megabytes of lines in memory; the other lines are in temporary files beside the output.", least=1
@@ -46,7 +52,8 @@ def main(config: ConfigDict) -> None:
 
 
 def _mix(sources: Sequence[Source], config: ConfigDict) -> None:
-    tokenizer = count_lines(sources, config.vocab_size, SkippedInputs(config.max_errors))
+    convert = answers_line if config.answers_only else bytes
+    tokenizer = count_lines(sources, config.vocab_size, SkippedInputs(config.max_errors), convert)
     if tokenizer.name and tokenizer.unnamed:
         print(f"warning: {tokenizer.unnamed} sentences do not name their tokenizer; the others name {tokenizer.name}")
     for source, taken in zip(sources, _taken(sources, config)):
@@ -58,7 +65,7 @@ def _mix(sources: Sequence[Source], config: ConfigDict) -> None:
     memory_bytes = config.memory_mb * 10**6
     with prefix_errors("--output_file", separator="="):
         check_disk_space(config.output_file, needed_space(sources, memory_bytes))
-    total = write_mixture(config.output_file, sources, config.seed, memory_bytes)
+    total = write_mixture(config.output_file, sources, config.seed, memory_bytes, convert)
     statistics = [source.statistics() for source in sources]
     for values in statistics:
         print("{input}: {taken} of {sentences} sentences ({times:.2f} times), {bad_lines} bad lines".format(**values))

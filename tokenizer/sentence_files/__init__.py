@@ -6,6 +6,7 @@ May import: EasyLM.storage, EasyLM.data, tokenizer.media, tokenizer.image_qualit
   selection     selects sentences by number and kind
   rendering     writes decoded sentences as image files, videos or one HTML page
   parts         refuses incomplete sharded builds
+  answers       excludes the images of pairs from the loss
   mixing        mixes sentences of several sources in random order
   disk_shuffle  shuffles lines in bounded memory
   disk_space    checks the free space for an output

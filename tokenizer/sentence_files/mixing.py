@@ -4,7 +4,7 @@ Each source is read twice: once to check and count its lines, once to mix them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,16 @@ class Source:
         }
 
 
-def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInputs) -> OneTokenizer:
+def count_lines(
+    sources: Sequence[Source],
+    vocab_size: int,
+    skipped: SkippedInputs,
+    convert: Callable[[bytes], bytes] = bytes,
+) -> OneTokenizer:
     """Counts the sentences and bytes of each source. Adds its bad lines to `source.bad_lines` and `skipped`.
+
+    Args:
+      convert: makes the lines of the mixture, see `write_mixture`. A line for which it raises RecordError is bad.
 
     Returns:
       The tokenizer that the sentences name.
@@ -73,13 +81,14 @@ def count_lines(sources: Sequence[Source], vocab_size: int, skipped: SkippedInpu
                 bar.update(len(line) + 1)
                 try:
                     _, record = records.read_record(line, vocab_size)
+                    converted = convert(line)
                 except records.RecordError as error:
                     skipped.add(f"{path}:{number}", f"{path}:{number}: {error}")
                     source.bad_lines.add((path, number))
                     continue
                 tokenizer.add(tokenizer_of(record), f"{path}:{number}")
                 source.sentences += 1
-                source.bytes += len(line) + 1
+                source.bytes += len(converted) + 1
     return tokenizer
 
 
@@ -95,7 +104,9 @@ def _mixture_bytes(sources: Sequence[Source]) -> int:
     return sum(source.bytes * source.taken // max(source.sentences, 1) for source in sources)
 
 
-def write_mixture(path: str, sources: Sequence[Source], seed: int, memory_bytes: int) -> int:
+def write_mixture(
+    path: str, sources: Sequence[Source], seed: int, memory_bytes: int, convert: Callable[[bytes], bytes] = bytes
+) -> int:
     """Atomically writes the sentences to take in random order; returns their number.
 
     Args:
@@ -103,13 +114,15 @@ def write_mixture(path: str, sources: Sequence[Source], seed: int, memory_bytes:
       sources: after `count_lines`, with `taken` set.
       seed: of the order and of the choice of sentences.
       memory_bytes: maximum size of the lines in memory; the others are in temporary files beside `path`.
+      convert: returns the line of the mixture for a line of a source.
 
     Raises:
       UserError: if a source changed since it was counted.
     """
     total = sum(source.taken for source in sources)
     with scratch_folder(path) as folder, atomic_file(path) as file:
-        keyed = progress(keyed_lines(sources, seed), total=total, unit=" sentences", desc="reading")
+        converted = ((key, convert(line)) for key, line in keyed_lines(sources, seed))
+        keyed = progress(converted, total=total, unit=" sentences", desc="reading")
         lines = disk_shuffle.sort_by_key(keyed, _mixture_bytes(sources), memory_bytes, folder)
         for line in progress(lines, total=total, unit=" sentences", desc="writing"):
             file.write(line + b"\n")

@@ -73,7 +73,7 @@ class Summary:
         self._shortest = length if self._shortest is None else min(self._shortest, length)
         self._alternate_zeros += bool(type_warning(ids))
         self._lengths[length] += 1
-        if tokens_per_image := _tokens_per_image(length, record):
+        if tokens_per_image := recorded_tokens_per_image(length, record):
             self._image_sizes[tokens_per_image] += 1
         _count(self._kinds, str(record.get("kind", NO_KIND)))
         _count(self._tokenizers, tokenizer_of(record) or NO_KIND)
@@ -126,7 +126,7 @@ class Summary:
         self._batch, self._batch_ids = [], 0
 
 
-def _tokens_per_image(length: int, record: Mapping[str, Any]) -> int:
+def recorded_tokens_per_image(length: int, record: Mapping[str, Any]) -> int:
     """Returns the codes of an image of a sentence of `length` tokens, as its record says; 0 if it does not say."""
     stated, sources = record.get(TOKENS_PER_IMAGE_KEY), record.get("sources")
     if type(stated) is int and stated > 0:
