@@ -85,16 +85,16 @@ class Measurement:
     def _point(
         self, task: Task, token_metrics: dict[str, np.ndarray], answers: dict[str, np.ndarray]
     ) -> dict[str, Any]:
-        """Returns a point of the curve: means with standard errors, FID, and the model's metrics per query."""
+        """Returns a point of the curve: means with standard errors, FID, and the metrics per query."""
         image_metrics = {
             name: {source: self._in_batches(metric, pixels, task.answers) for source, pixels in answers.items()}
             for name, metric in self.image_metrics.items()
         }
-        model_metrics = token_metrics | {name: by_source["model"] for name, by_source in image_metrics.items()}
+        values = {**token_metrics, **image_metrics}
         return {
-            **jax.tree.map(metrics.with_standard_error, {**token_metrics, **image_metrics}),
+            **jax.tree.map(metrics.with_standard_error, values),
             **({"fid": self._fid(answers, task.answers)} if self.network else {}),
-            "per_query": {name: values.tolist() for name, values in model_metrics.items()},
+            "per_query": jax.tree.map(np.ndarray.tolist, values),
         }
 
     def _in_batches(self, metric: ImageMetric, images: np.ndarray, truths: np.ndarray) -> np.ndarray:

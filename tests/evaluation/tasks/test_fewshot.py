@@ -69,11 +69,14 @@ def test_a_point_of_a_curve_equals_a_run_at_that_number_of_shots(tmp_path, run_f
 
 
 def check_per_query(per_query, point):
-    model_metrics = {name: point[name].get("model", point[name]) for name in per_query}
-    assert {name: np.mean(values) for name, values in per_query.items()} == pytest.approx(
-        {name: value["mean"] for name, value in model_metrics.items()}
-    )
-    assert {len(values) for values in per_query.values()} == {3} and {"perplexity", "mse"} <= per_query.keys()
+    """Each value of the point is the mean of its queries: of tokens, and of the answers of each source."""
+    assert {"perplexity", "mse"} <= per_query.keys() < point.keys()
+    assert {"model", "tokenizer"} <= per_query["mse"].keys() == point["mse"].keys()
+    for name, values in per_query.items():
+        of_sources = values.items() if isinstance(values, dict) else [(None, values)]
+        for source, of_queries in of_sources:
+            value = point[name][source] if source else point[name]
+            assert len(of_queries) == 3 and np.mean(of_queries) == pytest.approx(value["mean"])
 
 
 def test_metrics_are_computed_a_batch_at_a_time(tmp_path, prompter, monkeypatch):
@@ -92,7 +95,7 @@ def test_metrics_are_computed_a_batch_at_a_time(tmp_path, prompter, monkeypatch)
     measurement = Measurement(prompter, GenerationSettings(), batch_size=2, image_metrics={"mse": metric})
     (point,), _ = measurement.curve(task, [0])
     assert sizes == [2, 1] * 3  # the model, a copy of the query, the tokenizer
-    assert point["per_query"]["mse"] == metrics.mse(prompter.decode(answers_QN), task.answers).tolist()
+    assert point["per_query"]["mse"]["model"] == metrics.mse(prompter.decode(answers_QN), task.answers).tolist()
 
 
 @pytest.mark.slow
