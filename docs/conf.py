@@ -25,7 +25,7 @@ include_patterns = [
     "DATASET.md",
     "evaluation/EVAL.md",
     "tokenizer/pretrained/README.md",
-    "scripts/in_context/README.md",
+    "evaluation/demo_model/README.md",
     "BENCHMARKS.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",

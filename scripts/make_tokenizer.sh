@@ -3,8 +3,7 @@
 #
 #   bash scripts/make_tokenizer.sh cpu|gpu [FOLDER]     (default: build/tokenizer)
 #
-# gpu: 7000 steps of 64 images, four minutes on an H100. The result is scripts/in_context/tokenizer; README.md there has its
-#      metrics.
+# gpu: 7000 steps of 64 images, four minutes on an H100. The result is tokenizer/pretrained; README.md there has its metrics.
 # cpu: 3000 steps of 16 images, about 20 minutes on two cores that reach 50 images/s.
 # Needs the extra `quickstart` and no download.
 set -euo pipefail

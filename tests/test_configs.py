@@ -15,7 +15,7 @@ from EasyLM.training import make_optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
-PARAMETERS = {"7b_finetune": 6.54e9, "7b_pretrain": 6.54e9, "debug": 2.45e6, "demo": 3.74e6, "demo_finetune": 3.74e6}
+PARAMETERS = {"7b_finetune": 6.54e9, "7b_pretrain": 6.54e9, "debug": 2.45e6, "demo": 10.16e6, "demo_finetune": 10.16e6}
 
 
 @pytest.fixture(autouse=True)

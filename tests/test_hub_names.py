@@ -48,7 +48,6 @@ MODELS = {(program, "checkpoint"): ("{name}", rest) for program, rest in PROGRAM
     ("EasyLM.models.llama.llama_train", "load_checkpoint"): ("huggingface::{name}", DATA),
     ("EasyLM.models.llama.llama_plan", "load_checkpoint"): ("huggingface::{name}", "--topology=cpu:8"),
     ("EasyLM.models.llama.convert_hf_to_easylm", "hf_model"): ("{name}", "--output_file={1}/out/params"),
-    ("deepen_model", "hf_model"): ("{name}", "--output_dir={1}/out"),
 }
 FILES = {
     ("EasyLM.models.llama.convert_easylm_to_hf", "load_checkpoint"): (

@@ -1,18 +1,13 @@
-"""scripts/in_context: the sentences of lookup.py and their measurement; the targets of answers.py."""
+"""scripts/demo_model/lookup.py: its sentences and their measurement."""
 
-import json
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from in_context import lookup
-from in_context.answers import main as write_answers
-from ml_collections import ConfigDict
+from demo_model import lookup
 
-from EasyLM.data.record_fields import FieldSettings, make_processor
-from EasyLM.data.records import record_line
 from tokenizer.mappings import held_out
 from tokenizer.mappings.steps import Geometry
 
@@ -91,17 +86,3 @@ def test_the_accuracy_is_that_of_the_answers():
     measure = [jax.jit(partial(lookup.accuracy, f), static_argnums=(2, 3, 5))(*arguments) for f in (perfect, copies)]
     assert measure[0] == (1, 1)
     assert all(abs(float(part) - 1 / 12) < 0.05 for part in measure[1])
-
-
-def test_only_answers_and_frames_are_targets(tmp_path):
-    tokens_nT = np.random.default_rng(0).integers(0, 1024, (2, 16 * 4))
-    kinds = "depth", "frames"
-    lines = [record_line(tokens_T, kind=kind) for tokens_T, kind in zip(tokens_nT, kinds, strict=True)]
-    (tmp_path / "input_file.jsonl").write_bytes(b"".join(lines))
-    write_answers(ConfigDict({name: str(tmp_path / f"{name}.jsonl") for name in ("input_file", "output_file")}))
-    processor = make_processor(FieldSettings(fields="", fields_from_example="fields"), vocab_size=1024)
-    written = (tmp_path / "output_file.jsonl").read_text().splitlines()
-    (ids, masks), (frame_ids, frame_masks) = [processor(json.loads(line)) for line in written]
-    np.testing.assert_array_equal([ids, frame_ids], tokens_nT)
-    np.testing.assert_array_equal(masks, np.tile(np.repeat([0, 1], 4), 8))  # inputs have no loss
-    assert (frame_masks == 1).all()

@@ -16,7 +16,7 @@ def test_the_model_of_mappings_is_trained_and_exported(tmp_path, form):
     """On the CPU, each form, with its own number of devices."""
     sizes = {"SENTENCES": "16", "STEPS": "3", "BATCH": "2", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     sizes["LOOKUP"] = "--dtype=fp32 --seeds=0 --tokens_per_step=1024 --level_seconds=1"
-    command = ["bash", "scripts/make_in_context_model.sh", form, str(tmp_path)]
+    command = ["bash", "scripts/make_demo_model.sh", form, str(tmp_path)]
     completed = subprocess.run(
         command, cwd=ROOT, env=os.environ | sizes, capture_output=True, text=True, timeout=900, check=False
     )
@@ -27,7 +27,7 @@ def test_the_model_of_mappings_is_trained_and_exported(tmp_path, form):
     assert rows[-1]["step"] == 2
 
 
-@pytest.mark.parametrize("script", ["make_in_context_model.sh", "make_tokenizer.sh"])
+@pytest.mark.parametrize("script", ["make_demo_model.sh", "make_tokenizer.sh"])
 def test_a_recipe_names_its_forms(script):
     completed = subprocess.run(
         ["bash", f"scripts/{script}", "tpu"], cwd=ROOT, capture_output=True, text=True, check=False

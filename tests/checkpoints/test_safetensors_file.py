@@ -48,9 +48,16 @@ def test_files_of_other_programs_load_without_checksums(path):
     assert_same(read(path))
 
 
-@pytest.mark.parametrize("name", ["tokenizer/pretrained", "evaluation/demo_model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer/pretrained/model",
+        "evaluation/demo_model/model-00001-of-00002",
+        "evaluation/demo_model/model-00002-of-00002",
+    ],
+)
 def test_the_shipped_weights_have_checksums(path, name):
-    data = bytearray((ROOT / name / "model.safetensors").read_bytes())
+    data = bytearray((ROOT / f"{name}.safetensors").read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(DamagedArrayError):

@@ -6,7 +6,6 @@ import pathlib
 import re
 import warnings
 
-import deepen_model
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,6 @@ import prompting_kit
 import pytest
 from checkpoint_kit import assert_equal, random_params
 from convert_kit import export, import_, tiny_state, torch_logits, torch_model
-from ml_collections import ConfigDict
 from tokenizer_kit import TINY, tiny_vqgan, write_image
 
 from EasyLM import checkpoints
@@ -112,25 +110,6 @@ def test_greedy_decoding_equals_transformers_for_256_tokens(golden, tmp_path):
     for length in range(100, 356):
         tokens_BT[0, length] = next_token(tokens_BT, length)
     np.testing.assert_array_equal(theirs, tokens_BT[0])
-
-
-@pytest.mark.slow
-def test_deepened_model_has_equal_logits(tmp_path):
-    """Until it is trained; and every new layer can be: gradients reach its outputs."""
-    params = random_params(tmp_path / "run", PRESETS["vqlm_debug"])
-    directory = export(f"params::{tmp_path}/run/streaming_params", tmp_path / "hf")
-    deepen_model.main(ConfigDict({"hf_model": directory, "output_dir": str(tmp_path / "deep")}))
-    model, entries = hf_layout.read_model(str(tmp_path / "deep"))
-    assert model.num_hidden_layers == 4 and len(entries) > 0
-    deep = checkpoints.load(
-        f"huggingface::{tmp_path}/deep", hf_layout.parameter_shapes(model), hf_layout.CHECKPOINT_FORMATS
-    )
-    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 8192, (2, 9)))
-    before = llama_model.apply(PRESETS["vqlm_debug"], params, tokens_BT)
-    np.testing.assert_allclose(llama_model.apply(model, deep, tokens_BT), before, atol=1e-5, rtol=0)
-    gradient = jax.grad(lambda params: llama_model.apply(model, params, tokens_BT).std())(deep)
-    for wo_IO in gradient["params"]["transformer"]["h"]["attention"]["wo"]["kernel"]:
-        assert np.abs(wo_IO).max() > 1e-6
 
 
 @pytest.mark.slow

@@ -55,9 +55,11 @@ def test_both_tabs_in_a_browser(tmp_path, port):
 def write_model_without_knowledge(folder: pathlib.Path) -> str:
     """Writes a model for which all codes are equally likely: at temperature 0, each code of its images is 0."""
     shutil.copytree(DEMO_MODEL, folder)
-    arrays = load_file(folder / "model.safetensors")
+    files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    path = folder / files["model.norm.weight"]
+    arrays = load_file(path)
     arrays["model.norm.weight"] *= 0
-    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(arrays, path, metadata={"format": "pt"})
     (folder / "README.md").write_text("# A model\n## Limits\nIt knows nothing.\n")
     return str(folder)
 
@@ -296,7 +298,7 @@ def try_analogy(page: PageDriver) -> None:
 def try_second_model(page: PageDriver) -> None:
     """Draws with the other model, whose answer is known. Its prompt is the example of segmentation."""
     page.click("#examples_analogy button.thumbnail-item", 0)
-    page.wait_for("#model_text", "outlines are soft")
+    page.wait_for("#model_text", "Answers that are scenes are soft")
     page.choose("model", "ignorant")
     page.wait_for("#model_text", "It knows nothing.")
     (temperature,) = page.wait_for("input[aria-label='number input for Temperature']")

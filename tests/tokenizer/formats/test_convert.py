@@ -13,7 +13,7 @@ from tokenizer_kit import TINY, run_main, tiny_vqgan, write_image
 from EasyLM.errors import UserError
 from tokenizer import convert, formats
 from tokenizer.media import images
-from tokenizer.vqgan import Codec, VQGANConfig, weights
+from tokenizer.vqgan import PRETRAINED, Codec, VQGANConfig, weights
 
 
 def test_converted_folder_is_the_same_tokenizer(golden, tmp_path, capsys):
@@ -47,9 +47,8 @@ def test_transformers_reads_images_as_the_commands_do(tmp_path, pixel_range):
     np.testing.assert_allclose(pixels_3HW.transpose(1, 2, 0), expected_HW3, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("folder", ["tokenizer/pretrained", "scripts/in_context/tokenizer"])
-def test_the_shipped_folders_say_how_images_are_read(folder):
-    path = pathlib.Path(__file__).parents[3] / folder
+def test_the_shipped_folder_says_how_images_are_read():
+    path = pathlib.Path(PRETRAINED)
     config = VQGANConfig.from_dict(json.loads((path / "config.json").read_text()))
     assert json.loads((path / "preprocessor_config.json").read_text()) == weights.preprocessing(config)
 

@@ -1,6 +1,6 @@
-"""Trains a model to look up: the first stage of `scripts/make_in_context_model.sh gpu`.
+"""Trains a model to look up: the first stage of `scripts/make_demo_model.sh gpu`.
 
-    PYTHONPATH=. python scripts/in_context/lookup.py --output_file=build/lookup --dtype=bf16
+    PYTHONPATH=. python scripts/demo_model/lookup.py --output_file=build/lookup --dtype=bf16
 
 A sentence has pairs of pictures, [input, answer, input, answer, ...], of random symbols. Symbols are codes of the
 model's vocabulary. Each cell of an input is drawn by itself. The answer permutes k of the n symbols of the sentence,
@@ -41,7 +41,7 @@ from tokenizer.synthetic import palette
 
 FLAGS = {
     "output_file": Flag("", "File of the parameters, for --load_checkpoint=params::FILE.", required=True),
-    "load_llama_config": Flag("json::scripts/in_context/settings.json", "The model, as in llama_train."),
+    "load_llama_config": Flag("json::scripts/demo_model/settings.json", "The model, as in llama_train."),
     "dtype": Flag("fp32", "Type of the computation.", choices=("fp32", "bf16")),
     "seeds": Flag("0,1,2", "Comma list of seeds, tried in this order."),
     "lr": Flag(1.5e-3, "Learning rate, after 200 steps of warm-up.", above=0),
