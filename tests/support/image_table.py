@@ -1,4 +1,4 @@
-"""140 image files, what their formats say about the pixels, and where libvips disagrees."""
+"""149 image files, what their formats say about the pixels, and where libvips disagrees."""
 
 import dataclasses
 import io
