@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Renders images and builds visual sentences for the demonstration models.
+# Renders images and builds visual sentences for scripts/quickstart.sh.
 #
 #   bash scripts/demo_sentences.sh FOLDER SEED SCENES EPOCHS PHOTOS CLIPS
 #

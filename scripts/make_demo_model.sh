@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Trains the demonstration model (evaluation/demo_model) on sentences whose mapping is drawn anew for each of them, so that
-# only the examples define it. evaluation/EVAL.md has the results.
+# Trains the demonstration model (evaluation/demo_model) on sentences of `tokenizer.mappings`: mappings that only the examples
+# define, and tasks of scenes, clips and photographs. evaluation/EVAL.md has the results.
 #
 #   bash scripts/make_demo_model.sh cpu|gpu [FOLDER]     (default: build/demo_model)
 #
-# gpu: from nothing but seeds, for one H100 with 16 cores. Training stops LIMIT seconds (530) after the start.
+# gpu: from random weights, for one H100 with 16 cores. Training stops LIMIT seconds (530) after the start; elsewhere, set
+#      LIMIT=0 (no limit).
 # cpu: continues from evaluation/demo_model on new scenes, on two cores, in about an hour and a half.
 # SENTENCES, STEPS, BATCH (gpu) and LOOKUP (flags of lookup.py) make it shorter. Needs the extra `quickstart` and no download.
+# Run it in the root of the repository. A run that has begun in FOLDER/all is continued.
 #
 # The gpu form has two stages. In the first the model learns to look up, from random symbols (scripts/demo_model/lookup.py).
 # The second has all families of `tokenizer.mappings`. Only answers and frames are in the loss.
@@ -39,7 +41,8 @@ mkdir -p "$out"
 families=mosaic:4,recolour:4,marks:2,channels:1,geometry:4,ramps:2,composed:3,segmentation:6,depth:3,normals:3,edges:3
 families+=,inpainting:3,colorization:3,photo_color:2,frames:5
 write_sentences() {
-    python -m tokenizer.mappings --output_file="$out/sentences.jsonl" --batch_size="$encode" --seed=2 --num="$sentences" --families="$families" --num_scenes=$((sentences / 2)) \
+    python -m tokenizer.mappings --output_file="$out/sentences.jsonl" --batch_size="$encode" \
+        --seed=2 --num="$sentences" --families="$families" --num_scenes=$((sentences / 2)) \
         --num_clips=$((sentences / 40 + 1)) --num_photos=$((sentences / 12 + 8))
     python -m tokenizer.mix --inputs="$out/sentences.jsonl" --answers_only=True --output_file="$out/answers.jsonl"
 }

@@ -74,9 +74,10 @@ for run in ("lora", "full"):
 EOF
     # The page at the end of the guide offers both models.
     $(sed -n 's/^    \(python -m evaluation.demo .*\)/\1/p' docs/finetune.md) --port=8472 --warm_up= &
+    page=$!
+    trap 'kill $page' EXIT
     curl --silent --fail --retry 300 --retry-delay 1 --retry-connrefused http://127.0.0.1:8472/config \
         --output /tmp/lvm/finetune/page.json
-    kill $!
     grep --quiet '"choices":\[\["model","model"\],\["demo_model","demo_model"\]\]' /tmp/lvm/finetune/page.json
 }
 quickstart() {

@@ -1,9 +1,10 @@
 """Mixes and shuffles JSONL files into one: `python -m tokenizer.mix --inputs=a.jsonl,'b/*.jsonl.gz' --output_file=F`.
 
 An input is a path or a glob; the files of a glob are one source. .gz and .zst files are decompressed. Lines are copied
-unchanged, except for carriage returns at their ends, or, with --answers_only, get a field list for the trainer. Before
-anything is written, all lines and the free disk space are checked. The order is a uniform permutation of all sentences.
-It depends on the inputs, the seed and the numbers of sentences to take, not on --memory_mb.
+unchanged, except for carriage returns at their ends; with --answers_only, they are written anew with a field list for
+the trainer. Before anything is written, all lines and the free disk space are checked. The order is a uniform
+permutation of all sentences. It depends on the inputs, the seed and the numbers of sentences to take, not on
+--memory_mb.
 """
 
 from collections.abc import Sequence

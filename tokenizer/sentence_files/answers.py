@@ -26,17 +26,22 @@ def answers_line(line: bytes) -> bytes:
     """
     record = parse_line(line)
     ids = decode_tokens(field(record, TOKENS_KEY))
-    if record.get("kind") in PAIRS or "mapping" in record:
-        others = {key: value for key, value in record.items() if key != TOKENS_KEY}
-        return orjson.dumps(others | _divided(ids, record))
-    return orjson.dumps(record | {FIELDS_KEY: f"{{{TOKENS_KEY}}}"})
+    fields = {TOKENS_KEY: record.pop(TOKENS_KEY), FIELDS_KEY: f"{{{TOKENS_KEY}}}"}
+    if record.get("kind") in PAIRS or isinstance(record.get("mapping"), Mapping):
+        fields = _divided(ids, record)
+    if taken := fields.keys() & record.keys():
+        raise RecordError(f"already has the field {min(taken)!r}")
+    try:
+        return orjson.dumps(record | fields)
+    except orjson.JSONEncodeError as error:  # such as too many levels
+        raise RecordError(f"cannot be written: {error}") from None
 
 
 def _divided(ids: np.ndarray, record: Mapping[str, Any]) -> dict[str, Any]:
     size = recorded_tokens_per_image(len(ids), record)
     if not size:
         raise RecordError("has neither sources nor tokens_per_image, which say where its images end")
-    if len(ids) % (2 * size):
+    if not len(ids) or len(ids) % (2 * size):
         raise RecordError(f"{len(ids)} tokens are no pairs of images of {size} tokens")
     images = {f"image_{i}": encode_tokens(part) for i, part in enumerate(einops.rearrange(ids, "(n N) -> n N", N=size))}
     return images | {FIELDS_KEY: ",".join(f"{{{name}}}" if i % 2 else f"[{{{name}}}]" for i, name in enumerate(images))}

@@ -121,16 +121,15 @@ def write_mixture(
     """
     total = sum(source.taken for source in sources)
     with scratch_folder(path) as folder, atomic_file(path) as file:
-        converted = ((key, convert(line)) for key, line in keyed_lines(sources, seed))
-        keyed = progress(converted, total=total, unit=" sentences", desc="reading")
+        keyed = progress(keyed_lines(sources, seed, convert), total=total, unit=" sentences", desc="reading")
         lines = disk_shuffle.sort_by_key(keyed, _mixture_bytes(sources), memory_bytes, folder)
         for line in progress(lines, total=total, unit=" sentences", desc="writing"):
             file.write(line + b"\n")
     return total
 
 
-def keyed_lines(sources: Sequence[Source], seed: int) -> Iterator[KeyedLine]:
-    """Yields (random key, line) of the sentences to take; a repeated sentence has several keys."""
+def keyed_lines(sources: Sequence[Source], seed: int, convert: Callable[[bytes], bytes] = bytes) -> Iterator[KeyedLine]:
+    """Yields (random key, converted line) of the sentences to take; a repeated sentence has several keys."""
     for number, source in enumerate(sources):
         keys = _random_numbers(np.random.default_rng([seed, number, 0]))
         draws = _random_numbers(np.random.default_rng([seed, number, 1]))
@@ -138,7 +137,7 @@ def keyed_lines(sources: Sequence[Source], seed: int) -> Iterator[KeyedLine]:
             continue
         copies, wanted = divmod(source.taken, source.sentences)
         left = source.sentences
-        for line in _good_lines(source):
+        for line in _converted_lines(source, convert):
             # Selection sampling (Knuth, algorithm S) selects each of the remaining sentences with equal probability.
             is_selected = next(draws) * left < wanted << KEY_BITS
             wanted, left = wanted - is_selected, left - 1
@@ -146,6 +145,14 @@ def keyed_lines(sources: Sequence[Source], seed: int) -> Iterator[KeyedLine]:
                 yield next(keys), line
         if left:
             raise UserError(f"{source.name}: changed while it was read")
+
+
+def _converted_lines(source: Source, convert: Callable[[bytes], bytes]) -> Iterator[bytes]:
+    for line in _good_lines(source):
+        try:
+            yield convert(line)
+        except records.RecordError as error:
+            raise UserError(f"{source.name}: changed while it was read: {error}") from None
 
 
 def _good_lines(source: Source) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 """`tokenizer.mix --answers_only=True`: which tokens are in the loss."""
 
+import gzip
 import json
 
 import numpy as np
@@ -51,11 +52,33 @@ def test_only_annotations_and_other_sentences_are_in_the_loss(tmp_path):
         (5, {"tokens_per_image": 4}, "20 tokens are no pairs of images of 4 tokens"),
         (6, {"tokens_per_image": 5}, "24 tokens are no pairs of images of 5 tokens"),
         (6, {"sources": ["a.png"] * 3}, "24 tokens are no pairs of images of 8 tokens"),
+        (0, {"tokens_per_image": 4}, "0 tokens are no pairs of images of 4 tokens"),
+        (6, {"tokens_per_image": 4, "fields": "{mine}"}, "already has the field 'fields'"),
+        (6, {"tokens_per_image": 4, "image_3": ""}, "already has the field 'image_3'"),
     ],
 )
-def test_sentences_that_are_no_pairs_are_bad_lines(tmp_path, images, others, message):
+def test_sentences_that_cannot_be_divided_are_bad_lines(tmp_path, images, others, message):
     lines = [sentence("frames", 3)[0], sentence("paired", images, **others)[0]]
     with pytest.raises(UserError, match=rf"{tmp_path}/in.jsonl:2: {message}"):
         mixed(tmp_path, *lines)
     assert not (tmp_path / "out.jsonl").exists()
     assert list(mixed(tmp_path, *lines, max_errors=1)) == ["frames"]
+
+
+def test_a_record_that_cannot_be_written_is_a_bad_line(tmp_path):
+    line, _ = sentence("mine", 2)
+    deep = line[:-2] + b',"deep":' + b"[" * 300 + b"]" * 300 + b"}\n"
+    with pytest.raises(UserError, match=rf"{tmp_path}/in.jsonl:1: "):
+        mixed(tmp_path, deep)
+
+
+@pytest.mark.parametrize("flags", [{}, {"memory_mb": 1, "counts": "9000"}])
+def test_compressed_and_repeated_sentences(tmp_path, flags):
+    """Also where the lines do not fit into memory."""
+    lines = [sentence("depth", 6, **KINDS["depth"], number=number)[0] for number in range(3)]
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    output = tmp_path / "out.jsonl"
+    run_main(mix, inputs=str(tmp_path / "in.jsonl.gz"), output_file=str(output), answers_only=True, **flags)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(records) == int(flags.get("counts", 3)) and {record["number"] for record in records} == {0, 1, 2}
+    assert all(record["fields"].startswith("[{image_0}],{image_1},") for record in records)
