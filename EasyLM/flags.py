@@ -163,8 +163,8 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
         except KeyboardInterrupt:
             exit_interrupted()
 
-    # JAX reports every kind of device that the machine does not have.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    for name in ("jax._src.xla_bridge", "httpx", "httpx2"):  # they log each device that is missing, each request
+        logging.getLogger(name).setLevel(logging.WARNING)
     flags.FLAGS.mark_as_parsed()
     with raises_interrupts():
         app.run(checked_main, argv=argv[:1], flags_parser=lambda program: program)

@@ -182,10 +182,13 @@ def hub_server(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
 
 
 def local_path_of(name: str, home: pathlib.Path, **settings: str) -> pathlib.Path:
-    """Returns the local path of a name, as a process with these settings of huggingface_hub finds it."""
+    """Returns the local path of a name, as a program with these settings of huggingface_hub finds it."""
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | settings
-    command = [sys.executable, "-c", f"from EasyLM.storage import local_path; print(local_path({name!r}))"]
-    return pathlib.Path(subprocess.check_output(command, env=environment, text=True, timeout=60).strip())
+    main = f"flags.run(lambda _: print(local_path({name!r})), {{}}, ['program'])"
+    command = [sys.executable, "-c", f"from EasyLM import flags; from EasyLM.storage import local_path; {main}"]
+    program = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert "HTTP Request" not in program.stderr
+    return pathlib.Path(program.stdout.strip())
 
 
 @pytest.mark.slow
