@@ -109,7 +109,7 @@ def tar_files(folder: pathlib.Path) -> Attempt:
         data = mutated(rng, buffer.getvalue())
         path.write_bytes(data)
         listed = _names_in_tar(data)
-        names = [*expected] if listed is None else [name for name in listed if name.endswith(".png")]
+        names = [*expected] if listed is None else [name for name in listed if _has_image_name(name)]
         source = detection.find_source(str(path), "input_dir", images.IMAGE_EXTENSIONS)
         items = list(source.items(collections.Counter(), folders.refuse))
         require_equal(sorted(item.name for item in items), sorted(names), "names")
@@ -119,6 +119,10 @@ def tar_files(folder: pathlib.Path) -> Attempt:
             require_equal(pixels, expected[original], "pixels")
 
     return attempt
+
+
+def _has_image_name(name: str) -> bool:
+    return pathlib.PurePath(name).suffix.lower() in images.IMAGE_EXTENSIONS
 
 
 def _names_in_tar(data: bytes) -> list[str] | None:
