@@ -134,7 +134,8 @@ def _names_in_tar(data: bytes) -> list[str] | None:
             return None
         if sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(checksum, 8):
             return None
-        names.append(header[:100].rstrip(b"\0").decode(errors="surrogateescape"))
+        parts = [header[start:end].partition(b"\0")[0] for start, end in ((345, 500), (0, 100))]  # prefix and name
+        names.append(b"/".join(filter(None, parts)).decode(errors="surrogateescape"))
         position += tarfile.BLOCKSIZE * (1 + -(-int(size, 8) // tarfile.BLOCKSIZE))
     return None if any(data[position:]) or position >= len(data) else names
 
