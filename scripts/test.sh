@@ -2,7 +2,7 @@
 # Runs all checks: lint, types, fast and slow tests on 8 virtual CPU devices, the documentation, the commands of the
 # documents, the quickstart.
 #
-#   bash scripts/test.sh          everything: about 45 minutes on two CPU cores
+#   bash scripts/test.sh          everything: about 50 minutes on two CPU cores
 #   bash scripts/test.sh fast     lint, types and fast tests: about 3 minutes
 #
 # Needs Python 3.11 or newer and a network connection; installs its dependencies into .venv (or $VENV).
