@@ -67,7 +67,7 @@ def load_dataset_state(path: str) -> dict:
     state = _load(path, _DATASET_STATE)
     with prefix_errors(path):
         if "rows_consumed" in state and "source" not in state:
-            raise UserError("lacks the key 'source', the data of which rows_consumed counts the rows")
+            raise UserError("lacks the key 'source', which describes the data")
         length = state.get("source", {}).get("seq_length", 1)
         if length < 1:
             raise UserError(f"source.seq_length={length}: must be at least 1")

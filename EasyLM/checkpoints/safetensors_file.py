@@ -29,7 +29,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _TENSORS = {str: {"dtype": str, "shape": [int], "data_offsets": [int]}}
 _CHECKSUMS = {"algorithm": str, "arrays": {str: str}}
 _KEY = "checksums"
-# Marks of their text. By two of them, checksums are found under a damaged key, even if the third is damaged too.
+# A text with two of these holds checksums, whatever its key is: key and text can both be damaged.
 _MARKS = ('{"algorithm": ', f'"{ALGORITHM}"', '"arrays": {')
 
 

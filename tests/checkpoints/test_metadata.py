@@ -32,7 +32,7 @@ def test_values_that_differ_from_those_saved_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "state, message",
     [
-        ({"rows_consumed": 32}, "lacks the key 'source', the data of which rows_consumed counts the rows"),
+        ({"rows_consumed": 32}, "lacks the key 'source', which describes the data"),
         ({"rows_consumed": 32, "source": []}, "source must be an object, not a list"),
         ({"rows_consumed": 32, "source": {"seq_length": "16"}}, "source.seq_length must be an integer, not a text"),
         ({"rows_consumed": 32, "source": {"seq_length": 0}}, "source.seq_length=0: must be at least 1"),

@@ -19,7 +19,7 @@ FIELDS_KEY = "fields"
 
 
 def answers_line(line: bytes) -> bytes:
-    """Returns the line of a record with its own field list. Sentences that are no pairs stay whole.
+    """Returns the line of a record with its own field list. Sentences that are not pairs stay whole.
 
     Raises:
       RecordError: if the line is not a record, or a sentence of pairs does not consist of pairs of images.
@@ -40,8 +40,8 @@ def answers_line(line: bytes) -> bytes:
 def _divided(ids: np.ndarray, record: Mapping[str, Any]) -> dict[str, Any]:
     size = recorded_tokens_per_image(len(ids), record)
     if not size:
-        raise RecordError("has neither sources nor tokens_per_image, which say where its images end")
+        raise RecordError("has neither sources nor tokens_per_image, so that the size of its images is not known")
     if not len(ids) or len(ids) % (2 * size):
-        raise RecordError(f"{len(ids)} tokens are no pairs of images of {size} tokens")
+        raise RecordError(f"{len(ids)} tokens do not divide into pairs of images of {size} tokens")
     images = {f"image_{i}": encode_tokens(part) for i, part in enumerate(einops.rearrange(ids, "(n N) -> n N", N=size))}
     return images | {FIELDS_KEY: ",".join(f"{{{name}}}" if i % 2 else f"[{{{name}}}]" for i, name in enumerate(images))}

@@ -63,7 +63,7 @@ def count_lines(
     """Counts the sentences and bytes of each source. Adds its bad lines to `source.bad_lines` and `skipped`.
 
     Args:
-      convert: makes the lines of the mixture, see `write_mixture`. A line for which it raises RecordError is bad.
+      convert: see `write_mixture`. A line for which it raises RecordError is bad.
 
     Returns:
       The tokenizer that the sentences name.
@@ -114,7 +114,7 @@ def write_mixture(
       sources: after `count_lines`, with `taken` set.
       seed: of the order and of the choice of sentences.
       memory_bytes: maximum size of the lines in memory; the others are in temporary files beside `path`.
-      convert: returns the line of the mixture for a line of a source.
+      convert: returns the line of the mixture for a line of a source; by default, the same line.
 
     Raises:
       UserError: if a source changed since it was counted.

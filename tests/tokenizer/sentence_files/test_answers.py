@@ -48,11 +48,11 @@ def test_only_annotations_and_other_sentences_are_in_the_loss(tmp_path):
 @pytest.mark.parametrize(
     "images, others, message",
     [
-        (6, {}, "has neither sources nor tokens_per_image, which say where its images end"),
-        (5, {"tokens_per_image": 4}, "20 tokens are no pairs of images of 4 tokens"),
-        (6, {"tokens_per_image": 5}, "24 tokens are no pairs of images of 5 tokens"),
-        (6, {"sources": ["a.png"] * 3}, "24 tokens are no pairs of images of 8 tokens"),
-        (0, {"tokens_per_image": 4}, "0 tokens are no pairs of images of 4 tokens"),
+        (6, {}, "has neither sources nor tokens_per_image, so that the size of its images is not known"),
+        (5, {"tokens_per_image": 4}, "20 tokens do not divide into pairs of images of 4 tokens"),
+        (6, {"tokens_per_image": 5}, "24 tokens do not divide into pairs of images of 5 tokens"),
+        (6, {"sources": ["a.png"] * 3}, "24 tokens do not divide into pairs of images of 8 tokens"),
+        (0, {"tokens_per_image": 4}, "0 tokens do not divide into pairs of images of 4 tokens"),
         (6, {"tokens_per_image": 4, "fields": "{mine}"}, "already has the field 'fields'"),
         (6, {"tokens_per_image": 4, "image_3": ""}, "already has the field 'image_3'"),
     ],
