@@ -1,6 +1,7 @@
 """`UserError`, for problems that the user can fix, and checks that raise it."""
 
 import contextlib
+import difflib
 import importlib.util
 import os
 from collections.abc import Collection, Iterator
@@ -63,6 +64,13 @@ def choose(name: str, value: str, choices: Collection[str]) -> str:
     if value not in choices:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(repr(c) for c in choices)}")
     return value
+
+
+def nearest_names(name: str, names: list[str]) -> list[str]:
+    """Returns suggestions for a misspelt flag: similar names, or if there are none, names with the same last part."""
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.75) or [
+        full_name for full_name in names if full_name.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
 
 
 @contextlib.contextmanager

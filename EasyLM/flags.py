@@ -6,7 +6,6 @@ calls `main(config)`. Nothing below `main` reads a flag.
 
 import builtins
 import dataclasses
-import difflib
 import functools
 import logging
 import math
@@ -16,13 +15,13 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from absl import app, flags
 from ml_collections import ConfigDict
 
 import EasyLM
-from EasyLM.errors import USER_ERROR, UserError, check_own_package, choose, one_line
+from EasyLM.errors import USER_ERROR, UserError, check_own_package, choose, nearest_names, one_line
 from EasyLM.interrupt import exit_interrupted, raises_interrupts
 from EasyLM.progress import print_if_possible
 from EasyLM.protocols import check_flag
@@ -45,6 +44,13 @@ _TYPE_NAMES = {bool: "True|False", int: "INTEGER", float: "NUMBER", str: "TEXT"}
 Definitions = Mapping[str, Any]  # each value is a Flag or further Definitions, a group
 
 
+class Required(NamedTuple):
+    """When a flag must be given, if other flags decide: in words, such as "unless --a is given", and as code."""
+
+    words: str
+    holds: Callable[[ConfigDict], bool]
+
+
 @dataclasses.dataclass(frozen=True)
 class Flag:
     """A setting. The limits apply to numbers. NaN is never valid, nor is an integer that does not fit in 64 bits."""
@@ -57,7 +63,7 @@ class Flag:
     above: float | None = None  # an exclusive lower limit
     most: float | None = None  # the largest valid number
     below: float | None = None  # an exclusive upper limit
-    required: bool = False  # must be given and not empty
+    required: bool | Required = False  # must be given and not empty
     type: builtins.type | None = None  # type of the value; required if the default is None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further texts -> the choice they mean
     may_be_remote: bool = False  # of an output: it can be on an object store
@@ -113,7 +119,10 @@ def validate(definitions: Definitions, config: ConfigDict) -> None:
     """
     flat = {name: flag for name, flag in leaves(definitions).items() if not flag.ignored}
     values = {name: functools.reduce(operator.getitem, name.split("."), config) for name in flat}
-    missing = [f"--{name}" for name, flag in flat.items() if flag.required and values[name] in ("", None)]
+    empty = [(f"--{name}", flag.required) for name, flag in flat.items() if values[name] in ("", None)]
+    missing = [name for name, when in empty if when is True]
+    conditional = [(name, when) for name, when in empty if isinstance(when, Required) and when.holds(config)]
+    missing += [f"{name} (required {when.words})" for name, when in conditional]
     if missing:
         raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     for name, flag in flat.items():
@@ -143,9 +152,11 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
     argv = sys.argv if argv is None else argv
     options = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
     if not _HELP.isdisjoint(options):
-        _print_and_exit(help_text(main, definitions))
+        print_if_possible(help_text(main, definitions))
+        sys.exit(0)
     if "--version" in options:
-        _print_and_exit(f"EasyLM-LVM {EasyLM.__version__}")
+        print_if_possible(f"EasyLM-LVM {EasyLM.__version__}")
+        sys.exit(0)
     try:
         config = parse(definitions, argv)
     except (flags.Error, UserError) as error:
@@ -168,11 +179,6 @@ def run(main: Callable[[ConfigDict], Any], definitions: Definitions, argv: list[
     flags.FLAGS.mark_as_parsed()
     with raises_interrupts():
         app.run(checked_main, argv=argv[:1], flags_parser=lambda program: program)
-
-
-def _print_and_exit(text: str) -> NoReturn:
-    print_if_possible(text)
-    sys.exit(0)
 
 
 def parse(definitions: Definitions, argv: list[str]) -> ConfigDict:
@@ -247,13 +253,6 @@ def expand_variables(name: str, value: Any) -> Any:
     return _HOME.sub(lambda match: os.path.expanduser(match[0]), _VARIABLE.sub(lookup, value))
 
 
-def nearest_names(name: str, names: list[str]) -> list[str]:
-    """Returns suggestions for a misspelt flag: similar names, or if there are none, names with the same last part."""
-    return difflib.get_close_matches(name, names, n=3, cutoff=0.75) or [
-        full_name for full_name in names if full_name.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
-
-
 def _program(main: Callable) -> str:
     """Returns how the user starts this command, for the usage line."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -278,7 +277,8 @@ def _groups(definitions: Definitions, prefix: str) -> list[str]:
 def _rules(flag: Flag) -> list[str]:
     """Returns the rules of a flag's value in words: required or the default, then choices and range."""
     default = {"": "empty", " ": "' '", None: "none"}.get(flag.default, flag.default)
-    rules = ["required" if flag.required else f"default: {default}"]
+    required = "required" + (f" {flag.required.words}" if isinstance(flag.required, Required) else "")
+    rules = [required if flag.required else f"default: {default}"]
     if flag.choices:
         rules.append(f"one of: {', '.join(name or 'empty' for name in flag.choices if name not in flag.aliases)}")
     rules += [f"{alias} means {choice}" for alias, choice in flag.aliases.items()]

@@ -15,7 +15,7 @@ import pytest
 import EasyLM
 from EasyLM import flags
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, Required
 from EasyLM.interrupt import raises_interrupts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -69,6 +69,25 @@ def test_nan_is_refused_without_a_range():
 def test_all_missing_flags_are_named_at_once():
     with pytest.raises(UserError, match=r"^--group\.output_dir, --group\.input_dir are missing$"):
         flags.validate(EXAMPLE, flags.defaults(EXAMPLE))
+
+
+def test_a_flag_can_be_required_because_of_other_flags():
+    definitions = {
+        "file": Flag("", "A file.", required=Required("unless --list is given", lambda config: not config.list)),
+        "list": Flag("", "A list."),
+        "output": Flag("", "Where to write.", required=True),
+    }
+    config = flags.defaults(definitions)
+    with pytest.raises(UserError, match=r"^--output, --file \(required unless --list is given\) are missing$"):
+        flags.validate(definitions, config)
+    config.output = "somewhere"
+    with pytest.raises(UserError, match=r"^--file \(required unless --list is given\) is missing$"):
+        flags.validate(definitions, config)
+    config.list = "a list"
+    flags.validate(definitions, config)
+    text = flags.help_text(test_a_flag_can_be_required_because_of_other_flags, definitions)
+    assert re.findall("--(.*)=TEXT", text) == ["file", "output", "list"]  # what can be required comes first
+    assert "--file=TEXT  (required unless --list is given)\n" in text
 
 
 def test_a_value_outside_the_choices_is_refused():

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from EasyLM import flags
+from EasyLM import errors, flags
 from EasyLM.errors import UserError
 from EasyLM.models.llama import llama_config, llama_train
 
@@ -166,8 +166,8 @@ COMMANDS = sorted(
 ])  # fmt: skip
 def test_a_misspelt_name_leads_to_the_nearest_flags(name, nearest):
     names = list(flags.leaves(llama_train.FLAGS))
-    assert set(nearest) <= set(flags.nearest_names(name, names))
-    assert bool(nearest) == bool(flags.nearest_names(name, names))
+    assert set(nearest) <= set(errors.nearest_names(name, names))
+    assert bool(nearest) == bool(errors.nearest_names(name, names))
 
 
 @pytest.mark.parametrize("option", ["--help", "-h", "--helpfull"])

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError, prefix_errors
-from EasyLM.flags import Flag, run
+from EasyLM.flags import Flag, Required, run
 from EasyLM.process_pool import Workers, available_cores
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output, check_plain_file, is_remote
@@ -33,6 +33,7 @@ from tokenizer.vqgan import CODEC_FLAGS, Codec
 
 VERSION = 3  # increases when the same flags and inputs give other sentences; a build resumes only with its own version
 
+_KINDS_WITH_TARGETS = [name for name, kind in KINDS.items() if kind.targets != "none"]
 # What a data set of --inputs may set itself.
 DATA_SET_FLAGS = {
     "kind": Flag("images", "The kind of sentences.", choices=tuple(KINDS)),
@@ -40,8 +41,18 @@ DATA_SET_FLAGS = {
         "",
         "The inputs: a folder with its subfolders; tars or parquet files, as a folder of them, a glob or a range such "
         "as 'DIR/{000..019}.tar'; or a folder of Dataset.save_to_disk. Also s3://, gs://, hf://datasets/OWNER/NAME/...",
+        required=Required("unless --inputs is given", lambda config: not config.inputs),
     ),
-    "target_dir": Flag("", "The annotations or further clips, like --input_dir; for multi_* a comma list."),
+    "target_dir": Flag(
+        "",
+        "The annotations or further clips, like --input_dir; for multi_* a comma list.",
+        required=Required(
+            f"for --kind={'|'.join(_KINDS_WITH_TARGETS)}, unless --keys or --columns lists several",
+            lambda config: (
+                not config.inputs and config.kind in _KINDS_WITH_TARGETS and "," not in config["keys"] + config.columns
+            ),
+        ),
+    ),
     "keys": Flag(
         "",
         "For tars: the part after the first dot in the names of the inputs, such as jpg. jpg,seg.png takes the "
@@ -183,8 +194,6 @@ def _entries(config: ConfigDict) -> list[Entry]:
         raise UserError(f"--inputs={config.inputs}: its data sets name their inputs: leave out --{', --'.join(given)}")
     if config.inputs:
         return read_entries(config.inputs, DATA_SET_FLAGS, config)
-    if not config.input_dir:
-        raise UserError("--input_dir is missing: give it, or --inputs")
     return [Entry("", config, {}, None)]
 
 

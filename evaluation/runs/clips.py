@@ -13,14 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, Required
 from EasyLM.progress import progress
 from EasyLM.storage import read_text_lines
 from tokenizer.media import images, videos
 from tokenizer.media.folders import natural_key
 
 CLIP_FLAGS = {
-    "input_files": Flag("", "Glob of video files, or, with --frame_input, of folders of frames."),
+    "input_files": Flag(
+        "",
+        "Glob of video files, or, with --frame_input, of folders of frames.",
+        required=Required("unless --read_file_list is given", lambda config: not config.read_file_list),
+    ),
     "read_file_list": Flag("", "Alternative to --input_files: a text file with one path per line."),
     "frame_input": Flag(False, "Clips are folders of frames, ordered by the numbers in their names."),
     "stride": Flag(
@@ -108,8 +112,6 @@ def find_clips(settings: ClipSettings, num_frames: int) -> list[Clip]:
 def _match_glob(settings: ClipSettings) -> tuple[list[str], str]:
     """Returns the clips that match the glob, and their common folder."""
     pattern = settings.input_files
-    if not pattern:
-        raise UserError("--input_files is missing: a glob of clips (or give --read_file_list)")
     paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if _is_clip(settings, path)]
     if not paths:
         raise UserError(f"--input_files={pattern}: matches no {_clip_noun(settings)}")

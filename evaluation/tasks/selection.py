@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from EasyLM.errors import UserError, choose, prefix_errors
-from EasyLM.flags import Flag
+from EasyLM.flags import Flag, Required
 from EasyLM.storage import split_paths
 from evaluation.tasks import benchmarks, metrics
 from evaluation.tasks.metrics import ImageMetric
@@ -12,10 +12,19 @@ from evaluation.tasks.tasks import TaskSource, folder_clips, folder_pairs
 from tokenizer.builders import views
 
 MAPPING_SHOTS = "0,1,3,7"
+_FOLDERS_REQUIRED = Required(
+    "unless --clip_dirs or --benchmark is given", lambda config: not (config.clip_dirs or config.benchmark)
+)
 TASK_FLAGS = {
-    "input_dirs": Flag("", "Comma list of folders of images, one for each task."),
+    "input_dirs": Flag(
+        "",
+        "Comma list of folders of images, one for each task.",
+        required=_FOLDERS_REQUIRED,
+    ),
     "target_dirs": Flag(
-        "", "Comma list of folders of annotations, one for each task. A task has the name of its folder."
+        "",
+        "Comma list of folders of annotations, one for each task. A task has the name of its folder.",
+        required=_FOLDERS_REQUIRED,
     ),
     "figures": Flag(
         "", f"Comma list, a metric or nothing for each task: {', '.join(metrics.TASK_METRICS)}, palette_iou."
@@ -115,8 +124,6 @@ def _check_folders(settings: TaskSettings, task_metrics: Mapping[str, ImageMetri
         if name == "palette_iou" and not settings.palette:
             raise UserError("--figures=palette_iou: --palette is missing")
         choose("--figures", name, task_metrics)
-    if not (settings.input_dirs or settings.clip_dirs or settings.benchmark):
-        raise UserError("no task: give --input_dirs and --target_dirs, or --clip_dirs, or --benchmark")
     if settings.benchmark == "mappings" and (settings.input_dirs or settings.clip_dirs):
         raise UserError("--benchmark=mappings has tables and charts of its own: measure folders in a separate run")
 

@@ -14,7 +14,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from EasyLM import flags
-from EasyLM.errors import UserError, prefix_errors
+from EasyLM.errors import UserError, nearest_names, prefix_errors
 from EasyLM.flags import Flag
 
 _MOST_BYTES = 1 << 20
@@ -106,7 +106,7 @@ def _entry(
     choices = [*definitions, "weight"]
     for name, value in fields.items():
         if name not in choices:
-            nearest = flags.nearest_names(str(name), choices)
+            nearest = nearest_names(str(name), choices)
             hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose of {', '.join(choices)}"
             if not value:  # the rest of {keys: jpg,seg.png}
                 hint = "in braces, a value with commas needs quotes, such as keys: 'jpg,seg.png'"

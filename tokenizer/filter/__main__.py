@@ -10,7 +10,7 @@ duplicates, and prints how many. The same command with other rules reads no imag
 from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError
-from EasyLM.flags import Flag, run
+from EasyLM.flags import Flag, Required, run
 from EasyLM.process_pool import available_cores
 from EasyLM.skipped_inputs import SkippedInputs
 from EasyLM.storage import check_output, expand_paths, is_remote, lock_output
@@ -65,11 +65,19 @@ FLAGS = {
         "",
         "The images: a folder with its subfolders; tars or parquet files, as a folder of them, a glob or a range such "
         "as 'DIR/{000..019}.tar'; or a folder of Dataset.save_to_disk. Also s3://, gs://, hf://datasets/OWNER/NAME/...",
+        required=Required("unless --measurements of an earlier run is given", lambda config: not config.measurements),
     ),
     "keys": Flag("", "For tars: the part after the first dot in the names of the images; empty: every image."),
     "columns": Flag("", "For parquet files and save_to_disk: the column of the images; empty: the only image column."),
     **RULE_FLAGS,
-    "output_file": Flag("", "The keep list, .jsonl, .jsonl.gz or .jsonl.zst, with OUTPUT_FILE.report.json beside it."),
+    "output_file": Flag(
+        "",
+        "The keep list, .jsonl, .jsonl.gz or .jsonl.zst, with OUTPUT_FILE.report.json beside it.",
+        required=Required(
+            "unless --measurements and --input_dir are given, to measure only",
+            lambda config: not (config.measurements and config.input_dir),
+        ),
+    ),
     "output_picture": Flag("", "Image file with examples of dropped images for each rule."),
     "measurements": Flag(
         "",
@@ -131,10 +139,6 @@ def main(config: ConfigDict) -> None:
 
 def _check(config: ConfigDict, parts: int) -> None:
     """Checks which flags are given together."""
-    if not config.input_dir and not config.measurements:
-        raise UserError("--input_dir is missing: give it, or --measurements of an earlier run")
-    if not config.output_file and not (config.input_dir and config.measurements):
-        raise UserError("--output_file is missing: give it, or --measurements with --input_dir, to measure only")
     if parts > 1 and (config.output_file or not config.input_dir):
         raise UserError(
             f"--shard={config.shard}: measures a part of --input_dir: give --measurements, not --output_file. Then "

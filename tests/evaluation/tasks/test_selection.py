@@ -15,9 +15,10 @@ from evaluation import fewshot
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({}, "no task"),
+        ({}, "--input_dirs .required unless --clip_dirs or --benchmark is given., --target_dirs .* are missing"),
         ({"input_dirs": "a,b", "target_dirs": "c"}, "--target_dirs has 1 folders, --input_dirs 2"),
-        ({"input_dirs": "a"}, "--target_dirs has 0 folders, --input_dirs 1"),
+        ({"input_dirs": "a"}, "--target_dirs .required unless --clip_dirs or --benchmark is given. is missing"),
+        ({"input_dirs": "a", "clip_dirs": "b"}, "--target_dirs has 0 folders, --input_dirs 1"),
         ({"clip_dirs": "a", "n_context_frames": "0,2"}, "--n_context_frames=0,2: must be at least 1"),
         ({"clip_dirs": "a", "n_shots": "few"}, "--n_shots=few: must be a comma list of integers"),
         ({"input_dirs": "a", "target_dirs": "b", "figures": "iou"}, "--figures='iou': choose one of 'scene_iou'"),
@@ -27,13 +28,13 @@ from evaluation import fewshot
             {"input_dirs": "a", "target_dirs": "b", "figures": "palette_iou"},
             "--figures=palette_iou: --palette is missing",
         ),
-        ({"depth_range": "2"}, "--depth_range=2: must be near,far"),
-        ({"depth_range": "0,5"}, "--depth_range=0,5: must be near,far"),
-        ({"depth_range": "3,3"}, "--depth_range=3,3: must be near,far"),
-        ({"palette": "/none"}, "--palette: /none: no such file"),
-        ({"rows_per_task": 0}, "--rows_per_task=0: must be at least 1"),
-        ({"seed": -1}, r"seed=-1: must be 0\.\.2147483647"),
-        ({"seed": 2**63}, "seed=9223372036854775808: must be"),
+        ({"clip_dirs": "a", "depth_range": "2"}, "--depth_range=2: must be near,far"),
+        ({"clip_dirs": "a", "depth_range": "0,5"}, "--depth_range=0,5: must be near,far"),
+        ({"clip_dirs": "a", "depth_range": "3,3"}, "--depth_range=3,3: must be near,far"),
+        ({"clip_dirs": "a", "palette": "/none"}, "--palette: /none: no such file"),
+        ({"clip_dirs": "a", "rows_per_task": 0}, "--rows_per_task=0: must be at least 1"),
+        ({"clip_dirs": "a", "seed": -1}, r"seed=-1: must be 0\.\.2147483647"),
+        ({"clip_dirs": "a", "seed": 2**63}, "seed=9223372036854775808: must be"),
     ],
 )
 def test_invalid_settings_are_named(values, message):

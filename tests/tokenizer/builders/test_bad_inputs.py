@@ -132,11 +132,13 @@ def test_every_kind_of_unusable_video_is_named_counted_and_skipped(tree, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("paired", {"input_dir": ""}, "--input_dir is missing"),
+        ("paired", {"input_dir": ""}, "--input_dir .required unless --inputs is given. is missing"),
+        ("paired", {"input_dir": "", "target_dir": ""}, "--input_dir .*, --target_dir .required for .* are missing"),
         ("paired", {"input_dir": "nowhere"}, "--input_dir=.*nowhere: no such folder"),
         ("paired", {"n_shots": 0}, "--n_shots=0: must be at least 1"),
         ("paired", {"n_shots": 6}, "--n_shots=6: there are only 5 inputs"),
-        ("paired", {"target_dir": ""}, "--target_dir is missing"),
+        ("paired", {"target_dir": ""}, r"--target_dir .required for --kind=paired\|.*, unless --keys .* is missing"),
+        ("multi_sequence", {"target_dir": "", "keys": "jpg"}, "--target_dir .required for .* is missing"),
         ("paired", {"target_dir": "label,other"}, "takes one folder"),
         ("category", {"n_shots": 5}, "--n_shots=5: only 4 classes have images_per_shot=2 images"),
         ("category", {"input_dir": "image"}, r"\d\.png is not in the folder of a class"),

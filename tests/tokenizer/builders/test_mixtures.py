@@ -173,5 +173,5 @@ def test_the_inputs_are_named_once(tiny, tmp_path):
         _build("no.yaml", tiny, tmp_path / "out.jsonl")
     with pytest.raises(UserError, match=rf"--inputs={tmp_path}: cannot be read .Is a directory"):
         _build(str(tmp_path), tiny, tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match=r"--input_dir is missing: give it, or --inputs"):
+    with pytest.raises(UserError, match=r"--input_dir \(required unless --inputs is given\) is missing"):
         _build("", tiny, tmp_path / "out.jsonl")

@@ -246,9 +246,10 @@ def test_the_picture_has_a_row_for_each_reason(folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "--input_dir is missing"),
-        ({"input_dir": "IN", "output_file": ""}, "--output_file is missing"),
-        ({"measurements": "x", "output_file": ""}, "--output_file is missing"),
+        ({}, "--input_dir .required unless --measurements of an earlier run is given. is missing"),
+        ({"output_file": ""}, "--input_dir .*, --output_file .* are missing"),
+        ({"input_dir": "IN", "output_file": ""}, "--output_file .required unless --measurements and .* is missing"),
+        ({"measurements": "x", "output_file": ""}, "--output_file .required unless --measurements and .* is missing"),
         ({"input_dir": "IN", "shard": "0/2"}, "--shard=0/2: measures a part .*give --measurements, not --output_file"),
         ({"input_dir": "IN", "shard": "2/2"}, "--shard=2/2: must be i/n"),
         ({"input_dir": "IN", "measurements": "s3://x/y.zst"}, "--measurements=s3://x/y.zst: must be a local path"),
