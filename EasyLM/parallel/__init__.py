@@ -28,7 +28,7 @@ from EasyLM.parallel.coordination import (
     on_first_process_first,
 )
 from EasyLM.parallel.distributed import JAX_DISTRIBUTED_FLAGS, initialize_distributed
-from EasyLM.parallel.memory import SHARE_VARIABLES, device_memory, host_memory, more_device_memory, step_memory
+from EasyLM.parallel.memory import SHARE_VARIABLES, device_memory, host_memory, more_device_memory, usable_memory
 from EasyLM.parallel.mesh import (
     BATCH_AXES,
     GROUP_AXIS,
@@ -75,5 +75,5 @@ __all__ = [
     "on_first_process_first",
     "own_part",
     "shardings",
-    "step_memory",
+    "usable_memory",
 ]

@@ -34,8 +34,8 @@ def more_device_memory() -> str:
     return f"{name}=0.95 in the environment (JAX takes 75% of a GPU by default)"
 
 
-def step_memory(mesh: Mesh) -> int | None:
-    """Returns the bytes of a device that a train step can be planned with, equal on all processes.
+def usable_memory(mesh: Mesh) -> int | None:
+    """Returns the bytes of memory that a program can use on a device, equal on all processes.
 
     That is `device_memory`. CPU devices have equal shares of the memory of their machine. None if it is unknown. All
     processes must call it.

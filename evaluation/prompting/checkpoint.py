@@ -16,7 +16,7 @@ from EasyLM.models.llama.inference_memory import Batch, InferenceMemory, inferen
 from EasyLM.models.llama.int8_kernels import quantized_entries
 from EasyLM.models.llama.lora_checkpoint import open_merged, recorded_lora
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.parallel import device_memory, more_device_memory, shardings
+from EasyLM.parallel import more_device_memory, shardings, usable_memory
 from EasyLM.storage import is_remote
 from tokenizer.formats import ImageTokenizer
 from tokenizer.vqgan import PRETRAINED, Codec
@@ -81,11 +81,13 @@ def _check_memory(spec: str, need: InferenceMemory, batch: Batch, mesh: jax.shar
     Raises:
       UserError: if a device has less memory. The message names remedies.
     """
-    limit = device_memory(mesh)
+    limit = usable_memory(mesh)
     if limit is None:
         print(f"{spec}: needs {need}", file=sys.stderr)
         return
-    available = f"JAX may use {limit / 1e9:.3g} GB"
+    platform = mesh.devices.flat[0].platform
+    available = "a CPU's share of this machine is" if platform == "cpu" else "JAX may use"
+    available += f" {limit / 1e9:.3g} GB"
     print(f"{spec}: needs {need}; {available}", file=sys.stderr)
     if need.total <= limit:
         return
@@ -93,7 +95,7 @@ def _check_memory(spec: str, need: InferenceMemory, batch: Batch, mesh: jax.shar
     remedies += ["fewer candidates"] if batch.candidates > 1 else []
     remedies += ["a smaller batch"] if batch.prompts > 1 else []
     remedies += ["shorter prompts", "more devices along the axis mp of --mesh_dim"]
-    if mesh.devices.flat[0].platform == "gpu":
+    if platform == "gpu":
         remedies.append(more_device_memory())
     raise UserError(f"--checkpoint={spec}: needs {need}, but {available}: try {', '.join(remedies)}")
 

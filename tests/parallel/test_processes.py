@@ -21,7 +21,7 @@ from EasyLM.parallel import (
     host_memory,
     make_mesh,
     more_device_memory,
-    step_memory,
+    usable_memory,
 )
 from EasyLM.training import run
 
@@ -120,7 +120,7 @@ def test_all_processes_plan_with_the_least_memory(second_of_two, other, least):
 def test_cpus_have_no_limit_but_shares_of_their_machine():
     mesh = make_mesh("1,-1,1")
     assert device_memory(mesh) is None
-    assert step_memory(mesh) == host_memory() // len(mesh.local_devices) > 10**6
+    assert usable_memory(mesh) == host_memory() // len(mesh.local_devices) > 10**6
 
 
 @pytest.mark.parametrize("reports, share", [(["other", 500, 2], 500 // 2), ([None, 1000, 4], 1000 // (2 + 4))])
@@ -131,12 +131,12 @@ def test_processes_of_one_machine_share_its_memory(second_of_two, monkeypatch, r
     service.values["EasyLM/from_all_processes/1/0"] = json.dumps([reports[0] or socket.gethostname(), *reports[1:]])
     monkeypatch.setattr("EasyLM.parallel.memory.host_memory", lambda: 1000)
     devices = [types.SimpleNamespace(memory_stats=lambda: None, platform="cpu") for _ in range(2)]
-    assert step_memory(types.SimpleNamespace(local_devices=devices, devices=np.array(devices))) == share
+    assert usable_memory(types.SimpleNamespace(local_devices=devices, devices=np.array(devices))) == share
 
 
 def test_the_memory_of_other_devices_without_statistics_is_unknown():
     device = types.SimpleNamespace(memory_stats=lambda: None, platform="gpu")
-    assert step_memory(types.SimpleNamespace(local_devices=[device], devices=np.array([device]))) is None
+    assert usable_memory(types.SimpleNamespace(local_devices=[device], devices=np.array([device]))) is None
 
 
 def test_the_advice_names_the_variable_that_is_set(monkeypatch):

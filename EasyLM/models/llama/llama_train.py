@@ -20,7 +20,7 @@ from EasyLM.parallel import (
     initialize_distributed,
     make_mesh,
     on_first_process_first,
-    step_memory,
+    usable_memory,
 )
 from EasyLM.storage import expand_path_groups, local_path
 from EasyLM.training import (
@@ -80,7 +80,7 @@ def main(config: Any) -> int:
             sources[name] = on_first_process_first(make_source)
 
         # Train
-        model, remat = training_task.with_remat(config, model, mesh, step_memory(mesh))
+        model, remat = training_task.with_remat(config, model, mesh, usable_memory(mesh))
         logging.info("llama.remat_block: %s", remat)
         task = TrainingTask(
             training_task.make_model(model, config.dtype, mesh, lora, config.gradient_reduce_dtype),

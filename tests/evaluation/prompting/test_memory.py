@@ -15,7 +15,7 @@ from EasyLM.errors import UserError
 from EasyLM.models.llama import inference_model, llama_config
 from EasyLM.models.llama.inference_memory import Batch, inference_memory
 from EasyLM.models.llama.partition_rules import PARTITION_RULES
-from EasyLM.parallel import make_mesh, shardings
+from EasyLM.parallel import make_mesh, memory, shardings
 from evaluation.prompting import GenerationSettings, LargestBatch, checkpoint, load_model
 from evaluation.prompting.prompter import compute_dtype
 
@@ -73,15 +73,24 @@ def test_the_largest_batch_in_tokens(largest, batch):
 
 
 def test_what_does_not_fit_is_refused_before_the_weights_are_read(monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "device_memory", lambda mesh: 10**4)
+    monkeypatch.setattr(memory, "host_memory", lambda: 2 * 10**4)  # the two devices share it
     monkeypatch.setattr(checkpoint.checkpoints, "load_entries", lambda *arguments: pytest.fail("weights are read"))
     message = (
-        r"--checkpoint=\S+: needs \S+ GB on each device \(weights \S+, caches \S+, computation \S+\), but JAX "
-        r"may use 1e-05 GB: try --weights=int8, fewer candidates, a smaller batch, shorter prompts, more devices along"
+        r"--checkpoint=\S+: needs \S+ GB on each device \(weights \S+, caches \S+, computation \S+\), "
+        r"but a CPU's share of this machine is 1e-05 GB: try --weights=int8, "
+        r"fewer candidates, a smaller batch, shorter prompts, more devices along"
     )
     with pytest.raises(UserError, match=message):
         load_model(DEMO, "", mesh_of("2,1,1", 2), batch=Batch(2, 64, candidates=4))
     assert capsys.readouterr().err.startswith(f"{DEMO}: needs ")
+
+
+def test_on_a_gpu_the_remedies_include_a_larger_share_of_its_memory(monkeypatch):
+    monkeypatch.setattr(checkpoint, "usable_memory", lambda mesh: 10**9)
+    batch, gpu = Batch(1, 64), types.SimpleNamespace(platform="gpu")
+    gpu_mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=[gpu]))
+    with pytest.raises(UserError, match=r"but JAX may use 1 GB: try --weights=int8, .*, XLA_CLIENT_MEM_FRACTION=0\.95"):
+        checkpoint._check_memory("model", needed(mesh_of(), batch), batch, gpu_mesh, False)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +104,16 @@ def inputs(tmp_path_factory) -> pathlib.Path:
 def test_each_program_prints_what_it_needs_and_refuses_what_does_not_fit(
     inputs, tmp_path, monkeypatch, capsys, program
 ):
-    monkeypatch.setattr(checkpoint, "device_memory", lambda mesh: 10**4)
+    monkeypatch.setattr(checkpoint, "usable_memory", lambda mesh: 10**4)
     monkeypatch.setattr(checkpoint.checkpoints, "load_entries", lambda *arguments: pytest.fail("weights are read"))
     module = importlib.import_module(program)
     arguments = PROGRAMS[program].format(inputs, tmp_path).split()
     config = flags.parse(module.FLAGS, [program, f"--checkpoint={DEMO}", *arguments])
-    with pytest.raises(UserError, match=r"^--checkpoint=\S+: needs .*, but JAX may use 1e-05 GB: try --weights=int8, "):
+    with pytest.raises(UserError, match=r"^--checkpoint=\S+: needs .* is 1e-05 GB: try --weights=int8, "):
         module.main(config)
-    assert re.search(rf"^{DEMO}: needs .*; JAX may use 1e-05 GB$", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(
+        rf"^{DEMO}: needs .*; a CPU's share of this machine is 1e-05 GB$", capsys.readouterr().err, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16), ("tpu", jnp.bfloat16)])
