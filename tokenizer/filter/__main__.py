@@ -7,6 +7,8 @@ It reads each image once, and measures it (`--measurements`). Then it drops imag
 duplicates, and prints how many. The same command with other rules reads no image again. DATASET.md describes the rules.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from EasyLM.errors import UserError
@@ -22,7 +24,7 @@ from tokenizer.filter.measurements import Measurements, write_measurements
 from tokenizer.filter.rules import Blocklist, Limits, make_rules, read_blocklist
 from tokenizer.filter.scores import field_of, parse_limits
 from tokenizer.media import folders, images
-from tokenizer.sources import detection, tables
+from tokenizer.sources import detection
 from tokenizer.sources.items import Source
 from tokenizer.sources.tables import Tables
 
@@ -182,14 +184,9 @@ def _sources(config: ConfigDict, scores: tuple[str, ...]) -> tuple[Source, Sourc
             raise UserError(f"--{flag}={config[flag]}: give one, for the images")
     keys, columns = (tuple(filter(None, (config[flag],))) for flag in ("keys", "columns"))
     source = detection.find_source(config.input_dir, "input_dir", images.IMAGE_EXTENSIONS, keys, columns)
-    fields = [field_of(score) for score in scores]
-    if not isinstance(source, Tables):
-        return source, detection.find_source(config.input_dir, "input_dir", (".json",)) if fields else None
-    names = tables.open_table(source.paths[0]).schema.names if fields else []
-    for field in fields:
-        if field not in names:
-            raise UserError(f"{source.paths[0]}: has no column {field} of --min or --max; it has {', '.join(names)}")
-    return source, None
+    if isinstance(source, Tables):
+        return dataclasses.replace(source, others=tuple(map(field_of, scores))), None
+    return source, detection.find_source(config.input_dir, "input_dir", (".json",)) if scores else None
 
 
 def cli() -> None:

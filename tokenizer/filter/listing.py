@@ -22,8 +22,8 @@ from tokenizer.sources.tars import EmptySourceError, Tars
 
 _SCHEMA = """
 PRAGMA cache_size = -65536; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-CREATE TABLE image (number INTEGER PRIMARY KEY, name TEXT, address TEXT, location TEXT, sample TEXT);
-CREATE TABLE sidecar (sample TEXT PRIMARY KEY, address TEXT, location TEXT) WITHOUT ROWID;
+CREATE TABLE image (number INTEGER PRIMARY KEY, name TEXT, address TEXT, location TEXT, stem TEXT, sample TEXT);
+CREATE TABLE sidecar (stem TEXT PRIMARY KEY, address TEXT, location TEXT) WITHOUT ROWID;
 """
 
 
@@ -83,14 +83,12 @@ class Listing:
             for item in _items(sources[0], ignored, skipped, parts):
                 file, name = name_in_list(item, container_names)
                 self.names.add(file, name)
-                row = (name, item.address, item.location, _sample(item))
-                self._database.execute("INSERT INTO image VALUES (NULL, ?, ?, ?, ?)", row)
+                row = (name, item.address, item.location, *_stem_and_sample(item))
+                self._database.execute("INSERT INTO image VALUES (NULL, ?, ?, ?, ?, ?)", row)
                 self._add_version(f"{item.version} {name}")
                 self._order = "number" if item.location else "name"
             for item in _items(sources[1], collections.Counter(), skipped, parts):
-                sidecar = (_sample(item), item.address, item.location)
-                self._database.execute("INSERT OR REPLACE INTO sidecar VALUES (?, ?, ?)", sidecar)
-                self._add_version(f"{item.version} {item.name}")
+                self._add_sidecar(item, skipped)
         if sidecars:
             del ignored[".json"]
         self.ignored = dict(ignored)
@@ -100,15 +98,25 @@ class Listing:
             self.source = json_digest(self.names.files())
             self.numbers = self.numbers[len(self.names) * part // parts : len(self.names) * (part + 1) // parts]
 
+    def _add_sidecar(self, item: Item, skipped: SkippedInputs) -> None:
+        stem, _ = _stem_and_sample(item)
+        sidecar = (stem, item.address, item.location)
+        if not self._database.execute("INSERT OR IGNORE INTO sidecar VALUES (?, ?, ?)", sidecar).rowcount:
+            ((other,),) = self._database.execute("SELECT address FROM sidecar WHERE stem = ?", (stem,))
+            skipped.add(item.address, f"{item.address} and {other} have the same stem: which has the scores is unknown")
+        self._add_version(f"{item.version} {item.name}")
+
     def _add_version(self, line: str) -> None:
         # A sum does not depend on the order in which a file system lists the files of a folder.
         self._sum += int.from_bytes(hashlib.blake2b(line.encode(), digest_size=16).digest())
 
     def entries(self, numbers: range) -> Iterator[Entry]:
         """Yields the images of a range of numbers (step 1)."""
+        sidecar = (f"coalesce(own.{column}, shared.{column}, '')" for column in ("address", "location"))
         query = (
-            "SELECT name, image.address, image.location, ifnull(sidecar.address, ''), ifnull(sidecar.location, '') "
-            f"FROM image LEFT JOIN sidecar USING (sample) ORDER BY {self._order} LIMIT ? OFFSET ?"
+            f"SELECT name, image.address, image.location, {', '.join(sidecar)} FROM image "
+            "LEFT JOIN sidecar AS own ON own.stem = image.stem LEFT JOIN sidecar AS shared ON shared.stem = sample "
+            f"ORDER BY {self._order} LIMIT ? OFFSET ?"
         )
         with reports_full_index():  # it sorts on the disk
             yield from map(Entry._make, self._database.execute(query, (len(numbers), numbers.start)))
@@ -130,9 +138,14 @@ def _items(source: Source | None, ignored: collections.Counter, skipped: Skipped
             raise  # in a part, each of the tars has been reported
 
 
-def _sample(item: Item) -> str:
-    """Returns what an image and its sidecar share. In a tar it ends at the first dot of the file's name."""
-    folder, slash, file = item.name.rpartition("/")
-    if item.location:
-        return f"{container_of(item.address)}!{folder}{slash}{file.partition('.')[0]}"
-    return folder + slash + os.path.splitext(file)[0]
+def _stem_and_sample(item: Item) -> tuple[str, str]:
+    """Returns the stems of sidecars that belong to an item: its own stem, and in a tar also its sample's.
+
+    `a.seg.jpg` has `a.seg.json` or `a.json`; in a folder only `a.seg.json`.
+    """
+    if not item.location:
+        return os.path.splitext(item.name)[0], ""
+    container = container_of(item.address)
+    stem = os.path.splitext(item.address[len(container) + 1 :])[0]
+    folder, slash, file = stem.rpartition("/")
+    return f"{container}!{stem}", f"{container}!{folder}{slash}{file.partition('.')[0]}"

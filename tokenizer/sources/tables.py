@@ -38,12 +38,14 @@ class Tables:
       flag_name: the flag.
       paths: of the files, in the order of their rows.
       chosen: image columns; none: the only image column of the files.
+      others: further columns. A file that lacks one is reported; its images count all the same.
     """
 
     value: str
     flag_name: str
     paths: Sequence[str]
     chosen: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -89,6 +91,8 @@ class Tables:
             except UserError as error:
                 report(path, str(error))
             else:
+                if missing := [name for name in self.others if name not in table.schema.names]:
+                    report(path, f"{path}: has no column {missing[0]}; it has {', '.join(table.schema.names)}")
                 yield file, path, version, columns, table.num_rows
 
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import shutil
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -19,6 +20,8 @@ from tokenizer.builders import resumable_file
 from tokenizer.filter import __main__ as command
 from tokenizer.filter import measurements, measuring
 from tokenizer.filter.listing import Entry
+from tokenizer.sources import detection, keep_list
+from tokenizer.sources.container_files import names_of
 
 FILES = pictures()
 KEPT = [name for name in FILES if name not in REASONS]
@@ -289,8 +292,48 @@ def test_the_list_does_not_replace_what_it_is_made_from(folder, tmp_path):
 
 
 def test_a_missing_column_of_scores_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"a\.parquet: has no column beauty .*it has image, aesthetic"):
+    with pytest.raises(UserError, match=r"a\.parquet: has no column beauty; it has image, aesthetic"):
         run_filter(tmp_path / "keep.jsonl", input_dir=_table(tmp_path / "in"), columns="image", min="beauty:1")
+
+
+def test_a_table_without_the_scores_is_reported_and_a_damaged_one_is_skipped(tmp_path):
+    """Their images and names are those of a build, in which the list is checked."""
+    _table(tmp_path / "in")
+    write_parquet(tmp_path / "in" / "b.parquet", {"image": [encoded(photo(20))]})
+    (tmp_path / "in" / "0.parquet").write_bytes(b"damaged" * 9)
+    blocklist = write_blocklist(tmp_path / "blocklist.txt", FILES)
+    settings = {"input_dir": str(tmp_path / "in"), "columns": "image", "blocklist": blocklist}
+    with pytest.raises(UserError, match=r"b\.parquet: has no column aesthetic; it has image, after 1 others"):
+        run_filter(tmp_path / "keep.jsonl", max_errors=1, **settings)
+    report = run_filter(tmp_path / "keep.jsonl", max_errors=2, **settings)
+    assert {os.path.basename(entry["input"]) for entry in report["skipped"]} == {"0.parquet", "b.parquet"}
+    assert report["images"] == len(FILES) + 1 and "b.parquet!0.image" not in kept_names(tmp_path / "keep.jsonl")
+    source = detection.find_source(settings["input_dir"], "input_dir", (".png",), (), ("image",))
+    kept_items = keep_list.KeptItems(keep_list.read_keep_list(f"{tmp_path}/keep.jsonl"), names_of(source), True)
+    kept = [item for item in source.items(Counter(), lambda path, reason: None) if kept_items.contains(item)]
+    assert [_file_name(f"a.parquet!{item.location}.image") for item in kept] == KEPT and kept_items.checked_digest()
+
+
+def test_scores_of_names_with_dots_are_those_of_the_image(tmp_path):
+    """A name has its own JSON file or, in a tar, that of its sample: what is before the first dot."""
+    scores = {"a.v1": 6, "a.v2": 4, "b": 6, "b.faces": 4, "c": 4, "d.meta": 6}
+    files = {f"x/{name}.json": json.dumps({"beauty": score}).encode() for name, score in scores.items()}
+    names = ("x/a.v1.jpg", "x/a.v2.jpg", "x/b.jpg", "x/b.seg.jpg", "x/c.seg.jpg", "x/d.jpg")
+    files |= {name: encoded(photo(i), "JPEG") for i, name in enumerate(names)}
+    (tmp_path / "a.tar").write_bytes(tar_bytes(files))
+    write_remote(f"file://{tmp_path}/in", files)
+    settings = {"min_contrast": 0.0, "near_duplicates": -1, "min": "beauty:5"}
+    run_filter(tmp_path / "keep.jsonl", input_dir=f"{tmp_path}/a.tar", **settings)
+    assert kept_names(tmp_path / "keep.jsonl") == [f"a.tar!x/{name}.jpg" for name in ("a.v1", "b", "b.seg")]
+    run_filter(tmp_path / "folder.jsonl", input_dir=f"{tmp_path}/in", **settings)
+    assert kept_names(tmp_path / "folder.jsonl") == [f"x/{name}.jpg" for name in ("a.v1", "b")]
+
+
+def test_two_files_of_scores_are_reported(tmp_path):
+    image, scores = encoded(photo(0)), b'{"aesthetic": 6}'
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"x/1.png": image, "x/1.json": scores, "x/1.JSON": scores}))
+    with pytest.raises(UserError, match=r"a\.tar!x/1\.JSON and .*a\.tar!x/1\.json have the same stem: which"):
+        run_filter(tmp_path / "keep.jsonl", input_dir=f"{tmp_path}/a.tar")
 
 
 @pytest.mark.parametrize("source", [_folder, _tars])
