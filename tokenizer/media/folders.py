@@ -27,6 +27,10 @@ class FileEntry:
     modified_ns: int
 
 
+class EmptyFolderError(UserError):
+    """A folder contains no file with one of the extensions."""
+
+
 def refuse(path: str, reason: str) -> NoReturn:
     """Raises the reason why a path is unusable as a UserError."""
     raise UserError(reason)
@@ -71,7 +75,8 @@ def walk(
         name that is not UTF-8), and with each folder that cannot be listed.
 
     Raises:
-      UserError: naming the flag, if the folder does not exist or has no such file; by default for unusable paths.
+      EmptyFolderError: naming the flag, if the folder has no such file.
+      UserError: naming the flag, if the folder does not exist; by default for unusable paths.
     """
     if not os.path.isdir(directory):
         raise UserError(f"--{flag}={directory}: no such folder")
@@ -105,7 +110,7 @@ def walk(
             path = printable(os.path.join(directory, folder.rstrip("/")))
             report(path, f"{path}: cannot be listed ({error.strerror})")
     if is_empty:
-        raise UserError(f"--{flag}={directory}: contains no file with extension {', '.join(extensions)}")
+        raise EmptyFolderError(f"--{flag}={directory}: contains no file with extension {', '.join(extensions)}")
 
 
 def _visible(folder: str) -> Iterator[os.DirEntry]:

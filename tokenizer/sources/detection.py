@@ -19,6 +19,7 @@ from EasyLM.storage import (
     remote_glob,
 )
 from tokenizer.media import folders
+from tokenizer.media.folders import EmptyFolderError
 from tokenizer.sources import reading, remote
 from tokenizer.sources.items import Source
 from tokenizer.sources.local import LocalFolder
@@ -28,6 +29,7 @@ from tokenizer.sources.tars import Tars
 
 FORMS = "a folder, or .tar or .parquet files: one, a glob, or a range such as 'DIR/{000..019}.tar'"
 _CONTAINERS = (".tar", ".parquet")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _DATA_FILES = {"_data_files": [{"filename": str}]}  # in state.json of save_to_disk
 _MOST_FILES = 10**6  # of a range
@@ -77,7 +79,7 @@ def _find(
                 raise UserError(f"{name}: {_hint(paths[0])}; must be {FORMS}")
             raise UserError(f"{name}: no such folder")
         if not is_remote(value) and not any(map(os.path.lexists, paths)):
-            raise UserError(f"{name}: no such file")
+            raise UserError(f"{name}: no such file{_as_read(paths[0], value)}")
         is_table = endings != {".tar"}
     if unclear := next(filter(reading.is_member, paths), ""):
         raise UserError(
@@ -112,9 +114,16 @@ def _has_wildcards(value: str) -> bool:
 
 
 def _hint(path: str) -> str:
-    if path.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+    if path.lower().endswith(_COMPRESSED_TARS):
         return "a compressed tar cannot be read at random, decompress it"
     return "no such folder" if not os.path.isfile(path) else "is a file"
+
+
+def _as_read(path: str, value: str) -> str:
+    """Returns the first path that was looked for, if it is not the value, and the form of a range, if it has braces."""
+    if "{" in path:
+        return "; braces hold a range such as {000..019}"
+    return f" as {path}" if path != value else ""
 
 
 def _in_folder(
@@ -132,14 +141,27 @@ def _in_folder(
         files = read_json(f"{value}/state.json", _DATA_FILES)["_data_files"]
         return True, [f"{value}/{file['filename']}" for file in files]
     by_ending: dict[str, list[str]] = {ending: [] for ending in _CONTAINERS}
-    for name in _names(value, flag, (*extensions, *_CONTAINERS)):
-        ending = os.path.splitext(name)[1].lower()
-        if ending in by_ending:
-            by_ending[ending].append(f"{value.rstrip('/')}/{name}")
-        elif not (wants_tars or wants_table):
-            return False, []
+    try:
+        for name in _names(value, flag, (*extensions, *_CONTAINERS)):
+            ending = os.path.splitext(name)[1].lower()
+            if ending in by_ending:
+                by_ending[ending].append(f"{value.rstrip('/')}/{name}")
+            elif not (wants_tars or wants_table):
+                return False, []
+    except EmptyFolderError:
+        _refuse_compressed_tars(value, flag)
+        raise
     is_table = wants_table or not (by_ending[".tar"] or wants_tars)
+    if not wants_table:
+        _refuse_compressed_tars(value, flag)
     return is_table, sorted(by_ending[".parquet" if is_table else ".tar"], key=folders.natural_key)
+
+
+def _refuse_compressed_tars(value: str, flag: str) -> None:
+    """Raises UserError if a folder holds a compressed tar, whose members would be left out."""
+    with contextlib.suppress(EmptyFolderError):
+        name = next(_names(value, flag, _COMPRESSED_TARS))
+        raise UserError(f"--{flag}={value}: {name}: {_hint(name)}")
 
 
 def _names(value: str, flag: str, extensions: Sequence[str]) -> Iterator[str]:
@@ -155,7 +177,7 @@ def _names(value: str, flag: str, extensions: Sequence[str]) -> Iterator[str]:
             is_empty = False
             yield name
     if is_empty:
-        raise UserError(f"--{flag}={value}: contains no file with extension {', '.join(extensions)}")
+        raise EmptyFolderError(f"--{flag}={value}: contains no file with extension {', '.join(extensions)}")
 
 
 def expand(value: str, name: str) -> Iterator[str]:
@@ -172,7 +194,8 @@ def expand(value: str, name: str) -> Iterator[str]:
     for first, last in zip(parts[1::3], parts[2::3]):
         if int(first) > int(last):
             raise UserError(f"{name}: the range {{{first}..{last}}} is backwards")
-        ranges.append((int(first), int(last) + 1, len(first) if first.startswith("0") else 0))
+        is_padded = any(len(number) > 1 and number.startswith("0") for number in (first, last))
+        ranges.append((int(first), int(last) + 1, max(len(first), len(last)) if is_padded else 0))
     if functools.reduce(lambda count, r: count * (r[1] - r[0]), ranges, 1) > _MOST_FILES:
         raise UserError(f"{name}: its ranges name more than {_MOST_FILES} files")
     seen: set[str] = set()

@@ -134,6 +134,8 @@ class KeptItems:
                 raise OtherSourceError(f"{subject}: it has one {file}, but the inputs are {' and '.join(same)}")
         if self._is_whole and len(self._names) != (count := sum(count for count, _ in of_list.values())):
             raise OtherSourceError(f"{subject}: of {count} images, but the inputs are {len(self._names)}")
+        if of_list and (others := listed.keys() - of_list.keys()):
+            raise OtherSourceError(f"{subject}: of {_described(min(of_list))}, not of {_described(min(others))}")
         for file in {**of_list, **listed} if self._is_whole else listed:
             if listed.get(file) != of_list.get(file):
                 raise OtherSourceError(f"{subject}: the images in {file or 'the folder'} have other names")
@@ -149,6 +151,10 @@ class KeptItems:
         else:
             return int(self._list.digest(), 16)
         raise OtherSourceError(f"{subject}, or its images have changed: {item.address} has other contents")
+
+
+def _described(file: str) -> str:
+    return file or "a folder of files"
 
 
 def read_keep_list(path: str) -> KeepList:

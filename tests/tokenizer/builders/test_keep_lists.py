@@ -101,6 +101,13 @@ def test_each_tar_can_be_a_part(images, tiny, tmp_path):
     run_filter(tmp_path / "keep.jsonl", input_dir=source, **{**RULES, "exact_duplicates": False})
     run_main(build, kind="images", vqgan=tiny, output_file=f"{tmp_path}/{{i}}.jsonl", workers=1, **settings)
     assert [report_of(tmp_path / f"{i}.jsonl")["sentences"] for i in range(2)] == [4, 4]  # another list, other parts
+    (tmp_path / "in").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "0.tar").rename(tmp_path / "moved" / "2.tar")
+    moved = {"input_dir": f"{tmp_path}/moved/{{1..2}}.tar", "keep": settings["keep"]}
+    with pytest.raises(UserError, match=r"is the list of another source: of 0\.tar, not of 2\.tar$"):
+        build_records("", tiny, tmp_path / "c.jsonl", "images", **moved)
+    (tmp_path / "moved").rename(tmp_path / "in")
+    (tmp_path / "in" / "2.tar").rename(tmp_path / "in" / "0.tar")
     shutil.copy(tmp_path / "in" / "0.tar", tmp_path / "in" / "1.tar")
     settings["max_errors"] = 9
     with pytest.raises(UserError, match=r"another source.*1\.tar"):

@@ -24,6 +24,8 @@ def test_ranges_and_globs_name_each_file_once(tmp_path):
         return [path.removeprefix(f"{tmp_path}/") for path in expand(f"{tmp_path}/{value}", "--input_dir=x")]
 
     assert names("x{08..11}.tar") == ["x08.tar", "x09.tar", "x10.tar", "x11.tar"]
+    assert names("x{8..010}.tar") == names("x{08..010}.tar") == ["x008.tar", "x009.tar", "x010.tar"]  # as in shells
+    assert names("x{0..10}.tar") == [f"x{i}.tar" for i in range(11)]
     assert names("x{8..10}_{0..1}.tar") == [f"x{i}_{j}.tar" for i in (8, 9, 10) for j in (0, 1)]
     for name in ("n10.tar", "n9.tar"):
         (tmp_path / name).touch()
@@ -55,8 +57,28 @@ def test_a_folder_is_what_it_holds(tmp_path, is_remote):
             assert source.paths == [f"{root}/{name}"]
     empty = f"memory:/{tmp_path}/empty" if is_remote else str(tmp_path / "empty")
     write_remote(empty if is_remote else f"file://{empty}", {"a.txt": b""})
-    with pytest.raises(UserError, match=r"empty: contains no file with extension .png, .tar, .parquet"):
+    with pytest.raises(UserError, match=r"empty: contains no file with extension .png, .tar, .parquet$"):
         find_source(empty, "input_dir", (".png",))
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+@pytest.mark.parametrize("others", [{}, {"a/0.tar": tar_bytes({"1.png": b"1"})}, {"0.parquet": b""}])
+def test_compressed_tars_in_a_folder_are_not_left_out(tmp_path, is_remote, others):
+    root = f"memory:/{tmp_path}" if is_remote else f"file://{tmp_path}"
+    write_remote(root, {"b/1.Tar.GZ": b"", "b/x.json.gz": b"", **others})
+    value = root if is_remote else str(tmp_path)
+    message = rf"^--input_dir={value}: b/1\.Tar\.GZ: a compressed tar cannot be read at random, decompress it$"
+    with pytest.raises(UserError, match=message):
+        find_source(value, "input_dir", (".png",))
+    if others:
+        keys, columns = (("png",), ()) if "a/0.tar" in others else ((), ("image",))
+        if keys:
+            with pytest.raises(UserError, match=message):
+                find_source(value, "input_dir", (".png",), keys, columns)
+        else:
+            assert isinstance(find_source(value, "input_dir", (".png",), keys, columns), Tables)
+    write_remote(root, {"1.png": b""})
+    assert isinstance(find_source(value, "input_dir", (".png",)), RemoteFolder if is_remote else LocalFolder)
 
 
 def test_a_remote_subfolder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
