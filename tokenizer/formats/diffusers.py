@@ -1,4 +1,4 @@
-"""Folders of diffusers' VQModel: config.json and diffusion_pytorch_model.safetensors or .bin."""
+"""Folders of diffusers' VQModel: config.json and diffusion_pytorch_model.safetensors, its shards, or .bin."""
 
 import pathlib
 from typing import Any
@@ -13,7 +13,7 @@ from tokenizer.formats.architecture import (
     renamed,
     settings_from_tensors,
 )
-from tokenizer.formats.tensor_files import read_tensors
+from tokenizer.formats.tensor_files import read_shards
 
 _STEM = "diffusion_pytorch_model"
 _RULES = [
@@ -81,6 +81,8 @@ def find(path: pathlib.Path) -> list[pathlib.Path] | None:
     for weights in (path / f"{_STEM}.safetensors", path / f"{_STEM}.bin"):
         if weights.is_file():
             return [config, weights]
+    if shards := sorted(path.glob(f"{_STEM}*.safetensors")):  # or a variant: diffusion_pytorch_model.fp16.safetensors
+        return [config, *shards]
     raise UserError(f"{path}: no weights: {_STEM}.safetensors or {_STEM}.bin")
 
 
@@ -90,17 +92,18 @@ def read(files: list[pathlib.Path], resolution: int) -> Translated:
     Raises:
       UserError: naming the file, if the model is another one or has settings that this network does not support.
     """
-    config, weights = files
+    config, *shards = files
+    weights = str(shards[0]) if len(shards) == 1 else f"{shards[0].parent}/{_STEM}*.safetensors"
     values = read_json(config)
     with prefix_errors(str(config)):
         _check(values)
         values = _DEFAULTS | values
-    tensors = renamed(read_tensors(weights), _RULES, r"decoder\.up\.(\d+)\.")
+    tensors = renamed(read_shards(shards), _RULES, r"decoder\.up\.(\d+)\.")
     for name, array in tensors.items():
         if array.ndim == 2 and ".embedding." not in name:  # an attention's linear layer: [out, in]
             tensors[name] = array[:, :, None, None]
     side = values.get("sample_size", DEFAULT_RESOLUTION)
-    settings = settings_from_tensors(str(weights), tensors, side)
+    settings = settings_from_tensors(weights, tensors, side)
     hidden = settings["hidden_channels"]
     attends = [kind == "AttnDownEncoderBlock2D" for kind in values["down_block_types"]]
     stated = {
@@ -121,7 +124,7 @@ def read(files: list[pathlib.Path], resolution: int) -> Translated:
         "pixel_range": [0, 1] if values["lookup_from_codebook"] else [-1, 1],
         "skip_single_attention": False,
     }
-    return Translated({**settings, **ours}, tensors, str(weights), str(config))
+    return Translated({**settings, **ours}, tensors, weights, str(config))
 
 
 def _check(values: dict[str, Any]) -> None:

@@ -2,12 +2,10 @@
 
 import pathlib
 
-import numpy as np
-
 from EasyLM.errors import UserError
 from EasyLM.storage import read_json
 from tokenizer.formats.architecture import Translated, at_resolution
-from tokenizer.formats.tensor_files import read_tensors
+from tokenizer.formats.tensor_files import read_shards
 
 
 def find(path: pathlib.Path) -> list[pathlib.Path] | None:
@@ -36,16 +34,5 @@ def read(files: list[pathlib.Path], resolution: int) -> Translated:
         raise UserError(f"{config}: a model of transformers ({settings['model_type']}), not a tokenizer")
     source = str(weights[0]) if weights[0].suffix == ".bin" else f"{weights[0].parent}/*.safetensors"
     return Translated(
-        at_resolution(settings, resolution) if resolution else settings, _merge(weights), source, str(config)
+        at_resolution(settings, resolution) if resolution else settings, read_shards(weights), source, str(config)
     )
-
-
-def _merge(shards: list[pathlib.Path]) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
-    owners: dict[str, pathlib.Path] = {}
-    for shard in shards:
-        for name, array in read_tensors(shard).items():
-            if name in owners:  # two models, or two versions of one
-                raise UserError(f"{owners[name]} and {shard} both contain {name}: keep the files of one model only")
-            tensors[name], owners[name] = array, shard
-    return tensors

@@ -109,10 +109,11 @@ def _read_yaml(path: pathlib.Path) -> Any:
 
 def _params(content: Any) -> dict[str, Any]:
     """Returns `model.params` of a file of settings, checked."""
-    check_schema(content, {"model": {"target": str, "params": {"ddconfig": dict, "embed_dim": int, "n_embed": int}}})
+    check_schema(content, {"model": {"target": str, "params": dict}})
     target, params = content["model"]["target"], content["model"]["params"]
     if target not in _MODELS:
         raise UserError(f"model.target={target}: another model; supported are {', '.join(_MODELS)}")
+    check_schema(params, {"ddconfig": dict, "embed_dim": int, "n_embed": int}, "model.params")
     ddconfig = params["ddconfig"]
     lists = {"ch_mult": [int], "attn_resolutions": [int]}
     numbers = {"z_channels": int, "ch": int, "num_res_blocks": int, "resolution?": int, "resamp_with_conv?": bool}

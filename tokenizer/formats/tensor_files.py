@@ -1,7 +1,7 @@
 """Reads files of named tensors: safetensors, and files of `torch.save` without torch."""
 
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -43,6 +43,22 @@ def read_tensors(path: pathlib.Path, ignored: tuple[str, ...] = ()) -> dict[str,
             with prefix_errors(f"{path}: {name}"):
                 arrays[name] = tensor.read()
     return arrays
+
+
+def read_shards(shards: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
+    """Reads the tensors of a model that is one file or several.
+
+    Raises:
+      UserError: naming the file, or two files with the same tensor.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    owners: dict[str, pathlib.Path] = {}
+    for shard in shards:
+        for name, array in read_tensors(shard).items():
+            if name in owners:  # two models, or two versions of one
+                raise UserError(f"{owners[name]} and {shard} both contain {name}: keep the files of one model only")
+            tensors[name], owners[name] = array, shard
+    return tensors
 
 
 def check_tensors(

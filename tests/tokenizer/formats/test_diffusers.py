@@ -78,6 +78,31 @@ def test_bin_files_and_old_names_of_attention_are_the_same_model(peer, folder, t
     _assert_equal(formats.read(tmp_path).tensors, expected)
 
 
+def test_shards_and_variants_are_the_same_model(folder, tmp_path):
+    config = (folder / "config.json").read_text()
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    expected = formats.read(folder).tensors
+    halves = [dict(list(tensors.items())[i::2]) for i in range(2)]
+    names = {
+        "shards": {f"-0000{i + 1}-of-00002": half for i, half in enumerate(halves)},
+        "variant": {".fp16": {name: array.astype(np.float16) for name, array in tensors.items()}},
+        "cut": {"-00001-of-00002": halves[0]},
+        "two": {".fp16": tensors, ".bf16": tensors},
+    }
+    for case, files in names.items():
+        (tmp_path / case).mkdir()
+        (tmp_path / case / "config.json").write_text(config)
+        for name, part in files.items():
+            save_file(part, tmp_path / case / f"diffusion_pytorch_model{name}.safetensors")
+    _assert_equal(formats.read(tmp_path / "shards").tensors, expected)
+    rounded = {name: array.astype(np.float16) for name, array in expected.items()}
+    _assert_equal(formats.read(tmp_path / "variant").tensors, rounded)
+    with pytest.raises(UserError, match=r"cut/.*-00001-of-00002.safetensors: .*(missing|not the tensors)"):
+        weights.load(tmp_path / "cut")
+    with pytest.raises(UserError, match=r"bf16.safetensors and .*fp16.safetensors both contain .*: keep the files"):
+        formats.read(tmp_path / "two")
+
+
 def _assert_equal(ours, expected):
     assert ours.keys() == expected.keys()
     for name, array in expected.items():

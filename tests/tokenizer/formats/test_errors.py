@@ -52,6 +52,17 @@ def test_settings_of_other_models_are_refused(taming, changes, message):
         formats.read(taming)
 
 
+def test_a_model_without_the_settings_of_a_tokenizer_is_named(taming):
+    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    (taming / "model.yaml").write_text(json.dumps({"model": {"target": target, "params": {"timesteps": 1000}}}))
+    with pytest.raises(UserError, match=rf"^{taming}/model.yaml: model.target={target}: another model; supported are"):
+        formats.read(taming)
+    without = {"model": {"target": "taming.models.vqgan.VQModel", "params": {"embed_dim": 4, "n_embed": 8}}}
+    (taming / "model.yaml").write_text(json.dumps(without))
+    with pytest.raises(UserError, match=r"model\.yaml: model\.params lacks the key 'ddconfig'"):
+        formats.read(taming)
+
+
 def test_yaml_that_makes_objects_is_refused(taming):
     (taming / "model.yaml").write_text("model: !!python/object/apply:os.mkdir [hacked]")
     with pytest.raises(UserError, match=r"model\.yaml: not YAML"):
