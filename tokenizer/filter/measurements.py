@@ -21,7 +21,7 @@ from tokenizer.builders.resumable_file import ResumableFile
 from tokenizer.filter import measuring
 from tokenizer.filter.listing import Entry, Listing
 
-_VERSION = 1  # increases when the same images give other measurements
+_VERSION = 2  # increases when the same images give other measurements
 _GROUP = 64  # images that a worker measures at a time
 _FRAME_LINES = 4096  # lines that are compressed together
 _STATE = {"number": int, "measured": int, "seconds": float, "skipped": {str: str}}
