@@ -79,7 +79,8 @@ def walk(
       UserError: naming the flag, if the folder does not exist; by default for unusable paths.
     """
     if not os.path.isdir(directory):
-        raise UserError(f"--{flag}={directory}: no such folder")
+        reason = "is a file, not a folder" if os.path.exists(directory) else "no such folder"
+        raise UserError(f"--{flag}={directory}: {reason}")
     if not _is_utf8(directory):
         raise UserError(f"--{flag}={printable(directory)}: the name is not UTF-8; rename the folder")
     is_empty = True

@@ -57,9 +57,17 @@ def config_from_flags(values: Any) -> VQGANConfig:
         except ValueError:
             raise UserError(f"--vqgan.{name}={values[name]}: must be a comma list of integers, such as 1,2,4") from None
     try:
-        return VQGANConfig(**{**values.to_dict(), **lists, **_codebook_size(values, lists["fsq_levels"])})
+        config = VQGANConfig(**{**values.to_dict(), **lists, **_codebook_size(values, lists["fsq_levels"])})
     except UserError as error:
         raise UserError(f"--vqgan.{error}") from None
+    # Files of other projects list sides that no level has. Here it is a mistake: there would be no attention.
+    sides = [config.resolution // 2**level for level in range(len(config.channel_mult))]
+    if not set(config.attn_resolutions) <= set(sides):
+        raise UserError(
+            f"--vqgan.attn_resolutions={values.attn_resolutions}: the sides of the levels are "
+            f"{', '.join(map(str, sides))}"
+        )
+    return config
 
 
 def _codebook_size(values: Any, levels: tuple[int, ...]) -> dict[str, int]:

@@ -20,7 +20,7 @@ def test_images_are_listed_by_name(tmp_path):
     assert names == ["a-1.png", "a.png", "b/1.JPG", "b/2.png", "c.png/4.gif", "link.png"]
     sizes = {entry.name: entry.size for entry in folders.walk(str(tmp_path), "input_dir", (".txt",))}
     assert sizes == {"notes.txt": 1}
-    errors = {"none": "no such folder", "b": "contains no file with extension .mp4"}
+    errors = {"none": "no such folder", "a.png": "is a file, not a folder", "b": "contains no file with extension .mp4"}
     for name, message in errors.items():
         with pytest.raises(UserError, match=f"--input_dir=.*: {message}"):
             list(folders.walk(str(tmp_path / name), "input_dir", (".mp4",)))

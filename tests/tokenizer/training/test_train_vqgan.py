@@ -217,6 +217,7 @@ def test_a_checkpoint_of_the_old_layout_is_refused(folder):
         ({"adversary__weight": 0.8}, "--adversary.layers=3: too many for images of 8 pixels"),
         ({"perceptual__vgg_weights": "none.pth"}, r"--perceptual.vgg_weights=none\.pth: none\.pth: no such file"),
         ({"vqgan__channel_mult": "1,x"}, "--vqgan.channel_mult=1,x"),
+        ({"vqgan__attn_resolutions": "8,5"}, "--vqgan.attn_resolutions=8,5: the sides of the levels are 8$"),
         ({"vqgan__norm_groups": 3}, "--vqgan.hidden_channels=4: .*norm_groups=3"),
         ({"total_steps": 2}, "--total_steps=2: must be more than --lr_warmup_steps=2"),
         ({"average_decay": 1.0}, "--average_decay=1.0: must be at least 0 and below 1"),
