@@ -12,7 +12,7 @@ from typing import Any
 from EasyLM.errors import UserError, prefix_errors
 from EasyLM.storage import parse_json
 from tokenizer.filter.listing import Entry
-from tokenizer.sources import tables
+from tokenizer.sources import table_files
 from tokenizer.sources.reading import container_of, read_bytes
 
 _LENGTH = re.compile(r"length\((.+)\)")
@@ -59,7 +59,7 @@ def _read_fields(entry: Entry, names: Sequence[str]) -> Mapping[str, Any]:
             return parse_json(data)
     container = container_of(entry.address)
     is_row = container != entry.address and not container.lower().endswith(".tar")
-    return tables.read_values(container, int(entry.location), tuple(names)) if is_row else {}
+    return table_files.read_values(container, int(entry.location), tuple(names)) if is_row else {}
 
 
 def _score(score: str, value: Any) -> float | None:

@@ -9,6 +9,7 @@ This file imports nothing, because worker processes import only `reading` and ha
   remote     folders of files in a file system of fsspec: s3://, gs://, hf://, ...
   tars       tar files (WebDataset), read at random by the offsets of their members
   tables     parquet files, and folders of `datasets.Dataset.save_to_disk`
+  table_files  the files of tables, and their cells
   container_files  the files of a source of containers, one by one
   reading    the bytes of an item
   keep_list  the names of the images that `tokenizer.filter` keeps

@@ -10,7 +10,7 @@ import re
 
 from EasyLM.storage import file_version, is_remote
 from tokenizer.media.video_file import VideoFile, local_file
-from tokenizer.sources import tables, tars
+from tokenizer.sources import table_files, tars
 from tokenizer.sources.remote import RangeFile, read_range
 
 _NEAR_ROWS = 32
@@ -72,7 +72,7 @@ def open_item(address: str, location: str = "") -> str | ItemFile:
         member = address[len(container) + 1 :]
         if container.lower().endswith(".tar"):
             return ItemFile(tars.read_member(container, member, location), address)
-        return ItemFile(tables.read_cell(container, member), address)
+        return ItemFile(table_files.read_cell(container, member), address)
     return ItemFile(read_range(address), address) if is_remote(address) else address
 
 
@@ -96,7 +96,7 @@ def video_file(address: str, location: str = "") -> VideoFile:
     if container != address:
         member = address[len(container) + 1 :]
         if not container.lower().endswith(".tar"):
-            cell = functools.partial(tables.read_cell, container, member)
+            cell = functools.partial(table_files.read_cell, container, member)
             return VideoFile(address, str(status), lambda: ItemFile(cell(), address))
         start, size = tars.find_member(container, member, location)
     return VideoFile(address, str(status), lambda: RangeFile(container, start, size, address))  # type: ignore[return-value, arg-type]

@@ -19,7 +19,7 @@ from tokenizer.builders import file_index, image_ref
 from tokenizer.builders.file_index import FileIndex
 from tokenizer.filter import measuring
 from tokenizer.filter.listing import Listing
-from tokenizer.sources import container_files, detection, reading, tables
+from tokenizer.sources import container_files, detection, reading, table_files
 from tokenizer.sources.keep_list import KeptItems, keep_list_writer, read_keep_list
 
 
@@ -68,8 +68,8 @@ def fail_at(patch, number: int) -> list[str]:
 def assert_each_outage_ends(monkeypatch, use) -> None:
     """Asserts that `use` ends with an UnavailableError, whichever call of the store fails."""
     for number in itertools.count():
-        tables._open_table.cache_clear()
-        tables._read_chunk.cache_clear()
+        table_files._open_table.cache_clear()
+        table_files._read_chunk.cache_clear()
         with monkeypatch.context() as patch:
             calls = fail_at(patch, number)
             try:

@@ -11,7 +11,7 @@ from source_kit import write_parquet
 
 from EasyLM.errors import UserError
 from tokenizer.media import folders
-from tokenizer.sources import reading, tables
+from tokenizer.sources import reading, table_files, tables
 from tokenizer.sources.tables import Tables
 
 
@@ -90,7 +90,7 @@ def test_a_file_whose_names_are_damaged_is_reported_and_the_others_are_used(tmp_
 
 
 def test_the_names_of_rows_take_9_bytes_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_NAMES_AT_A_TIME", 100)
+    monkeypatch.setattr(table_files, "_NAMES_AT_A_TIME", 100)
     count, path = 20_000, tmp_path / "a.parquet"
     write_parquet(path, {"image": [{"bytes": b"x", "path": f"{row}.png"} for row in range(count)]}, 1000)
     usable = list(Tables("x", "input_dir", [str(path)], ())._tables(folders.refuse))
