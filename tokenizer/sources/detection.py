@@ -152,7 +152,7 @@ def _in_folder(
         _refuse_compressed_tars(value, flag)
         raise
     is_table = wants_table or not (by_ending[".tar"] or wants_tars)
-    if not wants_table:
+    if not is_table:
         _refuse_compressed_tars(value, flag)
     return is_table, sorted(by_ending[".parquet" if is_table else ".tar"], key=folders.natural_key)
 
