@@ -142,9 +142,9 @@ def test_a_failed_start_leaves_nothing_behind(lines, tmp_path):
         (generate_videos, {"input_files": "x", "fps": -1.0}, r"--fps=-1\.0: must be 0\.\.1000"),
         (batch_generation, {"input_file": ""}, "--input_file is missing"),
         (generate_videos, {}, "--input_files .required unless --read_file_list is given. is missing"),
-        (generate_videos, {"seed": -1}, "seed=-1: must be 0..2147483647"),
-        (generate_videos, {"seed": 2**63}, "seed=9223372036854775808: must be"),
-        (eval_video_perplexity, {"seed": -1}, "seed=-1: must be"),
+        (generate_videos, {"input_files": "x", "seed": -1}, "seed=-1: must be 0..2147483647"),
+        (generate_videos, {"input_files": "x", "seed": 2**63}, "seed=9223372036854775808: must be"),
+        (eval_video_perplexity, {"input_files": "x", "seed": -1}, "seed=-1: must be"),
         (generate_videos, {"input_files": "none/*"}, r"--input_files=none/\*: matches no video file"),
         (generate_videos, {"input_files": "none/*", "frame_input": True}, "matches no folder"),
         (generate_videos, {"input_files": "x", "stride": 0}, "--stride=0"),
@@ -169,7 +169,7 @@ def test_all_missing_flags_are_named_at_once():
 def test_a_missing_video_package_is_named_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match="--fps needs the package av"):
-        run_main(generate_videos, checkpoint="none", output_dir=str(tmp_path), fps=4.0)
+        run_main(generate_videos, checkpoint="none", input_files="none", output_dir=str(tmp_path), fps=4.0)
 
 
 @pytest.mark.parametrize(
